@@ -1,0 +1,135 @@
+"""What a model is (`ModelConfig`) and how it is to be run (`OffloadConfig`)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from layerscope_jax.scheduling.costs import HardwareProfile
+    from layerscope_jax.scheduling.plan import Policy
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base ** (power + 1)
+    for power, prefix in enumerate("KMGT")
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def parse_bytes(size: str | int, what: str = "size") -> int:
+    """Bytes from `"8GiB"`, `"1.5 GB"`, `"4096"` or an int.
+
+    Args:
+        size: a number of bytes, or a number with one of the units B, KB, MB, GB, TB (powers of 1000),
+            KiB, MiB, GiB, TiB (powers of 1024).
+        what: the setting's name, for the error message.
+
+    Raises:
+        ValueError: if `size` is negative or not a size.
+
+    >>> parse_bytes("1.5GiB"), parse_bytes("2 MB"), parse_bytes(4096)
+    (1610612736, 2000000, 4096)
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{what} must be a size such as '8GiB', '500 MB' or a number of bytes, got {size!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a mixture-of-experts decoder, whatever family it comes from.
+
+    Read one from a Hugging Face `config.json` with `layerscope_jax.models.config_from_hf`.
+
+    Attributes:
+        family: which weight names and HF architecture it belongs to: "olmoe", "mixtral" or "qwen3_moe".
+        vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim: V, D, L, H, H_kv, D_head.
+        num_experts, experts_per_token, expert_hidden: E, K, F.
+        normalize_top_k: whether the K router weights of a token are scaled to sum to one.
+        qk_norm: RMS norm of queries and keys: none, over each head, or over all heads together.
+        qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] where given.
+        attention_bias: whether the four attention projections have biases.
+        sliding_window: how many latest positions a token attends to (itself included), or None for all.
+        rope_theta: base of the rotary embedding.
+        max_positions: the longest sequence the model is made for.
+        norm_eps: epsilon of every RMS norm.
+        tie_embeddings: whether the output head is the embedding.
+        stop_tokens: ids that end a generation.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    experts_per_token: int
+    expert_hidden: int
+    normalize_top_k: bool
+    qk_norm: Literal["none", "head", "all"] = "none"
+    qkv_clip: float | None = None
+    attention_bias: bool = False
+    sliding_window: int | None = None
+    rope_theta: float = 10_000.0
+    max_positions: int = 4096
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    stop_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token must lie in 1..num_experts={self.num_experts}, "
+                f"got {self.experts_per_token}"
+            )
+
+    def expert_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shapes of one expert's three matrices, by name, in the order they cross the link."""
+        hidden, inner = self.hidden_size, self.expert_hidden
+        return {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
+
+    def expert_bytes(self, itemsize: int) -> int:
+        """Bytes of one expert at `itemsize` bytes a number."""
+        return 3 * self.hidden_size * self.expert_hidden * itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadConfig:
+    """How experts are placed, moved and computed.
+
+    Attributes:
+        device_budget: bytes of device memory for experts, copies on their way counted: "2GiB", an int, or
+            None for as much as all experts take (everything resident).
+        policy: a name from `layerscope_jax.POLICIES`, or a `Policy` object.
+        link_bandwidth: bytes a second ("500MB") that copies to the device are paced to, or None for as fast
+            as they go. The copies are real either way: it lets a machine without a slow link be measured as
+            if it had one.
+        numerics: "fast" runs each decode step as one jitted function when every expert is resident;
+            "exact" always goes layer by layer, so that logits are bit for bit the same under every budget,
+            policy and plan (on one backend).
+        profile: times of this machine, for policies that weigh costs; measured when needed if None.
+    """
+
+    device_budget: str | int | None = None
+    policy: str | Policy = "lru"
+    link_bandwidth: str | int | None = None
+    numerics: Literal["fast", "exact"] = "fast"
+    profile: HardwareProfile | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.device_budget is not None:
+            parse_bytes(self.device_budget, "device_budget")
+        if self.link_bandwidth is not None and parse_bytes(self.link_bandwidth, "link_bandwidth") == 0:
+            raise ValueError("link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
+        if self.numerics not in ("fast", "exact"):
+            raise ValueError(f"numerics must be 'fast' or 'exact', got {self.numerics!r}")

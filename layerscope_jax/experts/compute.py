@@ -1,0 +1,148 @@
+"""The expert feed-forward network, for many experts at once, and the one combine.
+
+Every path here gives each (token, choice) pair its own output row, `[T, K, D]`, and `combine` adds the K rows
+of a token in one fixed order. No path adds into a shared row, so neither the place an expert is computed in
+nor the order in which experts finish can change a bit of the result.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class ExpertWeights(NamedTuple):
+    """Three matrices of one expert, or of a stack of them (a leading axis E)."""
+
+    gate: jax.Array  # [..., D, F]
+    up: jax.Array  # [..., D, F]
+    down: jax.Array  # [..., F, D]
+
+
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x @ w` with sums kept in float32 whatever the inputs, rounded once to the dtype of `x`.
+
+    Asking for float32 sums is also what keeps XLA off its slow bfloat16 path on CPUs.
+    """
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def ffn(x: jax.Array, weights: ExpertWeights) -> jax.Array:
+    """SwiGLU: `(silu(x W_gate) * (x W_up)) W_down` for rows `x` [..., M, D]."""
+    gate = jnp.matmul(x, weights.gate, preferred_element_type=jnp.float32)
+    up = jnp.matmul(x, weights.up, preferred_element_type=jnp.float32)
+    return matmul((jax.nn.silu(gate) * up).astype(x.dtype), weights.down)
+
+
+def combine(hidden: jax.Array, outputs: jax.Array, weights: jax.Array) -> jax.Array:
+    """Adds a token's weighted expert outputs to its hidden state, choice by choice.
+
+    Args:
+        hidden: [T, D] the residual stream.
+        outputs: [T, K, D] unweighted expert outputs.
+        weights: [T, K] router weights, float32.
+
+    >>> combine(jnp.zeros((1, 2)), jnp.ones((1, 3, 2)), jnp.array([[0.5, 0.25, 0.25]]))
+    Array([[1., 1.]], dtype=float32)
+    """
+    total = jnp.zeros(hidden.shape, jnp.float32)
+    for choice in range(outputs.shape[1]):
+        total += weights[:, choice, None] * outputs[:, choice].astype(jnp.float32)
+    return hidden + total.astype(hidden.dtype)
+
+
+def block_rows(assignments: int, num_experts: int) -> int:
+    """Rows of a block in `stacked_ffn`: about half an expert's mean share, a power of two in 2..64.
+
+    Larger blocks read each expert's weights fewer times; smaller ones waste fewer padded rows. One row is
+    avoided: XLA's CPU matrix-vector product is several times slower than the product with two rows.
+    """
+    share = max(1, assignments // (2 * num_experts))
+    return min(64, max(2, 1 << (share.bit_length() - 1)))
+
+
+@functools.partial(jax.jit, inline=True)
+def stacked_ffn(x: jax.Array, experts: jax.Array, weights: ExpertWeights) -> jax.Array:
+    """Output of every token's chosen experts, all experts resident in one stack; differentiable.
+
+    Sorts the T x K assignments by expert and pads each expert's rows to whole blocks, so that the work is one
+    batched product over blocks of equal size and no token is dropped (the block layout of MegaBlocks,
+    arXiv 2211.15841).
+
+    Args:
+        x: [T, D] inputs of the experts.
+        experts: [T, K] chosen experts, int32 in 0..E-1.
+        weights: stacks with a leading axis E.
+
+    Returns:
+        [T, K, D] unweighted outputs.
+    """
+    tokens, choices = experts.shape
+    num_experts = weights.gate.shape[0]
+    assignments = tokens * choices
+    rows = block_rows(assignments, num_experts)
+    # sum over experts of ceil(n_e / rows) can not pass either of these.
+    blocks = min(assignments, (assignments + num_experts * (rows - 1)) // rows)
+
+    chosen = experts.reshape(-1)  # [A]
+    # Expert and index packed into one key: XLA's CPU sort of plain integers is five times faster than argsort.
+    packed = jnp.sort(chosen * assignments + jnp.arange(assignments, dtype=jnp.int32))
+    in_order, order = packed // assignments, packed % assignments
+    counts = jnp.bincount(chosen, length=num_experts)
+    blocks_of = (counts + rows - 1) // rows
+    last_block = jnp.cumsum(blocks_of)
+    first_row = (last_block - blocks_of) * rows
+    first_rank = jnp.cumsum(counts) - counts
+    row_in_order = first_row[in_order] + jnp.arange(assignments) - first_rank[in_order]
+    row_of = jnp.zeros(assignments, jnp.int32).at[order].set(row_in_order.astype(jnp.int32))
+    source = jnp.full(blocks * rows, assignments, jnp.int32).at[row_of].set(jnp.arange(assignments))
+    expert_of = jnp.searchsorted(last_block, jnp.arange(blocks), side="right")
+    expert_of = jnp.minimum(expert_of, num_experts - 1)  # blocks past the last one hold only padding
+
+    padded = _spread(x, source, row_of, choices).reshape(blocks, rows, -1)
+    outputs = ffn(padded, jax.tree.map(lambda w: w[expert_of], weights))
+    return _collect(outputs.reshape(blocks * rows, -1), source, row_of).reshape(tokens, choices, -1)
+
+
+# Both moves below are permutations with padding. XLA would differentiate a gather into a scatter-add, which
+# its CPU backend runs row by row; a permutation's transpose is the inverse permutation, again a gather.
+
+
+def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of `x`; zeros where the index is past its end (padding)."""
+    return x.at[rows].get(mode="fill", fill_value=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(x: jax.Array, source: jax.Array, row_of: jax.Array, choices: int) -> jax.Array:
+    return _take(x, source // choices)  # padding's source is T * K, so its token is T: past the end
+
+
+def _spread_forward(x: jax.Array, source: jax.Array, row_of: jax.Array, choices: int):
+    return _spread(x, source, row_of, choices), row_of
+
+
+def _spread_backward(choices: int, row_of: jax.Array, grad: jax.Array):
+    return grad[row_of].reshape(-1, choices, grad.shape[-1]).sum(1), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def _collect(rows: jax.Array, source: jax.Array, row_of: jax.Array) -> jax.Array:
+    return rows[row_of]
+
+
+def _collect_forward(rows: jax.Array, source: jax.Array, row_of: jax.Array):
+    return _collect(rows, source, row_of), source
+
+
+def _collect_backward(source: jax.Array, grad: jax.Array):
+    return _take(grad, source), None, None
+
+
+_collect.defvjp(_collect_forward, _collect_backward)

@@ -1,0 +1,192 @@
+"""Parts that every decoder family shares: norms, rotary embedding, attention with its cache, router, experts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layerscope_jax.config import ModelConfig
+from layerscope_jax.experts.compute import ExpertWeights, matmul
+
+PAD_POSITION = 2**30
+"""Position of a padding token: no query reaches it as a key, and no cache has a row for it."""
+
+
+class ExpertParam(nnx.Param):
+    """Weights of routed experts: the part of a model that may live in host memory.
+
+    `nnx.split(model, ExpertParam, ...)` parts them from everything else.
+    """
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer; row p of a sequence holds its position p."""
+
+    key: jax.Array  # [B, H_kv, P, D_head]
+    value: jax.Array  # [B, H_kv, P, D_head]
+
+
+class Routing(NamedTuple):
+    """What the router decides for T tokens."""
+
+    experts: jax.Array  # [T, K] int32, best first
+    weights: jax.Array  # [T, K] float32
+    logits: jax.Array  # [T, E] float32
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, scale: float = 0.02) -> jax.Array:
+    return (scale * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * scale` over the last axis, in float32."""
+
+    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones(size, dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        scale = jnp.broadcast_to(self.scale[...], x.shape)
+        return scale * wide.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """`x @ weight (+ bias)`."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.weight = nnx.Param(normal(rngs, (inputs, outputs), dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = matmul(x, self.weight[...])
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864), halves layout.
+
+    Args:
+        x: [B, S, H, D_head].
+        positions: [B, S] int32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)  # [B, S, 1, D_head / 2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention with grouped queries; scores and sums in float32.
+
+    Heads lead the matrix products, so that a cache kept head by head is read as it lies: written out here
+    because it is twice as fast on CPUs as `jax.nn.dot_product_attention`, which transposes.
+
+    Args:
+        query: [B, S, H, D_head].
+        key, value: [B, H_kv, P, D_head].
+        mask: [B, S, P] True where a query may see a key.
+
+    Returns:
+        [B, S, H * D_head].
+    """
+    batch, length, heads, size = query.shape
+    groups = heads // key.shape[1]
+    query = query.reshape(batch, length, -1, groups, size).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(batch, -1, groups * length, size)  # [B, H_kv, G * S, D_head]
+    scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=jnp.float32) * size**-0.5
+    scores = scores.reshape(batch, -1, groups, length, key.shape[2])
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = matmul(shares.reshape(batch, -1, groups * length, key.shape[2]), value)
+    mixed = mixed.reshape(batch, -1, groups, length, size).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, length, -1)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped queries, optional QK norm, clipping, biases and sliding window."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.config = config
+        width, size = config.hidden_size, config.head_dim
+        bias = config.attention_bias
+        queries, keys = config.num_heads * size, config.num_kv_heads * size
+        self.q = Linear(width, queries, bias=bias, rngs=rngs, dtype=dtype)
+        self.k = Linear(width, keys, bias=bias, rngs=rngs, dtype=dtype)
+        self.v = Linear(width, keys, bias=bias, rngs=rngs, dtype=dtype)
+        self.o = Linear(queries, width, bias=bias, rngs=rngs, dtype=dtype)
+        normed = {"none": None, "head": (size, size), "all": (queries, keys)}[config.qk_norm]
+        self.q_norm = RMSNorm(normed[0], config.norm_eps, dtype) if normed else None
+        self.k_norm = RMSNorm(normed[1], config.norm_eps, dtype) if normed else None
+
+    def __call__(
+        self, hidden: jax.Array, positions: jax.Array, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attends from `hidden` [B, S, D] at `positions` [B, S] to everything at or before them.
+
+        Without a cache the keys are the inputs' own. With one, the inputs' keys are first written at their
+        positions; positions past its end (`PAD_POSITION`) are dropped.
+        """
+        config = self.config
+        query = rotate(self._heads(self.q(hidden), self.q_norm), positions, config.rope_theta)
+        key = rotate(self._heads(self.k(hidden), self.k_norm), positions, config.rope_theta)
+        value = self._heads(self.v(hidden), None)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, H_kv, S, D_head]
+        key_positions = positions[:, None, :]  # [B, 1, S]
+        if cache is not None:
+            rows = jnp.arange(hidden.shape[0])[:, None]
+            cache = KVCache(
+                cache.key.at[rows, :, positions].set(key.swapaxes(1, 2), mode="drop"),
+                cache.value.at[rows, :, positions].set(value.swapaxes(1, 2), mode="drop"),
+            )
+            key, value = cache
+            key_positions = jnp.arange(key.shape[2])[None, None, :]
+        back = positions[:, :, None] - key_positions  # [B, S, P] how far back each key lies
+        mask = back >= 0
+        if config.sliding_window is not None:
+            mask &= back < config.sliding_window
+        return self.o(attend(query, key, value, mask)), cache
+
+    def _heads(self, x: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        """Normalises, clips and splits a projection [B, S, H * D_head] into heads."""
+        config = self.config
+        if norm is not None and config.qk_norm == "all":
+            x = norm(x)
+        if config.qkv_clip is not None:
+            x = jnp.clip(x, -config.qkv_clip, config.qkv_clip)
+        x = x.reshape(*x.shape[:2], -1, config.head_dim)
+        return norm(x) if norm is not None and config.qk_norm == "head" else x
+
+
+class Router(nnx.Module):
+    """Softmax over all experts, then the K best, their weights scaled to one where the config asks."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.config = config
+        self.weight = nnx.Param(normal(rngs, (config.hidden_size, config.num_experts), dtype))
+
+    def __call__(self, x: jax.Array) -> Routing:
+        """Routes `x` [T, D]."""
+        logits = matmul(x, self.weight[...]).astype(jnp.float32)
+        weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.experts_per_token)
+        if self.config.normalize_top_k:
+            weights /= weights.sum(-1, keepdims=True)
+        return Routing(experts, weights, logits)
+
+
+class Experts(nnx.Module):
+    """The routed experts of one layer, stacked: [E, D, F], [E, D, F], [E, F, D]."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        for name, shape in config.expert_shapes().items():
+            setattr(self, name, ExpertParam(normal(rngs, (config.num_experts, *shape), dtype)))
+
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(self.gate[...], self.up[...], self.down[...])
