@@ -1,0 +1,51 @@
+"""Run mixture-of-experts language models whose experts do not fit on the accelerator."""
+
+from layerscope_jax.checkpoints import Model, load, save
+from layerscope_jax.config import ModelConfig, OffloadConfig, parse_bytes
+from layerscope_jax.engine import Engine
+from layerscope_jax.experts.bank import ExpertBank
+from layerscope_jax.experts.transfers import TransferError
+from layerscope_jax.generation import Request, Result, Token
+from layerscope_jax.models import Decoder, ExpertParam
+from layerscope_jax.scheduling.baselines import POLICIES
+from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
+from layerscope_jax.scheduling.plan import (
+    ExpertId,
+    Geometry,
+    LayerPlan,
+    Observation,
+    Policy,
+    Replay,
+    load_plans,
+    save_plans,
+)
+from layerscope_jax.statistics import RunStats
+
+__all__ = [
+    "POLICIES",
+    "Decoder",
+    "Engine",
+    "ExpertBank",
+    "ExpertId",
+    "ExpertParam",
+    "Geometry",
+    "HardwareProfile",
+    "LayerPlan",
+    "Model",
+    "ModelConfig",
+    "Observation",
+    "OffloadConfig",
+    "Policy",
+    "Replay",
+    "Request",
+    "Result",
+    "RunStats",
+    "TimeTable",
+    "Token",
+    "TransferError",
+    "load",
+    "load_plans",
+    "parse_bytes",
+    "save",
+    "save_plans",
+]

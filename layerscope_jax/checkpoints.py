@@ -1,0 +1,225 @@
+"""A model in memory (`Model`), and its way from and to a Hugging Face folder (`load`, `save`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from tokenizers import Tokenizer
+
+from layerscope_jax.config import ModelConfig
+from layerscope_jax.experts.bank import ExpertBank, device_sharding
+from layerscope_jax.files import read_json, replace_files
+from layerscope_jax.models import FAMILIES, Decoder, ExpertParam, config_from_hf
+from layerscope_jax.models.naming import Naming, is_transposed
+from layerscope_jax.safetensors_io import (
+    DTYPES,
+    SINGLE,
+    StoredTensor,
+    cast,
+    dtype_named,
+    stored_tensors,
+    write_tensors,
+)
+
+PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model whose experts lie in host memory and everything else on the device.
+
+    Attributes:
+        config: its shape.
+        graphdef: of the whole `Decoder`; merge it with `dense | experts`, both pure dicts.
+        dense: every parameter but the routed experts', as a pure dict, on the device.
+        bank: the routed experts.
+        tokenizer: None where the checkpoint has no `tokenizer.json`.
+        path: the folder it came from, if any.
+
+    >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=1, num_heads=2,
+    ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, expert_hidden=4,
+    ...     normalize_top_k=True, qk_norm="all")
+    >>> model = Model.from_decoder(Decoder(config, rngs=nnx.Rngs(0)))
+    >>> sorted(model.dense), model.bank.total_bytes
+    (['embedding', 'head', 'layers', 'norm'], 1536)
+    """
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef
+    dense: dict[str, Any]
+    bank: ExpertBank
+    tokenizer: Tokenizer | None = None
+    path: Path | None = None
+
+    @classmethod
+    def from_decoder(cls, decoder: Decoder, tokenizer: Tokenizer | None = None) -> Model:
+        """Parts a decoder, one just trained say, into its dense parameters and a bank of its experts."""
+        graphdef, *states = nnx.split(decoder, ExpertParam, ...)
+        experts, dense = map(nnx.to_pure_dict, states)
+        stacks = experts["experts"]
+
+        @functools.lru_cache(maxsize=3)  # one layer's stacks, read back from the device once
+        def on_host(layer: int, matrix: str) -> np.ndarray:
+            return np.asarray(stacks[layer][matrix])
+
+        bank = ExpertBank.build(
+            decoder.config, lambda expert, matrix, shape: on_host(expert.layer, matrix)[expert.expert]
+        )
+        return cls(decoder.config, graphdef, dense, bank, tokenizer)
+
+    def whole(self) -> Decoder:
+        """The decoder with every expert resident on the device: the oracle of the engine's tests."""
+        layers = range(self.config.num_layers)
+        experts = {"experts": {layer: self.bank.stacked(layer)._asdict() for layer in layers}}
+        return nnx.merge(self.graphdef, self.dense | experts)
+
+
+def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | None = None) -> Model:
+    """Loads an OLMoE, Mixtral or Qwen3-MoE checkpoint as Hugging Face lays it out.
+
+    Experts go straight to pinned host memory, everything else to the device; beside them only one tensor is
+    in memory at a time.
+
+    Args:
+        folder: with `config.json`, one or more safetensors files, and `tokenizer.json` if there is one.
+        dtype: "float32", "bfloat16" or "float16" to convert to; None keeps what the checkpoint has.
+        device: where the dense parameters go, and beside which the experts lie; None for the default device.
+
+    Raises:
+        ValueError: if the folder is incomplete, damaged or not supported; wrong tensors are all named at once.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder with config.json and safetensors files, found none")
+    raw = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    try:
+        config = config_from_hf(raw, read_json(generation) if generation.exists() else None)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    stored = stored_tensors(folder)
+    naming = Naming.of(config)
+    naming.check(folder, stored)
+    stored = {name: stored[name] for name in naming.shapes}
+    target = dtype_named(dtype) if dtype is not None else _common_dtype(folder, stored.values(), raw)
+
+    with _progress(sum(tensor.size for tensor in stored.values())) as advance:
+
+        def read(name: str) -> np.ndarray:
+            array = cast(stored[name].read(), target, name)
+            advance(stored[name].size)
+            return array
+
+        sharding = device_sharding(device)
+        dense = {}
+        for name, path in naming.dense.items():
+            # JAX transposes on the way several times faster than NumPy would first.
+            array = read(name).T if is_transposed(path) else read(name)
+            dense[path] = jax.block_until_ready(jax.device_put(array, sharding))
+        names = naming.expert_names()
+        bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix]).T, device)
+    return Model(config, naming.graphdef, unflatten_dict(dense), bank, _tokenizer(folder), folder)
+
+
+def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None) -> None:
+    """Writes `config.json` and `model.safetensors` that `load` and transformers 5 or newer read.
+
+    Both are written under temporary names first, so that a failure leaves nothing half-written. A tokenizer's
+    files are not written: copy them into the folder.
+
+    Args:
+        model: of any family that `load` reads.
+        folder: made if needed; files of the same names are replaced.
+        dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the model's.
+
+    Raises:
+        ValueError: if the family cannot express the model, or the folder cannot be written.
+    """
+    model = model if isinstance(model, Model) else Model.from_decoder(model)
+    config, naming = model.config, Naming.of(model.config)
+    target = np.dtype(model.bank.dtype) if dtype is None else dtype_named(dtype)
+    settings = hf_config(config, target)
+    dense = flatten_dict(model.dense)
+
+    def value(name: str) -> np.ndarray:
+        if name in naming.experts:
+            expert, matrix = naming.experts[name]
+            array = np.asarray(getattr(model.bank[expert], matrix)).T
+        else:
+            path = naming.dense[name]
+            array = np.asarray(dense[path])
+            array = array.T if is_transposed(path) else array
+        return cast(array, target, name)
+
+    replace_files(
+        Path(folder),
+        {
+            SINGLE: lambda file: write_tensors(file, naming.shapes, target, value),
+            "config.json": lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"),
+        },
+    )
+
+
+def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
+    """The `config.json` of a model, with the keys of transformers 5.
+
+    Raises:
+        ValueError: naming the settings that its family cannot express.
+    """
+    family = FAMILIES[config.family]
+    settings = family.write_config(config)
+    read_back = dataclasses.asdict(family.read_config(settings))
+    lost = [
+        f"{key}={value!r} (it would become {read_back[key]!r})"
+        for key, value in dataclasses.asdict(config).items()
+        if value != read_back[key]
+    ]
+    if lost:
+        raise ValueError(f"{family.architecture} cannot express {', '.join(lost)}; choose another family")
+    named = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype.name}
+    return dict(sorted((settings | named).items()))
+
+
+def _common_dtype(folder: Path, stored: Iterable[StoredTensor], raw: Mapping[str, Any]) -> np.dtype:
+    """The dtype that all tensors have; where they differ, the one that `config.json` names."""
+    codes = {tensor.dtype for tensor in stored}
+    if len(codes) == 1:
+        return DTYPES[codes.pop()]
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    if not isinstance(named, str) or named not in {dtype.name for dtype in DTYPES.values()}:
+        raise ValueError(
+            f"{folder}: expected tensors of one dtype, or a dtype in config.json to convert them to, "
+            f"got {', '.join(sorted(codes))} and {named!r}; choose one with dtype="
+        )
+    return dtype_named(named)
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return None
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file}: expected a tokenizer, got {error}; download it again") from None
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes where there are many; what it gives counts bytes done."""
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=total < PROGRESS_FROM) as progress:
+        task = progress.add_task("loading", total=total)
+        yield lambda size: progress.advance(task, size)

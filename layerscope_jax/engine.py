@@ -1,0 +1,284 @@
+"""The engine: a model, a budget and a policy, ready to generate."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from layerscope_jax import calibration
+from layerscope_jax.checkpoints import Model
+from layerscope_jax.config import OffloadConfig, parse_bytes
+from layerscope_jax.experts.executors import HostExperts, WorkStats
+from layerscope_jax.experts.residency import Residency
+from layerscope_jax.experts.transfers import LinkStats, Transfers
+from layerscope_jax.generation import Request, Result, Running, Times, Token, encode_prompts, run_batch
+from layerscope_jax.layerwise import LayerByLayer
+from layerscope_jax.scheduling.baselines import POLICIES, Resident
+from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Policy
+from layerscope_jax.statistics import RunStats
+from layerscope_jax.whole import WholeModel, new_caches
+
+
+class Engine:
+    """Generates with a model whose experts live in host memory, within a budget of device memory.
+
+    Whatever the budget and the policy, the tokens are the same; only the time differs. An engine keeps what
+    is resident from one call to the next. It is a context manager; leaving it ends its threads.
+
+    Args:
+        model: from `layerscope_jax.load`.
+        config: budget, policy, numerics; the default keeps everything resident.
+        device: the accelerator; the first one of JAX if None.
+        host_device: the JAX CPU device that computes experts beside it. If None: the last CPU device, which
+            on a machine without accelerator is another one than `device` where JAX has two
+            (`jax.config.update("jax_num_cpu_devices", 2)` before its first use).
+        copy: how one array is put on the device; another than `jax.device_put` only to inject faults.
+
+    Raises:
+        ValueError: if the policy is unknown or the budget too small for it.
+
+    Example::
+
+        model = layerscope_jax.load("path/to/checkpoint")
+        engine = layerscope_jax.Engine(model, layerscope_jax.OffloadConfig(device_budget="2GiB", policy="lru"))
+        result = engine.generate(["Call me Ishmael.", "def main():"], max_new_tokens=64)
+        result.texts, result.tokens, result.stats
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: OffloadConfig | None = None,
+        *,
+        device: jax.Device | None = None,
+        host_device: jax.Device | None = None,
+        copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
+    ):
+        self.model = model
+        self.config = config = config or OffloadConfig()
+        self.device = device or jax.devices()[0]
+        bank = model.bank
+        self.budget_bytes = (
+            bank.total_bytes
+            if config.device_budget is None
+            else parse_bytes(config.device_budget, "device_budget")
+        )
+        policy = make_policy(config.policy)
+        # Where everything fits there is nothing to decide, unless the user decided otherwise.
+        fits = self.budget_bytes >= bank.total_bytes
+        everything = fits and isinstance(config.policy, str) and config.policy != "host-only"
+        self.runner: WholeModel | LayerByLayer
+        if everything and config.numerics == "fast":
+            self.policy: Policy = Resident()
+            self.runner = WholeModel(model)
+            return
+        self.policy = Resident() if everything else policy
+        bandwidth = None
+        if config.link_bandwidth is not None:
+            bandwidth = parse_bytes(config.link_bandwidth, "link_bandwidth")
+        residency = Residency(self.budget_bytes, bank.expert_bytes)
+        geometry = Geometry(
+            num_layers=model.config.num_layers,
+            num_experts=model.config.num_experts,
+            experts_per_token=model.config.experts_per_token,
+            expert_bytes=bank.expert_bytes,
+            slots=residency.slots,
+        )
+        host = HostExperts(bank, host_device or jax.devices("cpu")[-1])
+        profile = config.profile
+        if profile is None and self.policy.uses_costs:
+            profile = calibration.measure(bank, self.device, host, bandwidth)
+        state = self.policy.init(geometry, profile)
+        transfers = Transfers(bank, self.device, bandwidth, copy)
+        self.runner = LayerByLayer(model, self.policy, state, residency, transfers, host)
+        self._close = weakref.finalize(self, _close, transfers, host)
+        if everything:
+            self.runner.preload()
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int] | Request],
+        *,
+        batch_size: int = 32,
+        progress: bool = False,
+        record_plans: bool = False,
+        **settings: Any,
+    ) -> Result:
+        """Continues every prompt.
+
+        Args:
+            prompts: texts, lists of token ids, or `Request`s, in any mixture.
+            batch_size: how many run at once.
+            progress: whether to show a bar with the rate of tokens.
+            record_plans: whether to keep every layer's decision in the result.
+            **settings: of `Request`, for prompts that are not one: max_new_tokens, temperature, top_k, top_p,
+                seed, stop_tokens.
+
+        Raises:
+            ValueError: for an empty or too long prompt, naming each.
+            TransferError: if an expert could not be copied to the device.
+        """
+        requests = make_requests(prompts, settings)
+        plans: list[LayerPlan] = []
+        if isinstance(self.runner, LayerByLayer):
+            self.runner.record = plans.append if record_plans else None
+        self.runner.reset()
+        times = Times()
+        tokens: list[list[int]] = [[] for _ in requests]
+        finish = [""] * len(requests)
+        began = time.perf_counter()
+        with ExitStack() as stack:
+            bar = stack.enter_context(progress_bar()) if progress else None
+            task = bar.add_task("generating", total=sum(r.max_new_tokens for r in requests)) if bar else None
+            for event in self._stream(requests, batch_size, times):
+                tokens[event.request].append(event.token)
+                finish[event.request] = event.finish or ""
+                if bar is not None and task is not None:
+                    left = requests[event.request].max_new_tokens - len(tokens[event.request])
+                    bar.update(task, advance=1 + (left if event.finish else 0))
+        total_s = time.perf_counter() - began
+        return Result(
+            texts=[self._text(found, why) for found, why in zip(tokens, finish, strict=True)],
+            tokens=tokens,
+            finish=finish,
+            stats=self._stats(times, tokens, total_s),
+            plans=plans,
+        )
+
+    def stream(
+        self, prompts: Sequence[str | Sequence[int] | Request], *, batch_size: int = 32, **settings: Any
+    ) -> Iterator[Token]:
+        """As `generate`, but yields each `Token` when it is known; bad input is refused at once."""
+        requests = make_requests(prompts, settings)
+        self._encode(requests)
+        if isinstance(self.runner, LayerByLayer):
+            self.runner.record = None
+        return self._stream(requests, batch_size, Times())
+
+    def close(self) -> None:
+        """Ends the engine's threads."""
+        if isinstance(self.runner, LayerByLayer):
+            self._close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _encode(self, requests: Sequence[Request]) -> list[list[int]]:
+        config = self.model.config
+        return encode_prompts(requests, self.model.tokenizer, config.max_positions, config.vocab_size)
+
+    def _stream(self, requests: Sequence[Request], batch_size: int, times: Times) -> Iterator[Token]:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        prompts = self._encode(requests)
+        room = [self.model.config.max_positions - len(prompt) for prompt in prompts]
+        running = [
+            Running(index, request, prompt, min(request.max_new_tokens, left))
+            for index, (request, prompt, left) in enumerate(zip(requests, prompts, room, strict=True))
+        ]
+        if isinstance(self.runner, LayerByLayer):
+            self.runner.steps = 0
+        for start in range(0, len(running), batch_size):
+            yield from run_batch(
+                running[start : start + batch_size],
+                self.runner.step,
+                lambda rows, length: new_caches(self.model, rows, length, self.device),
+                self.model.config.stop_tokens,
+                self.model.tokenizer,
+                times,
+            )
+
+    def _text(self, tokens: list[int], finish: str) -> str:
+        if self.model.tokenizer is None:
+            return ""
+        return self.model.tokenizer.decode(tokens[:-1] if finish == "stop" else tokens)
+
+    def _stats(self, times: Times, tokens: list[list[int]], total_s: float) -> RunStats:
+        runner, meter = self.runner, self.runner.meter
+        new_tokens = sum(map(len, tokens))
+        link, host, device = LinkStats(), WorkStats(), WorkStats()
+        peak, wasted = self.model.bank.total_bytes, 0
+        if isinstance(runner, LayerByLayer):
+            link, host, device = (
+                runner.transfers.stats,
+                runner.host_experts.stats,
+                runner.device_experts.stats,
+            )
+            peak, wasted = runner.residency.peak_bytes, runner.residency.unused_prefetch_bytes()
+        rows = host.rows + device.rows
+        return RunStats(
+            policy=self.policy.name,
+            mode="layers" if isinstance(runner, LayerByLayer) else "whole",
+            budget_bytes=self.budget_bytes,
+            peak_expert_bytes=peak,
+            prompts=len(tokens),
+            prompt_tokens=times.prompt_tokens,
+            new_tokens=new_tokens,
+            total_s=total_s,
+            ttft_s=float(np.mean(times.first_token_s)) if times.first_token_s else 0.0,
+            tpot_s=float(np.mean(times.decode_s)) if times.decode_s else 0.0,
+            tokens_per_s=new_tokens / total_s,
+            device_share=meter.device_busy_s / total_s,
+            host_share=host.busy_s / total_s,
+            link_share=link.busy_s / total_s,
+            hit_rate=meter.expert_hits / meter.experts if meter.experts else 1.0,
+            token_hit_rate=meter.token_hits / meter.tokens if meter.tokens else 1.0,
+            bytes_demand=link.demand_bytes,
+            bytes_prefetch=link.prefetch_bytes,
+            bytes_moved=link.demand_bytes + link.prefetch_bytes,
+            bytes_wasted=wasted,
+            padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
+            dispatches=host.dispatches + device.dispatches,
+        )
+
+
+def make_policy(policy: str | Policy) -> Policy:
+    """A policy from its name, or the object itself.
+
+    Raises:
+        ValueError: with the names there are.
+    """
+    if not isinstance(policy, str):
+        return policy
+    if policy not in POLICIES:
+        raise ValueError(
+            f"policy must be one of {', '.join(sorted(POLICIES))} or a Policy object, got {policy!r}"
+        )
+    return POLICIES[policy]()
+
+
+def make_requests(
+    prompts: Sequence[str | Sequence[int] | Request], settings: dict[str, Any]
+) -> list[Request]:
+    """One `Request` a prompt.
+
+    Raises:
+        ValueError: if there is no prompt, or a lone string was given for a list of prompts.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(
+            f"prompts must be a list of prompts, got the string {prompts[:40]!r}; put it in a list"
+        )
+    if not len(prompts):
+        raise ValueError("prompts must hold at least one prompt, got an empty list")
+    return [p if isinstance(p, Request) else Request(prompt=p, **settings) for p in prompts]
+
+
+def progress_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, transient=True)
+
+
+def _close(transfers: Transfers, host: HostExperts) -> None:
+    transfers.close()
+    host.close()

@@ -1,0 +1,144 @@
+"""Where experts are computed: on the device, and beside it on the host. Same arithmetic, same buckets."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layerscope_jax.experts.bank import ExpertBank
+from layerscope_jax.experts.compute import ExpertWeights, ffn
+from layerscope_jax.experts.grouping import Group, next_power
+from layerscope_jax.scheduling.plan import ExpertId
+
+
+@dataclass
+class WorkStats:
+    """What an executor did since the last reset."""
+
+    busy_s: float = 0.0
+    experts: int = 0
+    tokens: int = 0
+    rows: int = 0  # computed, padding counted
+    dispatches: int = 0
+
+    def count(self, group: Group) -> None:
+        self.experts += len(set(group.experts))
+        self.tokens += group.rows
+        self.rows += group.slots.size
+        self.dispatches += 1
+
+
+def _rows(inputs: jax.Array, slots: jax.Array, weights: tuple[ExpertWeights, ...], choices: int) -> jax.Array:
+    """N experts of M rows each, unrolled: [T, D], [N, M] -> [N * M, D]."""
+    token = jnp.minimum(slots // choices, inputs.shape[0] - 1)  # padding reads any row
+    return jnp.concatenate([ffn(inputs[token[i]], expert) for i, expert in enumerate(weights)])
+
+
+grouped_rows = functools.partial(jax.jit, static_argnames="choices")(_rows)
+
+
+@functools.partial(jax.jit, static_argnames="choices", donate_argnames="outputs")
+def grouped_ffn(
+    outputs: jax.Array, inputs: jax.Array, slots: jax.Array, weights: tuple[ExpertWeights, ...], choices: int
+) -> tuple[jax.Array, jax.Array]:
+    """Computes N experts and writes their rows into `outputs` [T * K + 1, D], which is donated.
+
+    Also returns one number of the result: it is ready when the whole result is, and may be waited for after
+    `outputs` has been donated on.
+    """
+    rows = _rows(inputs, slots, weights, choices)
+    outputs = outputs.at[slots.reshape(-1)].set(rows)
+    return outputs, rows[-1, 0]
+
+
+@functools.partial(jax.jit, donate_argnames="outputs")
+def place_rows(outputs: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
+    """Writes rows [R, D] that the host computed into `outputs` [T * K + 1, D]."""
+    return outputs.at[slots].set(rows)
+
+
+class DeviceExperts:
+    """Computes experts whose weights are in device memory; asynchronous."""
+
+    def __init__(self) -> None:
+        self.stats = WorkStats()
+
+    def run(
+        self,
+        outputs: jax.Array,
+        inputs: jax.Array,
+        groups: Iterable[Group],
+        weights: Callable[[int], ExpertWeights],
+        choices: int,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Dispatches `groups`; returns the outputs and a number that is ready when they are."""
+        done = None
+        for group in groups:
+            self.stats.count(group)
+            arrays = tuple(weights(expert) for expert in group.experts)
+            outputs, done = grouped_ffn(outputs, inputs, group.slots, arrays, choices)
+        return outputs, done
+
+
+class HostExperts:
+    """Computes experts on the host's CPU, straight from the bank's buffers, on a thread of its own.
+
+    Args:
+        bank: the host tier.
+        device: the JAX CPU device to compute on; another one than the device tier's, if that is a CPU too,
+            so that the two do not queue behind each other.
+    """
+
+    def __init__(self, bank: ExpertBank, device: jax.Device):
+        self.bank = bank
+        self.device = device
+        self.stats = WorkStats()
+        self._weights: dict[ExpertId, ExpertWeights] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
+
+    def start(
+        self, layer: int, inputs: jax.Array, groups: list[Group], choices: int
+    ) -> Future[tuple[np.ndarray, np.ndarray]]:
+        """Begins to compute `groups` of `layer`; the result is slots [R] and rows [R, D], R a power of two."""
+        return self._thread.submit(self._run, layer, inputs, groups, choices)
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _run(
+        self, layer: int, inputs: jax.Array, groups: list[Group], choices: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        began = time.perf_counter()
+        local = jax.device_put(np.asarray(inputs), self.device)
+        parts = []
+        for group in groups:
+            self.stats.count(group)
+            arrays = tuple(self._expert(ExpertId(layer, expert)) for expert in group.experts)
+            parts.append(grouped_rows(local, group.slots, arrays, choices))
+        total = sum(group.slots.size for group in groups)
+        # Rounded up so that placing the rows compiles for few shapes; the rest goes where nobody reads.
+        slots = np.full(next_power(total), len(local) * choices, np.int32)
+        rows = np.zeros((len(slots), local.shape[1]), local.dtype)
+        start = 0
+        for group, part in zip(groups, parts, strict=True):
+            end = start + group.slots.size
+            slots[start:end] = group.slots.reshape(-1)
+            rows[start:end] = np.asarray(part)
+            start = end
+        self.stats.busy_s += time.perf_counter() - began
+        return slots, rows
+
+    def _expert(self, expert: ExpertId) -> ExpertWeights:
+        """The bank's buffers as arrays of the host's CPU device: the same memory, not a copy."""
+        found = self._weights.get(expert)
+        if found is None:
+            found = ExpertWeights(*(jax.device_put(view, self.device) for view in self.bank.views(expert)))
+            self._weights[expert] = found
+        return found

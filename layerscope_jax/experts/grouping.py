@@ -1,0 +1,121 @@
+"""Which rows go to which expert: from a router's choices to a few products of bounded shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_ROWS, MAX_ROWS = 2, 128
+"""Row buckets are the powers of two between them. XLA's CPU product is slow with one row; past 128 rows an
+expert's weights are read often enough per row, and more buckets would only mean more programs."""
+
+GROUP_SIZES = (16, 4, 1)
+"""Experts in one dispatch. The largest hides the cost of dispatching; each is a program of its own to compile,
+for each row bucket, so they are few."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts with equal row buckets, computed in one dispatch.
+
+    Attributes:
+        experts: N numbers within the layer; padding repeats the first.
+        slots: [N, M] int32 output rows `token * K + choice`; padding is T * K, a row that nobody reads.
+        rows: real rows among the N * M.
+    """
+
+    experts: tuple[int, ...]
+    slots: np.ndarray
+    rows: int
+
+
+class Assignments:
+    """A layer's tokens sorted by expert.
+
+    Args:
+        experts: [T, K] chosen experts.
+        active: [T] bool; rows of padding and of finished requests are no demand. None for all.
+
+    >>> assignments = Assignments(np.array([[3, 1], [3, 0]]))
+    >>> assignments.demand
+    {0: 1, 1: 1, 3: 2}
+    >>> assignments.slots(3)
+    array([0, 2], dtype=int32)
+    """
+
+    def __init__(self, experts: np.ndarray, active: np.ndarray | None = None):
+        self.choices = experts.shape[1]
+        self.total = experts.size
+        chosen = experts.reshape(-1)
+        order = np.argsort(chosen, kind="stable").astype(np.int32)
+        if active is not None and not active.all():
+            order = order[np.repeat(active, experts.shape[1])[order]]
+        ends = np.cumsum(np.bincount(chosen[order], minlength=1)).tolist()
+        starts = [0, *ends[:-1]]
+        self._order = order
+        self._spans = {e: (a, b) for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a}
+        self.demand = {expert: end - start for expert, (start, end) in self._spans.items()}
+
+    def slots(self, expert: int) -> np.ndarray:
+        """Output rows of an expert, in token order."""
+        start, end = self._spans[expert]
+        return self._order[start:end]
+
+    def groups(self, experts: Iterable[int]) -> list[Group]:
+        """Parts `experts` into dispatches.
+
+        An expert's rows are cut into full pieces of `MAX_ROWS` and one remainder in the smallest bucket that
+        holds it. This depends on nothing but its own token count, so its results have the same bits whatever
+        else is computed, wherever it is.
+        """
+        pieces: dict[int, list[tuple[int, np.ndarray]]] = {}
+        for expert in experts:
+            slots = self.slots(expert)
+            for start in range(0, len(slots), MAX_ROWS):
+                piece = slots[start : start + MAX_ROWS]
+                pieces.setdefault(row_bucket(len(piece)), []).append((expert, piece))
+        return [
+            self._group(bucket, part)
+            for bucket, found in sorted(pieces.items())
+            for part in dispatches(found)
+        ]
+
+    def _group(self, bucket: int, size: int, pieces: list[tuple[int, np.ndarray]]) -> Group:
+        slots = np.full((size, bucket), self.total, np.int32)
+        for index, (_, piece) in enumerate(pieces):
+            slots[index, : len(piece)] = piece
+        chosen = [expert for expert, _ in pieces]
+        chosen += chosen[:1] * (size - len(chosen))
+        return Group(tuple(chosen), slots, sum(len(piece) for _, piece in pieces))
+
+
+def row_bucket(tokens: int) -> int:
+    """The smallest bucket that holds `tokens` rows.
+
+    >>> [row_bucket(n) for n in (1, 2, 3, 100)]
+    [2, 2, 4, 128]
+    """
+    return max(MIN_ROWS, next_power(tokens))
+
+
+def next_power(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def dispatches(pieces: list) -> list[tuple[int, list]]:
+    """Cuts a list into (size, part): each size is filled at least to three quarters.
+
+    >>> [(size, len(part)) for size, part in dispatches(list(range(29)))]
+    [(16, 16), (16, 13)]
+    >>> [(size, len(part)) for size, part in dispatches(list(range(9)))]
+    [(4, 4), (4, 4), (1, 1)]
+    """
+    parts = []
+    while pieces:
+        size = next(size for size in GROUP_SIZES if len(pieces) >= 0.75 * size)
+        parts.append((size, pieces[:size]))
+        pieces = pieces[size:]
+    return parts

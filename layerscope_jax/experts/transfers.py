@@ -1,0 +1,276 @@
+"""The link (AsyncIO of the LayerScope paper): copies experts to the device on a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+
+from layerscope_jax.experts.bank import ExpertBank, device_sharding
+from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.scheduling.plan import ExpertId
+
+MATRICES = len(ExpertWeights._fields)
+ATTEMPTS = 3
+
+
+class TransferError(RuntimeError):
+    """A copy that a layer was waiting for failed, also when tried again."""
+
+
+@dataclass
+class LinkStats:
+    """What the link did since the last reset: seconds and bytes."""
+
+    busy_s: float = 0.0
+    demand_bytes: int = 0
+    prefetch_bytes: int = 0
+    dropped: int = 0
+    retries: int = 0
+    failed_prefetches: int = 0
+
+
+@dataclass(eq=False)
+class _Copy:
+    """One expert on its way, a matrix at a time."""
+
+    expert: ExpertId
+    demanded: bool
+    begun: int = 0
+    arrays: list[jax.Array] = field(default_factory=list)
+
+
+class _Chunk(NamedTuple):
+    """One matrix on the link."""
+
+    copy: _Copy
+    matrix: jax.Array
+    outcome: jax.Array | Exception  # what starting the copy gave
+    due: float  # when a link of the paced rate has carried it
+
+
+class Transfers:
+    """Copies experts from the bank into device memory, one matrix a chunk, demand before prefetch.
+
+    A chunk that has begun is finished. A prefetch chunk begins only when no demand waits and nothing else is
+    on the link, so a demand load waits for at most one prefetch chunk. Demand chunks overlap by one, which
+    hides the start of each copy. A failed chunk is tried again; an expert whose copy fails for good is left
+    where it was, and only whoever waits for it hears of it.
+
+    Args:
+        bank: where experts come from.
+        device: where they go.
+        bandwidth: bytes a second to pace copies to, or None. A paced chunk counts as arrived when its real
+            copy is done and its time on a link of that rate has passed.
+        copy: `(array, sharding) -> array`; `jax.device_put` outside of fault-injection tests.
+    """
+
+    def __init__(
+        self,
+        bank: ExpertBank,
+        device: jax.Device,
+        bandwidth: int | None = None,
+        copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
+    ):
+        self.bank = bank
+        self.bandwidth = bandwidth
+        self.stats = LinkStats()
+        self._copy = copy
+        self.sharding = device_sharding(device)
+        self._changed = threading.Condition()
+        self._demand: deque[_Copy] = deque()
+        self._prefetch: deque[_Copy] = deque()
+        self._begun: dict[ExpertId, _Copy] = {}
+        self._arrived: dict[ExpertId, ExpertWeights] = {}
+        self._failed: dict[ExpertId, Exception] = {}  # those that somebody waits for
+        self._lost: list[ExpertId] = []  # those that nobody waits for
+        self._closed = False
+        self._busy_since = 0.0
+        self._thread = threading.Thread(target=self._run, name="layerscope-link", daemon=True)
+        self._thread.start()
+
+    # ---- the engine's side -------------------------------------------------------------------------------
+
+    def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId]) -> None:
+        """Queues copies and returns at once.
+
+        A load that is queued or has begun as a prefetch is moved ahead; one that has arrived is left alone.
+        """
+        with self._changed:
+            for expert in load:
+                copy = self._begun.get(expert) or next(
+                    (c for c in self._prefetch if c.expert == expert), None
+                )
+                if copy is not None:
+                    copy.demanded = True
+                    if copy in self._prefetch:  # else its last matrix is on the link
+                        self._prefetch.remove(copy)
+                        self._demand.append(copy)
+                elif expert not in self._arrived:
+                    if expert in self._lost:  # failed as a prefetch, unnoticed until now
+                        self._lost.remove(expert)
+                    self._demand.append(_Copy(expert, demanded=True))
+            self._prefetch.extend(_Copy(expert, demanded=False) for expert in prefetch)
+            self._changed.notify_all()
+
+    def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
+        """Takes prefetches that have not begun off the queue where `stale(expert)`; returns them."""
+        with self._changed:
+            gone = [copy for copy in self._prefetch if not copy.begun and stale(copy.expert)]
+            for copy in gone:
+                self._prefetch.remove(copy)
+            self.stats.dropped += len(gone)
+            return [copy.expert for copy in gone]
+
+    def arrivals(self) -> tuple[dict[ExpertId, ExpertWeights], list[ExpertId]]:
+        """What has arrived since the last call, and which prefetches failed for good; does not wait."""
+        with self._changed:
+            arrived, self._arrived = self._arrived, {}
+            lost, self._lost = self._lost, []
+            return arrived, lost
+
+    def wait(self, wanted: Collection[ExpertId]) -> None:
+        """Returns when something has arrived.
+
+        Raises:
+            TransferError: if the copy of a wanted expert failed for good, or the engine was closed.
+        """
+        with self._changed:
+            while not self._arrived:
+                failed = next((expert for expert in wanted if expert in self._failed), None)
+                if failed is not None:
+                    raise TransferError(
+                        f"copying expert {failed.expert} of layer {failed.layer} to the device failed "
+                        f"{ATTEMPTS} times: {self._failed[failed]}"
+                    ) from self._failed[failed]
+                if self._closed:
+                    raise TransferError("the transfer engine was closed while a layer waited for an expert")
+                self._changed.wait()
+
+    def rest(self) -> None:
+        """Waits until the link has nothing left to do; demands that failed become prefetches that failed."""
+        with self._changed:
+            while not self._closed and (self._demand or self._prefetch or self._begun):
+                self._changed.wait()
+            self._lost.extend(self._failed)
+            self._failed.clear()
+
+    def close(self) -> None:
+        """Finishes the chunks on the link and ends the thread; queued copies are dropped."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # ---- the link's thread -------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        on_link: deque[_Chunk] = deque()
+        free = 0.0  # when the link, at its paced rate, is through with what it was given
+        while True:
+            with self._changed:
+                rested = False
+                while not (self._closed or on_link or self._demand or self._prefetch):
+                    rested = True
+                    self._changed.wait()
+                if self._closed and not on_link:
+                    return
+                copy = None if self._closed else self._next(len(on_link))
+            if copy is None:
+                # A link that turned out slower than the pace makes up for nothing later.
+                free = max(free, self._finish(on_link.popleft()))
+                continue
+            now = time.perf_counter()
+            if not on_link:
+                self._busy_since = now
+            matrix = self.bank[copy.expert][copy.begun]
+            copy.begun += 1
+            # Within a busy spell the next chunk follows on the link's own clock, not on the time at which
+            # this thread woke up: the average rate is the paced one.
+            free = (max(free, now) if rested else free) + (
+                matrix.nbytes / self.bandwidth if self.bandwidth else 0.0
+            )
+            try:
+                on_link.append(_Chunk(copy, matrix, self._copy(matrix, self.sharding), free))
+            except Exception as error:
+                on_link.append(_Chunk(copy, matrix, error, free))
+
+    def _next(self, on_link: int) -> _Copy | None:
+        """The copy whose next matrix may begin now; None to wait for the link first."""
+        if self._demand and on_link < 2:
+            queue = self._demand
+        elif self._prefetch and not self._demand and on_link == 0:
+            queue = self._prefetch
+        else:
+            return None
+        copy = queue[0]
+        self._begun[copy.expert] = copy
+        if copy.begun == MATRICES - 1:
+            queue.popleft()
+        return copy
+
+    def _finish(self, chunk: _Chunk) -> float:
+        """Waits until a chunk is across; hands the expert over with its last one. Returns when it was."""
+        copy = chunk.copy
+        try:
+            array = self._settle(chunk)
+        except Exception as error:
+            self._fail(copy, error)
+            return time.perf_counter()
+        across = time.perf_counter()
+        if self.bandwidth:
+            # Pacing only ever makes a finished copy later, as a slower link would.
+            while (early := chunk.due - time.perf_counter()) > 0:
+                time.sleep(early)
+        with self._changed:
+            now = time.perf_counter()
+            self.stats.busy_s += now - self._busy_since
+            self._busy_since = now
+            if copy.demanded:
+                self.stats.demand_bytes += array.nbytes
+            else:
+                self.stats.prefetch_bytes += array.nbytes
+            copy.arrays.append(array)
+            if len(copy.arrays) == MATRICES and self._begun.get(copy.expert) is copy:
+                del self._begun[copy.expert]
+                self._arrived[copy.expert] = ExpertWeights(*copy.arrays)
+                self._changed.notify_all()
+        return across
+
+    def _settle(self, chunk: _Chunk) -> jax.Array:
+        """The finished copy of a chunk, tried again where it failed."""
+        outcome = chunk.outcome
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                return outcome.block_until_ready()
+            except Exception:
+                if attempt == ATTEMPTS:
+                    raise
+                self.stats.retries += 1
+                try:
+                    outcome = self._copy(chunk.matrix, self.sharding)
+                except Exception as error:
+                    outcome = error
+        raise AssertionError("unreachable")
+
+    def _fail(self, copy: _Copy, error: Exception) -> None:
+        with self._changed:
+            if self._begun.get(copy.expert) is not copy:
+                return  # another chunk of this copy failed before
+            del self._begun[copy.expert]
+            for queue in (self._demand, self._prefetch):
+                if copy in queue:
+                    queue.remove(copy)
+            if copy.demanded:
+                self._failed[copy.expert] = error
+            else:
+                self.stats.failed_prefetches += 1
+                self._lost.append(copy.expert)
+            self._changed.notify_all()

@@ -1,0 +1,279 @@
+"""One step of an offloaded model, layer by layer: the sentence that deciding, books, moving and computing spell."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layerscope_jax.checkpoints import Model
+from layerscope_jax.experts.compute import combine
+from layerscope_jax.experts.executors import DeviceExperts, HostExperts, WorkStats, place_rows
+from layerscope_jax.experts.grouping import Assignments
+from layerscope_jax.experts.residency import Residency
+from layerscope_jax.experts.transfers import LinkStats, Transfers
+from layerscope_jax.models.decoder import Decoder, DecoderLayer
+from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.sampling import Sampling, sample
+from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, Policy, check_plan
+from layerscope_jax.statistics import Meter
+
+
+class LayerByLayer:
+    """Runs steps of a model whose experts live on the host, within a device budget.
+
+    Args:
+        model: the model.
+        policy: decides; its state begins at `state`.
+        residency, transfers, host_experts: the other rooms.
+
+    Attributes:
+        record: is given every plan, if not None.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: Policy,
+        state: Any,
+        residency: Residency,
+        transfers: Transfers,
+        host_experts: HostExperts,
+    ):
+        self.model = model
+        self.policy = policy
+        self.state = state
+        self.residency = residency
+        self.transfers = transfers
+        self.device_experts = DeviceExperts()
+        self.host_experts = host_experts
+        self.meter = Meter()
+        self.steps = 0
+        self.record: Callable[[LayerPlan], None] | None = None
+        self._outputs: dict[int, jax.Array] = {}
+        dense = model.dense
+        self._layers = [dense["layers"][index] for index in range(model.config.num_layers)]
+        self._ends = {key: value for key, value in dense.items() if key != "layers"}
+        self._compile()
+
+    def _compile(self) -> None:
+        """Builds the jitted parts; every layer shares the same programs."""
+        config, dtype = self.model.config, self.model.bank.dtype
+        abstract = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0), dtype=dtype))
+        layer_graph, _ = nnx.split(abstract)
+        hollow = nnx.eval_shape(lambda: Decoder(replace(config, num_layers=0), rngs=nnx.Rngs(0), dtype=dtype))
+        ends_graph, ends_state = nnx.split(hollow)
+        empty = {key: {} for key in ("layers", "experts") if key in nnx.to_pure_dict(ends_state)}
+
+        @jax.jit
+        def embed(ends, tokens):
+            return nnx.merge(ends_graph, ends | empty).embed(tokens)
+
+        @functools.partial(jax.jit, donate_argnames="cache")
+        def attend_and_route(layer, hidden, positions, cache):
+            hidden, inputs, routing, cache = nnx.merge(layer_graph, layer).attend_and_route(
+                hidden, positions, cache
+            )
+            return hidden, inputs, routing.experts, routing.weights, cache
+
+        @jax.jit
+        def add_experts(hidden, outputs, weights):
+            tokens, choices = weights.shape
+            parts = outputs[:-1].reshape(tokens, choices, -1)
+            return combine(hidden.reshape(tokens, -1), parts, weights).reshape(hidden.shape)
+
+        @jax.jit
+        def finish(ends, hidden, positions, last, sampling):
+            rows = jnp.arange(hidden.shape[0])
+            logits = nnx.merge(ends_graph, ends | empty).logits(hidden[rows, last])
+            return sample(logits, positions[rows, last] + 1, sampling), logits
+
+        self._embed, self._attend_and_route = embed, attend_and_route
+        self._add_experts, self._finish = add_experts, finish
+
+    def step(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        caches: list[KVCache],
+        sampling: Sampling | None,
+    ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+        """One forward pass: prefill (S > 1) or decode (S = 1).
+
+        Args:
+            tokens: [B, S] int32.
+            positions: [B, S] int32; `PAD_POSITION` marks padding and finished requests, which route nowhere.
+            last: [B] index in S of the token whose successor is wanted.
+            caches: one a layer; donated.
+            sampling: how the next tokens are picked, None for greedy.
+
+        Returns:
+            tokens: [B] the next tokens.
+            logits: [B, V] float32.
+            caches: with the new keys and values.
+
+        Raises:
+            TransferError: if an expert that is needed on the device could not be copied there.
+            ValueError: if the policy's plan is not one (see `check_plan`).
+        """
+        phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
+        active = (positions != PAD_POSITION).reshape(-1)
+        caches = list(caches)
+        began = time.perf_counter()
+        try:
+            hidden = self._embed(self._ends, tokens)
+            for layer in range(len(self._layers)):
+                hidden, caches[layer], began = self._layer(
+                    layer, phase, hidden, positions, active, caches[layer], began
+                )
+            found, logits = self._finish(self._ends, hidden, positions, last, sampling)
+        except BaseException:
+            self.settle()
+            raise
+        found.block_until_ready()  # the caller reads it next in any case
+        self.meter.device_busy_s += time.perf_counter() - began
+        self.steps += 1
+        return found, logits, caches
+
+    def _layer(
+        self,
+        layer: int,
+        phase: Phase,
+        hidden: jax.Array,
+        positions: np.ndarray,
+        active: np.ndarray,
+        cache: KVCache,
+        began: float,
+    ) -> tuple[jax.Array, KVCache, float]:
+        """One layer. `began` is when the device was given the work it is at; returns when it got its next."""
+        hidden, inputs, experts, weights, cache = self._attend_and_route(
+            self._layers[layer], hidden, positions, cache
+        )
+        chosen = np.asarray(experts)  # [T, K]: the only read-back of the layer
+        self.meter.device_busy_s += time.perf_counter() - began
+        rows = Assignments(chosen, active)
+
+        plan = self._decide(layer, phase, rows)
+        host = None
+        if plan.host:
+            host = self.host_experts.start(layer, inputs, rows.groups(plan.host), rows.choices)
+
+        began = time.perf_counter()
+        outputs = self._take_outputs(chosen.size, hidden)
+        resident = self.residency.resident
+        missing = [e for e in plan.device if ExpertId(layer, e) not in resident]
+        here = [e for e in plan.device if e not in missing]
+        outputs, done = self._on_device(outputs, inputs, layer, rows, here)
+        while missing:
+            self._await(done, began)
+            self.transfers.wait([ExpertId(layer, e) for e in missing])
+            began = time.perf_counter()
+            self._absorb()
+            here = [e for e in missing if ExpertId(layer, e) in resident]
+            missing = [e for e in missing if e not in here]
+            outputs, done = self._on_device(outputs, inputs, layer, rows, here)
+        if host is not None:
+            self._await(done, began)
+            slots, values = host.result()
+            began = time.perf_counter()
+            outputs = place_rows(outputs, slots, values)
+        hidden = self._add_experts(hidden, outputs, weights)
+        self._outputs[chosen.size] = outputs
+        return hidden, cache, began
+
+    def _decide(self, layer: int, phase: Phase, rows: Assignments) -> LayerPlan:
+        """Asks the policy, checks its plan and carries out what it says of memory and the link."""
+        residency = self.residency
+        self._absorb()
+        seen = Observation(
+            step=self.steps,
+            layer=layer,
+            phase=phase,
+            demand=rows.demand,
+            resident=residency.resident,
+            in_flight=residency.coming,
+        )
+        state, plan = self.policy.plan(self.state, seen)
+        check_plan(plan, seen, residency.slots)
+        self.state = state
+        self.meter.count(seen)
+        if self.record is not None:
+            self.record(plan)
+        # This layer's turn has come: what was queued for it in vain is not worth beginning any more.
+        wanted = {ExpertId(layer, expert) for expert in plan.device}
+        for expert in self.transfers.drop(lambda e: e.layer == layer and e not in wanted):
+            residency.release(expert)
+        for expert in plan.evict:
+            residency.evict(expert)
+        for expert in plan.load:
+            residency.reserve(expert, prefetched=False)
+        for expert in plan.prefetch:
+            residency.reserve(expert, prefetched=True)
+        promoted = [
+            expert for expert in sorted(wanted) if expert in residency.coming and expert not in plan.load
+        ]
+        self.transfers.submit([*promoted, *plan.load], plan.prefetch)
+        return plan
+
+    def _absorb(self) -> None:
+        """Enters what the link has brought, or lost, since the last time into the books."""
+        arrived, lost = self.transfers.arrivals()
+        for expert, weights in arrived.items():
+            self.residency.arrive(expert, weights)
+        for expert in lost:
+            self.residency.release(expert)
+
+    def _on_device(
+        self, outputs: jax.Array, inputs: jax.Array, layer: int, rows: Assignments, experts: list[int]
+    ) -> tuple[jax.Array, jax.Array | None]:
+        return self.device_experts.run(
+            outputs,
+            inputs,
+            rows.groups(experts),
+            lambda expert: self.residency.use(ExpertId(layer, expert)),
+            rows.choices,
+        )
+
+    def _await(self, done: jax.Array | None, began: float) -> None:
+        """Before waiting for the host or the link: lets the device finish, to know how long it was busy."""
+        if done is not None:
+            done.block_until_ready()
+            self.meter.device_busy_s += time.perf_counter() - began
+
+    def _take_outputs(self, assignments: int, hidden: jax.Array) -> jax.Array:
+        """The rows of the layer before, to be overwritten; rows of inactive tokens keep old values."""
+        found = self._outputs.pop(assignments, None)
+        if found is None:
+            found = jnp.zeros((assignments + 1, hidden.shape[-1]), hidden.dtype)
+        return found
+
+    def settle(self) -> None:
+        """After a failure: lets the link come to rest and the books agree with it."""
+        for expert in self.transfers.drop(lambda expert: True):
+            self.residency.release(expert)
+        self.transfers.rest()
+        self._absorb()
+        self._outputs.clear()
+
+    def preload(self) -> None:
+        """Puts every expert on the device, ahead of all work and past the link's pace."""
+        for expert in self.model.bank:
+            self.residency.reserve(expert, prefetched=False)
+            self.residency.arrive(expert, jax.device_put(self.model.bank[expert], self.transfers.sharding))
+
+    def reset(self) -> None:
+        """Begins the statistics anew; what is resident stays."""
+        self.meter = Meter()
+        self.transfers.stats = LinkStats()
+        self.device_experts.stats = WorkStats()
+        self.host_experts.stats = WorkStats()
+        self.residency.wasted_bytes = 0
+        self.residency.peak_bytes = self.residency.used_bytes

@@ -1,0 +1,205 @@
+"""What a family of models is (`Family`), and how its Hugging Face `config.json` is read (`ConfigReader`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from layerscope_jax.config import ModelConfig
+
+REQUIRED: Any = object()  # the default of a setting that must be given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One Hugging Face architecture: its settings and its weight names.
+
+    Attributes:
+        architecture: HF's class name, as in `architectures` of `config.json`.
+        model_type: HF's short name, and `ModelConfig.family`.
+        read_config: `config.json` as a dict -> ModelConfig; ValueError names everything wrong at once.
+        write_config: the reverse, without `architectures`, `model_type` and `dtype`.
+        weights: HF tensor name -> dotted path of the parameter in a `Decoder`; `{layer}` stands for each
+            layer. Names of parameters that a config does not have (biases, a tied head) are passed over.
+        experts: "gate", "up" and "down" -> HF tensor name with `{layer}` and `{expert}`.
+    """
+
+    architecture: str
+    model_type: str
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    weights: Mapping[str, str]
+    experts: Mapping[str, str]
+
+
+WEIGHTS = {
+    "model.embed_tokens.weight": "embedding",
+    "model.layers.{layer}.input_layernorm.weight": "layers.{layer}.attention_norm.scale",
+    "model.layers.{layer}.self_attn.q_proj.weight": "layers.{layer}.attention.q.weight",
+    "model.layers.{layer}.self_attn.k_proj.weight": "layers.{layer}.attention.k.weight",
+    "model.layers.{layer}.self_attn.v_proj.weight": "layers.{layer}.attention.v.weight",
+    "model.layers.{layer}.self_attn.o_proj.weight": "layers.{layer}.attention.o.weight",
+    "model.layers.{layer}.post_attention_layernorm.weight": "layers.{layer}.moe_norm.scale",
+    "model.norm.weight": "norm.scale",
+    "lm_head.weight": "head",
+}
+"""Names that every family here shares."""
+
+QK_NORMS = {
+    "model.layers.{layer}.self_attn.q_norm.weight": "layers.{layer}.attention.q_norm.scale",
+    "model.layers.{layer}.self_attn.k_norm.weight": "layers.{layer}.attention.k_norm.scale",
+}
+
+BIASES = {
+    "model.layers.{layer}.self_attn.q_proj.bias": "layers.{layer}.attention.q.bias",
+    "model.layers.{layer}.self_attn.k_proj.bias": "layers.{layer}.attention.k.bias",
+    "model.layers.{layer}.self_attn.v_proj.bias": "layers.{layer}.attention.v.bias",
+    "model.layers.{layer}.self_attn.o_proj.bias": "layers.{layer}.attention.o.bias",
+}
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive(value: Any) -> bool:
+    return (_whole(value) or isinstance(value, float)) and value > 0
+
+
+class ConfigReader:
+    """Reads settings one by one, keeps what is wrong, and says all of it at once.
+
+    A setting may go by several keys; the first that is present and not null counts. A reading that fails
+    gives a harmless stand-in, so that the next ones can still be checked; `check` then raises.
+
+    >>> reader = ConfigReader({"hidden_size": 64, "num_hidden_layers": "two"})
+    >>> reader.integer("hidden_size"), reader.integer("num_key_value_heads", default=4)
+    (64, 4)
+    >>> reader.integer("num_hidden_layers"), reader.integer("num_experts", "num_local_experts")
+    (1, 1)
+    >>> reader.check()  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: missing: num_experts (or num_local_experts); num_hidden_layers: expected a whole number, ...
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = config
+        self.missing: list[str] = []
+        self.problems: list[str] = []
+
+    def integer(self, *keys: str, default: Any = REQUIRED) -> Any:
+        """A positive whole number, or `default`."""
+        return self._read(keys, default, lambda v: _whole(v) and v > 0, "a whole number, at least 1", 1)
+
+    def number(self, *keys: str, default: Any = REQUIRED) -> Any:
+        """A positive number, or `default`."""
+        return self._read(keys, default, _positive, "a number above 0", 1.0)
+
+    def flag(self, *keys: str, default: bool) -> bool:
+        return self._read(keys, default, lambda value: isinstance(value, bool), "true or false", False)
+
+    def expect(self, key: str, supported: Any, why: str) -> None:
+        """Objects to any other value than `supported` (or none at all) of a setting."""
+        value = self.config.get(key)
+        if value is not None and value != supported:
+            self.problems.append(f"{key}: expected {supported!r}, got {value!r}; {why}")
+
+    def rope_theta(self, default: float) -> float:
+        """Base of the rotary embedding, wherever this config's age puts it."""
+        # As in transformers 5: an old `rope_scaling` replaces `rope_parameters`, whose own `rope_theta` beats
+        # the one beside it.
+        name = "rope_scaling" if self.config.get("rope_scaling") else "rope_parameters"
+        rope = self.config.get(name) or {}
+        if not isinstance(rope, Mapping):
+            self.problems.append(f"{name}: expected an object or null, got {rope!r}")
+            rope = {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            self.problems.append(
+                f"{name}: expected rope_type 'default', got {kind!r}; scaled rotation is not supported"
+            )
+        theta = rope.get("rope_theta") or self.config.get("rope_theta")
+        if theta is not None and not _positive(theta):
+            self.problems.append(f"rope_theta: expected a number above 0, got {theta!r}")
+            theta = None
+        return default if theta is None else float(theta)
+
+    def stop_tokens(self) -> tuple[int, ...]:
+        """`eos_token_id`: an id, a list of them, or null."""
+        given = self.config.get("eos_token_id")
+        ids = [] if given is None else given if isinstance(given, list) else [given]
+        if not all(map(_whole, ids)):
+            self.problems.append(f"eos_token_id: expected a token id, a list of them or null, got {given!r}")
+            return ()
+        return tuple(ids)
+
+    def shared(self, *, theta: float, norm_eps: float, max_positions: int) -> dict[str, Any]:
+        """The settings that every family here has, given the class defaults in which they differ."""
+        self.expect("hidden_act", "silu", "other activations are not supported")
+        heads = self.integer("num_attention_heads")
+        hidden = self.integer("hidden_size")
+        head_dim = self.integer("head_dim", default=max(1, hidden // heads))
+        if head_dim % 2 and not (self.missing or self.problems):
+            self.problems.append(
+                f"head_dim: expected an even number (it is rotated in pairs), got {head_dim}"
+            )
+        return {
+            "vocab_size": self.integer("vocab_size"),
+            "hidden_size": hidden,
+            "num_layers": self.integer("num_hidden_layers"),
+            "num_heads": heads,
+            "head_dim": head_dim,
+            "num_experts": self.integer("num_experts", "num_local_experts"),
+            "experts_per_token": self.integer("num_experts_per_tok"),
+            "rope_theta": self.rope_theta(theta),
+            "max_positions": self.integer("max_position_embeddings", default=max_positions),
+            "norm_eps": self.number("rms_norm_eps", default=norm_eps),
+            "tie_embeddings": self.flag("tie_word_embeddings", default=False),
+            "stop_tokens": self.stop_tokens(),
+        }
+
+    def check(self) -> None:
+        """Raises ValueError if anything was missing or wrong."""
+        missing = [f"missing: {', '.join(self.missing)}"] if self.missing else []
+        if missing or self.problems:
+            raise ValueError("; ".join(missing + self.problems))
+
+    def _read(
+        self, keys: tuple[str, ...], default: Any, valid: Callable[[Any], bool], what: str, stand_in: Any
+    ) -> Any:
+        for key in keys:
+            value = self.config.get(key)
+            if value is None:
+                continue
+            if valid(value):
+                return value
+            self.problems.append(f"{key}: expected {what}, got {value!r}")
+            return stand_in
+        if default is REQUIRED:
+            others = f" (or {', '.join(keys[1:])})" if keys[1:] else ""
+            self.missing.append(keys[0] + others)
+            return stand_in
+        return default
+
+
+def write_shared(config: ModelConfig) -> dict[str, Any]:
+    """The settings that every family here has, as transformers 5 spells them."""
+    stops = config.stop_tokens
+    return {
+        "bos_token_id": None,
+        "eos_token_id": None if not stops else stops[0] if len(stops) == 1 else list(stops),
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "max_position_embeddings": config.max_positions,
+        "num_attention_heads": config.num_heads,
+        "num_experts_per_tok": config.experts_per_token,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "pad_token_id": None,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "tie_word_embeddings": config.tie_embeddings,
+        "vocab_size": config.vocab_size,
+    }

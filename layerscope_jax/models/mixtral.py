@@ -1,0 +1,45 @@
+"""Mixtral (arXiv 2401.04088): router weights always normalised, optional sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerscope_jax.config import ModelConfig
+from layerscope_jax.models.family import REQUIRED, WEIGHTS, ConfigReader, Family, write_shared
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    reader = ConfigReader(config)
+    shared = reader.shared(theta=1_000_000.0, norm_eps=1e-5, max_positions=131_072)
+    # An explicit null means as many as query heads. Left out, it would be Mixtral-8x7B's 8: better to ask.
+    kv_default = shared["num_heads"] if "num_key_value_heads" in config else REQUIRED
+    settings = {
+        "num_kv_heads": reader.integer("num_key_value_heads", default=kv_default),
+        "expert_hidden": reader.integer("intermediate_size"),
+        "sliding_window": reader.integer("sliding_window", default=None),
+    }
+    reader.check()
+    return ModelConfig(family="mixtral", normalize_top_k=True, **shared, **settings)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    return write_shared(config) | {
+        "intermediate_size": config.expert_hidden,
+        "num_local_experts": config.num_experts,
+        "sliding_window": config.sliding_window,
+    }
+
+
+MIXTRAL = Family(
+    architecture="MixtralForCausalLM",
+    model_type="mixtral",
+    read_config=read_config,
+    write_config=write_config,
+    weights=WEIGHTS | {"model.layers.{layer}.block_sparse_moe.gate.weight": "layers.{layer}.router.weight"},
+    experts={
+        "gate": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
+        "up": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
+        "down": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+    },
+)

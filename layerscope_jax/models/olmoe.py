@@ -1,0 +1,50 @@
+"""OLMoE (arXiv 2409.02060): queries and keys normalised over all heads together, optional clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerscope_jax.config import ModelConfig
+from layerscope_jax.models.family import BIASES, QK_NORMS, WEIGHTS, ConfigReader, Family, write_shared
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    reader = ConfigReader(config)
+    shared = reader.shared(theta=10_000.0, norm_eps=1e-5, max_positions=4096)
+    settings = {
+        "num_kv_heads": reader.integer("num_key_value_heads", default=shared["num_heads"]),
+        "expert_hidden": reader.integer("intermediate_size"),
+        "normalize_top_k": reader.flag("norm_topk_prob", default=False),
+        "qkv_clip": reader.number("clip_qkv", default=None),
+        "attention_bias": reader.flag("attention_bias", default=False),
+    }
+    reader.check()
+    return ModelConfig(family="olmoe", qk_norm="all", **shared, **settings)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    return write_shared(config) | {
+        "attention_bias": config.attention_bias,
+        "clip_qkv": config.qkv_clip,
+        "intermediate_size": config.expert_hidden,
+        "norm_topk_prob": config.normalize_top_k,
+        "num_experts": config.num_experts,
+    }
+
+
+OLMOE = Family(
+    architecture="OlmoeForCausalLM",
+    model_type="olmoe",
+    read_config=read_config,
+    write_config=write_config,
+    weights=WEIGHTS
+    | QK_NORMS
+    | BIASES
+    | {"model.layers.{layer}.mlp.gate.weight": "layers.{layer}.router.weight"},
+    experts={
+        "gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+        "up": "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+        "down": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+    },
+)

@@ -1,0 +1,56 @@
+"""Qwen3-MoE (arXiv 2505.09388): queries and keys normalised over each head, optional sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerscope_jax.config import ModelConfig
+from layerscope_jax.models.family import BIASES, QK_NORMS, WEIGHTS, ConfigReader, Family, write_shared
+from layerscope_jax.models.olmoe import OLMOE
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    reader = ConfigReader(config)
+    shared = reader.shared(theta=10_000.0, norm_eps=1e-6, max_positions=32_768)
+    reader.expect("decoder_sparse_step", 1, "layers without experts are not supported yet")
+    reader.expect("mlp_only_layers", [], "layers without experts are not supported yet")
+    window = None
+    if reader.flag("use_sliding_window", default=False):
+        # The class's default where the key is left out; an explicit null is no window.
+        window = reader.integer("sliding_window", default=None if "sliding_window" in config else 4096)
+    settings = {
+        "num_kv_heads": reader.integer("num_key_value_heads"),
+        "expert_hidden": reader.integer("moe_intermediate_size"),
+        "normalize_top_k": reader.flag("norm_topk_prob", default=False),
+        "attention_bias": reader.flag("attention_bias", default=False),
+        "sliding_window": window,
+    }
+    reader.check()
+    return ModelConfig(family="qwen3_moe", qk_norm="head", **shared, **settings)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    return write_shared(config) | {
+        "attention_bias": config.attention_bias,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": config.expert_hidden,
+        "norm_topk_prob": config.normalize_top_k,
+        "num_local_experts": config.num_experts,
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
+    }
+
+
+QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    read_config=read_config,
+    write_config=write_config,
+    weights=WEIGHTS
+    | QK_NORMS
+    | BIASES
+    | {"model.layers.{layer}.mlp.gate.weight": "layers.{layer}.router.weight"},
+    experts=OLMOE.experts,
+)

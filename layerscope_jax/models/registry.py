@@ -1,0 +1,54 @@
+"""The families that can be loaded, and which of them a `config.json` belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerscope_jax.config import ModelConfig
+from layerscope_jax.models.family import Family
+from layerscope_jax.models.mixtral import MIXTRAL
+from layerscope_jax.models.olmoe import OLMOE
+from layerscope_jax.models.qwen3_moe import QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (OLMOE, MIXTRAL, QWEN3_MOE)}
+"""Every family, by `ModelConfig.family`."""
+
+
+def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """A model's shape from its Hugging Face `config.json`, of transformers 4 or 5.
+
+    Args:
+        config: the contents of `config.json`.
+        generation: those of `generation_config.json`; its `eos_token_id`, where it has one, decides which
+            tokens end a generation.
+
+    Raises:
+        ValueError: naming everything that is missing, malformed or not supported.
+
+    >>> config_from_hf({"architectures": ["LlamaForCausalLM"]})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: expected one of the architectures OlmoeForCausalLM, ...
+    """
+    family = _family_of(config)
+    if generation is not None and "eos_token_id" in generation:
+        config = {**config, "eos_token_id": generation["eos_token_id"]}
+    try:
+        return family.read_config(config)
+    except ValueError as error:
+        raise ValueError(f"cannot use this config of {family.architecture}: {error}") from None
+
+
+def _family_of(config: Mapping[str, Any]) -> Family:
+    """By `architectures`, or by `model_type` where there are none."""
+    architectures = config.get("architectures")
+    for family in FAMILIES.values():
+        if family.architecture in (architectures or ()):
+            return family
+        if not architectures and family.model_type == config.get("model_type"):
+            return family
+    supported = ", ".join(family.architecture for family in FAMILIES.values())
+    found = f"{architectures!r} (model_type {config.get('model_type')!r})"
+    raise ValueError(
+        f"expected one of the architectures {supported}, got {found}; other models are not supported"
+    )

@@ -1,0 +1,210 @@
+"""The vocabulary of deciding: what a policy sees (`Observation`), what it answers (`LayerPlan`)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from layerscope_jax.scheduling.costs import HardwareProfile
+
+Phase = Literal["prefill", "decode"]
+
+
+class ExpertId(NamedTuple):
+    """A routed expert: its layer and its number there."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """What a policy must know of a model.
+
+    Attributes:
+        num_layers, num_experts, experts_per_token: L, E, K.
+        expert_bytes: of one expert.
+        slots: how many experts the device budget holds, copies on their way counted.
+    """
+
+    num_layers: int
+    num_experts: int
+    experts_per_token: int
+    expert_bytes: int
+    slots: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What is known when one layer of one step is planned.
+
+    Attributes:
+        step: 0 for prefill, then the number of the decode step.
+        layer: the layer about to be computed.
+        phase: "prefill" or "decode".
+        demand: expert -> tokens routed to it, for the active experts of this layer.
+        resident: experts in device memory, of all layers.
+        in_flight: experts whose copy to the device is queued or has begun.
+    """
+
+    step: int
+    layer: int
+    phase: Phase
+    demand: Mapping[int, int]
+    resident: Collection[ExpertId]
+    in_flight: Collection[ExpertId]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One layer's decision. Saved, compared and replayed as it is.
+
+    Attributes:
+        step, layer: what it is for.
+        device: active experts computed on the device.
+        host: active experts computed by the host; with `device`, each active expert exactly once.
+        evict: experts that leave the device before anything is loaded.
+        load: experts of `device` that must be copied now, first needed first.
+        prefetch: experts of later layers to copy when no demand waits, most valuable first.
+    """
+
+    step: int
+    layer: int
+    device: tuple[int, ...] = ()
+    host: tuple[int, ...] = ()
+    evict: tuple[ExpertId, ...] = ()
+    load: tuple[ExpertId, ...] = ()
+    prefetch: tuple[ExpertId, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> LayerPlan:
+        ids = {key: tuple(ExpertId(*pair) for pair in record[key]) for key in ("evict", "load", "prefetch")}
+        experts = {key: tuple(record[key]) for key in ("device", "host")}
+        return cls(step=record["step"], layer=record["layer"], **experts, **ids)
+
+
+class Policy(Protocol):
+    """Decides where each active expert is computed and what moves. Pure: no clock, no arrays, no device.
+
+    The state is the policy's own; the engine only hands it from one call to the next.
+
+    Attributes:
+        name: as in statistics and tables.
+        uses_costs: whether `init` needs a measured `HardwareProfile`.
+    """
+
+    name: str
+    uses_costs: bool
+
+    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> Any:
+        """The first state. Raises ValueError if the budget is too small for this policy."""
+
+    def plan(self, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
+        """Decides one layer of one step."""
+
+
+def check_plan(plan: LayerPlan, seen: Observation, slots: int) -> None:
+    """Refuses a plan that could not give the right output or would not fit.
+
+    Raises:
+        ValueError: if an active expert is not computed exactly once, a device expert is neither resident nor
+            loaded, something needed or absent is evicted, something present is loaded, or more than `slots`
+            experts would be on the device or on their way.
+    """
+    where = f"plan for step {plan.step}, layer {plan.layer}"
+
+    def refuse(what: str, experts: Iterable) -> None:
+        found = sorted(experts)
+        if found:
+            raise ValueError(f"{where}: {what}: {found}")
+
+    if (plan.step, plan.layer) != (seen.step, seen.layer):
+        raise ValueError(f"{where} was given for step {seen.step}, layer {seen.layer}")
+    chosen = set(plan.device) | set(plan.host)
+    refuse("active experts computed nowhere", seen.demand.keys() - chosen)
+    refuse("experts computed without demand", chosen - seen.demand.keys())
+    if len(chosen) < len(plan.device) + len(plan.host):
+        refuse("experts computed more than once", Counter(plan.device + plan.host) - Counter(chosen))
+
+    # Only what the plan names is looked up: the sets of resident experts may be large.
+    evicted, loaded, prefetched = set(plan.evict), set(plan.load), set(plan.prefetch)
+    device = {ExpertId(plan.layer, e) for e in plan.device}
+
+    def present(expert: ExpertId) -> bool:
+        return (expert in seen.resident and expert not in evicted) or expert in seen.in_flight
+
+    refuse("evicted, though not resident", (e for e in evicted if e not in seen.resident))
+    refuse("evicted, though computed on the device in this layer", evicted & device)
+    refuse("loaded, though not computed on the device in this layer", loaded - device)
+    refuse("loaded, though present", (e for e in loaded if present(e)))
+    refuse("prefetched, though present", (e for e in prefetched if present(e) or e in loaded))
+    refuse(
+        "computed on the device, but neither present nor loaded",
+        (e for e in device - loaded if not present(e)),
+    )
+    if len(loaded) < len(plan.load) or len(prefetched) < len(plan.prefetch):
+        raise ValueError(f"{where}: an expert is copied twice")
+    needed = len(seen.resident) + len(seen.in_flight) - len(evicted) + len(loaded) + len(prefetched)
+    if needed > slots:
+        raise ValueError(f"{where}: needs room for {needed} experts, the budget holds {slots}")
+
+
+def save_plans(plans: Iterable[LayerPlan], path: str | Path) -> None:
+    """Writes plans as JSON lines, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        for plan in plans:
+            file.write(json.dumps(plan.to_json()) + "\n")
+    os.replace(temporary, path)
+
+
+def load_plans(path: str | Path) -> list[LayerPlan]:
+    """Reads plans written by `save_plans`.
+
+    Raises:
+        ValueError: naming the line that is not a plan.
+    """
+    plans = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            plans.append(LayerPlan.from_json(json.loads(line)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected a plan as `save_plans` writes it, got {line[:80]!r}"
+            ) from error
+    return plans
+
+
+class Replay:
+    """Repeats recorded plans: the same decisions, whatever policy took them.
+
+    >>> plan = LayerPlan(step=0, layer=0, host=(2,))
+    >>> replay = Replay([plan])
+    >>> replay.plan(replay.init(None, None), Observation(step=0, layer=0, phase="prefill", demand={2: 1},
+    ...     resident=(), in_flight=()))[1] is plan
+    True
+    """
+
+    name = "replay"
+    uses_costs = False
+
+    def __init__(self, plans: Iterable[LayerPlan]):
+        self.plans = {(plan.step, plan.layer): plan for plan in plans}
+
+    def init(self, geometry: Geometry | None, profile: HardwareProfile | None) -> None:
+        return None
+
+    def plan(self, state: None, seen: Observation) -> tuple[None, LayerPlan]:
+        try:
+            return None, self.plans[seen.step, seen.layer]
+        except KeyError:
+            raise ValueError(f"the recorded plans end before step {seen.step}, layer {seen.layer}") from None

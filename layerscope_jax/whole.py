@@ -1,0 +1,62 @@
+"""Everything resident: one step of the whole model as one jitted function."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layerscope_jax.checkpoints import Model
+from layerscope_jax.models.decoder import Decoder
+from layerscope_jax.models.layers import KVCache
+from layerscope_jax.sampling import Sampling, sample
+from layerscope_jax.statistics import Meter
+
+
+def new_caches(model: Model, rows: int, length: int, device: jax.Device) -> list[KVCache]:
+    """Empty caches for `rows` sequences of up to `length` positions, one a layer."""
+    config = model.config
+    shape = (rows, config.num_kv_heads, length, config.head_dim)
+    zeros = functools.partial(jnp.zeros, shape, model.bank.dtype, device=device)
+    return [KVCache(zeros(), zeros()) for _ in range(config.num_layers)]
+
+
+class WholeModel:
+    """Runs steps of a model whose experts are all on the device, stacked."""
+
+    def __init__(self, model: Model):
+        self.meter = Meter()
+        graphdef, variables = nnx.split(model.whole())
+        self.params = nnx.to_pure_dict(variables)
+
+        @functools.partial(jax.jit, donate_argnames="caches")
+        def run(params, tokens, positions, last, caches, sampling):
+            decoder: Decoder = nnx.merge(graphdef, params)
+            hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
+            rows = jnp.arange(tokens.shape[0])
+            logits = decoder.logits(hidden[rows, last])
+            return sample(logits, positions[rows, last] + 1, sampling), logits, caches
+
+        self.run = run
+
+    def step(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        last: jax.Array,
+        caches: list[KVCache],
+        sampling: Sampling | None,
+    ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+        """One forward pass; see `LayerByLayer.step`."""
+        began = time.perf_counter()
+        found = self.run(self.params, tokens, positions, last, caches, sampling)
+        found[0].block_until_ready()
+        self.meter.device_busy_s += time.perf_counter() - began
+        return found
+
+    def reset(self) -> None:
+        """Begins the statistics anew."""
+        self.meter = Meter()
