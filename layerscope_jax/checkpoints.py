@@ -98,7 +98,7 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
         device: where the dense parameters go, and beside which the experts lie; None for the default device.
 
     Raises:
-        ValueError: if the folder is incomplete, damaged or not supported; wrong tensors are all named at once.
+        ValueError: if the folder is incomplete, damaged or not supported; all wrong tensors are named.
     """
     folder = Path(folder)
     if not folder.is_dir():

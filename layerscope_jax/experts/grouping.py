@@ -77,9 +77,9 @@ class Assignments:
                 piece = slots[start : start + MAX_ROWS]
                 pieces.setdefault(row_bucket(len(piece)), []).append((expert, piece))
         return [
-            self._group(bucket, part)
+            self._group(bucket, size, part)
             for bucket, found in sorted(pieces.items())
-            for part in dispatches(found)
+            for size, part in dispatches(found)
         ]
 
     def _group(self, bucket: int, size: int, pieces: list[tuple[int, np.ndarray]]) -> Group:

@@ -1,0 +1,9 @@
+"""What every test runs under. JAX reads these when it first makes an array, so they are set here."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 2)  # the second stands for the host beside an accelerator
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+collect_ignore = ["golden/make_goldens.py"]  # needs torch and transformers; the tests read what it wrote

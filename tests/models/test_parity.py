@@ -1,0 +1,105 @@
+"""Every family computes what Hugging Face transformers computes from the same checkpoint."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from layerscope_jax.checkpoints import load
+from layerscope_jax.models import KVCache
+from layerscope_jax.models.layers import PAD_POSITION
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(file.parent.name for file in GOLDEN.glob("*/golden.npz"))
+TOLERANCE = 1e-4  # rounding in float32 alone moves these logits by up to 5e-5
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    """A model and what transformers says of it."""
+    folder = GOLDEN / request.param
+    return load(folder), dict(np.load(folder / "golden.npz"))
+
+
+def batch(golden, side):
+    """Tokens [B, S], their positions, and the logits to expect; padded on the given side."""
+    if side == "left":
+        real = golden["left_mask"]
+        return golden["left_tokens"], positions_of(real), golden["left_logits"]
+    real = np.arange(golden["tokens"].shape[1])[None] < golden["lengths"][:, None]
+    return golden["tokens"], positions_of(real), golden["logits"]
+
+
+def positions_of(real):
+    return np.where(real, np.cumsum(real, axis=1) - 1, PAD_POSITION).astype(np.int32)
+
+
+def test_all_cases_are_here():
+    assert CASES == [
+        "mixtral",
+        "mixtral_window",
+        "olmoe",
+        "olmoe_normalised",
+        "qwen3_moe",
+        "qwen3_moe_plain",
+    ]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_agree_for_a_padded_ragged_batch(case, side):
+    model, golden = case
+    tokens, positions, expected = batch(golden, side)
+    logits, _ = jax.jit(model.whole().__call__)(tokens, positions)
+    real = positions < PAD_POSITION
+    np.testing.assert_allclose(np.asarray(logits)[real], expected[real], rtol=0, atol=TOLERANCE)
+
+
+def test_every_token_chooses_the_same_experts_with_the_same_weights(case):
+    model, golden = case
+    tokens, positions, _ = batch(golden, "right")
+    _, routings = jax.jit(model.whole().__call__)(tokens, positions)
+    real = positions < PAD_POSITION
+    assert len(routings) == len(golden["router_experts"])
+    for layer, routing in enumerate(routings):
+        experts, weights, logits = (np.asarray(part).reshape(*tokens.shape, -1)[real] for part in routing)
+        np.testing.assert_array_equal(experts, golden["router_experts"][layer][real])
+        np.testing.assert_allclose(weights, golden["router_weights"][layer][real], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(logits, golden["router_logits"][layer][real], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_greedy_tokens_agree_decoding_from_a_cache(case, side):
+    model, golden = case
+    tokens, positions, _ = batch(golden, side)
+    expected = golden["greedy"]
+    np.testing.assert_array_equal(greedy(model, tokens, positions, expected.shape[1]), expected)
+
+
+def greedy(model, tokens, positions, steps):
+    """Continues each row by `steps` tokens [B, steps]: a prefill, then one token a step from the cache."""
+    config = model.config
+    graphdef, state = nnx.split(model.whole())
+    rows, length = tokens.shape
+    shape = (rows, config.num_kv_heads, length + steps, config.head_dim)
+
+    @jax.jit
+    def generate(params, tokens, positions):
+        decoder = nnx.merge(graphdef, params)
+        caches = [KVCache(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.num_layers)]
+        hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
+        real = positions < PAD_POSITION
+        last = jnp.argmax(jnp.where(real, positions, -1), axis=1)
+        first = jnp.argmax(decoder.logits(hidden[jnp.arange(rows), last]), axis=-1)
+
+        def step(carry, _):
+            token, position, caches = carry
+            hidden, _, caches = decoder.run(decoder.embed(token[:, None]), position[:, None], caches)
+            following = jnp.argmax(decoder.logits(hidden[:, 0]), axis=-1)
+            return (following, position + 1, caches), token
+
+        return jax.lax.scan(step, (first, real.sum(1), caches), length=steps)[1].T
+
+    return np.asarray(generate(nnx.to_pure_dict(state), tokens, positions))
