@@ -117,19 +117,19 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
 
     with _progress(sum(tensor.size for tensor in stored.values())) as advance:
 
-        def read(name: str) -> np.ndarray:
+        def read(name: str, transposed: bool) -> np.ndarray:
             array = cast(stored[name].read(), target, name)
             advance(stored[name].size)
-            return array
+            # JAX transposes on its way several times faster than NumPy would first.
+            return array.T if transposed else array
 
         sharding = device_sharding(device)
-        dense = {}
-        for name, path in naming.dense.items():
-            # JAX transposes on the way several times faster than NumPy would first.
-            array = read(name).T if is_transposed(path) else read(name)
-            dense[path] = jax.block_until_ready(jax.device_put(array, sharding))
+        dense = {
+            path: jax.block_until_ready(jax.device_put(read(name, is_transposed(path)), sharding))
+            for name, path in naming.dense.items()
+        }
         names = naming.expert_names()
-        bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix]).T, device)
+        bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix], True), device)
     return Model(config, naming.graphdef, unflatten_dict(dense), bank, _tokenizer(folder), folder)
 
 

@@ -1,4 +1,4 @@
-"""One step of an offloaded model, layer by layer: the sentence that deciding, books, moving and computing spell."""
+"""One step of an offloaded model: the sentence that deciding, book-keeping, moving and computing spell."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from layerscope_jax.checkpoints import Model
+from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.compute import combine
 from layerscope_jax.experts.executors import DeviceExperts, HostExperts, WorkStats, place_rows
 from layerscope_jax.experts.grouping import Assignments
@@ -61,42 +62,9 @@ class LayerByLayer:
         dense = model.dense
         self._layers = [dense["layers"][index] for index in range(model.config.num_layers)]
         self._ends = {key: value for key, value in dense.items() if key != "layers"}
-        self._compile()
-
-    def _compile(self) -> None:
-        """Builds the jitted parts; every layer shares the same programs."""
-        config, dtype = self.model.config, self.model.bank.dtype
-        abstract = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0), dtype=dtype))
-        layer_graph, _ = nnx.split(abstract)
-        hollow = nnx.eval_shape(lambda: Decoder(replace(config, num_layers=0), rngs=nnx.Rngs(0), dtype=dtype))
-        ends_graph, ends_state = nnx.split(hollow)
-        empty = {key: {} for key in ("layers", "experts") if key in nnx.to_pure_dict(ends_state)}
-
-        @jax.jit
-        def embed(ends, tokens):
-            return nnx.merge(ends_graph, ends | empty).embed(tokens)
-
-        @functools.partial(jax.jit, donate_argnames="cache")
-        def attend_and_route(layer, hidden, positions, cache):
-            hidden, inputs, routing, cache = nnx.merge(layer_graph, layer).attend_and_route(
-                hidden, positions, cache
-            )
-            return hidden, inputs, routing.experts, routing.weights, cache
-
-        @jax.jit
-        def add_experts(hidden, outputs, weights):
-            tokens, choices = weights.shape
-            parts = outputs[:-1].reshape(tokens, choices, -1)
-            return combine(hidden.reshape(tokens, -1), parts, weights).reshape(hidden.shape)
-
-        @jax.jit
-        def finish(ends, hidden, positions, last, sampling):
-            rows = jnp.arange(hidden.shape[0])
-            logits = nnx.merge(ends_graph, ends | empty).logits(hidden[rows, last])
-            return sample(logits, positions[rows, last] + 1, sampling), logits
-
-        self._embed, self._attend_and_route = embed, attend_and_route
-        self._add_experts, self._finish = add_experts, finish
+        self._embed, self._attend_and_route, self._add_experts, self._finish = programs(
+            model.config, model.bank.dtype
+        )
 
     def step(
         self,
@@ -277,3 +245,42 @@ class LayerByLayer:
         self.host_experts.stats = WorkStats()
         self.residency.wasted_bytes = 0
         self.residency.peak_bytes = self.residency.used_bytes
+
+
+@functools.lru_cache(maxsize=16)
+def programs(config: ModelConfig, dtype: np.dtype) -> tuple[Callable, ...]:
+    """The jitted parts of a step: embed, attend and route, add the experts, finish.
+
+    Every layer shares them, and so do all engines of models of one shape: another policy or budget compiles
+    nothing anew.
+    """
+    abstract = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0), dtype=dtype))
+    layer_graph, _ = nnx.split(abstract)
+    hollow = nnx.eval_shape(lambda: Decoder(replace(config, num_layers=0), rngs=nnx.Rngs(0), dtype=dtype))
+    ends_graph, ends_state = nnx.split(hollow)
+    empty: dict[str, Any] = {key: {} for key in ("layers", "experts") if key in nnx.to_pure_dict(ends_state)}
+
+    @jax.jit
+    def embed(ends, tokens):
+        return nnx.merge(ends_graph, ends | empty).embed(tokens)
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def attend_and_route(layer, hidden, positions, cache):
+        hidden, inputs, routing, cache = nnx.merge(layer_graph, layer).attend_and_route(
+            hidden, positions, cache
+        )
+        return hidden, inputs, routing.experts, routing.weights, cache
+
+    @jax.jit
+    def add_experts(hidden, outputs, weights):
+        tokens, choices = weights.shape
+        parts = outputs[:-1].reshape(tokens, choices, -1)
+        return combine(hidden.reshape(tokens, -1), parts, weights).reshape(hidden.shape)
+
+    @jax.jit
+    def finish(ends, hidden, positions, last, sampling):
+        rows = jnp.arange(hidden.shape[0])
+        logits = nnx.merge(ends_graph, ends | empty).logits(hidden[rows, last])
+        return sample(logits, positions[rows, last] + 1, sampling), logits
+
+    return embed, attend_and_route, add_experts, finish

@@ -88,7 +88,7 @@ def stacked_ffn(x: jax.Array, experts: jax.Array, weights: ExpertWeights) -> jax
     blocks = min(assignments, (assignments + num_experts * (rows - 1)) // rows)
 
     chosen = experts.reshape(-1)  # [A]
-    # Expert and index packed into one key: XLA's CPU sort of plain integers is five times faster than argsort.
+    # Expert and index in one key: XLA's CPU sort of plain integers is five times faster than argsort.
     packed = jnp.sort(chosen * assignments + jnp.arange(assignments, dtype=jnp.int32))
     in_order, order = packed // assignments, packed % assignments
     counts = jnp.bincount(chosen, length=num_experts)

@@ -1,4 +1,4 @@
-"""The device tier's books: which experts are resident, which are on their way, and that both fit the budget."""
+"""The device tier's books: which experts are resident, which are on their way; both fit the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that every decoder family shares: norms, rotary embedding, attention with its cache, router, experts."""
+"""Parts that every family shares: norms, rotary embedding, attention and its cache, router, experts."""
 
 from __future__ import annotations
 
@@ -185,8 +185,10 @@ class Experts(nnx.Module):
     """The routed experts of one layer, stacked: [E, D, F], [E, D, F], [E, F, D]."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        for name, shape in config.expert_shapes().items():
-            setattr(self, name, ExpertParam(normal(rngs, (config.num_experts, *shape), dtype)))
+        def stack(name: str) -> ExpertParam:
+            return ExpertParam(normal(rngs, (config.num_experts, *config.expert_shapes()[name]), dtype))
+
+        self.gate, self.up, self.down = stack("gate"), stack("up"), stack("down")
 
     def weights(self) -> ExpertWeights:
         return ExpertWeights(self.gate[...], self.up[...], self.down[...])

@@ -72,9 +72,9 @@ class Naming:
             for name, path in named.items()
         }
         experts = {}
-        for matrix, shape in config.expert_shapes().items():
-            for layer in range(config.num_layers):
-                for expert in range(config.num_experts):
+        for layer in range(config.num_layers):
+            for expert in range(config.num_experts):
+                for matrix, shape in config.expert_shapes().items():
                     name = family.experts[matrix].format(layer=layer, expert=expert)
                     experts[name] = ExpertId(layer, expert), matrix
                     shapes[name] = shape[::-1]

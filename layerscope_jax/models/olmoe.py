@@ -19,6 +19,8 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         "qkv_clip": reader.number("clip_qkv", default=None),
         "attention_bias": reader.flag("attention_bias", default=False),
     }
+    # HF's class norms all heads together at this width, whatever `head_dim` says.
+    reader.expect("head_dim", shared["hidden_size"] // shared["num_heads"], "OLMoE's heads share hidden_size")
     reader.check()
     return ModelConfig(family="olmoe", qk_norm="all", **shared, **settings)
 

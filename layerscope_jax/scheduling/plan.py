@@ -86,9 +86,18 @@ class LayerPlan:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> LayerPlan:
-        ids = {key: tuple(ExpertId(*pair) for pair in record[key]) for key in ("evict", "load", "prefetch")}
-        experts = {key: tuple(record[key]) for key in ("device", "host")}
-        return cls(step=record["step"], layer=record["layer"], **experts, **ids)
+        def ids(key: str) -> tuple[ExpertId, ...]:
+            return tuple(ExpertId(*pair) for pair in record[key])
+
+        return cls(
+            step=record["step"],
+            layer=record["layer"],
+            device=tuple(record["device"]),
+            host=tuple(record["host"]),
+            evict=ids("evict"),
+            load=ids("load"),
+            prefetch=ids("prefetch"),
+        )
 
 
 class Policy(Protocol):

@@ -1,4 +1,4 @@
-"""Packed tokens on disk -> batches. Every batch is a function of (seed, step), so a resumed run sees the same."""
+"""Packed tokens on disk -> batches, each a function of (seed, step): a resumed run sees the same ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PackedTokens:
         return np.stack(windows).astype(np.int32)
 
     def windows(self, domain: str, length: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        """Consecutive windows [length] of one domain, evenly spread over it when `limit` cuts their number."""
+        """Consecutive windows [length] of one domain; `limit` of them, evenly spread, if given."""
         tokens = self.domains[domain]
         starts = np.arange(0, len(tokens) - length + 1, length)
         if limit is not None and len(starts) > limit:

@@ -149,12 +149,12 @@ def held_out(
     for domain in tokens.domains:
         found = list(tokens.windows(domain, length + 1, windows))
         found = found[: len(found) // rows * rows] or found
-        total, counts = 0.0, 0
+        total, counts = 0.0, np.zeros(0)
         for start in range(0, len(found), rows):
             loss, count = evaluate(params, jnp.asarray(np.stack(found[start : start + rows])))
-            total, counts = total + float(loss), counts + np.asarray(count)
+            total, counts = total + float(loss), np.asarray(count) + (counts if counts.size else 0)
         losses[domain] = total / (len(found) * length)
-        loads[domain] = np.asarray(counts)
+        loads[domain] = counts
     return losses, loads
 
 

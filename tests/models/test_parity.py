@@ -1,6 +1,9 @@
 """Every family computes what Hugging Face transformers computes from the same checkpoint."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +20,24 @@ CASES = sorted(file.parent.name for file in GOLDEN.glob("*/golden.npz"))
 TOLERANCE = 1e-4  # rounding in float32 alone moves these logits by up to 5e-5
 
 
+class Case(NamedTuple):
+    """What transformers says (`golden.npz`), and what we compute, each compiled once."""
+
+    golden: dict[str, np.ndarray]
+    forward: Callable  # tokens, positions -> logits, routings
+    greedy: Callable  # tokens, positions -> tokens [B, steps]
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    """A model and what transformers says of it."""
-    folder = GOLDEN / request.param
-    return load(folder), dict(np.load(folder / "golden.npz"))
+    model = load(GOLDEN / request.param)
+    golden = dict(np.load(GOLDEN / request.param / "golden.npz"))
+    graphdef, state = nnx.split(model.whole())
+    params = nnx.to_pure_dict(state)
+    forward = jax.jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))
+    steps = golden["greedy"].shape[1]
+    generate = jax.jit(lambda params, *inputs: greedy(nnx.merge(graphdef, params), *inputs, steps))
+    return Case(golden, partial(forward, params), partial(generate, params))
 
 
 def batch(golden, side):
@@ -50,17 +66,16 @@ def test_all_cases_are_here():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_logits_agree_for_a_padded_ragged_batch(case, side):
-    model, golden = case
-    tokens, positions, expected = batch(golden, side)
-    logits, _ = jax.jit(model.whole().__call__)(tokens, positions)
+    tokens, positions, expected = batch(case.golden, side)
+    logits, _ = case.forward(tokens, positions)
     real = positions < PAD_POSITION
     np.testing.assert_allclose(np.asarray(logits)[real], expected[real], rtol=0, atol=TOLERANCE)
 
 
 def test_every_token_chooses_the_same_experts_with_the_same_weights(case):
-    model, golden = case
+    golden = case.golden
     tokens, positions, _ = batch(golden, "right")
-    _, routings = jax.jit(model.whole().__call__)(tokens, positions)
+    _, routings = case.forward(tokens, positions)
     real = positions < PAD_POSITION
     assert len(routings) == len(golden["router_experts"])
     for layer, routing in enumerate(routings):
@@ -72,34 +87,25 @@ def test_every_token_chooses_the_same_experts_with_the_same_weights(case):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_greedy_tokens_agree_decoding_from_a_cache(case, side):
-    model, golden = case
-    tokens, positions, _ = batch(golden, side)
-    expected = golden["greedy"]
-    np.testing.assert_array_equal(greedy(model, tokens, positions, expected.shape[1]), expected)
+    tokens, positions, _ = batch(case.golden, side)
+    np.testing.assert_array_equal(case.greedy(tokens, positions), case.golden["greedy"])
 
 
-def greedy(model, tokens, positions, steps):
+def greedy(decoder, tokens, positions, steps):
     """Continues each row by `steps` tokens [B, steps]: a prefill, then one token a step from the cache."""
-    config = model.config
-    graphdef, state = nnx.split(model.whole())
+    config = decoder.config
     rows, length = tokens.shape
     shape = (rows, config.num_kv_heads, length + steps, config.head_dim)
+    caches = [KVCache(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.num_layers)]
+    hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
+    real = positions < PAD_POSITION
+    last = jnp.argmax(jnp.where(real, positions, -1), axis=1)
+    first = jnp.argmax(decoder.logits(hidden[jnp.arange(rows), last]), axis=-1)
 
-    @jax.jit
-    def generate(params, tokens, positions):
-        decoder = nnx.merge(graphdef, params)
-        caches = [KVCache(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.num_layers)]
-        hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
-        real = positions < PAD_POSITION
-        last = jnp.argmax(jnp.where(real, positions, -1), axis=1)
-        first = jnp.argmax(decoder.logits(hidden[jnp.arange(rows), last]), axis=-1)
+    def step(carry, _):
+        token, position, caches = carry
+        hidden, _, caches = decoder.run(decoder.embed(token[:, None]), position[:, None], caches)
+        following = jnp.argmax(decoder.logits(hidden[:, 0]), axis=-1)
+        return (following, position + 1, caches), token
 
-        def step(carry, _):
-            token, position, caches = carry
-            hidden, _, caches = decoder.run(decoder.embed(token[:, None]), position[:, None], caches)
-            following = jnp.argmax(decoder.logits(hidden[:, 0]), axis=-1)
-            return (following, position + 1, caches), token
-
-        return jax.lax.scan(step, (first, real.sum(1), caches), length=steps)[1].T
-
-    return np.asarray(generate(nnx.to_pure_dict(state), tokens, positions))
+    return jax.lax.scan(step, (first, real.sum(1), caches), length=steps)[1].T

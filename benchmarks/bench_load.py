@@ -1,0 +1,238 @@
+"""How long does loading a checkpoint take, and how much memory?
+
+Writes random bfloat16 checkpoints of about 1.6 GB in the shapes of OLMoE and Mixtral, and loads each in fresh
+processes. The time is set against plainly reading the same files (both find them in the page cache, so that
+the disk is left out); the peak of resident memory, over that of a process that has only imported JAX, against
+the bytes of the weights: 1.00 would be the weights and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+Shapes = dict[str, tuple[int, ...]]
+
+SHARD_BYTES = 400_000_000
+REACH = 1.15  # peak memory over weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        quick: checkpoints of about 100 MB, one load each: a check that it runs, not a measurement.
+        rounds: loads of each checkpoint; the median time and the highest peak are shown.
+        json: also write the results to this file.
+    """
+
+    quick: bool = False
+    rounds: int = 3
+    json: Path | None = None
+
+
+def hf_configs(quick: bool) -> dict[str, dict[str, Any]]:
+    """The published configs with fewer layers and experts."""
+    olmoe = {
+        "architectures": ["OlmoeForCausalLM"],
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 48,
+        "num_experts_per_tok": 8,
+    }
+    mixtral = {
+        "architectures": ["MixtralForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+    }
+    if quick:
+        olmoe |= {"vocab_size": 4096, "num_hidden_layers": 1, "num_experts": 8}
+        mixtral |= {
+            "vocab_size": 4096,
+            "hidden_size": 1024,
+            "intermediate_size": 3584,
+            "num_local_experts": 4,
+        }
+    return {"OLMoE": olmoe, "Mixtral": mixtral}
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], shapes: Shapes) -> None:
+    """Shards of random weights, made without JAX."""
+    import ml_dtypes
+    from safetensors.numpy import save_file
+
+    random = np.random.default_rng(0)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+        save_file(shard, folder / file)
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for name, shape in shapes.items():
+        shard[name] = (random.random(shape, np.float32) - np.float32(0.5)).astype(ml_dtypes.bfloat16)
+        if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
+            flush()
+    if shard:
+        flush()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def memory(key: str) -> int:
+    """`VmRSS` or `VmHWM` (its highest so far) of this process, in bytes.
+
+    Not `ru_maxrss`, which a new process inherits from the one that started it.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"expected {key} in /proc/self/status, found none; this benchmark needs Linux")
+
+
+def measure_load(folder: Path) -> dict[str, Any]:
+    """Loads in this process, which must be fresh: seconds, and bytes of memory beyond JAX's own."""
+    import jax
+
+    from layerscope_jax.checkpoints import load
+
+    # What JAX needs in any program, compiler included, is not the loader's.
+    jax.jit(lambda x: x.T + 1)(jax.numpy.ones((256, 128))).block_until_ready()
+    baseline = memory("VmRSS")
+    before = memory("VmHWM")
+    start = time.perf_counter()
+    model = load(folder)
+    seconds = time.perf_counter() - start
+    weights = model.bank.total_bytes + sum(leaf.nbytes for leaf in jax.tree.leaves(model.dense))
+    peak = memory("VmHWM")
+    if peak == before:
+        raise ValueError("memory peaked before loading began: the checkpoint is too small to measure")
+    return {
+        "seconds": seconds,
+        "weight_bytes": weights,
+        "peak_bytes": peak - baseline,
+        "kept_bytes": memory("VmRSS") - baseline,
+    }
+
+
+def in_fresh_process(function: Any, *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def plain_read(folder: Path) -> float:
+    """Seconds to read every shard once into one small buffer."""
+    buffer = bytearray(8 << 20)
+    start = time.perf_counter()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def shapes_of(config: dict[str, Any]) -> Shapes:
+    from layerscope_jax.models import config_from_hf
+    from layerscope_jax.models.naming import Naming
+
+    return Naming.of(config_from_hf(config)).shapes
+
+
+def measure(name: str, config: dict[str, Any], rounds: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="bench_load_") as temporary:
+        folder = Path(temporary)
+        in_fresh_process(write_checkpoint, folder, config, in_fresh_process(shapes_of, config))
+        plain_read(folder)  # brings the files into the page cache
+        loads, reads = [], []
+        for _ in range(rounds):  # taken in turns, so that both see the same machine
+            reads.append(plain_read(folder))
+            loads.append(in_fresh_process(measure_load, folder))
+    weights = loads[0]["weight_bytes"]
+    seconds = median(load["seconds"] for load in loads)
+    return {
+        "shape": name,
+        "weight_bytes": weights,
+        "load_seconds": seconds,
+        "load_gb_per_second": weights / seconds / 1e9,
+        "read_gb_per_second": weights / median(reads) / 1e9,
+        "peak_over_weights": max(load["peak_bytes"] for load in loads) / weights,
+        "kept_over_weights": max(load["kept_bytes"] for load in loads) / weights,
+        "all_load_seconds": [load["seconds"] for load in loads],
+        "all_read_seconds": reads,
+    }
+
+
+def device_name() -> str:
+    import jax
+
+    device = jax.devices()[0]
+    cores = multiprocessing.cpu_count()
+    return f"{cores} CPU cores ({platform.machine()})" if device.platform == "cpu" else device.device_kind
+
+
+def main(options: Options) -> None:
+    rounds = 1 if options.quick else options.rounds
+    rows = [measure(name, config, rounds) for name, config in hf_configs(options.quick).items()]
+    versions = {package: version(package) for package in ("jax", "flax", "numpy", "safetensors")}
+    versions = {"python": platform.python_version()} | versions
+    device = in_fresh_process(device_name)
+
+    table = Table(title="Loading bfloat16 checkpoints, sharded, from the page cache")
+    headings = (
+        "shape",
+        "weights",
+        "load",
+        "load speed",
+        "plain read",
+        f"peak / weights (reach {REACH})",
+        "kept",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "shape" else "right")
+    for row in rows:
+        table.add_row(
+            row["shape"],
+            f"{row['weight_bytes'] / 1e9:.2f} GB",
+            f"{row['load_seconds']:.2f} s",
+            f"{row['load_gb_per_second']:.2f} GB/s",
+            f"{row['read_gb_per_second']:.2f} GB/s",
+            f"{row['peak_over_weights']:.3f}",
+            f"{row['kept_over_weights']:.3f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{device}; " + ", ".join(f"{name} {number}" for name, number in versions.items()))
+    if options.json is not None:
+        result = {"quick": options.quick, "device": device, "versions": versions, "rows": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,218 @@
+"""Files of prompts and of completions: one JSON object a line, and every line a whole one.
+
+A file of completions can be gone on with: what is in it is not done again, and a last line that a killed run
+left unfinished is cut off.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerscope_jax.generation import Request
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or isinstance(value, float)
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(_is_integer(token) for token in value)
+
+
+SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "max_new_tokens": (_is_integer, "an integer"),
+    "temperature": (_is_number, "a number"),
+    "top_k": (_is_integer, "an integer"),
+    "top_p": (_is_number, "a number"),
+    "seed": (_is_integer, "an integer"),
+    "stop_tokens": (_are_ids, "a list of token ids"),
+}
+"""What a row may say of itself: a check of the value, and what it must be in words."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of a batch.
+
+    Attributes:
+        id: names it among the others.
+        request: the prompt and its settings.
+        where: file and line it comes from, for messages.
+    """
+
+    id: str | int
+    request: Request
+    where: str
+
+
+def read_prompts(file: Path, defaults: dict[str, Any]) -> list[Row]:
+    """The prompts in a file of lines `{"prompt": text or [token ids], "id": ..., "temperature": ...}`.
+
+    Without an id a row has its number, counted from 0. Keys other than an id, a prompt and the settings of
+    `Request` are left alone; one that is nearly a setting is refused.
+
+    Args:
+        file: the file; blank lines are passed over.
+        defaults: settings of `Request` for rows that do not say.
+
+    Raises:
+        ValueError: naming the line that is wrong and what was expected.
+    """
+    try:
+        lines = file.read_bytes().split(b"\n")  # not splitlines(): a text may hold U+2028 and its like
+    except OSError as error:
+        raise ValueError(f"{file}: expected a file of prompts, got {error.strerror}") from None
+    rows: list[Row] = []
+    seen: dict[str | int, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = _row(json.loads(line), len(rows), defaults, where)
+        except json.JSONDecodeError as error:
+            raise ValueError(f'{where}: expected a JSON object {{"prompt": ...}}, got {error}') from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if row.id in seen:
+            raise ValueError(f"{where}: id {row.id!r} is taken by {seen[row.id]}; ids must differ")
+        seen[row.id] = where
+        rows.append(row)
+    if not rows:
+        raise ValueError(f'{file}: expected lines {{"prompt": ...}}, found none')
+    return rows
+
+
+def _row(content: Any, number: int, defaults: dict[str, Any], where: str) -> Row:
+    if not isinstance(content, dict):
+        raise ValueError(f'expected a JSON object {{"prompt": ...}}, got {json.dumps(content)[:60]}')
+    name = content.get("id", number)
+    if not (isinstance(name, str) or _is_integer(name)):
+        raise ValueError(f"expected an id that is a string or an integer, got {json.dumps(name)[:60]}")
+    prompt = content.get("prompt")
+    if not (isinstance(prompt, str) or _are_ids(prompt)):
+        got = json.dumps(prompt)[:60] if "prompt" in content else "none"
+        raise ValueError(f"expected a prompt that is text or a list of token ids, got {got}")
+    if isinstance(prompt, str) and any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise ValueError("the prompt holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
+    settings = dict(defaults)
+    for key, value in content.items():
+        if key in SETTINGS:
+            fits, expected = SETTINGS[key]
+            if not fits(value):
+                raise ValueError(f"expected {key} to be {expected}, got {json.dumps(value)[:60]}")
+            settings[key] = value
+        elif near := difflib.get_close_matches(key, SETTINGS, 1, cutoff=0.75):
+            raise ValueError(f"unknown key {key!r}; did you mean {near[0]!r}?")
+    return Row(name, Request(prompt=prompt, **settings), where)
+
+
+def completion(row: Row, text: str, tokens: Sequence[int], finish: str) -> bytes:
+    """The line of a finished row.
+
+    >>> completion(Row(3, Request(prompt="a"), ""), "b", [7], "length").decode()
+    '{"id": 3, "prompt": "a", "text": "b", "tokens": [7], "finish": "length"}\\n'
+    """
+    content = {"text": text, "tokens": list(tokens), "finish": finish}
+    return _head(row) + b", " + json.dumps(content, ensure_ascii=False).encode()[1:] + b"\n"
+
+
+def _head(row: Row) -> bytes:
+    """How the line of a row begins."""
+    prompt = row.request.prompt if isinstance(row.request.prompt, str) else list(row.request.prompt)
+    return json.dumps({"id": row.id, "prompt": prompt}, ensure_ascii=False).encode()[:-1]
+
+
+class Completions:
+    """A file that completions are appended to; a context manager.
+
+    Opening it shows at once whether it can be written, and cuts off an unfinished last line. If nothing was
+    ever written to it, it is not left behind.
+
+    Args:
+        file: the file; made if it is not there, in a folder that is.
+        rows: the prompts that it must belong to.
+
+    Attributes:
+        done: ids that it has already.
+
+    Raises:
+        ValueError: if it cannot be written, or holds something else than completions of `rows`.
+    """
+
+    def __init__(self, file: Path, rows: Iterable[Row]):
+        self.path = file
+        self.done: set[str | int] = set()
+        try:
+            self._file = file.open("ab", buffering=0)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {file}: {error.strerror}; choose a file in a folder that exists and is yours"
+            ) from None
+        if file.is_file():  # else a device, which has no past
+            try:
+                self._resume({row.id: row for row in rows})
+            except BaseException:
+                self._file.close()
+                raise
+
+    def __enter__(self) -> Completions:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        empty = self.path.is_file() and not os.fstat(self._file.fileno()).st_size
+        self._file.close()
+        if empty:
+            self.path.unlink()
+
+    def write(self, line: bytes) -> None:
+        """Appends one line, whole or not at all.
+
+        Raises:
+            OSError: if the disk is full, say.
+        """
+        before = os.fstat(self._file.fileno()).st_size
+        left = line
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(before)
+            raise
+
+    def _resume(self, rows: dict[str | int, Row]) -> None:
+        *lines, torn = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line)
+                known = rows[found["id"]]
+                prompt = known.request.prompt
+                same = found["prompt"] == (prompt if isinstance(prompt, str) else list(prompt))
+                if not same or {"text", "tokens", "finish"} - found.keys():
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.path}:{number}: expected a completion of one of these prompts, got "
+                    f"{line[:60].decode(errors='replace')!r}; the file belongs to other prompts: choose another"
+                ) from None
+            self.done.add(known.id)
+        if not torn:
+            return
+        # Only what one of these prompts' lines begins with may be cut off: it might be another file.
+        heads = [_head(row) for row in rows.values()]
+        if not any(head.startswith(torn) or torn.startswith(head) for head in heads):
+            raise ValueError(
+                f"{self.path}:{len(lines) + 1}: expected the beginning of a completion of one of these prompts, "
+                f"got {torn[:60].decode(errors='replace')!r}; the file belongs to other prompts: choose another"
+            )
+        self._file.truncate(self._file.seek(0, os.SEEK_END) - len(torn))

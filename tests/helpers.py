@@ -1,0 +1,103 @@
+"""What several tests share: tiny random models, a hand-made profile, and calls that may not hang."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from layerscope_jax import Decoder, HardwareProfile, Model, ModelConfig, TimeTable
+
+TINY = ModelConfig(
+    family="olmoe",
+    vocab_size=61,
+    hidden_size=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    num_experts=8,
+    experts_per_token=2,
+    expert_hidden=20,
+    normalize_top_k=True,
+    qk_norm="head",
+    max_positions=96,
+)
+
+PROFILE = HardwareProfile(
+    host_ms=TimeTable((1, 64), (1.0, 8.0)),
+    device_ms=TimeTable((1, 64), (0.2, 0.4)),
+    transfer_ms=2.0,
+    source="made up",
+)
+"""The host is faster up to about 11 tokens."""
+
+compiled: list[float] = []
+"""Seconds of every program that XLA has compiled so far."""
+
+
+def _count(event: str, duration_secs: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        compiled.append(duration_secs)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Decoder:
+    """A decoder with weights of unit gain, so that routing is spread and no two logits are nearly equal.
+
+    Drawn by NumPy: nothing is compiled.
+    """
+    rng = np.random.default_rng(seed)
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    graphdef, state = nnx.split(abstract)
+
+    def draw(path: tuple, shape: tuple[int, ...]) -> jax.Array:
+        noise = rng.standard_normal(shape)
+        if path[-1] == "scale":
+            values = 1 + 0.1 * noise
+        else:
+            inputs = shape[-1] if path[-1] == "embedding" else shape[-2]
+            values = noise / np.sqrt(inputs) * (2 if "router" in path else 1)
+        return jnp.asarray(values.astype(dtype))
+
+    leaves = {path: draw(path, leaf.shape) for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()}
+    return nnx.merge(graphdef, unflatten_dict(leaves))
+
+
+def random_model(config: ModelConfig = TINY, seed: int = 0, dtype: Any = np.float32, **changes: Any) -> Model:
+    return Model.from_decoder(random_decoder(replace(config, **changes), seed, dtype))
+
+
+def in_time(call: Callable[[], Any], seconds: float = 60) -> Any:
+    """What `call` gives or raises; fails instead of hanging. The limit is far beyond what it should take."""
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert outcome, f"still not done after {seconds} s"
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def bits(array: Any) -> np.ndarray:
+    """The raw bits of an array, so that equal means equal."""
+    array = np.asarray(array)
+    return array.view(f"u{array.itemsize}")
