@@ -110,7 +110,9 @@ class OffloadConfig:
     Attributes:
         device_budget: bytes of device memory for experts, copies on their way counted: "2GiB", an int, or
             None for as much as all experts take (everything resident).
-        policy: a name from `layerscope_jax.POLICIES`, or a `Policy` object.
+        policy: a name from `layerscope_jax.POLICIES`, or a `Policy` object. Where the budget holds every
+            expert there is nothing to decide and all are resident, whatever the name; only "host-only" and
+            policy objects are obeyed even there.
         link_bandwidth: bytes a second ("500MB") that copies to the device are paced to, or None for as fast
             as they go. The copies are real either way: it lets a machine without a slow link be measured as
             if it had one.

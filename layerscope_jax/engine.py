@@ -30,7 +30,8 @@ class Engine:
     """Generates with a model whose experts live in host memory, within a budget of device memory.
 
     Whatever the budget and the policy, the tokens are the same; only the time differs. An engine keeps what
-    is resident from one call to the next. It is a context manager; leaving it ends its threads.
+    is resident from one call to the next. It is a context manager; leaving it ends its threads. One call at a
+    time: it is not made to be called from several threads at once.
 
     Args:
         model: from `layerscope_jax.load`.
@@ -91,7 +92,7 @@ class Engine:
             expert_bytes=bank.expert_bytes,
             slots=residency.slots,
         )
-        host = HostExperts(bank, host_device or jax.devices("cpu")[-1])
+        host = HostExperts(bank, host_device or cpu_device())
         profile = config.profile
         if profile is None and self.policy.uses_costs:
             profile = calibration.measure(bank, self.device, host, bandwidth)
@@ -240,6 +241,21 @@ class Engine:
             padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
             dispatches=host.dispatches + device.dispatches,
         )
+
+
+def cpu_device() -> jax.Device:
+    """The last of JAX's CPU devices.
+
+    Raises:
+        ValueError: if JAX was told to do without.
+    """
+    try:
+        return jax.devices("cpu")[-1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"experts on the host need JAX's CPU backend, which is off ({error}); "
+            "leave JAX_PLATFORMS unset or add cpu to it, as in JAX_PLATFORMS=cuda,cpu"
+        ) from None
 
 
 def make_policy(policy: str | Policy) -> Policy:

@@ -95,6 +95,7 @@ class LayerByLayer:
         phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
         active = (positions != PAD_POSITION).reshape(-1)
         caches = list(caches)
+        tokens, positions, last = jax.device_put((tokens, positions, last), self.transfers.sharding)
         began = time.perf_counter()
         try:
             hidden = self._embed(self._ends, tokens)

@@ -324,6 +324,7 @@ def test_a_failing_save_leaves_nothing_half_written(folder, tmp_path, before):
     if before:
         shutil.copytree(folder, target)
     found = {file.name: file.read_bytes() for file in target.glob("*")}
+    assert len(found) == (2 if before else 0)
     with pytest.raises(ValueError, match=f"{EXPERT} holds numbers too large for float16"):
         save(decoder, target, dtype="float16")
     assert {file.name: file.read_bytes() for file in target.glob("*")} == found

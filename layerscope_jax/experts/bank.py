@@ -55,7 +55,8 @@ class ExpertBank:
     ) -> ExpertBank:
         """Fills a bank matrix by matrix from `read(expert, "gate" | "up" | "down", shape)`.
 
-        Only one matrix at a time exists beside its pinned copy.
+        Only one matrix at a time exists beside its pinned copy. On a CPU the bank may share the memory of the
+        array that `read` returns, which must not be written afterwards.
         """
         sharding = host_sharding(device)
 

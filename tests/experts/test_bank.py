@@ -90,13 +90,3 @@ def test_nobody_writes_into_it(bank):
     with pytest.raises(AttributeError):
         bank.layers = ()
 
-
-def test_its_source_may_change_afterwards():
-    source = np.ones((TINY.hidden_size, TINY.expert_hidden), np.float32)
-
-    def read(expert, name, shape):
-        return source if shape == source.shape else np.ones(shape, np.float32)
-
-    bank = ExpertBank.build(TINY, read)
-    source[:] = 7
-    assert all((np.asarray(matrix) == 1).all() for expert in bank for matrix in bank[expert])

@@ -1,0 +1,116 @@
+"""The books agree with a simple model of them under any interleaving, and never promise more than the budget."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+from layerscope_jax import ExpertId
+from layerscope_jax.experts.residency import Residency
+
+BYTES = 100
+experts = st.builds(ExpertId, st.integers(0, 1), st.integers(0, 2))
+
+
+class Books(RuleBasedStateMachine):
+    """Each rule is tried in any state: it either is legal and done, or refused and changes nothing."""
+
+    seen = Bundle("seen")
+
+    @initialize(budget=st.integers(0, 5 * BYTES))
+    def begin(self, budget):
+        self.books = Residency(budget, BYTES)
+        self.budget = budget
+        self.coming: dict[ExpertId, bool] = {}  # -> prefetched
+        self.held: dict[ExpertId, list] = {}  # -> [weights, prefetched, used]
+        self.peak = self.wasted = 0
+        self.serial = 0
+
+    @rule(target=seen, expert=experts)
+    def name(self, expert):
+        return expert
+
+    def attempt(self, legal, call):
+        if legal:
+            return call()
+        with pytest.raises(RuntimeError):
+            call()
+        return None
+
+    @rule(expert=seen, prefetched=st.booleans())
+    def reserve(self, expert, prefetched):
+        room = (len(self.held) + len(self.coming) + 1) * BYTES <= self.budget
+        legal = expert not in self.held and expert not in self.coming and room
+        self.attempt(legal, lambda: self.books.reserve(expert, prefetched=prefetched))
+        if legal:
+            self.coming[expert] = prefetched
+            self.peak = max(self.peak, (len(self.held) + len(self.coming)) * BYTES)
+
+    @rule(expert=seen)
+    def arrive(self, expert):
+        legal = expert in self.coming
+        self.serial += 1
+        weights = f"weights {self.serial}"
+        self.attempt(legal, lambda: self.books.arrive(expert, weights))
+        if legal:
+            self.held[expert] = [weights, self.coming.pop(expert), False]
+
+    @rule(expert=seen)
+    def release(self, expert):
+        legal = expert in self.coming
+        self.attempt(legal, lambda: self.books.release(expert))
+        self.coming.pop(expert, None)
+
+    @rule(expert=seen)
+    def evict(self, expert):
+        legal = expert in self.held
+        self.attempt(legal, lambda: self.books.evict(expert))
+        if legal:
+            _, prefetched, used = self.held.pop(expert)
+            self.wasted += BYTES if prefetched and not used else 0
+
+    @rule(expert=seen)
+    def use(self, expert):
+        legal = expert in self.held
+        weights = self.attempt(legal, lambda: self.books.use(expert))
+        if legal:
+            assert weights == self.held[expert][0]
+            self.held[expert][2] = True
+
+    @invariant()
+    def books_agree(self):
+        if not hasattr(self, "books"):
+            return
+        books = self.books
+        assert set(books.resident) == set(self.held)
+        assert set(books.coming) == set(self.coming)
+        assert books.used_bytes == (len(self.held) + len(self.coming)) * BYTES
+        assert books.used_bytes <= self.budget
+        assert books.slots == self.budget // BYTES
+        assert books.peak_bytes == self.peak <= self.budget
+        waiting = sum(BYTES for _, prefetched, used in self.held.values() if prefetched and not used)
+        assert books.wasted_bytes == self.wasted
+        assert books.unused_prefetch_bytes() == self.wasted + waiting
+
+
+Books.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBooks = Books.TestCase
+
+
+def test_a_refusal_names_the_expert():
+    books = Residency(BYTES, BYTES)
+    expert = ExpertId(3, 7)
+    for act, why in (
+        (lambda: books.arrive(expert, None), "arrived, but was not on its way"),
+        (lambda: books.release(expert), "released, but was not on its way"),
+        (lambda: books.evict(expert), "evicted, but is not resident"),
+        (lambda: books.use(expert), "to be computed on the device, but is not resident"),
+    ):
+        with pytest.raises(RuntimeError, match=why) as refusal:
+            act()
+        assert "layer=3, expert=7" in str(refusal.value)
+    books.reserve(ExpertId(0, 0), prefetched=False)
+    with pytest.raises(RuntimeError, match="no room for .*layer=3, expert=7.*100 of 100 bytes"):
+        books.reserve(expert, prefetched=True)
+    with pytest.raises(RuntimeError, match="already on the device or on its way"):
+        books.reserve(ExpertId(0, 0), prefetched=True)
