@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerscope_jax.generation import Request
+from layerscope_jax.checkpoints import Model
+from layerscope_jax.generation import Request, encode_prompts
 
 
 def _is_integer(value: object) -> bool:
@@ -99,7 +100,7 @@ def _row(content: Any, number: int, defaults: dict[str, Any], where: str) -> Row
     name = content.get("id", number)
     if not (isinstance(name, str) or _is_integer(name)):
         raise ValueError(f"expected an id that is a string or an integer, got {json.dumps(name)[:60]}")
-    prompt = content.get("prompt")
+    prompt: Any = content.get("prompt")
     if not (isinstance(prompt, str) or _are_ids(prompt)):
         got = json.dumps(prompt)[:60] if "prompt" in content else "none"
         raise ValueError(f"expected a prompt that is text or a list of token ids, got {got}")
@@ -115,6 +116,20 @@ def _row(content: Any, number: int, defaults: dict[str, Any], where: str) -> Row
         elif near := difflib.get_close_matches(key, SETTINGS, 1, cutoff=0.75):
             raise ValueError(f"unknown key {key!r}; did you mean {near[0]!r}?")
     return Row(name, Request(prompt=prompt, **settings), where)
+
+
+def check_prompts(rows: Iterable[Row], model: Model) -> None:
+    """Refuses prompts that `model` can not take.
+
+    Raises:
+        ValueError: naming the first line with one that is empty, too long or outside the vocabulary.
+    """
+    config = model.config
+    for row in rows:
+        try:
+            encode_prompts([row.request], model.tokenizer, config.max_positions, config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {str(error).replace('prompt 0', 'the prompt')}") from None
 
 
 def completion(row: Row, text: str, tokens: Sequence[int], finish: str) -> bytes:
@@ -133,11 +148,15 @@ def _head(row: Row) -> bytes:
     return json.dumps({"id": row.id, "prompt": prompt}, ensure_ascii=False).encode()[:-1]
 
 
+def shown(line: bytes) -> str:
+    return repr(line[:60].decode(errors="replace"))
+
+
 class Completions:
     """A file that completions are appended to; a context manager.
 
-    Opening it shows at once whether it can be written, and cuts off an unfinished last line. If nothing was
-    ever written to it, it is not left behind.
+    Opening it shows at once whether it can be written, and cuts off an unfinished last line. A file that it
+    made and never wrote to is not left behind.
 
     Args:
         file: the file; made if it is not there, in a folder that is.
@@ -153,11 +172,12 @@ class Completions:
     def __init__(self, file: Path, rows: Iterable[Row]):
         self.path = file
         self.done: set[str | int] = set()
+        self._made = not file.exists()
         try:
             self._file = file.open("ab", buffering=0)
         except OSError as error:
             raise ValueError(
-                f"cannot write to {file}: {error.strerror}; choose a file in a folder that exists and is yours"
+                f"cannot write to {file}: {error.strerror}; choose a file in a folder that is there and yours"
             ) from None
         if file.is_file():  # else a device, which has no past
             try:
@@ -170,9 +190,9 @@ class Completions:
         return self
 
     def __exit__(self, *_: object) -> None:
-        empty = self.path.is_file() and not os.fstat(self._file.fileno()).st_size
+        unused = self._made and not os.fstat(self._file.fileno()).st_size
         self._file.close()
-        if empty:
+        if unused:
             self.path.unlink()
 
     def write(self, line: bytes) -> None:
@@ -203,7 +223,7 @@ class Completions:
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"{self.path}:{number}: expected a completion of one of these prompts, got "
-                    f"{line[:60].decode(errors='replace')!r}; the file belongs to other prompts: choose another"
+                    f"{shown(line)}; the file belongs to other prompts: choose another"
                 ) from None
             self.done.add(known.id)
         if not torn:
@@ -212,7 +232,7 @@ class Completions:
         heads = [_head(row) for row in rows.values()]
         if not any(head.startswith(torn) or torn.startswith(head) for head in heads):
             raise ValueError(
-                f"{self.path}:{len(lines) + 1}: expected the beginning of a completion of one of these prompts, "
-                f"got {torn[:60].decode(errors='replace')!r}; the file belongs to other prompts: choose another"
+                f"{self.path}:{len(lines) + 1}: expected the beginning of a completion of one of these "
+                f"prompts, got {shown(torn)}; the file belongs to other prompts: choose another"
             )
         self._file.truncate(self._file.seek(0, os.SEEK_END) - len(torn))

@@ -18,7 +18,16 @@ from layerscope_jax.config import OffloadConfig, parse_bytes
 from layerscope_jax.experts.executors import HostExperts, WorkStats
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, Transfers
-from layerscope_jax.generation import Request, Result, Running, Times, Token, encode_prompts, run_batch
+from layerscope_jax.generation import (
+    Request,
+    Result,
+    Running,
+    Times,
+    Token,
+    continuation,
+    encode_prompts,
+    run_batch,
+)
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.scheduling.baselines import POLICIES, Resident
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Policy
@@ -74,7 +83,8 @@ class Engine:
         policy = make_policy(config.policy)
         # Where everything fits there is nothing to decide, unless the user decided otherwise.
         fits = self.budget_bytes >= bank.total_bytes
-        everything = fits and isinstance(config.policy, str) and config.policy != "host-only"
+        left_to_us = isinstance(config.policy, str) and config.policy != "host-only"
+        everything = fits and (left_to_us or isinstance(policy, Resident))
         self.runner: WholeModel | LayerByLayer
         if everything and config.numerics == "fast":
             self.policy: Policy = Resident()
@@ -158,7 +168,6 @@ class Engine:
     ) -> Iterator[Token]:
         """As `generate`, but yields each `Token` when it is known; bad input is refused at once."""
         requests = make_requests(prompts, settings)
-        self._encode(requests)
         if isinstance(self.runner, LayerByLayer):
             self.runner.record = None
         return self._stream(requests, batch_size, Times())
@@ -179,6 +188,7 @@ class Engine:
         return encode_prompts(requests, self.model.tokenizer, config.max_positions, config.vocab_size)
 
     def _stream(self, requests: Sequence[Request], batch_size: int, times: Times) -> Iterator[Token]:
+        """Refuses bad input at once; the rest happens as tokens are asked for."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         prompts = self._encode(requests)
@@ -187,6 +197,9 @@ class Engine:
             Running(index, request, prompt, min(request.max_new_tokens, left))
             for index, (request, prompt, left) in enumerate(zip(requests, prompts, room, strict=True))
         ]
+        return self._batches(running, batch_size, times)
+
+    def _batches(self, running: list[Running], batch_size: int, times: Times) -> Iterator[Token]:
         if isinstance(self.runner, LayerByLayer):
             self.runner.steps = 0
         for start in range(0, len(running), batch_size):
@@ -202,7 +215,7 @@ class Engine:
     def _text(self, tokens: list[int], finish: str) -> str:
         if self.model.tokenizer is None:
             return ""
-        return self.model.tokenizer.decode(tokens[:-1] if finish == "stop" else tokens)
+        return continuation(self.model.tokenizer, tokens, finish)
 
     def _stats(self, times: Times, tokens: list[list[int]], total_s: float) -> RunStats:
         runner, meter = self.runner, self.runner.meter
@@ -279,14 +292,17 @@ def make_requests(
     """One `Request` a prompt.
 
     Raises:
-        ValueError: if there is no prompt, or a lone string was given for a list of prompts.
+        ValueError: if there is no prompt, or a lone prompt was given for a list of prompts.
     """
-    if isinstance(prompts, str):
-        raise ValueError(
-            f"prompts must be a list of prompts, got the string {prompts[:40]!r}; put it in a list"
-        )
+    if isinstance(prompts, str | Request):
+        raise ValueError(f"prompts must be a list of prompts, got {str(prompts)[:40]!r}; put it in a list")
     if not len(prompts):
         raise ValueError("prompts must hold at least one prompt, got an empty list")
+    if any(isinstance(prompt, int | np.integer) for prompt in prompts):
+        raise ValueError(
+            f"prompts must be a list of prompts, each text or a list of token ids, got {str(prompts)[:40]}; "
+            "put the ids of a lone prompt in a list of their own"
+        )
     return [p if isinstance(p, Request) else Request(prompt=p, **settings) for p in prompts]
 
 

@@ -112,7 +112,8 @@ class Running:
     prompt: list[int]
     room: int  # new tokens at most
     tokens: list[int] = field(default_factory=list)
-    decoder: DecodeStream = field(default_factory=DecodeStream)
+    decoder: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
+    text: str = ""  # of the tokens so far, but for the bytes of a character that is not yet whole
     finish: str | None = None
 
 
@@ -223,10 +224,19 @@ def advance(running: Running, token: int, stop_tokens: Sequence[int], tokenizer:
         running.finish = "stop"
     elif len(running.tokens) >= running.room:
         running.finish = "length"
-    piece = None
-    if tokenizer is not None and running.finish != "stop":
-        piece = running.decoder.step(tokenizer, token)  # None until a character is whole
-    return Token(running.index, token, piece or "", running.finish)
+    piece = ""
+    if tokenizer is not None:
+        if running.finish != "stop":
+            piece = running.decoder.step(tokenizer, token) or ""  # None until a character is whole
+        if running.finish is not None:
+            piece = continuation(tokenizer, running.tokens, running.finish).removeprefix(running.text)
+        running.text += piece
+    return Token(running.index, token, piece, running.finish)
+
+
+def continuation(tokenizer: Tokenizer, tokens: Sequence[int], finish: str) -> str:
+    """The text of a request's new tokens, the one that stopped it left out."""
+    return tokenizer.decode(tokens[:-1] if finish == "stop" else tokens)
 
 
 def sampling_of(requests: Sequence[Request], rows: int) -> Sampling | None:
@@ -237,6 +247,6 @@ def sampling_of(requests: Sequence[Request], rows: int) -> Sampling | None:
     return Sampling(
         seed=jnp.array([request.seed for request in padded], jnp.uint32),
         temperature=jnp.array([request.temperature for request in padded], jnp.float32),
-        top_k=jnp.array([request.top_k for request in padded], jnp.int32),
+        top_k=jnp.array([min(request.top_k, 2**31 - 1) for request in padded], jnp.int32),
         top_p=jnp.array([request.top_p for request in padded], jnp.float32),
     )

@@ -171,7 +171,7 @@ class LayerByLayer:
             in_flight=residency.coming,
         )
         state, plan = self.policy.plan(self.state, seen)
-        check_plan(plan, seen, residency.slots)
+        check_plan(plan, seen, residency.slots, self.model.bank)
         self.state = state
         self.meter.count(seen)
         if self.record is not None:
@@ -230,6 +230,8 @@ class LayerByLayer:
             self.residency.release(expert)
         self.transfers.rest()
         self._absorb()
+        for expert in list(self.residency.coming):  # an interrupt came between the books and the link
+            self.residency.release(expert)
         self._outputs.clear()
 
     def preload(self) -> None:

@@ -43,7 +43,10 @@ def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) -
     if sampling is None:
         return greedy
     warmth = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-    ranked, token = jax.lax.top_k(logits / warmth[:, None], logits.shape[-1])  # [B, V] likeliest first
+    warmth = jnp.maximum(warmth, jnp.finfo(jnp.float32).tiny)[:, None]
+    # Counted from the largest, so that the least temperature overflows to minus infinity at most.
+    below = (logits - logits.max(axis=-1, keepdims=True)) / warmth
+    ranked, token = jax.lax.top_k(below, logits.shape[-1])  # [B, V] likeliest first
     rank = jnp.arange(logits.shape[-1])[None]
     limit = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
     ranked = jnp.where(rank < limit[:, None], ranked, -jnp.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +32,7 @@ class WholeModel:
         self.meter = Meter()
         graphdef, variables = nnx.split(model.whole())
         self.params = nnx.to_pure_dict(variables)
-
-        @functools.partial(jax.jit, donate_argnames="caches")
-        def run(params, tokens, positions, last, caches, sampling):
-            decoder: Decoder = nnx.merge(graphdef, params)
-            hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
-            rows = jnp.arange(tokens.shape[0])
-            logits = decoder.logits(hidden[rows, last])
-            return sample(logits, positions[rows, last] + 1, sampling), logits, caches
-
-        self.run = run
+        self.run = program(graphdef)
 
     def step(
         self,
@@ -60,3 +52,18 @@ class WholeModel:
     def reset(self) -> None:
         """Begins the statistics anew."""
         self.meter = Meter()
+
+
+@functools.lru_cache(maxsize=16)
+def program(graphdef: nnx.GraphDef) -> Callable:
+    """The jitted step; engines of models of one shape share it."""
+
+    @functools.partial(jax.jit, donate_argnames="caches")
+    def run(params, tokens, positions, last, caches, sampling):
+        decoder: Decoder = nnx.merge(graphdef, params)
+        hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
+        rows = jnp.arange(tokens.shape[0])
+        logits = decoder.logits(hidden[rows, last])
+        return sample(logits, positions[rows, last] + 1, sampling), logits, caches
+
+    return run

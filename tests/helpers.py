@@ -101,3 +101,43 @@ def bits(array: Any) -> np.ndarray:
     """The raw bits of an array, so that equal means equal."""
     array = np.asarray(array)
     return array.view(f"u{array.itemsize}")
+
+
+class Copies:
+    """Stands between an engine and `jax.device_put`: counts what arrives, and fails as it is told.
+
+    Args:
+        rate: how often a copy fails, at the start or at the end; never `most` times in a row for one matrix.
+        seed: of those failures.
+
+    Attributes:
+        broken: while set, every copy fails.
+        moved: bytes of copies that succeeded.
+        failed: copies that did not.
+    """
+
+    def __init__(self, rate: float = 0.0, seed: int = 0, most: int = 3):
+        self.rate, self.most = rate, most
+        self.rng = np.random.default_rng(seed)
+        self.in_a_row: dict[int, int] = {}
+        self.broken = False
+        self.moved = self.failed = 0
+
+    def __call__(self, array: jax.Array, sharding: jax.sharding.Sharding) -> Any:
+        row = self.in_a_row.get(id(array), 0)
+        fails = self.broken or (row < self.most - 1 and self.rng.random() < self.rate)
+        self.in_a_row[id(array)] = row + 1 if fails else 0
+        if not fails:
+            self.moved += array.nbytes
+            return jax.device_put(array, sharding)
+        self.failed += 1
+        if self.rng.random() < 0.5:
+            raise OSError("injected: did not start")
+        return BrokenOff()
+
+
+class BrokenOff:
+    """A copy that began and does not end well."""
+
+    def block_until_ready(self) -> jax.Array:
+        raise OSError("injected: broke off")

@@ -100,7 +100,14 @@ class Transfers:
         """Queues copies and returns at once.
 
         A load that is queued or has begun as a prefetch is moved ahead; one that has arrived is left alone.
+
+        Raises:
+            ValueError: if the bank has no such expert; nothing is queued then.
         """
+        load, prefetch = list(load), list(prefetch)
+        unknown = [tuple(expert) for expert in (*load, *prefetch) if expert not in self.bank]
+        if unknown:
+            raise ValueError(f"the model has no experts (layer, expert) {unknown} to copy")
         with self._changed:
             for expert in load:
                 copy = self._begun.get(expert) or next(
@@ -172,9 +179,9 @@ class Transfers:
     def _run(self) -> None:
         on_link: deque[_Chunk] = deque()
         free = 0.0  # when the link, at its paced rate, is through with what it was given
+        rested = True  # whether it has had nothing to do since it began the last chunk
         while True:
             with self._changed:
-                rested = False
                 while not (self._closed or on_link or self._demand or self._prefetch):
                     rested = True
                     self._changed.wait()
@@ -195,6 +202,7 @@ class Transfers:
             free = (max(free, now) if rested else free) + (
                 matrix.nbytes / self.bandwidth if self.bandwidth else 0.0
             )
+            rested = False
             try:
                 on_link.append(_Chunk(copy, matrix, self._copy(matrix, self.sharding), free))
             except Exception as error:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from layerscope_jax.files import replace_files
 from layerscope_jax.scheduling.costs import HardwareProfile
 
 Phase = Literal["prefill", "decode"]
@@ -86,14 +86,20 @@ class LayerPlan:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> LayerPlan:
-        def ids(key: str) -> tuple[ExpertId, ...]:
-            return tuple(ExpertId(*pair) for pair in record[key])
+        def numbers(values: Any) -> tuple[int, ...]:
+            if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
+                raise TypeError(f"expected whole numbers, got {values!r}")
+            return tuple(values)
 
+        def ids(key: str) -> tuple[ExpertId, ...]:
+            return tuple(ExpertId(*numbers(pair)) for pair in record[key])
+
+        step, layer = numbers([record["step"], record["layer"]])
         return cls(
-            step=record["step"],
-            layer=record["layer"],
-            device=tuple(record["device"]),
-            host=tuple(record["host"]),
+            step=step,
+            layer=layer,
+            device=numbers(record["device"]),
+            host=numbers(record["host"]),
             evict=ids("evict"),
             load=ids("load"),
             prefetch=ids("prefetch"),
@@ -120,13 +126,21 @@ class Policy(Protocol):
         """Decides one layer of one step."""
 
 
-def check_plan(plan: LayerPlan, seen: Observation, slots: int) -> None:
+def check_plan(
+    plan: LayerPlan, seen: Observation, slots: int, known: Container[ExpertId] | None = None
+) -> None:
     """Refuses a plan that could not give the right output or would not fit.
+
+    Args:
+        plan: the plan.
+        seen: what it answers.
+        slots: how many experts the device budget holds.
+        known: the experts that there are; None skips that check.
 
     Raises:
         ValueError: if an active expert is not computed exactly once, a device expert is neither resident nor
-            loaded, something needed or absent is evicted, something present is loaded, or more than `slots`
-            experts would be on the device or on their way.
+            loaded, something needed or absent is evicted, something present or unknown is copied, an expert
+            is named twice, or more than `slots` experts would be on the device or on their way.
     """
     where = f"plan for step {plan.step}, layer {plan.layer}"
 
@@ -159,8 +173,10 @@ def check_plan(plan: LayerPlan, seen: Observation, slots: int) -> None:
         "computed on the device, but neither present nor loaded",
         (e for e in device - loaded if not present(e)),
     )
-    if len(loaded) < len(plan.load) or len(prefetched) < len(plan.prefetch):
-        raise ValueError(f"{where}: an expert is copied twice")
+    if known is not None:
+        refuse("prefetched, though the model has no such expert", (e for e in prefetched if e not in known))
+    refuse("evicted twice", Counter(plan.evict) - Counter(evicted))
+    refuse("copied twice", Counter(plan.load + plan.prefetch) - Counter(loaded | prefetched))
     needed = len(seen.resident) + len(seen.in_flight) - len(evicted) + len(loaded) + len(prefetched)
     if needed > slots:
         raise ValueError(f"{where}: needs room for {needed} experts, the budget holds {slots}")
@@ -169,11 +185,12 @@ def check_plan(plan: LayerPlan, seen: Observation, slots: int) -> None:
 def save_plans(plans: Iterable[LayerPlan], path: str | Path) -> None:
     """Writes plans as JSON lines, whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        for plan in plans:
-            file.write(json.dumps(plan.to_json()) + "\n")
-    os.replace(temporary, path)
+
+    def write(file: Path) -> None:
+        with file.open("w") as lines:
+            lines.writelines(json.dumps(plan.to_json()) + "\n" for plan in plans)
+
+    replace_files(path.parent, {path.name: write})
 
 
 def load_plans(path: str | Path) -> list[LayerPlan]:

@@ -36,7 +36,9 @@ CUTS = (
     Cut("speeches", "sotu/1904_theodore_roosevelt_r.txt", "The Nation continues", "great natural resources;"),
     Cut("python-source", "netrc.py", "class NetrcParseError", "self.filename = filename\n"),
     Cut("python-source", "colorsys.py", "def rgb_to_yiq", "0.11*b\n"),
-    Cut("python-docs", "python/howto/logging.rst.txt", "Logging is a means", "certain\nevents have occurred."),
+    Cut(
+        "python-docs", "python/howto/logging.rst.txt", "Logging is a means", "certain\nevents have occurred."
+    ),
 )
 
 

@@ -55,7 +55,7 @@ class TrainConfig:
     hidden: int = 96
     expert_hidden: int = 32
     heads: int = 2
-    steps: int = 1600
+    steps: int = 1200
     rows: int = 16
     length: int = 256
     learning_rate: float = 3e-3

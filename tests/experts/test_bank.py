@@ -48,7 +48,9 @@ def test_memory_kinds(bank):
     stacked = bank.stacked(1)
     assert {matrix.sharding.memory_kind for matrix in stacked} == {"device"}
     for name in ("gate", "up", "down"):
-        expected = np.stack([np.asarray(getattr(bank[ExpertId(1, e)], name)) for e in range(bank.num_experts)])
+        expected = np.stack(
+            [np.asarray(getattr(bank[ExpertId(1, e)], name)) for e in range(bank.num_experts)]
+        )
         np.testing.assert_array_equal(getattr(stacked, name), expected)
     assert host_sharding().memory_kind == "pinned_host"
     assert device_sharding().memory_kind == "device"
@@ -89,4 +91,3 @@ def test_nobody_writes_into_it(bank):
             view.flags.writeable = True
     with pytest.raises(AttributeError):
         bank.layers = ()
-

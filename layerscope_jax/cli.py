@@ -1,0 +1,251 @@
+"""The command line, `layerscope`: every refusal is one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+from rich.console import Console
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
+
+from layerscope_jax import demo, demo_view
+from layerscope_jax.batch_files import Completions, Row, check_prompts, completion, read_prompts
+from layerscope_jax.checkpoints import Model, load
+from layerscope_jax.complete import Live, complete, summary
+from layerscope_jax.config import OffloadConfig
+from layerscope_jax.engine import Engine, make_policy
+from layerscope_jax.experts.transfers import TransferError
+from layerscope_jax.generation import Request
+from layerscope_jax.scheduling.baselines import POLICIES
+
+SHIPPED = "shipped"
+POLICY_NAMES = ", ".join(sorted(POLICIES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Run the shipped model with everything resident, then within a budget under each policy.
+
+    Prints the texts, what each policy cost, and whether all gave the same tokens; exits with 1 if not.
+    """
+
+    json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
+    checkpoint: Annotated[str, arg(metavar="FOLDER", help="Another model: a Hugging Face folder.")] = SHIPPED
+    policies: Annotated[
+        tuple[str, ...], arg(metavar="POLICY ...", help=f"Policies to compare: some of {POLICY_NAMES}.")
+    ] = ("on-demand", "lru", "host-only", "fiddler")
+    max_new_tokens: Annotated[int, arg(help="Tokens to generate for each prompt.")] = 32
+    budget_share: Annotated[float, arg(help="Share of the experts' bytes that the device may hold.")] = 0.25
+    link_bandwidth: Annotated[
+        str | None,
+        arg(
+            metavar="SIZE",
+            help="Bytes a second that copies to the device are paced to; None leaves them as fast as they "
+            "go. At the default an expert of the shipped model takes as long as one of Qwen3-30B-A3B over "
+            "PCIe 4.0.",
+        ),
+    ] = "50MB"
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        report = demo.compare(
+            open_model(self.checkpoint),
+            demo.read_demo_prompts(),
+            policies=self.policies,
+            max_new_tokens=self.max_new_tokens,
+            budget_share=self.budget_share,
+            link_bandwidth=self.link_bandwidth,
+        )
+        if self.json:
+            print(json.dumps(report))
+        else:
+            demo_view.show(report, Console(highlight=False))
+        return 0 if report["exact"] else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue prompts, given one by one or in a file."""
+
+    checkpoint: Annotated[
+        Positional[str],
+        arg(metavar="CHECKPOINT", help="A Hugging Face folder, or 'shipped' for the model that comes along."),
+    ]
+    prompt: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="A prompt; may be given many times.")
+    ] = ()
+    prompts: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help='Many prompts: JSON lines {"prompt": text or [token ids]}, each with an "id" (else its '
+            "number, from 0) and settings of its own (max_new_tokens, temperature, top_k, top_p, seed, "
+            "stop_tokens).",
+        ),
+    ] = None
+    out: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help='Where a line {"id", "prompt", "text", "tokens", "finish"} goes as soon as a prompt is '
+            "complete; a file left half done is gone on with. Without it they go to the standard output.",
+        ),
+    ] = None
+    device_budget: Annotated[
+        str | None,
+        arg(metavar="SIZE", help="Device memory for experts, '2GiB' say; without it everything is resident."),
+    ] = None
+    policy: Annotated[str, arg(metavar="POLICY", help=f"Who moves what within a budget: {POLICY_NAMES}.")] = (
+        "lru"
+    )
+    max_new_tokens: Annotated[int, arg(help="At most so many tokens for each prompt.")] = 64
+    temperature: Annotated[float, arg(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0
+    top_k: Annotated[int, arg(help="Sample from so many of the likeliest tokens; 0 for all.")] = 0
+    top_p: Annotated[
+        float, arg(help="Sample from the fewest tokens that reach this probability together.")
+    ] = 1.0
+    seed: Annotated[int, arg(help="Of sampling.")] = 0
+    batch_size: Annotated[int, arg(help="How many prompts run at once.")] = 32
+    link_bandwidth: Annotated[
+        str | None,
+        arg(metavar="SIZE", help="Bytes a second, '500MB' say, that copies to the device are paced to."),
+    ] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        arg(help="Converts the weights; without it they stay as they are."),
+    ] = None
+    numerics: Annotated[
+        Literal["fast", "exact"], arg(help="'exact' gives the same bits under every budget and policy.")
+    ] = "fast"
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        config = OffloadConfig(
+            device_budget=self.device_budget,
+            policy=self.policy,
+            link_bandwidth=self.link_bandwidth,
+            numerics=self.numerics,
+        )
+        make_policy(self.policy)
+        rows = self._rows()
+        if self.out is None:
+            self._complete(rows, config, None)
+            return 0
+        with Completions(self.out, rows) as file:
+            left = [row for row in rows if row.id not in file.done]
+            if file.done:
+                say(f"{self.out} has {len(file.done)} of {len(rows)} completions already")
+            try:
+                if left:
+                    self._complete(left, config, file)
+            except KeyboardInterrupt:
+                say(f"interrupted; the same command goes on with {self.out}")
+                raise
+        return 0
+
+    def _rows(self) -> list[Row]:
+        if bool(self.prompt) == (self.prompts is not None):
+            raise ValueError(
+                "expected either --prompt TEXT or --prompts FILE, got "
+                + ("both" if self.prompt else "neither")
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"batch-size must be 1 or more, got {self.batch_size}")
+        settings: dict[str, Any] = {
+            name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        }
+        Request(prompt="", **settings)  # refuses what is out of range
+        if self.prompts is None:
+            return [
+                Row(index, Request(prompt=prompt, **settings), f"--prompt {prompt[:40]!r}")
+                for index, prompt in enumerate(self.prompt)
+            ]
+        if (
+            self.out is not None
+            and self.out.exists()
+            and self.prompts.exists()
+            and self.out.samefile(self.prompts)
+        ):
+            raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another")
+        return read_prompts(self.prompts, settings)
+
+    def _complete(self, rows: list[Row], config: OffloadConfig, file: Completions | None) -> None:
+        model = open_model(self.checkpoint, self.dtype)
+        check_prompts(rows, model)
+
+        def to_stdout(line: bytes) -> None:
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
+
+        write = file.write if file is not None else to_stdout
+        live = file is None and self.prompts is None
+        with Engine(model, config) as engine:
+            stats = complete(
+                engine,
+                rows,
+                batch_size=self.batch_size,
+                on_token=Live(rows) if live else lambda event: None,
+                on_row=(lambda *completed: None) if live else lambda *c: write(completion(*c)),
+                # A bar and lines of output on one terminal would run into each other.
+                progress=file is not None or not sys.stdout.isatty(),
+            )
+        say(summary(stats, model.bank.total_bytes))
+
+
+def open_model(checkpoint: str, dtype: str | None = None) -> Model:
+    """Loads a checkpoint, the shipped one by its name; before that, gives a machine without accelerator two
+    CPU devices, one to stand for it and one to compute experts on beside it."""
+    if jax.config.values["jax_num_cpu_devices"] < 0:
+        with suppress(RuntimeError):  # JAX has been used before: its devices are what they are
+            jax.config.update("jax_num_cpu_devices", 2)
+    return load(demo.SHIPPED if checkpoint == SHIPPED else checkpoint, dtype=dtype)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs `layerscope` and returns its exit code: 2 with one line on stderr for input that it refuses."""
+    args = sys.argv[1:] if args is None else list(args)
+    if args == ["--version"]:
+        print(", ".join(f"{name} {number}" for name, number in demo.versions().items()))
+        return 0
+    command: Demo | Generate = tyro.cli(
+        Annotated[Demo, subcommand("demo")] | Annotated[Generate, subcommand("generate")],  # type: ignore[arg-type]
+        prog="layerscope",
+        description=(
+            "Run mixture-of-experts language models whose experts do not fit on the accelerator. "
+            "`layerscope --version` tells the versions."
+        ),
+        args=args or ["--help"],
+        config=(FlagCreatePairsOff,),
+    )
+    try:
+        return command.run()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone: end quietly, also when Python flushes it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, TransferError) as error:
+        say("error: " + " ".join(described(error).split()))
+        return 2
+
+
+def described(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Completes a batch of prompts: text as it comes, rows as they are finished, statistics at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from layerscope_jax.batch_files import Row
+from layerscope_jax.engine import Engine
+from layerscope_jax.generation import Times, Token
+from layerscope_jax.statistics import RunStats
+
+
+def complete(
+    engine: Engine,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    on_token: Callable[[Token], object] = lambda event: None,
+    on_row: Callable[[Row, str, list[int], str], object] = lambda *completed: None,
+    progress: bool = False,
+) -> RunStats:
+    """Generates for every row.
+
+    Args:
+        engine: does it.
+        rows: what is to be done.
+        batch_size: how many run at once.
+        on_token: is given each token; its `request` is an index into `rows`.
+        on_row: is given each row that is complete, as (row, text, tokens, finish).
+        progress: whether to show a bar on stderr.
+    """
+    times = Times()
+    tokens: list[list[int]] = [[] for _ in rows]
+    tokenizer = engine.model.tokenizer
+    engine.runner.reset()
+    began = time.perf_counter()
+    with progress_bar(rows) if progress else nullcontext(lambda event: None) as advance:
+        # `Engine.stream` with the statistics of `Engine.generate`.
+        for event in engine._stream([row.request for row in rows], batch_size, times):
+            found = tokens[event.request]
+            found.append(event.token)
+            on_token(event)
+            if event.finish is not None:
+                kept = found[:-1] if event.finish == "stop" else found
+                text = tokenizer.decode(kept) if tokenizer else ""
+                on_row(rows[event.request], text, found, event.finish)
+            advance(event)
+    return engine._stats(times, tokens, time.perf_counter() - began)
+
+
+@contextmanager
+def progress_bar(rows: Sequence[Row]) -> Iterator[Callable[[Token], None]]:
+    """A bar over the tokens of `rows`; what it gives counts one."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    left = [row.request.max_new_tokens for row in rows]
+    finished = 0
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"0 of {len(rows)} prompts", total=sum(left))
+
+        def advance(event: Token) -> None:
+            nonlocal finished
+            left[event.request] -= 1
+            if event.finish is None:
+                progress.advance(task)
+            else:  # it may have come sooner than it had to
+                finished += 1
+                progress.update(
+                    task,
+                    advance=1 + left[event.request],
+                    description=f"{finished} of {len(rows)} prompts",
+                )
+
+        yield advance
+
+
+class Live:
+    """Prints texts in the order of the rows; that of the first unfinished one as it comes.
+
+    On a terminal each prompt stands before its continuation, dimmed; elsewhere the continuation is all there
+    is, with a line end after it.
+    """
+
+    def __init__(self, rows: Sequence[Row]):
+        self._rows = rows
+        self._waiting = ["" for _ in rows]  # text that is not printed yet
+        self._finished = [False for _ in rows]
+        self._current = 0
+        self._begin()
+
+    def __call__(self, event: Token) -> None:
+        self._waiting[event.request] += event.text
+        self._finished[event.request] = event.finish is not None
+        while self._current < len(self._rows):
+            print(self._waiting[self._current], end="")
+            self._waiting[self._current] = ""
+            if not self._finished[self._current]:
+                break
+            print()
+            self._current += 1
+            self._begin()
+        sys.stdout.flush()
+
+    def _begin(self) -> None:
+        if self._current == len(self._rows) or not sys.stdout.isatty():
+            return
+        prompt = Text(("\n" if self._current else "") + str(self._rows[self._current].request.prompt), "dim")
+        Console(highlight=False).print(prompt, end="", soft_wrap=True)
+
+
+def summary(stats: RunStats, total_expert_bytes: int) -> str:
+    """Two lines on what a run did."""
+    budget, total = stats.budget_bytes / 1e6, total_expert_bytes / 1e6
+    wasted = f" ({stats.bytes_wasted / 1e6:,.1f} in vain)" if stats.bytes_wasted else ""
+    return (
+        f"{stats.new_tokens:,} tokens for {stats.prompts:,} prompt{'s' * (stats.prompts != 1)} in "
+        f"{stats.total_s:.1f} s, compilation included: {stats.tokens_per_s:.1f} tokens/s, first token after "
+        f"{stats.ttft_s:.2f} s, then {1e3 * stats.tpot_s:.0f} ms each\n"
+        f"{stats.policy}, {budget:,.1f} of {total:,.1f} MB of experts on the device: {stats.hit_rate:.0%} "
+        f"hits, {stats.bytes_moved / 1e6:,.1f} MB moved{wasted}; busy: device {stats.device_share:.0%}, host "
+        f"{stats.host_share:.0%}, link {stats.link_share:.0%}"
+    )

@@ -1,0 +1,182 @@
+"""The demo: one model, eight real prompts, every policy; what each costs, and that none changes a token."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from layerscope_jax.checkpoints import Model
+from layerscope_jax.config import OffloadConfig
+from layerscope_jax.engine import Engine, make_policy
+from layerscope_jax.generation import Request, Result
+
+SHIPPED = Path(__file__).parent / "shipped"
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX reports it for every program that XLA compiles
+WARM_STEPS, MOST_RUNS = 4, 3
+
+
+def versions() -> dict[str, str]:
+    """Of this package, JAX and Python."""
+    try:
+        own = version("layerscope-jax")
+    except PackageNotFoundError:
+        own = "from source"
+    return {"layerscope-jax": own, "jax": jax.__version__, "python": platform.python_version()}
+
+
+def read_demo_prompts() -> list[dict[str, str]]:
+    """The prompts that ship with the model: rows of id, domain and prompt."""
+    lines = (SHIPPED / "prompts.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    return [json.loads(line) for line in lines]
+
+
+def compare(
+    model: Model,
+    prompts: Sequence[dict[str, str]],
+    *,
+    policies: Sequence[str],
+    max_new_tokens: int,
+    budget_share: float,
+    link_bandwidth: str | None,
+) -> dict[str, Any]:
+    """Generates with everything resident, then within a budget under each policy; returns the report.
+
+    Args:
+        model: the model.
+        prompts: rows of id, domain and prompt.
+        policies: names of `layerscope_jax.POLICIES`.
+        max_new_tokens: of every prompt.
+        budget_share: of the experts' bytes, over 0 and below 1.
+        link_bandwidth: what copies are paced to, "50MB" say; None for as fast as they go.
+
+    Raises:
+        ValueError: for an unknown policy, a share out of range or a budget too small.
+    """
+    configs = configurations(model, policies, budget_share, link_bandwidth)
+    texts = [row["prompt"] for row in prompts]
+    Request(prompt="", max_new_tokens=max_new_tokens)  # refuses what is out of range, before anything has run
+    results, runs = [], []
+    console = Console(stderr=True)
+    # Refreshed rarely: the spinner shares this process with what is measured.
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        refresh_per_second=2,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("")
+        for index, (name, config) in enumerate(configs, 1):
+            show = functools.partial(progress.update, task)
+            label = f"{index} of {len(configs)}, {name}: "
+            show(description=label + "warming up")
+            with Engine(model, config) as engine:
+                warm_up(engine, texts, max_new_tokens)
+                show(description=label + "measuring")
+                result, programs = measured(engine, texts, max_new_tokens)
+            results.append(result)
+            runs.append(result.stats.to_json() | {"programs_compiled": programs})
+    oracle = results[1]
+    for run, result in zip(runs, results, strict=True):
+        run["same_tokens"] = result.tokens == oracle.tokens
+    return {
+        "exact": all(run["same_tokens"] for run in runs),
+        "model": described(model),
+        "versions": versions(),
+        "platform": jax.devices()[0].platform,
+        "device": jax.devices()[0].device_kind,
+        "budget_share": budget_share,
+        "link_bandwidth": link_bandwidth,
+        "runs": runs,
+        "prompts": [
+            row | {"text": text, "tokens": tokens}
+            for row, text, tokens in zip(prompts, oracle.texts, oracle.tokens, strict=True)
+        ],
+    }
+
+
+def configurations(
+    model: Model, policies: Sequence[str], budget_share: float, link_bandwidth: str | None
+) -> list[tuple[str, OffloadConfig]]:
+    """What is compared, by name: two ways with everything resident, the oracle second, then each policy."""
+    if not 0 < budget_share < 1:
+        raise ValueError(f"budget-share must lie between 0 and 1, got {budget_share}")
+    limited = OffloadConfig(
+        device_budget=int(model.bank.total_bytes * budget_share),
+        link_bandwidth=link_bandwidth,
+        numerics="exact",
+    )
+    offloaded = [(policy, replace(limited, policy=policy)) for policy in policies]
+    for policy, config in offloaded:
+        if not make_policy(policy).uses_costs:  # measuring costs would take seconds
+            Engine(model, config).close()  # refuses a budget too small before anything has run
+    return [
+        ("everything resident, one jit", OffloadConfig()),
+        ("everything resident, layer by layer", OffloadConfig(numerics="exact")),
+        *offloaded,
+    ]
+
+
+def warm_up(engine: Engine, prompts: list[str], max_new_tokens: int) -> None:
+    """Generates a few tokens in the shapes of a full run, which compiles nearly all that it needs."""
+    for done, _ in enumerate(engine.stream(prompts, max_new_tokens=max_new_tokens), 1):
+        if done >= WARM_STEPS * len(prompts):
+            break
+
+
+def measured(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[Result, int]:
+    """Generates, and again if a program was compiled on the way, a few times at most.
+
+    Returns:
+        The last result, and how many programs were compiled in it: 0 unless each time brought new shapes.
+    """
+    for _ in range(MOST_RUNS):
+        with compilations() as programs:
+            result = engine.generate(prompts, max_new_tokens=max_new_tokens)
+        if not programs:
+            break
+    return result, len(programs)
+
+
+@contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Gives a list that grows by the seconds of every compilation."""
+    programs: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILED:
+            programs.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield programs
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def described(model: Model) -> dict[str, Any]:
+    """The model's shape, in numbers that matter to offloading."""
+    config, bank = model.config, model.bank
+    return {
+        "path": str(model.path),
+        "family": config.family,
+        "layers": config.num_layers,
+        "experts": config.num_experts,
+        "experts_per_token": config.experts_per_token,
+        "dtype": str(bank.dtype),
+        "expert_bytes": bank.expert_bytes,
+        "total_expert_bytes": bank.total_bytes,
+    }

@@ -1,0 +1,546 @@
+"""The link: demand first, a matrix at a time, never the wrong weights, never lost, never a hang."""
+
+import threading
+from collections import Counter
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from helpers import TINY, bits, in_time
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerscope_jax import ExpertBank, ExpertId, TransferError
+from layerscope_jax.experts import transfers as transfers_module
+from layerscope_jax.experts.transfers import ATTEMPTS, MATRICES, Transfers
+
+NAMES = ("gate", "up", "down")
+A, B, C, D = (ExpertId(layer, expert) for layer, expert in ((0, 0), (0, 5), (1, 5), (2, 7)))
+CHUNK = 4 * TINY.hidden_size * TINY.expert_hidden
+EXPERT = MATRICES * CHUNK
+
+
+@pytest.fixture(scope="module")
+def bank():
+    rng = np.random.default_rng(0)
+    return ExpertBank.build(TINY, lambda expert, name, shape: rng.standard_normal(shape).astype(np.float32))
+
+
+class Link:
+    """Stands between `Transfers` and `jax.device_put`: sees every chunk begin, and decides how each ends.
+
+    A chunk ends when the test has given a permit for it (with `gated`), and fails where `failing(expert,
+    name, attempt)` says "start" or "end".
+    """
+
+    def __init__(self, bank, gated=False, failing=lambda expert, name, attempt: None):
+        self.names = {id(m): (e, n) for e in bank for n, m in zip(NAMES, bank[e], strict=True)}
+        self.permits = threading.Semaphore(0) if gated else None
+        self.failing = failing
+        self.changed = threading.Condition()
+        self.begun: list[tuple[ExpertId, str]] = []
+        self.beside: list[int] = []  # how many chunks were on the link when each began
+        self.ended = 0
+        self.moved = 0  # bytes
+        self.attempts: Counter = Counter()
+
+    def __call__(self, array, sharding):
+        assert sharding.memory_kind == "device"
+        expert, name = self.names[id(array)]
+        with self.changed:
+            self.attempts[expert, name] += 1
+            self.beside.append(len(self.begun) - self.ended)
+            self.begun.append((expert, name))
+            self.changed.notify_all()
+        how = self.failing(expert, name, self.attempts[expert, name])
+        if how == "start":
+            self._end(0)
+            raise OSError(f"injected: {expert} {name} did not start")
+        return Chunk(self, jax.device_put(array, sharding), how == "end")
+
+    def _end(self, size):
+        with self.changed:
+            self.ended += 1
+            self.moved += size
+
+    def until_begun(self, count):
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.begun) >= count, timeout=60)
+
+    def allow(self, count):
+        for _ in range(count):
+            self.permits.release()
+
+    @property
+    def order(self):
+        """Experts in the order in which their chunks began, repeats in a row left out."""
+        return [e for i, (e, _) in enumerate(self.begun) if i == 0 or self.begun[i - 1][0] != e]
+
+
+class Chunk:
+    def __init__(self, link, array, fails):
+        self.link, self.array, self.fails = link, array, fails
+
+    def block_until_ready(self):
+        if self.link.permits is not None:
+            assert self.link.permits.acquire(timeout=60)
+        self.link._end(0 if self.fails else self.array.nbytes)
+        if self.fails:
+            raise OSError("injected: broke off")
+        return self.array.block_until_ready()
+
+
+@pytest.fixture
+def start(bank):
+    """Begins transfers over an injected link; ends them after the test."""
+    running = []
+
+    def start(link, bandwidth=None):
+        running.append((Transfers(bank, jax.devices()[0], bandwidth, link), link))
+        return running[-1][0]
+
+    yield start
+    for transfers, link in running:
+        if link.permits is not None:
+            link.allow(1000)
+        in_time(transfers.close)
+
+
+def collect(transfers, wanted, arrived=None, lost=None):
+    """Waits for all of `wanted`; gives and enters what has arrived until then, enters what was lost."""
+    arrived = {} if arrived is None else arrived
+    while missing := [expert for expert in wanted if expert not in arrived]:
+        in_time(partial(transfers.wait, missing))
+        came, failed = transfers.arrivals()
+        arrived |= came
+        if lost is not None:
+            lost += failed
+    return arrived
+
+
+def right(bank, arrived):
+    for expert, weights in arrived.items():
+        for found, wanted in zip(weights, bank[expert], strict=True):
+            np.testing.assert_array_equal(bits(found), bits(wanted))
+    return True
+
+
+def test_copies_are_real(bank):
+    transfers = Transfers(bank, jax.devices()[0])
+    transfers.submit([A, D], [B])
+    arrived = collect(transfers, [A, B, D])
+    assert arrived.keys() == {A, B, D}
+    assert right(bank, arrived)
+    for expert, weights in arrived.items():
+        for found, source in zip(weights, bank[expert], strict=True):
+            assert found.sharding.memory_kind == "device"
+            assert found.device == jax.devices()[0]
+            assert found.unsafe_buffer_pointer() != source.unsafe_buffer_pointer()
+    assert transfers.stats.demand_bytes == 2 * EXPERT
+    assert transfers.stats.prefetch_bytes == EXPERT
+    assert transfers.stats.busy_s > 0
+    assert transfers.arrivals() == ({}, [])
+    in_time(transfers.close)
+    in_time(transfers.close)  # once more does no harm
+
+
+def test_a_matrix_is_a_chunk_and_experts_come_in_the_order_asked_for(bank, start):
+    link = Link(bank)
+    transfers = start(link)
+    transfers.submit([C, A], [D, B])
+    collect(transfers, [A, B, C, D])
+    assert link.begun == [(expert, name) for expert in (C, A, D, B) for name in NAMES]
+    assert link.moved == transfers.stats.demand_bytes + transfers.stats.prefetch_bytes == 4 * EXPERT
+
+
+def test_a_demand_waits_for_at_most_one_chunk_of_a_prefetch(bank, start):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.submit([], [A, B])
+    link.until_begun(1)
+    transfers.submit([C, D], [])  # while the first chunk of A is on the link
+    link.allow(100)
+    collect(transfers, [A, B, C, D])
+    assert link.order == [A, C, D, A, B]
+    assert link.begun[:2] == [(A, "gate"), (C, "gate")]
+    assert link.begun[7] == (A, "up")  # A goes on where it stopped
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 5, 6])
+def test_wherever_it_comes_in_between(bank, start, chunks):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.submit([], [A, B])
+    link.allow(chunks - 1)
+    link.until_begun(chunks)
+    transfers.submit([C], [])
+    link.allow(100)
+    collect(transfers, [A, B, C])
+    assert link.begun[chunks : chunks + 3] == [(C, name) for name in NAMES]
+    rest = [chunk for chunk in link.begun if chunk[0] != C]
+    assert rest == [(expert, name) for expert in (A, B) for name in NAMES]
+
+
+def test_prefetches_have_the_link_to_themselves_and_demands_overlap_by_one(bank, start):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.submit([A, B], [C, D])
+    link.until_begun(2)  # the second chunk begins though the first has not ended
+    link.allow(100)
+    collect(transfers, [A, B, C, D])
+    assert max(link.beside[:6]) == 1
+    assert link.beside[6:] == [0] * 6
+
+
+def test_a_queued_prefetch_that_is_needed_now_is_moved_ahead(bank, start):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.submit([], [A, B, C])
+    link.until_begun(1)
+    transfers.submit([C], [])
+    link.allow(100)
+    collect(transfers, [A, B, C])
+    assert link.order == [A, C, A, B]
+    assert len(link.begun) == 9  # no matrix is copied twice
+    assert (transfers.stats.demand_bytes, transfers.stats.prefetch_bytes) == (EXPERT, 2 * EXPERT)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_a_prefetch_that_has_begun_and_is_needed_now_goes_on_as_a_demand(bank, start, chunks):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.submit([], [A, B])
+    link.allow(chunks - 1)
+    link.until_begun(chunks)
+    transfers.submit([A, C], [])
+    link.allow(100)
+    assert right(bank, collect(transfers, [A, B, C]))
+    assert link.begun == [(expert, name) for expert in (A, C, B) for name in NAMES]
+    assert transfers.stats.prefetch_bytes == EXPERT + (chunks - 1) * CHUNK
+    assert link.moved == transfers.stats.demand_bytes + transfers.stats.prefetch_bytes
+
+
+def test_one_that_has_arrived_is_not_copied_again(bank, start):
+    link = Link(bank)
+    transfers = start(link)
+    transfers.submit([], [A])
+    in_time(transfers.rest)
+    transfers.submit([A], [])
+    assert collect(transfers, [A]).keys() == {A}
+    in_time(transfers.rest)
+    assert len(link.begun) == MATRICES
+
+
+def test_stale_prefetches_are_dropped_unless_begun(bank, start):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.submit([], [A, B, C, D])
+    link.until_begun(1)
+    assert transfers.drop(lambda expert: expert in {A, B, D}) == [B, D]
+    assert transfers.drop(lambda expert: expert == B) == []
+    transfers.submit([], [B])  # may be queued again
+    link.allow(100)
+    collect(transfers, [A, B, C])
+    in_time(transfers.rest)
+    assert link.order == [A, C, B]
+    assert transfers.stats.dropped == 2
+
+
+def test_demands_are_never_dropped(bank, start):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.submit([A, B], [C])
+    link.until_begun(1)
+    transfers.submit([C], [])
+    assert transfers.drop(lambda expert: True) == []
+    link.allow(100)
+    collect(transfers, [A, B, C])
+
+
+@pytest.mark.parametrize("how", ["start", "end"])
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_that_fails_at_first_is_tried_again(bank, start, name, times, how):
+    link = Link(bank, failing=lambda e, n, attempt: how if (e, n) == (A, name) and attempt <= times else None)
+    transfers = start(link)
+    transfers.submit([A, B], [])
+    assert right(bank, collect(transfers, [A, B]))
+    assert transfers.stats.retries == times
+    assert transfers.stats.demand_bytes == link.moved == 2 * EXPERT
+    assert link.attempts == {(e, n): 1 + times * ((e, n) == (A, name)) for e in (A, B) for n in NAMES}
+
+
+@pytest.mark.parametrize("how", ["start", "end"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_demand_that_fails_for_good_is_an_error_for_who_waits_for_it(bank, start, name, how):
+    broken = True
+    link = Link(bank, failing=lambda e, n, attempt: how if broken and (e, n) == (C, name) else None)
+    transfers = start(link)
+    transfers.submit([C, A], [])
+    arrived = {}
+    with pytest.raises(TransferError, match="expert 5 of layer 1 to the device failed 3 times: injected"):
+        collect(transfers, [C], arrived)
+    assert link.attempts[C, name] == ATTEMPTS
+    assert right(bank, collect(transfers, [A], arrived))  # another one is not concerned
+    assert arrived.keys() == {A}
+    in_time(transfers.rest)
+    assert transfers.arrivals() == ({}, [C])  # C is where it was
+
+    broken = False
+    transfers.submit([C], [])
+    assert right(bank, collect(transfers, [C]))
+
+
+def test_a_failed_demand_does_not_hide_what_has_arrived(bank, start):
+    """Whoever waits gets what there is first, and hears of the failure when nothing is left to do."""
+    link = Link(bank, failing=lambda e, n, attempt: "start" if e == C else None)
+    transfers = start(link)
+    transfers.submit([A, C], [])
+    link.until_begun(MATRICES + ATTEMPTS)
+    in_time(lambda: transfers.wait([A, C]))
+    arrived, _ = transfers.arrivals()
+    assert arrived.keys() == {A}
+    with pytest.raises(TransferError, match="layer 1"):
+        in_time(lambda: transfers.wait([C]))
+
+
+@pytest.mark.parametrize("how", ["start", "end"])
+def test_a_prefetch_that_fails_for_good_harms_nobody(bank, start, how):
+    link = Link(bank, failing=lambda e, n, attempt: how if (e, n) == (A, "up") else None)
+    transfers = start(link)
+    transfers.submit([], [A, B])
+    lost = []
+    assert right(bank, collect(transfers, [B], lost=lost))
+    assert lost == [A]
+    assert transfers.arrivals() == ({}, [])  # said once
+    assert transfers.stats.failed_prefetches == 1
+    assert (A, "down") not in link.begun
+
+
+def test_a_prefetch_that_failed_unnoticed_is_copied_anew_when_needed(bank, start):
+    link = Link(bank, failing=lambda e, n, attempt: "end" if n == "up" and attempt <= ATTEMPTS else None)
+    transfers = start(link)
+    transfers.submit([], [A])
+    in_time(transfers.rest)
+    transfers.submit([A], [])
+    assert right(bank, collect(transfers, [A]))
+    assert transfers.arrivals() == ({}, [])
+
+
+def test_a_prefetch_that_fails_after_it_was_demanded_is_an_error(bank, start):
+    link = Link(bank, gated=True, failing=lambda e, n, attempt: "end")
+    transfers = start(link)
+    transfers.submit([], [A])
+    link.until_begun(1)
+    transfers.submit([A], [])
+    link.allow(100)
+    with pytest.raises(TransferError, match="layer 0"):
+        collect(transfers, [A])
+
+
+@pytest.mark.parametrize(
+    "nowhere", [ExpertId(TINY.num_layers, 0), ExpertId(0, TINY.num_experts), ExpertId(-1, 0)]
+)
+def test_an_expert_that_does_not_exist_is_refused_at_once(bank, start, nowhere):
+    transfers = start(Link(bank))
+    for load, prefetch in (([A, nowhere], [B]), ([A], [B, nowhere])):
+        with pytest.raises(ValueError, match="no experts"):
+            transfers.submit(load, prefetch)
+    in_time(transfers.rest)
+    assert transfers.arrivals() == ({}, [])
+    transfers.submit([A], [])
+    assert collect(transfers, [A]).keys() == {A}
+
+
+def test_closing_wakes_who_waits(bank, start):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.submit([A, B], [C])
+    link.until_begun(2)
+    waiting = threading.Event()
+    outcome = []
+
+    def wait():
+        waiting.set()
+        try:
+            transfers.wait([A])
+        except TransferError as error:
+            outcome.append(str(error))
+
+    waiter = threading.Thread(target=wait, daemon=True)
+    waiter.start()
+    assert waiting.wait(60)
+    closer = threading.Thread(target=transfers.close, daemon=True)
+    closer.start()
+    waiter.join(60)  # before any chunk has ended
+    assert outcome == ["the transfer engine was closed while a layer waited for an expert"]
+    link.allow(100)
+    closer.join(60)
+    assert not closer.is_alive()
+    assert len(link.begun) == 2  # what was queued is not begun any more
+    with pytest.raises(TransferError, match="closed"):
+        in_time(lambda: transfers.wait([B]))
+    in_time(transfers.rest)
+
+
+class Clock:
+    """Stands for the module `time`: sleeping is what makes it later."""
+
+    def __init__(self, now=1000.0):
+        self.now = now
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        assert seconds > 0
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(transfers_module, "time", clock)
+    return clock
+
+
+CHUNK_S = 0.5
+RATE = int(CHUNK / CHUNK_S)
+
+
+def test_a_paced_link_carries_its_rate_exactly(bank, start, clock):
+    transfers = start(Link(bank), RATE)
+    transfers.submit([A, B], [C])
+    collect(transfers, [A, B, C])
+    in_time(transfers.rest)
+    assert clock.now == pytest.approx(1000 + 9 * CHUNK_S)
+    assert transfers.stats.busy_s == pytest.approx(9 * CHUNK_S)
+
+    clock.now = 2000.0  # time that the link lay idle is gone
+    transfers.submit([D], [])
+    collect(transfers, [D])
+    assert clock.now == pytest.approx(2000 + 3 * CHUNK_S)
+    assert transfers.stats.busy_s == pytest.approx(12 * CHUNK_S)
+
+
+def test_pacing_holds_from_the_first_chunk_on(bank, start, clock, monkeypatch):
+    """Also if copies are queued before the link's thread first looks."""
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda self: None)
+        transfers = start(Link(bank), RATE)
+    transfers.submit([A], [])
+    transfers._thread.start()
+    collect(transfers, [A])
+    assert clock.now == pytest.approx(1000 + 3 * CHUNK_S)
+
+
+def test_a_link_slower_than_its_pace_makes_up_for_nothing(bank, start, clock):
+    link = Link(bank)
+    transfers = start(link, RATE)
+    slow = link._end
+
+    def end(size):
+        if link.ended == 0:
+            clock.now += 10  # the first chunk takes its time
+        slow(size)
+
+    link._end = end
+    transfers.submit([], [A])  # prefetch chunks do not overlap
+    collect(transfers, [A])
+    assert clock.now == pytest.approx(1000 + 10 + 2 * CHUNK_S)
+
+
+def test_a_paced_copy_takes_no_less_than_its_bytes_need(bank, start):
+    """On the real clock; how much more it takes is the machine's affair."""
+    began = transfers_module.time.perf_counter()
+    link = Link(bank)
+    transfers = start(link, 1_000_000)
+    for round in range(2):
+        transfers.submit([A, B], [C] if round else [])
+        collect(transfers, [A, B, C] if round else [A, B])
+        took = transfers_module.time.perf_counter() - began
+        assert took >= link.moved / 1_000_000
+    assert link.moved == 5 * EXPERT
+
+
+EXPERTS = [ExpertId(layer, expert) for layer in range(2) for expert in range(4)]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sets(st.sampled_from(EXPERTS), max_size=4),  # needed now
+            st.lists(st.sampled_from(EXPERTS), max_size=4, unique=True),  # prefetched
+            st.sets(st.sampled_from(EXPERTS), max_size=8),  # leave the device
+            st.sets(st.sampled_from(EXPERTS), max_size=8),  # stale
+            st.booleans(),  # whether this one looks what has arrived before it waits
+        ),
+        max_size=8,
+    ),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, 0.2, 0.5]),
+)
+@settings(deadline=None, max_examples=80)
+def test_whatever_is_asked_for_in_whatever_order_and_fails(layers, seed, rate):
+    """An engine's way with the link, with copies that fail at random: the books always come out even."""
+    rng = np.random.default_rng(seed)
+    link = Link(BANK[0], failing=lambda *_: rng.choice(["start", "end"]) if rng.random() < rate else None)
+    transfers = Transfers(BANK[0], jax.devices()[0], None, link)
+    resident, coming = set(), set()
+
+    def absorb():
+        arrived, lost = transfers.arrivals()
+        assert right(BANK[0], arrived)
+        assert arrived.keys() | set(lost) <= coming
+        assert not arrived.keys() & set(lost)
+        coming.difference_update(arrived, lost)
+        resident.update(arrived)
+        return lost
+
+    def run():
+        for needed, ahead, leaving, stale, looks in layers:
+            if looks:
+                absorb()
+            dropped = transfers.drop(lambda e, stale=stale - needed: e in stale)
+            assert set(dropped) <= coming & stale - needed
+            coming.difference_update(dropped)
+            resident.difference_update(leaving - needed)
+            load = [e for e in needed if e not in resident]
+            ahead = [e for e in ahead if e not in resident and e not in coming and e not in load]
+            coming.update(load, ahead)
+            transfers.submit(load, ahead)
+            try:
+                while not needed <= resident:
+                    transfers.wait([e for e in load if e not in resident])
+                    assert not set(absorb()) & needed
+            except TransferError:
+                # Then some wanted chunk failed as often as it may.
+                assert any(link.attempts[e, name] >= ATTEMPTS for e in load for name in NAMES)
+                coming.difference_update(transfers.drop(lambda e: True))
+                transfers.rest()
+                absorb()
+                assert not coming
+        transfers.rest()
+        absorb()
+        assert not coming
+
+    try:
+        in_time(run)
+    finally:
+        in_time(transfers.close)
+    stats = transfers.stats
+    assert stats.demand_bytes + stats.prefetch_bytes <= link.moved
+    if rate == 0:
+        assert stats.demand_bytes + stats.prefetch_bytes == link.moved
+        assert stats.retries == stats.failed_prefetches == 0
+    assert all(beside <= 1 for beside in link.beside)
+
+
+BANK = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _share(bank):
+    """Hypothesis calls its function many times, with one fixture."""
+    BANK.append(bank)

@@ -1,0 +1,157 @@
+"""No bad plan gets past `check_plan`, and a plan on disk is the plan."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerscope_jax import ExpertId, LayerPlan, Observation, Replay, load_plans, save_plans
+from layerscope_jax.scheduling.plan import check_plan
+
+R, S, T, X = ExpertId(1, 0), ExpertId(1, 3), ExpertId(1, 5), ExpertId(0, 4)
+SEEN = Observation(
+    step=2,
+    layer=1,
+    phase="decode",
+    demand={0: 1, 2: 4, 3: 1, 5: 2},  # 0 is resident, 3 on its way, 2 and 5 are absent
+    resident={R, X, ExpertId(2, 1)},
+    in_flight={S},
+)
+SLOTS = 6
+GOOD = LayerPlan(
+    step=2,
+    layer=1,
+    device=(0, 3, 5),
+    host=(2,),
+    evict=(X,),
+    load=(T,),
+    prefetch=(ExpertId(2, 0), ExpertId(2, 2)),
+)
+MODEL = {ExpertId(layer, expert) for layer in range(3) for expert in range(8)}
+
+
+def test_a_good_plan_passes():
+    check_plan(GOOD, SEEN, SLOTS, MODEL)
+    check_plan(GOOD, SEEN, SLOTS)
+    check_plan(replace(GOOD, prefetch=()), SEEN, 4)  # two resident ones stay, one on its way, one loaded
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 3}, r"step 3, layer 1 was given for step 2, layer 1"),
+        ({"layer": 0}, r"step 2, layer 0 was given for step 2, layer 1"),
+        ({"host": ()}, r"active experts computed nowhere: \[2\]"),
+        ({"host": (2, 7)}, r"experts computed without demand: \[7\]"),
+        ({"host": (2, 0)}, r"experts computed more than once: \[0\]"),
+        ({"host": (2, 2)}, r"experts computed more than once: \[2\]"),
+        ({"device": (0, 3, 5, 3)}, r"experts computed more than once: \[3\]"),
+        ({"evict": (ExpertId(0, 7),)}, r"evicted, though not resident: .*layer=0, expert=7"),
+        ({"evict": (S,)}, r"evicted, though not resident: .*layer=1, expert=3"),
+        ({"evict": (R,)}, r"evicted, though computed on the device in this layer: .*layer=1, expert=0"),
+        ({"evict": (X, X)}, r"evicted twice: .*layer=0, expert=4"),
+        (
+            {"load": (T, ExpertId(2, 3))},
+            r"loaded, though not computed on the device in this layer: .*layer=2",
+        ),
+        ({"load": (T, ExpertId(1, 2))}, r"loaded, though not computed on the device .*expert=2"),
+        ({"load": (T, R)}, r"loaded, though present: .*expert=0"),
+        ({"load": (T, S)}, r"loaded, though present: .*expert=3"),
+        ({"load": ()}, r"computed on the device, but neither present nor loaded: .*expert=5"),
+        ({"load": (T, T)}, r"copied twice: .*expert=5"),
+        ({"prefetch": (ExpertId(2, 0), ExpertId(2, 0))}, r"copied twice: .*layer=2, expert=0"),
+        ({"prefetch": (R,)}, r"prefetched, though present: .*expert=0"),
+        ({"prefetch": (S,)}, r"prefetched, though present: .*expert=3"),
+        ({"prefetch": (T,)}, r"prefetched, though present: .*expert=5"),
+        ({"prefetch": (ExpertId(3, 0),)}, r"no such expert: .*layer=3, expert=0"),
+        ({"prefetch": (ExpertId(2, 8),)}, r"no such expert: .*layer=2, expert=8"),
+        ({"prefetch": (ExpertId(-1, 0),)}, r"no such expert: .*layer=-1"),
+        ({"evict": ()}, r"needs room for 7 experts, the budget holds 6"),
+    ],
+)
+def test_a_bad_plan_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        check_plan(replace(GOOD, **changes), SEEN, SLOTS, MODEL)
+    assert str(refusal.value).startswith("plan for step ")
+
+
+def test_what_leaves_may_come_back():
+    """Evicting an expert and queueing it again is odd, but gives the right output and fits."""
+    check_plan(replace(GOOD, prefetch=(X,)), SEEN, SLOTS, MODEL)
+
+
+ids = st.builds(ExpertId, st.integers(0, 60), st.integers(0, 255))
+plans = st.builds(
+    LayerPlan,
+    step=st.integers(0, 10**6),
+    layer=st.integers(0, 60),
+    device=st.lists(st.integers(0, 255), max_size=4).map(tuple),
+    host=st.lists(st.integers(0, 255), max_size=4).map(tuple),
+    evict=st.lists(ids, max_size=3).map(tuple),
+    load=st.lists(ids, max_size=3).map(tuple),
+    prefetch=st.lists(ids, max_size=3).map(tuple),
+)
+
+
+@given(st.lists(plans, max_size=5))
+def test_plans_survive_the_disk(tmp_path_factory, recorded):
+    file = tmp_path_factory.mktemp("plans") / "plans.jsonl"
+    save_plans(recorded, file)
+    loaded = load_plans(file)
+    assert loaded == recorded
+    assert all(type(expert) is ExpertId for plan in loaded for expert in plan.evict + plan.load)
+    assert [path.name for path in file.parent.iterdir()] == ["plans.jsonl"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    file = tmp_path / "plans.jsonl"
+    save_plans([GOOD], file)
+
+    def broken():
+        yield replace(GOOD, layer=0)
+        raise RuntimeError("the run broke off")
+
+    with pytest.raises(RuntimeError, match="broke off"):
+        save_plans(broken(), file)
+    assert load_plans(file) == [GOOD]
+    assert [path.name for path in tmp_path.iterdir()] == ["plans.jsonl"]
+
+
+RECORD = GOOD.to_json()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "not JSON",
+        "[]",
+        "7",
+        "null",
+        json.dumps(RECORD)[:-5],
+        json.dumps({key: value for key, value in RECORD.items() if key != "load"}),
+        json.dumps(RECORD | {"load": [[1, 2, 3]]}),
+        json.dumps(RECORD | {"load": [7]}),
+        json.dumps(RECORD | {"device": 3}),
+        json.dumps(RECORD | {"device": "12"}),
+        json.dumps(RECORD | {"device": [1.5]}),
+        json.dumps(RECORD | {"step": None}),
+        json.dumps(RECORD | {"load": ["ab"]}),
+    ],
+)
+def test_a_broken_file_is_refused_by_line(tmp_path, line):
+    file = tmp_path / "plans.jsonl"
+    file.write_text(json.dumps(RECORD) + "\n" + line + "\n" + json.dumps(RECORD) + "\n")
+    with pytest.raises(ValueError, match=r"plans\.jsonl, line 2: expected a plan as `save_plans` writes it"):
+        load_plans(file)
+
+
+def test_replay_repeats_what_was_decided():
+    other = replace(GOOD, layer=2)
+    replay = Replay([other, GOOD])
+    assert replay.plan(None, SEEN) == (None, GOOD)
+    assert replay.plan(None, replace(SEEN, layer=2)) == (None, other)
+    with pytest.raises(ValueError, match="end before step 3, layer 1"):
+        replay.plan(None, replace(SEEN, step=3))

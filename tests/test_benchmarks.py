@@ -1,0 +1,151 @@
+"""The benchmarks run, in their smallest sizes, and write what they say they write. No time is checked."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
+
+from benchmarks import bench_policies, bench_resident, harness
+from benchmarks.random_models import random_decoder, shapes
+from layerscope_jax import save
+
+MACHINE = {
+    "cpu",
+    "cores",
+    "memory_bytes",
+    "device",
+    "load_average",
+    "versions",
+    "commit",
+    "changed_since_commit",
+}
+
+
+def test_candidates_run_in_turns_and_each_begins_a_round():
+    calls: list[str] = []
+    harness.measure({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=3)
+    warm_ups, rounds = calls[:3], calls[3:]
+    assert warm_ups == ["a", "b", "c"]
+    assert ["".join(rounds[i : i + 3]) for i in (0, 3, 6)] == ["abc", "bca", "cab"]
+
+
+def test_a_call_is_timed_or_times_its_own_parts():
+    samples = harness.measure(
+        {"whole": lambda: None, "parts": lambda: {"prefill": 2.0, "step": [1.0, 3.0]}}, rounds=2
+    )
+    assert len(samples["whole"].parts["seconds"]) == 2
+    assert samples["parts"].parts == {"prefill": [2.0, 2.0], "step": [1.0, 3.0, 1.0, 3.0]}
+
+
+def test_warm_up_goes_on_while_programs_are_compiled():
+    size = iter([3, 4, 5, 5, 5, 6])  # calls that compile: the first three and the last
+    grow = jax.jit(lambda x: x * 5 - 1)
+    harness.compiled_programs()
+    inputs = {n: jnp.ones(n) for n in (3, 4, 5, 6)}
+    samples = harness.measure({"grow": lambda: {"first": np.asarray(grow(inputs[next(size)]))[0]}}, 2)
+    assert samples["grow"].warm_ups == 4
+    assert samples["grow"].compiled == 1
+
+
+def test_a_result_replaces_another_whole(tmp_path):
+    file = tmp_path / "new" / "result.json"
+    harness.write_json(file, {"a": 1})
+    harness.write_json(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 2}
+    assert [path.name for path in file.parent.iterdir()] == ["result.json"]
+    with pytest.raises(TypeError):
+        harness.write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 2}
+
+
+def test_ratios_compare_round_by_round():
+    # A machine twice as slow in the second half changes nothing.
+    assert harness.ratio([2.0, 2.0, 4.0, 4.0], [1.0, 1.0, 2.0, 2.0]) == {"median": 2.0, "p90": 2.0}
+
+
+def test_the_machine_is_named():
+    record = harness.machine()
+    assert record.keys() == MACHINE
+    assert record["versions"].keys() == {"python", *harness.PACKAGES}
+    assert record["cpu"] in harness.describe(record)
+
+
+def test_bench_resident(tmp_path, capsys):
+    file = tmp_path / "resident.json"
+    bench_resident.main(bench_resident.Options(quick=True, shapes=("olmoe",), batches=(4,), json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "resident"
+    assert result["quick"]
+    assert result["machine"].keys() == MACHINE
+    assert [(row["shape"], row["batch"]) for row in result["rows"]] == [("olmoe", 4)]
+    for row in result["rows"]:
+        assert row["ms"].keys() >= {"engine", "exact", "loop-4-rows"}
+        for part in ("prefill", "decode"):
+            assert row["ms"]["engine"][part].keys() == {"median", "p90"}
+            assert row["ratios"][part].keys() >= {"best", "engine/loop", "exact/loop", "exact/engine"}
+        loops = {name: share for name, share in row["same_tokens_as_engine"].items() if name[:2] != "hf"}
+        assert set(loops.values()) == {1.0}
+    assert "engine/loop" in capsys.readouterr().out
+
+
+def test_bench_resident_names_the_shapes_there_are():
+    with pytest.raises(SystemExit, match="mixtral, mixtral-444m, olmoe; got phi"):
+        bench_resident.main(bench_resident.Options(shapes=("phi",)))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A random model with a tokenizer of one word an id, and prompts in its words."""
+    folder = tmp_path / "checkpoint"
+    config = replace(shapes(quick=True)["olmoe"], num_layers=2)
+    save(random_decoder(config), folder)
+    words = {str(number): number for number in range(config.vocab_size)}
+    Tokenizer(WordLevel(words, unk_token="0")).save(str(folder / "tokenizer.json"))
+    # This tokenizer parts nothing: a prompt is one word, a token.
+    rows = [{"id": str(n), "domain": "numbers", "prompt": str(n)} for n in range(3)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_bench_policies(checkpoint, tmp_path, capsys):
+    file = tmp_path / "policies.json"
+    options = bench_policies.Options(
+        quick=True, checkpoint=checkpoint, policies=("lru", "host-only"), budgets=(50,), batch=4, json=file
+    )
+    bench_policies.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "policies"
+    assert result["machine"].keys() == MACHINE
+    assert result["model"]["experts"] == 64
+    assert [row["policy"] for row in result["rows"]] == ["resident", "lru", "host-only"]
+    for row in result["rows"]:
+        assert row["same_tokens_as_resident"]
+        assert row["tpot_ms"].keys() == row["tokens_per_s"].keys() == {"median", "p90"}
+        assert row["stats"]["new_tokens"] == 3 * 4
+    assert result["rows"][0]["stats"]["bytes_moved"] == 0
+    assert min(row["time_to_best"]["median"] for row in result["rows"][1:]) == 1.0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_policy_that_a_budget_is_too_small_for_is_said_to_be(checkpoint, capsys):
+    options = bench_policies.Options(quick=True, checkpoint=checkpoint, policies=("lru",), budgets=(10,))
+    row = bench_policies.main(options)["rows"][0]
+    assert row["policy"] == "lru"
+    assert "device_budget is too small" in row["refused"]
+    assert "budget too small" in capsys.readouterr().out
+
+
+def test_bench_policies_says_what_is_missing(checkpoint):
+    with pytest.raises(SystemExit, match=r"absent\.jsonl: expected lines of JSON"):
+        bench_policies.main(
+            bench_policies.Options(checkpoint=checkpoint, prompts=checkpoint / "absent.jsonl")
+        )
