@@ -149,6 +149,7 @@ def _head(row: Row) -> bytes:
 
 
 def shown(line: bytes) -> str:
+    """The beginning of a line, for messages."""
     return repr(line[:60].decode(errors="replace"))
 
 

@@ -13,22 +13,21 @@ import numpy as np
 from layerscope_jax.experts.bank import ExpertBank, device_sharding
 from layerscope_jax.experts.executors import HostExperts, grouped_rows
 from layerscope_jax.experts.grouping import Assignments
+from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
 from layerscope_jax.scheduling.plan import ExpertId
 
 TOKENS = (1, 4, 16, 64, 128, 256)
 
 
-def measure(
-    bank: ExpertBank, device: jax.Device, host: HostExperts, bandwidth: int | None = None
-) -> HardwareProfile:
+def measure(bank: ExpertBank, device: jax.Device, host: HostExperts, transfers: Transfers) -> HardwareProfile:
     """Times one expert of `bank` on the device, on the host and on the link; a second or two in all.
 
     Args:
         bank: whose experts.
         device: the device tier.
         host: the host executor.
-        bandwidth: bytes a second the link is paced to, or None.
+        transfers: the link, idle; measured as it is used, with its pace and its thread.
     """
     width = bank[ExpertId(0, 0)].gate.shape[0]
     spread = list(bank)[:32]
@@ -53,13 +52,14 @@ def measure(
         return TimeTable(TOKENS, tuple(np.maximum.accumulate(times).tolist()))
 
     def copy(expert: ExpertId) -> None:
-        jax.block_until_ready(jax.device_put(bank[expert], device_sharding(device)))
+        transfers.submit([expert], [])
+        transfers.wait([expert])
+        transfers.arrivals()
 
-    paced_ms = 1e3 * bank.expert_bytes / bandwidth if bandwidth else 0.0
     return HardwareProfile(
         host_ms=table(on_the_host),
         device_ms=table(on_the_device),
-        transfer_ms=max(paced_ms, median_ms(copy, spread)),
+        transfer_ms=median_ms(copy, spread),
         source=f"measured on {device.device_kind}",
     )
 

@@ -153,10 +153,8 @@ class Generate:
 
     def _rows(self) -> list[Row]:
         if bool(self.prompt) == (self.prompts is not None):
-            raise ValueError(
-                "expected either --prompt TEXT or --prompts FILE, got "
-                + ("both" if self.prompt else "neither")
-            )
+            got = "both" if self.prompt else "neither"
+            raise ValueError(f"expected either --prompt TEXT or --prompts FILE, got {got}")
         if self.batch_size < 1:
             raise ValueError(f"batch-size must be 1 or more, got {self.batch_size}")
         settings: dict[str, Any] = {
@@ -168,12 +166,7 @@ class Generate:
                 Row(index, Request(prompt=prompt, **settings), f"--prompt {prompt[:40]!r}")
                 for index, prompt in enumerate(self.prompt)
             ]
-        if (
-            self.out is not None
-            and self.out.exists()
-            and self.prompts.exists()
-            and self.out.samefile(self.prompts)
-        ):
+        if self.out is not None and self.out.resolve() == self.prompts.resolve():
             raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another")
         return read_prompts(self.prompts, settings)
 
@@ -201,8 +194,7 @@ class Generate:
 
 
 def open_model(checkpoint: str, dtype: str | None = None) -> Model:
-    """Loads a checkpoint, the shipped one by its name; before that, gives a machine without accelerator two
-    CPU devices, one to stand for it and one to compute experts on beside it."""
+    """Loads a checkpoint, or the shipped one; a lone CPU is made two, one for the accelerator."""
     if jax.config.values["jax_num_cpu_devices"] < 0:
         with suppress(RuntimeError):  # JAX has been used before: its devices are what they are
             jax.config.update("jax_num_cpu_devices", 2)
@@ -210,6 +202,7 @@ def open_model(checkpoint: str, dtype: str | None = None) -> Model:
 
 
 def say(text: str) -> None:
+    """Prints to stderr."""
     print(text, file=sys.stderr)
 
 
@@ -242,6 +235,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def described(error: Exception) -> str:
+    """What went wrong, without the number that OSError puts before it."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

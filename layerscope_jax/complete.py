@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from layerscope_jax.batch_files import Row
 from layerscope_jax.engine import Engine
-from layerscope_jax.generation import Times, Token
+from layerscope_jax.generation import Token
 from layerscope_jax.statistics import RunStats
 
 
@@ -33,57 +30,20 @@ def complete(
         rows: what is to be done.
         batch_size: how many run at once.
         on_token: is given each token; its `request` is an index into `rows`.
-        on_row: is given each row that is complete, as (row, text, tokens, finish).
+        on_row: is given each row as soon as it is complete, as (row, text, tokens, finish).
         progress: whether to show a bar on stderr.
     """
-    times = Times()
     tokens: list[list[int]] = [[] for _ in rows]
-    tokenizer = engine.model.tokenizer
-    engine.runner.reset()
-    began = time.perf_counter()
-    with progress_bar(rows) if progress else nullcontext(lambda event: None) as advance:
-        # `Engine.stream` with the statistics of `Engine.generate`.
-        for event in engine._stream([row.request for row in rows], batch_size, times):
-            found = tokens[event.request]
-            found.append(event.token)
-            on_token(event)
-            if event.finish is not None:
-                kept = found[:-1] if event.finish == "stop" else found
-                text = tokenizer.decode(kept) if tokenizer else ""
-                on_row(rows[event.request], text, found, event.finish)
-            advance(event)
-    return engine._stats(times, tokens, time.perf_counter() - began)
 
+    def receive(event: Token) -> None:
+        found = tokens[event.request]
+        found.append(event.token)
+        on_token(event)
+        if event.finish is not None:
+            on_row(rows[event.request], engine.text(found, event.finish), found, event.finish)
 
-@contextmanager
-def progress_bar(rows: Sequence[Row]) -> Iterator[Callable[[Token], None]]:
-    """A bar over the tokens of `rows`; what it gives counts one."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeRemainingColumn(),
-    )
-    left = [row.request.max_new_tokens for row in rows]
-    finished = 0
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"0 of {len(rows)} prompts", total=sum(left))
-
-        def advance(event: Token) -> None:
-            nonlocal finished
-            left[event.request] -= 1
-            if event.finish is None:
-                progress.advance(task)
-            else:  # it may have come sooner than it had to
-                finished += 1
-                progress.update(
-                    task,
-                    advance=1 + left[event.request],
-                    description=f"{finished} of {len(rows)} prompts",
-                )
-
-        yield advance
+    requests = [row.request for row in rows]
+    return engine.generate(requests, batch_size=batch_size, progress=progress, on_token=receive).stats
 
 
 class Live:

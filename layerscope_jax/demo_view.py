@@ -96,11 +96,12 @@ def sentence(report: dict[str, Any]) -> str:
         f"with {best['tokens_per_s']:.0f} tokens/s"
     )
     if most["bytes_moved"]:
+        rate = megabytes(int(most["bytes_moved"] / most["total_s"]))
         link = report["link_bandwidth"]
         seen += (
-            f"; {most['policy']} moves most, {megabytes(most['bytes_moved'])} MB over a link "
-            f"{f'paced to {link}/s' if link else 'that is not paced'}, busy {most['link_share']:.0%} of the "
-            f"time for {most['tokens_per_s']:.0f} tokens/s"
+            f"; {most['policy']} moves most, {megabytes(most['bytes_moved'])} MB at {rate} MB/s "
+            f"({f'the link is paced to {link}/s' if link else 'the link is not paced'} and "
+            f"{most['link_share']:.0%} busy) for {most['tokens_per_s']:.0f} tokens/s"
         )
     if report["platform"] == "cpu":
         seen += (

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layerscope_jax import calibration
 from layerscope_jax.checkpoints import Model
@@ -29,6 +28,7 @@ from layerscope_jax.generation import (
     run_batch,
 )
 from layerscope_jax.layerwise import LayerByLayer
+from layerscope_jax.progress import progress_bar
 from layerscope_jax.scheduling.baselines import POLICIES, Resident
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Policy
 from layerscope_jax.statistics import RunStats
@@ -103,13 +103,17 @@ class Engine:
             slots=residency.slots,
         )
         host = HostExperts(bank, host_device or cpu_device())
+        transfers = Transfers(bank, self.device, bandwidth, copy)
+        self._close = weakref.finalize(self, _close, transfers, host)
         profile = config.profile
         if profile is None and self.policy.uses_costs:
-            profile = calibration.measure(bank, self.device, host, bandwidth)
-        state = self.policy.init(geometry, profile)
-        transfers = Transfers(bank, self.device, bandwidth, copy)
+            profile = calibration.measure(bank, self.device, host, transfers)
+        try:
+            state = self.policy.init(geometry, profile)
+        except ValueError:
+            self._close()
+            raise
         self.runner = LayerByLayer(model, self.policy, state, residency, transfers, host)
-        self._close = weakref.finalize(self, _close, transfers, host)
         if everything:
             self.runner.preload()
 
@@ -119,6 +123,7 @@ class Engine:
         *,
         batch_size: int = 32,
         progress: bool = False,
+        on_token: Callable[[Token], object] = lambda event: None,
         record_plans: bool = False,
         **settings: Any,
     ) -> Result:
@@ -127,7 +132,8 @@ class Engine:
         Args:
             prompts: texts, lists of token ids, or `Request`s, in any mixture.
             batch_size: how many run at once.
-            progress: whether to show a bar with the rate of tokens.
+            progress: whether to show a bar on stderr.
+            on_token: is given each token when it is known.
             record_plans: whether to keep every layer's decision in the result.
             **settings: of `Request`, for prompts that are not one: max_new_tokens, temperature, top_k, top_p,
                 seed, stop_tokens.
@@ -145,18 +151,15 @@ class Engine:
         tokens: list[list[int]] = [[] for _ in requests]
         finish = [""] * len(requests)
         began = time.perf_counter()
-        with ExitStack() as stack:
-            bar = stack.enter_context(progress_bar()) if progress else None
-            task = bar.add_task("generating", total=sum(r.max_new_tokens for r in requests)) if bar else None
+        with progress_bar(requests) if progress else nullcontext(lambda event: None) as advance:
             for event in self._stream(requests, batch_size, times):
                 tokens[event.request].append(event.token)
                 finish[event.request] = event.finish or ""
-                if bar is not None and task is not None:
-                    left = requests[event.request].max_new_tokens - len(tokens[event.request])
-                    bar.update(task, advance=1 + (left if event.finish else 0))
+                advance(event)
+                on_token(event)
         total_s = time.perf_counter() - began
         return Result(
-            texts=[self._text(found, why) for found, why in zip(tokens, finish, strict=True)],
+            texts=[self.text(found, why) for found, why in zip(tokens, finish, strict=True)],
             tokens=tokens,
             finish=finish,
             stats=self._stats(times, tokens, total_s),
@@ -212,7 +215,8 @@ class Engine:
                 times,
             )
 
-    def _text(self, tokens: list[int], finish: str) -> str:
+    def text(self, tokens: list[int], finish: str) -> str:
+        """The text of new tokens that ended as `finish` says: a last "stop" token is no part of it."""
         if self.model.tokenizer is None:
             return ""
         return continuation(self.model.tokenizer, tokens, finish)
@@ -304,11 +308,6 @@ def make_requests(
             "put the ids of a lone prompt in a list of their own"
         )
     return [p if isinstance(p, Request) else Request(prompt=p, **settings) for p in prompts]
-
-
-def progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, transient=True)
 
 
 def _close(transfers: Transfers, host: HostExperts) -> None:

@@ -423,6 +423,17 @@ def test_recorded_plans_are_the_calls_own(layers):
     assert len(first.plans) == 6
 
 
+def test_padding_and_finished_requests_route_nowhere(model, layers):
+    """A token has K experts; whoever has ended has none."""
+    requests = [Request(prompt=[5] * size, max_new_tokens=new) for size, new in ((1, 6), (1, 1), (1, 2))]
+    plans = layers.generate(requests, record_plans=True).plans
+    choices = model.config.experts_per_token
+    for plan in plans:
+        running = 3 if plan.step == 0 else 2 if plan.step == 1 else 1
+        assert choices <= len(plan.device + plan.host) <= choices * running
+    assert {len(plan.device + plan.host) for plan in plans if plan.step > 1} == {choices}
+
+
 def test_a_progress_bar_changes_nothing(layers, capsys):
     plain = layers.generate(PROMPTS, max_new_tokens=3)
     assert layers.generate(PROMPTS, max_new_tokens=3, progress=True).tokens == plain.tokens

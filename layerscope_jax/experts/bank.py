@@ -78,8 +78,12 @@ class ExpertBank:
     def __getitem__(self, expert: ExpertId) -> ExpertWeights:
         return self.layers[expert.layer][expert.expert]
 
-    def __contains__(self, expert: ExpertId) -> bool:
-        return 0 <= expert.layer < len(self.layers) and 0 <= expert.expert < self.num_experts
+    def __contains__(self, expert: object) -> bool:
+        return (
+            isinstance(expert, ExpertId)
+            and 0 <= expert.layer < len(self.layers)
+            and 0 <= expert.expert < self.num_experts
+        )
 
     def __iter__(self) -> Iterator[ExpertId]:
         for layer, experts in enumerate(self.layers):

@@ -106,7 +106,7 @@ class HostExperts:
     def start(
         self, layer: int, inputs: jax.Array, groups: list[Group], choices: int
     ) -> Future[tuple[np.ndarray, np.ndarray]]:
-        """Begins to compute `groups` of `layer`; the result is slots [R] and rows [R, D], R a power of two."""
+        """Begins to compute `groups` of `layer`; gives slots [R] and rows [R, D], R a power of two."""
         return self._thread.submit(self._run, layer, inputs, groups, choices)
 
     def close(self) -> None:

@@ -12,8 +12,8 @@ MIN_ROWS, MAX_ROWS = 2, 128
 expert's weights are read often enough per row, and more buckets would only mean more programs."""
 
 GROUP_SIZES = (16, 4, 1)
-"""Experts in one dispatch. The largest hides the cost of dispatching; each is a program of its own to compile,
-for each row bucket, so they are few."""
+"""Experts in one dispatch. The largest hides the cost of dispatching; each is a program of its own to
+compile, for each row bucket, so they are few."""
 
 
 @dataclass(frozen=True)

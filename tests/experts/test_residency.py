@@ -9,7 +9,7 @@ from layerscope_jax import ExpertId
 from layerscope_jax.experts.residency import Residency
 
 BYTES = 100
-experts = st.builds(ExpertId, st.integers(0, 1), st.integers(0, 2))
+ids = st.builds(ExpertId, st.integers(0, 1), st.integers(0, 2))
 
 
 class Books(RuleBasedStateMachine):
@@ -24,6 +24,10 @@ class Books(RuleBasedStateMachine):
         self.peak = self.wasted = 0
         self.serial = 0
 
+    def some(self, sensible, expert, luck):
+        """One of the sensible choices, or whatever was drawn."""
+        return sorted(sensible)[luck % len(sensible)] if luck and sensible else expert
+
     def attempt(self, legal, call):
         if legal:
             return call()
@@ -31,7 +35,7 @@ class Books(RuleBasedStateMachine):
             call()
         return None
 
-    @rule(expert=experts, prefetched=st.booleans())
+    @rule(expert=ids, prefetched=st.booleans())
     def reserve(self, expert, prefetched):
         room = (len(self.held) + len(self.coming) + 1) * BYTES <= self.budget
         legal = expert not in self.held and expert not in self.coming and room
@@ -40,8 +44,9 @@ class Books(RuleBasedStateMachine):
             self.coming[expert] = prefetched
             self.peak = max(self.peak, (len(self.held) + len(self.coming)) * BYTES)
 
-    @rule(expert=experts)
-    def arrive(self, expert):
+    @rule(expert=ids, luck=st.integers(0, 5))
+    def arrive(self, expert, luck):
+        expert = self.some(self.coming, expert, luck)
         legal = expert in self.coming
         self.serial += 1
         weights = f"weights {self.serial}"
@@ -49,22 +54,25 @@ class Books(RuleBasedStateMachine):
         if legal:
             self.held[expert] = [weights, self.coming.pop(expert), False]
 
-    @rule(expert=experts)
-    def release(self, expert):
+    @rule(expert=ids, luck=st.integers(0, 5))
+    def release(self, expert, luck):
+        expert = self.some(self.coming, expert, luck)
         legal = expert in self.coming
         self.attempt(legal, lambda: self.books.release(expert))
         self.coming.pop(expert, None)
 
-    @rule(expert=experts)
-    def evict(self, expert):
+    @rule(expert=ids, luck=st.integers(0, 5))
+    def evict(self, expert, luck):
+        expert = self.some(self.held, expert, luck)
         legal = expert in self.held
         self.attempt(legal, lambda: self.books.evict(expert))
         if legal:
             _, prefetched, used = self.held.pop(expert)
             self.wasted += BYTES if prefetched and not used else 0
 
-    @rule(expert=experts)
-    def use(self, expert):
+    @rule(expert=ids, luck=st.integers(0, 5))
+    def use(self, expert, luck):
+        expert = self.some(self.held, expert, luck)
         legal = expert in self.held
         weights = self.attempt(legal, lambda: self.books.use(expert))
         if legal:

@@ -193,17 +193,17 @@ def test_prefetches_have_the_link_to_themselves_and_demands_overlap_by_one(bank,
     assert link.beside[6:] == [0] * 6
 
 
-def test_a_queued_prefetch_that_is_needed_now_is_moved_ahead(bank, start):
+def test_queued_prefetches_that_are_needed_now_are_moved_ahead(bank, start):
     link = Link(bank, gated=True)
     transfers = start(link)
     transfers.submit([], [A, B, C])
     link.until_begun(1)
-    transfers.submit([C], [])
+    transfers.submit([C, D, B], [])  # in this order
     link.allow(100)
-    collect(transfers, [A, B, C])
-    assert link.order == [A, C, A, B]
-    assert len(link.begun) == 9  # no matrix is copied twice
-    assert (transfers.stats.demand_bytes, transfers.stats.prefetch_bytes) == (EXPERT, 2 * EXPERT)
+    collect(transfers, [A, B, C, D])
+    assert link.order == [A, C, D, B, A]
+    assert len(link.begun) == 12  # no matrix is copied twice
+    assert (transfers.stats.demand_bytes, transfers.stats.prefetch_bytes) == (3 * EXPERT, EXPERT)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3])
@@ -385,17 +385,18 @@ def test_closing_wakes_who_waits(bank, start):
 
 
 class Clock:
-    """Stands for the module `time`: sleeping is what makes it later."""
+    """Stands for the module `time`: sleeping is what makes it later, by `late` more than was asked."""
 
     def __init__(self, now=1000.0):
         self.now = now
+        self.late = 0.0
 
     def perf_counter(self):
         return self.now
 
     def sleep(self, seconds):
         assert seconds > 0
-        self.now += seconds
+        self.now += seconds + self.late
 
 
 @pytest.fixture
@@ -422,6 +423,15 @@ def test_a_paced_link_carries_its_rate_exactly(bank, start, clock):
     collect(transfers, [D])
     assert clock.now == pytest.approx(2000 + 3 * CHUNK_S)
     assert transfers.stats.busy_s == pytest.approx(12 * CHUNK_S)
+
+
+def test_waking_up_late_does_not_slow_the_link_down(bank, start, clock):
+    """The next chunk is due by the link's own clock: the average rate is the paced one."""
+    clock.late = 0.1 * CHUNK_S
+    transfers = start(Link(bank), RATE)
+    transfers.submit([], [A, B])
+    collect(transfers, [A, B])
+    assert clock.now == pytest.approx(1000 + 6 * CHUNK_S + clock.late)
 
 
 def test_pacing_holds_from_the_first_chunk_on(bank, start, clock, monkeypatch):

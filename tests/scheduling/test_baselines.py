@@ -191,20 +191,20 @@ def test_host_only_moves_nothing():
     assert device.loaded == 0
 
 
-# A token takes 1 ms on the host; on the device 0.5 ms however many, after a copy of 5 ms.
+# A token takes 1 ms on the host; on the device 1 ms however many, after a copy of 5 ms.
 SPLIT = HardwareProfile(
     host_ms=TimeTable((1, 100), (1.0, 100.0)),
-    device_ms=TimeTable((1,), (0.5,)),
+    device_ms=TimeTable((1,), (1.0,)),
     transfer_ms=5.0,
     source="made up",
 )
 
 
 def test_fiddler_computes_a_missing_expert_where_it_is_done_first():
-    demand = {expert: expert + 3 for expert in range(6)}  # 3 to 8 tokens
+    demand = {expert: expert + 4 for expert in range(6)}  # 4 to 9 tokens
     # Three quarters of two slots are none for each of two layers: no hot set, room for two passing through.
     plans, device = follow(POLICIES["fiddler"](), geometry(2, num_layers=2), [[demand, {0: 1}]], SPLIT)
-    # 5.5 ms on the device: worth it from six tokens on, in room for two.
+    # 6 ms on the device: worth it from seven tokens on, in room for two.
     assert plans[0].device == (5, 4)
     assert plans[0].load == (ExpertId(0, 5), ExpertId(0, 4))
     assert plans[0].host == (3, 2, 1, 0)
@@ -213,10 +213,10 @@ def test_fiddler_computes_a_missing_expert_where_it_is_done_first():
     assert (plans[1].device, plans[1].host) == ((), (0,))
     assert not device.resident
 
-    plans, _ = follow(POLICIES["fiddler"](), geometry(3, num_layers=3), [[demand, demand, demand]], SPLIT)
-    assert [plan.device for plan in plans] == [(5, 4, 3)] * 3  # a third slot: 3 has six tokens
+    plans, _ = follow(POLICIES["fiddler"](), geometry(3, num_layers=3), [[demand] * 3], SPLIT)
+    assert [plan.device for plan in plans] == [(5, 4, 3)] * 3  # a third slot: 3 has seven tokens
     plans, _ = follow(POLICIES["fiddler"](), geometry(6, num_layers=6), [[demand] * 6], SPLIT)
-    assert plans[0].device == (5, 4, 3)  # room is left, but 2 has five tokens: 5 ms on the host
+    assert plans[0].device == (5, 4, 3)  # room is left, but the host does six tokens in the same 6 ms
 
 
 def test_fiddler_keeps_the_experts_that_the_first_prefill_liked():
