@@ -57,7 +57,8 @@ class Engine:
     Example::
 
         model = layerscope_jax.load("path/to/checkpoint")
-        engine = layerscope_jax.Engine(model, layerscope_jax.OffloadConfig(device_budget="2GiB", policy="lru"))
+        config = layerscope_jax.OffloadConfig(device_budget="2GiB", policy="lru")
+        engine = layerscope_jax.Engine(model, config)
         result = engine.generate(["Call me Ishmael.", "def main():"], max_new_tokens=64)
         result.texts, result.tokens, result.stats
     """
