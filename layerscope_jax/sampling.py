@@ -43,9 +43,8 @@ def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) -
     if sampling is None:
         return greedy
     warmth = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-    warmth = jnp.maximum(warmth, jnp.finfo(jnp.float32).tiny)[:, None]
-    # Counted from the largest, so that the least temperature overflows to minus infinity at most.
-    below = (logits - logits.max(axis=-1, keepdims=True)) / warmth
+    # Counted from the largest, so that near temperature 0 the others overflow to minus infinity, not all.
+    below = (logits - logits.max(axis=-1, keepdims=True)) / warmth[:, None]
     ranked, token = jax.lax.top_k(below, logits.shape[-1])  # [B, V] likeliest first
     rank = jnp.arange(logits.shape[-1])[None]
     limit = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])

@@ -172,6 +172,7 @@ def card(
             f"| {source['bytes'] / 1e6:.1f} | {source['documents']} |"
             for source in sources[domain]
         ]
+    lines += ["", "`prompts.jsonl` holds a few short passages from held-out documents of these packages."]
     unseen = ", ".join(name for name, seen in zip(names, trained, strict=True) if not seen)
     lines += ["", f"Measured on, but neither trained on nor shipped: {unseen}." if unseen else ""]
     return "\n".join(lines).rstrip() + "\n"
