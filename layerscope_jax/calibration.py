@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,63 +11,75 @@ import numpy as np
 
 from layerscope_jax.experts.bank import ExpertBank, device_sharding
 from layerscope_jax.experts.executors import HostExperts, grouped_rows
-from layerscope_jax.experts.grouping import Assignments
+from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
 from layerscope_jax.scheduling.plan import ExpertId
 
 TOKENS = (1, 4, 16, 64, 128, 256)
+ROUNDS = 5
 
 
 def measure(bank: ExpertBank, device: jax.Device, host: HostExperts, transfers: Transfers) -> HardwareProfile:
-    """Times one expert of `bank` on the device, on the host and on the link; a second or two in all.
+    """Times an expert of `bank` on the device, on the host and on the link; a few seconds in all.
+
+    Experts are computed as a layer computes them, several in a call, and the time is shared out: a call's own
+    cost is not an expert's.
 
     Args:
         bank: whose experts.
-        device: the device tier.
+        device: the device tier; one call's experts are copied there, besides the budget, for as long as this
+            takes.
         host: the host executor.
         transfers: the link, idle; measured as it is used, with its pace and its thread.
     """
     width = bank[ExpertId(0, 0)].gate.shape[0]
-    spread = list(bank)[:32]
-    on_device = {expert: jax.device_put(bank[expert], device_sharding(device)) for expert in spread}
+    together = range(min(GROUP_SIZES[0], bank.num_experts))
+    layers = len(bank.layers)
+    on_device = [jax.device_put(bank[ExpertId(0, e)], device_sharding(device)) for e in together]
 
-    def on_the_device(expert: ExpertId, inputs: jax.Array, rows: Assignments) -> None:
-        weights = on_device[expert]
-        groups = rows.groups([0])
-        jax.block_until_ready([grouped_rows(inputs, g.slots, (weights,) * len(g.experts), 1) for g in groups])
+    def on_the_device(round: int, inputs: jax.Array, rows: Assignments) -> None:
+        jax.block_until_ready(
+            [
+                grouped_rows(inputs, group.slots, tuple(on_device[e] for e in group.experts), 1)
+                for group in rows.groups(together)
+            ]
+        )
 
-    def on_the_host(expert: ExpertId, inputs: jax.Array, rows: Assignments) -> None:
-        named = [replace(g, experts=(expert.expert,) * len(g.experts)) for g in rows.groups([0])]
-        host.start(expert.layer, inputs, named, 1).result()
+    def on_the_host(round: int, inputs: jax.Array, rows: Assignments) -> None:
+        host.start(round % layers, inputs, rows.groups(together), 1).result()
 
-    def table(run: Callable[[ExpertId, jax.Array, Assignments], None]) -> TimeTable:
+    def table(run: Callable[[int, jax.Array, Assignments], None]) -> TimeTable:
         times = []
         for tokens in TOKENS:
-            inputs = jax.device_put(jnp.ones((tokens, width), bank.dtype), device_sharding(device))
-            rows = Assignments(np.zeros((tokens, 1), np.int32))
-            run(spread[0], inputs, rows)  # compiles
-            times.append(median_ms(lambda e, i=inputs, r=rows: run(e, i, r), spread))  # type: ignore[misc]
+            chosen = np.repeat(np.arange(len(together), dtype=np.int32), tokens)
+            inputs = jax.device_put(jnp.ones((len(chosen), width), bank.dtype), device_sharding(device))
+            rows = Assignments(chosen[:, None])
+            for round in range(ROUNDS):  # compiles, and meets each expert for the first time
+                run(round, inputs, rows)
+            times.append(median_ms(lambda r, i=inputs, a=rows: run(r, i, a)) / len(together))  # type: ignore[misc]
         return TimeTable(TOKENS, tuple(np.maximum.accumulate(times).tolist()))
 
-    def copy(expert: ExpertId) -> None:
-        transfers.submit([expert], [])
-        transfers.wait([expert])
-        transfers.arrivals()
+    def copy(round: int) -> None:
+        wanted = {ExpertId(round % layers, e) for e in together}
+        transfers.submit(wanted, [])
+        while wanted:
+            transfers.wait(wanted)
+            wanted -= transfers.arrivals()[0].keys()
 
     return HardwareProfile(
         host_ms=table(on_the_host),
         device_ms=table(on_the_device),
-        transfer_ms=median_ms(copy, spread),
+        transfer_ms=median_ms(copy) / len(together),
         source=f"measured on {device.device_kind}",
     )
 
 
-def median_ms(run: Callable[[ExpertId], None], experts: list[ExpertId]) -> float:
-    """Median time over different experts, so that their weights come from memory and not from a cache."""
+def median_ms(run: Callable[[int], None]) -> float:
+    """Median time of `run(round)`."""
     times = []
-    for expert in experts:
+    for round in range(ROUNDS):
         began = time.perf_counter()
-        run(expert)
+        run(round)
         times.append(time.perf_counter() - began)
     return 1e3 * float(np.median(times))

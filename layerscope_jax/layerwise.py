@@ -246,8 +246,7 @@ class LayerByLayer:
         self.transfers.stats = LinkStats()
         self.device_experts.stats = WorkStats()
         self.host_experts.stats = WorkStats()
-        self.residency.wasted_bytes = 0
-        self.residency.peak_bytes = self.residency.used_bytes
+        self.residency.reset()
 
 
 @functools.lru_cache(maxsize=16)

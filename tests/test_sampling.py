@@ -142,7 +142,7 @@ def test_rounding_that_swaps_two_ranks_swaps_no_draws():
         {"top_p": 1e-6},
         {"top_p": 1e-6, "temperature": 50.0},
         {"temperature": 1e-6},
-        {"temperature": 1e-38},
+        {"temperature": 1.5e-38},
         {"temperature": 1e-45},
     ],
     ids=str,

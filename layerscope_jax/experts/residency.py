@@ -96,3 +96,10 @@ class Residency:
         """Bytes of prefetched experts that nothing has read so far: gone ones and resident ones."""
         waiting = sum(held.prefetched and not held.used for held in self._held.values())
         return self.wasted_bytes + waiting * self.expert_bytes
+
+    def reset(self) -> None:
+        """Begins the counts anew: what is resident now is no later run's waste."""
+        self.wasted_bytes = 0
+        self.peak_bytes = self.used_bytes
+        for held in self._held.values():
+            held.prefetched = False

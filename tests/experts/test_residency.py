@@ -79,6 +79,15 @@ class Books(RuleBasedStateMachine):
             assert weights == self.held[expert][0]
             self.held[expert][2] = True
 
+    @rule(luck=st.integers(0, 5))
+    def reset(self, luck):
+        if luck:
+            return
+        self.books.reset()
+        self.wasted, self.peak = 0, (len(self.held) + len(self.coming)) * BYTES
+        for entry in self.held.values():
+            entry[1] = False
+
     @invariant()
     def books_agree(self):
         books = self.books

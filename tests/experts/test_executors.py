@@ -1,0 +1,121 @@
+"""An expert's rows have the same bits wherever it is computed, and whatever is computed with it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, bits, in_time
+
+from layerscope_jax import ExpertBank, ExpertId, ModelConfig
+from layerscope_jax.experts.bank import device_sharding
+from layerscope_jax.experts.executors import DeviceExperts, HostExperts, place_rows
+from layerscope_jax.experts.grouping import Assignments
+
+# XLA adds up products with 32 rows and with 64 rows in different orders here: a bucket too large would show.
+WIDE = ModelConfig(
+    **vars(TINY) | {"hidden_size": 512, "expert_hidden": 256, "num_layers": 1, "num_experts": 18}
+)
+COUNTS = {0: 1, 1: 2, 2: 130, 3: 40, 4: 20, 5: 60, 6: 64, 7: 90, 8: 100}  # the others have one token each
+CHOICES = 2
+
+
+@pytest.fixture(scope="module", params=[np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def bank(request):
+    rng = np.random.default_rng(0)
+    return ExpertBank.build(
+        WIDE, lambda _, name, shape: (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(request.param)
+    )
+
+
+@pytest.fixture
+def host(bank):
+    host = HostExperts(bank, jax.devices("cpu")[-1])
+    yield host
+    host.close()
+
+
+def rows_and_inputs(bank):
+    counts = {expert: COUNTS.get(expert, 1) for expert in range(WIDE.num_experts)}
+    chosen = np.repeat(list(counts), list(counts.values()))
+    chosen = np.append(chosen, [17] * (len(chosen) % CHOICES))
+    np.random.default_rng(1).shuffle(chosen)
+    rows = Assignments(chosen.reshape(-1, CHOICES).astype(np.int32))
+    inputs = np.random.default_rng(2).standard_normal((len(chosen) // CHOICES, WIDE.hidden_size))
+    return rows, jax.device_put(inputs.astype(bank.dtype), device_sharding())
+
+
+def on_device(bank, inputs, rows, experts):
+    """[T * K, D] with zeros where nothing was computed; and the executor."""
+    device = DeviceExperts()
+    outputs, done = device.run(
+        jnp.zeros((rows.total + 1, WIDE.hidden_size), bank.dtype),
+        inputs,
+        rows.groups(experts),
+        lambda expert: jax.device_put(bank[ExpertId(0, expert)], device_sharding()),
+        rows.choices,
+    )
+    assert np.isfinite(np.asarray(done, np.float32))
+    return np.asarray(outputs)[:-1], device
+
+
+def on_host(bank, host, inputs, rows, experts):
+    slots, values = in_time(host.start(0, inputs, rows.groups(experts), rows.choices).result)
+    assert len(slots) == len(values)
+    assert len(slots) & (len(slots) - 1) == 0
+    outputs = jnp.zeros((rows.total + 1, WIDE.hidden_size), bank.dtype)
+    return np.asarray(place_rows(outputs, slots, values))[:-1]
+
+
+def test_host_and_device_alone_and_together_give_the_same_bits(bank, host):
+    rows, inputs = rows_and_inputs(bank)
+    together, _ = on_device(bank, inputs, rows, range(WIDE.num_experts))
+    assert np.abs(together.astype(np.float32)).max(1).min() > 0  # every row was computed
+    np.testing.assert_array_equal(
+        bits(on_host(bank, host, inputs, rows, range(WIDE.num_experts))), bits(together)
+    )
+    for expert in range(10):
+        slots = rows.slots(expert)
+        expected = np.zeros_like(together)
+        expected[slots] = together[slots]
+        alone, _ = on_device(bank, inputs, rows, [expert])
+        np.testing.assert_array_equal(bits(alone), bits(expected))
+        np.testing.assert_array_equal(bits(on_host(bank, host, inputs, rows, [expert])), bits(expected))
+    for part in ([4, 2, 0, 11, 12, 13], [17, 9, 8, 7, 6, 5, 3, 1]):
+        expected = np.zeros_like(together)
+        slots = np.concatenate([rows.slots(expert) for expert in part])
+        expected[slots] = together[slots]
+        np.testing.assert_array_equal(bits(on_device(bank, inputs, rows, part)[0]), bits(expected))
+        np.testing.assert_array_equal(bits(on_host(bank, host, inputs, rows, part)), bits(expected))
+
+
+def test_the_rows_are_the_networks(bank):
+    rows, inputs = rows_and_inputs(bank)
+    together, _ = on_device(bank, inputs, rows, range(WIDE.num_experts))
+    x = np.asarray(inputs, np.float64)
+    for expert in (0, 2, 8, 17):
+        gate, up, down = (np.asarray(matrix, np.float64) for matrix in bank[ExpertId(0, expert)])
+        token = rows.slots(expert) // CHOICES
+        inner = (x[token] @ gate) / (1 + np.exp(-(x[token] @ gate))) * (x[token] @ up)
+        tolerance = 1e-5 if bank.dtype == np.float32 else 3e-2
+        np.testing.assert_allclose(
+            together[rows.slots(expert)].astype(np.float64), inner @ down, rtol=tolerance, atol=tolerance
+        )
+
+
+def test_what_they_count(bank, host):
+    rows, inputs = rows_and_inputs(bank)
+    _, device = on_device(bank, inputs, rows, [0, 2, 9])
+    # 130 rows are a full piece of 128 and one of 2; that and the pieces of 0 and 9 share a dispatch of 4.
+    assert (device.stats.experts, device.stats.tokens) == (4, 132)
+    assert (device.stats.rows, device.stats.dispatches) == (128 + 4 * 2, 2)
+    on_host(bank, host, inputs, rows, [0, 2, 9])
+    assert host.stats.busy_s > 0
+    assert (host.stats.tokens, host.stats.rows, host.stats.dispatches) == (132, 136, 2)
+
+
+def test_a_failure_on_the_host_reaches_who_waits(bank, host):
+    rows, inputs = rows_and_inputs(bank)
+    future = host.start(7, inputs, rows.groups([0]), rows.choices)  # there is no layer 7
+    with pytest.raises(IndexError):
+        in_time(future.result)
+    assert len(in_time(host.start(0, inputs, rows.groups([0]), rows.choices).result)[0]) == 2
