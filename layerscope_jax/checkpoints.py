@@ -79,10 +79,15 @@ class Model:
         )
         return cls(decoder.config, graphdef, dense, bank, tokenizer)
 
+    @property
+    def device(self) -> jax.Device:
+        """Where the dense parameters are."""
+        return next(iter(jax.tree.leaves(self.dense)[0].devices()))
+
     def whole(self) -> Decoder:
         """The decoder with every expert resident on the device: the oracle of the engine's tests."""
         layers = range(self.config.num_layers)
-        experts = {"experts": {layer: self.bank.stacked(layer)._asdict() for layer in layers}}
+        experts = {"experts": {layer: self.bank.stacked(layer, self.device)._asdict() for layer in layers}}
         return nnx.merge(self.graphdef, self.dense | experts)
 
 

@@ -42,7 +42,7 @@ class Demo:
     policies: Annotated[
         tuple[str, ...], arg(metavar="POLICY ...", help=f"Policies to compare: some of {POLICY_NAMES}.")
     ] = ("on-demand", "lru", "host-only", "fiddler")
-    max_new_tokens: Annotated[int, arg(help="Tokens to generate for each prompt.")] = 32
+    max_new_tokens: Annotated[int, arg(help="Tokens to generate for each prompt.")] = 24
     budget_share: Annotated[float, arg(help="Share of the experts' bytes that the device may hold.")] = 0.25
     link_bandwidth: Annotated[
         str | None,

@@ -45,14 +45,14 @@ class Engine:
     Args:
         model: from `layerscope_jax.load`.
         config: budget, policy, numerics; the default keeps everything resident.
-        device: the accelerator; the first one of JAX if None.
+        device: the accelerator; None for the one that the model was loaded onto, and no other may be named.
         host_device: the JAX CPU device that computes experts beside it. If None: the last CPU device, which
             on a machine without accelerator is another one than `device` where JAX has two
             (`jax.config.update("jax_num_cpu_devices", 2)` before its first use).
         copy: how one array is put on the device; another than `jax.device_put` only to inject faults.
 
     Raises:
-        ValueError: if the policy is unknown or the budget too small for it.
+        ValueError: if the policy is unknown, the budget too small for it, or the model on another device.
 
     Example::
 
@@ -74,7 +74,12 @@ class Engine:
     ):
         self.model = model
         self.config = config = config or OffloadConfig()
-        self.device = device or jax.devices()[0]
+        self.device = device or model.device
+        if self.device != model.device:
+            raise ValueError(
+                f"device must be the model's own, {model.device}, got {self.device}; "
+                "load the model with device= for another"
+            )
         bank = model.bank
         self.budget_bytes = (
             bank.total_bytes

@@ -17,7 +17,7 @@ from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.compute import combine
 from layerscope_jax.experts.executors import DeviceExperts, HostExperts, WorkStats, place_rows
-from layerscope_jax.experts.grouping import Assignments
+from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, Transfers
 from layerscope_jax.models.decoder import Decoder, DecoderLayer
@@ -25,6 +25,9 @@ from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.sampling import Sampling, sample
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, Policy, check_plan
 from layerscope_jax.statistics import Meter
+
+ARRIVALS = GROUP_SIZES[1]
+"""Loaded experts that are computed together, so that dispatching does not hold up the link."""
 
 
 class LayerByLayer:
@@ -143,7 +146,8 @@ class LayerByLayer:
         outputs, done = self._on_device(outputs, inputs, layer, rows, here)
         while missing:
             self._await(done, began)
-            self.transfers.wait([ExpertId(layer, e) for e in missing])
+            # A few at a time: the last few wait for each other a little, the rest cost fewer dispatches.
+            self.transfers.wait([ExpertId(layer, e) for e in missing], min(len(missing), ARRIVALS))
             began = time.perf_counter()
             self._absorb()
             here = [e for e in missing if ExpertId(layer, e) in resident]

@@ -5,6 +5,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from helpers import PROFILE, Copies, compiled, in_time, random_model
@@ -16,7 +17,9 @@ from layerscope_jax import (
     OffloadConfig,
     Request,
     TransferError,
+    load,
     parse_bytes,
+    save,
 )
 from layerscope_jax.experts.executors import grouped_ffn
 from layerscope_jax.experts.grouping import GROUP_SIZES
@@ -456,6 +459,17 @@ def test_who_names_host_only_or_brings_a_policy_gets_it(model, policy):
     with Engine(model, OffloadConfig(policy=policy)) as engine:
         stats = engine.generate(PROMPTS, max_new_tokens=2).stats
     assert (stats.policy, stats.mode) == (policy if isinstance(policy, str) else policy.name, "layers")
+
+
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+def test_it_runs_on_the_models_device(tmp_path, numerics):
+    save(random_model(num_layers=1, qk_norm="all"), tmp_path)
+    model = load(tmp_path, device=jax.devices()[1])
+    with Engine(model, OffloadConfig(numerics=numerics)) as engine:
+        assert engine.device == model.device == jax.devices()[1]
+        assert len(engine.generate([[1, 2]], max_new_tokens=2).tokens[0]) == 2
+    with pytest.raises(ValueError, match="device must be the model's own"):
+        Engine(model, OffloadConfig(numerics=numerics), device=jax.devices()[0])
 
 
 def test_a_closed_engine_says_so(model):

@@ -89,6 +89,7 @@ class Transfers:
         self._arrived: dict[ExpertId, ExpertWeights] = {}
         self._failed: dict[ExpertId, Exception] = {}  # those that somebody waits for
         self._lost: list[ExpertId] = []  # those that nobody waits for
+        self._enough = 1  # arrivals worth waking the engine for
         self._closed = False
         self._busy_since = 0.0
         self._thread = threading.Thread(target=self._run, name="layerscope-link", daemon=True)
@@ -141,14 +142,15 @@ class Transfers:
             lost, self._lost = self._lost, []
             return arrived, lost
 
-    def wait(self, wanted: Collection[ExpertId]) -> None:
-        """Returns when something has arrived.
+    def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:
+        """Returns when `count` experts have arrived, no more than are wanted.
 
         Raises:
             TransferError: if the copy of a wanted expert failed for good, or the engine was closed.
         """
         with self._changed:
-            while not self._arrived:
+            self._enough = count
+            while len(self._arrived) < count:
                 failed = next((expert for expert in wanted if expert in self._failed), None)
                 if failed is not None:
                     raise TransferError(
@@ -247,7 +249,8 @@ class Transfers:
             if len(copy.arrays) == MATRICES and self._begun.get(copy.expert) is copy:
                 del self._begun[copy.expert]
                 self._arrived[copy.expert] = ExpertWeights(*copy.arrays)
-                self._changed.notify_all()
+                if len(self._arrived) >= self._enough or not (self._demand or self._prefetch or self._begun):
+                    self._changed.notify_all()
         return across
 
     def _settle(self, chunk: _Chunk) -> jax.Array:

@@ -19,11 +19,12 @@ COUNTS = {0: 1, 1: 2, 2: 130, 3: 40, 4: 20, 5: 60, 6: 64, 7: 90, 8: 100}  # the 
 CHOICES = 2
 
 
-@pytest.fixture(scope="module", params=[np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def bank(request):
+@pytest.fixture(scope="module")
+def bank():
+    """In float32, where rounding shows every change of order."""
     rng = np.random.default_rng(0)
     return ExpertBank.build(
-        WIDE, lambda _, name, shape: (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(request.param)
+        WIDE, lambda _, name, shape: (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
     )
 
 
@@ -54,7 +55,7 @@ def on_device(bank, inputs, rows, experts):
         lambda expert: jax.device_put(bank[ExpertId(0, expert)], device_sharding()),
         rows.choices,
     )
-    assert np.isfinite(np.asarray(done, np.float32))
+    assert np.isfinite(done)
     return np.asarray(outputs)[:-1], device
 
 
@@ -69,7 +70,7 @@ def on_host(bank, host, inputs, rows, experts):
 def test_host_and_device_alone_and_together_give_the_same_bits(bank, host):
     rows, inputs = rows_and_inputs(bank)
     together, _ = on_device(bank, inputs, rows, range(WIDE.num_experts))
-    assert np.abs(together.astype(np.float32)).max(1).min() > 0  # every row was computed
+    assert np.abs(together).max(1).min() > 0  # every row was computed
     np.testing.assert_array_equal(
         bits(on_host(bank, host, inputs, rows, range(WIDE.num_experts))), bits(together)
     )
@@ -96,10 +97,7 @@ def test_the_rows_are_the_networks(bank):
         gate, up, down = (np.asarray(matrix, np.float64) for matrix in bank[ExpertId(0, expert)])
         token = rows.slots(expert) // CHOICES
         inner = (x[token] @ gate) / (1 + np.exp(-(x[token] @ gate))) * (x[token] @ up)
-        tolerance = 1e-5 if bank.dtype == np.float32 else 3e-2
-        np.testing.assert_allclose(
-            together[rows.slots(expert)].astype(np.float64), inner @ down, rtol=tolerance, atol=tolerance
-        )
+        np.testing.assert_allclose(together[rows.slots(expert)], inner @ down, rtol=1e-5, atol=1e-5)
 
 
 def test_what_they_count(bank, host):
