@@ -71,9 +71,9 @@ def start(prefetch, failing=()):
     engine = Engine(model(), OffloadConfig(device_budget=budget, policy=policy, numerics="exact"), copy=gate)
     wait = engine.runner.transfers.wait
 
-    def opening(wanted):
+    def opening(*arguments):
         gate.open.set()
-        return wait(wanted)
+        return wait(*arguments)
 
     engine.runner.transfers.wait = opening
     return engine, policy, gate

@@ -305,6 +305,39 @@ def test_a_failed_demand_does_not_hide_what_has_arrived(bank, start):
         in_time(lambda: transfers.wait([C]))
 
 
+def test_one_may_wait_for_several(bank, start):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.submit([A, B, C], [])
+    came = []
+
+    def wait():
+        transfers.wait([A, B, C], 2)
+        came.append(transfers.arrivals()[0].keys())
+
+    waiter = threading.Thread(target=wait, daemon=True)
+    waiter.start()
+    link.allow(MATRICES)
+    link.until_begun(MATRICES + 2)  # then A has arrived
+    link.allow(MATRICES)
+    waiter.join(60)
+    assert came == [{A, B}]
+    link.allow(100)
+    collect(transfers, [C])
+
+
+@pytest.mark.parametrize("failing", [A, B, C])
+def test_who_waits_for_several_hears_of_a_failure(bank, start, failing):
+    transfers = start(Link(bank, failing=lambda e, n, attempt: "end" if e == failing else None))
+    transfers.submit([A, B, C], [])
+    with pytest.raises(TransferError, match=f"expert {failing.expert} of layer {failing.layer}"):
+        in_time(lambda: transfers.wait([A, B, C], 3))
+    in_time(transfers.rest)
+    arrived, lost = transfers.arrivals()
+    assert arrived.keys() == {A, B, C} - {failing}
+    assert lost == [failing]
+
+
 @pytest.mark.parametrize("how", ["start", "end"])
 def test_a_prefetch_that_fails_for_good_harms_nobody(bank, start, how):
     link = Link(bank, failing=lambda e, n, attempt: how if (e, n) == (A, "up") else None)
@@ -522,7 +555,8 @@ def test_whatever_is_asked_for_in_whatever_order_and_fails(layers, seed, rate):
             transfers.submit(load, ahead)
             try:
                 while not needed <= resident:
-                    transfers.wait([e for e in load if e not in resident])
+                    missing = [e for e in load if e not in resident]
+                    transfers.wait(missing, min(len(missing), 1 + 2 * looks))
                     assert not set(absorb()) & needed
             except TransferError:
                 # Then some wanted chunk failed as often as it may.
