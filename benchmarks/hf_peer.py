@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
-"""transformers' ways of computing experts. `batched_mm` copies the weights of every (token, choice) pair: hopeless
-but in decoding a single prompt, and raced only there."""
+"""transformers' ways of computing experts. `batched_mm` copies the weights of every (token, choice) pair:
+hopeless but in decoding a single prompt, and raced only there."""
 
 
 def find_python(given: Path | None) -> Path | None:

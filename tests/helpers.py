@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from layerscope_jax import Decoder, HardwareProfile, Model, ModelConfig, TimeTable
 
@@ -141,3 +143,29 @@ class BrokenOff:
 
     def block_until_ready(self) -> jax.Array:
         raise OSError("injected: broke off")
+
+
+VOCABULARY = 280
+EOS, PAD = 278, 279
+PROMPTS = [[5, 200, 7], [17], list(range(30, 44)), [9, 9, 9, 100, 3]]
+"""For `spelling_model`."""
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token a byte, twenty-two idle ids, and two special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    vocabulary |= {f"idle{index}": 256 + index for index in range(22)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    assert tokenizer.add_special_tokens(["<eos>", "<pad>"]) == 2
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    return tokenizer
+
+
+@lru_cache
+def spelling_model() -> Model:
+    """A random model that speaks in single bytes."""
+    model = random_model(vocab_size=VOCABULARY, num_layers=2, seed=4)
+    return replace(model, tokenizer=byte_tokenizer())

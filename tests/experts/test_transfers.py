@@ -1,129 +1,17 @@
 """The link: demand first, a matrix at a time, never the wrong weights, never lost, never a hang."""
 
 import threading
-from collections import Counter
-from functools import partial
 
 import jax
 import numpy as np
 import pytest
-from helpers import TINY, bits, in_time
+from helpers import TINY, in_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from links import CHUNK, EXPERT, NAMES, A, B, C, D, Link, collect, random_bank, right
 
-from layerscope_jax import ExpertBank, ExpertId, TransferError
-from layerscope_jax.experts import transfers as transfers_module
+from layerscope_jax import ExpertId, TransferError
 from layerscope_jax.experts.transfers import ATTEMPTS, MATRICES, Transfers
-
-NAMES = ("gate", "up", "down")
-A, B, C, D = (ExpertId(layer, expert) for layer, expert in ((0, 0), (0, 5), (1, 5), (2, 7)))
-CHUNK = 4 * TINY.hidden_size * TINY.expert_hidden
-EXPERT = MATRICES * CHUNK
-
-
-@pytest.fixture(scope="module")
-def bank():
-    rng = np.random.default_rng(0)
-    return ExpertBank.build(TINY, lambda expert, name, shape: rng.standard_normal(shape).astype(np.float32))
-
-
-class Link:
-    """Stands between `Transfers` and `jax.device_put`: sees every chunk begin, and decides how each ends.
-
-    A chunk ends when the test has given a permit for it (with `gated`), and fails where `failing(expert,
-    name, attempt)` says "start" or "end".
-    """
-
-    def __init__(self, bank, gated=False, failing=lambda expert, name, attempt: None):
-        self.names = {id(m): (e, n) for e in bank for n, m in zip(NAMES, bank[e], strict=True)}
-        self.permits = threading.Semaphore(0) if gated else None
-        self.failing = failing
-        self.changed = threading.Condition()
-        self.begun: list[tuple[ExpertId, str]] = []
-        self.beside: list[int] = []  # how many chunks were on the link when each began
-        self.ended = 0
-        self.moved = 0  # bytes
-        self.attempts: Counter = Counter()
-
-    def __call__(self, array, sharding):
-        assert sharding.memory_kind == "device"
-        expert, name = self.names[id(array)]
-        with self.changed:
-            self.attempts[expert, name] += 1
-            self.beside.append(len(self.begun) - self.ended)
-            self.begun.append((expert, name))
-            self.changed.notify_all()
-        how = self.failing(expert, name, self.attempts[expert, name])
-        if how == "start":
-            self._end(0)
-            raise OSError(f"injected: {expert} {name} did not start")
-        return Chunk(self, jax.device_put(array, sharding), how == "end")
-
-    def _end(self, size):
-        with self.changed:
-            self.ended += 1
-            self.moved += size
-
-    def until_begun(self, count):
-        with self.changed:
-            assert self.changed.wait_for(lambda: len(self.begun) >= count, timeout=60)
-
-    def allow(self, count):
-        for _ in range(count):
-            self.permits.release()
-
-    @property
-    def order(self):
-        """Experts in the order in which their chunks began, repeats in a row left out."""
-        return [e for i, (e, _) in enumerate(self.begun) if i == 0 or self.begun[i - 1][0] != e]
-
-
-class Chunk:
-    def __init__(self, link, array, fails):
-        self.link, self.array, self.fails = link, array, fails
-
-    def block_until_ready(self):
-        if self.link.permits is not None:
-            assert self.link.permits.acquire(timeout=60)
-        self.link._end(0 if self.fails else self.array.nbytes)
-        if self.fails:
-            raise OSError("injected: broke off")
-        return self.array.block_until_ready()
-
-
-@pytest.fixture
-def start(bank):
-    """Begins transfers over an injected link; ends them after the test."""
-    running = []
-
-    def start(link, bandwidth=None):
-        running.append((Transfers(bank, jax.devices()[0], bandwidth, link), link))
-        return running[-1][0]
-
-    yield start
-    for transfers, link in running:
-        if link.permits is not None:
-            link.allow(1000)
-        in_time(transfers.close)
-
-
-def collect(transfers, wanted, arrived=None, lost=None):
-    """Waits for all of `wanted`; gives and enters what has arrived until then, enters what was lost."""
-    arrived = {} if arrived is None else arrived
-    while missing := [expert for expert in wanted if expert not in arrived]:
-        in_time(partial(transfers.wait, missing))
-        came, failed = transfers.arrivals()
-        arrived |= came
-        if lost is not None:
-            lost += failed
-    return arrived
-
-
-def right(bank, arrived):
-    for expert, weights in arrived.items():
-        for found, wanted in zip(weights, bank[expert], strict=True):
-            np.testing.assert_array_equal(bits(found), bits(wanted))
-    return True
 
 
 def test_copies_are_real(bank):
@@ -417,97 +305,8 @@ def test_closing_wakes_who_waits(bank, start):
     in_time(transfers.rest)
 
 
-class Clock:
-    """Stands for the module `time`: sleeping is what makes it later, by `late` more than was asked."""
-
-    def __init__(self, now=1000.0):
-        self.now = now
-        self.late = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-    def sleep(self, seconds):
-        assert seconds > 0
-        self.now += seconds + self.late
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(transfers_module, "time", clock)
-    return clock
-
-
-CHUNK_S = 0.5
-RATE = int(CHUNK / CHUNK_S)
-
-
-def test_a_paced_link_carries_its_rate_exactly(bank, start, clock):
-    transfers = start(Link(bank), RATE)
-    transfers.submit([A, B], [C])
-    collect(transfers, [A, B, C])
-    in_time(transfers.rest)
-    assert clock.now == pytest.approx(1000 + 9 * CHUNK_S)
-    assert transfers.stats.busy_s == pytest.approx(9 * CHUNK_S)
-
-    clock.now = 2000.0  # time that the link lay idle is gone
-    transfers.submit([D], [])
-    collect(transfers, [D])
-    assert clock.now == pytest.approx(2000 + 3 * CHUNK_S)
-    assert transfers.stats.busy_s == pytest.approx(12 * CHUNK_S)
-
-
-def test_waking_up_late_does_not_slow_the_link_down(bank, start, clock):
-    """The next chunk is due by the link's own clock: the average rate is the paced one."""
-    clock.late = 0.1 * CHUNK_S
-    transfers = start(Link(bank), RATE)
-    transfers.submit([], [A, B])
-    collect(transfers, [A, B])
-    assert clock.now == pytest.approx(1000 + 6 * CHUNK_S + clock.late)
-
-
-def test_pacing_holds_from_the_first_chunk_on(bank, start, clock, monkeypatch):
-    """Also if copies are queued before the link's thread first looks."""
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", lambda self: None)
-        transfers = start(Link(bank), RATE)
-    transfers.submit([A], [])
-    transfers._thread.start()
-    collect(transfers, [A])
-    assert clock.now == pytest.approx(1000 + 3 * CHUNK_S)
-
-
-def test_a_link_slower_than_its_pace_makes_up_for_nothing(bank, start, clock):
-    link = Link(bank)
-    transfers = start(link, RATE)
-    slow = link._end
-
-    def end(size):
-        if link.ended == 0:
-            clock.now += 10  # the first chunk takes its time
-        slow(size)
-
-    link._end = end
-    transfers.submit([], [A])  # prefetch chunks do not overlap
-    collect(transfers, [A])
-    assert clock.now == pytest.approx(1000 + 10 + 2 * CHUNK_S)
-
-
-def test_a_paced_copy_takes_no_less_than_its_bytes_need(bank, start):
-    """On the real clock; how much more it takes is the machine's affair."""
-    began = transfers_module.time.perf_counter()
-    link = Link(bank)
-    transfers = start(link, 1_000_000)
-    for round in range(2):
-        transfers.submit([A, B], [C] if round else [])
-        collect(transfers, [A, B, C] if round else [A, B])
-        took = transfers_module.time.perf_counter() - began
-        assert took >= link.moved / 1_000_000
-    assert link.moved == 5 * EXPERT
-
-
 EXPERTS = [ExpertId(layer, expert) for layer in range(2) for expert in range(4)]
+KINDS = ["start", "end"]
 
 
 @given(
@@ -528,13 +327,15 @@ EXPERTS = [ExpertId(layer, expert) for layer in range(2) for expert in range(4)]
 def test_whatever_is_asked_for_in_whatever_order_and_fails(layers, seed, rate):
     """An engine's way with the link, with copies that fail at random: the books always come out even."""
     rng = np.random.default_rng(seed)
-    link = Link(BANK[0], failing=lambda *_: rng.choice(["start", "end"]) if rng.random() < rate else None)
-    transfers = Transfers(BANK[0], jax.devices()[0], None, link)
+    link = Link(
+        random_bank(), failing=lambda *_: rng.choice(["start", "end"]) if rng.random() < rate else None
+    )
+    transfers = Transfers(random_bank(), jax.devices()[0], None, link)
     resident, coming = set(), set()
 
     def absorb():
         arrived, lost = transfers.arrivals()
-        assert right(BANK[0], arrived)
+        assert right(random_bank(), arrived)
         assert arrived.keys() | set(lost) <= coming
         assert not arrived.keys() & set(lost)
         coming.difference_update(arrived, lost)
@@ -579,12 +380,3 @@ def test_whatever_is_asked_for_in_whatever_order_and_fails(layers, seed, rate):
         assert stats.demand_bytes + stats.prefetch_bytes == link.moved
         assert stats.retries == stats.failed_prefetches == 0
     assert all(beside <= 1 for beside in link.beside)
-
-
-BANK = []
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _share(bank):
-    """Hypothesis calls its function many times, with one fixture."""
-    BANK.append(bank)

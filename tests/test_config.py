@@ -1,0 +1,31 @@
+"""Sizes in bytes, as people write them."""
+
+import pytest
+
+from layerscope_jax import parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("8GiB", 2**33),
+        ("500 MB", 500_000_000),
+        (" 1.5 KiB ", 1536),
+        ("0", 0),
+        ("7", 7),
+        ("7B", 7),
+        ("2TB", 2 * 10**12),
+        ("9007199254740993", 9007199254740993),
+        (12, 12),
+    ],
+)
+def test_sizes(size, expected):
+    assert parse_bytes(size) == expected
+
+
+@pytest.mark.parametrize(
+    "size", ["", "GiB", "8 Gb", "8gib", "-1", "1e9", "1.5.2MB", "inf", "٣MB", None, 2.0, True, -3]
+)
+def test_what_is_no_size(size):
+    with pytest.raises(ValueError, match="budget must be a size such as"):
+        parse_bytes(size, "budget")

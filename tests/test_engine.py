@@ -1,0 +1,270 @@
+"""What an engine refuses, counts, holds and compiles."""
+
+import gc
+import threading
+from contextlib import contextmanager
+
+import jax
+import pytest
+from helpers import PROFILE, PROMPTS, Copies, compiled, in_time, random_model, spelling_model
+
+from layerscope_jax import Engine, HardwareProfile, OffloadConfig, Request, TransferError, load, save
+from layerscope_jax.experts.executors import grouped_ffn
+from layerscope_jax.experts.grouping import GROUP_SIZES
+from layerscope_jax.scheduling.baselines import LRU, POLICIES, HostOnly, Resident
+
+
+@pytest.fixture(scope="module")
+def model():
+    return spelling_model()
+
+
+@pytest.fixture(scope="module")
+def layers(model):
+    """Layer by layer, with experts coming and going."""
+    with Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes)) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"policy": "magic"}, "policy must be one of fiddler, host-only, lru.* got 'magic'"),
+        ({"device_budget": "8 Gb"}, "device_budget must be a size such as '8GiB'.* got '8 Gb'"),
+        ({"device_budget": -1}, "device_budget must be a size"),
+        ({"device_budget": 1.5}, "device_budget must be a size"),
+        ({"device_budget": True}, "device_budget must be a size"),
+        ({"link_bandwidth": "fast"}, "link_bandwidth must be a size"),
+        ({"link_bandwidth": 0}, "link_bandwidth must be more than 0"),
+        ({"numerics": "exactly"}, "numerics must be 'fast' or 'exact', got 'exactly'"),
+        (
+            {"policy": "lru", "device_budget": "10 KB"},
+            "device_budget is too small for policy 'lru'.*61,440 bytes",
+        ),
+        ({"policy": "on-demand", "device_budget": 0}, "device_budget is too small for policy 'on-demand'"),
+        (
+            {"policy": "resident", "device_budget": "100KB"},
+            "'resident' needs a device_budget for all 16 experts",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_configurations_are_refused(model, config, message):
+    before = threading.active_count()
+    with pytest.raises(ValueError, match=message):
+        Engine(model, OffloadConfig(**config))
+    gc.collect()
+    assert threading.active_count() <= before
+
+
+def test_statistics_of_a_resident_model(model):
+    with Engine(model) as engine:
+        result = engine.generate(PROMPTS, max_new_tokens=5)
+    stats = result.stats
+    assert (stats.policy, stats.mode) == ("resident", "whole")
+    assert stats.hit_rate == stats.token_hit_rate == 1
+    assert stats.bytes_moved == stats.bytes_wasted == 0
+    assert stats.peak_expert_bytes == stats.budget_bytes == model.bank.total_bytes
+    assert (stats.prompts, stats.prompt_tokens, stats.new_tokens) == (4, 23, 20)
+    assert stats.tokens_per_s == stats.new_tokens / stats.total_s
+    assert 0 < stats.tpot_s < stats.total_s
+    assert 0 < stats.ttft_s < stats.total_s
+    assert 0 < stats.device_share <= 1
+
+    with Engine(model, OffloadConfig(numerics="exact")) as engine:
+        exact = engine.generate(PROMPTS, max_new_tokens=5)
+    assert exact.tokens == result.tokens
+    assert (exact.stats.policy, exact.stats.mode) == ("resident", "layers")
+    assert exact.stats.hit_rate == exact.stats.token_hit_rate == 1
+    assert exact.stats.bytes_moved == 0
+    assert exact.stats.peak_expert_bytes == model.bank.total_bytes
+    assert exact.stats.dispatches > 0
+
+
+@pytest.mark.parametrize("policy", ["lru", "on-demand", "host-only", "fiddler"])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_bytes_are_those_that_moved(model, policy, rate):
+    copies = Copies(rate)
+    budget = 10 * model.bank.expert_bytes
+    config = OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)
+    with Engine(model, config, copy=copies) as engine:
+        moved = 0
+        for prompts in (PROMPTS, PROMPTS[:2]):
+            result = engine.generate(prompts, max_new_tokens=5, record_plans=True)
+            stats = result.stats
+            assert stats.bytes_moved == stats.bytes_demand == copies.moved - moved
+            assert stats.bytes_prefetch == stats.bytes_wasted == 0
+            loads = sum(len(plan.load) for plan in result.plans)
+            assert stats.bytes_moved == loads * model.bank.expert_bytes
+            assert stats.peak_expert_bytes <= stats.budget_bytes == budget
+            moved = copies.moved
+            active = sum(len(plan.device) + len(plan.host) for plan in result.plans)
+            if policy in ("lru", "on-demand"):
+                assert stats.hit_rate == pytest.approx(1 - loads / active)
+            assert 0 <= stats.hit_rate < 1
+            assert 0 <= stats.token_hit_rate < 1
+            assert 0 < stats.padding < 1
+            assert (stats.host_share > 0) == any(plan.host for plan in result.plans)
+            assert stats.link_share <= 1.001
+        if policy == "host-only":
+            assert stats.bytes_moved == stats.hit_rate == stats.peak_expert_bytes == 0
+        else:
+            assert copies.moved > 0
+            assert (copies.failed > 0) == (rate > 0)
+    assert stats.policy == policy
+    assert stats.to_json()["bytes_moved"] == stats.bytes_moved
+
+
+def test_recorded_plans_are_the_calls_own(layers):
+    first = layers.generate(PROMPTS[:2], max_new_tokens=3, record_plans=True)
+    assert [(plan.step, plan.layer) for plan in first.plans] == [(s, x) for s in range(3) for x in range(2)]
+    assert layers.generate(PROMPTS[:2], max_new_tokens=3).plans == []
+    assert len(first.plans) == 6
+
+
+def test_padding_and_finished_requests_route_nowhere(model, layers):
+    """A token has K experts; whoever has ended has none."""
+    requests = [Request(prompt=[5] * size, max_new_tokens=new) for size, new in ((1, 6), (1, 1), (1, 2))]
+    plans = layers.generate(requests, record_plans=True).plans
+    choices = model.config.experts_per_token
+    for plan in plans:
+        running = 3 if plan.step == 0 else 2 if plan.step == 1 else 1
+        assert choices <= len(plan.device + plan.host) <= choices * running
+    assert {len(plan.device + plan.host) for plan in plans if plan.step > 1} == {choices}
+
+
+def test_a_progress_bar_changes_nothing(layers, capsys):
+    plain = layers.generate(PROMPTS, max_new_tokens=3)
+    assert layers.generate(PROMPTS, max_new_tokens=3, progress=True).tokens == plain.tokens
+
+
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+@pytest.mark.parametrize("policy", [Resident(), "resident", "lru"], ids=["object", "resident", "lru"])
+def test_everything_fits_without_a_budget(model, policy, numerics):
+    with Engine(model, OffloadConfig(policy=policy, numerics=numerics)) as engine:
+        stats = engine.generate(PROMPTS, max_new_tokens=2).stats
+    assert (stats.policy, stats.hit_rate, stats.bytes_moved) == ("resident", 1, 0)
+    assert stats.mode == {"fast": "whole", "exact": "layers"}[numerics]
+
+
+@pytest.mark.parametrize("policy", ["host-only", HostOnly(), LRU()], ids=["host-only", "HostOnly()", "LRU()"])
+def test_who_names_host_only_or_brings_a_policy_gets_it(model, policy):
+    with Engine(model, OffloadConfig(policy=policy)) as engine:
+        stats = engine.generate(PROMPTS, max_new_tokens=2).stats
+    assert (stats.policy, stats.mode) == (policy if isinstance(policy, str) else policy.name, "layers")
+
+
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+def test_it_runs_on_the_models_device(tmp_path, numerics):
+    save(random_model(num_layers=1, qk_norm="all"), tmp_path)
+    model = load(tmp_path, device=jax.devices()[1])
+    with Engine(model, OffloadConfig(numerics=numerics)) as engine:
+        assert engine.device == model.device == jax.devices()[1]
+        assert len(engine.generate([[1, 2]], max_new_tokens=2).tokens[0]) == 2
+    with pytest.raises(ValueError, match="device must be the model's own"):
+        Engine(model, OffloadConfig(numerics=numerics), device=jax.devices()[0])
+
+
+def test_a_closed_engine_says_so(model):
+    engine = Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes))
+    engine.close()
+    engine.close()
+    with pytest.raises((TransferError, RuntimeError), match="closed"):
+        in_time(lambda: engine.generate([[1]], max_new_tokens=2))
+
+
+def test_leaving_an_engine_ends_its_threads(model):
+    before = set(threading.enumerate())
+    with Engine(
+        model, OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="fiddler", profile=PROFILE)
+    ) as engine:
+        engine.generate(PROMPTS, max_new_tokens=2)
+        assert {thread.name.split("_")[0] for thread in set(threading.enumerate()) - before} >= {
+            "layerscope-link"
+        }
+    assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("layerscope")]
+
+    engine = Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes))
+    del engine
+    gc.collect()
+    assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("layerscope")]
+
+
+def test_an_abandoned_stream_leaves_the_engine_fit(layers):
+    expected = layers.generate(PROMPTS, max_new_tokens=5).tokens
+    stream = layers.stream(PROMPTS, max_new_tokens=5)
+    next(stream)
+    stream.close()
+    assert layers.generate(PROMPTS, max_new_tokens=5).tokens == expected
+
+
+def test_a_policy_that_weighs_costs_measures_the_machine(model):
+    """Where no profile is given; within the given pace of the link."""
+    seen = []
+
+    class Asking(POLICIES["fiddler"]):
+        def init(self, geometry, profile):
+            seen.append(profile)
+            return super().init(geometry, profile)
+
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=Asking(), link_bandwidth="1MB")
+    with Engine(model, config) as engine:
+        assert engine.generate(PROMPTS[:2], max_new_tokens=2).tokens
+    (profile,) = seen
+    assert isinstance(profile, HardwareProfile)
+    assert profile.transfer_ms >= 1e3 * model.bank.expert_bytes / 1e6
+    for table in (profile.host_ms, profile.device_ms):
+        assert min(table.ms) > 0
+        assert list(table.ms) == sorted(table.ms)
+
+
+@contextmanager
+def compiling():
+    """What comes out counts the programs compiled within."""
+    before, counted = len(compiled), []
+    yield counted
+    counted.append(len(compiled) - before)
+
+
+@pytest.mark.parametrize("policy", ["host-only", "resident", "whole"])
+def test_generating_again_compiles_nothing(model, policy):
+    config = {
+        "host-only": OffloadConfig(device_budget=0, policy="host-only"),
+        "resident": OffloadConfig(numerics="exact"),
+        "whole": OffloadConfig(),
+    }[policy]
+    with Engine(model, config) as engine:
+        first = engine.generate(PROMPTS, max_new_tokens=10)
+        with compiling() as counted:
+            assert engine.generate(PROMPTS, max_new_tokens=10).tokens == first.tokens
+    assert counted == [0]
+
+
+@pytest.mark.parametrize(
+    "config", [OffloadConfig(device_budget=0, policy="host-only"), OffloadConfig()], ids=["layers", "whole"]
+)
+def test_another_engine_of_the_model_compiles_nothing(model, config):
+    with Engine(model, config) as engine:
+        engine.generate(PROMPTS, max_new_tokens=3)
+    with compiling() as counted, Engine(model, config) as engine:
+        engine.generate(PROMPTS, max_new_tokens=3)
+    assert counted == [0]
+
+
+def test_a_long_decode_compiles_few_programs():
+    """However experts arrive: at most one for each row bucket, size of dispatch and phase."""
+    model = random_model(num_layers=2, hidden_size=24, head_dim=6, seed=9)  # a shape of its own
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
+    prefill_buckets, decode_buckets = 5, 1  # 2 to 32 rows for 2 x 16 tokens, and 2 for 2
+    bound = (prefill_buckets + decode_buckets) * len(GROUP_SIZES)
+    others = 4 * 2 + 4  # embed, attend, add and finish in two phases; empty buffers
+    before = grouped_ffn._cache_size()
+    with Engine(model, config) as engine:
+        with compiling() as counted:
+            result = engine.generate([[1, 2, 3], list(range(16))], max_new_tokens=41)
+        assert [len(tokens) for tokens in result.tokens] == [41, 41]
+        assert 0 < grouped_ffn._cache_size() - before <= bound
+        assert counted[0] <= bound + others
+        for first in range(5):
+            engine.generate([[first], list(range(first, 12))], max_new_tokens=30)
+        assert grouped_ffn._cache_size() - before <= bound
