@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from layerscope_jax import calibration
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import OffloadConfig, parse_bytes
+from layerscope_jax.detokenize import continuation
 from layerscope_jax.experts.executors import HostExperts, WorkStats
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, Transfers
@@ -23,7 +24,6 @@ from layerscope_jax.generation import (
     Running,
     Times,
     Token,
-    continuation,
     encode_prompts,
     run_batch,
 )
@@ -145,7 +145,7 @@ class Engine:
                 seed, stop_tokens.
 
         Raises:
-            ValueError: for an empty or too long prompt, naming each.
+            ValueError: for settings out of range, and for an empty or too long prompt, naming each.
             TransferError: if an expert could not be copied to the device.
         """
         requests = make_requests(prompts, settings)
@@ -285,15 +285,18 @@ def make_policy(policy: str | Policy) -> Policy:
     """A policy from its name, or the object itself.
 
     Raises:
-        ValueError: with the names there are.
+        ValueError: with the names there are, if it is neither.
     """
-    if not isinstance(policy, str):
-        return policy
-    if policy not in POLICIES:
+    if isinstance(policy, str) and policy in POLICIES:
+        return POLICIES[policy]()
+    parts = ("name", "uses_costs", "init", "plan")
+    if isinstance(policy, str | type) or not all(hasattr(policy, part) for part in parts):
+        hint = "; make an object of the class" if isinstance(policy, type) else ""
         raise ValueError(
-            f"policy must be one of {', '.join(sorted(POLICIES))} or a Policy object, got {policy!r}"
+            f"policy must be one of {', '.join(sorted(POLICIES))} or a Policy object, with "
+            f"{', '.join(parts)}, got {policy!r}{hint}"
         )
-    return POLICIES[policy]()
+    return policy
 
 
 def make_requests(
@@ -302,9 +305,9 @@ def make_requests(
     """One `Request` a prompt.
 
     Raises:
-        ValueError: if there is no prompt, or a lone prompt was given for a list of prompts.
+        ValueError: if there is no prompt, or something else was given than a list of prompts.
     """
-    if isinstance(prompts, str | Request):
+    if isinstance(prompts, str | bytes | Request) or not isinstance(prompts, Collection):
         raise ValueError(f"prompts must be a list of prompts, got {str(prompts)[:40]!r}; put it in a list")
     if not len(prompts):
         raise ValueError("prompts must hold at least one prompt, got an empty list")

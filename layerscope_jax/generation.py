@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
+from layerscope_jax.detokenize import TextStream
 from layerscope_jax.experts.grouping import next_power
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.sampling import Sampling
@@ -30,7 +32,8 @@ class Request:
         max_new_tokens: at most so many; fewer where the model's context ends.
         temperature: 0 for the likeliest token each time.
         top_k, top_p: what sampling chooses from; 0 and 1 for everything.
-        seed: of its sampling. The tokens drawn depend on it and the position, not on what shares the batch.
+        seed: of its sampling. What is drawn depends on it and the position, not on what shares the batch;
+            only rounding does, which can part two runs in batches of different shapes, in bfloat16 above all.
         stop_tokens: ids that end it (kept as its last token); None for the model's own.
     """
 
@@ -44,18 +47,45 @@ class Request:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.max_new_tokens < 1:
-            problems.append(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
-        if not self.temperature >= 0:
-            problems.append(f"temperature must be 0 (greedy) or more, got {self.temperature}")
-        if self.top_k < 0:
-            problems.append(f"top_k must be 0 (all) or more, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p must lie in (0, 1], got {self.top_p}")
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"seed must lie in 0..2**32-1, got {self.seed}")
+
+        def check(name: str, fits: bool, expected: str) -> None:
+            if not fits:
+                problems.append(f"{name} must {expected}, got {repr(getattr(self, name))[:60]}")
+
+        prompt, length, stops = self.prompt, self.max_new_tokens, self.stop_tokens
+        heat, top_p = self.temperature, self.top_p
+        check("prompt", isinstance(prompt, str) or are_ids(prompt), "be text or a list of token ids")
+        check("max_new_tokens", is_integer(length) and 1 <= length < 2**31, "be a whole number in 1..2**31-1")
+        check("temperature", is_number(heat) and 0 <= heat <= 1e6, "be a number from 0 (greedy) to 1e6")
+        check("top_k", is_integer(self.top_k) and self.top_k >= 0, "be a whole number, 0 (all) or more")
+        check("top_p", is_number(top_p) and 0 < top_p <= 1, "be a number in (0, 1]")
+        check("seed", is_integer(self.seed) and 0 <= self.seed < 2**32, "be a whole number in 0..2**32-1")
+        check("stop_tokens", stops is None or are_ids(stops), "be a list of token ids or None")
         if problems:
             raise ValueError("; ".join(problems))
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return is_integer(value) or isinstance(value, float | np.floating)
+
+
+def are_ids(value: Any) -> bool:
+    """Whether it holds whole numbers and can be read more than once."""
+    if isinstance(value, str | bytes) or not isinstance(value, Collection):
+        return False
+    try:
+        return all(operator.index(token) is not None for token in value)
+    except TypeError:  # one is no whole number
+        return False
+
+
+def is_text(value: str) -> bool:
+    """Whether all of it are characters: half a surrogate pair, which may stand for a wrong byte, is none."""
+    return not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 @dataclass(frozen=True)
@@ -112,8 +142,7 @@ class Running:
     prompt: list[int]
     room: int  # new tokens at most
     tokens: list[int] = field(default_factory=list)
-    decoder: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
-    text: str = ""  # of the tokens so far, but for the bytes of a character that is not yet whole
+    text: TextStream | None = None  # None without a tokenizer
     finish: str | None = None
 
 
@@ -123,7 +152,7 @@ def encode_prompts(
     """Token ids of every prompt.
 
     Raises:
-        ValueError: naming every prompt that is empty, too long or outside the vocabulary.
+        ValueError: naming every prompt that is empty, too long, no text or outside the vocabulary.
     """
     prompts, problems = [], []
     for index, request in enumerate(requests):
@@ -132,9 +161,15 @@ def encode_prompts(
                 raise ValueError(
                     f"prompt {index} is text, but the model came without tokenizer.json; pass token ids"
                 )
+            if not is_text(request.prompt):
+                problems.append(
+                    f"prompt {index} holds half a surrogate pair (\\ud800 to \\udfff, or a byte that is not "
+                    "UTF-8), which is no character"
+                )
+                continue
             ids = tokenizer.encode(request.prompt).ids
         else:
-            ids = [int(token) for token in request.prompt]
+            ids = [operator.index(token) for token in request.prompt]
         outside = [token for token in ids if not 0 <= token < vocab_size]
         if not ids:
             problems.append(f"prompt {index} is empty; it needs at least one token")
@@ -189,6 +224,7 @@ def run_batch(
         tokens[row, :size] = running.prompt
         positions[row, :size] = np.arange(size)
         last[row] = size - 1
+        running.text = None if tokenizer is None else TextStream(tokenizer)
         times.prompt_tokens += size
 
     began = time.perf_counter()
@@ -207,7 +243,7 @@ def run_batch(
         for row, running in enumerate(batch):
             positions[row] = PAD_POSITION
             if running.finish is None:
-                events.append(advance(running, new[row], stop_tokens, tokenizer))
+                events.append(advance(running, new[row], stop_tokens))
             if running.finish is None:
                 tokens[row] = new[row]
                 positions[row] = len(running.prompt) + len(running.tokens) - 1
@@ -216,7 +252,7 @@ def run_batch(
             return
 
 
-def advance(running: Running, token: int, stop_tokens: Sequence[int], tokenizer: Tokenizer | None) -> Token:
+def advance(running: Running, token: int, stop_tokens: Sequence[int]) -> Token:
     """Enters a request's new token."""
     running.tokens.append(token)
     stops = running.request.stop_tokens
@@ -225,18 +261,12 @@ def advance(running: Running, token: int, stop_tokens: Sequence[int], tokenizer:
     elif len(running.tokens) >= running.room:
         running.finish = "length"
     piece = ""
-    if tokenizer is not None:
+    if running.text is not None:
         if running.finish != "stop":
-            piece = running.decoder.step(tokenizer, token) or ""  # None until a character is whole
+            piece = running.text.add(token)
         if running.finish is not None:
-            piece = continuation(tokenizer, running.tokens, running.finish).removeprefix(running.text)
-        running.text += piece
+            piece += running.text.end(running.tokens, running.finish)
     return Token(running.index, token, piece, running.finish)
-
-
-def continuation(tokenizer: Tokenizer, tokens: Sequence[int], finish: str) -> str:
-    """The text of a request's new tokens, the one that stopped it left out."""
-    return tokenizer.decode(tokens[:-1] if finish == "stop" else tokens)
 
 
 def sampling_of(requests: Sequence[Request], rows: int) -> Sampling | None:

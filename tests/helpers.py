@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from layerscope_jax import Decoder, HardwareProfile, Model, ModelConfig, TimeTable
 
@@ -159,6 +159,29 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    assert tokenizer.add_special_tokens(["<eos>", "<pad>"]) == 2
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    return tokenizer
+
+
+def fallback_tokenizer() -> Tokenizer:
+    """As Llama's and Mixtral's: letters, and tokens such as "<0xE2>" for the bytes of all others."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    words = ["\u2581", "\u2581a", "\u2581\u2581", "a", "b", "c", "x", ".", "\u2581.", "\ufffd", "é"]
+    vocabulary |= {word: 256 + index for index, word in enumerate(words)}
+    vocabulary |= {f"idle{index}": 267 + index for index in range(11)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     assert tokenizer.add_special_tokens(["<eos>", "<pad>"]) == 2
     assert tokenizer.get_vocab_size() == VOCABULARY
     return tokenizer

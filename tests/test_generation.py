@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import EOS, PAD, PROMPTS, spelling_model
+from helpers import EOS, PAD, PROMPTS, VOCABULARY, byte_tokenizer, fallback_tokenizer, spelling_model
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from layerscope_jax import Engine, OffloadConfig, Request
+from layerscope_jax import POLICIES, Engine, OffloadConfig, Request
+from layerscope_jax.detokenize import TextStream
 from layerscope_jax.generation import batch_rows, bucket
 
 SNOWMAN = "☃"  # three bytes
+TOKENIZERS = {"bytes": byte_tokenizer(), "fallback": fallback_tokenizer()}
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +158,12 @@ def test_a_stream_of_samples_is_what_generate_gives(layers):
     ],
 )
 @pytest.mark.parametrize("cut", [0, 1, 2])
-def test_pieces_of_text_join_to_the_text(model, monkeypatch, text, specials, finish, expected, cut):
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_pieces_of_text_join_to_the_text(
+    model, monkeypatch, tokenizer, text, specials, finish, expected, cut
+):
     """Characters of several bytes come whole; one that is cut off is shown as `generate` shows it."""
+    model = replace(model, tokenizer=TOKENIZERS[tokenizer])
     ids = model.tokenizer.encode(text).ids
     ids = ids[: len(ids) - cut] + specials if text else specials
     with Engine(model, OffloadConfig(policy="host-only")) as engine:
@@ -168,6 +176,54 @@ def test_pieces_of_text_join_to_the_text(model, monkeypatch, text, specials, fin
         if not cut:
             assert joined == expected
         assert all("\N{REPLACEMENT CHARACTER}" not in event.text for event in events[:-1])
+
+
+def encoded(tokenizer, text):
+    return TOKENIZERS[tokenizer].encode(text, add_special_tokens=False).ids
+
+
+letters = st.sampled_from(["a", "é", SNOWMAN, "\N{GRINNING FACE}", " ", "\n", "b"])
+a_few_tokens = st.one_of(
+    st.integers(0, VOCABULARY).map(lambda token: (token,)),  # one that the tokenizer does not know, too
+    st.integers(256, VOCABULARY - 1).map(lambda token: (token,)),
+    st.tuples(letters, st.integers(1, 4)),  # so many tokens of a letter
+)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@given(st.lists(a_few_tokens, max_size=12), st.sampled_from(["stop", "length"]))
+@example([(0x0A,), (0xF0,), (0x9F,), (260,), (260,)], "length")
+@example([(SNOWMAN, 1), (PAD,), (SNOWMAN, 2), (0xFF,), (258,)], "length")
+def test_no_text_is_taken_back_whatever_the_tokens(tokenizer, parts, finish):
+    ids = []
+    for part in parts:
+        ids += part if len(part) == 1 else encoded(tokenizer, part[0])[-4:][: part[1]]
+    spoken = TOKENIZERS[tokenizer]
+    stream, shown = TextStream(spoken), ""
+    for count, token in enumerate(ids, 1):
+        shown += stream.add(token)
+        assert spoken.decode(ids[:count]).startswith(shown)
+    final = [*ids, EOS] if finish == "stop" else ids
+    assert shown + stream.end(final, finish) == spoken.decode(ids)
+
+
+@pytest.mark.parametrize(("tokenizer", "token"), [("bytes", 255), ("bytes", PAD), ("fallback", 258)])
+def test_a_long_text_is_not_decoded_again_and_again(tokenizer, token):
+    """Bytes that are no character, tokens without text and idle spaces must not pile up."""
+    lengths = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(TOKENIZERS[tokenizer], name)
+
+        def decode(self, ids, **settings):
+            lengths.append(len(ids))
+            return TOKENIZERS[tokenizer].decode(ids, **settings)
+
+    stream = TextStream(Counting())
+    for _ in range(500):
+        stream.add(token)
+    assert max(lengths) <= 5
 
 
 SAMPLED = {"max_new_tokens": 8, "temperature": 1.2}
@@ -205,6 +261,13 @@ def test_sampling_with_one_choice_is_greedy(layers, settings):
         ([3, 4, 5], "ids of a lone prompt in a list of their own"),
         (np.array([3, 4]), "ids of a lone prompt in a list of their own"),
         (Request(prompt=[3]), "list of prompts, got 'Request"),
+        (b"Call me", "list of prompts"),
+        (5, "list of prompts, got '5'"),
+        ((prompt for prompt in [[1]]), "list of prompts, got '<generator.*put it in a list"),
+        ([None], "prompt must be text or a list of token ids, got None"),
+        ([[1.5]], r"prompt must be text or a list of token ids, got \[1.5\]"),
+        ([b"ab"], "prompt must be text or a list of token ids, got b'ab'"),
+        (["a", "a\udcffb"], "prompt 1 holds half a surrogate pair.*a byte that is not UTF-8"),
         ([[]], "prompt 0 is empty"),
         ([[1], ""], "prompt 1 is empty"),
         ([[1], [0] * 96], "prompt 1 has 96 tokens; the model's context holds 96.*shorten it"),
@@ -222,16 +285,30 @@ def test_bad_prompts_are_refused_at_once(layers, call, prompts, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
-        ({"temperature": -0.1}, "temperature must be 0"),
-        ({"temperature": float("nan")}, "temperature must be 0"),
-        ({"top_k": -1}, "top_k must be 0"),
-        ({"top_p": 0.0}, "top_p must lie"),
-        ({"top_p": 1.1}, "top_p must lie"),
-        ({"top_p": float("nan")}, "top_p must lie"),
-        ({"seed": -1}, "seed must lie"),
-        ({"seed": 2**32}, "seed must lie"),
-        ({"top_k": -1, "top_p": 2.0}, "top_k must be.*; top_p must lie"),
+        ({"max_new_tokens": 0}, r"max_new_tokens must be a whole number in 1..2\*\*31-1, got 0"),
+        ({"max_new_tokens": 2**31}, "max_new_tokens must be"),
+        ({"max_new_tokens": "4"}, "max_new_tokens must be.*, got '4'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be.*, got 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be.*, got True"),
+        ({"temperature": -0.1}, "temperature must be a number from 0"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": float("inf")}, "temperature must be"),
+        ({"temperature": 10**400}, "temperature must be.*, got 10{59}$"),
+        ({"temperature": "1"}, "temperature must be"),
+        ({"top_k": -1}, "top_k must be a whole number, 0"),
+        ({"top_k": 1.0}, "top_k must be"),
+        ({"top_p": 0.0}, "top_p must be a number in"),
+        ({"top_p": 1.1}, "top_p must be"),
+        ({"top_p": float("nan")}, "top_p must be"),
+        ({"top_p": None}, "top_p must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"seed": 2**32}, "seed must be"),
+        ({"seed": None}, "seed must be"),
+        ({"stop_tokens": 3}, "stop_tokens must be a list of token ids or None, got 3"),
+        ({"stop_tokens": "3"}, "stop_tokens must be"),
+        ({"stop_tokens": iter([3])}, "stop_tokens must be"),
+        ({"stop_tokens": [3.5]}, "stop_tokens must be"),
+        ({"top_k": -1, "top_p": 2.0}, "top_k must be.*; top_p must be"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
     ],
     ids=str,
@@ -239,6 +316,13 @@ def test_bad_prompts_are_refused_at_once(layers, call, prompts, message):
 def test_bad_settings_are_refused_at_once(layers, call, settings, message):
     with pytest.raises(ValueError, match=message):
         getattr(layers, call)([[1]], **settings)
+
+
+@pytest.mark.parametrize("policy", [None, 5, "best", object(), POLICIES["lru"]], ids=str)
+def test_what_is_no_policy_is_refused(model, policy):
+    with pytest.raises(ValueError, match=r"policy must be one of .* or a Policy object") as refusal:
+        Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=policy))
+    assert ("make an object of the class" in str(refusal.value)) == isinstance(policy, type)
 
 
 def test_extreme_settings_that_are_allowed(layers):
