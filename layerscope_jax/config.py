@@ -27,19 +27,23 @@ def parse_bytes(size: str | int, what: str = "size") -> int:
         what: the setting's name, for the error message.
 
     Raises:
-        ValueError: if `size` is negative or not a size.
+        ValueError: if `size` is negative, not a size, or past what 64 bits count.
 
     >>> parse_bytes("1.5GiB"), parse_bytes("2 MB"), parse_bytes(4096)
     (1610612736, 2000000, 4096)
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    match = (
-        re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
-    )
-    if match is None or match[2] not in _UNITS:
+    found = -1
+    if isinstance(size, int) and not isinstance(size, bool):
+        found = size
+    elif isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
+        if match is not None and match[2] in _UNITS:
+            found = int(Decimal(match[1]) * _UNITS[match[2]])
+    if found < 0:
         raise ValueError(f"{what} must be a size such as '8GiB', '500 MB' or a number of bytes, got {size!r}")
-    return int(Decimal(match[1]) * _UNITS[match[2]])
+    if found >= 2**63:
+        raise ValueError(f"{what} must be less than 2**63 bytes, got {str(size)[:40]}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

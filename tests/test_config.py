@@ -17,6 +17,7 @@ from layerscope_jax import parse_bytes
         ("2TB", 2 * 10**12),
         ("9007199254740993", 9007199254740993),
         (12, 12),
+        (2**63 - 1, 2**63 - 1),
     ],
 )
 def test_sizes(size, expected):
@@ -28,4 +29,10 @@ def test_sizes(size, expected):
 )
 def test_what_is_no_size(size):
     with pytest.raises(ValueError, match="budget must be a size such as"):
+        parse_bytes(size, "budget")
+
+
+@pytest.mark.parametrize("size", ["9" * 400 + "TiB", "8388608TiB", 2**63, 10**400])
+def test_no_size_is_past_what_64_bits_count(size):
+    with pytest.raises(ValueError, match=r"budget must be less than 2\*\*63 bytes, got .{1,40}$"):
         parse_bytes(size, "budget")

@@ -4,11 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import EOS, PAD, PROMPTS, VOCABULARY, byte_tokenizer, fallback_tokenizer, spelling_model
+from helpers import (
+    EOS,
+    PAD,
+    PROFILE,
+    PROMPTS,
+    VOCABULARY,
+    byte_tokenizer,
+    fallback_tokenizer,
+    spelling_model,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from layerscope_jax import POLICIES, Engine, OffloadConfig, Request
+from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request, load_plans, save_plans
 from layerscope_jax.detokenize import TextStream
 from layerscope_jax.generation import batch_rows, bucket
 
@@ -224,6 +233,32 @@ def test_a_long_text_is_not_decoded_again_and_again(tokenizer, token):
     for _ in range(500):
         stream.add(token)
     assert max(lengths) <= 5
+
+
+@pytest.mark.parametrize("policy", ["lru", "fiddler"])
+def test_a_recording_can_be_replayed_on_any_engine(model, tmp_path, policy):
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=policy, profile=PROFILE)
+    call = {"max_new_tokens": 5, "batch_size": 3, "record_plans": True}
+    with Engine(model, config) as engine:
+        cold = engine.generate(PROMPTS, **call)
+        warm = engine.generate(PROMPTS, **call)
+    assert cold.tokens == warm.tokens
+    for recorded in (cold, warm):
+        save_plans(recorded.plans, tmp_path / "plans.jsonl")
+        replayed = replace(config, policy=Replay(load_plans(tmp_path / "plans.jsonl")))
+        with Engine(model, replayed) as engine:
+            replays = [engine.generate(PROMPTS, **call) for _ in range(3)]
+        for replay in replays:
+            assert replay.tokens == recorded.tokens
+            assert [(p.device, p.host) for p in replay.plans] == [(p.device, p.host) for p in recorded.plans]
+        if recorded is cold:
+            assert replays[0].plans == cold.plans
+
+
+def test_steps_are_counted_within_a_call(layers):
+    for _ in range(2):
+        plans = layers.generate(PROMPTS[:2], max_new_tokens=3, batch_size=1, record_plans=True).plans
+        assert [plan.step for plan in plans] == [step for step in range(6) for _ in range(2)]
 
 
 SAMPLED = {"max_new_tokens": 8, "temperature": 1.2}

@@ -42,6 +42,8 @@ def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | No
 def _family_of(config: Mapping[str, Any]) -> Family:
     """By `architectures`, or by `model_type` where there are none."""
     architectures = config.get("architectures")
+    if not isinstance(architectures, list | None):
+        raise ValueError(f"architectures: expected a list of names, got {architectures!r}")
     for family in FAMILIES.values():
         if family.architecture in (architectures or ()):
             return family

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -44,7 +44,8 @@ class Observation:
     """What is known when one layer of one step is planned.
 
     Attributes:
-        step: 0 for prefill, then the number of the decode step.
+        step: number of the forward pass within one call of `generate`: 0 for its first prefill, then on
+            through the decode steps and the prefills of later batches.
         layer: the layer about to be computed.
         phase: "prefill" or "decode".
         demand: expert -> tokens routed to it, for the active experts of this layer.
@@ -211,13 +212,21 @@ def load_plans(path: str | Path) -> list[LayerPlan]:
 
 
 class Replay:
-    """Repeats recorded plans: the same decisions, whatever policy took them.
+    """Repeats recorded plans: each expert is computed where it was, whatever policy decided that.
 
-    >>> plan = LayerPlan(step=0, layer=0, host=(2,))
-    >>> replay = Replay([plan])
-    >>> replay.plan(replay.init(None, None), Observation(step=0, layer=0, phase="prefill", demand={2: 1},
-    ...     resident=(), in_flight=()))[1] is plan
+    Each call of `generate` replays the recorded one from its beginning; prompts, settings and budget must be
+    those of the recording. What is computed where is repeated always. What moves is repeated as far as the
+    device holds what it held then: what is there is not copied again, and where room is short, experts that
+    the layer does not need leave. So a replay from the same residency (the first call of a new engine, of a
+    recording of such a call) gives equal plans, provided that prefetches arrive as they did.
+
+    >>> plan = LayerPlan(step=0, layer=0, device=(2,), load=(ExpertId(0, 2),))
+    >>> seen = Observation(step=0, layer=0, phase="prefill", demand={2: 1}, resident=(), in_flight=())
+    >>> replay, slots = Replay([plan]), 4
+    >>> replay.plan(slots, seen)[1] == plan
     True
+    >>> replay.plan(slots, replace(seen, resident={ExpertId(0, 2)}))[1].load
+    ()
     """
 
     name = "replay"
@@ -225,12 +234,31 @@ class Replay:
 
     def __init__(self, plans: Iterable[LayerPlan]):
         self.plans = {(plan.step, plan.layer): plan for plan in plans}
+        if not self.plans:
+            raise ValueError(
+                "expected recorded plans, got none; where every expert fits nothing is decided, "
+                "record within a smaller device_budget"
+            )
 
-    def init(self, geometry: Geometry | None, profile: HardwareProfile | None) -> None:
-        return None
+    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> int:
+        return geometry.slots
 
-    def plan(self, state: None, seen: Observation) -> tuple[None, LayerPlan]:
-        try:
-            return None, self.plans[seen.step, seen.layer]
-        except KeyError:
-            raise ValueError(f"the recorded plans end before step {seen.step}, layer {seen.layer}") from None
+    def plan(self, state: int, seen: Observation) -> tuple[int, LayerPlan]:
+        recorded = self.plans.get((seen.step, seen.layer))
+        if recorded is None:
+            raise ValueError(
+                f"the recorded plans end before step {seen.step}, layer {seen.layer}; "
+                "replay the prompts and settings that they were recorded with"
+            )
+        here = {*seen.resident, *seen.in_flight}
+        needed = [ExpertId(seen.layer, expert) for expert in recorded.device]
+        load = [e for e in dict.fromkeys((*recorded.load, *needed)) if e not in here]
+        evict = [e for e in recorded.evict if e in seen.resident]
+        room = state - len(here) + len(evict) - len(load)
+        if room < 0:
+            spare = set(seen.resident).difference(needed, evict)
+            evict += sorted(spare, key=lambda e: (e in recorded.prefetch, e))[:-room]
+            room = 0
+        here.difference_update(evict)
+        prefetch = [e for e in recorded.prefetch if e not in here][:room]
+        return state, replace(recorded, evict=tuple(evict), load=tuple(load), prefetch=tuple(prefetch))

@@ -195,6 +195,9 @@ def test_stop_tokens(config, generation, expected):
         ),
         (old("olmoe", architectures=ABSENT, model_type="gpt2"), ["gpt2", "OlmoeForCausalLM"]),
         ({}, ["None", "OlmoeForCausalLM"]),
+        (old("olmoe", architectures=5), ["architectures", "a list of names", "5"]),
+        (old("olmoe", architectures="OlmoeForCausalLM"), ["architectures", "a list of names"]),
+        (old("olmoe", architectures=[5, None]), ["[5, None]", "OlmoeForCausalLM"]),
         (
             {"architectures": ["OlmoeForCausalLM"]},
             [

@@ -149,9 +149,60 @@ def test_a_broken_file_is_refused_by_line(tmp_path, line):
 
 
 def test_replay_repeats_what_was_decided():
-    other = replace(GOOD, layer=2)
+    other = replace(GOOD, layer=2, device=(), host=(0, 2, 3, 5), load=())
     replay = Replay([other, GOOD])
-    assert replay.plan(None, SEEN) == (None, GOOD)
-    assert replay.plan(None, replace(SEEN, layer=2)) == (None, other)
-    with pytest.raises(ValueError, match="end before step 3, layer 1"):
-        replay.plan(None, replace(SEEN, step=3))
+    assert replay.plan(SLOTS, SEEN) == (SLOTS, GOOD)
+    assert replay.plan(SLOTS, replace(SEEN, layer=2)) == (SLOTS, other)
+    with pytest.raises(ValueError, match="end before step 3, layer 1; replay the prompts"):
+        replay.plan(SLOTS, replace(SEEN, step=3))
+    with pytest.raises(ValueError, match="expected recorded plans, got none"):
+        Replay([])
+
+
+@pytest.mark.parametrize(
+    ("resident", "in_flight", "changes"),
+    [
+        ((), (), {"evict": (), "load": (T, R, S)}),  # the recorded loads first
+        ({T, R}, {S}, {"evict": (), "load": ()}),
+        # Where room is short the evictions that were recorded come first, then what nothing will need.
+        ({R, S, X, ExpertId(2, 0), ExpertId(2, 7)}, (), {"prefetch": (ExpertId(2, 2),)}),
+        (
+            {R, X, ExpertId(0, 0), ExpertId(0, 1), ExpertId(2, 0), ExpertId(2, 2)},
+            (),
+            {"evict": (X, ExpertId(0, 0)), "load": (T, S), "prefetch": ()},
+        ),
+        ({ExpertId(2, 0)}, {R, S, ExpertId(2, 2)}, {"evict": (), "prefetch": ()}),
+    ],
+)
+def test_replay_reconciles_what_moves_with_what_is_there(resident, in_flight, changes):
+    seen = replace(SEEN, resident=resident, in_flight=in_flight)
+    _, plan = Replay([GOOD]).plan(SLOTS, seen)
+    assert plan == replace(GOOD, **changes)
+    check_plan(plan, seen, SLOTS, MODEL)
+
+
+@given(st.data())
+def test_a_replay_is_a_good_plan_from_any_residency(data):
+    held = st.lists(st.sampled_from(sorted(MODEL)), unique=True, max_size=SLOTS)
+    split = st.sets(st.sampled_from(range(len(SEEN.demand))))
+    there, here = data.draw(held), data.draw(held)
+    chosen = data.draw(split)
+    device = [expert for index, expert in enumerate(SEEN.demand) if index in chosen]
+    needed = [ExpertId(SEEN.layer, expert) for expert in device]
+    load = [expert for expert in needed if expert not in there]
+    evict = [expert for expert in there if expert not in needed]
+    recorded = LayerPlan(
+        step=SEEN.step,
+        layer=SEEN.layer,
+        device=tuple(device),
+        host=tuple(expert for expert in SEEN.demand if expert not in device),
+        evict=tuple(evict),
+        load=tuple(data.draw(st.permutations(load))),
+        prefetch=tuple(evict[: SLOTS - len(device)]),  # odd, but allowed
+    )
+    replay = Replay([recorded])
+    assert replay.plan(SLOTS, replace(SEEN, resident=set(there), in_flight=()))[1] == recorded
+    seen = replace(SEEN, resident=set(here), in_flight=())
+    _, plan = replay.plan(SLOTS, seen)
+    check_plan(plan, seen, SLOTS, MODEL)
+    assert (plan.device, plan.host) == (recorded.device, recorded.host)
