@@ -1,0 +1,115 @@
+"""Rows to train on and to score with: split by document, never by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerscope_jax.traces import Passage, Trace
+from layerscope_jax.training.documents import stable_hash
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of some passages, one after another.
+
+    Attributes:
+        passages: they.
+        hidden: [N, L, P] float16 reduced hidden states.
+        experts: [N, L, K] chosen experts.
+        weights: [N, L, K] float16 of the router.
+        following: [N] row of the next token of the same passage, -1 after its last.
+    """
+
+    passages: tuple[Passage, ...]
+    hidden: np.ndarray
+    experts: np.ndarray
+    weights: np.ndarray
+    following: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.following)
+
+    def passage_of_row(self) -> np.ndarray:
+        """[N] index into `passages`."""
+        return np.repeat(np.arange(len(self.passages)), [passage.tokens for passage in self.passages])
+
+
+def load_rows(
+    trace: Trace, keep: Callable[[Passage], bool], *, most: int | None = None, what: str = "passages"
+) -> Rows:
+    """Reads the passages that `keep` says, in the order of the recording; checksums are compared.
+
+    Args:
+        trace: with hidden states.
+        keep: which passages.
+        most: rows at most; None for all.
+        what: they are, for the error message.
+
+    Raises:
+        ValueError: if there are none, a file is damaged, or a hidden state is not finite.
+    """
+    if not trace.header.hidden:
+        raise ValueError(
+            f"{trace.folder}: expected hidden states, but the trace was recorded without; record it anew"
+        )
+    passages: list[Passage] = []
+    parts: dict[str, list[np.ndarray]] = {"hidden": [], "experts": [], "weights": []}
+    rows = 0
+    for chunk in trace.chunks:
+        end, mapped = 0, None
+        for passage in chunk.passages:
+            start, end = end, end + passage.tokens
+            if not keep(passage) or (most is not None and rows + passage.tokens > most):
+                continue
+            if mapped is None:
+                chunk.verify()
+                mapped = {name: chunk.map(name) for name in parts}
+            for name, found in mapped.items():
+                parts[name].append(np.asarray(found[start:end]))
+            passages.append(passage)
+            rows += passage.tokens
+    if not passages:
+        raise ValueError(
+            f"{trace.folder}: expected {what}, got none among {trace.rows:,} rows; record more text"
+        )
+    arrays = {name: np.concatenate(found) for name, found in parts.items()}
+    finite = np.isfinite(arrays["hidden"]).all((0, 2))
+    if not finite.all():
+        raise ValueError(
+            f"{trace.folder}: hidden states of layers {np.flatnonzero(~finite).tolist()} are not finite"
+        )
+    following = np.arange(1, rows + 1)
+    following[np.cumsum([passage.tokens for passage in passages]) - 1] = -1
+    return Rows(tuple(passages), following=following, **arrays)
+
+
+def for_training(passage: Passage) -> bool:
+    """Four in five of the documents that predictors may be trained on, by a hash of their names."""
+    return passage.split == "train" and stable_hash(f"fit/{passage.domain}/{passage.document}") < 0.8
+
+
+def for_validation(passage: Passage) -> bool:
+    """The fifth: they decide when a training stops."""
+    return passage.split == "train" and not for_training(passage)
+
+
+def expert_weights(experts: np.ndarray, num_experts: int) -> np.ndarray:
+    """[L, E] class weights: inverse to how often an expert is chosen, one at an even share.
+
+    Clipped to 1/4..4, so that an expert hardly ever chosen does not outweigh all others.
+
+    Args:
+        experts: [N, L, K] of the training rows.
+
+    >>> expert_weights(np.array([[[0, 1]], [[0, 2]]]), 4).tolist()
+    [[0.5, 1.0, 1.0, 4.0]]
+    """
+    rows, layers, choices = experts.shape
+    counts = np.stack(
+        [np.bincount(experts[:, layer].ravel(), minlength=num_experts) for layer in range(layers)]
+    )
+    even = rows * choices / num_experts
+    return np.clip(even / np.maximum(counts, 1e-9), 0.25, 4.0).astype(np.float32)

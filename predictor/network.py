@@ -1,0 +1,158 @@
+"""LLaPor's networks: one a MoE layer, in three groups, each with heads for the coming layers.
+
+After the LayerScope paper: layers near the input and near the output route in other ways than those in the
+middle, so the middle ones get a deeper and gated network. What the networks add to is the forecast of the
+model's own routers, the best that can be had without training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+BORDERS = (8 / 27, 21 / 27)
+"""Shares of depth where the groups meet: layers 8 to 20 of the paper's 27 are its middle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """The network of a group's layers and how it is trained.
+
+    Attributes:
+        components: of the PCA that are read, clipped to those there are.
+        width, blocks: of the network.
+        gated: whether blocks multiply with a second branch.
+        dropout: within blocks.
+        noise: added to the hidden state in training, in parts of its standard deviation.
+        learning_rate, weight_decay: AdamW's.
+    """
+
+    components: int = 256
+    width: int = 128
+    blocks: int = 3
+    gated: bool = False
+    dropout: float = 0.0
+    noise: float = 0.0
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+
+
+def group_layers(layers: int) -> dict[str, range]:
+    """Which layers belong to which group; small models have no layer in some.
+
+    >>> {name: list(found) for name, found in group_layers(6).items()}
+    {'input': [0, 1], 'middle': [2, 3, 4], 'output': [5]}
+    """
+    first, second = (round(border * layers) for border in BORDERS)
+    return {"input": range(first), "middle": range(first, second), "output": range(second, layers)}
+
+
+def normed(x: jax.Array) -> jax.Array:
+    """RMS norm without a scale: the matrix that follows has one."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+class Block(nnx.Module):
+    """Residual: `x + silu(n W) [* (n V)] U` with n the normed x."""
+
+    def __init__(self, group: GroupConfig, rngs: nnx.Rngs):
+        width = group.width
+        self.inner = Dense(width, width, rngs)
+        self.gate = Dense(width, width, rngs) if group.gated else None
+        self.outer = Dense(width, width, rngs, gain=0.3)
+        self.dropout = group.dropout
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        n = normed(x)
+        inner = jax.nn.silu(self.inner(n))
+        if self.gate is not None:
+            inner *= self.gate(n)
+        if key is not None and self.dropout:
+            kept = jax.random.bernoulli(key, 1 - self.dropout, inner.shape)
+            inner = jnp.where(kept, inner / (1 - self.dropout), 0.0)
+        return x + self.outer(inner)
+
+
+class Dense(nnx.Module):
+    """`x @ weight + bias`."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs, gain: float = 1.0):
+        scale = gain * inputs**-0.5
+        self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.weight[...]
+        return y + jnp.broadcast_to(self.bias[...], y.shape)
+
+
+class LayerNetwork(nnx.Module):
+    """From one layer's reduced hidden states and chosen experts to logits over the experts of W later layers.
+
+    Args:
+        components: P, what is left of the hidden state.
+        experts: E.
+        look_ahead: W.
+        group: its shape.
+        rngs: of the first weights.
+
+    >>> net = LayerNetwork(8, 4, 2, GroupConfig(width=16), nnx.Rngs(0))
+    >>> net(jnp.ones((3, 8)), jnp.ones((3, 4)), jnp.zeros((3, 2, 4))).shape
+    (3, 2, 4)
+    """
+
+    def __init__(self, components: int, experts: int, look_ahead: int, group: GroupConfig, rngs: nnx.Rngs):
+        self.input = Dense(components + experts, group.width, rngs)
+        self.blocks = nnx.List([Block(group, rngs) for _ in range(group.blocks)])
+        self.output = Dense(group.width, look_ahead * experts, rngs, gain=0.1)
+        # At the start the forecast is about the routers' own.
+        self.gain = nnx.Param(jnp.full((look_ahead, experts), 2.0, jnp.float32))
+
+    def __call__(
+        self, hidden: jax.Array, chosen: jax.Array, prior: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits [T, W, E].
+
+        Args:
+            hidden: [T, P] reduced hidden states.
+            chosen: [T, E] weights of the chosen experts, zero elsewhere; see `spread`.
+            prior: [T, W, E] what the model's own routers make of the hidden state; see `router_margin`.
+            key: of dropout, in training.
+        """
+        x = self.input(jnp.concatenate([hidden, chosen], -1))
+        for index, block in enumerate(self.blocks):
+            x = block(x, None if key is None else jax.random.fold_in(key, index))
+        logits = self.output(normed(x)).reshape(prior.shape)
+        return logits + jnp.broadcast_to(self.gain[...], prior.shape) * prior
+
+
+def spread(experts: jax.Array, weights: jax.Array, num_experts: int) -> jax.Array:
+    """[..., K] chosen experts and their weights -> [..., E], K times the weight at each, zero elsewhere."""
+    choices = experts.shape[-1]
+    hot = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)
+    return choices * jnp.einsum("...k,...ke->...e", weights.astype(jnp.float32), hot)
+
+
+def multi_hot(experts: jax.Array, num_experts: int) -> jax.Array:
+    """[..., K] chosen experts -> [..., E] ones at each, zeros elsewhere."""
+    return jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(-2)
+
+
+def router_margin(logits: jax.Array, choices: int) -> jax.Array:
+    """How far each router logit [..., E] lies above the K-th largest: not below zero for what it chooses.
+
+    The place of the K-th is found by bisection, to a thousandth of the logits' range: a CPU sorts slowly. It
+    tells more than a probability does: whether an expert is chosen hangs on its distance to this place.
+
+    >>> router_margin(jnp.array([1.0, 4.0, 2.0, 3.0]), 2).round(1).tolist()
+    [-2.0, 1.0, -1.0, 0.0]
+    """
+    low, high = logits.min(-1, keepdims=True), logits.max(-1, keepdims=True)
+    for _ in range(10):
+        middle = 0.5 * (low + high)
+        enough = (logits > middle).sum(-1, keepdims=True) >= choices
+        low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    return logits - low

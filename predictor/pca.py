@@ -1,0 +1,118 @@
+"""PCA of each layer's hidden states: streaming, on the device, fitted on training documents alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save
+
+from layerscope_jax.files import replace_files
+
+FILE = "pca.safetensors"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What hidden states are reduced with: `(x - mean) @ components`.
+
+    Attributes:
+        mean: [L, D] float32.
+        components: [L, D, P] float32, orthonormal columns, most variance first: the first p of them are the
+            PCA of width p.
+        variance: [L, P] float32, of each component.
+        total: [L] float32, variance of all D together.
+    """
+
+    mean: np.ndarray
+    components: np.ndarray
+    variance: np.ndarray
+    total: np.ndarray
+
+    @property
+    def width(self) -> int:
+        return self.components.shape[2]
+
+    def kept(self) -> np.ndarray:
+        """[L] share of the variance that the components keep."""
+        return self.variance.sum(1) / np.maximum(self.total, 1e-30)
+
+    def save(self, folder: Path) -> None:
+        replace_files(folder, {FILE: lambda file: file.write_bytes(save(vars(self)))})
+
+    @classmethod
+    def load(cls, folder: Path) -> Basis:
+        """Raises ValueError if the folder has none, or a damaged one."""
+        try:
+            return cls(**load_file(folder / FILE))
+        except Exception as error:  # safetensors raises nothing narrower
+            raise ValueError(f"{folder / FILE}: expected a PCA basis, got {error}; record it anew") from None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over rows that a PCA follows from, in bounded memory: [L], [L, D], [L, D, D].
+
+    They are taken of `x - shift`, shift being the mean of the first rows: with a mean far from zero, the
+    difference of two large sums would have no digits left.
+
+    >>> rows = jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[3.0, 0.5]]])  # [N, L, D]
+    >>> basis = Moments.start(rows).add(rows).basis(1)
+    >>> basis.mean.round(2).tolist(), abs(basis.components[0, :, 0]).round(2).tolist()
+    ([[1.0, 0.17]], [0.99, 0.12])
+    """
+
+    shift: jax.Array  # [L, D]
+    rows: int
+    first: jax.Array  # [L, D]
+    second: jax.Array  # [L, D, D]
+
+    @classmethod
+    def start(cls, hidden: jax.Array) -> Moments:
+        """No rows yet; `hidden` [N, L, D] only sets the shift."""
+        _, layers, width = hidden.shape
+        zeros = jnp.zeros((layers, width), jnp.float32)
+        second = jnp.zeros((layers, width, width), jnp.float32)
+        return cls(hidden.astype(jnp.float32).mean(0), 0, zeros, second)
+
+    def add(self, hidden: jax.Array) -> Moments:
+        """With the rows `hidden` [N, L, D]."""
+        first, second = _add(self.first, self.second, hidden, self.shift)
+        return Moments(self.shift, self.rows + hidden.shape[0], first, second)
+
+    def basis(self, width: int) -> Basis:
+        """The PCA, `width` clipped to D.
+
+        Raises:
+            ValueError: if there were fewer than two rows, or one was not finite.
+        """
+        if self.rows < 2:
+            raise ValueError(f"a PCA needs two rows or more, got {self.rows}; record more training text")
+        first, second = (np.asarray(x, np.float64) / self.rows for x in (self.first, self.second))
+        finite = np.isfinite(second).all((1, 2))
+        if not finite.all():
+            raise ValueError(f"hidden states of layers {np.flatnonzero(~finite).tolist()} are not finite")
+        covariance = second - first[:, :, None] * first[:, None, :]
+        values, vectors = np.linalg.eigh(covariance)  # rising
+        width = min(width, covariance.shape[1])
+        return Basis(
+            mean=(first + np.asarray(self.shift, np.float64)).astype(np.float32),
+            components=np.ascontiguousarray(vectors[:, :, ::-1][:, :, :width], np.float32),
+            variance=np.maximum(values[:, ::-1][:, :width], 0).astype(np.float32),
+            total=np.maximum(values, 0).sum(1).astype(np.float32),
+        )
+
+
+@jax.jit
+def _add(first: jax.Array, second: jax.Array, hidden: jax.Array, shift: jax.Array):
+    centred = hidden.astype(jnp.float32) - shift[None]
+    return first + centred.sum(0), second + jnp.einsum("nld,nle->lde", centred, centred)
+
+
+@jax.jit
+def reduce(hidden: jax.Array, mean: jax.Array, components: jax.Array) -> jax.Array:
+    """[N, L, D] -> [N, L, P]."""
+    return jnp.einsum("nld,ldp->nlp", hidden.astype(jnp.float32) - mean[None], components)

@@ -1,0 +1,281 @@
+"""Records a trace: runs a model over real text and keeps what each layer's router saw and chose."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+from layerscope_jax.checkpoints import Model
+from layerscope_jax.config import OffloadConfig
+from layerscope_jax.engine import Engine
+from layerscope_jax.generation import batch_rows
+from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.layerwise import LayerByLayer
+from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.traces import Passage, Split, Trace, TraceHeader, TraceWriter
+from layerscope_jax.training.documents import Document, heldout_ids, read_documents, stable_hash
+from layerscope_jax.whole import new_caches
+from predictor.pca import Basis, Moments, reduce
+from predictor.routers import Routers
+
+CHUNK_PASSAGES = 64
+SHORTEST = 16  # tokens; the end of a document that is shorter is left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordConfig:
+    """What is recorded.
+
+    Attributes:
+        text: files: JSON lines of {"id", "text"} (`.jsonl`), whose domain is the file's name, or plain texts,
+            each a document of the domain named as its folder.
+        out: folder for the trace; one that was cut off is gone on with.
+        heldout_domains: domains no document of which predictors may be trained on. Of the others, about one
+            document in twenty is kept out, by a hash of its id: those that the shipped model has not seen.
+        train_tokens, heldout_tokens: at most so many of each domain.
+        length: tokens of a passage, at most; clipped to the model's context.
+        prompt: share of a passage that is its prompt, read in prefill; its other tokens are decode steps.
+        hidden: P, components that hidden states are reduced to, clipped to the model's width; 0 for none.
+        pca_tokens: of training documents, that the PCA is fitted on.
+        batch_size: passages that run at once.
+        offload: how the experts are placed while it runs; the default keeps all on the device.
+        seed: of the order of the passages.
+    """
+
+    text: tuple[Path, ...]
+    out: Path
+    heldout_domains: tuple[str, ...] = ()
+    train_tokens: int = 100_000
+    heldout_tokens: int = 10_000
+    length: int = 256
+    prompt: float = 0.5
+    hidden: int = 512
+    pca_tokens: int = 32_768
+    batch_size: int = 16
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be {least} or more, got {getattr(self, name)}"
+            for name, least in (
+                ("train_tokens", 0),
+                ("heldout_tokens", 0),
+                ("length", SHORTEST),
+                ("hidden", 0),
+                ("pca_tokens", 2),
+                ("batch_size", 1),
+            )
+            if getattr(self, name) < least
+        ]
+        if not 0 < self.prompt <= 1:
+            problems.append(f"prompt must lie in (0, 1], got {self.prompt}")
+        if not self.text:
+            problems.append("text must name at least one file, got none")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def record(model: Model, config: RecordConfig) -> Trace:
+    """Runs the model over the text and returns the finished trace.
+
+    Each passage is one forward pass. A causal model's state at a position does not depend, but for rounding,
+    on whether what follows was fed with it: rows past the prompt are those of decode steps that were given
+    the document's own tokens.
+
+    Raises:
+        ValueError: for text that cannot be read, or a folder with another trace.
+    """
+    if model.tokenizer is None:
+        raise ValueError("recording from text needs a tokenizer.json beside the model's weights, found none")
+    length = min(config.length, model.config.max_positions)
+    domains = read_domains(config.text)
+    missing = set(config.heldout_domains) - domains.keys()
+    if missing:
+        raise ValueError(
+            f"heldout-domains must be some of {', '.join(sorted(domains))}, got {', '.join(sorted(missing))}"
+        )
+    passages = choose(domains, model.tokenizer, length, config)
+    header = TraceHeader(
+        model=ModelIdentity.of(model),
+        hidden=min(config.hidden, model.config.hidden_size),
+        settings={
+            "text": digest(domains),
+            "dtype": str(np.dtype(model.bank.dtype)),
+            "heldout_domains": list(config.heldout_domains),
+            "train_tokens": config.train_tokens,
+            "heldout_tokens": config.heldout_tokens,
+            "length": length,
+            "prompt": config.prompt,
+            "pca_tokens": config.pca_tokens if config.hidden else 0,
+            "seed": config.seed,
+        },
+    )
+    writer = TraceWriter(config.out, header)
+    Routers.of(model).save(config.out)
+    if writer.done != [passage for passage, _ in passages[: len(writer.done)]]:
+        raise ValueError(f"{config.out} holds a trace of other passages; choose another folder")
+    if not writer.complete:
+        with Engine(model, _layer_by_layer(config.offload)) as engine:
+            _record(Tap(engine), passages, config, writer)
+        writer.finish()
+    return Trace.open(config.out)
+
+
+def read_domains(files: Iterable[Path]) -> dict[str, list[Document]]:
+    """Documents by domain; see `RecordConfig.text`.
+
+    Raises:
+        ValueError: for a file that cannot be read.
+    """
+    domains: dict[str, list[Document]] = {}
+    for path in files:
+        try:
+            if path.suffix == ".jsonl":
+                domains.setdefault(path.stem, []).extend(read_documents(path))
+            else:
+                text = path.read_text(encoding="utf-8")
+                domains.setdefault(path.absolute().parent.name, []).append(Document(id=str(path), text=text))
+        except OSError as error:
+            raise ValueError(f"{path}: expected a file of text, got {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected UTF-8 text, got {error.reason} at {error.start}") from None
+    return domains
+
+
+def digest(domains: dict[str, list[Document]]) -> str:
+    """Of all the text, so that a trace is not gone on with on another one."""
+    found = hashlib.blake2b(digest_size=8)
+    for domain in sorted(domains):
+        for document in domains[domain]:
+            found.update(f"{domain}\0{document.id}\0{document.text}\0".encode())
+    return found.hexdigest()
+
+
+def choose(
+    domains: dict[str, list[Document]], tokenizer: Tokenizer, length: int, config: RecordConfig
+) -> list[tuple[Passage, list[int]]]:
+    """The passages to record and their tokens, in an order that mixes all documents: any part is a fair one.
+
+    Documents are taken whole, in the order of a hash of their ids, up to the tokens asked for.
+    """
+    found: list[tuple[Passage, list[int]]] = []
+    for domain, documents in domains.items():
+        ids = [document.id for document in documents]
+        if domain in config.heldout_domains:
+            heldout = set(ids)
+        else:
+            try:
+                heldout = heldout_ids(ids)
+            except ValueError as error:
+                raise ValueError(f"domain {domain}: {error}, or hold the domain out as a whole") from None
+        room = {"train": config.train_tokens, "heldout": config.heldout_tokens}
+        # By another hash than the one that splits: the held-out documents are those with the lowest ones.
+        for document in sorted(documents, key=lambda document: stable_hash(f"{config.seed}/{document.id}")):
+            split: Split = "heldout" if document.id in heldout else "train"
+            if room[split] < SHORTEST:
+                continue
+            tokens = tokenizer.encode(document.text).ids[: room[split]]
+            for start in range(0, len(tokens), length):
+                piece = tokens[start : start + length]
+                if len(piece) >= SHORTEST:
+                    prompt = max(1, round(config.prompt * len(piece)))
+                    found.append((Passage(domain, document.id, split, start, prompt, len(piece)), piece))
+                    room[split] -= len(piece)
+    order = np.random.default_rng(config.seed).permutation(len(found))
+    return [found[index] for index in order]
+
+
+class Tap:
+    """Runs passages through an engine and keeps what passes between its layers."""
+
+    def __init__(self, engine: Engine):
+        assert isinstance(engine.runner, LayerByLayer)
+        self.engine, self.runner = engine, engine.runner
+
+    def run(self, passages: Sequence[list[int]]) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+        """Hidden states [N, L, D], experts [N, L, K] and their weights of all tokens, padding left out."""
+        rows, width = batch_rows(len(passages)), max(map(len, passages))
+        tokens = np.zeros((rows, width), np.int32)
+        positions = np.full((rows, width), PAD_POSITION, np.int32)
+        for row, passage in enumerate(passages):
+            tokens[row, : len(passage)] = passage
+            positions[row, : len(passage)] = np.arange(len(passage))
+        real = np.flatnonzero(positions.reshape(-1) != PAD_POSITION)
+        seen: list[tuple[jax.Array, jax.Array, jax.Array]] = []
+        self.runner.tap = lambda layer, *found: seen.append(found)
+        try:
+            caches = new_caches(self.engine.model, rows, width, self.engine.device)
+            self.runner.step(tokens, positions, np.zeros(rows, np.int32), caches, None)
+        finally:
+            self.runner.tap = None
+        hidden, experts, weights = zip(*seen, strict=True)
+
+        def together(parts: Sequence) -> np.ndarray:
+            return np.stack([np.asarray(part)[real] for part in parts], 1)
+
+        return jnp.stack([x[real] for x in hidden], 1), together(experts), together(weights)
+
+
+def _record(
+    tap: Tap, passages: list[tuple[Passage, list[int]]], config: RecordConfig, writer: TraceWriter
+) -> None:
+    basis = _basis(tap, passages, config, writer) if writer.header.hidden else None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("recording", total=len(passages), completed=len(writer.done))
+        for chunk in batches(passages[len(writer.done) :], CHUNK_PASSAGES):
+            parts: dict[str, list[np.ndarray]] = {name: [] for name in ("experts", "weights", "hidden")}
+            for batch in batches(chunk, config.batch_size):
+                hidden, experts, weights = tap.run([tokens for _, tokens in batch])
+                parts["experts"].append(experts)
+                parts["weights"].append(weights)
+                if basis is not None:
+                    reduced = reduce(hidden, jnp.asarray(basis.mean), jnp.asarray(basis.components))
+                    parts["hidden"].append(np.asarray(reduced).astype(np.float16))
+                progress.advance(bar, len(batch))
+            arrays = {name: np.concatenate(found) for name, found in parts.items() if found}
+            arrays["tokens"] = np.concatenate([np.asarray(tokens, np.int32) for _, tokens in chunk])
+            writer.write([passage for passage, _ in chunk], arrays)
+
+
+def _basis(
+    tap: Tap, passages: list[tuple[Passage, list[int]]], config: RecordConfig, writer: TraceWriter
+) -> Basis:
+    """The trace's PCA: of its first training passages, or as it was saved when the trace was begun."""
+    if writer.done:
+        return Basis.load(writer.folder)
+    moments: Moments | None = None
+    training = [tokens for passage, tokens in passages if passage.split == "train"]
+    for batch in batches(training, config.batch_size):
+        hidden = tap.run(batch)[0]
+        moments = (moments or Moments.start(hidden)).add(hidden)
+        if moments.rows >= config.pca_tokens:
+            break
+    if moments is None:
+        raise ValueError(
+            "expected training documents to fit the PCA on, got none; hold fewer domains out, raise "
+            "train-tokens, or record without hidden states"
+        )
+    basis = moments.basis(writer.header.hidden)
+    basis.save(writer.folder)
+    return basis
+
+
+def batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _layer_by_layer(offload: OffloadConfig) -> OffloadConfig:
+    """Between layers is where there is something to record: no step may be one jitted function."""
+    return replace(offload, numerics="exact")

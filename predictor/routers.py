@@ -1,0 +1,59 @@
+"""The model's own routers, and what they forecast of later layers: the best there is without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save
+
+from layerscope_jax.checkpoints import Model
+from layerscope_jax.files import replace_files
+from layerscope_jax.prediction import routers_ahead
+from predictor.pca import Basis
+
+FILE = "routers.safetensors"
+
+
+@dataclass(frozen=True)
+class Routers:
+    """Every layer's router and the norm before it.
+
+    Attributes:
+        weight: [L, D, E] float32.
+        scale: [L, D] float32, of the RMS norm whose output the router reads.
+    """
+
+    weight: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, model: Model) -> Routers:
+        layers = [model.dense["layers"][index] for index in range(model.config.num_layers)]
+
+        def stack(*path: str) -> np.ndarray:
+            found = [layer[path[0]][path[1]] for layer in layers]
+            return np.stack([np.asarray(array, np.float32) for array in found])
+
+        return cls(stack("router", "weight"), stack("moe_norm", "scale"))
+
+    def save(self, folder: Path) -> None:
+        replace_files(folder, {FILE: lambda file: file.write_bytes(save(vars(self)))})
+
+    @classmethod
+    def load(cls, folder: Path) -> Routers:
+        """Raises ValueError if the folder has none, or damaged ones."""
+        try:
+            return cls(**load_file(folder / FILE))
+        except Exception as error:  # safetensors raises nothing narrower
+            raise ValueError(f"{folder / FILE}: expected routers, got {error}; record it anew") from None
+
+    def ahead(self, layer: int, look_ahead: int) -> np.ndarray:
+        """[W, D, E] what the routers of the next W layers would make of this layer's normed hidden state."""
+        return routers_ahead(self.weight, self.scale, layer, look_ahead)
+
+    def reduced(self, basis: Basis, layer: int, look_ahead: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """`ahead` for hidden states reduced by `basis`: a matrix [width, W * E] and an offset [W * E]."""
+        ahead = np.moveaxis(self.ahead(layer, look_ahead), 0, 1).reshape(self.weight.shape[1], -1)
+        return basis.components[layer, :, :width].T @ ahead, basis.mean[layer] @ ahead

@@ -1,0 +1,261 @@
+"""One training step of all layers at once: what is learned, what it costs, and how the parameters move."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from layerscope_jax.identity import ModelIdentity
+from predictor.network import (
+    GroupConfig,
+    LayerNetwork,
+    group_layers,
+    multi_hot,
+    router_margin,
+    spread,
+)
+from predictor.pca import Basis
+from predictor.routers import Routers
+
+Params = dict[str, Any]
+"""Group -> pure dict of a `LayerNetwork`'s parameters, stacked over the group's layers."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers of one group.
+
+    Attributes:
+        layers: which.
+        config: of their networks.
+        components: P of their input.
+        graphdef: of one network.
+    """
+
+    layers: range
+    config: GroupConfig
+    components: int
+    graphdef: nnx.GraphDef
+
+
+def stacks(
+    model: ModelIdentity, hidden: int, look_ahead: int, groups: Mapping[str, GroupConfig]
+) -> dict[str, Stack]:
+    """The groups that have layers, for hidden states of `hidden` components."""
+    found = {}
+    for name, layers in group_layers(model.num_layers).items():
+        if layers:
+            components = min(groups[name].components, hidden)
+            shape = (components, model.num_experts, look_ahead, groups[name])
+
+            def make(shape: Any = shape) -> LayerNetwork:
+                return LayerNetwork(*shape, rngs=nnx.Rngs(0))
+
+            found[name] = Stack(layers, groups[name], components, nnx.split(nnx.eval_shape(make))[0])
+    return found
+
+
+def first_params(model: ModelIdentity, found: Mapping[str, Stack], look_ahead: int, seed: int) -> Params:
+    """Drawn layer by layer, each from a seed of its own."""
+
+    def draw(stack: Stack, layer: int) -> Any:
+        rngs = nnx.Rngs(seed * 1009 + layer)
+        network = LayerNetwork(stack.components, model.num_experts, look_ahead, stack.config, rngs)
+        return nnx.to_pure_dict(nnx.split(network)[1])
+
+    return {
+        name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(draw(stack, layer) for layer in stack.layers))
+        for name, stack in found.items()
+    }
+
+
+def priors(
+    routers: Routers, basis: Basis, found: Mapping[str, Stack], look_ahead: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Group -> what its layers' priors are computed with: [Lg, P, W * E] and [Lg, W * E]; see `Routers`."""
+    result = {}
+    for name, stack in found.items():
+        pairs = [routers.reduced(basis, layer, look_ahead, stack.components) for layer in stack.layers]
+        matrices, offsets = zip(*pairs, strict=True)
+        result[name] = (np.stack(matrices), np.stack(offsets))
+    return result
+
+
+def input_scale(basis: Basis) -> np.ndarray:
+    """[L] what hidden states are multiplied with, so that their components are about one in size."""
+    return np.sqrt(basis.width / np.maximum(basis.variance.sum(1), 1e-12)).astype(np.float32)
+
+
+def layer_logits(
+    network: LayerNetwork,
+    hidden: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    prior: tuple[jax.Array, jax.Array],
+    scale: jax.Array,
+    noise: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Logits [T, W, E] of one layer, in training and in the engine alike.
+
+    Args:
+        network: the layer's.
+        hidden: [T, P] reduced hidden states.
+        experts, weights: [T, K] what the router chose.
+        prior: its matrix [P, W * E] and offset [W * E].
+        scale: [] of the hidden state.
+        noise: [T, P] to be added to the scaled hidden state, in training.
+        key: of dropout, in training.
+    """
+    look_ahead, num_experts = network.gain.shape
+    matrix, offset = prior
+    ahead = (hidden @ matrix + offset[None]).reshape(-1, look_ahead, num_experts)
+    prior_logits = router_margin(ahead, experts.shape[-1])
+    inputs = hidden * scale
+    if noise is not None:
+        inputs += noise
+    return network(inputs, spread(experts, weights, num_experts), prior_logits, key)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B tokens: what is known of them, and what came of it.
+
+    Attributes:
+        hidden: [B, L, P] float16.
+        experts: [B, L, K].
+        weights: [B, L, K] float16.
+        following: [B, L, K] experts of the next token.
+        has_next: [B] bool, whether there is one.
+    """
+
+    hidden: jax.Array
+    experts: jax.Array
+    weights: jax.Array
+    following: jax.Array
+    has_next: jax.Array
+
+
+jax.tree_util.register_dataclass(Batch)
+
+
+def targets(batch: Batch, look_ahead: int, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """What the networks are to say: [L, B, W, E] zeros and ones, and [L, B, W] whether it is known.
+
+    The last layers' look-ahead goes on into the first layers of the next token's step.
+    """
+    layers = batch.experts.shape[1]
+    both = jnp.concatenate([batch.experts, batch.following], 1).swapaxes(0, 1)  # [2L, B, K]
+    hot = multi_hot(both, num_experts)
+    ahead = np.arange(layers)[:, None] + 1 + np.arange(look_ahead)[None]  # [L, W]
+    wraps = jnp.asarray(ahead >= layers)[:, None, :]
+    known = ~wraps | batch.has_next[None, :, None]
+    return hot[ahead].swapaxes(1, 2), known
+
+
+def loss(logits: jax.Array, wanted: jax.Array, weights: jax.Array, focal: float) -> jax.Array:
+    """The paper's: weighted binary cross-entropy and `focal` times a focal term (gamma 2); sums over E."""
+    cross_entropy = optax.sigmoid_binary_cross_entropy(logits, wanted)
+    total = weights * cross_entropy
+    if focal:
+        missed = jnp.abs(wanted - jax.nn.sigmoid(logits))
+        total += focal * missed * missed * cross_entropy
+    return total.sum(-1)
+
+
+def top_recall(logits: jax.Array, wanted: jax.Array, choices: int) -> jax.Array:
+    """Exact top-k recall: the share of the K true experts among the K likeliest; [..., E] -> [...]."""
+    threshold = jax.lax.top_k(logits, choices)[0][..., -1:]
+    return ((logits >= threshold) * wanted).sum(-1) / choices
+
+
+def optimizer(found: Mapping[str, Stack], steps: int, clip: float) -> optax.GradientTransformation:
+    """AdamW with the rates of each group, warm-up, cosine decay and clipping by each group's norm."""
+
+    def of(stack: Stack) -> optax.GradientTransformation:
+        rate = stack.config.learning_rate
+        warm_up = min(100, max(1, steps // 10))
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, rate, warm_up, max(steps, warm_up + 1), 0.01 * rate
+        )
+        matrices = lambda params: jax.tree.map(lambda p: p.ndim > 2, params)  # noqa: E731
+        # Layers share a norm here, as they share a step: the limit grows with their number.
+        return optax.chain(
+            optax.clip_by_global_norm(clip * len(stack.layers) ** 0.5),
+            optax.adamw(schedule, weight_decay=stack.config.weight_decay, mask=matrices),
+        )
+
+    labels = lambda params: {name: name for name in params}  # noqa: E731
+    return optax.partition({name: of(stack) for name, stack in found.items()}, labels)
+
+
+def make_steps(
+    found: Mapping[str, Stack],
+    prior: Mapping[str, tuple[jax.Array, jax.Array]],
+    scale: jax.Array,
+    class_weights: jax.Array,
+    look_ahead: int,
+    focal: float,
+    update: optax.GradientTransformation,
+) -> tuple[Callable, Callable]:
+    """The jitted `train(params, state, batch, key)` and `evaluate(params, batch)`.
+
+    `train` gives the new parameters and state, and the loss; `evaluate` the sum of the exact recall over the
+    batch and how many rows it counts, each [L, W].
+    """
+    layers, num_experts = class_weights.shape
+
+    def logits_of(params: Params, batch: Batch, key: jax.Array | None):
+        hidden = batch.hidden.astype(jnp.float32).swapaxes(0, 1)  # [L, B, P]
+        experts, weights = batch.experts.swapaxes(0, 1), batch.weights.swapaxes(0, 1)
+        parts = []
+        for name, stack in found.items():
+            here = slice(stack.layers.start, stack.layers.stop)
+            inputs = hidden[here, :, : stack.components]
+            noise, keys = None, None
+            if key is not None:
+                keys = jax.random.split(jax.random.fold_in(key, stack.layers.start), len(stack.layers))
+                if stack.config.noise:
+                    noise = stack.config.noise * jax.random.normal(key, inputs.shape)
+
+            def one(params, *rest, graphdef=stack.graphdef):
+                return layer_logits(nnx.merge(graphdef, params), *rest)
+
+            axes = (0, 0, 0, 0, (0, 0), 0, None if noise is None else 0, None if keys is None else 0)
+            run = jax.vmap(one, in_axes=axes)
+            parts.append(
+                run(params[name], inputs, experts[here], weights[here], prior[name], scale[here], noise, keys)
+            )
+        return jnp.concatenate(parts)  # [L, B, W, E]
+
+    target_layer = (np.arange(layers)[:, None] + 1 + np.arange(look_ahead)[None]) % layers
+    weights_ahead = class_weights[target_layer][:, None]  # [L, 1, W, E]
+
+    def objective(params: Params, batch: Batch, key: jax.Array):
+        wanted, known = targets(batch, look_ahead, num_experts)
+        logits = logits_of(params, batch, key)
+        each = loss(logits, wanted, jnp.broadcast_to(weights_ahead, logits.shape), focal)
+        # Layers learn apart from each other: the sum over them, the mean over what each is asked.
+        return ((each * known).sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)).sum()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train(params: Params, state: optax.OptState, batch: Batch, key: jax.Array):
+        total, grads = jax.value_and_grad(objective)(params, batch, key)
+        updates, state = update.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, total / layers
+
+    @jax.jit
+    def evaluate(params: Params, batch: Batch):
+        wanted, known = targets(batch, look_ahead, num_experts)
+        recall = top_recall(logits_of(params, batch, None), wanted, batch.experts.shape[-1])
+        return (recall * known).sum(1), known.sum(1)
+
+    return train, evaluate

@@ -1,0 +1,269 @@
+"""Trains LLaPor on a recorded trace: `python -m predictor.train --traces DIR --out DIR`.
+
+A killed run goes on from its last Orbax checkpoint when started again. `--out` then holds the predictor as
+`predictor.load` reads it, beside the checkpoints and a log.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from orbax.checkpoint import v1 as ocp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from layerscope_jax.files import read_json, replace_files
+from layerscope_jax.traces import Trace
+from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
+from predictor.llapor import LLaPor
+from predictor.network import GroupConfig
+from predictor.pca import Basis
+from predictor.routers import Routers
+from predictor.step import Batch, first_params, input_scale, make_steps, optimizer, priors, stacks
+
+VALIDATION_ROWS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Where the defaults are not the paper's, `predictor/README.md` says what was measured.
+
+    Attributes:
+        traces: folder made by `layerscope trace`.
+        out: folder for the predictor, its checkpoints and `log.jsonl`.
+        look_ahead: W, how many layers ahead are predicted.
+        tokens: training rows at most.
+        epochs: passes over them.
+        batch: rows of a step.
+        input, middle, output: networks of the layers near the input, in the middle, near the output.
+        balanced: whether classes are weighted inversely to how often an expert is chosen.
+        focal: weight of the loss's focal term.
+        clip: norm that a layer's gradient is clipped to.
+        patience: epochs without a better validation recall before it stops.
+        save_every: steps between checkpoints.
+        seed: of weights, order and noise.
+    """
+
+    traces: Path
+    out: Path
+    look_ahead: int = 8
+    tokens: int = 65_536
+    epochs: int = 2
+    batch: int = 512
+    input: GroupConfig = field(default_factory=GroupConfig)
+    middle: GroupConfig = field(default_factory=lambda: GroupConfig(blocks=5, gated=True, noise=0.03))
+    output: GroupConfig = field(default_factory=GroupConfig)
+    balanced: bool = False
+    focal: float = 0.0
+    clip: float = 1.0
+    patience: int = 5
+    save_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("look_ahead", "tokens", "epochs", "batch", "patience", "save_every")
+        low = [
+            f"{name} must be 1 or more, got {getattr(self, name)}"
+            for name in counts
+            if getattr(self, name) < 1
+        ]
+        if low:
+            raise ValueError("; ".join(low))
+
+    @property
+    def groups(self) -> dict[str, GroupConfig]:
+        return {"input": self.input, "middle": self.middle, "output": self.output}
+
+
+@dataclass
+class Progressed:
+    """How far a run has come; what its checkpoints hold beside the arrays."""
+
+    step: int = 0
+    epoch: int = 0
+    best: float = -1.0
+    stale: int = 0
+    done: bool = False
+
+
+def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
+    """Trains, resuming where `config.out` stands; writes the predictor there and returns it.
+
+    Raises:
+        ValueError: if the traces do not serve, or `config.out` holds another run.
+    """
+    trace = Trace.open(config.traces)
+    model = trace.header.model
+    if config.look_ahead > model.num_layers:
+        raise ValueError(
+            f"look-ahead must be at most the model's {model.num_layers} layers, got {config.look_ahead}"
+        )
+    config.out.mkdir(parents=True, exist_ok=True)
+    check_same_run(config, trace)
+    basis, routers = Basis.load(trace.folder), Routers.load(trace.folder)
+    rows = load_rows(trace, for_training, most=config.tokens, what="passages to train on")
+    validation = load_rows(trace, for_validation, most=VALIDATION_ROWS, what="passages to validate with")
+    if len(rows) < config.batch:
+        raise ValueError(f"expected {config.batch} training rows or more (one batch), got {len(rows)}")
+
+    found = stacks(model, trace.header.hidden, config.look_ahead, config.groups)
+    weights = expert_weights(rows.experts, model.num_experts)
+    weights = weights if config.balanced else np.ones_like(weights)
+    prior = jax.tree.map(jnp.asarray, priors(routers, basis, found, config.look_ahead))
+    steps_an_epoch = len(rows) // config.batch
+    update = optimizer(found, config.epochs * steps_an_epoch, config.clip)
+    train_step, evaluate = make_steps(
+        found,
+        prior,
+        jnp.asarray(input_scale(basis)),
+        jnp.asarray(weights),
+        config.look_ahead,
+        config.focal,
+        update,
+    )
+    params = first_params(model, found, config.look_ahead, config.seed)
+    state = update.init(params)
+    best = jax.tree.map(jnp.copy, params)
+    at = Progressed()
+
+    with (
+        ocp.training.Checkpointer(
+            config.out.absolute() / "checkpoints",
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(2),
+        ) as checkpointer,
+        bar(config.epochs * steps_an_epoch, progress) as advance,
+        (config.out / "log.jsonl").open("a") as log,
+    ):
+        if checkpointer.latest is not None:
+            kept = {"params": params, "state": state, "best": best, "at": asdict(at)}
+            restored = checkpointer.load(checkpointer.latest, kept)
+            params, state, best = restored["params"], restored["state"], restored["best"]
+            at = Progressed(**{name: np.asarray(value).item() for name, value in restored["at"].items()})
+        advance(at.step, "resumed" if at.step else "compiling")
+
+        def save() -> None:
+            kept = {"params": params, "state": state, "best": best, "at": asdict(at)}
+            checkpointer.save(at.step * 2 + at.done, kept, force=True, overwrite=True)
+
+        began, resumed_at = time.perf_counter(), at.step
+        while not at.done:
+            order = np.random.default_rng((config.seed, at.epoch)).permutation(len(rows))
+            for index in range(at.step - at.epoch * steps_an_epoch, steps_an_epoch):
+                picked = np.sort(order[index * config.batch : (index + 1) * config.batch])
+                key = jax.random.fold_in(jax.random.key(config.seed), at.step)
+                params, state, value = train_step(params, state, batch_of(rows, picked), key)
+                at.step += 1
+                if at.step % 10 == 0:
+                    rate = (at.step - resumed_at) * config.batch / (time.perf_counter() - began)
+                    row = {"step": at.step, "loss": float(value), "rows_per_s": rate}
+                    print(json.dumps(row), file=log, flush=True)
+                    recall = f", recall {at.best:.3f}" if at.best >= 0 else ""
+                    advance(at.step, f"loss {row['loss']:.3f}{recall}")
+                if at.step % config.save_every == 0:
+                    save()
+            at.epoch += 1
+            recalled = validate(evaluate, params, validation)
+            mean = float(np.nanmean(recalled))
+            print(
+                json.dumps(
+                    {"epoch": at.epoch, "recall": mean, "by_horizon": np.nanmean(recalled, 0).tolist()}
+                ),
+                file=log,
+                flush=True,
+            )
+            if mean > at.best:
+                at.best, at.stale, best = mean, 0, jax.tree.map(jnp.copy, params)
+            else:
+                at.stale += 1
+            at.done = at.epoch == config.epochs or at.stale >= config.patience
+            advance(at.step, f"recall {at.best:.3f}")
+            save()
+    trained = LLaPor(model, config.look_ahead, basis, found, best)
+    trained.save(config.out)
+    return trained
+
+
+def batch_of(rows: Rows, picked: np.ndarray) -> Batch:
+    """Those rows, on the device."""
+    following = rows.following[picked]
+    return Batch(
+        hidden=jnp.asarray(rows.hidden[picked]),
+        experts=jnp.asarray(rows.experts[picked], jnp.int32),
+        weights=jnp.asarray(rows.weights[picked]),
+        following=jnp.asarray(rows.experts[following], jnp.int32),
+        has_next=jnp.asarray(following >= 0),
+    )
+
+
+def validate(evaluate: Any, params: Any, rows: Rows, size: int = 1024) -> np.ndarray:
+    """[L, W] exact top-k recall over `rows`; NaN where nothing is known."""
+    recalled, counted = np.zeros(()), np.zeros(())
+    for start in range(0, len(rows), size):
+        found, known = evaluate(params, batch_of(rows, np.arange(start, min(start + size, len(rows)))))
+        recalled, counted = recalled + np.asarray(found), counted + np.asarray(known)
+    with np.errstate(invalid="ignore"):
+        return recalled / counted
+
+
+def check_same_run(config: TrainConfig, trace: Trace) -> None:
+    """Refuses to go on in a folder that another run began.
+
+    Raises:
+        ValueError: with every setting that differs.
+    """
+    settings = asdict(config) | {
+        "model": trace.header.model.to_json(),
+        "trace": trace.header.settings,
+        "rows": trace.rows,
+    }
+    for name in ("traces", "out", "save_every"):
+        del settings[name]
+    settings = json.loads(json.dumps(settings))
+    file = config.out / "run.json"
+    if not file.exists():
+        replace_files(config.out, {file.name: lambda path: path.write_text(json.dumps(settings, indent=1))})
+        return
+    earlier = read_json(file)
+    differing = [
+        f"{key}: {earlier.get(key)} then, {now} now"
+        for key, now in settings.items()
+        if earlier.get(key) != now
+    ]
+    if differing:
+        raise ValueError(
+            f"{config.out} holds another run ({'; '.join(differing)}); use its settings or another --out"
+        )
+
+
+@contextmanager
+def bar(steps: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on stderr; what it gives sets how far it is and what it says."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task("", total=steps)
+        yield lambda done, text: progress.update(task, completed=done, description=text)
+
+
+def main() -> None:
+    """Runs the command line; exits with 2 and a message for traces that do not serve."""
+    try:
+        train(tyro.cli(TrainConfig, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
