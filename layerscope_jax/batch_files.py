@@ -9,36 +9,17 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerscope_jax.checkpoints import Model
-from layerscope_jax.generation import Request, encode_prompts
+from layerscope_jax.generation import Request, encode_prompts, is_integer, is_text
 
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_integer(value) or isinstance(value, float)
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, list) and all(_is_integer(token) for token in value)
-
-
-SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "max_new_tokens": (_is_integer, "an integer"),
-    "temperature": (_is_number, "a number"),
-    "top_k": (_is_integer, "an integer"),
-    "top_p": (_is_number, "a number"),
-    "seed": (_is_integer, "an integer"),
-    "stop_tokens": (_are_ids, "a list of token ids"),
-}
-"""What a row may say of itself: a check of the value, and what it must be in words."""
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop_tokens")
+"""What a row may say of itself, and what a completion tells of how it was made."""
 
 
 @dataclass(frozen=True)
@@ -98,20 +79,19 @@ def _row(content: Any, number: int, defaults: dict[str, Any], where: str) -> Row
     if not isinstance(content, dict):
         raise ValueError(f'expected a JSON object {{"prompt": ...}}, got {json.dumps(content)[:60]}')
     name = content.get("id", number)
-    if not (isinstance(name, str) or _is_integer(name)):
+    if not (isinstance(name, str) or is_integer(name)):
         raise ValueError(f"expected an id that is a string or an integer, got {json.dumps(name)[:60]}")
-    prompt: Any = content.get("prompt")
-    if not (isinstance(prompt, str) or _are_ids(prompt)):
-        got = json.dumps(prompt)[:60] if "prompt" in content else "none"
-        raise ValueError(f"expected a prompt that is text or a list of token ids, got {got}")
-    if isinstance(prompt, str) and any("\ud800" <= char <= "\udfff" for char in prompt):
-        raise ValueError("the prompt holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
+    if "prompt" not in content:
+        raise ValueError("expected a prompt that is text or a list of token ids, got none")
+    prompt: Any = content["prompt"]
+    for key, value in (("id", name), ("prompt", prompt)):
+        if isinstance(value, str) and not is_text(value):
+            raise ValueError(
+                f"the {key} holds half a surrogate pair (\\ud800 to \\udfff), which is no character"
+            )
     settings = dict(defaults)
     for key, value in content.items():
         if key in SETTINGS:
-            fits, expected = SETTINGS[key]
-            if not fits(value):
-                raise ValueError(f"expected {key} to be {expected}, got {json.dumps(value)[:60]}")
             settings[key] = value
         elif near := difflib.get_close_matches(key, SETTINGS, 1, cutoff=0.75):
             raise ValueError(f"unknown key {key!r}; did you mean {near[0]!r}?")
@@ -132,14 +112,27 @@ def check_prompts(rows: Iterable[Row], model: Model) -> None:
             raise ValueError(f"{row.where}: {str(error).replace('prompt 0', 'the prompt')}") from None
 
 
-def completion(row: Row, text: str, tokens: Sequence[int], finish: str) -> bytes:
-    """The line of a finished row.
+def completion(row: Row, text: str, tokens: Sequence[int], finish: str, model: str) -> bytes:
+    """The line of a finished row; `model` says what generated it.
 
-    >>> completion(Row(3, Request(prompt="a"), ""), "b", [7], "length").decode()
-    '{"id": 3, "prompt": "a", "text": "b", "tokens": [7], "finish": "length"}\\n'
+    >>> row = Row(3, Request(prompt="a", seed=5), "")
+    >>> line = json.loads(completion(row, "b", [7], "length", "1b06093c6a5c"))
+    >>> line["text"], line["tokens"], line["settings"]["seed"], line["model"]
+    ('b', [7], 5, '1b06093c6a5c')
     """
-    content = {"text": text, "tokens": list(tokens), "finish": finish}
+    content = {
+        "text": text,
+        "tokens": list(tokens),
+        "finish": finish,
+        "settings": _settings(row.request),
+        "model": model,
+    }
     return _head(row) + b", " + json.dumps(content, ensure_ascii=False).encode()[1:] + b"\n"
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    found = {name: getattr(request, name) for name in SETTINGS}
+    return found | {"stop_tokens": None if request.stop_tokens is None else list(request.stop_tokens)}
 
 
 def _head(row: Row) -> bytes:
@@ -161,17 +154,18 @@ class Completions:
 
     Args:
         file: the file; made if it is not there, in a folder that is.
-        rows: the prompts that it must belong to.
+        rows: the prompts that it must belong to, with their settings.
+        model: what generates, as `completion` takes it.
 
     Attributes:
         done: ids that it has already.
 
     Raises:
-        ValueError: if it cannot be written, or holds something else than completions of `rows`.
+        ValueError: if it cannot be written, or holds something else than completions of `rows` by `model`.
     """
 
-    def __init__(self, file: Path, rows: Iterable[Row]):
-        self.path = file
+    def __init__(self, file: Path, rows: Iterable[Row], model: str):
+        self.path, self.model = file, model
         self.done: set[str | int] = set()
         self._made = not file.exists()
         try:
@@ -207,9 +201,10 @@ class Completions:
         try:
             while left:
                 left = left[self._file.write(left) :]
-        except OSError:
-            self._file.truncate(before)
-            raise
+        except OSError as error:
+            with suppress(OSError):  # a device cannot be cut; the next run cuts off what is left of a line
+                self._file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _resume(self, rows: dict[str | int, Row]) -> None:
         *lines, torn = self.path.read_bytes().split(b"\n")
@@ -221,11 +216,19 @@ class Completions:
                 same = found["prompt"] == (prompt if isinstance(prompt, str) else list(prompt))
                 if not same or {"text", "tokens", "finish"} - found.keys():
                     raise ValueError
+                was = {**found["settings"], "model": found["model"]}
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"{self.path}:{number}: expected a completion of one of these prompts, got "
                     f"{shown(line)}; the file belongs to other prompts: choose another"
                 ) from None
+            now = {**_settings(known.request), "model": self.model}
+            changed = [f"{key} {was.get(key)} (now {now[key]})" for key in now if was.get(key) != now[key]]
+            if changed:
+                raise ValueError(
+                    f"{self.path}:{number}: expected a completion by this checkpoint with these settings, "
+                    f"got {', '.join(changed)}; go on with those of the file, or choose another file"
+                )
             self.done.add(known.id)
         if not torn:
             return

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ from layerscope_jax.checkpoints import Model, load
 from layerscope_jax.complete import Live, complete, summary
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
-from layerscope_jax.experts.transfers import TransferError
+from layerscope_jax.fingerprint import fingerprint
 from layerscope_jax.generation import Request
 from layerscope_jax.scheduling.baselines import POLICIES
 
@@ -34,7 +35,8 @@ POLICY_NAMES = ", ".join(sorted(POLICIES))
 class Demo:
     """Run the shipped model with everything resident, then within a budget under each policy.
 
-    Prints the texts, what each policy cost, and whether all gave the same tokens; exits with 1 if not.
+    Prints the texts, what each policy cost, and whether all gave the same tokens; exits with 1 if one that
+    runs layer by layer gave others.
     """
 
     json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
@@ -95,8 +97,9 @@ class Generate:
         Path | None,
         arg(
             metavar="FILE",
-            help='Where a line {"id", "prompt", "text", "tokens", "finish"} goes as soon as a prompt is '
-            "complete; a file left half done is gone on with. Without it they go to the standard output.",
+            help='Where a line {"id", "prompt", "text", "tokens", "finish", "settings", "model"} goes as '
+            "soon as a prompt is complete; a file left half done is gone on with, if checkpoint and settings "
+            "are the same. Without it they go to the standard output.",
         ),
     ] = None
     device_budget: Annotated[
@@ -113,7 +116,13 @@ class Generate:
         float, arg(help="Sample from the fewest tokens that reach this probability together.")
     ] = 1.0
     seed: Annotated[int, arg(help="Of sampling.")] = 0
-    batch_size: Annotated[int, arg(help="How many prompts run at once.")] = 32
+    batch_size: Annotated[
+        int,
+        arg(
+            help="How many prompts run at once. Batches of another shape round differently, which can part a "
+            "prompt's tokens, in bfloat16 above all."
+        ),
+    ] = 32
     link_bandwidth: Annotated[
         str | None,
         arg(metavar="SIZE", help="Bytes a second, '500MB' say, that copies to the device are paced to."),
@@ -139,7 +148,7 @@ class Generate:
         if self.out is None:
             self._complete(rows, config, None)
             return 0
-        with Completions(self.out, rows) as file:
+        with Completions(self.out, rows, self._model()) as file:
             left = [row for row in rows if row.id not in file.done]
             if file.done:
                 say(f"{self.out} has {len(file.done)} of {len(rows)} completions already")
@@ -150,6 +159,10 @@ class Generate:
                 say(f"interrupted; the same command goes on with {self.out}")
                 raise
         return 0
+
+    def _model(self) -> str:
+        """What is to generate, for the lines of completions."""
+        return fingerprint(folder_of(self.checkpoint)) + (f" as {self.dtype}" if self.dtype else "")
 
     def _rows(self) -> list[Row]:
         if bool(self.prompt) == (self.prompts is not None):
@@ -173,12 +186,16 @@ class Generate:
     def _complete(self, rows: list[Row], config: OffloadConfig, file: Completions | None) -> None:
         model = open_model(self.checkpoint, self.dtype)
         check_prompts(rows, model)
+        name = self._model()
 
-        def to_stdout(line: bytes) -> None:
-            sys.stdout.buffer.write(line)
-            sys.stdout.flush()
+        def write(row: Row, text: str, tokens: list[int], finish: str) -> None:
+            line = completion(row, text, tokens, finish, name)
+            if file is not None:
+                file.write(line)
+            else:
+                sys.stdout.buffer.write(line)
+                sys.stdout.flush()
 
-        write = file.write if file is not None else to_stdout
         live = file is None and self.prompts is None
         with Engine(model, config) as engine:
             stats = complete(
@@ -186,11 +203,15 @@ class Generate:
                 rows,
                 batch_size=self.batch_size,
                 on_token=Live(rows) if live else lambda event: None,
-                on_row=(lambda *completed: None) if live else lambda *c: write(completion(*c)),
+                on_row=(lambda *completed: None) if live else write,
                 # A bar and lines of output on one terminal would run into each other.
                 progress=file is not None or not sys.stdout.isatty(),
             )
         say(summary(stats, model.bank.total_bytes))
+
+
+def folder_of(checkpoint: str) -> Path:
+    return demo.SHIPPED if checkpoint == SHIPPED else Path(checkpoint)
 
 
 def open_model(checkpoint: str, dtype: str | None = None) -> Model:
@@ -198,7 +219,7 @@ def open_model(checkpoint: str, dtype: str | None = None) -> Model:
     if jax.config.values["jax_num_cpu_devices"] < 0:
         with suppress(RuntimeError):  # JAX has been used before: its devices are what they are
             jax.config.update("jax_num_cpu_devices", 2)
-    return load(demo.SHIPPED if checkpoint == SHIPPED else checkpoint, dtype=dtype)
+    return load(folder_of(checkpoint), dtype=dtype)
 
 
 def say(text: str) -> None:
@@ -209,6 +230,8 @@ def say(text: str) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs `layerscope` and returns its exit code: 2 with one line on stderr for input that it refuses."""
     args = sys.argv[1:] if args is None else list(args)
+    if isinstance(sys.stdout, TextIOWrapper):  # no letter that a terminal lacks may end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     if args == ["--version"]:
         print(", ".join(f"{name} {number}" for name, number in demo.versions().items()))
         return 0
@@ -229,16 +252,19 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has gone: end quietly, also when Python flushes it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, TransferError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: JAX's, and of copies
         say("error: " + " ".join(described(error).split()))
         return 2
 
 
 def described(error: Exception) -> str:
-    """What went wrong, without the number that OSError puts before it."""
+    """What went wrong, without the number that OSError puts before it; for lack of memory, what to change."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    what = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+        return f"out of memory: {what or 'none is left'}; give a smaller --device-budget or --batch-size"
+    return what or type(error).__name__
 
 
 if __name__ == "__main__":

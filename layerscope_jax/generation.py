@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,10 +75,10 @@ def is_number(value: Any) -> bool:
 
 def are_ids(value: Any) -> bool:
     """Whether it holds whole numbers and can be read more than once."""
-    if isinstance(value, str | bytes) or not isinstance(value, Collection):
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
         return False
     try:
-        return all(operator.index(token) is not None for token in value)
+        return all(not isinstance(token, bool) and operator.index(token) is not None for token in value)
     except TypeError:  # one is no whole number
         return False
 

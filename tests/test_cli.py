@@ -1,12 +1,16 @@
 """The command line as its users see it: what it prints and writes, what it refuses and how it says so."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
+import jax
 import pytest
 from helpers import TINY, random_decoder
 from hypothesis import given
@@ -26,6 +30,9 @@ PROMPTS = [
     {"id": "ids", "prompt": [5, 6, 7], "temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3, "note": "x"},
     {"id": "stop", "prompt": "x", "stop_tokens": list(range(600))},
 ]
+
+MODEL = "1b06093c6a5c"
+LINE = {"id", "prompt", "text", "tokens", "finish", "settings", "model"}
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +173,30 @@ class TestDemo:
         monkeypatch.setattr(demo, "compare", lambda *_, **__: report | {"exact": False, "runs": runs})
         monkeypatch.setattr(cli, "open_model", lambda *_: None)
         assert cli.main(["demo"]) == 1
-        assert "layer by layer: lru (layers)." in capsys.readouterr().out
+        assert "layer by layer: lru." in capsys.readouterr().out
         assert cli.main(["demo", "--json"]) == 1
         assert json.loads(capsys.readouterr().out)["exact"] is False
+
+    def test_one_jit_may_round_differently(self, report, tiny, monkeypatch):
+        class Rounding(demo.Engine):
+            def generate(self, *args, **settings):
+                result = super().generate(*args, **settings)
+                if result.stats.mode == "whole":
+                    result.tokens[0][0] += 1
+                return result
+
+        monkeypatch.setattr(demo, "Engine", Rounding)
+        found = demo.compare(
+            layerscope_jax.load(tiny),
+            demo.read_demo_prompts()[:2],
+            policies=["host-only"],
+            max_new_tokens=2,
+            budget_share=0.6,
+            link_bandwidth=None,
+        )
+        assert found["exact"] is True
+        assert [run["same_tokens"] for run in found["runs"]] == [False, True, True]
+        assert "the same 4 tokens; one jit rounds differently" in demo_view.verdict(found).plain
 
     @pytest.mark.parametrize(
         ("args", "message"),
@@ -177,7 +205,10 @@ class TestDemo:
             (["--budget-share", "1.5"], "budget-share must lie between 0 and 1, got 1.5"),
             (["--budget-share", "0.1"], "device_budget is too small for policy 'on-demand'"),
             (["--link-bandwidth", "fast"], "link_bandwidth must be a size such as '8GiB'"),
-            (["--policies", "host-only", "--max-new-tokens", "0"], "max_new_tokens must be 1 or more"),
+            (
+                ["--policies", "host-only", "--max-new-tokens", "0"],
+                "max_new_tokens must be a whole number in 1..2**31-1, got 0",
+            ),
         ],
     )
     def test_refusals(self, tiny, capsys, args, message):
@@ -202,7 +233,16 @@ class TestGenerate:
         assert list(rows) == ["stop", 7, "sea", "ids"]  # as they are complete
         assert [len(rows[row["id"]]["tokens"]) for row in PROMPTS] == [5, 3, 5, 1]
         assert [rows[row["id"]]["prompt"] for row in PROMPTS] == [row["prompt"] for row in PROMPTS]
-        assert all(row.keys() == {"id", "prompt", "text", "tokens", "finish"} for row in rows.values())
+        assert all(row.keys() == LINE for row in rows.values())
+        assert rows["ids"]["settings"]["seed"] == 3
+        assert rows[7]["settings"] == {
+            "max_new_tokens": 3,
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "seed": 0,
+            "stop_tokens": None,
+        }
         assert [rows[row["id"]]["finish"] for row in PROMPTS] == ["length", "length", "length", "stop"]
         assert rows["stop"]["text"] == ""
 
@@ -248,6 +288,75 @@ class TestGenerate:
         assert "copying expert 3" in refusal(capsys, "generate", tiny, "--prompt", "x")
 
     @pytest.mark.parametrize(
+        ("error", "message"),
+        [
+            (
+                jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers:"),
+                "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; "
+                "give a smaller --device-budget or --batch-size",
+            ),
+            (MemoryError(), "out of memory: none is left; give a smaller --device-budget or --batch-size"),
+            (RuntimeError("no backend"), "no backend"),
+        ],
+    )
+    def test_lack_of_memory_is_one_line(self, tiny, monkeypatch, capsys, error, message):
+        def failing(*_, **__):
+            raise error
+
+        monkeypatch.setattr(cli, "complete", failing)
+        assert refusal(capsys, "generate", tiny, "--prompt", "x") == message
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+    def test_a_full_device_is_named(self, tiny, prompts, capsys):
+        args = ("generate", str(tiny), f"--prompts={prompts}", "--out=/dev/full", "--max-new-tokens=1")
+        assert refusal(capsys, *args) == "/dev/full: No space left on device"
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (
+                ["--max-new-tokens=4"],
+                ":1: expected a completion .*, got max_new_tokens 5 .now 4.; go on with",
+            ),
+            (["--temperature=0.5", "--seed=1"], ":1: .*, got temperature 0.0 .now 0.5., seed 0 .now 1.;"),
+            (["--dtype=bfloat16"], r":1: .*, got model (\w{12}) .now \1 as bfloat16.;"),
+        ],
+    )
+    def test_other_settings_do_not_go_on_with_a_file(self, tiny, prompts, tmp_path, capsys, args, message):
+        out = tmp_path / "out.jsonl"
+        command = ["generate", str(tiny), f"--prompts={prompts}", f"--out={out}", "--max-new-tokens=5"]
+        assert cli.main(command) == 0
+        whole = out.read_bytes()
+        capsys.readouterr()
+        assert re.search(f"out.jsonl{message}", refusal(capsys, *command, *args))
+        assert out.read_bytes() == whole
+
+    def test_another_checkpoint_does_not_go_on_with_a_file(self, tiny, prompts, tmp_path, capsys):
+        out, other = tmp_path / "out.jsonl", tmp_path / "other"
+        shutil.copytree(tiny, other)
+        command = [f"--prompts={prompts}", f"--out={out}", "--max-new-tokens=1"]
+        assert cli.main(["generate", str(tiny), *command]) == 0
+        assert cli.main(["generate", str(other), *command]) == 0  # a copy of it is the same
+        weights = bytearray((other / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (other / "model.safetensors").write_bytes(weights)
+        capsys.readouterr()
+        assert ":1: expected a completion by this checkpoint" in refusal(capsys, "generate", other, *command)
+
+    def test_letters_that_the_terminal_lacks(self, tiny):
+        program = (
+            "import sys; from layerscope_jax import cli; from layerscope_jax.generation import Token; "
+            "cli.complete = lambda engine, rows, on_token, **_: (on_token(Token(0, 1, '\u2603', 'stop')), "
+            "sys.exit(0)); cli.main()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, "generate", str(tiny), "--prompt=x"],
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        )
+        assert (done.returncode, done.stdout) == (0, b"\\u2603\n")
+
+    @pytest.mark.parametrize(
         ("args", "message"),
         [
             ([], "expected either --prompt TEXT or --prompts FILE, got neither"),
@@ -257,7 +366,9 @@ class TestGenerate:
             (["--prompt=x", "--device-budget=1KB"], "device_budget is too small for policy 'lru'"),
             (["--prompt=x", "--link-bandwidth=0"], "link_bandwidth must be more than 0"),
             (["--prompt=x", "--batch-size=0"], "batch-size must be 1 or more, got 0"),
-            (["--prompt=x", "--top-p=0"], "top_p must lie in (0, 1], got 0.0"),
+            (["--prompt=x", "--top-p=0"], "top_p must be a number in (0, 1], got 0.0"),
+            (["--prompt=x", "--device-budget=" + "9" * 400 + "TiB"], "device_budget must be less than 2**63"),
+            (["--prompt=a\udcffb"], "the prompt holds half a surrogate pair"),
             (["--prompt="], "--prompt '': the prompt is empty"),
             (["--prompt=" + "long " * 300], "the model's context holds 256 with at least one new one"),
         ],
@@ -276,16 +387,20 @@ class TestGenerate:
             ('{"promt": "x"}\n', ":1: expected a prompt that is text or a list of token ids, got none"),
             (
                 '{"prompt": [1, true]}\n',
-                ":1: expected a prompt that is text or a list of token ids, got [1, true]",
+                ":1: prompt must be text or a list of token ids, got [1, True]",
             ),
             ('{"prompt": "\\ud800"}\n', ":1: the prompt holds half a surrogate pair"),
             ('{"prompt": "x", "id": 1.5}\n', ":1: expected an id that is a string or an integer, got 1.5"),
-            ('{"prompt": "x", "top_k": "3"}\n', ':1: expected top_k to be an integer, got "3"'),
+            ('{"prompt": "x", "id": "\\udfff"}\n', ":1: the id holds half a surrogate pair"),
+            ('{"prompt": null}\n', ":1: prompt must be text or a list of token ids, got None"),
+            ('{"prompt": "x", "top_k": "3"}\n', ":1: top_k must be a whole number, 0 (all) or more, got '3'"),
+            (f'{{"prompt": "x", "temperature": {"9" * 400}}}\n', ":1: temperature must be a number from 0"),
+            ('{"prompt": "x", "stop_tokens": [true]}\n', ":1: stop_tokens must be a list of token ids"),
             (
                 '{"prompt": "x", "max_tokens": 3}\n',
                 ":1: unknown key 'max_tokens'; did you mean 'max_new_tokens'?",
             ),
-            ('{"prompt": "x", "temperature": -1}\n', ":1: temperature must be 0 (greedy) or more, got -1"),
+            ('{"prompt": "x", "temperature": -1}\n', ":1: temperature must be a number from 0 (greedy) to"),
             ('{"prompt": "x", "id": 1}\n{"prompt": "y"}\n', ":2: id 1 is taken by "),
             ('{"prompt": "x"}\n\n{"prompt": ""}\n', ":3: the prompt is empty; it needs at least one token"),
             ('{"prompt": [600]}\n', ":1: the prompt has ids outside 0..599: [600]"),
@@ -347,11 +462,11 @@ class TestCompletions:
 
     def test_cut_at_every_byte_of_the_last_line(self, rows, tmp_path):
         file = tmp_path / "out.jsonl"
-        lines = [completion(row, "Löffel 匙", [1, 2], "stop") for row in rows]
+        lines = [completion(row, "Löffel 匙", [1, 2], "stop", MODEL) for row in rows]
         whole = b"".join(lines)
         for length in range(len(whole) - len(lines[-1]), len(whole)):
             file.write_bytes(whole[:length])
-            with Completions(file, rows) as found:
+            with Completions(file, rows, MODEL) as found:
                 assert found.done == {"sea", 7, "ids"}
                 assert file.read_bytes() == b"".join(lines[:-1])
                 found.write(lines[-1])
@@ -362,22 +477,22 @@ class TestCompletions:
         file = tmp_path_factory.mktemp("other") / "out"
         file.write_bytes(content)
         row = Row("a", Request(prompt="b"), "")
-        if not completion(row, "", [], "").startswith(content):
+        if not completion(row, "", [], "", MODEL).startswith(content):
             with pytest.raises(ValueError, match="the file belongs to other prompts"):
-                Completions(file, [row])
+                Completions(file, [row], MODEL)
             assert file.read_bytes() == content
 
     def test_other_prompts_are_refused(self, rows, tmp_path):
         file = tmp_path / "out.jsonl"
         for line in (
-            completion(Row("sea", Request(prompt="Call me Ahab."), ""), "", [], "stop"),
-            completion(Row("ocean", rows[0].request, ""), "", [], "stop"),
+            completion(Row("sea", Request(prompt="Call me Ahab."), ""), "", [], "stop", MODEL),
+            completion(Row("ocean", rows[0].request, ""), "", [], "stop", MODEL),
             b'{"id": "sea", "prompt": "Call me Ishmael."}\n',
             b"\n",
         ):
             file.write_bytes(line)
             with pytest.raises(ValueError, match="jsonl:1: expected a completion of one of these prompts"):
-                Completions(file, rows)
+                Completions(file, rows, MODEL)
             assert file.read_bytes() == line
 
     def test_a_full_disk_leaves_whole_lines(self, rows, tmp_path):
@@ -398,12 +513,12 @@ class TestCompletions:
                 return self.file.write(data[: len(data) // 2])
 
         file = tmp_path / "out.jsonl"
-        line = completion(rows[0], "text", [1], "stop")
-        with Completions(file, rows) as found:
+        line = completion(rows[0], "text", [1], "stop", MODEL)
+        with Completions(file, rows, MODEL) as found:
             found.write(line)
             found._file = Full(found._file)
-            with pytest.raises(OSError, match="No space left"):
-                found.write(completion(rows[1], "text", [1], "stop"))
+            with pytest.raises(OSError, match=r"No space left on device: '.*out.jsonl'"):
+                found.write(completion(rows[1], "text", [1], "stop", MODEL))
         assert file.read_bytes() == line
 
 
