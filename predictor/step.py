@@ -54,13 +54,14 @@ def stacks(
     for name, layers in group_layers(model.num_layers).items():
         if layers:
             components = min(groups[name].components, hidden)
-            shape = (components, model.num_experts, look_ahead, groups[name])
-
-            def make(shape: Any = shape) -> LayerNetwork:
-                return LayerNetwork(*shape, rngs=nnx.Rngs(0))
-
-            found[name] = Stack(layers, groups[name], components, nnx.split(nnx.eval_shape(make))[0])
+            graphdef = _graphdef(components, model.num_experts, look_ahead, groups[name])
+            found[name] = Stack(layers, groups[name], components, graphdef)
     return found
+
+
+def _graphdef(components: int, experts: int, look_ahead: int, group: GroupConfig) -> nnx.GraphDef:
+    network = nnx.eval_shape(lambda: LayerNetwork(components, experts, look_ahead, group, nnx.Rngs(0)))
+    return nnx.split(network)[0]
 
 
 def first_params(model: ModelIdentity, found: Mapping[str, Stack], look_ahead: int, seed: int) -> Params:
