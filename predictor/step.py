@@ -138,11 +138,11 @@ class Batch:
         has_next: [B] bool, whether there is one.
     """
 
-    hidden: jax.Array
-    experts: jax.Array
-    weights: jax.Array
-    following: jax.Array
-    has_next: jax.Array
+    hidden: jax.Array | np.ndarray
+    experts: jax.Array | np.ndarray
+    weights: jax.Array | np.ndarray
+    following: jax.Array | np.ndarray
+    has_next: jax.Array | np.ndarray
 
 
 jax.tree_util.register_dataclass(Batch)

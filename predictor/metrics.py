@@ -1,0 +1,158 @@
+"""What a forecast of experts is worth: functions of its probabilities and of what came true."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BINS = 10
+
+
+def places(ranking: jax.Array, experts: jax.Array) -> jax.Array:
+    """[..., K] place of each true expert in a ranking, 0 the likeliest; equals stand by their number.
+
+    Args:
+        ranking: [..., E] larger is likelier.
+        experts: [..., K] the true ones.
+
+    >>> places(jnp.array([0.1, 0.5, 0.5, 0.9]), jnp.array([3, 2])).tolist()
+    [0, 2]
+    """
+    mine = jnp.take_along_axis(ranking, experts, -1)[..., None]
+    others = ranking[..., None, :]
+    number = jax.lax.broadcasted_iota(experts.dtype, others.shape, others.ndim - 1)
+    return ((others > mine) | ((others == mine) & (number < experts[..., None]))).sum(-1)
+
+
+def exact_recall(place: jax.Array) -> jax.Array:
+    """[..., K] places -> [...] share of the K true experts among the K likeliest.
+
+    >>> exact_recall(jnp.array([0, 2])).item()
+    0.5
+    """
+    return (place < place.shape[-1]).mean(-1)
+
+
+def relaxed_recall(place: jax.Array) -> jax.Array:
+    """The paper's measure: share of the 2K/3 likeliest, rounded up, that are among the K true experts.
+
+    The four likeliest inside the true six, as for DeepSeek. It is never below the exact recall by much and
+    mostly far above: what is least certain is not asked.
+
+    >>> relaxed_recall(jnp.array([0, 1, 2, 3, 40, 50])).item(), exact_recall(jnp.array([0, 1, 9])).round(2).item()
+    (1.0, 0.67)
+    """
+    few = -(-2 * place.shape[-1] // 3)
+    return (place < few).sum(-1) / few
+
+
+def reliability(probabilities: jax.Array, truth: jax.Array) -> jax.Array:
+    """[..., E] -> [..., 10, 3]: how many probabilities lie in each tenth of 0..1, their sum, how many came true.
+
+    >>> reliability(jnp.array([0.97, 1.0, 0.25]), jnp.array([1.0, 0.0, 0.0]))[jnp.array([2, 9])].round(2).tolist()
+    [[1.0, 0.25, 0.0], [2.0, 1.97, 1.0]]
+    """
+    bins = jnp.clip((probabilities * BINS).astype(jnp.int32), 0, BINS - 1)
+    sums = []
+    for index in range(BINS):
+        inside = (bins == index).astype(jnp.float32)
+        sums.append(jnp.stack([inside.sum(-1), (inside * probabilities).sum(-1), (inside * truth).sum(-1)], -1))
+    return jnp.stack(sums, -2)
+
+
+def calibration_error(bins: np.ndarray) -> float:
+    """Expected calibration error of `reliability` sums [10, 3]: mean distance of probability and frequency.
+
+    >>> calibration_error(np.array([[2, 0.2, 0.0], [2, 1.8, 1.0]]))
+    0.25
+    """
+    return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / max(bins[:, 0].sum(), 1e-30))
+
+
+class BatchSums(NamedTuple):
+    """Of G batches, for each expert.
+
+    Attributes:
+        expected: [G, E] tokens, by the forecast.
+        absent: [G, E] logarithm of the probability that no token takes it.
+        counts: [G, E] tokens that took it.
+    """
+
+    expected: jax.Array
+    absent: jax.Array
+    counts: jax.Array
+
+
+def batch_sums(probabilities: jax.Array, truth: jax.Array, rows: jax.Array) -> BatchSums:
+    """Sums over the rows of batches.
+
+    Args:
+        probabilities, truth: [N, E].
+        rows: [G, M] of each batch, -1 where it has fewer.
+
+    >>> sums = batch_sums(jnp.array([[0.5], [0.5], [1.0]]), jnp.array([[1.0], [0.0], [1.0]]), jnp.array([[0, 1]]))
+    >>> sums.expected.tolist(), jnp.exp(sums.absent).round(2).tolist(), sums.counts.tolist()
+    ([[1.0]], [[0.25]], [[1.0]])
+    """
+    there = rows >= 0
+
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.where(there[..., None], values[rows], 0.0).sum(1)
+
+    none = jnp.log1p(-jnp.minimum(probabilities, 1 - 1e-6))
+    return BatchSums(total(probabilities), total(none), total(truth))
+
+
+class BatchScores(NamedTuple):
+    """Of G batches, each [G].
+
+    Attributes:
+        foreseen: experts that are likelier than not to have a token, by the forecast.
+        present: experts that had one.
+        both: experts that are foreseen and present.
+        error: distance of the expected and the true tokens, mean over experts.
+        tokens: true tokens, mean over experts.
+    """
+
+    foreseen: np.ndarray
+    present: np.ndarray
+    both: np.ndarray
+    error: np.ndarray
+    tokens: np.ndarray
+
+
+def batch_scores(sums: BatchSums) -> BatchScores:
+    """Presence of experts in batches, and how far off their expected tokens are.
+
+    >>> sums = BatchSums(np.array([[1.5, 0.25]]), np.log(np.array([[0.25, 0.75]])), np.array([[1.0, 1.0]]))
+    >>> [values.tolist() for values in batch_scores(sums)]
+    [[1], [2], [1], [0.625], [1.0]]
+    """
+    expected, absent, counts = map(np.asarray, sums)
+    foreseen, present = absent <= np.log(0.5), counts > 0
+    return BatchScores(
+        foreseen.sum(-1),
+        present.sum(-1),
+        (foreseen & present).sum(-1),
+        np.abs(expected - counts).mean(-1),
+        counts.mean(-1),
+    )
+
+
+def prefetch(sums: BatchSums) -> tuple[np.ndarray, np.ndarray]:
+    """What fetching the m experts with the most expected tokens is worth, for m = 1..E: two of [G, E].
+
+    The share of the m that no token took, and the share of the batch's (token, expert) pairs that the m cover.
+
+    >>> sums = BatchSums(np.array([[3.0, 0.1, 1.0]]), np.zeros((1, 3)), np.array([[3.0, 1.0, 0.0]]))
+    >>> [share.round(2).tolist() for share in prefetch(sums)]
+    [[[0.0, 0.5, 0.33]], [[0.75, 0.75, 1.0]]]
+    """
+    order = np.argsort(-np.asarray(sums.expected), -1, kind="stable")
+    counts = np.take_along_axis(np.asarray(sums.counts), order, -1)
+    fetched = np.arange(1, counts.shape[-1] + 1)
+    covered = np.cumsum(counts, -1)
+    return np.cumsum(counts == 0, -1) / fetched, covered / np.maximum(covered[:, -1:], 1e-30)
