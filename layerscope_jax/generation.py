@@ -95,7 +95,7 @@ class Token:
     Attributes:
         request: index of its prompt.
         token: its id.
-        text: what it adds to the text; may be empty until a character is complete, or without a tokenizer.
+        text: what it adds to the text; empty while a later token may still change it, or without a tokenizer.
         finish: None, or why the request ended with it: "stop" or "length".
     """
 
@@ -114,7 +114,7 @@ class Result:
         tokens: their ids, a stop token included.
         finish: "stop" or "length" each.
         stats: of the whole call.
-        plans: every layer's decision, if asked for.
+        plans: every layer's decision, if asked for; none where all is resident and a step is one function.
     """
 
     texts: list[str]
