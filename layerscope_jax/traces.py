@@ -225,7 +225,7 @@ class TraceWriter:
         self._chunks = 0
         if (self.folder / HEADER).exists():
             found = Trace.open(self.folder)
-            found.header.model.check(header.model, f"the trace in {self.folder}")
+            header.model.check(found.header.model, f"the trace in {self.folder}")
             theirs, ours = (_flat(head.to_json()) for head in (found.header, header))
             differing = [
                 f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} now"
