@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from layerscope_jax.experts.compute import combine
 from layerscope_jax.experts.executors import DeviceExperts, HostExperts, WorkStats, place_rows
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
-from layerscope_jax.experts.transfers import LinkStats, Transfers
+from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
 from layerscope_jax.models.decoder import Decoder, DecoderLayer
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.sampling import Sampling, sample
@@ -62,6 +63,7 @@ class LayerByLayer:
         self.steps = 0
         self.record: Callable[[LayerPlan], None] | None = None
         self._outputs: dict[int, jax.Array] = {}
+        self._settled = True  # whether the books agree with the link
         dense = model.dense
         self._layers = [dense["layers"][index] for index in range(model.config.num_layers)]
         self._ends = {key: value for key, value in dense.items() if key != "layers"}
@@ -99,6 +101,9 @@ class LayerByLayer:
         active = (positions != PAD_POSITION).reshape(-1)
         caches = list(caches)
         tokens, positions, last = jax.device_put((tokens, positions, last), self.transfers.sharding)
+        if not self._settled:  # a copy did not end, or a second interrupt came
+            self.settle()
+        self._settled = False
         began = time.perf_counter()
         try:
             hidden = self._embed(self._ends, tokens)
@@ -108,8 +113,10 @@ class LayerByLayer:
                 )
             found, logits = self._finish(self._ends, hidden, positions, last, sampling)
         except BaseException:
-            self.settle()
+            with suppress(TransferError):  # then the next step tries again
+                self.settle()
             raise
+        self._settled = True
         found.block_until_ready()  # the caller reads it next in any case
         self.meter.device_busy_s += time.perf_counter() - began
         self.steps += 1
@@ -229,14 +236,17 @@ class LayerByLayer:
         return found
 
     def settle(self) -> None:
-        """After a failure: lets the link come to rest and the books agree with it."""
-        for expert in self.transfers.drop(lambda expert: True):
-            self.residency.release(expert)
-        self.transfers.rest()
-        self._absorb()
-        for expert in list(self.residency.coming):  # an interrupt came between the books and the link
-            self.residency.release(expert)
+        """After a failure: stops the link and lets the books agree with it.
+
+        Raises:
+            TransferError: if a copy does not end; its room stays reserved.
+        """
         self._outputs.clear()
+        self.transfers.cancel()
+        self._absorb()
+        for expert in list(self.residency.coming):
+            self.residency.release(expert)
+        self._settled = True
 
     def preload(self) -> None:
         """Puts every expert on the device, ahead of all work and past the link's pace."""

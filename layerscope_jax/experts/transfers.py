@@ -18,9 +18,15 @@ from layerscope_jax.scheduling.plan import ExpertId
 MATRICES = len(ExpertWeights._fields)
 ATTEMPTS = 3
 
+STANDSTILL_S = 60.0
+"""A link on which no chunk has ended for so long after it was due stands still; no real chunk takes that."""
+
+GRACE_S = 5.0
+"""How long a chunk on the link that nobody wants any more is waited for."""
+
 
 class TransferError(RuntimeError):
-    """A copy that a layer was waiting for failed, also when tried again."""
+    """A copy that a layer was waiting for failed, also when tried again, or does not end."""
 
 
 @dataclass
@@ -60,7 +66,8 @@ class Transfers:
     A chunk that has begun is finished. A prefetch chunk begins only when no demand waits and nothing else is
     on the link, so a demand load waits for at most one prefetch chunk. Demand chunks overlap by one, which
     hides the start of each copy. A failed chunk is tried again; an expert whose copy fails for good is left
-    where it was, and only whoever waits for it hears of it.
+    where it was, and only whoever waits for it hears of it. No call waits without end for a copy that does
+    not end.
 
     Args:
         bank: where experts come from.
@@ -91,6 +98,8 @@ class Transfers:
         self._lost: list[ExpertId] = []  # those that nobody waits for
         self._enough = 1  # arrivals worth waking the engine for
         self._closed = False
+        self._on_link = 0  # chunks that have begun and not ended
+        self._expected = 0.0  # when the link has news, if it moves
         self._busy_since = 0.0
         self._thread = threading.Thread(target=self._run, name="layerscope-link", daemon=True)
         self._thread.start()
@@ -110,6 +119,7 @@ class Transfers:
         if unknown:
             raise ValueError(f"the model has no experts (layer, expert) {unknown} to copy")
         with self._changed:
+            self._expected = max(self._expected, time.perf_counter())
             for expert in load:
                 copy = self._begun.get(expert) or next(
                     (c for c in self._prefetch if c.expert == expert), None
@@ -146,7 +156,8 @@ class Transfers:
         """Returns when `count` experts have arrived, no more than are wanted.
 
         Raises:
-            TransferError: if the copy of a wanted expert failed for good, or the engine was closed.
+            TransferError: if the copy of a wanted expert failed for good or does not end, or the engine was
+                closed.
         """
         with self._changed:
             self._enough = count
@@ -159,22 +170,59 @@ class Transfers:
                     ) from self._failed[failed]
                 if self._closed:
                     raise TransferError("the transfer engine was closed while a layer waited for an expert")
-                self._changed.wait()
+                self._await_news(self._expected, STANDSTILL_S)
 
     def rest(self) -> None:
-        """Waits until the link has nothing left to do; demands that failed become prefetches that failed."""
+        """Waits until the link has nothing left to do; demands that failed become prefetches that failed.
+
+        Raises:
+            TransferError: if a copy does not end.
+        """
         with self._changed:
-            while not self._closed and (self._demand or self._prefetch or self._begun):
-                self._changed.wait()
+            self._changed.notify_all()  # an interrupt may have kept `submit` from saying so
+            while not (self._closed or self._idle()):
+                self._await_news(self._expected, STANDSTILL_S)
             self._lost.extend(self._failed)
             self._failed.clear()
 
+    def cancel(self) -> None:
+        """Gives up every copy that has not arrived, demands too; waits for the chunks on the link alone.
+
+        Nothing is said of them any more: once this has returned, whatever `arrivals` does not name is where
+        it was.
+
+        Raises:
+            TransferError: if a chunk on the link does not end; its memory stays in use. May be called again.
+        """
+        with self._changed:
+            for copies in (self._demand, self._prefetch, self._begun, self._failed):
+                copies.clear()
+            began = time.perf_counter()
+            while not self._closed and self._on_link:
+                self._await_news(began, GRACE_S)
+
     def close(self) -> None:
-        """Finishes the chunks on the link and ends the thread; queued copies are dropped."""
+        """Finishes the chunks on the link and ends the thread; queued copies are dropped.
+
+        A chunk that does not end is left to itself: the thread does not keep the interpreter from exiting.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(GRACE_S)
+
+    def _idle(self) -> bool:
+        return not (self._demand or self._prefetch or self._on_link)
+
+    def _await_news(self, since: float, patience: float) -> None:
+        """Waits for a change of the link, for `patience` seconds after `since`."""
+        left = since + patience - time.perf_counter()
+        if left <= 0:
+            raise TransferError(
+                f"the link to the device stands still: no copy has ended for {patience:g} s after it should "
+                "have; check that the device still answers"
+            )
+        self._changed.wait(left)
 
     # ---- the link's thread -------------------------------------------------------------------------------
 
@@ -205,6 +253,7 @@ class Transfers:
                 matrix.nbytes / self.bandwidth if self.bandwidth else 0.0
             )
             rested = False
+            self._expected = max(now, free)
             try:
                 on_link.append(_Chunk(copy, matrix, self._copy(matrix, self.sharding), free))
             except Exception as error:
@@ -219,6 +268,7 @@ class Transfers:
         else:
             return None
         copy = queue[0]
+        self._on_link += 1
         self._begun[copy.expert] = copy
         if copy.begun == MATRICES - 1:
             queue.popleft()
@@ -230,13 +280,15 @@ class Transfers:
         try:
             array = self._settle(chunk)
         except Exception as error:
-            self._fail(copy, error)
+            with self._changed:
+                self._fail(copy, error)
+                self._ended()
             return time.perf_counter()
         across = time.perf_counter()
         if self.bandwidth:
             # Pacing only ever makes a finished copy later, as a slower link would.
-            while (early := chunk.due - time.perf_counter()) > 0:
-                time.sleep(early)
+            while (early := chunk.due - time.perf_counter()) > 0 and self._wanted(copy):
+                time.sleep(min(early, 1.0))  # looks up now and then whether anybody waits
         with self._changed:
             now = time.perf_counter()
             self.stats.busy_s += now - self._busy_since
@@ -249,9 +301,19 @@ class Transfers:
             if len(copy.arrays) == MATRICES and self._begun.get(copy.expert) is copy:
                 del self._begun[copy.expert]
                 self._arrived[copy.expert] = ExpertWeights(*copy.arrays)
-                if len(self._arrived) >= self._enough or not (self._demand or self._prefetch or self._begun):
-                    self._changed.notify_all()
+            self._ended()
         return across
+
+    def _ended(self) -> None:
+        """A chunk has left the link."""
+        self._on_link -= 1
+        self._expected = max(self._expected, time.perf_counter())
+        if len(self._arrived) >= self._enough or self._idle():
+            self._changed.notify_all()
+
+    def _wanted(self, copy: _Copy) -> bool:
+        """Whether nobody has given up a copy that has begun."""
+        return self._begun.get(copy.expert) is copy and not self._closed
 
     def _settle(self, chunk: _Chunk) -> jax.Array:
         """The finished copy of a chunk, tried again where it failed."""
@@ -262,9 +324,10 @@ class Transfers:
                     raise outcome
                 return outcome.block_until_ready()
             except Exception:
-                if attempt == ATTEMPTS:
+                if attempt == ATTEMPTS or not self._wanted(chunk.copy):
                     raise
                 self.stats.retries += 1
+                self._expected = max(self._expected, time.perf_counter())
                 try:
                     outcome = self._copy(chunk.matrix, self.sharding)
                 except Exception as error:
@@ -272,16 +335,15 @@ class Transfers:
         raise AssertionError("unreachable")
 
     def _fail(self, copy: _Copy, error: Exception) -> None:
-        with self._changed:
-            if self._begun.get(copy.expert) is not copy:
-                return  # another chunk of this copy failed before
-            del self._begun[copy.expert]
-            for queue in (self._demand, self._prefetch):
-                if copy in queue:
-                    queue.remove(copy)
-            if copy.demanded:
-                self._failed[copy.expert] = error
-            else:
-                self.stats.failed_prefetches += 1
-                self._lost.append(copy.expert)
-            self._changed.notify_all()
+        if self._begun.get(copy.expert) is not copy:
+            return  # another chunk of this copy failed before, or it was given up
+        del self._begun[copy.expert]
+        for queue in (self._demand, self._prefetch):
+            if copy in queue:
+                queue.remove(copy)
+        if copy.demanded:
+            self._failed[copy.expert] = error
+        else:
+            self.stats.failed_prefetches += 1
+            self._lost.append(copy.expert)
+        self._changed.notify_all()

@@ -98,3 +98,25 @@ def test_a_paced_copy_takes_no_less_than_its_bytes_need(bank, start):
         took = time.perf_counter() - began
         assert took >= link.moved / 1_000_000
     assert link.moved == 5 * EXPERT
+
+
+def test_a_slow_pace_is_no_standstill(bank, start, monkeypatch):
+    """A chunk is late only when it is past the time that the pace gives it."""
+    monkeypatch.setattr(transfers_module, "STANDSTILL_S", 0.2)
+    transfers = start(Link(bank), 2 * CHUNK)
+    transfers.submit([A], [])
+    began = time.perf_counter()
+    collect(transfers, [A])
+    assert time.perf_counter() - began >= 1.4
+
+
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_nobody_waits_for_the_pace_of_what_is_given_up(bank, start, end):
+    """A chunk takes most of an hour; the copy itself is done."""
+    link = Link(bank)
+    transfers = start(link, 1)
+    transfers.submit([A, B], [C])
+    link.until_begun(2)
+    in_time(getattr(transfers, end), transfers_module.GRACE_S)
+    assert len(link.begun) == 2
+    assert transfers.arrivals() == ({}, [])
