@@ -100,16 +100,24 @@ class HostExperts:
         self.bank = bank
         self.device = device
         self.stats = WorkStats()
-        self._weights: dict[ExpertId, ExpertWeights] = {}
+        self._weights: dict[ExpertId, ExpertWeights] = {}  # those that share the bank's memory
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
 
     def start(
         self, layer: int, inputs: jax.Array, groups: list[Group], choices: int
     ) -> Future[tuple[np.ndarray, np.ndarray]]:
-        """Begins to compute `groups` of `layer`; gives slots [R] and rows [R, D], R a power of two."""
+        """Begins to compute `groups` of `layer`; gives slots [R] and rows [R, D], R a power of two.
+
+        Raises:
+            ValueError: if it was closed.
+        """
+        if self._closed:
+            raise ValueError("the host executor was closed with its engine; make a new Engine")
         return self._thread.submit(self._run, layer, inputs, groups, choices)
 
     def close(self) -> None:
+        self._closed = True
         self._thread.shutdown(cancel_futures=True)
 
     def _run(
@@ -136,9 +144,23 @@ class HostExperts:
         return slots, rows
 
     def _expert(self, expert: ExpertId) -> ExpertWeights:
-        """The bank's buffers as arrays of the host's CPU device: the same memory, not a copy."""
+        """The bank's buffers as arrays of the host's CPU device.
+
+        Where the backend shares memory they are kept. Where it copies they are not: all of them together
+        would be the bank once more.
+        """
         found = self._weights.get(expert)
         if found is None:
-            found = ExpertWeights(*(jax.device_put(view, self.device) for view in self.bank.views(expert)))
-            self._weights[expert] = found
+            # Through another handle on the buffer: JAX keeps with an array whatever copy NumPy was given.
+            handles = [matrix.addressable_data(0) for matrix in self.bank[expert]]
+            found = ExpertWeights(*(jax.device_put(np.asarray(handle), self.device) for handle in handles))
+            if share_memory(found, self.bank[expert]):
+                self._weights[expert] = found
         return found
+
+
+def share_memory(some: ExpertWeights, others: ExpertWeights) -> bool:
+    """Whether two experts lie in the same buffers."""
+    return all(
+        a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in zip(some, others, strict=True)
+    )

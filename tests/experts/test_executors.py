@@ -1,5 +1,7 @@
 """An expert's rows have the same bits wherever it is computed, and whatever is computed with it."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from helpers import TINY, bits, in_time
 
 from layerscope_jax import ExpertBank, ExpertId, ModelConfig
 from layerscope_jax.experts.bank import device_sharding
+from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.executors import DeviceExperts, HostExperts, place_rows
 from layerscope_jax.experts.grouping import Assignments
 
@@ -117,3 +120,46 @@ def test_a_failure_on_the_host_reaches_who_waits(bank, host):
     with pytest.raises(IndexError):
         in_time(future.result)
     assert len(in_time(host.start(0, inputs, rows.groups([0]), rows.choices).result)[0]) == 2
+
+
+def test_a_closed_host_executor_says_so(bank):
+    rows, inputs = rows_and_inputs(bank)
+    host = HostExperts(bank, jax.devices("cpu")[-1])
+    host.close()
+    with pytest.raises(ValueError, match="closed with its engine; make a new Engine"):
+        host.start(0, inputs, rows.groups([0]), rows.choices)
+
+
+def test_what_the_host_keeps_is_the_banks_own_memory(bank, host):
+    """No second copy, neither among the executor's arrays nor beside the bank's."""
+    rows, inputs = rows_and_inputs(bank)
+    on_host(bank, host, inputs, rows, range(WIDE.num_experts))
+    assert host._weights.keys() == set(bank)
+    for expert, kept in host._weights.items():
+        for there, matrix in zip(kept, bank[expert], strict=True):
+            assert there.unsafe_buffer_pointer() == matrix.unsafe_buffer_pointer()
+            assert matrix._npy_value is None
+
+
+def test_copies_are_not_kept_where_the_host_does_not_share_the_banks_memory(bank):
+    """As on a backend whose arrays NumPy can only copy."""
+
+    @dataclass
+    class Elsewhere:
+        array: jax.Array
+
+        def addressable_data(self, index):
+            return np.array(self.array)
+
+        def unsafe_buffer_pointer(self):
+            return self.array.unsafe_buffer_pointer()
+
+    layers = tuple(tuple(ExpertWeights(*map(Elsewhere, expert)) for expert in layer) for layer in bank.layers)
+    rows, inputs = rows_and_inputs(bank)
+    elsewhere = HostExperts(ExpertBank(layers), jax.devices("cpu")[-1])
+    try:
+        found = on_host(bank, elsewhere, inputs, rows, [0, 2, 9])
+    finally:
+        elsewhere.close()
+    assert not elsewhere._weights
+    np.testing.assert_array_equal(bits(found), bits(on_device(bank, inputs, rows, [0, 2, 9])[0]))
