@@ -72,6 +72,7 @@ class Engine:
         host_device: jax.Device | None = None,
         copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
     ):
+        self._closed = False
         self.model = model
         self.config = config = config or OffloadConfig()
         self.device = device or model.device
@@ -111,12 +112,12 @@ class Engine:
         host = HostExperts(bank, host_device or cpu_device())
         transfers = Transfers(bank, self.device, bandwidth, copy)
         self._close = weakref.finalize(self, _close, transfers, host)
-        profile = config.profile
-        if profile is None and self.policy.uses_costs:
-            profile = calibration.measure(bank, self.device, host, transfers)
         try:
+            profile = config.profile
+            if profile is None and self.policy.uses_costs:
+                profile = calibration.measure(bank, self.device, host, transfers, residency.slots)
             state = self.policy.init(geometry, profile)
-        except ValueError:
+        except BaseException:
             self._close()
             raise
         self.runner = LayerByLayer(model, self.policy, state, residency, transfers, host)
@@ -145,7 +146,8 @@ class Engine:
                 seed, stop_tokens.
 
         Raises:
-            ValueError: for settings out of range, and for an empty or too long prompt, naming each.
+            ValueError: for settings out of range, for an empty or too long prompt, naming each, and if the
+                engine was closed.
             TransferError: if an expert could not be copied to the device.
         """
         requests = make_requests(prompts, settings)
@@ -182,7 +184,8 @@ class Engine:
         return self._stream(requests, batch_size, Times())
 
     def close(self) -> None:
-        """Ends the engine's threads."""
+        """Ends the engine's threads; it generates no more."""
+        self._closed = True
         if isinstance(self.runner, LayerByLayer):
             self._close()
 
@@ -198,6 +201,7 @@ class Engine:
 
     def _stream(self, requests: Sequence[Request], batch_size: int, times: Times) -> Iterator[Token]:
         """Refuses bad input at once; the rest happens as tokens are asked for."""
+        self._check_open()
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         prompts = self._encode(requests)
@@ -214,12 +218,20 @@ class Engine:
         for start in range(0, len(running), batch_size):
             yield from run_batch(
                 running[start : start + batch_size],
-                self.runner.step,
+                self._step,
                 lambda rows, length: new_caches(self.model, rows, length, self.device),
                 self.model.config.stop_tokens,
                 self.model.tokenizer,
                 times,
             )
+
+    def _step(self, *inputs: Any) -> Any:
+        self._check_open()  # a stream may outlive its engine
+        return self.runner.step(*inputs)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the engine was closed; make a new Engine to generate more")
 
     def text(self, tokens: list[int], finish: str) -> str:
         """The text of new tokens that ended as `finish` says: a last "stop" token is no part of it."""

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 from contextlib import contextmanager
 
 import jax
@@ -9,8 +10,10 @@ import pytest
 from helpers import PROFILE, PROMPTS, Copies, compiled, in_time, random_model, spelling_model
 
 from layerscope_jax import Engine, HardwareProfile, OffloadConfig, Request, TransferError, load, save
+from layerscope_jax.experts import transfers as transfers_module
 from layerscope_jax.experts.executors import grouped_ffn
 from layerscope_jax.experts.grouping import GROUP_SIZES
+from layerscope_jax.experts.transfers import ATTEMPTS
 from layerscope_jax.scheduling.baselines import LRU, POLICIES, HostOnly, Resident
 
 
@@ -165,12 +168,24 @@ def test_it_runs_on_the_models_device(tmp_path, numerics):
         Engine(model, OffloadConfig(numerics=numerics), device=jax.devices()[0])
 
 
-def test_a_closed_engine_says_so(model):
-    engine = Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes))
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"numerics": "exact"}, {"policy": "host-only"}, {"policy": "lru", "device_budget": "60KiB"}],
+    ids=["whole", "resident", "host-only", "lru"],
+)
+def test_a_closed_engine_says_so(model, config):
+    engine = Engine(model, OffloadConfig(**config))
+    stream = engine.stream([[1]], max_new_tokens=5)
+    next(stream)
     engine.close()
     engine.close()
-    with pytest.raises((TransferError, RuntimeError), match="closed"):
-        in_time(lambda: engine.generate([[1]], max_new_tokens=2))
+    for call in (
+        lambda: engine.generate([[1]], max_new_tokens=2),
+        lambda: engine.stream([[1]], max_new_tokens=2),
+        lambda: list(stream),
+    ):
+        with pytest.raises(ValueError, match="the engine was closed; make a new Engine"):
+            in_time(call)
 
 
 def test_leaving_an_engine_ends_its_threads(model):
@@ -188,6 +203,103 @@ def test_leaving_an_engine_ends_its_threads(model):
     del engine
     gc.collect()
     assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("layerscope")]
+
+
+def interrupting(engine, monkeypatch, call=1):
+    """The first wait after `call` calls begins with Ctrl-C."""
+    transfers = engine.runner.transfers
+    wait, calls = transfers.wait, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return wait(*arguments)
+
+    monkeypatch.setattr(transfers, "wait", interrupted)
+
+
+def test_an_interrupt_waits_for_no_queued_copies(model, monkeypatch):
+    """On a link on which a layer's experts take a minute."""
+    expected = Engine(model, OffloadConfig(numerics="exact")).generate(PROMPTS, max_new_tokens=3).tokens
+    config = OffloadConfig(
+        device_budget=9 * model.bank.expert_bytes, policy="lru", link_bandwidth=model.bank.expert_bytes // 8
+    )
+    with Engine(model, config) as engine:
+        interrupting(engine, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3), 10)
+        assert not engine.runner.residency.coming
+        engine.runner.transfers.bandwidth = None
+        assert in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3)).tokens == expected
+
+
+def test_a_link_that_broke_is_not_tried_for_all_that_is_queued(model):
+    tried = []
+
+    def broken(array, sharding):
+        tried.append(None)
+        # From the first failure for good on, the engine is given time to hear of it.
+        if len(tried) > ATTEMPTS + 1:
+            until = time.monotonic() + 60
+            while engine.runner.transfers._begun and time.monotonic() < until:
+                time.sleep(0.001)
+        raise OSError("injected")
+
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
+    with Engine(model, config, copy=broken) as engine:
+        with pytest.raises(TransferError, match="failed 3 times: injected"):
+            in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3))
+        assert not engine.runner.residency.coming
+    assert len(tried) <= ATTEMPTS + 3  # two more chunks had begun by then
+
+
+def test_an_interrupt_while_queueing_hangs_nobody(model, monkeypatch):
+    expected = Engine(model, OffloadConfig(numerics="exact")).generate(PROMPTS, max_new_tokens=3).tokens
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
+    with Engine(model, config) as engine:
+        queue = engine.runner.transfers._changed
+
+        def interrupted():
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(queue, "notify_all", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3))
+        assert not engine.runner.residency.coming
+        assert in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3)).tokens == expected
+
+
+def test_a_copy_that_does_not_end_is_an_error_and_keeps_its_room(model, monkeypatch):
+    """Also after an interrupt; once it has ended, the engine is fit again."""
+    expected = Engine(model, OffloadConfig(numerics="exact")).generate(PROMPTS, max_new_tokens=3).tokens
+    monkeypatch.setattr(transfers_module, "STANDSTILL_S", 0.2)
+    monkeypatch.setattr(transfers_module, "GRACE_S", 0.2)
+    ends = threading.Event()
+
+    class Chunk:
+        def __init__(self, array, sharding):
+            self.array = jax.device_put(array, sharding)
+
+        def block_until_ready(self):
+            ends.wait(60)
+            return self.array.block_until_ready()
+
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
+    with Engine(model, config, copy=Chunk) as engine:
+        residency = engine.runner.residency
+        for _ in range(2):
+            with pytest.raises(TransferError, match="the link to the device stands still"):
+                in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3), 20)
+            assert residency.coming
+        interrupting(engine, monkeypatch)
+        ends.set()
+        with pytest.raises(KeyboardInterrupt):
+            in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3))
+        assert not residency.coming
+        assert in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3)).tokens == expected
+        assert residency.used_bytes <= engine.budget_bytes
 
 
 def test_an_abandoned_stream_leaves_the_engine_fit(layers):
