@@ -7,6 +7,7 @@ from layerscope_jax.experts.bank import ExpertBank
 from layerscope_jax.experts.transfers import TransferError
 from layerscope_jax.generation import Request, Result, Token
 from layerscope_jax.models import Decoder, ExpertParam
+from layerscope_jax.prediction import PREDICTORS, History, Predictor
 from layerscope_jax.scheduling.baselines import POLICIES
 from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
 from layerscope_jax.scheduling.plan import (
@@ -23,6 +24,7 @@ from layerscope_jax.statistics import RunStats
 
 __all__ = [
     "POLICIES",
+    "PREDICTORS",
     "Decoder",
     "Engine",
     "ExpertBank",
@@ -30,12 +32,14 @@ __all__ = [
     "ExpertParam",
     "Geometry",
     "HardwareProfile",
+    "History",
     "LayerPlan",
     "Model",
     "ModelConfig",
     "Observation",
     "OffloadConfig",
     "Policy",
+    "Predictor",
     "Replay",
     "Request",
     "Result",

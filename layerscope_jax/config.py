@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from layerscope_jax.prediction import History, Predictor
     from layerscope_jax.scheduling.costs import HardwareProfile
     from layerscope_jax.scheduling.plan import Policy
 
@@ -127,6 +128,9 @@ class OffloadConfig:
             "exact" always goes layer by layer, so that logits are bit for bit the same under every budget,
             policy and plan (on one backend).
         profile: times of this machine, for policies that weigh costs; measured when needed if None.
+        predictor: what forecasts the experts of coming layers, for policies that prefetch: a name from
+            `layerscope_jax.PREDICTORS`, a loaded one (`predictor.load(folder)`), or None. No token depends on
+            it. Where every expert is resident none is run.
     """
 
     device_budget: str | int | None = None
@@ -134,6 +138,7 @@ class OffloadConfig:
     link_bandwidth: str | int | None = None
     numerics: Literal["fast", "exact"] = "fast"
     profile: HardwareProfile | None = field(default=None, repr=False)
+    predictor: str | Predictor | History | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.device_budget is not None:

@@ -18,6 +18,7 @@ from layerscope_jax.detokenize import continuation
 from layerscope_jax.experts.executors import HostExperts, WorkStats
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, Transfers
+from layerscope_jax.forecasts import Forecasts
 from layerscope_jax.generation import (
     Request,
     Result,
@@ -28,6 +29,7 @@ from layerscope_jax.generation import (
     run_batch,
 )
 from layerscope_jax.layerwise import LayerByLayer
+from layerscope_jax.prediction import make_predictor
 from layerscope_jax.progress import progress_bar
 from layerscope_jax.scheduling.baselines import POLICIES, Resident
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Policy
@@ -88,6 +90,7 @@ class Engine:
             else parse_bytes(config.device_budget, "device_budget")
         )
         policy = make_policy(config.policy)
+        predictor = None if config.predictor is None else make_predictor(config.predictor)
         # Where everything fits there is nothing to decide, unless the user decided otherwise.
         fits = self.budget_bytes >= bank.total_bytes
         left_to_us = isinstance(config.policy, str) and config.policy != "host-only"
@@ -117,10 +120,11 @@ class Engine:
             if profile is None and self.policy.uses_costs:
                 profile = calibration.measure(bank, self.device, host, transfers, residency.slots)
             state = self.policy.init(geometry, profile)
+            forecasts = Forecasts(None if everything else predictor, model, geometry)
         except BaseException:
             self._close()
             raise
-        self.runner = LayerByLayer(model, self.policy, state, residency, transfers, host)
+        self.runner = LayerByLayer(model, self.policy, state, residency, transfers, host, forecasts)
         if everything:
             self.runner.preload()
 
@@ -252,6 +256,7 @@ class Engine:
             )
             peak, wasted = runner.residency.peak_bytes, runner.residency.unused_prefetch_bytes()
         rows = host.rows + device.rows
+        used_prefetches = meter.on_time + meter.late
         return RunStats(
             policy=self.policy.name,
             mode="layers" if isinstance(runner, LayerByLayer) else "whole",
@@ -273,6 +278,9 @@ class Engine:
             bytes_prefetch=link.prefetch_bytes,
             bytes_moved=link.demand_bytes + link.prefetch_bytes,
             bytes_wasted=wasted,
+            predictor=runner.forecasts.name if isinstance(runner, LayerByLayer) else None,
+            forecast_recall=meter.foreseen / meter.foreseeable if meter.foreseeable else None,
+            prefetch_on_time=meter.on_time / used_prefetches if used_prefetches else None,
             padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
             dispatches=host.dispatches + device.dispatches,
         )

@@ -21,6 +21,7 @@ from layerscope_jax.experts.executors import DeviceExperts, HostExperts, WorkSta
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
+from layerscope_jax.forecasts import Forecasts, counted_rows, expected_tokens
 from layerscope_jax.models.decoder import Decoder, DecoderLayer
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.sampling import Sampling, sample
@@ -38,9 +39,12 @@ class LayerByLayer:
         model: the model.
         policy: decides; its state begins at `state`.
         residency, transfers, host_experts: the other rooms.
+        forecasts: what is expected of the coming layers.
 
     Attributes:
         record: is given every plan, if not None.
+        tap: is given each layer's number, the inputs [T, D] of its experts, the chosen experts [T, K] and
+            their weights [T, K], if not None.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class LayerByLayer:
         residency: Residency,
         transfers: Transfers,
         host_experts: HostExperts,
+        forecasts: Forecasts,
     ):
         self.model = model
         self.policy = policy
@@ -59,16 +64,18 @@ class LayerByLayer:
         self.transfers = transfers
         self.device_experts = DeviceExperts()
         self.host_experts = host_experts
+        self.forecasts = forecasts
         self.meter = Meter()
         self.steps = 0
         self.record: Callable[[LayerPlan], None] | None = None
+        self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
         self._outputs: dict[int, jax.Array] = {}
         self._settled = True  # whether the books agree with the link
         dense = model.dense
         self._layers = [dense["layers"][index] for index in range(model.config.num_layers)]
         self._ends = {key: value for key, value in dense.items() if key != "layers"}
         self._embed, self._attend_and_route, self._add_experts, self._finish = programs(
-            model.config, model.bank.dtype
+            model.config, model.bank.dtype, forecasts.predict
         )
 
     def step(
@@ -99,8 +106,13 @@ class LayerByLayer:
         """
         phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
         active = (positions != PAD_POSITION).reshape(-1)
+        counted = None
+        if self.forecasts.predict is not None:
+            counted = counted_rows(active, last, tokens.shape[1])
         caches = list(caches)
-        tokens, positions, last = jax.device_put((tokens, positions, last), self.transfers.sharding)
+        tokens, positions, last, counted = jax.device_put(
+            (tokens, positions, last, counted), self.transfers.sharding
+        )
         if not self._settled:  # a copy did not end, or a second interrupt came
             self.settle()
         self._settled = False
@@ -109,7 +121,7 @@ class LayerByLayer:
             hidden = self._embed(self._ends, tokens)
             for layer in range(len(self._layers)):
                 hidden, caches[layer], began = self._layer(
-                    layer, phase, hidden, positions, active, caches[layer], began
+                    layer, phase, hidden, positions, active, counted, caches[layer], began
                 )
             found, logits = self._finish(self._ends, hidden, positions, last, sampling)
         except BaseException:
@@ -129,18 +141,21 @@ class LayerByLayer:
         hidden: jax.Array,
         positions: np.ndarray,
         active: np.ndarray,
+        counted: jax.Array | None,
         cache: KVCache,
         began: float,
     ) -> tuple[jax.Array, KVCache, float]:
         """One layer. `began` is when the device was given the work it is at; returns when it got its next."""
-        hidden, inputs, experts, weights, cache = self._attend_and_route(
-            self._layers[layer], hidden, positions, cache
+        hidden, inputs, experts, weights, cache, expected = self._attend_and_route(
+            self._layers[layer], hidden, positions, cache, *self.forecasts.inputs(layer), counted
         )
-        chosen = np.asarray(experts)  # [T, K]: the only read-back of the layer
+        chosen, expected = jax.device_get((experts, expected))  # the only read-back of the layer
         self.meter.device_busy_s += time.perf_counter() - began
         rows = Assignments(chosen, active)
+        if self.tap is not None:
+            self.tap(layer, inputs, chosen, weights)
 
-        plan = self._decide(layer, phase, rows)
+        seen, plan = self._decide(layer, phase, rows, expected)
         host = None
         if plan.host:
             host = self.host_experts.start(layer, inputs, rows.groups(plan.host), rows.choices)
@@ -160,6 +175,7 @@ class LayerByLayer:
             here = [e for e in missing if ExpertId(layer, e) in resident]
             missing = [e for e in missing if e not in here]
             outputs, done = self._on_device(outputs, inputs, layer, rows, here)
+        self.forecasts.learn(seen, inputs, chosen, weights, active)
         if host is not None:
             self._await(done, began)
             slots, values = host.result()
@@ -169,7 +185,9 @@ class LayerByLayer:
         self._outputs[chosen.size] = outputs
         return hidden, cache, began
 
-    def _decide(self, layer: int, phase: Phase, rows: Assignments) -> LayerPlan:
+    def _decide(
+        self, layer: int, phase: Phase, rows: Assignments, expected: np.ndarray | None
+    ) -> tuple[Observation, LayerPlan]:
         """Asks the policy, checks its plan and carries out what it says of memory and the link."""
         residency = self.residency
         self._absorb()
@@ -180,11 +198,12 @@ class LayerByLayer:
             demand=rows.demand,
             resident=residency.resident,
             in_flight=residency.coming,
+            forecast=self.forecasts.read(layer, expected, sum(rows.demand.values())),
         )
         state, plan = self.policy.plan(self.state, seen)
         check_plan(plan, seen, residency.slots, self.model.bank)
         self.state = state
-        self.meter.count(seen)
+        self.meter.count(seen, residency.is_prefetch)
         if self.record is not None:
             self.record(plan)
         # This layer's turn has come: what was queued for it in vain is not worth beginning any more.
@@ -201,7 +220,7 @@ class LayerByLayer:
             expert for expert in sorted(wanted) if expert in residency.coming and expert not in plan.load
         ]
         self.transfers.submit([*promoted, *plan.load], plan.prefetch)
-        return plan
+        return seen, plan
 
     def _absorb(self) -> None:
         """Enters what the link has brought, or lost, since the last time into the books."""
@@ -264,8 +283,10 @@ class LayerByLayer:
 
 
 @functools.lru_cache(maxsize=16)
-def programs(config: ModelConfig, dtype: np.dtype) -> tuple[Callable, ...]:
-    """The jitted parts of a step: embed, attend and route, add the experts, finish.
+def programs(
+    config: ModelConfig, dtype: np.dtype, predict: Callable[..., jax.Array] | None
+) -> tuple[Callable, ...]:
+    """The jitted parts of a step: embed, attend, route and forecast, add the experts, finish.
 
     Every layer shares them, and so do all engines of models of one shape: another policy or budget compiles
     nothing anew.
@@ -281,11 +302,18 @@ def programs(config: ModelConfig, dtype: np.dtype) -> tuple[Callable, ...]:
         return nnx.merge(ends_graph, ends | empty).embed(tokens)
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def attend_and_route(layer, hidden, positions, cache):
+    def attend_and_route(layer, hidden, positions, cache, forecast_params, number, counted):
         hidden, inputs, routing, cache = nnx.merge(layer_graph, layer).attend_and_route(
             hidden, positions, cache
         )
-        return hidden, inputs, routing.experts, routing.weights, cache
+        expected = None
+        if predict is not None:
+            with jax.named_scope("forecast"):
+                # Behind a barrier nothing of it is fused with the layer, whose bits must not change by it.
+                known = jax.lax.optimization_barrier((inputs, routing.experts, routing.weights))
+                probabilities = predict(forecast_params, *known)
+                expected = expected_tokens(probabilities, counted, number, config.num_layers)
+        return hidden, inputs, routing.experts, routing.weights, cache, expected
 
     @jax.jit
     def add_experts(hidden, outputs, weights):

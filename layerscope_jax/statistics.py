@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,15 +19,35 @@ class Meter:
     expert_hits: int = 0
     tokens: int = 0
     token_hits: int = 0
+    foreseen: int = 0
+    foreseeable: int = 0
+    on_time: int = 0
+    late: int = 0
+    _forecast: Sequence[float] = ()
 
-    def count(self, seen: Observation) -> None:
-        """Counts one layer's demand and how much of it was resident when the layer was planned."""
+    def count(self, seen: Observation, is_prefetch: Callable[[ExpertId], bool]) -> None:
+        """Counts one layer's demand: how much of it was resident, and foreseen, when the layer was planned.
+
+        Args:
+            seen: when it was planned.
+            is_prefetch: whether an expert has come, or is coming, as a prefetch not yet used.
+        """
         hits = [n for expert, n in seen.demand.items() if ExpertId(seen.layer, expert) in seen.resident]
         self.layers += 1
         self.experts += len(seen.demand)
         self.expert_hits += len(hits)
         self.tokens += sum(seen.demand.values())
         self.token_hits += sum(hits)
+        for expert in seen.demand:
+            found = ExpertId(seen.layer, expert)
+            if is_prefetch(found):
+                here = found in seen.resident
+                self.on_time, self.late = self.on_time + here, self.late + (not here)
+        if self._forecast and seen.phase == "decode":
+            likeliest = sorted(range(len(self._forecast)), key=lambda e: -self._forecast[e])
+            self.foreseen += len(seen.demand.keys() & set(likeliest[: len(seen.demand)]))
+            self.foreseeable += len(seen.demand)
+        self._forecast = seen.forecast[0] if seen.forecast else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +69,11 @@ class RunStats:
         token_hit_rate: the same, each expert counted by its tokens.
         bytes_demand, bytes_prefetch, bytes_moved: sent over the link.
         bytes_wasted: prefetched and never used.
+        predictor: what forecast, if anything did.
+        forecast_recall: in decode steps, where n experts were active: those of them among the n that were
+            expected most tokens for, one layer before; None without a forecast.
+        prefetch_on_time: prefetched experts that were used and had arrived when their layer was planned, by
+            all that were used; None where none was.
         padding: computed expert rows that were padding, by all computed rows.
         dispatches: calls that computed experts, device and host together.
     """
@@ -72,6 +98,9 @@ class RunStats:
     bytes_prefetch: int
     bytes_moved: int
     bytes_wasted: int
+    predictor: str | None
+    forecast_recall: float | None
+    prefetch_on_time: float | None
     padding: float
     dispatches: int
 

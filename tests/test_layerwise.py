@@ -117,10 +117,10 @@ def test_bytes_that_were_moved_in_vain_are_counted():
         # All are there before layer 2 is planned.
         decide = engine.runner._decide
 
-        def patient(layer, phase, rows):
+        def patient(layer, phase, rows, expected):
             if layer == 2:
                 engine.runner.transfers.rest()
-            return decide(layer, phase, rows)
+            return decide(layer, phase, rows, expected)
 
         engine.runner._decide = patient
         result = in_time(lambda: engine.generate(PROMPTS, max_new_tokens=1, record_plans=True))

@@ -92,6 +92,11 @@ class Residency:
         held.used = True
         return held.weights
 
+    def is_prefetch(self, expert: ExpertId) -> bool:
+        """Whether an expert has come, or is coming, as a prefetch that nothing has used yet."""
+        held = self._held.get(expert)
+        return self._coming.get(expert, False) if held is None else held.prefetched and not held.used
+
     def unused_prefetch_bytes(self) -> int:
         """Bytes of prefetched experts that nothing has read so far: gone ones and resident ones."""
         waiting = sum(held.prefetched and not held.used for held in self._held.values())

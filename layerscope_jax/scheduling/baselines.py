@@ -5,33 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.demand import busiest_first, need_a_layer, present
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
-
-
-def busiest_first(seen: Observation) -> list[int]:
-    """Active experts, most tokens first; ties by number."""
-    return sorted(seen.demand, key=lambda expert: (-seen.demand[expert], expert))
-
-
-def present(expert: ExpertId, seen: Observation) -> bool:
-    """Resident or on its way."""
-    return expert in seen.resident or expert in seen.in_flight
-
-
-def need_a_layer(geometry: Geometry, policy: str) -> None:
-    """Refuses a budget that can not hold every expert of one layer, which a prefill may need at once.
-
-    Raises:
-        ValueError: with both sizes.
-    """
-    if geometry.slots < geometry.num_experts:
-        raise ValueError(
-            f"device_budget is too small for policy {policy!r}: a layer may need all of its "
-            f"{geometry.num_experts} experts on the device at once "
-            f"({geometry.num_experts * geometry.expert_bytes:,} bytes), the budget holds {geometry.slots} "
-            f"({geometry.slots * geometry.expert_bytes:,} bytes); raise it, or use policy 'host-only' or "
-            "'fiddler', which compute the rest on the host"
-        )
+from layerscope_jax.scheduling.prefetching import Fate
 
 
 class Resident:
@@ -194,5 +170,5 @@ def device_is_faster(profile: HardwareProfile, tokens: int) -> bool:
     return profile.transfer_ms + profile.device_ms(tokens) < profile.host_ms(tokens)
 
 
-POLICIES = {policy.name: policy for policy in (OnDemand, LRU, HostOnly, Fiddler, Resident)}
+POLICIES = {policy.name: policy for policy in (OnDemand, LRU, HostOnly, Fiddler, Fate, Resident)}
 """Policies by name, as `OffloadConfig.policy` takes them."""

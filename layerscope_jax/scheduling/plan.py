@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -51,6 +51,8 @@ class Observation:
         demand: expert -> tokens routed to it, for the active experts of this layer.
         resident: experts in device memory, of all layers.
         in_flight: experts whose copy to the device is queued or has begun.
+        forecast: [W][E] expected tokens of each expert in the W layers after this one, the first layers of
+            the next step following the last; empty without a predictor.
     """
 
     step: int
@@ -59,6 +61,7 @@ class Observation:
     demand: Mapping[int, int]
     resident: Collection[ExpertId]
     in_flight: Collection[ExpertId]
+    forecast: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
