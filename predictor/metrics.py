@@ -39,10 +39,11 @@ def exact_recall(place: jax.Array) -> jax.Array:
 def relaxed_recall(place: jax.Array) -> jax.Array:
     """The paper's measure: share of the 2K/3 likeliest, rounded up, that are among the K true experts.
 
-    The four likeliest inside the true six, as for DeepSeek. It is never below the exact recall by much and
-    mostly far above: what is least certain is not asked.
+    The four likeliest inside the true six, as for DeepSeek. Mostly far above the exact recall: what is least
+    certain is not asked.
 
-    >>> relaxed_recall(jnp.array([0, 1, 2, 3, 40, 50])).item(), exact_recall(jnp.array([0, 1, 9])).round(2).item()
+    >>> place = jnp.array([0, 1, 2, 3, 40, 50])
+    >>> relaxed_recall(place).item(), round(exact_recall(place).item(), 2)
     (1.0, 0.67)
     """
     few = -(-2 * place.shape[-1] // 3)
@@ -50,16 +51,19 @@ def relaxed_recall(place: jax.Array) -> jax.Array:
 
 
 def reliability(probabilities: jax.Array, truth: jax.Array) -> jax.Array:
-    """[..., E] -> [..., 10, 3]: how many probabilities lie in each tenth of 0..1, their sum, how many came true.
+    """[..., E] -> [..., 10, 3]: in each tenth of 0..1 how many probabilities, their sum, how many came true.
 
-    >>> reliability(jnp.array([0.97, 1.0, 0.25]), jnp.array([1.0, 0.0, 0.0]))[jnp.array([2, 9])].round(2).tolist()
-    [[1.0, 0.25, 0.0], [2.0, 1.97, 1.0]]
+    >>> bins = reliability(jnp.array([0.9375, 1.0, 0.25]), jnp.array([1.0, 0.0, 0.0]))
+    >>> bins[2].tolist(), bins[9].tolist()
+    ([1.0, 0.25, 0.0], [2.0, 1.9375, 1.0])
     """
     bins = jnp.clip((probabilities * BINS).astype(jnp.int32), 0, BINS - 1)
     sums = []
     for index in range(BINS):
         inside = (bins == index).astype(jnp.float32)
-        sums.append(jnp.stack([inside.sum(-1), (inside * probabilities).sum(-1), (inside * truth).sum(-1)], -1))
+        sums.append(
+            jnp.stack([inside.sum(-1), (inside * probabilities).sum(-1), (inside * truth).sum(-1)], -1)
+        )
     return jnp.stack(sums, -2)
 
 
@@ -72,38 +76,35 @@ def calibration_error(bins: np.ndarray) -> float:
     return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / max(bins[:, 0].sum(), 1e-30))
 
 
-class BatchSums(NamedTuple):
-    """Of G batches, for each expert.
-
-    Attributes:
-        expected: [G, E] tokens, by the forecast.
-        absent: [G, E] logarithm of the probability that no token takes it.
-        counts: [G, E] tokens that took it.
-    """
-
-    expected: jax.Array
-    absent: jax.Array
-    counts: jax.Array
+def log_absence(probabilities: jax.Array) -> jax.Array:
+    """Logarithm of the probability that an expert is not taken, finite also where that is certain."""
+    return jnp.log1p(-jnp.minimum(probabilities, 1 - 1e-6))
 
 
-def batch_sums(probabilities: jax.Array, truth: jax.Array, rows: jax.Array) -> BatchSums:
-    """Sums over the rows of batches.
+def batch_sum(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """[N, E] -> [G, E] sums over the rows of each of G batches.
 
     Args:
-        probabilities, truth: [N, E].
         rows: [G, M] of each batch, -1 where it has fewer.
 
-    >>> sums = batch_sums(jnp.array([[0.5], [0.5], [1.0]]), jnp.array([[1.0], [0.0], [1.0]]), jnp.array([[0, 1]]))
-    >>> sums.expected.tolist(), jnp.exp(sums.absent).round(2).tolist(), sums.counts.tolist()
-    ([[1.0]], [[0.25]], [[1.0]])
+    >>> batch_sum(jnp.array([[0.5], [0.25], [1.0]]), jnp.array([[0, 1], [2, -1]])).tolist()
+    [[0.75], [1.0]]
     """
-    there = rows >= 0
+    return jnp.where((rows >= 0)[..., None], values[rows], 0.0).sum(1)
 
-    def total(values: jax.Array) -> jax.Array:
-        return jnp.where(there[..., None], values[rows], 0.0).sum(1)
 
-    none = jnp.log1p(-jnp.minimum(probabilities, 1 - 1e-6))
-    return BatchSums(total(probabilities), total(none), total(truth))
+class BatchSums(NamedTuple):
+    """Of G batches, for each expert: `batch_sum` of
+
+    Attributes:
+        expected: [G, E] probabilities: the tokens that the forecast expects.
+        absent: [G, E] `log_absence`: of the probability that no token takes it.
+        counts: [G, E] ones where it was true: the tokens that took it.
+    """
+
+    expected: np.ndarray
+    absent: np.ndarray
+    counts: np.ndarray
 
 
 class BatchScores(NamedTuple):
@@ -131,7 +132,7 @@ def batch_scores(sums: BatchSums) -> BatchScores:
     >>> [values.tolist() for values in batch_scores(sums)]
     [[1], [2], [1], [0.625], [1.0]]
     """
-    expected, absent, counts = map(np.asarray, sums)
+    expected, absent, counts = sums
     foreseen, present = absent <= np.log(0.5), counts > 0
     return BatchScores(
         foreseen.sum(-1),
@@ -145,14 +146,14 @@ def batch_scores(sums: BatchSums) -> BatchScores:
 def prefetch(sums: BatchSums) -> tuple[np.ndarray, np.ndarray]:
     """What fetching the m experts with the most expected tokens is worth, for m = 1..E: two of [G, E].
 
-    The share of the m that no token took, and the share of the batch's (token, expert) pairs that the m cover.
+    The share of the m that no token took, and the share of the batch's (token, expert) pairs they cover.
 
     >>> sums = BatchSums(np.array([[3.0, 0.1, 1.0]]), np.zeros((1, 3)), np.array([[3.0, 1.0, 0.0]]))
     >>> [share.round(2).tolist() for share in prefetch(sums)]
     [[[0.0, 0.5, 0.33]], [[0.75, 0.75, 1.0]]]
     """
-    order = np.argsort(-np.asarray(sums.expected), -1, kind="stable")
-    counts = np.take_along_axis(np.asarray(sums.counts), order, -1)
+    order = np.argsort(-sums.expected, -1, kind="stable")
+    counts = np.take_along_axis(sums.counts, order, -1)
     fetched = np.arange(1, counts.shape[-1] + 1)
     covered = np.cumsum(counts, -1)
     return np.cumsum(counts == 0, -1) / fetched, covered / np.maximum(covered[:, -1:], 1e-30)

@@ -1,0 +1,155 @@
+"""Rows that could run together, and sums over them: what a batch's layer sees at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from predictor.dataset import Rows
+from predictor.metrics import batch_sum
+
+Phase = Literal["decode", "prefill"]
+
+MOST = 512  # batches of a size in a group
+
+
+class Group(NamedTuple):
+    """Rows that are scored together."""
+
+    domain: str
+    phase: Phase
+
+
+class Batches(NamedTuple):
+    """Of one phase and size.
+
+    Attributes:
+        members: [G, B] rows for decode steps, prompts for prefill.
+        group: [G] index of the group.
+    """
+
+    members: np.ndarray
+    group: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Held-out rows by domain and phase, and batches of them.
+
+    A batch is of different passages of one domain: the tokens at one decode step, or the whole prompts.
+    Domains are not mixed: a domain with fewer passages than a batch has none of that size.
+
+    Attributes:
+        rows: the held-out ones.
+        sizes: B of the batches.
+        seed: of the passages' order.
+    """
+
+    rows: Rows
+    sizes: tuple[int, ...]
+    seed: int
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Of each passage."""
+        return np.cumsum([0, *(passage.tokens for passage in self.rows.passages)])[:-1]
+
+    @cached_property
+    def _decode(self) -> np.ndarray:
+        """[N] bool."""
+        passage = self.rows.passage_of_row()
+        prompts = np.array([found.prompt for found in self.rows.passages])
+        return np.arange(len(self.rows)) - self._starts[passage] >= prompts[passage]
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Those that have rows, by domain."""
+        domains = sorted({passage.domain for passage in self.rows.passages})
+        phases: tuple[Phase, ...] = ("decode", "prefill")
+        found = (Group(domain, phase) for domain in domains for phase in phases)
+        return tuple(group for group in found if self.passages(group))
+
+    @cached_property
+    def member(self) -> np.ndarray:
+        """[groups, N] float32 ones where a row belongs to the group."""
+        domains = np.array([passage.domain for passage in self.rows.passages])[self.rows.passage_of_row()]
+        return np.stack(
+            [(domains == group.domain) & (self._decode == (group.phase == "decode")) for group in self.groups]
+        ).astype(np.float32)
+
+    def passages(self, group: Group) -> int:
+        """How many the group has."""
+        return sum(
+            passage.domain == group.domain and (group.phase == "prefill" or passage.prompt < passage.tokens)
+            for passage in self.rows.passages
+        )
+
+    def has(self, group: int, size: int) -> bool:
+        """Whether the group, given by its index, has a batch of that size."""
+        formed = self.formed.get((self.groups[group].phase, size))
+        return formed is not None and bool((formed.group == group).any())
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """[passages, M] rows of each one's prompt, -1 where it is shorter."""
+        lengths = np.array([passage.prompt for passage in self.rows.passages])
+        within = np.arange(lengths.max())[None]
+        return np.where(within < lengths[:, None], self._starts[:, None] + within, -1)
+
+    @cached_property
+    def formed(self) -> dict[tuple[Phase, int], Batches]:
+        """All batches, at most `MOST` of a group and size; (phase, size) pairs without any are left out."""
+        found: dict[tuple[Phase, int], tuple[list, list]] = {}
+        for index, group in enumerate(self.groups):
+            order = np.random.default_rng((self.seed, index)).permutation(
+                [at for at, passage in enumerate(self.rows.passages) if passage.domain == group.domain]
+            )
+            for size in self.sizes:
+                together = self._together(group.phase, order)
+                members = np.array([batch for units in together for batch in cut(units, size)])
+                if len(members):
+                    if len(members) > MOST:
+                        members = members[np.linspace(0, len(members) - 1, MOST).astype(int)]
+                    parts = found.setdefault((group.phase, size), ([], []))
+                    parts[0].append(members)
+                    parts[1].append(np.full(len(members), index))
+        return {key: Batches(*map(np.concatenate, parts)) for key, parts in found.items()}
+
+    def _together(self, phase: Phase, order: np.ndarray) -> Iterator[np.ndarray]:
+        """What may share a batch, for `order`, the passages of a domain."""
+        if phase == "prefill":
+            yield order
+            return
+        prompts, tokens = (
+            np.array([getattr(self.rows.passages[at], name) for at in order]) for name in ("prompt", "tokens")
+        )
+        for step in range(int((tokens - prompts).max())):
+            there = step < tokens - prompts
+            yield self._starts[order[there]] + prompts[there] + step
+
+    def sums(self, phase: Phase, values: jax.Array) -> dict[int, np.ndarray]:
+        """Size -> [G, E] sums of `values` [N, E] over each of the batches of a phase."""
+        units = _batch_sum(values, jnp.asarray(self.prompts)) if phase == "prefill" else values
+        return {
+            size: np.asarray(_batch_sum(units, jnp.asarray(batches.members)))
+            for (its_phase, size), batches in self.formed.items()
+            if its_phase == phase
+        }
+
+
+_batch_sum = jax.jit(batch_sum)
+
+
+def cut(items: np.ndarray, size: int) -> Sequence[np.ndarray]:
+    """Whole pieces of a size; the rest is left out.
+
+    >>> [piece.tolist() for piece in cut(np.arange(5), 2)]
+    [[0, 1], [2, 3]]
+    """
+    return [items[start : start + size] for start in range(0, len(items) - size + 1, size)]

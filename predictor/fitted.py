@@ -1,0 +1,113 @@
+"""The baselines that are fitted to training rows, kept beside a predictor: a few MB."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save as safetensors_bytes
+
+from layerscope_jax.files import replace_files
+from layerscope_jax.traces import Trace
+from predictor.baselines import Popularity
+from predictor.dataset import for_training, load_rows
+from predictor.linear import LinearParams, first_linear, fit
+from predictor.pca import Basis
+from predictor.routers import Routers
+
+FILE = "baselines.safetensors"
+LEARNED = ("weight", "bias", "gain")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Popularity and the linear map.
+
+    Attributes:
+        share: [L, E] of the training rows that take each expert.
+        linear: the map.
+        made: for which model, PCA and horizons, and of how many rows.
+    """
+
+    share: np.ndarray
+    linear: LinearParams
+    made: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Writes the file: the map in float16, without what a trace holds as well."""
+        arrays = {name: getattr(self.linear, name).astype(np.float16) for name in LEARNED}
+        content = safetensors_bytes(arrays | {"share": self.share}, {"made": json.dumps(self.made)})
+        replace_files(folder, {FILE: lambda file: file.write_bytes(content)})
+
+
+def load_or_fit(
+    folder: Path, trace: Trace, horizons: tuple[int, ...], tokens: int, *, progress: bool = True
+) -> Fitted:
+    """What `folder` keeps if it was fitted for this trace, else fitted to its training rows and kept there.
+
+    Args:
+        folder: of a predictor.
+        trace: with its PCA and routers.
+        horizons: what is forecast.
+        tokens: training rows at most.
+        progress: whether a bar is shown.
+
+    Raises:
+        ValueError: if there is neither such a file nor a training row.
+    """
+    basis, routers, model = Basis.load(trace.folder), Routers.load(trace.folder), trace.header.model
+    made = {"model": model.to_json(), "pca": digest(basis), "horizons": list(horizons)}
+    there = sum(passage.tokens for _, passage, _ in trace.passages() if for_training(passage))
+    kept = _read(folder / FILE)
+    if kept is not None:
+        arrays, found = kept
+        differing = [name for name, ours in made.items() if found.get(name) != ours]
+        # Passages are taken whole, so that fewer rows than asked for may be all that fit.
+        fewer = 1.01 * found.get("rows", 0) < min(tokens, there)
+        if not differing and not fewer:
+            linear = first_linear(model, basis, routers, horizons, arrays["share"])
+            learned = {name: arrays[name].astype(np.float32) for name in LEARNED}
+            return Fitted(arrays["share"], replace(linear, **learned), found)
+    else:
+        differing = []
+    if not there:
+        why = f"is of another {', '.join(differing)}" if differing else "is not there"
+        raise ValueError(
+            f"popularity and the linear map need training rows, but {trace.folder} has none and "
+            f"{folder / FILE} {why}; score with the trace that the predictor was trained on"
+        )
+    rows = load_rows(trace, for_training, most=tokens, what="passages to fit the baselines to")
+    share = Popularity.count(rows.experts, model.num_experts)
+    first = first_linear(model, basis, routers, horizons, share)
+    fitted = Fitted(share, fit(first, rows, horizons, progress=progress), made | {"rows": len(rows)})
+    fitted.save(folder)
+    return fitted
+
+
+def digest(basis: Basis) -> str:
+    """Of a PCA."""
+    found = hashlib.blake2b(digest_size=8)
+    for array in (basis.mean, basis.components):
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """Arrays and `Fitted.made`; None if there is no such file.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "numpy") as opened:
+            arrays = {name: opened.get_tensor(name) for name in (*LEARNED, "share")}
+            return arrays, json.loads((opened.metadata() or {})["made"])
+    except Exception as error:  # safetensors raises nothing narrower
+        raise ValueError(f"{file}: expected fitted baselines, got {error!r}; delete it") from None

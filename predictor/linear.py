@@ -1,0 +1,136 @@
+"""A linear map on what LLaPor reads: what a network has to be better than."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from layerscope_jax.identity import ModelIdentity
+from predictor.dataset import Rows
+from predictor.network import router_margin, spread
+from predictor.pca import Basis
+from predictor.routers import Routers
+from predictor.step import Batch, input_scale, loss, targets
+from predictor.train import bar, batch_of
+
+EPOCHS, BATCH, LEARNING_RATE = 4, 512, 3e-2
+
+
+@dataclass(frozen=True)
+class LinearParams:
+    """Of all layers, or of one without the first axis; a pytree.
+
+    Attributes:
+        weight: [L, P + E, H, E] of the scaled hidden state and the chosen experts.
+        bias: [L, H, E].
+        gain: [L, H, E] of the routers' forecast.
+        matrix, offset: [L, P, H, E] and [L, H, E] that forecast is computed with; not learned.
+        scale: [L] of the hidden state; not learned.
+    """
+
+    weight: Any
+    bias: Any
+    gain: Any
+    matrix: Any
+    offset: Any
+    scale: Any
+
+
+jax.tree_util.register_dataclass(LinearParams)
+
+
+def linear_logits(
+    params: LinearParams, hidden: jax.Array, experts: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Logits [T, H, E] of one layer, from reduced hidden states [T, P] and what the router chose [T, K]."""
+    hidden = hidden.astype(jnp.float32)
+    ahead = jnp.einsum("tp,phe->the", hidden, params.matrix) + params.offset[None]
+    chosen = spread(experts, weights, params.weight.shape[-1])
+    inputs = jnp.concatenate([hidden * params.scale, chosen], -1)
+    logits = jnp.einsum("ti,ihe->the", inputs, params.weight) + params.bias[None]
+    return logits + params.gain[None] * router_margin(ahead, experts.shape[-1])
+
+
+def first_linear(
+    model: ModelIdentity, basis: Basis, routers: Routers, horizons: tuple[int, ...], share: np.ndarray
+) -> LinearParams:
+    """What training starts from: the experts' popularity, and the routers' forecast as LLaPor starts with it.
+
+    Args:
+        share: [L, E] of the training rows that take each expert.
+    """
+    layers, experts, furthest = model.num_layers, model.num_experts, max(horizons)
+    picked = np.array(horizons) - 1
+    pairs = [routers.reduced(basis, layer, furthest, basis.width) for layer in range(layers)]
+    matrix, offset = (
+        np.stack(parts).reshape(layers, *shape, furthest, experts)[..., picked, :].astype(np.float32)
+        for parts, shape in zip(zip(*pairs, strict=True), ((basis.width,), ()), strict=True)
+    )
+    popular = share[(np.arange(layers)[:, None] + np.array(horizons)[None]) % layers].clip(1e-3, 1 - 1e-3)
+    return LinearParams(
+        weight=np.zeros((layers, basis.width + experts, len(horizons), experts), np.float32),
+        bias=np.log(popular / (1 - popular)).astype(np.float32),
+        gain=np.full((layers, len(horizons), experts), 2.0, np.float32),
+        matrix=matrix,
+        offset=offset,
+        scale=input_scale(basis),
+    )
+
+
+def fit(
+    params: LinearParams,
+    rows: Rows,
+    horizons: tuple[int, ...],
+    *,
+    progress: bool = True,
+) -> LinearParams:
+    """Trains all layers at once, with LLaPor's loss and rows; the loss is convex, a cosine ends at its foot.
+
+    Args:
+        params: from `first_linear`.
+        rows: to train on.
+        horizons: what is forecast.
+        progress: whether a bar is shown.
+    """
+    learned = {name: jnp.asarray(getattr(params, name)) for name in ("weight", "bias", "gain")}
+    fixed = {name: jnp.asarray(getattr(params, name)) for name in ("matrix", "offset", "scale")}
+    size = min(BATCH, len(rows))
+    total = EPOCHS * (len(rows) // size)
+    update = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, total, 0.01))
+    picked = np.array(horizons) - 1
+    num_experts = params.bias.shape[-1]
+
+    def objective(learned: dict[str, jax.Array], batch: Batch) -> jax.Array:
+        wanted, known = targets(batch, max(horizons), num_experts)
+        wanted, known = wanted[:, :, picked], known[..., picked].astype(jnp.float32)
+        hidden, experts, weights = (
+            jnp.swapaxes(part, 0, 1) for part in (batch.hidden, batch.experts, batch.weights)
+        )
+        logits = jax.vmap(linear_logits)(LinearParams(**learned, **fixed), hidden, experts, weights)
+        each = loss(logits, wanted, jnp.ones_like(logits), 0.0)
+        return ((each * known).sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)).sum()
+
+    @jax.jit
+    def step(learned: dict[str, jax.Array], state: optax.OptState, batch: Batch):
+        value, grads = jax.value_and_grad(objective)(learned, batch)
+        updates, state = update.update(grads, state, learned)
+        return optax.apply_updates(learned, updates), state, value
+
+    state, done = update.init(learned), 0
+    with bar(total, progress) as advance:
+        advance(0, "linear map")
+        for epoch in range(EPOCHS):
+            order = np.random.default_rng(epoch).permutation(len(rows))
+            for start in range(0, len(rows) - size + 1, size):
+                batch = batch_of(rows, np.sort(order[start : start + size]))
+                learned, state, value = step(learned, state, batch)
+                done += 1
+                if done % 10 == 0:
+                    advance(done, f"linear map, loss {float(value) / len(params.scale):.3f}")
+    arrays = {name: np.asarray(array) for name, array in learned.items()}
+    return LinearParams(**arrays, matrix=params.matrix, offset=params.offset, scale=params.scale)

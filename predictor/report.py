@@ -1,0 +1,165 @@
+"""From sums over rows and batches to the figures of a scorecard: plain records, as JSON holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from predictor import metrics
+from predictor.batches import Batching
+
+
+@dataclass
+class Sums:
+    """What one predictor gave, by layer, horizon and group of rows.
+
+    Attributes:
+        rows: [L, H, G, 3] exact recall, relaxed recall, rows.
+        bins: [L, H, G, 10, 3] of `metrics.reliability`.
+        batches: size -> [L, H, G, 6], `metrics.BatchScores` and how many batches.
+        curves: size -> [L, H, G, 2, E] of `metrics.prefetch`.
+    """
+
+    rows: np.ndarray
+    bins: np.ndarray
+    batches: dict[int, np.ndarray] = field(default_factory=dict)
+    curves: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def zeros(cls, layers: int, horizons: int, groups: int) -> Sums:
+        shape = (layers, horizons, groups)
+        return cls(np.zeros((*shape, 3)), np.zeros((*shape, metrics.BINS, 3)))
+
+    def add(self, at: tuple[int, int], size: int, sums: metrics.BatchSums, group: np.ndarray) -> None:
+        """Adds batches of one layer and horizon; one without a known target does not count.
+
+        Args:
+            at: layer and place of the horizon.
+            size: B.
+            sums: of the batches.
+            group: [batches] that each belongs to.
+        """
+        there = sums.counts.sum(-1) > 0
+        sums, group = metrics.BatchSums(*(part[there] for part in sums)), group[there]
+        shape = self.rows.shape[:3]
+        experts = sums.counts.shape[-1]
+        scores = self.batches.setdefault(size, np.zeros((*shape, 6)))
+        curves = self.curves.setdefault(size, np.zeros((*shape, 2, experts)))
+        each = np.stack([*metrics.batch_scores(sums), np.ones(len(group))], 1)
+        np.add.at(scores[at], group, each)
+        np.add.at(curves[at], group, np.stack(metrics.prefetch(sums), 1))
+
+
+def report(
+    sums: Mapping[str, Sums],
+    batching: Batching,
+    horizons: Sequence[int],
+    unseen: Sequence[str],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All figures; those of a horizon are means over the layers whose target is in the same step.
+
+    Args:
+        sums: predictor -> its sums.
+        batching: the groups and batches they are of.
+        horizons: in their order.
+        unseen: domains of which nothing was trained on.
+        about: put in front.
+
+    Returns:
+        rows: for each predictor, domain, phase, horizon and batch size its figures. Recall is of all rows,
+            whatever the batch. `wraps` marks those of the layers whose target is in the next token's step.
+            What cannot be said (the precision where nothing is foreseen) is None.
+        layers: recall by layer, wrapping ones in place.
+        calibration: bins, and their error.
+        waste: for m = 1..E, the share of the m fetched experts that no token takes and of the tokens' choices
+            that they cover.
+        left_out: batch sizes that a domain has too few passages for.
+    """
+    result: dict[str, Any] = dict(about) | {"horizons": list(horizons), "unseen": list(unseen)}
+    result |= {name: [] for name in ("rows", "layers", "calibration", "waste")}
+    result["left_out"] = [
+        {"domain": group.domain, "phase": group.phase, "batch": size, "passages": batching.passages(group)}
+        for index, group in enumerate(batching.groups)
+        for size in batching.sizes
+        if not batching.has(index, size)
+    ]
+    for name, found in sums.items():
+        for place, horizon in enumerate(horizons):
+            for index, group in enumerate(batching.groups):
+                head = {"predictor": name, "domain": group.domain, "unseen": group.domain in unseen}
+                head |= {"phase": group.phase, "horizon": horizon}
+                here = np.s_[:, place, index]
+                for wraps, layers in parts(len(found.rows), horizon):
+                    result["rows"] += [head | {"wraps": wraps} | row for row in _rows(found, here, layers)]
+                exact, rows = found.rows[here][:, 0], found.rows[here][:, 2]
+                result["layers"].append(head | {"recall": _listed(_share(exact, rows))})
+                inside = parts(len(found.rows), horizon)[0][1]
+                bins = found.bins[here][inside].sum(0)
+                result["calibration"].append(head | _calibration(bins))
+                for size, curves in found.curves.items():
+                    counts = found.batches[size][here][inside, -1]
+                    if counts.any():
+                        wasted, covered = _mean(curves[here][inside] / np.maximum(counts, 1)[:, None, None])
+                        curve = {"wasted": _listed(wasted), "covered": _listed(covered)}
+                        result["waste"].append(head | {"batch": size} | curve)
+    return result
+
+
+def parts(layers: int, horizon: int) -> list[tuple[bool, slice]]:
+    """Layers whose target is in the same step, and those whose target is in the next: `wraps`."""
+    return [(False, slice(0, layers - horizon)), (True, slice(layers - horizon, layers))]
+
+
+def _rows(found: Sums, here: Any, layers: slice) -> Iterator[dict[str, Any]]:
+    rows = found.rows[here][layers]  # [layers, 3]
+    if not rows[:, -1].any():
+        return
+    exact, relaxed = _mean(_share(rows[:, :2], rows[:, 2:]))
+    recall = {"recall": _number(exact), "relaxed_recall": _number(relaxed), "rows": int(rows[:, -1].max())}
+    for size, scores in found.batches.items():
+        foreseen, present, both, error, tokens, batches = scores[here][layers].T
+        if batches.any():
+            yield {
+                "batch": size,
+                "batches": int(batches.max()),
+                **recall,
+                "presence_precision": _number(_mean(_share(both, foreseen))),
+                "presence_recall": _number(_mean(_share(both, present))),
+                "count_error": _number(_mean(_share(error, batches))),
+                "count_error_relative": _number(_mean(_share(error, tokens))),
+            }
+
+
+def _calibration(bins: np.ndarray) -> dict[str, Any]:
+    count, expected, true = bins.T
+    return {
+        "error": _number(metrics.calibration_error(bins)),
+        "bins": [
+            {"probability": _number(p), "observed": _number(o), "count": int(n)}
+            for p, o, n in zip(_share(expected, count), _share(true, count), count, strict=True)
+        ],
+    }
+
+
+def _share(of: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """`of / to`, NaN where that is not defined."""
+    return np.divide(of, to, out=np.full(np.broadcast_shapes(of.shape, to.shape), np.nan), where=to > 0)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the first axis, what is NaN left out; NaN where nothing else is."""
+    known = np.isfinite(values)
+    return _share(np.where(known, values, 0.0).sum(0), known.sum(0))
+
+
+def _number(value: Any) -> float | None:
+    """Rounded; None for NaN, which JSON has no word for."""
+    return round(float(value), 5) if np.isfinite(value) else None
+
+
+def _listed(values: np.ndarray) -> list[float | None]:
+    return [_number(value) for value in values]

@@ -1,0 +1,234 @@
+"""Scores predictors on held-out rows: `python -m predictor.scorecard --traces DIR --predictor DIR`.
+
+`--shipped` scores the shipped predictor on the held-out rows that are shipped with it. Recall and calibration
+are of all rows, the rest of batches of them; see `predictor.batches`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+from layerscope_jax.files import replace_files
+from layerscope_jax.traces import Trace
+from predictor import SHIPPED, metrics
+from predictor.baselines import (
+    Candidate,
+    Gate,
+    Learned,
+    Linear,
+    Oracle,
+    Popularity,
+    PreviousToken,
+    truth,
+)
+from predictor.batches import Batching
+from predictor.dataset import load_rows
+from predictor.fitted import load_or_fit
+from predictor.llapor import LLaPor
+from predictor.network import multi_hot
+from predictor.pca import Basis
+from predictor.report import Sums, report
+from predictor.routers import Routers
+from predictor.scorecard_plots import draw, need_matplotlib
+from predictor.scorecard_view import show
+from predictor.train import bar
+
+HORIZONS = (1, 2, 4, 8)
+SIZES = (1, 4, 16, 64)
+CALIBRATED_ROWS = 16_384
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """One scorecard.
+
+    Attributes:
+        traces: folder made by `layerscope trace`; its held-out passages are scored.
+        predictor: folders made by `predictor.train`; several, trained from other seeds, give the spread.
+        shipped: score the shipped predictor on the shipped held-out rows, in place of those two.
+        json: also write all figures to this file.
+        plots: also draw them into this folder.
+        tokens: held-out rows at most.
+        fit_tokens: training rows at most that popularity and the linear map are fitted to. They are kept
+            beside the first predictor.
+        seed: of the batches.
+    """
+
+    traces: Path | None = None
+    predictor: tuple[Path, ...] = ()
+    shipped: bool = False
+    json: Path | None = None
+    plots: Path | None = None
+    tokens: int = 131_072
+    fit_tokens: int = 196_608
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be 1 or more, got {getattr(self, name)}"
+            for name in ("tokens", "fit_tokens")
+            if getattr(self, name) < 1
+        ]
+        if self.shipped and (self.traces or self.predictor):
+            problems.append("shipped names a trace and a predictor itself: leave out traces and predictor")
+        if not self.shipped and not (self.traces and self.predictor):
+            problems.append("expected traces and predictor, or shipped alone")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def folders(self) -> tuple[Path, tuple[Path, ...]]:
+        """Of the trace and of the predictors."""
+        if self.shipped:
+            return SHIPPED / "heldout", (SHIPPED,)
+        assert self.traces is not None
+        return self.traces, self.predictor
+
+
+def scorecard(config: ScoreConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Scores every predictor there is; see `predictor.report.report` for what it gives.
+
+    Raises:
+        ValueError: if the trace has no held-out rows or no hidden states, or a predictor is of another model.
+    """
+    folder, predictors = config.folders
+    trace = Trace.open(folder)
+    model = trace.header.model
+    trained = [LLaPor.load(path) for path in predictors]
+    for path, llapor in zip(predictors, trained, strict=True):
+        model.check(llapor.model, f"the predictor in {path}")
+    rows = load_rows(
+        trace, lambda passage: passage.split == "heldout", most=config.tokens, what="held-out passages"
+    )
+    basis, routers = Basis.load(trace.folder), Routers.load(trace.folder)
+    furthest = min(*(llapor.look_ahead for llapor in trained), model.num_layers - 1)
+    horizons = tuple(horizon for horizon in HORIZONS if horizon <= furthest)
+    fitted = load_or_fit(predictors[0], trace, horizons, config.fit_tokens, progress=progress)
+    popularity = Popularity(fitted.share, horizons)
+    candidates: list[Candidate] = [
+        popularity,
+        PreviousToken(popularity),
+        Gate(routers, basis, popularity, model.experts_per_token),
+        Linear(fitted.linear),
+    ]
+    for number, llapor in enumerate(trained, 1):
+        name = "llapor" if number == 1 else f"llapor {number}"
+        candidates.append(Learned(llapor, routers, basis, horizons, name))
+    candidates.append(Oracle(popularity))
+    batching = Batching(rows, SIZES, config.seed)
+    sums = score(candidates, batching, horizons, progress=progress)
+    return report(
+        sums,
+        batching,
+        horizons,
+        unseen=tuple(trace.header.settings.get("heldout_domains", ())),
+        about={
+            "model": model.to_json(),
+            "trace": trace.header.settings | {"complete": trace.complete, "hidden": trace.header.hidden},
+            "predictors": [
+                {"name": f"llapor {number}" if number > 1 else "llapor", "folder": str(path)}
+                | {"size_bytes": llapor.size_bytes, "look_ahead": llapor.look_ahead}
+                for number, (path, llapor) in enumerate(zip(predictors, trained, strict=True), 1)
+            ],
+            "heldout_rows": len(rows),
+            "fitted_rows": fitted.made["rows"],
+            "seed": config.seed,
+        },
+    )
+
+
+def score(
+    candidates: list[Candidate], batching: Batching, horizons: tuple[int, ...], *, progress: bool = True
+) -> dict[str, Sums]:
+    """Candidate -> its sums; a layer at a time, so that one layer's forecasts are all that is held."""
+    rows, groups = batching.rows, len(batching.groups)
+    layers = rows.experts.shape[1]
+    sums = {candidate.name: Sums.zeros(layers, len(horizons), groups) for candidate in candidates}
+    member = jnp.asarray(batching.member)
+    some = np.linspace(0, len(rows) - 1, min(CALIBRATED_ROWS, len(rows))).astype(int)
+    with bar(layers * len(candidates), progress) as advance:
+        for layer in range(layers):
+            true = truth(rows, layer, horizons)
+            for number, candidate in enumerate(candidates):
+                advance(layer * len(candidates) + number, f"layer {layer}, {candidate.name}")
+                forecast = candidate.forecast(rows, layer)
+                for place in range(len(horizons)):
+                    experts = jnp.asarray(true.experts[:, place], jnp.int32)
+                    known = jnp.asarray(true.known[:, place], jnp.float32)
+                    probabilities = jnp.asarray(forecast.probabilities[:, place])
+                    ranking = jnp.asarray(forecast.ranking[:, place])
+                    probabilities, hot, absent = masked(probabilities, experts, known)
+                    found = sums[candidate.name]
+                    found.rows[layer, place] = row_sums(member, ranking, experts, known)
+                    found.bins[layer, place] = bin_sums(
+                        member[:, some], probabilities[some], hot[some], known[some]
+                    )
+                    for phase in ("decode", "prefill"):
+                        expected, none, counts = (
+                            batching.sums(phase, values) for values in (probabilities, absent, hot)
+                        )
+                        for size in expected:
+                            found.add(
+                                (layer, place),
+                                size,
+                                metrics.BatchSums(expected[size], none[size], counts[size]),
+                                batching.formed[phase, size].group,
+                            )
+        advance(layers * len(candidates), "scored")
+    return sums
+
+
+@jax.jit
+def masked(probabilities: jax.Array, experts: jax.Array, known: jax.Array) -> tuple[jax.Array, ...]:
+    """Probabilities, truth and log-absence [N, E], all zero in the rows whose target is not known."""
+    known = known[:, None]
+    probabilities *= known
+    hot = known * multi_hot(experts, probabilities.shape[-1])
+    return probabilities, hot, metrics.log_absence(probabilities)
+
+
+@jax.jit
+def row_sums(member: jax.Array, ranking: jax.Array, experts: jax.Array, known: jax.Array) -> jax.Array:
+    """[groups, 3] exact and relaxed recall summed over the rows, and how many rows they are."""
+    place = metrics.places(ranking, experts)
+    each = jnp.stack([metrics.exact_recall(place), metrics.relaxed_recall(place), jnp.ones_like(known)], 1)
+    return jnp.matmul(member, each * known[:, None], precision="highest")
+
+
+@jax.jit
+def bin_sums(member: jax.Array, probabilities: jax.Array, hot: jax.Array, known: jax.Array) -> jax.Array:
+    """[groups, 10, 3] `metrics.reliability` summed over the rows."""
+    each = metrics.reliability(probabilities, hot) * known[:, None, None]
+    return jnp.einsum("gn,nbc->gbc", member, each, precision="highest")
+
+
+def main() -> None:
+    """Runs the command line; exits with 2 and a message for input that does not serve."""
+    try:
+        config = tyro.cli(ScoreConfig, description=__doc__)
+        if config.plots is not None:
+            need_matplotlib()  # before the work, not after it
+        result = scorecard(config)
+        show(result, Console(width=None if sys.stdout.isatty() else 120))
+        if config.json is not None:
+            text = json.dumps(result, allow_nan=False) + "\n"
+            replace_files(config.json.parent, {config.json.name: lambda file: file.write_text(text)})
+        if config.plots is not None:
+            draw(result, config.plots)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

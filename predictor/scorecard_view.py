@@ -1,0 +1,198 @@
+"""What a scorecard prints: recall, batches, and what to make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+FREE = ("popularity", "previous-token", "gate")
+"""Predictors that are not trained."""
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Prints a report of `predictor.report.report`."""
+    model = result["model"]
+    console.print(
+        f"{model['family']}, {model['num_layers']} layers of {model['num_experts']} experts, "
+        f"{model['experts_per_token']} a token; {result['heldout_rows']:,} held-out tokens. Means over the "
+        "layers whose target is in the same step\n",
+        highlight=False,
+    )
+    console.print("Exact top-k recall in %, by layers ahead")
+    console.print(recall_table(result))
+    console.print(f"In batches of {main_phase(result)} rows, mean over domains")
+    console.print(batch_table(result))
+    for line in (*verdict(result), *left_out(result)):
+        console.print(line, highlight=False)
+
+
+def main_phase(result: dict[str, Any]) -> str:
+    """Decoding, unless the trace has only prompts."""
+    return "decode" if any(row["phase"] == "decode" for row in result["rows"]) else "prefill"
+
+
+def mean_of(result: dict[str, Any], key: str, **fixed: Any) -> float | None:
+    """Mean of a figure over the rows that have the fixed values; None if it is known for none."""
+    found = [
+        row[key]
+        for row in result["rows"]
+        if not row["wraps"] and all(row[name] == value for name, value in fixed.items())
+    ]
+    found = [value for value in found if value is not None]
+    return float(np.mean(found)) if found else None
+
+
+def names(rows: Iterable[dict[str, Any]], key: str) -> list[Any]:
+    """Different values, in the order of their first row."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def recall_table(result: dict[str, Any]) -> Table:
+    """A line for each domain and predictor; narrow enough for 80 columns."""
+    rows, phases = result["rows"], names(result["rows"], "phase")
+    table = new_table("domain", "predictor")
+    for phase in phases:
+        for place, horizon in enumerate(result["horizons"]):
+            table.add_column(f"{'' if place else phase}\n{horizon}", justify="right", vertical="bottom")
+    for domain in names(rows, "domain"):
+        for predictor in names(rows, "predictor"):
+            values = [
+                percent(mean_of(result, "recall", **fixed(predictor, horizon, phase), domain=domain))
+                for phase in phases
+                for horizon in result["horizons"]
+            ]
+            first = predictor == rows[0]["predictor"]
+            label = domain + (" *" if domain in result["unseen"] else "")
+            table.add_row(label if first else "", predictor, *values)
+        table.add_section()
+    if result["unseen"]:
+        table.caption = "*: nothing of this domain was trained on"
+    return table
+
+
+def batch_table(result: dict[str, Any]) -> Table:
+    """A line for each predictor and horizon; narrow enough for 80 columns."""
+    rows, phase = result["rows"], main_phase(result)
+    sizes = names(rows, "batch")
+    table = new_table("predictor", "ahead")
+    for size in sizes:
+        for title in (f"B={size}\nprec", "rec", "err"):
+            table.add_column(title, justify="right", vertical="bottom")
+    table.add_column("calib\nerr", justify="right", vertical="bottom")
+    for predictor in names(rows, "predictor"):
+        for place, horizon in enumerate(result["horizons"]):
+            here = fixed(predictor, horizon, phase)
+            figures = [
+                mean_of(result, key, **here, batch=size)
+                for size in sizes
+                for key in ("presence_precision", "presence_recall", "count_error_relative")
+            ]
+            cells = ["-" if figure is None else f"{100 * figure:.0f}" for figure in figures]
+            errors = [
+                row["error"]
+                for row in result["calibration"]
+                if all(row[name] == value for name, value in here.items())
+            ]
+            table.add_row("" if place else predictor, str(horizon), *cells, f"{np.mean(errors):.3f}")
+        table.add_section()
+    table.caption = (
+        "prec, rec: of the experts present in a batch of B, in %; err: of an expert's expected tokens, in % "
+        "of their mean; calib err: of the probabilities"
+    )
+    return table
+
+
+def fixed(predictor: str, horizon: int, phase: str) -> dict[str, Any]:
+    return {"predictor": predictor, "horizon": horizon, "phase": phase}
+
+
+def verdict(result: dict[str, Any]) -> list[str]:
+    """How far LLaPor is ahead of the others where it is least so; and what else there is to know of it."""
+    trained = [name for name in names(result["rows"], "predictor") if name.startswith("llapor")]
+    lines = []
+    for what, others in (("all that is untrained", FREE), ("the gate", ("gate",)), ("linear", ("linear",))):
+        said = []
+        for horizon in result["horizons"]:
+            margin, domain, phase = min(margins(result, trained, others, horizon))
+            said.append(f"{100 * margin:+.1f} {horizon} ahead ({domain}, {phase})")
+        lines.append(f"LLaPor's lead over {what}, in points of recall, is least: {', '.join(said)}.")
+    if len(trained) > 1:
+        points = 100 * spread(result, trained)
+        lines.append(f"The recalls of the {len(trained)} LLaPors differ by {points:.1f} points at most.")
+    phase = main_phase(result)
+    relaxed = (
+        f"{percent(mean_of(result, 'relaxed_recall', **fixed(trained[0], horizon, phase)))} {horizon} ahead"
+        for horizon in result["horizons"]
+    )
+    lines.append(
+        "By the paper's relaxed measure, the 2K/3 likeliest counted inside the true K, LLaPor would have "
+        f"{', '.join(relaxed)} (%, {phase})."
+    )
+    return lines
+
+
+def places(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every domain and phase that has rows."""
+    return list(dict.fromkeys((row["domain"], row["phase"]) for row in result["rows"]))
+
+
+def margins(
+    result: dict[str, Any], trained: Sequence[str], others: Sequence[str], horizon: int
+) -> list[tuple[float, str, str]]:
+    """How much more of the experts the mean of the trained predictors recalls than the best of the others."""
+    found = []
+    for domain, phase in places(result):
+
+        def recall(name: str, domain: str = domain, phase: str = phase) -> float:
+            return mean_of(result, "recall", **fixed(name, horizon, phase), domain=domain) or 0.0
+
+        ours = sum(map(recall, trained)) / len(trained)
+        found.append((ours - max(map(recall, others)), domain, phase))
+    return found
+
+
+def spread(result: dict[str, Any], trained: Sequence[str]) -> float:
+    """Largest difference of two trained predictors' recalls, over domains, phases and horizons."""
+    values = [
+        [mean_of(result, "recall", **fixed(name, horizon, phase), domain=domain) or 0.0 for name in trained]
+        for domain, phase in places(result)
+        for horizon in result["horizons"]
+    ]
+    return max(max(found) - min(found) for found in values)
+
+
+def left_out(result: dict[str, Any]) -> list[str]:
+    """Which batches could not be formed."""
+    sizes: dict[tuple[str, str], list[str]] = {}
+    for row in result["left_out"]:
+        sizes.setdefault((row["phase"], f"{row['domain']} ({row['passages']})"), []).append(str(row["batch"]))
+    domains: dict[tuple[str, str], list[str]] = {}
+    for (phase, domain), missing in sizes.items():
+        domains.setdefault((phase, ", ".join(missing)), []).append(domain)
+    return [
+        f"Too few passages for batches of {missing} in {phase}: {', '.join(found)}."
+        for (phase, missing), found in domains.items()
+    ]
+
+
+def percent(share: float | None) -> str:
+    """In %, a dash where there is nothing to say.
+
+    >>> percent(0.8766), percent(1.0), percent(None)
+    ('87.7', '100', '-')
+    """
+    if share is None:
+        return "-"
+    return "100" if share >= 0.9995 and share < 1.0005 else f"{100 * share:.1f}"
+
+
+def new_table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, vertical="bottom", no_wrap=True)
+    return table
