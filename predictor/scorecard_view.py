@@ -192,7 +192,7 @@ def percent(share: float | None) -> str:
 
 
 def new_table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for column in columns:
         table.add_column(column, vertical="bottom", no_wrap=True)
     return table

@@ -31,7 +31,7 @@ def write_trace(
     heldout: int = 6,
     tokens: int = 16,
     prompt: int = 8,
-    shuffled: bool = False,
+    shuffled: tuple[int, ...] = (),
     hidden: bool = True,
     model: ModelIdentity = MODEL,
     seed: int = 0,
@@ -43,7 +43,7 @@ def write_trace(
     preferred, so that popularity is worth something.
 
     Args:
-        shuffled: the experts of each layer are exchanged between rows: nothing says any more who chose them.
+        shuffled: layers whose experts are exchanged between rows: nothing says any more who chose them.
     """
     rng = np.random.default_rng(seed)
     passages = [
@@ -60,8 +60,8 @@ def write_trace(
     states = np.stack(states, 1).astype(np.float32)  # [N, L, D]
     logits = np.einsum("nld,lde->nle", states, weight) - np.linspace(0, 2, EXPERTS)
     experts = np.argsort(-logits, -1)[..., :CHOICES]
-    if shuffled:
-        experts = np.stack([experts[rng.permutation(rows), layer] for layer in range(LAYERS)], 1)
+    for layer in shuffled:
+        experts[:, layer] = experts[rng.permutation(rows), layer]
     chosen = np.exp(np.take_along_axis(logits, experts, -1))
     arrays = {
         "tokens": np.arange(rows),
