@@ -25,10 +25,12 @@ from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
 from layerscope_jax.fingerprint import fingerprint
 from layerscope_jax.generation import Request
+from layerscope_jax.prediction import PREDICTORS, Predictor
 from layerscope_jax.scheduling.baselines import POLICIES
 
 SHIPPED = "shipped"
 POLICY_NAMES = ", ".join(sorted(POLICIES))
+PREDICTOR_HELP = f"One of {', '.join(sorted(PREDICTORS))}, or the folder of a trained one."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,11 @@ class Demo:
     checkpoint: Annotated[str, arg(metavar="FOLDER", help="Another model: a Hugging Face folder.")] = SHIPPED
     policies: Annotated[
         tuple[str, ...], arg(metavar="POLICY ...", help=f"Policies to compare: some of {POLICY_NAMES}.")
-    ] = ("on-demand", "lru", "host-only", "fiddler")
+    ] = ("on-demand", "lru", "host-only", "fiddler", "fate")
+    predictor: Annotated[
+        str | None,
+        arg(metavar="PREDICTOR", help=f"Of policies that use one. {PREDICTOR_HELP} By default the best."),
+    ] = None
     max_new_tokens: Annotated[int, arg(help="Tokens to generate for each prompt.")] = 24
     budget_share: Annotated[float, arg(help="Share of the experts' bytes that the device may hold.")] = 0.25
     link_bandwidth: Annotated[
@@ -58,13 +64,15 @@ class Demo:
 
     def run(self) -> int:
         """Returns the exit code."""
+        model = open_model(self.checkpoint)
         report = demo.compare(
-            open_model(self.checkpoint),
+            model,
             demo.read_demo_prompts(),
             policies=self.policies,
             max_new_tokens=self.max_new_tokens,
             budget_share=self.budget_share,
             link_bandwidth=self.link_bandwidth,
+            predictor=open_predictor(self.predictor, self.checkpoint) or "gate",
         )
         if self.json:
             print(json.dumps(report))
@@ -109,6 +117,10 @@ class Generate:
     policy: Annotated[str, arg(metavar="POLICY", help=f"Who moves what within a budget: {POLICY_NAMES}.")] = (
         "lru"
     )
+    predictor: Annotated[
+        str | None,
+        arg(metavar="PREDICTOR", help=f"Forecasts experts for policies that prefetch. {PREDICTOR_HELP}"),
+    ] = None
     max_new_tokens: Annotated[int, arg(help="At most so many tokens for each prompt.")] = 64
     temperature: Annotated[float, arg(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0
     top_k: Annotated[int, arg(help="Sample from so many of the likeliest tokens; 0 for all.")] = 0
@@ -142,6 +154,7 @@ class Generate:
             policy=self.policy,
             link_bandwidth=self.link_bandwidth,
             numerics=self.numerics,
+            predictor=open_predictor(self.predictor, self.checkpoint),
         )
         make_policy(self.policy)
         rows = self._rows()
@@ -210,6 +223,73 @@ class Generate:
         say(summary(stats, model.bank.total_bytes))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Record which experts a model chooses on real text, and the hidden states that they are chosen by.
+
+    A predictor is trained on what is recorded: `python -m predictor.train`.
+    """
+
+    checkpoint: Annotated[
+        Positional[str],
+        arg(metavar="CHECKPOINT", help="A Hugging Face folder, or 'shipped' for the model that comes along."),
+    ]
+    text: Annotated[
+        tuple[Path, ...],
+        arg(
+            metavar="FILE ...",
+            help='JSON lines {"id", "text"}, whose domain is the name of the file, or plain texts, each a '
+            "document of the domain named as its folder.",
+        ),
+    ]
+    out: Annotated[Path, arg(metavar="FOLDER", help="For the trace; one that was cut off is gone on with.")]
+    heldout_domains: Annotated[
+        tuple[str, ...],
+        arg(metavar="DOMAIN ...", help="Domains that no predictor may be trained on, only measured."),
+    ] = ()
+    train_tokens: Annotated[int, arg(help="At most so many of each domain, to train on.")] = 100_000
+    heldout_tokens: Annotated[int, arg(help="At most so many of each domain, to measure on.")] = 10_000
+    length: Annotated[int, arg(help="Tokens of a passage; at most what the model's context holds.")] = 256
+    prompt: Annotated[float, arg(help="Share of a passage that is its prompt, before decode steps.")] = 0.5
+    hidden: Annotated[int, arg(help="Components that hidden states are reduced to; 0 records none.")] = 512
+    batch_size: Annotated[int, arg(help="Passages that run at once.")] = 16
+    device_budget: Annotated[
+        str | None,
+        arg(metavar="SIZE", help="Device memory for experts, '2GiB' say; without it everything is resident."),
+    ] = None
+    policy: Annotated[str, arg(metavar="POLICY", help=f"Who moves what within a budget: {POLICY_NAMES}.")] = (
+        "lru"
+    )
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        arg(help="Converts the weights; without it they stay as they are."),
+    ] = None
+    seed: Annotated[int, arg(help="Of the choice and order of passages.")] = 0
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        from predictor.record import RecordConfig, record
+
+        make_policy(self.policy)
+        config = RecordConfig(
+            text=self.text,
+            out=self.out,
+            heldout_domains=self.heldout_domains,
+            train_tokens=self.train_tokens,
+            heldout_tokens=self.heldout_tokens,
+            length=self.length,
+            prompt=self.prompt,
+            hidden=self.hidden,
+            batch_size=self.batch_size,
+            offload=OffloadConfig(device_budget=self.device_budget, policy=self.policy),
+            seed=self.seed,
+        )
+        trace = record(open_model(self.checkpoint, self.dtype), config)
+        passages = sum(len(chunk.passages) for chunk in trace.chunks)
+        say(f"{trace.folder} holds {trace.rows:,} tokens of {passages:,} passages")
+        return 0
+
+
 def folder_of(checkpoint: str) -> Path:
     return demo.SHIPPED if checkpoint == SHIPPED else Path(checkpoint)
 
@@ -220,6 +300,17 @@ def open_model(checkpoint: str, dtype: str | None = None) -> Model:
         with suppress(RuntimeError):  # JAX has been used before: its devices are what they are
             jax.config.update("jax_num_cpu_devices", 2)
     return load(folder_of(checkpoint), dtype=dtype)
+
+
+def open_predictor(predictor: str | None, checkpoint: str) -> Predictor | str | None:
+    """A predictor from its name or folder; without either, the one that comes with the shipped model."""
+    if predictor in PREDICTORS:
+        return predictor
+    import predictor as trained  # not before it is needed: it brings Optax along
+
+    if predictor is not None:
+        return trained.load(predictor)
+    return trained.shipped() if checkpoint == SHIPPED else None
 
 
 def say(text: str) -> None:
@@ -235,8 +326,10 @@ def main(args: Sequence[str] | None = None) -> int:
     if args == ["--version"]:
         print(", ".join(f"{name} {number}" for name, number in demo.versions().items()))
         return 0
-    command: Demo | Generate = tyro.cli(
-        Annotated[Demo, subcommand("demo")] | Annotated[Generate, subcommand("generate")],  # type: ignore[arg-type]
+    command: Demo | Generate | Record = tyro.cli(
+        Annotated[Demo, subcommand("demo")]  # type: ignore[arg-type]
+        | Annotated[Generate, subcommand("generate")]
+        | Annotated[Record, subcommand("trace")],
         prog="layerscope",
         description=(
             "Run mixture-of-experts language models whose experts do not fit on the accelerator. "

@@ -20,6 +20,8 @@ from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
 from layerscope_jax.generation import Request, Result
+from layerscope_jax.prediction import Predictor
+from layerscope_jax.scheduling.baselines import FORECASTING
 
 SHIPPED = Path(__file__).parent / "shipped"
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX reports it for every program that XLA compiles
@@ -49,6 +51,7 @@ def compare(
     max_new_tokens: int,
     budget_share: float,
     link_bandwidth: str | None,
+    predictor: Predictor | str | None = None,
 ) -> dict[str, Any]:
     """Generates with everything resident, then within a budget under each policy; returns the report.
 
@@ -59,11 +62,12 @@ def compare(
         max_new_tokens: of every prompt.
         budget_share: of the experts' bytes, over 0 and below 1.
         link_bandwidth: what copies are paced to, "50MB" say; None for as fast as they go.
+        predictor: of the policies that make use of one.
 
     Raises:
         ValueError: for an unknown policy, a share out of range or a budget too small.
     """
-    configs = configurations(model, policies, budget_share, link_bandwidth)
+    configs = configurations(model, policies, budget_share, link_bandwidth, predictor)
     texts = [row["prompt"] for row in prompts]
     Request(prompt="", max_new_tokens=max_new_tokens)  # refuses what is out of range, before anything has run
     results, runs = [], []
@@ -110,7 +114,11 @@ def compare(
 
 
 def configurations(
-    model: Model, policies: Sequence[str], budget_share: float, link_bandwidth: str | None
+    model: Model,
+    policies: Sequence[str],
+    budget_share: float,
+    link_bandwidth: str | None,
+    predictor: Predictor | str | None,
 ) -> list[tuple[str, OffloadConfig]]:
     """What is compared, by name: two ways with everything resident, the oracle second, then each policy."""
     if not 0 < budget_share < 1:
@@ -120,7 +128,10 @@ def configurations(
         link_bandwidth=link_bandwidth,
         numerics="exact",
     )
-    offloaded = [(policy, replace(limited, policy=policy)) for policy in policies]
+    offloaded = [
+        (policy, replace(limited, policy=policy, predictor=predictor if policy in FORECASTING else None))
+        for policy in policies
+    ]
     for policy, config in offloaded:
         if not make_policy(policy).uses_costs:  # measuring costs would take seconds
             Engine(model, config).close()  # refuses a budget too small before anything has run

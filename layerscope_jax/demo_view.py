@@ -56,7 +56,9 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
         found.add_column(header, justify="right", vertical="bottom", no_wrap=True)
     for run in runs:
         found.add_row(
-            run["policy"] + (", one jit" if run["mode"] == "whole" else ""),
+            run["policy"]
+            + (", one jit" if run["mode"] == "whole" else "")
+            + (f", {run['predictor']}" if run["predictor"] else ""),
             f"{run['tokens_per_s']:.1f}",
             f"{1e3 * run['ttft_s']:.0f}",
             f"{1e3 * run['tpot_s']:.0f}",
@@ -107,6 +109,9 @@ def sentence(report: dict[str, Any]) -> str:
             f"({f'the link is paced to {link}/s' if link else 'the link is not paced'} and "
             f"{most['link_share']:.0%} busy) for {most['tokens_per_s']:.0f} tokens/s"
         )
+    for run in policies:
+        if run["forecast_recall"] is not None:
+            seen += f"; of the experts of each layer {run['predictor']} foresaw {run['forecast_recall']:.0%}"
     if report["platform"] == "cpu":
         seen += (
             ". The device is played by a CPU here, so computing on the host looks better than beside an "

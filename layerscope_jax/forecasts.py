@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,27 +29,28 @@ class Forecasts:
         ValueError: if the predictor was made for another model.
 
     Attributes:
-        predict: the predictor's function, which runs inside the layer's jitted part; None if there is none.
+        in_layer: the predictor, if it runs inside the layer's jitted part.
         latest: the forecast of the layer before.
     """
 
     def __init__(self, predictor: Predictor | History | None, model: Model, geometry: Geometry):
         self.name = None if predictor is None else predictor.name
         self.latest: Forecast = ()
-        self.predict: Callable[..., jax.Array] | None = getattr(predictor, "predict", None)
+        self.in_layer: Predictor | None = None
         self._observe: Callable[..., None] | None = getattr(predictor, "observe", None)
         self._params: Sequence[Any] = [None] * geometry.num_layers
         self._numbers: list[jax.Array | None] = [None] * geometry.num_layers
         self._history: History | None = None
         self._state: Any = None
-        if self.predict is not None:
-            self._params = predictor.bind(model)  # type: ignore[union-attr]
+        if hasattr(predictor, "predict"):
+            self.in_layer = cast(Predictor, predictor)
+            self._params = self.in_layer.bind(model)
             self._numbers = [
                 jax.device_put(np.int32(layer), model.device) for layer in range(geometry.num_layers)
             ]
         elif predictor is not None:
-            self._history = predictor  # type: ignore[assignment]
-            self._state = predictor.init(geometry)  # type: ignore[union-attr]
+            self._history = cast(History, predictor)
+            self._state = self._history.init(geometry)
 
     def inputs(self, layer: int) -> tuple[Any, jax.Array | None]:
         """What a layer's jitted part takes for the forecast: its parameters and its number, on the device."""

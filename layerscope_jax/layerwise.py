@@ -24,6 +24,7 @@ from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
 from layerscope_jax.forecasts import Forecasts, counted_rows, expected_tokens
 from layerscope_jax.models.decoder import Decoder, DecoderLayer
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.prediction import Predictor
 from layerscope_jax.sampling import Sampling, sample
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, Policy, check_plan
 from layerscope_jax.statistics import Meter
@@ -75,7 +76,7 @@ class LayerByLayer:
         self._layers = [dense["layers"][index] for index in range(model.config.num_layers)]
         self._ends = {key: value for key, value in dense.items() if key != "layers"}
         self._embed, self._attend_and_route, self._add_experts, self._finish = programs(
-            model.config, model.bank.dtype, forecasts.predict
+            model.config, model.bank.dtype, forecasts.in_layer
         )
 
     def step(
@@ -107,7 +108,7 @@ class LayerByLayer:
         phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
         active = (positions != PAD_POSITION).reshape(-1)
         counted = None
-        if self.forecasts.predict is not None:
+        if self.forecasts.in_layer is not None:
             counted = counted_rows(active, last, tokens.shape[1])
         caches = list(caches)
         tokens, positions, last, counted = jax.device_put(
@@ -283,9 +284,7 @@ class LayerByLayer:
 
 
 @functools.lru_cache(maxsize=16)
-def programs(
-    config: ModelConfig, dtype: np.dtype, predict: Callable[..., jax.Array] | None
-) -> tuple[Callable, ...]:
+def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) -> tuple[Callable, ...]:
     """The jitted parts of a step: embed, attend, route and forecast, add the experts, finish.
 
     Every layer shares them, and so do all engines of models of one shape: another policy or budget compiles
@@ -307,11 +306,11 @@ def programs(
             hidden, positions, cache
         )
         expected = None
-        if predict is not None:
+        if predictor is not None:
             with jax.named_scope("forecast"):
                 # Behind a barrier nothing of it is fused with the layer, whose bits must not change by it.
                 known = jax.lax.optimization_barrier((inputs, routing.experts, routing.weights))
-                probabilities = predict(forecast_params, *known)
+                probabilities = predictor.predict(forecast_params, *known)
                 expected = expected_tokens(probabilities, counted, number, config.num_layers)
         return hidden, inputs, routing.experts, routing.weights, cache, expected
 

@@ -23,13 +23,21 @@ class Predictor(Protocol):
     Past the last layer the look-ahead goes on into the first layers of the next step. Forecasts decide when
     things move, never what is computed: a wrong one costs time alone.
 
+    It is hashable: engines with equal predictors share compiled programs. One with `observe(layer, inputs,
+    experts, weights, active)` is shown what became of each layer.
+
     Attributes:
         name: as in statistics and tables.
         look_ahead: W.
     """
 
-    name: str
-    look_ahead: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def look_ahead(self) -> int: ...
+
+    def __hash__(self) -> int: ...
 
     def bind(self, model: Model) -> Sequence[Any]:
         """What each layer of `model` is forecast with: a pytree of arrays on the device for each.
@@ -55,8 +63,11 @@ class History(Protocol):
         name, look_ahead: as of a `Predictor`.
     """
 
-    name: str
-    look_ahead: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def look_ahead(self) -> int: ...
 
     def init(self, geometry: Geometry) -> Any:
         """The first state."""

@@ -62,7 +62,7 @@ class TrainConfig:
     epochs: int = 2
     batch: int = 512
     input: GroupConfig = field(default_factory=GroupConfig)
-    middle: GroupConfig = field(default_factory=lambda: GroupConfig(blocks=5, gated=True, noise=0.03))
+    middle: GroupConfig = field(default_factory=lambda: GroupConfig(gated=True, noise=0.03))
     output: GroupConfig = field(default_factory=GroupConfig)
     balanced: bool = False
     focal: float = 0.0
@@ -177,11 +177,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
             recalled = validate(evaluate, params, validation)
             mean = float(np.nanmean(recalled))
             print(
-                json.dumps(
-                    {"epoch": at.epoch, "recall": mean, "by_horizon": np.nanmean(recalled, 0).tolist()}
-                ),
-                file=log,
-                flush=True,
+                json.dumps({"epoch": at.epoch, "recall": mean} | by_horizon(recalled)), file=log, flush=True
             )
             if mean > at.best:
                 at.best, at.stale, best = mean, 0, jax.tree.map(jnp.copy, params)
@@ -215,6 +211,22 @@ def validate(evaluate: Any, params: Any, rows: Rows, size: int = 1024) -> np.nda
         recalled, counted = recalled + np.asarray(found), counted + np.asarray(known)
     with np.errstate(invalid="ignore"):
         return recalled / counted
+
+
+def by_horizon(recall: np.ndarray) -> dict[str, list[float]]:
+    """Recall [L, W] as means over layers: of horizons within a step, and of those that reach into the next.
+
+    >>> by_horizon(np.array([[0.9, 0.5], [0.3, 0.2]]))
+    {'this_step': [0.9], 'next_step': [0.3, 0.35]}
+    """
+    layers, look_ahead = recall.shape
+    within = np.arange(layers)[:, None] + 1 + np.arange(look_ahead)[None] < layers
+
+    def means(which: np.ndarray) -> list[float]:
+        columns = (recall[which[:, step], step] for step in range(look_ahead))
+        return [round(float(np.nanmean(found)), 4) for found in columns if found.size]
+
+    return {"this_step": means(within), "next_step": means(~within)}
 
 
 def check_same_run(config: TrainConfig, trace: Trace) -> None:

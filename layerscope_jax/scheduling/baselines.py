@@ -172,3 +172,6 @@ def device_is_faster(profile: HardwareProfile, tokens: int) -> bool:
 
 POLICIES = {policy.name: policy for policy in (OnDemand, LRU, HostOnly, Fiddler, Fate, Resident)}
 """Policies by name, as `OffloadConfig.policy` takes them."""
+
+FORECASTING = frozenset({Fate.name})
+"""Those that make use of a predictor."""
