@@ -23,6 +23,7 @@ from rich.console import Console
 import layerscope_jax
 from benchmarks import harness
 from layerscope_jax import POLICIES, Engine, Model, OffloadConfig, load
+from layerscope_jax.scheduling.baselines import FORECASTING
 
 SHIPPED = Path(layerscope_jax.__file__).parent / "shipped"
 RESIDENT = "resident"
@@ -84,7 +85,13 @@ def cell(
     with contextlib.ExitStack() as stack:
         engines = {RESIDENT: resident}
         for policy in options.policies:
-            config = OffloadConfig(device_budget=budget, policy=policy, link_bandwidth=link, numerics="exact")
+            config = OffloadConfig(
+                device_budget=budget,
+                policy=policy,
+                link_bandwidth=link,
+                numerics="exact",
+                predictor="gate" if policy in FORECASTING else None,
+            )
             try:
                 engines[policy] = stack.enter_context(Engine(model, config))
             except ValueError as error:
