@@ -36,7 +36,7 @@ class GroupConfig:
     gated: bool = False
     dropout: float = 0.0
     noise: float = 0.0
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
     weight_decay: float = 1e-2
 
 

@@ -130,7 +130,9 @@ class Tuner:
                 self._kept -= len(self._blocks.popleft().has_next)
             if self._unchecked >= CHECK_EVERY:
                 self._unchecked -= CHECK_EVERY
-                self._look()
+                # Optax mixes dtypes and ranks, whatever strictness the program has asked of JAX.
+                with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                    self._look()
         return self.llapor is not before
 
     def _look(self) -> None:
