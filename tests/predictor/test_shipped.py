@@ -1,0 +1,106 @@
+"""What is shipped: the predictor is of the shipped model, and better than the free ones on what comes along."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import layerscope_jax
+import predictor
+from layerscope_jax import Engine, OffloadConfig, load
+from layerscope_jax.cli import main
+from layerscope_jax.demo import read_demo_prompts
+from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.traces import Trace
+from predictor.excerpt import ExcerptConfig, excerpt
+from predictor.scorecard import ScoreConfig, scorecard
+
+SHIPPED = Path(layerscope_jax.__file__).parent / "shipped"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(SHIPPED)
+
+
+def test_the_held_out_rows_are_of_the_model_and_of_no_training_document(model):
+    trace = Trace.open(predictor.SHIPPED / "heldout")
+    assert trace.header.model == ModelIdentity.of(model)
+    for chunk in trace.chunks:
+        chunk.verify()
+        assert {passage.split for passage in chunk.passages} == {"heldout"}
+    assert "instructions" in {passage.domain for chunk in trace.chunks for passage in chunk.passages}
+
+
+def test_in_the_engine_it_foresees_more_than_the_routers(model):
+    prompts = [row["prompt"] for row in read_demo_prompts()][:4]
+    recall, tokens = {}, {}
+    for name, which in (("gate", "gate"), ("llapor", predictor.shipped())):
+        config = OffloadConfig(
+            device_budget=model.bank.total_bytes // 4, policy="fate", predictor=which, numerics="exact"
+        )
+        with Engine(model, config) as engine:
+            result = engine.generate(prompts, max_new_tokens=6)
+        recall[name], tokens[name] = result.stats.forecast_recall, result.tokens
+    assert recall["llapor"] > recall["gate"] + 0.05
+    assert tokens["llapor"] == tokens["gate"]
+
+
+def test_its_scorecard():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        card = scorecard(ScoreConfig(shipped=True), progress=False)
+    recall = {}
+    for row in card["rows"]:
+        if row["batch"] == 1 and not row["wraps"]:
+            recall.setdefault((row["predictor"], row["horizon"]), []).append(row["recall"])
+    mean = {key: np.mean(values) for key, values in recall.items()}
+    for horizon in (1, 2, 4, 8):
+        assert mean["oracle", horizon] == 1
+        for free in ("popularity", "previous-token", "gate", "linear"):
+            assert mean["llapor", horizon] > mean[free, horizon]
+
+
+def test_an_excerpt_is_the_beginning_of_passages(tmp_path):
+    whole = Trace.open(predictor.SHIPPED / "heldout")
+    cut = excerpt(ExcerptConfig(traces=whole.folder, out=tmp_path / "cut", passages=2, tokens=8))
+    places = {passage.document + str(passage.start): (c, rows) for c, passage, rows in whole.passages()}
+    for chunk, passage, rows in cut.passages():
+        assert (passage.tokens, passage.prompt) == (8, 4)
+        there, other = places[passage.document + str(passage.start)]
+        for name in chunk.files:
+            np.testing.assert_array_equal(
+                chunk.map(name)[rows], there.map(name)[other.start : other.start + 8]
+            )
+    with pytest.raises(ValueError, match="holds a trace already"):
+        excerpt(ExcerptConfig(traces=whole.folder, out=tmp_path / "cut", passages=2, tokens=8))
+    with pytest.raises(ValueError, match="expected 99 held-out passages"):
+        excerpt(ExcerptConfig(traces=whole.folder, out=tmp_path / "more", passages=99, tokens=8))
+
+
+def test_trace_on_the_command_line(tmp_path, capsys):
+    text = tmp_path / "letters"
+    text.mkdir()
+    for index in range(4):
+        (text / f"{index}.txt").write_text("The Nation continues to enjoy peace. " * (8 + index))
+    files = [str(path) for path in sorted(text.iterdir())]
+    command = ["trace", "shipped", "--text", *files, "--out", str(tmp_path / "trace"), "--length", "32"]
+    assert main([*command, "--train-tokens", "64", "--heldout-tokens", "64"]) == 0
+    trace = Trace.open(tmp_path / "trace")
+    assert trace.complete
+    assert f"{trace.rows:,} tokens" in capsys.readouterr().err
+    assert main([*command, "--heldout-domains", "prose"]) == 2
+    assert "heldout-domains must be some of letters, got prose" in capsys.readouterr().err
+    assert main([*command, "--train-tokens", "32"]) == 2
+    assert "made in another way" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere", "nowhere: expected a trained predictor"), ("gate", "")],
+)
+def test_predictors_on_the_command_line(name, message, capsys):
+    command = ["generate", "shipped", "--prompt", "Once", "--max-new-tokens", "2", "--predictor", name]
+    budget = ["--device-budget", "5MB", "--policy", "fate"]
+    assert main([*command, *budget]) == (2 if message else 0)
+    assert message in capsys.readouterr().err
