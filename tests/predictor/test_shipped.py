@@ -1,4 +1,4 @@
-"""What is shipped: the predictor is of the shipped model, and better than the free ones on what comes along."""
+"""What is shipped: a predictor of the shipped model, better than the free ones on rows that come along."""
 
 from pathlib import Path
 
