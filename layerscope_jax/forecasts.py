@@ -30,12 +30,10 @@ class Forecasts:
 
     Attributes:
         in_layer: the predictor, if it runs inside the layer's jitted part.
-        latest: the forecast of the layer before.
     """
 
     def __init__(self, predictor: Predictor | History | None, model: Model, geometry: Geometry):
         self.name = None if predictor is None else predictor.name
-        self.latest: Forecast = ()
         self.in_layer: Predictor | None = None
         self._observe: Callable[..., None] | None = getattr(predictor, "observe", None)
         self._params: Sequence[Any] = [None] * geometry.num_layers
@@ -65,10 +63,10 @@ class Forecasts:
             tokens: (token, choice) pairs of this layer.
         """
         if expected is not None:
-            self.latest = expected.tolist()
-        elif self._history is not None:
-            self.latest = self._history.expected(self._state, layer, tokens)
-        return self.latest
+            return expected.tolist()
+        if self._history is not None:
+            return self._history.expected(self._state, layer, tokens)
+        return ()
 
     def learn(
         self,

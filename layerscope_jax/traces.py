@@ -118,16 +118,31 @@ class Chunk:
 
     def passage_of_row(self) -> np.ndarray:
         """[N] index into `passages`."""
-        return np.repeat(np.arange(len(self.passages)), [passage.tokens for passage in self.passages])
+        return passage_of_row(self.passages)
 
     def positions(self) -> np.ndarray:
         """[N] position of each row within its passage."""
-        return np.concatenate([np.arange(passage.tokens) for passage in self.passages])
+        return positions(self.passages)
 
     def decode(self) -> np.ndarray:
         """[N] bool: whether a row is a decode step rather than a part of its prompt."""
-        prompts = np.array([passage.prompt for passage in self.passages])
-        return self.positions() >= prompts[self.passage_of_row()]
+        return decode_rows(self.passages)
+
+
+def passage_of_row(passages: Sequence[Passage]) -> np.ndarray:
+    """[N] index of the passage that each row belongs to."""
+    return np.repeat(np.arange(len(passages)), [passage.tokens for passage in passages])
+
+
+def positions(passages: Sequence[Passage]) -> np.ndarray:
+    """[N] position of each row within its passage."""
+    return np.concatenate([np.arange(passage.tokens) for passage in passages])
+
+
+def decode_rows(passages: Sequence[Passage]) -> np.ndarray:
+    """[N] bool: whether a row is a decode step rather than a part of its prompt."""
+    prompts = np.array([passage.prompt for passage in passages])
+    return positions(passages) >= prompts[passage_of_row(passages)]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerscope_jax.traces import decode_rows
 from predictor.dataset import Rows
 from predictor.metrics import batch_sum
 
@@ -63,9 +64,7 @@ class Batching:
     @cached_property
     def _decode(self) -> np.ndarray:
         """[N] bool."""
-        passage = self.rows.passage_of_row()
-        prompts = np.array([found.prompt for found in self.rows.passages])
-        return np.arange(len(self.rows)) - self._starts[passage] >= prompts[passage]
+        return decode_rows(self.rows.passages)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

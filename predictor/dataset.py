@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerscope_jax.traces import Passage, Trace
+from layerscope_jax.traces import Passage, Trace, passage_of_row
 from layerscope_jax.training.documents import stable_hash
 
 
@@ -34,7 +34,7 @@ class Rows:
 
     def passage_of_row(self) -> np.ndarray:
         """[N] index into `passages`."""
-        return np.repeat(np.arange(len(self.passages)), [passage.tokens for passage in self.passages])
+        return passage_of_row(self.passages)
 
 
 def load_rows(

@@ -36,10 +36,6 @@ class Basis:
     def width(self) -> int:
         return self.components.shape[2]
 
-    def kept(self) -> np.ndarray:
-        """[L] share of the variance that the components keep."""
-        return self.variance.sum(1) / np.maximum(self.total, 1e-30)
-
     def save(self, folder: Path) -> None:
         replace_files(folder, {FILE: lambda file: file.write_bytes(save(vars(self)))})
 

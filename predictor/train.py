@@ -37,7 +37,7 @@ VALIDATION_ROWS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Where the defaults are not the paper's, `predictor/README.md` says what was measured.
+    """One training run. `predictor/README.md` says where the defaults are not the paper's.
 
     Attributes:
         traces: folder made by `layerscope trace`.

@@ -103,9 +103,7 @@ def test_the_gate_foresees_all_where_nothing_comes_between():
     config = OffloadConfig(device_budget=BUDGET, policy="fate", predictor="gate")
     with Engine(Model.from_decoder(decoder), config) as engine:
         stats = engine.generate(PROMPTS[:1], max_new_tokens=6).stats
-        engine.runner.forecasts.latest = ()
     # Two of three layers: what the last one sees is no forecast of the next step, and counts as none.
-    assert stats.forecast_recall == pytest.approx(1.0, abs=0.34)
     assert stats.forecast_recall >= 2 / 3
 
 
