@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+KNOWN = 1024
+"""Token counts up to here are looked up; policies ask for thousands of times within a step."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,24 @@ class TimeTable:
             )
 
     def __call__(self, tokens: int) -> float:
+        return self.known[tokens] if 0 < tokens <= KNOWN else self._interpolated(tokens)
+
+    @cached_property
+    def known(self) -> list[float]:
+        """Times of 0 to `KNOWN` tokens; nothing is done for none."""
+        return [0.0] + [self._interpolated(tokens) for tokens in range(1, KNOWN + 1)]
+
+    def expected(self, tokens: float) -> float:
+        """For a forecast count, which is not a whole number; up to one token, the chance that one comes.
+
+        >>> TimeTable((1, 4), (1.0, 2.5)).expected(0.3)
+        0.3
+        """
+        whole = int(tokens)
+        low = self(whole) if whole else 0.0
+        return low + (tokens - whole) * (self(whole + 1) - low)
+
+    def _interpolated(self, tokens: int) -> float:
         if len(self.tokens) == 1 or tokens <= self.tokens[0]:
             return self.ms[0]
         right = min(bisect_right(self.tokens, tokens), len(self.tokens) - 1)
@@ -39,19 +63,46 @@ class TimeTable:
         share = (tokens - low) / (high - low)
         return max(0.0, self.ms[right - 1] + share * (self.ms[right] - self.ms[right - 1]))
 
+    def to_json(self) -> dict[str, Any]:
+        return {"tokens": list(self.tokens), "ms": list(self.ms)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> TimeTable:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            tokens, ms = record["tokens"], record["ms"]
+            if not all(type(count) is int for count in tokens):
+                raise TypeError
+            return cls(tuple(tokens), tuple(float(time) for time in ms))
+        except (KeyError, TypeError):
+            raise ValueError(
+                'expected a time table such as {"tokens": [1, 4], "ms": [0.2, 0.5]}, '
+                f"got {str(record)[:80]}"
+            ) from None
+
+
+NOTHING = TimeTable((1,), (0.0,))
+
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
-    """Costs of one expert on one machine, in milliseconds.
+    """Costs of one layer of a model on one machine, in milliseconds.
 
     Attributes:
         host_ms: of computing an expert on the host, by its tokens.
         device_ms: of computing a resident expert on the device, by its tokens.
         transfer_ms: of copying one expert to the device.
+        layer_ms: of everything else in a layer (attention, router, shared experts, the sum), by tokens of the
+            step.
         source: where the figures come from.
     """
 
     host_ms: TimeTable
     device_ms: TimeTable
     transfer_ms: float
+    layer_ms: TimeTable = NOTHING
     source: str
