@@ -2,54 +2,68 @@
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from layerscope_jax.scheduling.costs import HardwareProfile
+import numpy as np
+
+from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
 from layerscope_jax.scheduling.split import Split, balance
 
 MEMORY = 512
-"""Tokens after which an expert's popularity is half forgotten."""
+"""Tokens after which half of what is known of an expert's popularity is forgotten."""
+
+REACH = 2
+"""Layers ahead that are looked at without a predictor."""
 
 
-class Habit(NamedTuple):
-    """What is remembered of a layer.
+class Curve(NamedTuple):
+    """A time table for expected counts, which are not whole numbers; up to one token, the chance that one comes."""
 
-    Attributes:
-        popularity: [E] mean tokens that an expert gets of one token in the step.
-        span_ms: from its plan to that of the next layer, as expected last time.
-        device_price: what a millisecond of the device costs in this layer's time; the host's costs the rest.
-            0 where the host ends last whatever is done.
-        residents: (worth, expert) of what the device held of it, least worth first; worth is the time that
-            keeping the expert is expected to save in the layer's next turn.
-    """
+    tokens: tuple[float, ...]
+    ms: tuple[float, ...]
 
-    popularity: tuple[float, ...]
-    span_ms: float = 0.0
-    device_price: float = 0.0
-    residents: tuple[tuple[float, int], ...] = ()
+    @classmethod
+    def of(cls, table: TimeTable) -> Curve:
+        tokens = sorted({1, *table.tokens, 2 * table.tokens[-1], 1_000_000})
+        return cls((0.0, *tokens), (0.0, *(table(count) for count in tokens)))
+
+    def __call__(self, expected: np.ndarray) -> np.ndarray:
+        return np.interp(expected, self.tokens, self.ms)
 
 
 @dataclass(frozen=True)
 class PreSchedState:
-    """Costs, shape, a `Habit` for each layer, and what was put on the link, in order."""
+    """What is remembered; arrays are copied before they change.
+
+    Attributes:
+        costs, geometry: of machine and model.
+        host, device: the time tables for counts that are not whole.
+        popularity: [L, E] mean tokens that an expert gets of one token in the step.
+        worth: [L, E] ms that having the expert on the device saves in its layer's next turn, by its popularity.
+        present: [L, E] bool, on the device or on its way.
+        span_ms: [L] from a layer's plan to the next, as it was expected last.
+        price: [L] what a millisecond of device work costs of a layer's time; the host's costs the rest. 0 where
+            the host ends last whatever is done.
+        queue: what was put on the link, in order.
+    """
 
     costs: HardwareProfile
     geometry: Geometry
-    habits: tuple[Habit, ...]
+    host: Curve
+    device: Curve
+    popularity: np.ndarray
+    worth: np.ndarray
+    present: np.ndarray
+    span_ms: np.ndarray
+    price: np.ndarray
     queue: tuple[ExpertId, ...] = ()
 
-
-class Candidate(NamedTuple):
-    """An absent expert of a coming layer: the time that having it there would save, and until when."""
-
-    saves_ms: float
-    due_ms: float
-    expert: ExpertId
+    def saved_ms(self, expected: np.ndarray, price: np.ndarray) -> np.ndarray:
+        """What it saves of a layer's time to have an expert on the device, by its expected tokens."""
+        return (1 - price) * self.host(expected) - price * self.device(expected)
 
 
 class PreSched:
@@ -70,63 +84,97 @@ class PreSched:
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> PreSchedState:
         if profile is None:
             raise ValueError(f"policy {self.name!r} weighs costs: it needs a HardwareProfile, got None")
-        habit = Habit((0.0,) * geometry.num_experts)
-        return PreSchedState(profile, geometry, (habit,) * geometry.num_layers)
+        layers, experts = geometry.num_layers, geometry.num_experts
+        return PreSchedState(
+            profile,
+            geometry,
+            Curve.of(profile.host_ms),
+            Curve.of(profile.device_ms),
+            popularity=np.zeros((layers, experts)),
+            worth=np.zeros((layers, experts)),
+            present=np.zeros((layers, experts), bool),
+            span_ms=np.zeros(layers),
+            price=np.zeros(layers),
+        )
 
     def plan(self, state: PreSchedState, seen: Observation) -> tuple[PreSchedState, LayerPlan]:
-        costs, layer, demand, resident = state.costs, seen.layer, seen.demand, seen.resident
-        geometry, habit = state.geometry, state.habits[layer]
-        queue = [expert for expert in state.queue if expert in seen.in_flight]
+        costs, geometry, layer, demand = state.costs, state.geometry, seen.layer, seen.demand
+        transfer_ms, resident, in_flight = costs.transfer_ms, seen.resident, seen.in_flight
         tokens = sum(demand.values()) / geometry.experts_per_token
-        habit = habit._replace(popularity=remember(habit.popularity, demand, tokens))
         other_ms = costs.layer_ms(round(tokens))
+        queue = [expert for expert in state.queue if expert in in_flight]
+        present = presence(state.present, seen)
+        popularity = remembered(state.popularity, layer, demand, tokens)
+
+        # What the coming layers would save by each of their experts.
+        reach = len(seen.forecast) or min(REACH, geometry.num_layers - 1)
+        ahead = np.arange(layer + 1, layer + 1 + reach) % geometry.num_layers
+        expected = np.array(seen.forecast) if seen.forecast else popularity[ahead] * tokens
+        saves = state.saved_ms(expected, state.price[ahead][:, None])
+        spans = np.maximum(state.span_ms[ahead], other_ms)
+        due_ms = (np.cumsum(spans) - spans).tolist()  # from the next plan on
+        wanted = np.where(present[ahead], 0.0, saves)
+
+        # What may leave.
+        free = geometry.slots - len(resident) - len(in_flight)
+        worth = np.where(present, state.worth, np.inf)
+        worth[ahead] = np.maximum(worth[ahead], saves)
+        worth[layer, list(demand)] = np.inf
+        for expert in queue:
+            worth[expert] = np.inf
 
         here = [expert for expert in demand if (layer, expert) in resident]
-        coming, ahead_ms = arrivals(queue, layer, demand, costs.transfer_ms)
-        candidates = self._candidates(state, seen, tokens, other_ms)
-        spare = Peekable(self._spare(state, seen, tokens))
-        free = geometry.slots - len(resident) - len(seen.in_flight)
-        fitting = int(habit.span_ms / costs.transfer_ms) + 1 - len(queue)
+        coming, ahead_ms = arrivals(queue, layer, demand, transfer_ms)
+        fitting = max(0, int(state.span_ms[layer] / transfer_ms) + 1 - len(queue))
+        candidates = lowest(-wanted, fitting + 16, below=0.0)
+        spare = lowest(worth, len(demand) + fitting + 16, below=np.inf)
         split = balance(
             costs,
             demand,
             here,
             coming,
             link_ms=ahead_ms,
-            loads=free + len(resident) - len(here),
-            worth_ms=link_price(candidates, spare, free, max(0, fitting)),
+            loads=free + len(spare),
+            worth_ms=link_price(candidates, spare, free, fitting),
         )
         span_ms = max(split.device_ms, split.host_ms) + other_ms
-        link_ms = (len(queue) - 0.5 * bool(queue) + len(split.load)) * costs.transfer_ms
+        link_ms = (len(queue) - 0.5 * bool(queue) + len(split.load)) * transfer_ms
         load = [ExpertId(layer, expert) for expert in split.load]
-        evict = [next(spare)[1] for _ in range(len(load) - free)]
+        leaving = max(0, len(load) - free)
         free = max(0, free - len(load))
-
         prefetch: list[ExpertId] = []
-        for candidate in candidates:
+        for loss, row, expert in candidates:
             if link_ms >= span_ms:
                 break
-            if link_ms + costs.transfer_ms > span_ms + candidate.due_ms:
+            if link_ms + transfer_ms > span_ms + due_ms[row]:
                 continue
             if free:
                 free -= 1
+            elif leaving < len(spare) and spare[leaving][0] < -loss:
+                leaving += 1
             else:
-                found = spare.peek(0)
-                if found is None or found[0] >= candidate.saves_ms:
-                    break
-                evict.append(next(spare)[1])
-            prefetch.append(candidate.expert)
-            link_ms += costs.transfer_ms
+                break
+            prefetch.append(ExpertId(int(ahead[row]), expert))
+            link_ms += transfer_ms
+        evict = [ExpertId(*where) for _, *where in spare[:leaving]]
 
-        price = device_price(costs, demand, here, split)
-        gone = set(evict)
-        held = [e for e in range(geometry.num_experts) if (layer, e) in resident and (layer, e) not in gone]
-        held += [e.expert for e in (*load, *queue) if e.layer == layer and e.expert not in held]
-        habit = habit._replace(span_ms=span_ms, device_price=0.5 * (habit.device_price + price))
-        worths = sorted((saved_ms(costs, habit, habit.popularity[e] * tokens), e) for e in held)
-        habits = list(state.habits)
-        habits[layer] = habit._replace(residents=tuple(worths))
-        state = replace(state, habits=tuple(habits), queue=(*queue, *load, *prefetch))
+        for expert in evict:
+            present[expert] = False
+        for expert in (*load, *prefetch):
+            present[expert] = True
+        span, price, worths = state.span_ms.copy(), state.price.copy(), state.worth.copy()
+        span[layer] = span_ms
+        price[layer] = 0.5 * (price[layer] + device_price(costs, demand, here, split))
+        worths[layer] = state.saved_ms(popularity[layer] * tokens, price[layer])
+        state = replace(
+            state,
+            popularity=popularity,
+            worth=worths,
+            present=present,
+            span_ms=span,
+            price=price,
+            queue=(*queue, *load, *prefetch),
+        )
         return state, LayerPlan(
             step=seen.step,
             layer=layer,
@@ -137,93 +185,58 @@ class PreSched:
             prefetch=tuple(prefetch),
         )
 
-    def _candidates(
-        self, state: PreSchedState, seen: Observation, tokens: float, other_ms: float
-    ) -> list[Candidate]:
-        """Absent experts of the coming layers, those that save most first."""
-        found = []
-        due_ms = 0.0  # from the next plan on
-        layers = state.geometry.num_layers
-        rows: Sequence[Sequence[float] | None] = seen.forecast or (None, None)
-        for ahead, row in enumerate(rows):
-            layer = (seen.layer + 1 + ahead) % layers
-            habit = state.habits[layer]
-            if row is None:
-                row = [share * tokens for share in habit.popularity]
-            for expert, expected in enumerate(row):
-                if expected > 0.05:
-                    copy = (layer, expert)
-                    if copy not in seen.resident and copy not in seen.in_flight:
-                        saves = saved_ms(state.costs, habit, expected)
-                        if saves > 0:
-                            found.append(Candidate(saves, due_ms, ExpertId(layer, expert)))
-            due_ms += habit.span_ms or other_ms
-        found.sort(key=lambda candidate: -candidate.saves_ms)
-        return found
 
-    def _spare(
-        self, state: PreSchedState, seen: Observation, tokens: float
-    ) -> Iterator[tuple[float, ExpertId]]:
-        """Residents that this layer does not need, least worth first, each with its worth."""
-        ahead = {(seen.layer + 1 + w) % state.geometry.num_layers: row for w, row in enumerate(seen.forecast)}
-
-        def of(layer: int, habit: Habit) -> Iterator[tuple[float, ExpertId]]:
-            residents = habit.residents
-            if (row := ahead.get(layer)) is not None:
-                residents = sorted((max(w, saved_ms(state.costs, habit, row[e])), e) for w, e in residents)
-            for worth, expert in residents:
-                copy = ExpertId(layer, expert)
-                if copy in seen.resident and not (layer == seen.layer and expert in seen.demand):
-                    yield worth, copy
-
-        # What came in some other way, or has not had its turn yet, is worth nothing known.
-        if sum(len(habit.residents) for habit in state.habits) < len(seen.resident):
-            listed = {(layer, e) for layer, h in enumerate(state.habits) for _, e in h.residents}
-            for copy in sorted(seen.resident):
-                if copy not in listed and not (copy.layer == seen.layer and copy.expert in seen.demand):
-                    yield 0.0, copy
-        yield from heapq.merge(*(of(layer, habit) for layer, habit in enumerate(state.habits)))
+def presence(present: np.ndarray, seen: Observation) -> np.ndarray:
+    """[L, E] bool, a new array: what is on the device or on its way."""
+    if np.count_nonzero(present) == len(seen.resident) + len(seen.in_flight):
+        return present.copy()
+    # Copies were lost or dropped, or came in some other way.
+    found = np.zeros_like(present)
+    for expert in (*seen.resident, *seen.in_flight):
+        found[expert] = True
+    return found
 
 
-class Peekable:
-    """An iterator that can be looked into."""
-
-    def __init__(self, items: Iterator[tuple[float, ExpertId]]):
-        self._items = items
-        self._seen: deque[tuple[float, ExpertId]] = deque()
-
-    def peek(self, ahead: int) -> tuple[float, ExpertId] | None:
-        """The item so many after the next; None where there is none."""
-        while len(self._seen) <= ahead:
-            item = next(self._items, None)
-            if item is None:
-                return None
-            self._seen.append(item)
-        return self._seen[ahead]
-
-    def __next__(self) -> tuple[float, ExpertId]:
-        return self._seen.popleft() if self._seen else next(self._items)
+def remembered(popularity: np.ndarray, layer: int, demand: Mapping[int, int], tokens: float) -> np.ndarray:
+    """Popularity after a layer's turn with so many tokens."""
+    new = popularity.copy()
+    known = new[layer].any()
+    weight = tokens / (tokens + MEMORY) if known else 1.0
+    new[layer] *= 1 - weight
+    new[layer, list(demand)] += np.fromiter(demand.values(), float, len(demand)) * (weight / tokens)
+    return new
 
 
-def link_price(candidates: Sequence[Candidate], spare: Peekable, free: int, fitting: int) -> float:
-    """What a load must gain: the room it takes, and the prefetch that it holds up."""
-    room = spare.peek(0) if free <= 0 else None
-    price = room[0] if room is not None else 0.0
+def lowest(values: np.ndarray, count: int, below: float) -> list[tuple[float, int, int]]:
+    """The `count` lowest values under `below` with their places, lowest first; ties in order."""
+    flat = values.reshape(-1)
+    if count < len(flat):
+        below = min(below, np.nextafter(np.partition(flat, count)[count], np.inf))
+    found = np.flatnonzero(flat < below)
+    found = found[np.argsort(flat[found], kind="stable")]
+    rows, columns = np.divmod(found, values.shape[1])
+    return list(zip(flat[found].tolist(), rows.tolist(), columns.tolist(), strict=True))
+
+
+def link_price(
+    candidates: Sequence[tuple[float, int, int]],
+    spare: Sequence[tuple[float, int, int]],
+    free: int,
+    fitting: int,
+) -> float:
+    """What a load must gain: what leaves for it, and the prefetch that it holds up."""
+    price = 0.0 if free > 0 or not spare else spare[0][0]
     if fitting < len(candidates):
-        room = spare.peek(fitting - free) if fitting >= free else None
-        price += max(0.0, candidates[fitting].saves_ms - (room[0] if room is not None else 0.0))
+        gain = -candidates[fitting][0]
+        leaving = fitting - free
+        price += max(0.0, gain - (spare[leaving][0] if 0 <= leaving < len(spare) else 0.0))
     return price
 
 
-def saved_ms(costs: HardwareProfile, habit: Habit, tokens: float) -> float:
-    """What an expert's being on the device saves of its layer's time, if so many tokens are expected for it."""
-    host = costs.host_ms.expected(tokens)
-    device = costs.device_ms.expected(tokens)
-    return (1 - habit.device_price) * host - habit.device_price * device
-
-
-def device_price(costs: HardwareProfile, demand, here: list[int], split: Split) -> float:
-    """The price at which the resident expert that went to the host last was worth neither more nor less."""
+def device_price(
+    costs: HardwareProfile, demand: Mapping[int, int], here: Sequence[int], split: Split
+) -> float:
+    """The price at which the resident expert that was given to the host last is worth neither more nor less."""
     given = set(split.host)
     moved = max((demand[expert] for expert in here if expert in given), default=0)
     if not moved:
@@ -233,9 +246,9 @@ def device_price(costs: HardwareProfile, demand, here: list[int], split: Split) 
 
 
 def arrivals(
-    queue: Sequence[ExpertId], layer: int, demand, transfer_ms: float
+    queue: Sequence[ExpertId], layer: int, demand: Mapping[int, int], transfer_ms: float
 ) -> tuple[list[tuple[int, float]], float]:
-    """This layer's active experts on the link with the time until each is there, and when loads can begin."""
+    """This layer's active experts on the link with the ms until each is there, and when a load can begin."""
     found: list[tuple[int, float]] = []
     ahead = 0.0
     for position, expert in enumerate(queue):
@@ -246,12 +259,3 @@ def arrivals(
         elif position == 0:
             ahead = transfer_ms / 6
     return found, ahead
-
-
-def remember(popularity: tuple[float, ...], demand, tokens: float) -> tuple[float, ...]:
-    """Popularity after a step of so many tokens."""
-    weight = 1.0 if not any(popularity) else tokens / (tokens + MEMORY)
-    new = [(1 - weight) * share for share in popularity]
-    for expert, count in demand.items():
-        new[expert] += weight * count / tokens
-    return tuple(new)
