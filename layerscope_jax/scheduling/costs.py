@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,6 +39,10 @@ class TimeTable:
 
     def __call__(self, tokens: int) -> float:
         return self.known[tokens] if 0 < tokens <= KNOWN else self._interpolated(tokens)
+
+    def upto(self, most: int) -> Callable[[int], float]:
+        """The same, for whoever asks often for counts of at most so many tokens."""
+        return self.known.__getitem__ if most <= KNOWN else self
 
     @cached_property
     def known(self) -> list[float]:

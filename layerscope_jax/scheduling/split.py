@@ -56,22 +56,21 @@ def balance(
     >>> balance(costs, {0: 1, 1: 1, 2: 1, 3: 1}, [0], loads=4)
     Split(device=[0, 1], host=[2, 3], load=[1], device_ms=4.0, host_ms=4.0)
     """
-    host_times, device_times = costs.host_ms, costs.device_ms
-    device = sorted(resident, key=lambda e: (-demand[e], e))
+    most = max(demand.values(), default=0)
+    host_time, device_time = costs.host_ms.upto(most), costs.device_ms.upto(most)
+    order = sorted(sorted(demand), key=demand.__getitem__, reverse=True)  # ties by number
     arriving = list(coming)
-    away = {expert for expert, _ in arriving}
-    absent = sorted(demand.keys() - away - set(device), key=lambda e: (-demand[e], e))
-    host = {expert: host_times(demand[expert]) for expert in (*absent, *(e for e, _ in arriving))}
-    device_end = 0.0
-    for expert in device:
-        device_end += device_times(demand[expert])
-    host_end = sum(host.values())
+    on_device, away = set(resident), {expert for expert, _ in arriving}
+    device = [expert for expert in order if expert in on_device]
+    device_end = sum([device_time(demand[expert]) for expert in device], 0.0)
+    host = {expert: host_time(demand[expert]) for expert in order if expert not in on_device}
+    host_end = sum(host.values(), 0.0)
     load: list[int] = []
 
     def hand_over(expert: int, arrival: float, gain: float) -> bool:
         """Moves an expert of the host to the device, if the layer then ends earlier."""
         nonlocal device_end, host_end
-        later = max(device_end, arrival) + device_times(demand[expert])
+        later = max(device_end, arrival) + device_time(demand[expert])
         earlier = host_end - host[expert]
         if max(later, earlier) + gain >= max(device_end, host_end):
             return False
@@ -84,18 +83,21 @@ def balance(
     for expert, arrival in arriving:
         if host_end > device_end:
             hand_over(expert, arrival, 0.0)
-    for expert in absent[: max(0, loads)]:
+    for expert in order:
+        if host_end <= device_end:
+            break
+        if expert in on_device or expert in away:
+            continue
         arrival = link_ms + (len(load) + 1) * costs.transfer_ms
-        if host_end <= device_end or not hand_over(expert, arrival, worth_ms):
+        if len(load) >= loads or not hand_over(expert, arrival, worth_ms):
             break
         load.append(expert)
     while len(device) == kept and device:
-        expert = device[-1]
-        earlier = device_end - device_times(demand[expert])
-        later = host_end + host_times(demand[expert])
+        tokens = demand[device[-1]]
+        earlier, later = device_end - device_time(tokens), host_end + host_time(tokens)
         if max(earlier, later) >= device_end:
             break
         device_end, host_end = earlier, later
-        host[expert] = host_times(demand[device.pop()])
+        host[device.pop()] = host_time(tokens)
         kept -= 1
-    return Split(device, sorted(host, key=lambda e: (-demand[e], e)), load, device_end, host_end)
+    return Split(device, [expert for expert in order if expert in host], load, device_end, host_end)
