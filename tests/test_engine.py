@@ -32,7 +32,7 @@ def layers(model):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"policy": "magic"}, "policy must be one of fate, fiddler, host-only, lru.* got 'magic'"),
+        ({"policy": "magic"}, "policy must be one of arc, .*fiddler, .*lru, .* got 'magic'"),
         ({"device_budget": "8 Gb"}, "device_budget must be a size such as '8GiB'.* got '8 Gb'"),
         ({"device_budget": -1}, "device_budget must be a size"),
         ({"device_budget": 1.5}, "device_budget must be a size"),

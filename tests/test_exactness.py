@@ -17,8 +17,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import layerscope_jax
-from layerscope_jax import Engine, ExpertId, LayerPlan, Model, OffloadConfig, Request, TransferError, load
+from layerscope_jax import (
+    POLICIES,
+    Engine,
+    ExpertId,
+    LayerPlan,
+    Model,
+    OffloadConfig,
+    Request,
+    TransferError,
+    load,
+)
 from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.whole import WholeModel
 
 SHIPPED = Path(layerscope_jax.__file__).parent / "shipped"
@@ -201,6 +212,26 @@ def test_any_policy_gives_the_same_bits(name, policy, data, rate):
             data.draw(st.permutations(experts), "resident")[: data.draw(st.integers(0, slots), "placed")],
         )
         agree(in_time(lambda: run(engine, batches, steps)), oracle(name))
+
+
+@pytest.mark.parametrize(
+    "policy", sorted(POLICIES.keys() - {"lru", "on-demand", "host-only", "fiddler", "resident"})
+)
+@given(data=st.data(), rate=st.sampled_from([0.0, 0.3]))
+@settings(deadline=None, max_examples=3)
+def test_all_other_policies_give_the_same_bits(policy, data, rate):
+    """One model for these, with a forecast for those that use one."""
+    model, batches, steps = case("float32")
+    slots = data.draw(st.integers(model.bank.num_experts, len(list(model.bank)) - 1), "slots")
+    config = OffloadConfig(
+        device_budget=slots * model.bank.expert_bytes,
+        policy=policy,
+        numerics="exact",
+        profile=PROFILE,
+        predictor="gate" if policy in FORECASTING else None,
+    )
+    with Engine(model, config, copy=Copies(rate, 0)) as engine:
+        agree(in_time(lambda: run(engine, batches, steps)), oracle("float32"))
 
 
 def scored(name):

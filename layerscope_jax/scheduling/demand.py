@@ -1,8 +1,11 @@
-"""What policies ask of an observation: who is busiest, who is there, who is expected next."""
+"""What policies ask of an observation, who is busiest, there, expected next; and how they answer it."""
 
 from __future__ import annotations
 
-from layerscope_jax.scheduling.plan import ExpertId, Geometry, Observation
+from collections.abc import Iterable, Sequence
+
+from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
 
 
 def busiest_first(seen: Observation) -> list[int]:
@@ -31,18 +34,52 @@ def need_a_layer(geometry: Geometry, policy: str) -> None:
         )
 
 
-def expected_next(seen: Observation, geometry: Geometry) -> list[ExpertId]:
-    """Experts of the next layer that half a token or more is expected for, most tokens first.
+def need_costs(profile: HardwareProfile | None, policy: str) -> HardwareProfile:
+    """The profile, which this policy can not do without.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if profile is None:
+        raise ValueError(f"policy {policy!r} weighs costs: it needs a HardwareProfile, got None")
+    return profile
+
+
+def expected_next(seen: Observation, geometry: Geometry, layers: int = 1) -> list[ExpertId]:
+    """Experts of the next layers that half a token or more is expected for, nearest layer, most tokens first.
 
     >>> geometry = Geometry(num_layers=2, num_experts=3, experts_per_token=1, expert_bytes=1, slots=3)
     >>> seen = Observation(step=0, layer=1, phase="decode", demand={}, resident=(), in_flight=(),
-    ...     forecast=[[0.2, 0.9, 1.4]])
+    ...     forecast=[[0.2, 0.9, 1.4], [0.0, 0.0, 1.0]])
     >>> expected_next(seen, geometry)
     [ExpertId(layer=0, expert=2), ExpertId(layer=0, expert=1)]
+    >>> expected_next(seen, geometry, layers=2)[2:]
+    [ExpertId(layer=1, expert=2)]
     """
-    if not seen.forecast:
-        return []
-    layer = (seen.layer + 1) % geometry.num_layers
-    tokens = seen.forecast[0]
-    likely = [expert for expert, expected in enumerate(tokens) if expected >= 0.5]
-    return [ExpertId(layer, expert) for expert in sorted(likely, key=lambda e: (-tokens[e], e))]
+    found = []
+    for ahead, tokens in enumerate(seen.forecast[:layers], 1):
+        layer = (seen.layer + ahead) % geometry.num_layers
+        likely = [expert for expert, expected in enumerate(tokens) if expected >= 0.5]
+        found += [ExpertId(layer, expert) for expert in sorted(likely, key=lambda e: (-tokens[e], e))]
+    return found
+
+
+def answer(
+    seen: Observation,
+    device: Sequence[int],
+    *,
+    evict: Iterable[ExpertId] = (),
+    load: Iterable[ExpertId] = (),
+    prefetch: Iterable[ExpertId] = (),
+) -> LayerPlan:
+    """The plan that computes `device` on the device and the rest of the layer on the host, busiest first."""
+    chosen = set(device)
+    return LayerPlan(
+        step=seen.step,
+        layer=seen.layer,
+        device=tuple(device),
+        host=tuple(expert for expert in busiest_first(seen) if expert not in chosen),
+        evict=tuple(evict),
+        load=tuple(load),
+        prefetch=tuple(prefetch),
+    )

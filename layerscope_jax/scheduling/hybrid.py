@@ -1,0 +1,93 @@
+"""Policies that send each missing expert over the link or to the host by a fixed rule of their costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from layerscope_jax.scheduling.caching import Cache, CacheState
+from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.demand import answer, busiest_first, need_costs, present
+from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+
+
+@dataclass(frozen=True)
+class FiddlerState:
+    """Costs, room, and the hot set, which is fixed for a layer once that layer has been seen."""
+
+    profile: HardwareProfile
+    slots: int
+    hot_per_layer: int
+    hot: frozenset[ExpertId] = frozenset()
+    layers: frozenset[int] = frozenset()
+
+
+class Fiddler:
+    """A fixed hot set on the device; each missing expert goes where it is done first (arXiv 2402.07033).
+
+    Missing experts are computed on the host, or copied and computed on the device, whichever the measured
+    costs say takes less time; a copy made for one layer is given up after it. Simplified: the popularity that
+    places the hot set is that of the first prefill, instead of an offline calibration text; the hot set takes
+    three quarters of the budget, evenly over the layers, the rest is room for experts passing through.
+    """
+
+    name = "fiddler"
+    uses_costs = True
+
+    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> FiddlerState:
+        costs = need_costs(profile, self.name)
+        return FiddlerState(costs, geometry.slots, geometry.slots * 3 // 4 // geometry.num_layers)
+
+    def plan(self, state: FiddlerState, seen: Observation) -> tuple[FiddlerState, LayerPlan]:
+        layer, demand = seen.layer, seen.demand
+        order = busiest_first(seen)
+        if layer not in state.layers:
+            hot = (ExpertId(layer, expert) for expert in order[: state.hot_per_layer])
+            state = replace(state, hot=state.hot | frozenset(hot), layers=state.layers | {layer})
+        passed = sorted(
+            e for e in seen.resident if e not in state.hot and not (e.layer == layer and e.expert in demand)
+        )
+        room = state.slots - (len(seen.resident) - len(passed)) - len(seen.in_flight)
+        device, load = [], []
+        for expert in order:
+            copy = ExpertId(layer, expert)
+            if present(copy, seen):
+                device.append(expert)
+            elif room > 0 and (copy in state.hot or device_is_faster(state.profile, demand[expert])):
+                device.append(expert)
+                load.append(copy)
+                room -= 1
+        return state, answer(seen, device, evict=passed, load=load)
+
+
+def device_is_faster(profile: HardwareProfile, tokens: int) -> bool:
+    """Whether copying an expert and computing it on the device takes less time than the host needs."""
+    return profile.transfer_ms + profile.device_ms(tokens) < profile.host_ms(tokens)
+
+
+@dataclass(frozen=True)
+class SplitState(CacheState):
+    """A cache, and the share of what it misses that crosses the link."""
+
+    share: float = 0.0
+
+
+class BandwidthSplit(Cache):
+    """LRU; of what a decode step misses, a fixed share is copied, the host computes the rest (FreeToken).
+
+    The share q* (arXiv 2608.16157) is the one at which link and host end together: h / (h + t), for h ms that
+    the host takes for an expert with one token and t ms that a copy takes, or the device if that is slower.
+    The busiest experts are copied. In a prefill all that is missing is copied, as far as there is room.
+    Simplified: both times come from the profile, where FreeToken measures them against each other.
+    """
+
+    name = "bandwidth-split"
+    uses_costs = True
+
+    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> SplitState:
+        costs = need_costs(profile, self.name)
+        host, link = costs.host_ms(1), max(costs.transfer_ms, costs.device_ms(1))
+        return SplitState(geometry.slots, share=host / (host + link) if host + link > 0 else 1.0)
+
+    def copies(self, state: CacheState, seen: Observation, missing: int) -> int:
+        assert isinstance(state, SplitState)
+        return missing if seen.phase == "prefill" else round(state.share * missing)
