@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,7 @@ from layerscope_jax.scheduling.plan import (
     check_plan,
 )
 from layerscope_jax.statistics import Meter
-
-CHUNKS = 3
-"""Parts that an expert crosses the link in, its matrices; see `layerscope_jax.experts.transfers`."""
+from layerscope_jax.virtual_link import CHUNKS, Link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,95 +78,6 @@ class Simulated:
         return sum(self.step_ms)
 
 
-class Link:
-    """A serial link: demand before prefetch, a chunk that has begun is finished.
-
-    Args:
-        transfer_ms: of one expert.
-
-    Attributes:
-        busy_ms: since the last reset, of chunks begun.
-        demanded, prefetched: chunks.
-
-    >>> link = Link(3.0)
-    >>> link.submit([], [ExpertId(1, 0)], now=0.0)
-    >>> link.submit([ExpertId(0, 0)], [], now=0.5)  # waits for one chunk of the prefetch
-    >>> link.next_arrival({ExpertId(0, 0)}), link.next_arrival({ExpertId(1, 0)})
-    (4.0, 6.0)
-    """
-
-    def __init__(self, transfer_ms: float):
-        self.reset()
-        self._chunk_ms = transfer_ms / CHUNKS
-        self._free = 0.0  # when the chunk on the link ends
-        self._demand: deque[ExpertId] = deque()
-        self._prefetch: deque[ExpertId] = deque()
-        self._left: dict[ExpertId, int] = {}  # chunks that have not begun
-        self._arrived: dict[ExpertId, float] = {}
-
-    def reset(self) -> None:
-        """Begins the counts anew."""
-        self.busy_ms = 0.0
-        self.demanded = self.prefetched = 0
-
-    def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId], now: float) -> None:
-        """Queues copies; a load that is on its way as a prefetch is moved ahead."""
-        self._run(now)
-        if not self._left:
-            self._free = max(self._free, now)
-        for expert in load:
-            if expert in self._left:
-                self._prefetch.remove(expert)
-            elif expert in self._arrived:
-                continue
-            else:
-                self._left[expert] = CHUNKS
-            self._demand.append(expert)
-        for expert in prefetch:
-            self._left[expert] = CHUNKS
-            self._prefetch.append(expert)
-
-    def drop(self, stale: Callable[[ExpertId], bool], now: float) -> list[ExpertId]:
-        """Takes prefetches that have not begun off the queue."""
-        self._run(now)
-        gone = [expert for expert in self._prefetch if self._left[expert] == CHUNKS and stale(expert)]
-        for expert in gone:
-            self._prefetch.remove(expert)
-            del self._left[expert]
-        return gone
-
-    def arrivals(self, now: float) -> list[ExpertId]:
-        """What has come since the last call."""
-        self._run(now)
-        found = [expert for expert, when in self._arrived.items() if when <= now]
-        for expert in found:
-            del self._arrived[expert]
-        return found
-
-    def next_arrival(self, wanted: Collection[ExpertId]) -> float:
-        """When the first of them will be there."""
-        while not any(expert in self._arrived for expert in wanted):
-            self._run(self._free)
-        return min(self._arrived[expert] for expert in wanted if expert in self._arrived)
-
-    def _run(self, now: float) -> None:
-        """Begins every chunk that begins until `now`."""
-        while self._left and self._free <= now:
-            queue = self._demand or self._prefetch
-            expert = queue[0]
-            self._free += self._chunk_ms
-            self.busy_ms += self._chunk_ms
-            self._left[expert] -= 1
-            if queue is self._demand:
-                self.demanded += 1
-            else:
-                self.prefetched += 1
-            if not self._left[expert]:
-                queue.popleft()
-                del self._left[expert]
-                self._arrived[expert] = self._free
-
-
 def simulate(
     policy: Policy,
     workloads: Sequence[Workload],
@@ -197,16 +105,11 @@ def simulate(
         What each workload came to.
 
     Raises:
-        ValueError: if the policy refuses the budget, a plan is none (see `check_plan`), or a workload is of
-            another geometry.
+        ValueError: if the policy refuses the budget, a plan is none (see `check_plan`), a workload is of
+            another geometry or has a layer without tokens, or `resident` does not fit.
     """
     for workload in workloads:
-        found = workload.counts.shape[1:]
-        if found != (geometry.num_layers, geometry.num_experts):
-            raise ValueError(
-                f"expected workloads of {geometry.num_layers} layers and {geometry.num_experts} experts, "
-                f"got {found[0]} and {found[1]}"
-            )
+        _check(workload, geometry)
     run = _Run(policy, geometry, costs, resident, record)
     return [run.workload(workload) for workload in workloads]
 
@@ -225,6 +128,23 @@ def hottest(counts: np.ndarray, slots: int) -> list[ExpertId]:
     return [ExpertId(int(i) // counts.shape[1], int(i) % counts.shape[1]) for i in order]
 
 
+def _check(workload: Workload, geometry: Geometry) -> None:
+    """Refuses what no engine would run: another geometry, or a layer that nobody asks anything of."""
+    layers, experts = geometry.num_layers, geometry.num_experts
+    shape = workload.counts.shape
+    if len(shape) != 3 or shape[1:] != (layers, experts):
+        raise ValueError(f"expected counts [S, {layers}, {experts}] of the geometry, got {list(shape)}")
+    if not workload.counts.any(axis=2).all():
+        raise ValueError("expected tokens in every layer of every step, got a layer without")
+    if workload.forecasts is not None:
+        found = workload.forecasts.shape
+        if len(found) != 4 or found[:2] != shape[:2] or found[3] != experts:
+            raise ValueError(
+                f"expected forecasts [{shape[0]}, {layers}, W, {experts}] for counts {list(shape)}, "
+                f"got {list(found)}"
+            )
+
+
 class _Run:
     """The state of one simulated run."""
 
@@ -237,10 +157,21 @@ class _Run:
         record: Callable[[LayerPlan], None] | None,
     ):
         self.policy, self.geometry, self.costs, self.record = policy, geometry, costs, record
+        self.known = {
+            ExpertId(layer, expert)
+            for layer in range(geometry.num_layers)
+            for expert in range(geometry.num_experts)
+        }
         self.state: Any = policy.init(geometry, costs)
         self.link = Link(costs.transfer_ms)
         self.books = Residency(geometry.slots * geometry.expert_bytes, geometry.expert_bytes)
-        for expert in resident:
+        resident = set(resident)
+        if len(resident) > self.books.slots or not resident <= self.known:
+            raise ValueError(
+                f"expected at most {self.books.slots} experts of the model on the device at the beginning, "
+                f"got {sorted(resident)}"
+            )
+        for expert in sorted(resident):
             self.books.reserve(expert, prefetched=False)
             self.books.arrive(expert, None)
         self.now = 0.0
@@ -250,7 +181,7 @@ class _Run:
         """All of its steps; counts begin anew, what is resident stays."""
         self.meter = Meter()
         self.books.reset()
-        self.link.reset()
+        self.link.reset(self.now)
         self.device_ms = self.host_ms = 0.0
         forecasts = None if workload.forecasts is None else workload.forecasts.tolist()
         other_ms = self.costs.layer_ms(workload.tokens)
@@ -309,7 +240,7 @@ class _Run:
         books, link, now = self.books, self.link, self.now
         self._absorb(now)
         self.state, plan = self.policy.plan(self.state, seen)
-        check_plan(plan, seen, books.slots)
+        check_plan(plan, seen, books.slots, self.known)
         self.meter.count(seen, books.is_prefetch)
         if self.record is not None:
             self.record(plan)
@@ -331,19 +262,24 @@ class _Run:
             self.books.arrive(expert, None)
 
     def result(self, ends: Sequence[float]) -> Simulated:
-        meter, link, chunk_bytes = self.meter, self.link, self.geometry.expert_bytes / CHUNKS
+        self._absorb(self.now)  # what the link began during the last layer is this workload's
+        meter, chunk_bytes = self.meter, self.geometry.expert_bytes / CHUNKS
         used = meter.on_time + meter.late
         total = ends[-1] - ends[0]
+
+        def share(busy_ms: float) -> float:
+            return min(1.0, busy_ms / total) if total else 0.0  # sums are rounded
+
         return Simulated(
             policy=self.policy.name,
             step_ms=tuple(np.diff(ends).tolist()),
-            device_share=self.device_ms / total,
-            host_share=self.host_ms / total,
-            link_share=min(1.0, link.busy_ms / total),
-            hit_rate=meter.expert_hits / meter.experts,
-            token_hit_rate=meter.token_hits / meter.tokens,
-            bytes_demand=round(link.demanded * chunk_bytes),
-            bytes_prefetch=round(link.prefetched * chunk_bytes),
+            device_share=share(self.device_ms),
+            host_share=share(self.host_ms),
+            link_share=share(self.link.busy_ms(self.now)),
+            hit_rate=meter.expert_hits / meter.experts if meter.experts else 1.0,
+            token_hit_rate=meter.token_hits / meter.tokens if meter.tokens else 1.0,
+            bytes_demand=round(self.link.demanded * chunk_bytes),
+            bytes_prefetch=round(self.link.prefetched * chunk_bytes),
             bytes_wasted=self.books.unused_prefetch_bytes(),
             forecast_recall=meter.foreseen / meter.foreseeable if meter.foreseeable else None,
             prefetch_on_time=meter.on_time / used if used else None,
