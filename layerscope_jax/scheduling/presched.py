@@ -20,7 +20,7 @@ REACH = 2
 
 
 class Curve(NamedTuple):
-    """A time table for expected counts, which are not whole numbers; up to one token, the chance that one comes."""
+    """A time table for expected counts; below one token it is the time of one by the chance that it comes."""
 
     tokens: tuple[float, ...]
     ms: tuple[float, ...]
@@ -42,11 +42,12 @@ class PreSchedState:
         costs, geometry: of machine and model.
         host, device: the time tables for counts that are not whole.
         popularity: [L, E] mean tokens that an expert gets of one token in the step.
-        worth: [L, E] ms that having the expert on the device saves in its layer's next turn, by its popularity.
+        worth: [L, E] ms that having an expert on the device saves in its layer's next turn, if as popular as
+            ever.
         present: [L, E] bool, on the device or on its way.
         span_ms: [L] from a layer's plan to the next, as it was expected last.
-        price: [L] what a millisecond of device work costs of a layer's time; the host's costs the rest. 0 where
-            the host ends last whatever is done.
+        price: [L] what a millisecond of device work costs of a layer's time; the host's costs the rest. 0
+            where the host ends last whatever is done.
         queue: what was put on the link, in order.
     """
 
@@ -98,78 +99,67 @@ class PreSched:
         )
 
     def plan(self, state: PreSchedState, seen: Observation) -> tuple[PreSchedState, LayerPlan]:
-        costs, geometry, layer, demand = state.costs, state.geometry, seen.layer, seen.demand
-        transfer_ms, resident, in_flight = costs.transfer_ms, seen.resident, seen.in_flight
-        tokens = sum(demand.values()) / geometry.experts_per_token
+        return self.decide(state, seen)
+
+    def decide(
+        self, state: PreSchedState, seen: Observation, *, move: bool = True, device: bool = True
+    ) -> tuple[PreSchedState, LayerPlan]:
+        """As `plan`; without `move` nothing is copied, without `device` the host computes the layer alone."""
+        costs, layer, demand = state.costs, seen.layer, seen.demand
+        tokens = sum(demand.values()) / state.geometry.experts_per_token
         other_ms = costs.layer_ms(round(tokens))
-        queue = [expert for expert in state.queue if expert in in_flight]
+        queue = [expert for expert in state.queue if expert in seen.in_flight]
         present = presence(state.present, seen)
         popularity = remembered(state.popularity, layer, demand, tokens)
+        free = state.geometry.slots - len(seen.resident) - len(seen.in_flight)
+        fitting = max(0, int(state.span_ms[layer] / costs.transfer_ms) + 1 - len(queue)) if move else 0
 
-        # What the coming layers would save by each of their experts.
-        reach = len(seen.forecast) or min(REACH, geometry.num_layers - 1)
-        ahead = np.arange(layer + 1, layer + 1 + reach) % geometry.num_layers
-        expected = np.array(seen.forecast) if seen.forecast else popularity[ahead] * tokens
-        saves = state.saved_ms(expected, state.price[ahead][:, None])
-        spans = np.maximum(state.span_ms[ahead], other_ms)
-        due_ms = (np.cumsum(spans) - spans).tolist()  # from the next plan on
-        wanted = np.where(present[ahead], 0.0, saves)
-
-        # What may leave.
-        free = geometry.slots - len(resident) - len(in_flight)
-        worth = np.where(present, state.worth, np.inf)
-        worth[ahead] = np.maximum(worth[ahead], saves)
-        worth[layer, list(demand)] = np.inf
-        for expert in queue:
-            worth[expert] = np.inf
-
-        here = [expert for expert in demand if (layer, expert) in resident]
-        coming, ahead_ms = arrivals(queue, layer, demand, transfer_ms)
-        fitting = max(0, int(state.span_ms[layer] / transfer_ms) + 1 - len(queue))
-        candidates = lowest(-wanted, fitting + 16, below=0.0)
-        spare = lowest(worth, len(demand) + fitting + 16, below=np.inf)
+        wishes, spare = self._weigh(state, seen, present, popularity * tokens, other_ms, fitting)
+        here = [expert for expert in demand if (layer, expert) in seen.resident]
+        coming, ahead_ms = arrivals(queue, layer, demand, costs.transfer_ms)
         split = balance(
             costs,
             demand,
-            here,
-            coming,
+            here if device else (),
+            coming if device else (),
             link_ms=ahead_ms,
-            loads=free + len(spare),
-            worth_ms=link_price(candidates, spare, free, fitting),
+            loads=free + len(spare) if move and device else 0,
+            worth_ms=link_price(wishes, spare, free, fitting),
         )
         span_ms = max(split.device_ms, split.host_ms) + other_ms
-        link_ms = (len(queue) - 0.5 * bool(queue) + len(split.load)) * transfer_ms
         load = [ExpertId(layer, expert) for expert in split.load]
         leaving = max(0, len(load) - free)
         free = max(0, free - len(load))
+        link_ms = (len(queue) - 0.5 * bool(queue) + len(load)) * costs.transfer_ms
         prefetch: list[ExpertId] = []
-        for loss, row, expert in candidates:
+        for wish in wishes if move else ():
             if link_ms >= span_ms:
                 break
-            if link_ms + transfer_ms > span_ms + due_ms[row]:
+            if link_ms + costs.transfer_ms > span_ms + wish.due_ms:
                 continue
             if free:
                 free -= 1
-            elif leaving < len(spare) and spare[leaving][0] < -loss:
+            elif leaving < len(spare) and spare[leaving][0] < wish.saves_ms:
                 leaving += 1
             else:
                 break
-            prefetch.append(ExpertId(int(ahead[row]), expert))
-            link_ms += transfer_ms
+            prefetch.append(wish.expert)
+            link_ms += costs.transfer_ms
         evict = [ExpertId(*where) for _, *where in spare[:leaving]]
 
         for expert in evict:
             present[expert] = False
         for expert in (*load, *prefetch):
             present[expert] = True
-        span, price, worths = state.span_ms.copy(), state.price.copy(), state.worth.copy()
+        span, price, worth = state.span_ms.copy(), state.price.copy(), state.worth.copy()
         span[layer] = span_ms
-        price[layer] = 0.5 * (price[layer] + device_price(costs, demand, here, split))
-        worths[layer] = state.saved_ms(popularity[layer] * tokens, price[layer])
+        if device:
+            price[layer] = 0.5 * (price[layer] + device_price(costs, demand, here, split))
+        worth[layer] = state.saved_ms(popularity[layer] * tokens, price[layer])
         state = replace(
             state,
             popularity=popularity,
-            worth=worths,
+            worth=worth,
             present=present,
             span_ms=span,
             price=price,
@@ -184,6 +174,42 @@ class PreSched:
             load=tuple(load),
             prefetch=tuple(prefetch),
         )
+
+    def _weigh(
+        self,
+        state: PreSchedState,
+        seen: Observation,
+        present: np.ndarray,
+        usual: np.ndarray,
+        other_ms: float,
+        fitting: int,
+    ) -> tuple[list[Wish], list[tuple[float, int, int]]]:
+        """The absent experts that save most, and (worth, layer, expert) of what may leave, least worth first."""
+        layers = state.geometry.num_layers
+        reach = len(seen.forecast) or min(REACH, layers - 1)
+        ahead = np.arange(seen.layer + 1, seen.layer + 1 + reach) % layers
+        expected = np.array(seen.forecast) if seen.forecast else usual[ahead]
+        saves = state.saved_ms(expected, state.price[ahead][:, None])
+        spans = np.maximum(state.span_ms[ahead], other_ms)
+        due_ms = (np.cumsum(spans) - spans).tolist()
+        wishes = [
+            Wish(-loss, due_ms[row], ExpertId(int(ahead[row]), expert))
+            for loss, row, expert in lowest(np.where(present[ahead], 0.0, -saves), fitting + 16, below=0.0)
+        ]
+        worth = np.where(present, state.worth, np.inf)
+        worth[ahead] = np.maximum(worth[ahead], saves)
+        worth[seen.layer, list(seen.demand)] = np.inf
+        for copy in seen.in_flight:
+            worth[copy] = np.inf
+        return wishes, lowest(worth, len(seen.demand) + fitting + 16, below=np.inf)
+
+
+class Wish(NamedTuple):
+    """An absent expert, what having it saves, and how long after the next plan its layer begins."""
+
+    saves_ms: float
+    due_ms: float
+    expert: ExpertId
 
 
 def presence(present: np.ndarray, seen: Observation) -> np.ndarray:
@@ -219,24 +245,21 @@ def lowest(values: np.ndarray, count: int, below: float) -> list[tuple[float, in
 
 
 def link_price(
-    candidates: Sequence[tuple[float, int, int]],
-    spare: Sequence[tuple[float, int, int]],
-    free: int,
-    fitting: int,
+    wishes: Sequence[Wish], spare: Sequence[tuple[float, int, int]], free: int, fitting: int
 ) -> float:
     """What a load must gain: what leaves for it, and the prefetch that it holds up."""
     price = 0.0 if free > 0 or not spare else spare[0][0]
-    if fitting < len(candidates):
-        gain = -candidates[fitting][0]
+    if fitting < len(wishes):
         leaving = fitting - free
-        price += max(0.0, gain - (spare[leaving][0] if 0 <= leaving < len(spare) else 0.0))
+        gone = spare[leaving][0] if 0 <= leaving < len(spare) else 0.0
+        price += max(0.0, wishes[fitting].saves_ms - gone)
     return price
 
 
 def device_price(
     costs: HardwareProfile, demand: Mapping[int, int], here: Sequence[int], split: Split
 ) -> float:
-    """The price at which the resident expert that was given to the host last is worth neither more nor less."""
+    """The price at which the busiest resident that was given to the host is as well off there."""
     given = set(split.host)
     moved = max((demand[expert] for expert in here if expert in given), default=0)
     if not moved:
