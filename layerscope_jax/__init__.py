@@ -6,6 +6,7 @@ from layerscope_jax.engine import Engine
 from layerscope_jax.experts.bank import ExpertBank
 from layerscope_jax.experts.transfers import TransferError
 from layerscope_jax.generation import Request, Result, Token
+from layerscope_jax.machine_profile import MachineProfile
 from layerscope_jax.models import Decoder, ExpertParam
 from layerscope_jax.prediction import PREDICTORS, History, Predictor
 from layerscope_jax.scheduling.baselines import POLICIES
@@ -34,6 +35,7 @@ __all__ = [
     "HardwareProfile",
     "History",
     "LayerPlan",
+    "MachineProfile",
     "Model",
     "ModelConfig",
     "Observation",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from layerscope_jax.machine_profile import MachineProfile
     from layerscope_jax.prediction import History, Predictor
     from layerscope_jax.scheduling.costs import HardwareProfile
     from layerscope_jax.scheduling.plan import Policy
@@ -127,7 +129,9 @@ class OffloadConfig:
         numerics: "fast" runs each decode step as one jitted function when every expert is resident;
             "exact" always goes layer by layer, so that logits are bit for bit the same under every budget,
             policy and plan (on one backend).
-        profile: times of this machine, for policies that weigh costs; measured when needed if None.
+        profile: times of this machine, for policies that weigh costs: a file that `layerscope calibrate`
+            wrote, a `MachineProfile` (both refused if they are of another machine or model) or bare times;
+            measured roughly when needed if None.
         predictor: what forecasts the experts of coming layers, for policies that prefetch: a name from
             `layerscope_jax.PREDICTORS`, a loaded one (`predictor.load(folder)`), or None. No token depends on
             it. Where every expert is resident none is run.
@@ -137,7 +141,7 @@ class OffloadConfig:
     policy: str | Policy = "lru"
     link_bandwidth: str | int | None = None
     numerics: Literal["fast", "exact"] = "fast"
-    profile: HardwareProfile | None = field(default=None, repr=False)
+    profile: HardwareProfile | MachineProfile | str | Path | None = field(default=None, repr=False)
     predictor: str | Predictor | History | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -29,9 +29,11 @@ from layerscope_jax.generation import (
     run_batch,
 )
 from layerscope_jax.layerwise import LayerByLayer
+from layerscope_jax.machine_profile import costs_of
 from layerscope_jax.prediction import make_predictor
 from layerscope_jax.progress import progress_bar
 from layerscope_jax.scheduling.baselines import POLICIES, Resident
+from layerscope_jax.scheduling.guard import Guard
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Policy
 from layerscope_jax.statistics import RunStats
 from layerscope_jax.whole import WholeModel, new_caches
@@ -54,7 +56,8 @@ class Engine:
         copy: how one array is put on the device; another than `jax.device_put` only to inject faults.
 
     Raises:
-        ValueError: if the policy is unknown, the budget too small for it, or the model on another device.
+        ValueError: if the policy is unknown, the budget too small for it, the profile another machine's or
+            model's, or the model on another device.
 
     Example::
 
@@ -90,7 +93,14 @@ class Engine:
             else parse_bytes(config.device_budget, "device_budget")
         )
         policy = make_policy(config.policy)
-        predictor = None if config.predictor is None else make_predictor(config.predictor)
+        wanted = config.predictor
+        if wanted is None and isinstance(policy, Guard):
+            wanted = "gate"  # the best that needs no training
+        predictor = None if wanted is None else make_predictor(wanted)
+        bandwidth = None
+        if config.link_bandwidth is not None:
+            bandwidth = parse_bytes(config.link_bandwidth, "link_bandwidth")
+        profile = costs_of(config.profile, model, bandwidth)
         # Where everything fits there is nothing to decide, unless the user decided otherwise.
         fits = self.budget_bytes >= bank.total_bytes
         left_to_us = isinstance(config.policy, str) and config.policy != "host-only"
@@ -101,9 +111,6 @@ class Engine:
             self.runner = WholeModel(model)
             return
         self.policy = Resident() if everything else policy
-        bandwidth = None
-        if config.link_bandwidth is not None:
-            bandwidth = parse_bytes(config.link_bandwidth, "link_bandwidth")
         residency = Residency(self.budget_bytes, bank.expert_bytes)
         geometry = Geometry(
             num_layers=model.config.num_layers,
@@ -116,7 +123,6 @@ class Engine:
         transfers = Transfers(bank, self.device, bandwidth, copy)
         self._close = weakref.finalize(self, _close, transfers, host)
         try:
-            profile = config.profile
             if profile is None and self.policy.uses_costs:
                 profile = calibration.measure(bank, self.device, host, transfers, residency.slots)
             state = self.policy.init(geometry, profile)
@@ -247,7 +253,7 @@ class Engine:
         runner, meter = self.runner, self.runner.meter
         new_tokens = sum(map(len, tokens))
         link, host, device = LinkStats(), WorkStats(), WorkStats()
-        peak, wasted = self.model.bank.total_bytes, 0
+        peak, wasted, ways = self.model.bank.total_bytes, 0, None
         if isinstance(runner, LayerByLayer):
             link, host, device = (
                 runner.transfers.stats,
@@ -255,6 +261,8 @@ class Engine:
                 runner.device_experts.stats,
             )
             peak, wasted = runner.residency.peak_bytes, runner.residency.unused_prefetch_bytes()
+            if isinstance(self.policy, Guard):
+                ways = self.policy.report(runner.state)
         rows = host.rows + device.rows
         used_prefetches = meter.on_time + meter.late
         return RunStats(
@@ -281,6 +289,7 @@ class Engine:
             predictor=runner.forecasts.name if isinstance(runner, LayerByLayer) else None,
             forecast_recall=meter.foreseen / meter.foreseeable if meter.foreseeable else None,
             prefetch_on_time=meter.on_time / used_prefetches if used_prefetches else None,
+            ways=ways,
             padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
             dispatches=host.dispatches + device.dispatches,
         )

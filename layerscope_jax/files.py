@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path, remedy: str = "download it again") -> dict:
     """The JSON object in a file.
+
+    Args:
+        file: where.
+        remedy: what to do if the file is no JSON.
 
     Raises:
         ValueError: if it is missing or holds something else.
@@ -19,7 +23,7 @@ def read_json(file: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{file}: expected this file, found none; is the download complete?") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: expected JSON, got {error}; download it again") from None
+        raise ValueError(f"{file}: expected JSON, got {error}; {remedy}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -1,0 +1,93 @@
+"""What this machine is: its processor, accelerator and memory, and the versions of what runs on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+MOST_BYTES = 256 * 2**20
+"""Read to measure the memory: more than most caches hold."""
+
+READS = 5
+
+
+def describe(device: jax.Device) -> dict[str, Any]:
+    """The parts that costs depend on.
+
+    Args:
+        device: the accelerator.
+    """
+    return {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "device": device.device_kind,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__}
+
+
+def cpu_name() -> str:
+    """As Linux tells it, elsewhere as much as Python knows."""
+    named = _field("/proc/cpuinfo", "model name")
+    return named or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_bytes() -> int:
+    """Host memory that may still be taken, what the system would give up for it included."""
+    available = _field("/proc/meminfo", "MemAvailable")
+    if available is not None:
+        return int(available.split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # a guess where none can be had
+
+
+def device_free_bytes(device: jax.Device) -> int | None:
+    """Memory of the accelerator that may still be taken; None where it does not say, as CPUs do not."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats or "bytes_in_use" not in stats:
+        return None
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def read_bytes_per_s(most: int = MOST_BYTES) -> float:
+    """How fast all cores together read host memory: the most that computing few tokens on the host can reach.
+
+    Args:
+        most: bytes to read; less are read where little memory is free.
+    """
+    threads = cores()
+    part = min(most, free_bytes() // 8) // threads // 4
+    parts = [np.ones(part, np.float32) for _ in range(threads)]
+    times = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(READS):
+            began = time.perf_counter()
+            list(pool.map(lambda values: values.dot(values), parts))
+            times.append(time.perf_counter() - began)
+    return 4 * part * threads / min(times)
+
+
+def _field(file: str, name: str) -> str | None:
+    """The value of the first line `name: value` in a file of /proc; None if there is none."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)

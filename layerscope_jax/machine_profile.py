@@ -1,0 +1,288 @@
+"""A profile: what computing and moving the experts of one model costs on one machine, as a JSON file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerscope_jax import machine
+from layerscope_jax.files import read_json, replace_files
+from layerscope_jax.records import Fields, readable
+from layerscope_jax.safetensors_io import dtype_named
+from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
+from layerscope_jax.scheduling.plan import Geometry
+
+if TYPE_CHECKING:
+    from layerscope_jax.checkpoints import Model
+
+FORMAT = 1
+PUBLISHED = Path(__file__).parent / "profiles"
+
+LINKS = {"pcie3-x8": 2.0, "pcie4-x16": 0.5, "pcie5-x16": 0.25}
+"""Other links for published profiles: the time of a transfer by its time over PCIe 3 x16."""
+
+MACHINE = {"cpu": str, "cores": int, "device": str, "memory_bytes": int}
+DECISIVE = ("cpu", "cores", "device")
+"""What must be the same for costs to hold; more memory makes nothing faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the costs of a model's experts depend on.
+
+    Attributes:
+        layers: L, those with routed experts.
+        experts, experts_per_token: E, K.
+        hidden, expert_hidden: D, F.
+        dtype: of the weights.
+    """
+
+    layers: int
+    experts: int
+    experts_per_token: int
+    hidden: int
+    expert_hidden: int
+    dtype: str
+
+    @classmethod
+    def of(cls, model: Model) -> ModelShape:
+        config = model.config
+        return cls(
+            layers=config.num_layers,
+            experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            hidden=config.hidden_size,
+            expert_hidden=config.expert_hidden,
+            dtype=model.bank.dtype.name,
+        )
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's three matrices."""
+        return 3 * self.hidden * self.expert_hidden * dtype_named(self.dtype).itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineProfile:
+    """Costs of a model on a machine, with what they are of and where they come from.
+
+    Measured by `layerscope calibrate`, or published with a paper and shipped (`names`).
+
+    Attributes:
+        name: of a shipped profile; of a measured one, the model's.
+        costs: what plans are made by: times measured while the rest of the machine was busy too.
+        model: whose experts.
+        machine: cpu, cores, device, memory_bytes; None where it is not known.
+        versions: of what computed.
+        slots: experts that a device of this machine has room for; None if it was not said.
+        routing: name of the recorded routing that this model is simulated with, if there is one.
+        link_bandwidth: bytes a second that copies were paced to, or None.
+        details: what else was measured: each part alone, by size, by context. For readers.
+
+    >>> profile = MachineProfile.load("mixtral-8x7b")
+    >>> profile.costs.transfer_ms, MachineProfile.load("mixtral-8x7b@pcie4-x16").costs.transfer_ms
+    (27.0, 13.5)
+    >>> profile.model.expert_bytes / 2**20
+    336.0
+    """
+
+    name: str
+    costs: HardwareProfile
+    model: ModelShape
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    slots: int | None = None
+    routing: str | None = None
+    link_bandwidth: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> MachineProfile:
+        """Reads a shipped profile by its name (see `names`), or a file.
+
+        Raises:
+            ValueError: if there is none, or with every field that is not as it should be.
+        """
+        base, _, link = str(name_or_path).partition("@")
+        if str(name_or_path) in names():
+            profile = cls._read(PUBLISHED / f"{base}.json")
+            return profile if not link else profile._over(link)
+        if not Path(name_or_path).is_file():
+            raise ValueError(
+                f"profile must be a file that `layerscope calibrate` wrote or one of {', '.join(names())}; "
+                f"got {str(name_or_path)!r}"
+            )
+        return cls._read(Path(name_or_path))
+
+    @classmethod
+    def _read(cls, file: Path) -> MachineProfile:
+        try:
+            return cls.from_json(read_json(file, "calibrate again"))
+        except ValueError as error:
+            raise ValueError(f"{error}" if str(file) in str(error) else f"{file}: {error}") from None
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> MachineProfile:
+        """Reads what `to_json` gave.
+
+        Raises:
+            ValueError: with every field that is missing or not as it should be.
+        """
+        if record.get("format") != FORMAT:
+            raise ValueError(f"expected a profile of format {FORMAT}, got {record.get('format')!r}")
+        found = Fields(record)
+        costs = found.of("costs", dict) or {}
+        shape, where = found.of("model", dict) or {}, found.of("machine", dict) or {}
+        numbers = [f.name for f in fields(ModelShape) if f.name != "dtype"]
+        profile: dict[str, Any] = dict(
+            name=found.of("name", str),
+            model={name: found.of(name, int, shape, "model.") for name in numbers}
+            | {"dtype": found.of("dtype", str, shape, "model.")},
+            machine={name: found.of(name, kind, where, "machine.", True) for name, kind in MACHINE.items()},
+            versions=found.of("versions", dict),
+            slots=found.of("slots", int, optional=True),
+            routing=found.of("routing", str, optional=True),
+            link_bandwidth=found.of("link_bandwidth", int, optional=True),
+            details=found.of("details", dict),
+        )
+        source = found.of("source", str)
+        tables = {
+            name: found.read(f"costs.{name}", partial(read_table, costs, name))
+            for name in ("host_ms", "device_ms", "layer_ms")
+        }
+        transfer_ms = found.of("transfer_ms", float, costs, "costs.")
+        if not found.wrong:
+            found.read("model", lambda: dtype_named(profile["model"]["dtype"]))
+        if found.wrong:
+            raise ValueError(f"{'; '.join(found.wrong)}; calibrate again or correct the file")
+        profile["model"] = ModelShape(**profile["model"])
+        profile["costs"] = HardwareProfile(**tables, transfer_ms=float(transfer_ms), source=source)
+        return cls(**profile)
+
+    def to_json(self) -> dict[str, Any]:
+        costs = self.costs
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "source": costs.source,
+            "model": asdict(self.model),
+            "machine": dict(self.machine),
+            "versions": dict(self.versions),
+            "slots": self.slots,
+            "routing": self.routing,
+            "link_bandwidth": self.link_bandwidth,
+            "costs": costs_json(costs),
+            "details": dict(self.details),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes the profile to a file, whole or not at all.
+
+        Raises:
+            ValueError: if it cannot be written.
+        """
+        path, text = Path(path), readable(self.to_json()) + "\n"
+        replace_files(path.parent, {path.name: lambda file: file.write_text(text, encoding="utf-8")})
+
+    def check(self, model: Model, link_bandwidth: int | None = None) -> None:
+        """Refuses to speak for another machine or another model.
+
+        Args:
+            model: that is to be run, on the device that it is to be run on.
+            link_bandwidth: bytes a second that its copies will be paced to, or None.
+
+        Raises:
+            ValueError: with everything that differs.
+        """
+        here, shape = machine.describe(model.device), asdict(ModelShape.of(model))
+        compared = [
+            *((name, self.machine[name], here[name]) for name in DECISIVE),
+            *((f"model.{name}", theirs, shape[name]) for name, theirs in asdict(self.model).items()),
+            ("link_bandwidth", self.link_bandwidth, link_bandwidth),
+        ]
+        differing = [
+            f"{name} {theirs} there, {ours} here" for name, theirs, ours in compared if theirs != ours
+        ]
+        if differing:
+            raise ValueError(
+                f"the profile {self.name!r} ({self.costs.source}) is of another machine or model: "
+                f"{'; '.join(differing)}; run `layerscope calibrate` on this one"
+            )
+
+    def geometry(self, slots: int | None = None) -> Geometry:
+        """The model as policies see it, with `slots` experts on the device, or those of the profile.
+
+        Raises:
+            ValueError: if neither says how many.
+        """
+        slots = self.slots if slots is None else slots
+        if slots is None:
+            raise ValueError(f"the profile {self.name!r} has no slots of its own: say how many")
+        return Geometry(
+            num_layers=self.model.layers,
+            num_experts=self.model.experts,
+            experts_per_token=self.model.experts_per_token,
+            expert_bytes=self.model.expert_bytes,
+            slots=slots,
+        )
+
+    def _over(self, link: str) -> MachineProfile:
+        """The same over another link, which is assumed to change the time of a transfer alone."""
+        factor = LINKS[link]
+        source = f"{self.costs.source}; derived for {link}: transfer_ms x {factor:g} from PCIe 3 x16"
+        costs = replace(self.costs, transfer_ms=self.costs.transfer_ms * factor, source=source)
+        return replace(self, name=f"{self.name}@{link}", costs=costs)
+
+
+def names() -> list[str]:
+    """Shipped profiles, each followed by itself over other links.
+
+    >>> names()[-4:]
+    ['qwen3-30b-a3b', 'qwen3-30b-a3b@pcie3-x8', 'qwen3-30b-a3b@pcie4-x16', 'qwen3-30b-a3b@pcie5-x16']
+    """
+    found = sorted(file.stem for file in PUBLISHED.glob("*.json"))
+    return [name + link for name in found for link in ("", *(f"@{link}" for link in LINKS))]
+
+
+def costs_of(
+    profile: HardwareProfile | MachineProfile | str | Path | None, model: Model, link_bandwidth: int | None
+) -> HardwareProfile | None:
+    """The times in whatever was given for a profile.
+
+    Raises:
+        ValueError: if it can not be read, or is of another machine or model than `model` and where it lies.
+    """
+    if profile is None or isinstance(profile, HardwareProfile):
+        return profile
+    if isinstance(profile, str | Path):
+        profile = MachineProfile.load(profile)
+    profile.check(model, link_bandwidth)
+    return profile.costs
+
+
+def costs_json(costs: HardwareProfile) -> dict[str, Any]:
+    """The times of a profile, without their source."""
+    return {
+        "host_ms": costs.host_ms.to_json(),
+        "device_ms": costs.device_ms.to_json(),
+        "layer_ms": costs.layer_ms.to_json(),
+        "transfer_ms": costs.transfer_ms,
+    }
+
+
+def read_table(costs: Mapping[str, Any], name: str) -> TimeTable:
+    """One table of `costs`.
+
+    Raises:
+        ValueError: if it is missing or no table of times.
+    """
+    if name not in costs:
+        raise ValueError("is missing")
+    table = TimeTable.from_json(costs[name])
+    if min(table.tokens) < 1 or not all(math.isfinite(ms) and ms >= 0 for ms in table.ms):
+        raise ValueError(f"expected counts over 0 and times of 0 or more, got {str(costs[name])[:80]}")
+    return table
