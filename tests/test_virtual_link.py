@@ -118,14 +118,12 @@ def test_a_link_that_takes_no_time():
     assert sorted(link.arrivals(1.0)) == [A, B]
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["load", "prefetch", "drop", "take"]), st.integers(0, 3), st.integers(0, 8)),
-        max_size=30,
-    )
-)
+KINDS = st.sampled_from(["load", "prefetch", "drop", "take"])
+
+
+@given(st.lists(st.tuples(KINDS, st.integers(0, 3), st.integers(0, 8)), max_size=30))
 def test_nothing_is_lost_or_sent_twice(events):
-    link, now, coming, came, begun = Link(3.0), 0.0, set(), [], 0
+    link, now, coming, came = Link(3.0), 0.0, set(), []
     for what, number, wait in events:
         expert = ExpertId(number, 0)
         now += wait / 4
