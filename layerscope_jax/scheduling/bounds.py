@@ -6,8 +6,8 @@ The bound is the Lagrangian dual of a relaxation. A run's layers t = (s, l), one
 
 with device_t the sum of device_ms(n) over the experts computed on the device and host_t that of host_ms(n)
 over the others. What is computed on the device must be present: kept since the layer's last turn, or copied
-since. Every plan that `check_plan` lets through, run by any engine with one link, one device and one host that
-each do one thing at a time, keeps to
+since. Every plan that `check_plan` lets through, run by any engine with one link, one device and one host
+that each do one thing at a time, keeps to
 
     for each t: transfer_ms * (experts copied for turns up to t) <= time_1 + ... + time_t       price m_t
     for each t: present in layer l at t, and kept in all other layers then <= slots             price v_t
@@ -19,14 +19,15 @@ prices m, v >= 0 and shares x are taken, the least of
 
     time_1 + time_2 + ... + prices times what exceeds the constraints
 
-over all schedules is no more than the true least time, since a true schedule exceeds nothing. That least parts
-into one small shortest path for each expert, from step to step, over "present" and "absent". Good prices are
-found by gradient ascent, but the value is a lower bound at any.
+over all schedules is no more than the true least time, since a true schedule exceeds nothing. That least
+parts into one small shortest path for each expert, from step to step, over "present" and "absent". Good
+prices are found by gradient ascent, but the value is a lower bound at any.
 """
 
 from __future__ import annotations
 
 import functools
+import heapq
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,6 +40,61 @@ from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, Geometry
 
 ROUNDS = 1000
+
+
+def belady_hit_rate(counts: np.ndarray, slots: int, resident: Iterable[ExpertId] = ()) -> float:
+    """Highest hit rate that any replacement can reach, if nothing is copied before it is asked for.
+
+    What is needed again farthest in the future leaves (Belady, "A study of replacement algorithms for a
+    virtual-storage computer", IBM Systems Journal 5(2), 1966). Here a whole layer is asked for at a time, and
+    what was asked for need not be kept: after each layer's turn, of the experts that were there and those
+    that were asked for, the ones stay whose next use comes soonest.
+
+    Args:
+        counts: [S, L, E] tokens routed to each expert.
+        slots: how many experts the budget holds.
+        resident: experts on the device at the beginning.
+
+    Returns:
+        Active experts that are resident when their layer's turn comes, by all active experts; 1 if none is.
+
+    >>> counts = np.array([[[1, 0, 0]], [[0, 1, 1]], [[1, 0, 1]]])  # one layer, three steps
+    >>> belady_hit_rate(counts, slots=1), belady_hit_rate(counts, slots=2)
+    (0.2, 0.4)
+    """
+    steps, layers, experts = counts.shape
+    never = steps * layers
+    # The turn of each expert's next use, from every step on.
+    turn = np.arange(never).reshape(steps, layers, 1)
+    uses = np.concatenate([np.where(counts > 0, turn, never), np.full((1, layers, experts), never)])
+    following = np.minimum.accumulate(uses[::-1])[::-1]
+    kept: dict[tuple[int, int], int] = {}
+    farthest: list[
+        tuple[int, tuple[int, int]]
+    ] = []  # heap; entries that `kept` disagrees with are out of date
+
+    def keep(expert: tuple[int, int], use: int) -> None:
+        if use < never:
+            kept[expert] = use
+            heapq.heappush(farthest, (-use, expert))
+
+    def shrink() -> None:
+        while len(kept) > slots:
+            use, expert = heapq.heappop(farthest)
+            if kept.get(expert) == -use:
+                del kept[expert]
+
+    for layer, expert in set(resident):
+        keep((layer, expert), int(following[0, layer, expert]))
+    shrink()
+    hits = asked = 0
+    for step, layer in np.ndindex(steps, layers):
+        for expert in np.flatnonzero(counts[step, layer]).tolist():
+            asked += 1
+            hits += kept.pop((layer, expert), None) is not None
+            keep((layer, expert), int(following[step + 1, layer, expert]))
+        shrink()
+    return hits / asked if asked else 1.0
 
 
 def lower_bound_ms(
@@ -58,7 +114,15 @@ def lower_bound_ms(
         costs: of the machine.
         resident: experts on the device at the beginning; None for those that it would be best to have.
         rounds: of gradient ascent on the prices; more make the bound higher, never wrong.
+
+    Raises:
+        ValueError: if `counts` is of another geometry.
     """
+    if counts.ndim != 3 or counts.shape[1:] != (geometry.num_layers, geometry.num_experts):
+        raise ValueError(
+            f"expected counts [S, {geometry.num_layers}, {geometry.num_experts}] of the geometry, "
+            f"got {list(counts.shape)}"
+        )
     steps, layers, experts = counts.shape
     table = lambda times: np.array([0.0] + [times(n) for n in range(1, int(counts.max()) + 1)])  # noqa: E731
     present = np.full((layers, experts), resident is None)
