@@ -106,7 +106,9 @@ class HybriMoE:
 
         gone = state.gone(seen)
         room, here = state.room(seen, gone), state.here(seen, gone)
-        split = balance(state.costs, demand, here & demand.keys(), state.coming(seen), loads=room)
+        coming = state.coming(seen)
+        link_ms = len(coming) * state.costs.transfer_ms
+        split = balance(state.costs, demand, here & demand.keys(), coming, link_ms=link_ms, loads=room)
         most = min(room - len(split.load), state.idle_copies(seen, split))
         prefetch = with_most_impact(state, seen, most)
 
@@ -166,9 +168,9 @@ class DALI:
     would load is prefetched. Every few passes a layer's cache takes in the experts with the most tokens of
     late, in place of those with the fewest. DALI forecasts with the next layer's router, on a hidden state
     corrected by the mean step of the residual stream between the two layers; `predictor="gate"` stands in.
-    Simplified: window and number of swaps, which DALI tunes for each model, are fixed; the cache, empty at
-    first, is for what the first prefill used most; swaps and prefetches take the link only while it is idle.
-    A layer keeps its share of three quarters of the budget; the rest is room for experts passing through.
+    Simplified: window and number of swaps, which DALI tunes for each model, are fixed; the first prefill
+    fills the cache with what it used most; then swaps and prefetches take the link only while it is idle. A
+    layer keeps its share of three quarters of the budget; the rest is room for experts passing through.
     """
 
     name = "dali"
@@ -187,15 +189,17 @@ class DALI:
         arrivals = dict(state.coming(seen)) | dict.fromkeys(here, 0.0)
         split = assign(state.costs, demand, arrivals, room)
 
+        room -= len(split.load)
+        most = max(0, min(room, state.idle_copies(seen, split)))
         prefetch: list[ExpertId] = []
-        most = min(room - len(split.load), state.idle_copies(seen, split))
-        if most > 0:
-            for number, expected in state.ahead(seen, 1):
-                there = {e: 0.0 for e in expected if present(ExpertId(number, e), seen)}
-                prefetch += [ExpertId(number, e) for e in assign(state.costs, expected, there, most).load]
-            absent = kept.difference(here, split.load)
-            copies = (ExpertId(layer, e) for e in sorted(absent, key=lambda e: (-window[1].get(e, 0), e)))
-            prefetch += [copy for copy in copies if not present(copy, seen)]
+        for number, expected in state.ahead(seen, 1) if most else ():
+            there = {e: 0.0 for e in expected if present(ExpertId(number, e), seen)}
+            prefetch += [ExpertId(number, e) for e in assign(state.costs, expected, there, most).load]
+        absent = [e for e in kept.difference(here, split.load) if not present(ExpertId(layer, e), seen)]
+        # At first the layer's cache is to be filled, however long that takes.
+        most = most if layer in state.kept else room
+        busiest = sorted(absent, key=lambda e: (-window[1].get(e, 0), e))
+        prefetch += [ExpertId(layer, e) for e in busiest[: max(0, most - len(prefetch))]]
         state = replace(
             state,
             kept={**state.kept, layer: kept},
@@ -203,7 +207,7 @@ class DALI:
             leaving=tuple(ExpertId(layer, e) for e in sorted(here.union(split.device) - kept)),
         )
         load = [ExpertId(layer, expert) for expert in split.load]
-        return state, answer(seen, split.device, evict=gone, load=load, prefetch=prefetch[: max(0, most)])
+        return state, answer(seen, split.device, evict=gone, load=load, prefetch=prefetch)
 
 
 def assign(

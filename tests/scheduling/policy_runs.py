@@ -1,6 +1,7 @@
 """What tests of policies share: a device tier on sets, runs to plan for, following a policy through one."""
 
 from collections import Counter
+from dataclasses import fields, is_dataclass
 from itertools import chain
 
 import numpy as np
@@ -81,6 +82,22 @@ def runs(draw):
     demand = st.dictionaries(st.integers(0, num_experts - 1), st.integers(1, 40), min_size=1)
     steps = draw(st.lists(st.lists(demand, min_size=num_layers, max_size=num_layers), min_size=1, max_size=6))
     return shape, resident, steps
+
+
+def assert_same(*states):
+    """Also where dataclasses hold arrays, whose `==` is not one truth."""
+
+    def plain(value):
+        if is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, np.ndarray):
+            return value.tolist()
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    for state in states[1:]:
+        assert plain(state) == plain(states[0])
 
 
 def follow(policy, shape, steps, profile=None, ahead=0):

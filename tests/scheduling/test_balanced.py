@@ -28,16 +28,16 @@ def test_hybrimoe_lets_the_host_take_a_resident_expert():
 
 
 @pytest.mark.parametrize("name", ["hybrimoe", "dali"])
-def test_they_prefetch_nothing_without_a_forecast_or_time(name):
+def test_they_prefetch_for_no_later_layer_without_a_forecast_or_time(name):
     steps = [[{0: 9}, {0: 9}, {0: 9}]] * 2
     blind, _ = follow(POLICIES[name](), geometry(18), steps, SPLIT)
-    assert not any(plan.prefetch for plan in blind)
+    assert not any(expert.layer != plan.layer for plan in blind for expert in plan.prefetch)
     # Where nothing is computed for long, the link is not idle either.
     quick = HardwareProfile(
         host_ms=TimeTable((1,), (0.0,)), device_ms=TimeTable((1,), (0.0,)), transfer_ms=5.0, source=""
     )
     plans, _ = follow(POLICIES[name](), geometry(18), steps, quick, ahead=2)
-    assert not any(plan.prefetch for plan in plans)
+    assert not any(expert.layer != plan.layer for plan in plans for expert in plan.prefetch)
 
 
 def test_hybrimoe_prefetches_what_saves_most():
@@ -64,11 +64,12 @@ def test_dali_prefetches_what_it_would_load_and_keeps_what_the_first_prefill_use
     step = [{0: 9, 1: 1}, {2: 9, 3: 1}, {4: 9}]
     plans, device = follow(POLICIES["dali"](), geometry(18), [step, step], SPLIT, ahead=1)
     assert plans[0].load == (ExpertId(0, 0),)
-    assert plans[0].prefetch == (ExpertId(1, 2),)
+    # What the host does at first is brought to be kept, after what the next layer needs.
+    assert plans[0].prefetch == (ExpertId(1, 2), ExpertId(0, 1))
     assert plans[1].load == ()
-    assert plans[1].prefetch[0] == ExpertId(2, 4)
-    assert ExpertId(1, 3) in {*plans[1].prefetch, *plans[4].prefetch}  # kept, though the host did it at first
-    assert all(ExpertId(*e) in device.resident for e in ((0, 0), (1, 2), (2, 4)))
+    assert plans[1].prefetch == (ExpertId(2, 4), ExpertId(1, 3))
+    assert device.resident == {ExpertId(*e) for e in ((0, 0), (0, 1), (1, 2), (1, 3), (2, 4))}
+    assert not any(plan.load or plan.prefetch or plan.evict for plan in plans[3:])
 
 
 def test_dali_swaps_by_workload_at_the_end_of_a_window():
