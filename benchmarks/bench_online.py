@@ -1,14 +1,14 @@
-"""Does tuning on recent tokens help when the traffic changes?
+"""Does tuning on recent tokens help when the traffic changes, and does it do harm when it changes back?
 
-Held-out passages of one domain, then of another, go past the predictor as a stream of rows. Its error, one
-minus the exact recall one layer ahead, is taken before a row is learned from; once with tuning, once without.
-Needs a recorded trace (`layerscope trace`).
+Held-out passages of one domain, then of another, then others of the first, go past a predictor as a stream of
+rows: once with tuning, once without. Errors are of rows before they are learned from. Needs a recorded trace
+(`layerscope trace`).
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from predictor.dataset import load_rows
 from predictor.routers import Routers
 from predictor.step import Batch
 from predictor.train import batch_of
-from predictor.tuning import Look, Tuner, TuningConfig
+from predictor.tuning import CHECK_EVERY, Tuner, TuningConfig, part
+
+TUNING = TuningConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,10 @@ class Options(harness.Common):
     predictor: Path = predictor.SHIPPED
     domains: tuple[str, str] = ("speeches", "instructions")
     """Before the change and after it."""
-    rows: int = 8192
-    """Of each domain, at most."""
-    threshold: float = 0.05
-    window: int = 4096
-    steps: int = 16
-    learning_rate: float = 5e-4
+    rows: int = 4096
+    """Of the second domain; half as many of the first one before it, and again after it."""
+    threshold: float = TUNING.threshold
+    window: int = TUNING.window
 
 
 def rows_of(trace: Trace, domain: str, most: int) -> Batch:
@@ -51,54 +51,82 @@ def rows_of(trace: Trace, domain: str, most: int) -> Batch:
     return jax.tree.map(np.asarray, batch_of(rows, np.arange(len(rows))))
 
 
-def run(options: Options, streams: list[Batch], threshold: float) -> tuple[list[Look], float]:
-    """Every look at the stream, and the seconds it took."""
-    config = TuningConfig(
-        window=options.window,
-        threshold=threshold,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-    )
+def streams(options: Options, trace: Trace) -> list[Batch]:
+    """The first domain's rows, the second's, and others of the first; whole blocks, as many as there are.
+
+    Raises:
+        ValueError: if a domain has too few.
+    """
+    most = 1024 if options.quick else options.rows
+    first, second = (rows_of(trace, domain, most) for domain in options.domains)
+    half, whole = (len(rows.has_next) for rows in (first, second))
+    half, whole = half // 2 // CHECK_EVERY * CHECK_EVERY, whole // CHECK_EVERY * CHECK_EVERY
+    if min(half // 2, whole // 4) < CHECK_EVERY:
+        raise ValueError(
+            f"expected {4 * CHECK_EVERY} held-out rows of {' and of '.join(options.domains)} or more, "
+            f"got {len(first.has_next)} and {len(second.has_next)}; record more text"
+        )
+    return [part(first, slice(half)), part(second, slice(whole)), part(first, slice(half, 2 * half))]
+
+
+def spans_of(lengths: list[int]) -> dict[str, tuple[int, int]]:
+    """Where in the stream is what: the rows from the first to before the last.
+
+    >>> spans_of([64, 256, 128])
+    {'before': (0, 64), 'just after': (64, 128), 'later': (128, 256), 'at the end': (256, 320), ...
+    """
+    change, back = lengths[0], lengths[0] + lengths[1]
+    quarter, half = lengths[1] // 4, lengths[2] // 2
+    return {
+        "before": (0, change),
+        "just after": (change, change + quarter),
+        "later": (change + quarter, back - quarter),
+        "at the end": (back - quarter, back),
+        "just back": (back, back + half),
+        "back": (back + half, back + lengths[2]),
+    }
+
+
+def run(config: TuningConfig, options: Options, stream: list[Batch]) -> dict[str, Any]:
+    """What one pass over the stream gives: errors by span, one layer ahead and over all horizons."""
     tuner = Tuner(predictor.load(options.predictor), Routers.load(options.traces), config)
     began = time.perf_counter()
-    for stream in streams:
-        tuner.feed(stream)
-    return list(tuner.looks), time.perf_counter() - began
+    for rows in stream:
+        tuner.feed(rows)
+    seconds, looks = time.perf_counter() - began, tuner.looks
+    errors: dict[str, dict[str, float]] = {"error": {}, "error_ahead": {}}
+    for span, (first, last) in spans_of([len(rows.has_next) for rows in stream]).items():
+        here = [look for look in looks if first < look.rows <= last]
+        for name, found in errors.items():
+            found[span] = float(np.mean([getattr(look, name) for look in here]))
+    return errors | {
+        "tried": sum(look.tried for look in looks),
+        "accepted": sum(look.accepted for look in looks),
+        "returned": sum(look.returned for look in looks),
+        "seconds": seconds,
+        "tries": [look.to_json() for look in looks if look.tried or look.returned],
+    }
 
 
 def main(options: Options) -> dict[str, Any]:
-    most = 1024 if options.quick else options.rows
-    trace = Trace.open(options.traces)
-    streams = [rows_of(trace, domain, most) for domain in options.domains]
-    change = len(streams[0].has_next)
-    end = change + len(streams[1].has_next)
-    part = (end - change) // 4
-    spans = {
-        "before": (0, change),
-        "just after": (change, change + part),
-        "later": (change + part, end - part),
-        "at the end": (end - part, end),
-    }
-    rows = []
-    for name, threshold in (("without tuning", 1.0), ("with tuning", options.threshold)):
-        looks, seconds = run(options, streams, threshold)
-        errors = {
-            span: float(np.mean([look.error for look in looks if first < look.rows <= last]))
-            for span, (first, last) in spans.items()
-        }
-        tried = sum(look.tried for look in looks)
-        accepted = sum(look.accepted for look in looks)
-        rows.append({"name": name, "error": errors, "tried": tried, "accepted": accepted, "seconds": seconds})
+    try:
+        stream = streams(options, Trace.open(options.traces))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    tuning = TuningConfig(threshold=options.threshold, window=1024 if options.quick else options.window)
+    settings = {"without tuning": replace(tuning, threshold=1.0), "with tuning": tuning}
+    rows = [{"name": name} | run(config, options, stream) for name, config in settings.items()]
     record = harness.machine()
+    spans = spans_of([len(part.has_next) for part in stream])
+    first, second = options.domains
     harness.print_table(
-        f"Error in %, {options.domains[0]} and then {options.domains[1]}, {end:,} rows",
-        ("", *spans, "tried", "kept", "seconds"),
+        f"Error in %, one layer ahead / all horizons: {first}, then {second}, then {first}",
+        ("", *spans, "tried", "kept", "dropped", "seconds"),
         [
             (
                 row["name"],
-                *(f"{100 * row['error'][span]:.2f}" for span in spans),
-                row["tried"],
-                row["accepted"],
+                *(f"{100 * row['error'][span]:.1f} / {100 * row['error_ahead'][span]:.1f}" for span in spans),
+                *(row[name] for name in ("tried", "accepted", "returned")),
                 f"{row['seconds']:.0f}",
             )
             for row in rows
@@ -109,10 +137,11 @@ def main(options: Options) -> dict[str, Any]:
         "benchmark": "online",
         "quick": options.quick,
         "machine": record,
+        "predictor": str(options.predictor),
         "domains": options.domains,
+        "spans": spans,
+        "tuning": asdict(tuning),
         "rows": rows,
-        "change_at": change,
-        "end_at": end,
     }
     if options.json is not None:
         harness.write_json(options.json, result)

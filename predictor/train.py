@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layerscope_jax.files import read_json, replace_files
-from layerscope_jax.traces import Trace
+from layerscope_jax.traces import Passage, Trace
 from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
 from predictor.llapor import LLaPor
 from predictor.network import GroupConfig
@@ -43,6 +43,7 @@ class TrainConfig:
         traces: folder made by `layerscope trace`.
         out: folder for the predictor, its checkpoints and `log.jsonl`.
         look_ahead: W, how many layers ahead are predicted.
+        leave_out: domains of the trace that it does not learn from, so as to meet them as something new.
         tokens: training rows at most.
         epochs: passes over them.
         batch: rows of a step.
@@ -58,6 +59,7 @@ class TrainConfig:
     traces: Path
     out: Path
     look_ahead: int = 8
+    leave_out: tuple[str, ...] = ()
     tokens: int = 65_536
     epochs: int = 2
     batch: int = 512
@@ -109,11 +111,22 @@ def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
         raise ValueError(
             f"look-ahead must be at most the model's {model.num_layers} layers, got {config.look_ahead}"
         )
+    known = {passage.domain for chunk in trace.chunks for passage in chunk.passages}
+    if not known.issuperset(config.leave_out):
+        unknown = ", ".join(sorted({*config.leave_out} - known))
+        raise ValueError(
+            f"leave_out must name domains of {config.traces} ({', '.join(sorted(known))}), got {unknown}"
+        )
     config.out.mkdir(parents=True, exist_ok=True)
     check_same_run(config, trace)
     basis, routers = Basis.load(trace.folder), Routers.load(trace.folder)
-    rows = load_rows(trace, for_training, most=config.tokens, what="passages to train on")
-    validation = load_rows(trace, for_validation, most=VALIDATION_ROWS, what="passages to validate with")
+
+    def rows_of(split: Callable[[Passage], bool], most: int, what: str) -> Rows:
+        keep = lambda passage: split(passage) and passage.domain not in config.leave_out  # noqa: E731
+        return load_rows(trace, keep, most=most, what=what)
+
+    rows = rows_of(for_training, config.tokens, "passages to train on")
+    validation = rows_of(for_validation, VALIDATION_ROWS, "passages to validate with")
     if len(rows) < config.batch:
         raise ValueError(f"expected {config.batch} training rows or more (one batch), got {len(rows)}")
 
@@ -242,6 +255,8 @@ def check_same_run(config: TrainConfig, trace: Trace) -> None:
     }
     for name in ("traces", "out", "save_every"):
         del settings[name]
+    if not config.leave_out:  # runs from before there was this setting
+        del settings["leave_out"]
     settings = json.loads(json.dumps(settings))
     file = config.out / "run.json"
     if not file.exists():
@@ -249,9 +264,9 @@ def check_same_run(config: TrainConfig, trace: Trace) -> None:
         return
     earlier = read_json(file)
     differing = [
-        f"{key}: {earlier.get(key)} then, {now} now"
-        for key, now in settings.items()
-        if earlier.get(key) != now
+        f"{key}: {earlier.get(key)} then, {settings.get(key)} now"
+        for key in {**earlier, **settings}
+        if earlier.get(key) != settings.get(key)
     ]
     if differing:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from predictor.llapor import LLaPor
 from predictor.routers import Routers
 from predictor.step import Batch, input_scale, make_steps, priors
 
-CHECK_EVERY = 64  # rows, as in the paper
+CHECK_EVERY = 64  # rows, as in the paper; a block
 HELD_BACK = 4  # the newest of so many parts of the window
+PAUSE = 4  # blocks between a try and the next
+MOST_HALVINGS = 3  # of the learning rate, and doublings of the pause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,25 +28,28 @@ class TuningConfig:
 
     Attributes:
         window: rows that are kept, the newest.
-        threshold: the error (one minus the exact recall one layer ahead) above which a tuning is tried.
+        threshold: the error (one minus the exact recall one layer ahead) over the newest quarter of the
+            window above which a tuning is tried. Best a little above the error on traffic that it knows.
+        margin: standard errors by which the recall must rise for a change to be kept.
         steps, batch: of a tuning.
-        learning_rate: of its AdamW.
+        learning_rate: of its Adam, when things go well.
         seed: of the rows that a step takes.
     """
 
     window: int = 2048
-    threshold: float = 0.1
+    threshold: float = 0.11
+    margin: float = 2.0
     steps: int = 16
     batch: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"window": HELD_BACK * CHECK_EVERY, "steps": 1, "batch": 1}
+        least = {"window": HELD_BACK * 4 * CHECK_EVERY, "steps": 1, "batch": 1, "margin": 0}
         problems = [
             f"{name} must be {low} or more, got {getattr(self, name)}"
             for name, low in least.items()
-            if getattr(self, name) < low
+            if not getattr(self, name) >= low
         ]
         if not 0 <= self.threshold <= 1:
             problems.append(f"threshold must lie in 0..1, got {self.threshold}")
@@ -60,18 +65,25 @@ class Look:
 
     Attributes:
         rows: seen in all until then.
-        error: of the newest rows, before any tuning of this look.
-        tried: whether it was over the threshold, and the window full enough, so that a tuning was tried.
-        before, after: recall on the held-back rows, over all horizons, without and with the tuning.
-        accepted: whether that was better; else everything is as it was.
+        error: of the newest 64 rows one layer ahead, before anything was learned from them.
+        error_ahead: the same over all horizons.
+        recent_error: one layer ahead over the newest quarter of the window, which the threshold is for.
+        tried: whether a tuning was tried.
+        gain: by how much the tuned one recalls more on the held-back rows, over all horizons.
+        noise: standard error of `gain`.
+        accepted: whether the tuned one was kept; else everything is as it was.
+        returned: whether the predictor became again what it was at the start.
     """
 
     rows: int
     error: float
+    error_ahead: float
+    recent_error: float
     tried: bool = False
-    before: float = 0.0
-    after: float = 0.0
+    gain: float = 0.0
+    noise: float = 0.0
     accepted: bool = False
+    returned: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,8 +92,11 @@ class Look:
 class Tuner:
     """A predictor, and a bounded window of the newest rows that it is tuned on.
 
-    Every 64 rows it looks at its error over them. Above the threshold it takes a few steps on the older three
-    quarters of the window, and keeps what came of them only if that recalls more on the newest quarter.
+    Every 64 rows it looks at its error over the newest quarter of the window. Above the threshold it takes a
+    few steps on the older three quarters, and keeps what came of them only if that recalls more on the newest
+    quarter, by more than noise. After a try in vain the next one is twice as far off and half as fast: where
+    the first predictor is nearly right, only small steps help. What was tuned is compared with the first
+    predictor at every look, and dropped where that is better.
 
     Args:
         llapor: what is tuned; itself it stays as it is.
@@ -94,16 +109,22 @@ class Tuner:
     """
 
     def __init__(self, llapor: LLaPor, routers: Routers, config: TuningConfig | None = None):
-        self.llapor = llapor
+        self.llapor = self._first = llapor
         self.config = config = config or TuningConfig()
         self.looks: deque[Look] = deque(maxlen=1000)
-        self._blocks: deque[Batch] = deque()
-        self._seen = self._unchecked = self._kept = 0
+        self._blocks: deque[Batch] = deque(maxlen=config.window // CHECK_EVERY)
+        self._held = config.window // CHECK_EVERY // HELD_BACK
+        # Of each held-back block, [2, W]: exact recalls, summed over rows and layers, and how many they are.
+        self._scores: deque[np.ndarray] = deque(maxlen=self._held)
+        self._first_scores: deque[np.ndarray] = deque(maxlen=self._held)
+        self._waiting: Batch | None = None  # rows, fewer than a block
+        self._seen = 0
+        self._halvings, self._next_try = 0, 0
         self._rng = np.random.default_rng(config.seed)
-        # No decay: what the window does not speak of is to stay.
         self._update = optax.chain(
             optax.clip_by_global_norm(1.0 * llapor.model.num_layers**0.5),
-            optax.adamw(config.learning_rate, weight_decay=0.0),
+            optax.scale_by_adam(),
+            optax.inject_hyperparams(optax.scale_by_learning_rate)(config.learning_rate),
         )
         prior = priors(routers, llapor.basis, llapor.stacks, llapor.look_ahead)
         ones = jnp.ones((llapor.model.num_layers, llapor.model.num_experts), jnp.float32)
@@ -120,57 +141,91 @@ class Tuner:
     def feed(self, rows: Batch) -> bool:
         """Takes new rows (NumPy arrays) into the window; returns whether the predictor has changed."""
         before = self.llapor
-        for start in range(0, len(rows.has_next), CHECK_EVERY):
-            block = part(rows, slice(start, start + CHECK_EVERY))
-            self._blocks.append(block)
-            size = len(block.has_next)
-            self._seen, self._unchecked = self._seen + size, self._unchecked + size
-            self._kept += size
-            while self._kept - len(self._blocks[0].has_next) >= self.config.window:
-                self._kept -= len(self._blocks.popleft().has_next)
-            if self._unchecked >= CHECK_EVERY:
-                self._unchecked -= CHECK_EVERY
-                # Optax mixes dtypes and ranks, whatever strictness the program has asked of JAX.
-                with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                    self._look()
+        rows = rows if self._waiting is None else joined([self._waiting, rows])
+        whole = len(rows.has_next) // CHECK_EVERY * CHECK_EVERY
+        self._waiting = part(rows, slice(whole, None))
+        for start in range(0, whole, CHECK_EVERY):
+            self._blocks.append(part(rows, slice(start, start + CHECK_EVERY)))
+            self._seen += CHECK_EVERY
+            # Optax mixes dtypes and ranks, whatever strictness the program has asked of JAX.
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                self._look()
         return self.llapor is not before
 
     def _look(self) -> None:
-        config, window = self.config, joined(self._blocks)
-        count = len(window.has_next)
-        error = 1 - self._recall(
-            self.llapor.network, part(window, slice(count - CHECK_EVERY, count)), horizon=0
+        config, newest = self.config, self._blocks[-1]
+        self._scores.append(self._score(self.llapor.network, newest))
+        tuned = self.llapor is not self._first
+        self._first_scores.append(self._score(self._first.network, newest) if tuned else self._scores[-1])
+        look = Look(
+            rows=self._seen,
+            error=1 - recall(self._scores[-1][None, :, :1]),
+            error_ahead=1 - recall(self._scores[-1][None]),
+            recent_error=1 - recall(np.stack(self._scores)[..., :1]),
         )
-        look = Look(rows=self._seen, error=error)
-        if error > config.threshold and count >= HELD_BACK * CHECK_EVERY:
-            held = count // HELD_BACK // CHECK_EVERY * CHECK_EVERY
-            older, newest = (part(window, s) for s in (slice(count - held), slice(count - held, count)))
-            before = self._recall(self.llapor.network, newest)
-            tuned = self._tuned(older)
-            after = self._recall(tuned, newest)
-            look = replace(look, tried=True, before=before, after=after, accepted=after > before)
-            if look.accepted:
-                self.llapor = replace(self.llapor, network=tuned)
+        full = len(self._scores) == self._held
+        if full and tuned and self._is_better(*compared(self._scores, self._first_scores)):
+            self._become(self._first, self._first_scores)
+            look = replace(look, returned=True)
+        elif look.recent_error <= config.threshold:
+            self._halvings, self._next_try = 0, 0
+        elif len(self._blocks) >= 2 * self._held and self._seen >= self._next_try:
+            look = self._try(look)
         self.looks.append(look)
+
+    def _try(self, look: Look) -> Look:
+        blocks = list(self._blocks)
+        network = self._tuned(joined(blocks[: -self._held]))
+        scores = deque((self._score(network, block) for block in blocks[-self._held :]), self._held)
+        gain, noise = compared(self._scores, scores)
+        accepted = self._is_better(gain, noise)
+        if accepted:
+            self._become(replace(self.llapor, network=network), scores)
+        self._halvings = min(max(self._halvings + (-1 if accepted else 1), 0), MOST_HALVINGS)
+        self._next_try = self._seen + 2**self._halvings * PAUSE * CHECK_EVERY
+        return replace(look, tried=True, gain=gain, noise=noise, accepted=accepted)
+
+    @property
+    def _rate(self) -> float:
+        return self.config.learning_rate / 2**self._halvings
+
+    def _is_better(self, gain: float, noise: float) -> bool:
+        return gain > self.config.margin * noise
+
+    def _become(self, llapor: LLaPor, scores: deque[np.ndarray]) -> None:
+        self.llapor, self._scores = llapor, scores.copy()
 
     def _tuned(self, rows: Batch) -> Any:
         params = jax.tree.map(jnp.copy, self.llapor.network)
         state = self._update.init(params)
+        state[-1].hyperparams["learning_rate"] = jnp.float32(self._rate)
         for _ in range(self.config.steps):
             picked = self._rng.integers(len(rows.has_next), size=self.config.batch)
             key = jax.random.key(int(self._rng.integers(2**31)))
             params, state, _ = self._train(params, state, part(rows, picked), key)
         return params
 
-    def _recall(self, network: Any, rows: Batch, horizon: int | None = None) -> float:
-        """Exact recall over layers, and all horizons or one; 64 rows at a time, for one compiled shape."""
-        recalled = known = 0.0
-        for start in range(0, len(rows.has_next) - CHECK_EVERY + 1, CHECK_EVERY):
-            found, counted = self._evaluate(network, part(rows, slice(start, start + CHECK_EVERY)))
-            which = slice(None) if horizon is None else slice(horizon, horizon + 1)
-            recalled += float(np.asarray(found)[:, which].sum())
-            known += float(np.asarray(counted)[:, which].sum())
-        return recalled / known
+    def _score(self, network: Any, block: Batch) -> np.ndarray:
+        return np.stack([np.asarray(found).sum(0) for found in self._evaluate(network, block)])
+
+
+def recall(scores: np.ndarray) -> float:
+    """Of blocks [B, 2, W]: sums of recalls, and how many."""
+    return float(scores[:, 0].sum() / scores[:, 1].sum())
+
+
+def compared(before: Iterable[np.ndarray], after: Iterable[np.ndarray]) -> tuple[float, float]:
+    """By how much the recall of blocks, each [2, W] as in `recall`, rises, and the standard error of that.
+
+    Block by block, so that what is hard for both is not taken for noise.
+
+    >>> one = np.array([[5.0], [10.0]])
+    >>> compared([one, one], [one + [[0.0], [0.0]], one + [[5.0], [0.0]]])
+    (0.25, 0.25)
+    """
+    found, changed = (np.stack(list(scores)).sum(-1) for scores in (before, after))
+    rises = changed[:, 0] / changed[:, 1] - found[:, 0] / found[:, 1]
+    return float(rises.mean()), float(rises.std(ddof=1) / len(rises) ** 0.5)
 
 
 def part(rows: Batch, which: slice | np.ndarray) -> Batch:
@@ -178,8 +233,9 @@ def part(rows: Batch, which: slice | np.ndarray) -> Batch:
     return Batch(**{field.name: getattr(rows, field.name)[which] for field in fields(Batch)})
 
 
-def joined(blocks: Sequence[Batch] | deque[Batch]) -> Batch:
+def joined(blocks: Iterable[Batch]) -> Batch:
     """Blocks of rows as one."""
+    blocks = list(blocks)
     return Batch(
         **{field.name: np.concatenate([getattr(b, field.name) for b in blocks]) for field in fields(Batch)}
     )

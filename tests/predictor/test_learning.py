@@ -93,6 +93,20 @@ def test_a_killed_run_goes_on_to_the_same_weights(trace, finished, tmp_path, mon
         np.testing.assert_array_equal(one, other)
 
 
+def test_domains_can_be_left_out(trace, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(module, "load_rows", lambda trace, keep, **_: given.append(keep) or [])
+    with pytest.raises(ValueError, match=r"one batch\), got 0"):
+        train(config(trace, tmp_path / "run", leave_out=("verse",)), progress=False)
+    passages = [passage for chunk in trace.chunks for passage in chunk.passages]
+    assert len(given) == 2
+    assert not any(keep(passage) for keep in given for passage in passages)
+    with pytest.raises(ValueError, match=r"holds another run \(leave_out: \['verse'\] then, None now\)"):
+        train(config(trace, tmp_path / "run"), progress=False)
+    with pytest.raises(ValueError, match=r"leave_out must name domains .* \(letters, verse\), got prose"):
+        train(config(trace, tmp_path / "other", leave_out=("verse", "prose")), progress=False)
+
+
 def test_another_run_is_refused(trace, run):
     with pytest.raises(ValueError, match=r"holds another run \(seed: 0 then, 1 now\)"):
         train(config(trace, run, seed=1), progress=False)
