@@ -39,6 +39,17 @@ class Release:
     out: Path
 
 
+def run_config(run: Path, tokens: Path) -> TrainConfig:
+    """The settings of a training run, as its folder keeps them.
+
+    Raises:
+        ValueError: if it keeps none.
+    """
+    settings = read_json(run / "run.json")
+    known = {field.name for field in fields(TrainConfig)}
+    return TrainConfig(tokens=tokens, out=run, **{key: settings[key] for key in settings if key in known})
+
+
 def trained(config: TrainConfig) -> tuple[Decoder, int]:
     """The decoder of a run's last checkpoint, and its step.
 
@@ -180,11 +191,7 @@ def card(
 
 def release(options: Release) -> str:
     """Writes the folder; returns the card."""
-    settings = read_json(options.run / "run.json")
-    known = {field.name for field in fields(TrainConfig)}
-    config = TrainConfig(
-        tokens=options.tokens, out=options.run, **{key: settings[key] for key in settings if key in known}
-    )
+    config = run_config(options.run, options.tokens)
     decoder, steps = trained(config)
     save(decoder, options.out, dtype="bfloat16")
     copied = ("tokenizer.json", "tokenizer_config.json")
