@@ -1,94 +1,180 @@
-"""Measures what computing and moving an expert costs on this machine."""
+"""Measures what layers and experts cost on this machine: each part alone, and while the others are busy."""
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from layerscope_jax.experts.bank import ExpertBank, device_sharding
-from layerscope_jax.experts.executors import HostExperts, grouped_rows
-from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
+from layerscope_jax import machine
+from layerscope_jax.checkpoints import Model
+from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.transfers import Transfers
+from layerscope_jax.jobs import Job, Jobs
 from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
-from layerscope_jax.scheduling.plan import ExpertId
 
-TOKENS = (1, 4, 16, 64, 128, 256)
-ROUNDS = 5
+CONTEXT = 256
+"""Positions of a request in the table of layers; fewer where the model is made for fewer."""
+
+BUSY_TOKENS = 4
+"""Tokens of each expert that is computed to keep the host or the device busy."""
+
+ROUNDS, MOST_ROUNDS, ROUNDS_S = 5, 25, 0.1
+"""A job is timed so often, and on until it took so many seconds or was done most often."""
 
 
-def measure(
-    bank: ExpertBank, device: jax.Device, host: HostExperts, transfers: Transfers, slots: int
-) -> HardwareProfile:
-    """Times an expert of `bank` on the device, on the host and on the link; a few seconds in all.
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """Where times are taken; each costs a compilation or two, which is most of what measuring takes.
 
-    Experts are computed as a layer computes them, several in a call, and the time is shared out: a call's own
-    cost is not an expert's. At no time are there more experts on the device than it has room for, and there
-    are none when this is over.
+    Attributes:
+        tokens: of an expert.
+        decode: requests of a decode step.
+        prefill: tokens of a prefill, all requests together; more than in any decode step.
+    """
+
+    tokens: tuple[int, ...]
+    decode: tuple[int, ...]
+    prefill: tuple[int, ...]
+
+
+ROUGH = Points(tokens=(1, 4, 16, 64, 256), decode=(1,), prefill=(256,))
+"""What an engine measures where it was given no profile."""
+
+
+def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -> HardwareProfile:
+    """Times the parts of a layer while the others are busy, at a few points; some seconds in all.
+
+    At no time are there more experts on the device than `slots` (see `Jobs`), and there are none when this is
+    over.
 
     Args:
-        bank: whose experts.
-        device: the device tier, still empty.
+        model: whose experts, on an idle device.
         host: the host executor.
-        transfers: the link, idle; measured as it is used, with its pace and its thread.
-        slots: experts that the budget has room for. If none, one expert at a time is on the device all the
-            same; a policy that never puts one there needs no profile.
+        transfers: the link, idle.
+        slots: experts that the budget has room for.
     """
-    width = bank[ExpertId(0, 0)].gate.shape[0]
-    together = min(GROUP_SIZES[0], bank.num_experts)
-    fitting = min(together, max(1, slots))
-    layers = len(bank.layers)
-
-    def table(count: int, run: Callable[[int, jax.Array, Assignments], None]) -> TimeTable:
-        times = []
-        for tokens in TOKENS:
-            chosen = np.repeat(np.arange(count, dtype=np.int32), tokens)
-            inputs = jax.device_put(jnp.ones((len(chosen), width), bank.dtype), device_sharding(device))
-            rows = Assignments(chosen[:, None])
-            for round in range(ROUNDS):  # compiles, and meets each expert for the first time
-                run(round, inputs, rows)
-            times.append(median_ms(lambda r, i=inputs, a=rows: run(r, i, a)) / count)  # type: ignore[misc]
-        return TimeTable(TOKENS, tuple(np.maximum.accumulate(times).tolist()))
-
-    def on_the_host(round: int, inputs: jax.Array, rows: Assignments) -> None:
-        host.start(round % layers, inputs, rows.groups(range(together)), 1).result()
-
-    def device_table() -> TimeTable:
-        experts = [jax.device_put(bank[ExpertId(0, e)], device_sharding(device)) for e in range(fitting)]
-
-        def on_the_device(round: int, inputs: jax.Array, rows: Assignments) -> None:
-            jax.block_until_ready(
-                [
-                    grouped_rows(inputs, group.slots, tuple(experts[e] for e in group.experts), 1)
-                    for group in rows.groups(range(fitting))
-                ]
-            )
-
-        return table(fitting, on_the_device)  # and the experts leave the device
-
-    def copy(round: int) -> None:
-        wanted = {ExpertId(round % layers, e) for e in range(fitting)}
-        transfers.submit(wanted, [])
-        while wanted:
-            transfers.wait(wanted)
-            wanted -= transfers.arrivals()[0].keys()
-
-    return HardwareProfile(
-        host_ms=table(together, on_the_host),
-        device_ms=device_table(),
-        transfer_ms=median_ms(copy) / fitting,
-        source=f"measured on {device.device_kind}",
-    )
+    (together,) = costs(Jobs(model, host, transfers, slots), ROUGH, [True])
+    return together
 
 
-def median_ms(run: Callable[[int], None]) -> float:
-    """Median time of `run(round)`."""
-    times = []
-    for round in range(ROUNDS):
-        began = time.perf_counter()
-        run(round)
-        times.append(time.perf_counter() - began)
-    return 1e3 * float(np.median(times))
+def costs(jobs: Jobs, points: Points, ways: Sequence[bool]) -> list[HardwareProfile]:
+    """Times of all parts.
+
+    Args:
+        jobs: of the model.
+        points: where to take times.
+        ways: whether the other parts are busy meanwhile (see `others`); one profile is given for each. At
+            each point one way follows the other, so that a machine that drifts drifts under all alike.
+    """
+    config = jobs.model.config
+    context = min(CONTEXT, config.max_positions)
+    layers = {rows: jobs.layer(rows, 1, context) for rows in points.decode}
+    for tokens in points.prefill:
+        length = min(context, tokens)
+        layers[tokens] = jobs.layer(tokens // length, length, length)
+    parts = ("host", "device", "link", "layer")
+    beside = {part: [others(jobs, part) if together else [] for together in ways] for part in parts}
+    host = tables({n: jobs.host(n) for n in points.tokens}, beside["host"], jobs.computed)
+    device = tables({n: jobs.device(n) for n in points.tokens}, beside["device"], jobs.resident)
+    link = jobs.link(jobs.arriving)
+    transfer = [timed_ms(link, some, jobs.arriving) for some in beside["link"]]
+    layer = tables(layers, beside["layer"])
+    jobs.clear()
+    where = f"measured on {machine.cpu_name()}, {machine.cores()} cores, and {jobs.model.device.device_kind}"
+    return [
+        HardwareProfile(
+            host_ms=host[way],
+            device_ms=device[way],
+            transfer_ms=transfer[way],
+            layer_ms=layer[way],
+            source=f"{where}, {'the other parts busy' if together else 'each part alone'}",
+        )
+        for way, together in enumerate(ways)
+    ]
+
+
+def others(jobs: Jobs, part: str) -> list[Job]:
+    """What an engine may be at while it waits for `part`.
+
+    Experts are computed on both sides while the link brings some. While a layer attends, only the link goes
+    on, with what it brings for later layers.
+    """
+    host, device, link = jobs.host(BUSY_TOKENS), jobs.device(BUSY_TOKENS), jobs.link(jobs.arriving)
+    return {
+        "host": [device, link] if jobs.roomy else [link],
+        "device": [host, link] if jobs.roomy else [host],
+        "link": [host, device] if jobs.roomy else [host],
+        "layer": [link],
+    }[part]
+
+
+def tables(jobs: dict[int, Job], besides: Sequence[list[Job]], share: int = 1) -> list[TimeTable]:
+    """Times of jobs by token count, a table for each of `besides`, what is done meanwhile.
+
+    None is longer than that of more tokens: noise only ever makes a time longer.
+    """
+    times = [[timed_ms(job, beside, share) for beside in besides] for job in jobs.values()]
+    return [
+        TimeTable(tuple(jobs), tuple(np.minimum.accumulate(column[::-1])[::-1].tolist()))
+        for column in zip(*times, strict=True)
+    ]
+
+
+def timed_ms(job: Job, beside: list[Job], share: int = 1) -> float:
+    """Median time of `job` while each of `beside` is done over and over; divided by `share`, four digits."""
+    for each in (job, *beside):
+        warm_up(each)
+    times: list[float] = []
+    with busy(beside):
+        while len(times) < ROUNDS or (len(times) < MOST_ROUNDS and sum(times) < ROUNDS_S):
+            began = time.perf_counter()
+            job(len(times))
+            times.append(time.perf_counter() - began)
+    return float(f"{1e3 * float(np.median(times)) / share:.4g}")
+
+
+def warm_up(job: Job) -> None:
+    """Compiles, and meets each expert for the first time; a job that takes long is not done often."""
+    job(0)
+    began = time.perf_counter()
+    for round in range(1, ROUNDS):
+        if time.perf_counter() - began < ROUNDS_S:
+            job(round)
+
+
+@contextmanager
+def busy(jobs: Iterable[Job]) -> Iterator[None]:
+    """Does each job over and over, on a thread of its own; all have begun when this is entered."""
+    ended = threading.Event()
+
+    def run(job: Job, begun: threading.Event) -> None:
+        try:
+            for round in itertools.count():
+                job(round)
+                begun.set()
+                if ended.is_set():
+                    break
+        finally:
+            begun.set()
+
+    threads: list[Any] = []
+    jobs = list(jobs)
+    with ThreadPoolExecutor(len(jobs) + 1, thread_name_prefix="layerscope-busy") as pool:
+        try:
+            for job in jobs:
+                begun = threading.Event()
+                threads.append(pool.submit(run, job, begun))
+                begun.wait()
+            yield
+        finally:
+            ended.set()
+    for thread in threads:
+        thread.result()  # what went wrong there

@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
 
-from layerscope_jax import demo, demo_view
+from layerscope_jax import demo, demo_view, profile_view
 from layerscope_jax.batch_files import Completions, Row, check_prompts, completion, read_prompts
 from layerscope_jax.checkpoints import Model, load
 from layerscope_jax.complete import Live, complete, summary
@@ -25,7 +25,9 @@ from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
 from layerscope_jax.fingerprint import fingerprint
 from layerscope_jax.generation import Request
+from layerscope_jax.machine_profile import MachineProfile
 from layerscope_jax.prediction import PREDICTORS, Predictor
+from layerscope_jax.profiling import calibrate
 from layerscope_jax.scheduling.baselines import POLICIES
 
 SHIPPED = "shipped"
@@ -121,6 +123,14 @@ class Generate:
         str | None,
         arg(metavar="PREDICTOR", help=f"Forecasts experts for policies that prefetch. {PREDICTOR_HELP}"),
     ] = None
+    profile: Annotated[
+        str | None,
+        arg(
+            metavar="FILE",
+            help="What `layerscope calibrate` measured, for policies that weigh costs; without it they are "
+            "measured roughly before the first token.",
+        ),
+    ] = None
     max_new_tokens: Annotated[int, arg(help="At most so many tokens for each prompt.")] = 64
     temperature: Annotated[float, arg(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0
     top_k: Annotated[int, arg(help="Sample from so many of the likeliest tokens; 0 for all.")] = 0
@@ -155,6 +165,7 @@ class Generate:
             link_bandwidth=self.link_bandwidth,
             numerics=self.numerics,
             predictor=open_predictor(self.predictor, self.checkpoint),
+            profile=None if self.profile is None else MachineProfile.load(self.profile),
         )
         make_policy(self.policy)
         rows = self._rows()
@@ -290,6 +301,46 @@ class Record:
         return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """Measure what experts, layers and copies cost on this machine, alone and while its other parts are busy.
+
+    `layerscope generate --profile` then plans by these times instead of measuring a few each time.
+    """
+
+    checkpoint: Annotated[
+        Positional[str],
+        arg(metavar="CHECKPOINT", help="A Hugging Face folder, or 'shipped' for the model that comes along."),
+    ]
+    out: Annotated[Path, arg(metavar="FILE", help="For the profile.")] = Path("profile.json")
+    device_budget: Annotated[
+        str | None,
+        arg(metavar="SIZE", help="Device memory for experts; no more of them are there while measuring."),
+    ] = None
+    link_bandwidth: Annotated[
+        str | None,
+        arg(metavar="SIZE", help="Bytes a second, '500MB' say, that copies to the device are paced to."),
+    ] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        arg(help="Converts the weights; without it they stay as they are."),
+    ] = None
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        if self.out.is_dir():
+            raise ValueError(f"--out must be a file, got the folder {self.out}")
+        sizes: dict[str, Any] = {"device_budget": self.device_budget, "link_bandwidth": self.link_bandwidth}
+        OffloadConfig(**sizes)  # refuses what is no size, before a model is loaded
+        model = open_model(self.checkpoint, self.dtype)
+        say("measuring; other work on this machine would end up in the figures")
+        profile = calibrate(model, **sizes)
+        profile.save(self.out)
+        profile_view.show(profile, Console(highlight=False))
+        print(f"The profile is in {self.out}")
+        return 0
+
+
 def folder_of(checkpoint: str) -> Path:
     return demo.SHIPPED if checkpoint == SHIPPED else Path(checkpoint)
 
@@ -326,10 +377,11 @@ def main(args: Sequence[str] | None = None) -> int:
     if args == ["--version"]:
         print(", ".join(f"{name} {number}" for name, number in demo.versions().items()))
         return 0
-    command: Demo | Generate | Record = tyro.cli(
+    command: Demo | Generate | Record | Calibrate = tyro.cli(
         Annotated[Demo, subcommand("demo")]  # type: ignore[arg-type]
         | Annotated[Generate, subcommand("generate")]
-        | Annotated[Record, subcommand("trace")],
+        | Annotated[Record, subcommand("trace")]
+        | Annotated[Calibrate, subcommand("calibrate")],
         prog="layerscope",
         description=(
             "Run mixture-of-experts language models whose experts do not fit on the accelerator. "

@@ -124,7 +124,7 @@ class Engine:
         self._close = weakref.finalize(self, _close, transfers, host)
         try:
             if profile is None and self.policy.uses_costs:
-                profile = calibration.measure(bank, self.device, host, transfers, residency.slots)
+                profile = calibration.measure(model, host, transfers, residency.slots)
             state = self.policy.init(geometry, profile)
             forecasts = Forecasts(None if everything else predictor, model, geometry)
         except BaseException:

@@ -66,14 +66,13 @@ def device_free_bytes(device: jax.Device) -> int | None:
     return stats["bytes_limit"] - stats["bytes_in_use"]
 
 
-def read_bytes_per_s(most: int = MOST_BYTES) -> float:
+def read_bytes_per_s() -> float:
     """How fast all cores together read host memory: the most that computing few tokens on the host can reach.
 
-    Args:
-        most: bytes to read; less are read where little memory is free.
+    Reads less than `MOST_BYTES` where little memory is free.
     """
     threads = cores()
-    part = min(most, free_bytes() // 8) // threads // 4
+    part = min(MOST_BYTES, free_bytes() // 8) // threads // 4
     parts = [np.ones(part, np.float32) for _ in range(threads)]
     times = []
     with ThreadPoolExecutor(threads) as pool:

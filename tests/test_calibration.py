@@ -1,46 +1,80 @@
-"""The measured profile: what is in it, and that measuring keeps to the budget and leaves nothing behind."""
+"""Measuring a machine: what is in a profile, that the budget is kept to and that nothing is left behind."""
 
+import threading
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import jax
 import pytest
-from helpers import random_model
+from helpers import TINY, in_time, random_decoder, random_model
 
-from layerscope_jax import Engine, OffloadConfig, calibration
+import layerscope_jax
+from layerscope_jax import Engine, OffloadConfig, calibration, cli, jobs, machine, profiling
+from layerscope_jax.calibration import Points, busy, others, tables
 from layerscope_jax.experts.executors import HostExperts
-from layerscope_jax.experts.transfers import Transfers
+from layerscope_jax.experts.transfers import TransferError, Transfers
+from layerscope_jax.jobs import Jobs
+from layerscope_jax.machine_profile import MachineProfile
+
+SMALL = replace(
+    TINY,
+    num_experts=20,
+    hidden_size=36,
+    expert_hidden=28,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=18,
+    qk_norm="all",
+)
+POINTS = Points(tokens=(1, 3), decode=(1,), prefill=(4,))
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Few points: each compiles something."""
+    monkeypatch.setattr(calibration, "ROUGH", POINTS)
+    monkeypatch.setattr(machine, "MOST_BYTES", 2**20)
 
 
 @contextmanager
-def rooms(bank, bandwidth=None, copy=jax.device_put):
+def rooms(model, bandwidth=None, copy=jax.device_put):
     device, host_device = jax.devices()
-    host, transfers = HostExperts(bank, host_device), Transfers(bank, device, bandwidth, copy)
+    host, transfers = HostExperts(model.bank, host_device), Transfers(model.bank, device, bandwidth, copy)
     try:
-        yield device, host, transfers
+        yield host, transfers
     finally:
         transfers.close()
         host.close()
 
 
-def test_profile_of_this_machine():
-    bank = random_model().bank
+@pytest.fixture(scope="module")
+def small():
+    """A model whose experts have shapes of their own, more than fit into one job."""
+    return random_model(SMALL)
+
+
+def test_profile_of_this_machine(small):
     bandwidth = 10_000_000
-    with rooms(bank, bandwidth) as (device, host, transfers):
-        profile = calibration.measure(bank, device, host, transfers, 24)
+    with rooms(small, bandwidth) as (host, transfers):
+        profile = calibration.measure(small, host, transfers, 24)
         assert transfers.arrivals() == ({}, [])
-    for table in (profile.host_ms, profile.device_ms):
-        assert table.tokens == calibration.TOKENS
-        assert all(ms > 0 for ms in table.ms)
-        assert list(table.ms) == sorted(table.ms)
+    assert profile.layer_ms.tokens == (1, 4)
+    for tokens in (profile.host_ms, profile.device_ms):
+        assert tokens.tokens == POINTS.tokens
+    for measured in (profile.host_ms, profile.device_ms, profile.layer_ms):
+        assert all(ms > 0 for ms in measured.ms)
+        assert list(measured.ms) == sorted(measured.ms)
     # The link was measured as it is used: a paced copy takes its time.
-    assert profile.transfer_ms >= 0.99e3 * bank.expert_bytes / bandwidth
-    assert device.device_kind in profile.source
+    assert profile.transfer_ms >= 0.99e3 * small.bank.expert_bytes / bandwidth
+    assert jax.devices()[0].device_kind in profile.source
 
 
 @pytest.fixture
-def most(monkeypatch):
+def most(monkeypatch, small):
     """The most bytes of expert weights on the device, whenever some are computed or copied there."""
-    bank = random_model(num_experts=20, hidden_size=36, expert_hidden=28, num_layers=2).bank
+    bank = small.bank
     device = jax.devices()[0]
     shapes = {matrix.shape for matrix in bank.layers[0][0]}
     seen = [0]
@@ -56,7 +90,7 @@ def most(monkeypatch):
         )
 
     assert on_device() == 0
-    grouped_rows = calibration.grouped_rows
+    grouped_rows = jobs.grouped_rows
 
     def looking(*arguments):
         look()
@@ -67,24 +101,174 @@ def most(monkeypatch):
         look()
         return copied
 
-    monkeypatch.setattr(calibration, "grouped_rows", looking)
-    monkeypatch.setattr(calibration, "TOKENS", (1, 3))
-    return bank, copy, seen, on_device
+    monkeypatch.setattr(jobs, "grouped_rows", looking)
+    return copy, seen, on_device
 
 
-@pytest.mark.parametrize(("slots", "experts"), [(0, 1), (3, 3), (40, 16)])
-def test_measuring_keeps_to_the_budget(most, slots, experts):
+@pytest.mark.parametrize(("slots", "experts"), [(0, 1), (1, 1), (3, 3), (40, 32)])
+def test_measuring_keeps_to_the_budget(small, most, slots, experts):
     """With no room at all it takes that of one expert."""
-    bank, copy, seen, on_device = most
-    with rooms(bank, copy=copy) as (device, host, transfers):
-        calibration.measure(bank, device, host, transfers, slots)
-    assert seen == [experts * bank.expert_bytes]
+    copy, seen, on_device = most
+    with rooms(small, copy=copy) as (host, transfers):
+        calibration.measure(small, host, transfers, slots)
+    assert 0 < seen[0] <= experts * small.bank.expert_bytes
     assert on_device() == 0
 
 
-def test_an_engine_measures_within_its_budget(most):
-    bank, copy, seen, _ = most
-    model = random_model(num_experts=20, hidden_size=36, expert_hidden=28, num_layers=2)
-    budget = 5 * bank.expert_bytes
-    with Engine(model, OffloadConfig(device_budget=budget, policy="fiddler"), copy=copy):
+def test_an_engine_measures_within_its_budget(small, most):
+    copy, seen, _ = most
+    budget = 5 * small.bank.expert_bytes
+    with Engine(small, OffloadConfig(device_budget=budget, policy="fiddler"), copy=copy):
         assert 0 < seen[0] <= budget
+
+
+@pytest.mark.parametrize(
+    ("slots", "resident", "arriving"), [(0, 1, 1), (2, 1, 1), (5, 2, 3), (9, 5, 4), (40, 16, 16)]
+)
+def test_resident_and_arriving_experts_share_the_room(small, slots, resident, arriving):
+    with rooms(small) as (host, transfers):
+        found = Jobs(small, host, transfers, slots)
+        assert (found.resident, found.arriving, found.computed) == (resident, arriving, 16)
+        assert found.roomy == (slots >= 2)
+        # Where there is room for one expert, nothing that puts one there runs beside another.
+        assert [len(others(found, part)) for part in ("host", "device", "link", "layer")] == (
+            [2, 2, 2, 1] if slots >= 2 else [1, 1, 1, 1]
+        )
+
+
+def test_jobs_do_their_work(small):
+    with rooms(small) as (host, transfers):
+        found = Jobs(small, host, transfers, 40)
+        found.host(3)(0)
+        assert (host.stats.experts, host.stats.tokens) == (16, 48)
+        found.link(5)(7)
+        assert transfers.stats.demand_bytes == 5 * small.bank.expert_bytes
+        for shape in ((2, 1, 8), (2, 4, 4)):
+            job = found.layer(*shape)
+            job(0)
+            job(1)  # its cache was donated, and came back
+
+
+def test_others_work_while_one_is_timed():
+    """Each has begun before, goes on meanwhile and has ended after."""
+    counts = {"one": 0, "other": 0}
+
+    def counting(name):
+        def job(round):
+            counts[name] += 1
+
+        return job
+
+    def look(round):
+        before = dict(counts)
+        while any(counts[name] == before[name] for name in counts) and len(threading.enumerate()) > idle:
+            threading.Event().wait(0.001)
+
+    idle = threading.active_count() + 1  # in_time's own
+    (measured,) = in_time(lambda: tables({1: look, 2: look}, [[counting("one"), counting("other")]]))
+    assert measured.tokens == (1, 2)
+    assert min(counts.values()) > 2 * calibration.ROUNDS
+    assert threading.active_count() == idle - 1
+
+
+def test_what_goes_wrong_beside_is_said():
+    def fails(round):
+        raise TransferError("broken")
+
+    def run():
+        with busy([fails]):
+            pass
+
+    with pytest.raises(TransferError, match="broken"):
+        in_time(run)
+
+
+def test_noise_makes_no_time_shorter_with_more_tokens(monkeypatch):
+    monkeypatch.setattr(calibration, "timed_ms", lambda job, beside, share: job)
+    (measured,) = tables({1: 3.0, 2: 1.0, 4: 5.0, 8: 4.0}, [[]])
+    assert measured.ms == (1.0, 1.0, 4.0, 4.0)
+
+
+@pytest.mark.parametrize("budget", [3, None])
+def test_calibrate(small, tmp_path, budget):
+    bank = small.bank
+    profile = profiling.calibrate(
+        small,
+        device_budget=None if budget is None else budget * bank.expert_bytes,
+        link_bandwidth="50MB",
+        points=POINTS,
+        contexts=(8, 4096),
+    )
+    profile.check(small, 50_000_000)
+    assert (profile.slots, profile.link_bandwidth, profile.name) == (budget, 50_000_000, "olmoe")
+    details = profile.details
+    for measured in (profile.to_json()["costs"], details["alone"]):
+        assert measured["host_ms"]["tokens"] == measured["device_ms"]["tokens"] == [1, 3]
+        assert measured["layer_ms"]["tokens"] == [1, 4]
+        assert measured["transfer_ms"] >= 0.99e3 * bank.expert_bytes / 50e6
+    sizes = [1, 2] if budget else [1, 2, 4, 8, 16]
+    for sent in details["transfer_by_size"].values():
+        assert sent["experts"] == sizes
+        assert sent["bytes"] == [size * bank.expert_bytes for size in sizes]
+        assert all(ms >= 0.99e3 * size / 50e6 for ms, size in zip(sent["ms"], sent["bytes"], strict=True))
+    assert list(details["layer_ms_by_context"]) == ["8"]  # the model is made for 96 positions
+    assert details["layer_ms_by_context"]["8"]["together"]["tokens"] == [1]
+    assert details["memory"]["host_read_bytes_per_s"] > 0
+    assert 0 < details["memory"]["host_free_bytes"] <= profile.machine["memory_bytes"]
+    profile.save(tmp_path / "profile.json")
+    assert MachineProfile.load(tmp_path / "profile.json") == profile
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_budget": 10}, "must hold an expert of 12096 B, got 10"),
+        ({"device_budget": "much"}, "device_budget must be a size"),
+        ({"link_bandwidth": 0}, "link_bandwidth must be more than 0"),
+    ],
+)
+def test_calibrate_refuses(small, settings, message):
+    with pytest.raises(ValueError, match=message):
+        profiling.calibrate(small, **settings)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    layerscope_jax.save(random_decoder(SMALL), folder)
+    return folder
+
+
+class TestCommand:
+    def test_it_writes_a_profile_and_shows_it(self, checkpoint, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(cli, "calibrate", partial(profiling.calibrate, points=POINTS, contexts=(8,)))
+        file = tmp_path / "new" / "profile.json"
+        assert cli.main(["calibrate", str(checkpoint), "--out", str(file), "--device-budget", "50KB"]) == 0
+        profile = MachineProfile.load(file)
+        assert (profile.name, profile.slots) == (checkpoint.name, 4)
+        profile.check(layerscope_jax.load(checkpoint))
+        shown = capsys.readouterr().out
+        for part in ("host", "device", "link", "alone", "busy", "GB/s", str(file)):
+            assert part in shown
+        assert max(map(len, shown.replace(str(file), "").splitlines())) <= 80
+        # It plans generations of this model over no other link.
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text('{"prompt": [1, 2]}\n')
+        generate = ["generate", str(checkpoint), "--prompts", str(prompts), "--profile", str(file)]
+        assert cli.main([*generate, "--link-bandwidth", "1MB"]) == 2
+        assert "link_bandwidth None there, 1000000 here" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--device-budget", "much"], "device_budget must be a size"),
+            (["--device-budget", "10"], "must hold an expert of 12096 B"),
+            (["--link-bandwidth", "0"], "more than 0 bytes a second"),
+            (["--out", "."], "--out must be a file, got the folder ."),
+        ],
+    )
+    def test_refusals_are_one_line(self, checkpoint, capsys, arguments, message):
+        assert cli.main(["calibrate", str(checkpoint), *arguments]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert message in error
