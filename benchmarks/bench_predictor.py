@@ -82,7 +82,7 @@ def random_trace(folder: Path, options: Options) -> None:
     writer.finish()
     eye = np.broadcast_to(np.eye(width, dtype=np.float32), (layers, width, width)).copy()
     ones = np.ones((layers, width), np.float32)
-    Basis(np.zeros_like(ones), eye, ones, np.full(layers, width, np.float32)).save(folder)
+    Basis(np.zeros_like(ones), eye, ones).save(folder)
     weight = rng.standard_normal((layers, width, experts)).astype(np.float32)
     Routers(weight, ones).save(folder)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
@@ -21,11 +20,13 @@ from layerscope_jax.checkpoints import Model
 from layerscope_jax.files import read_json, replace_files
 from layerscope_jax.identity import ModelIdentity
 from predictor.network import GroupConfig
+from predictor.packing import packed, unpacked
 from predictor.pca import Basis
 from predictor.routers import Routers
 from predictor.step import Params, Stack, first_params, input_scale, layer_logits, priors, stacks
 
 CONFIG, WEIGHTS = "predictor.json", "predictor.safetensors"
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class LLaPor:
 
     @property
     def size_bytes(self) -> int:
-        """Of what is kept on disk, two bytes a number."""
-        return 2 * sum(leaf.size for leaf in jax.tree.leaves([self.network, vars(self.basis)]))
+        """Of the parameters as they are kept on disk."""
+        return sum(array.nbytes for array in packed(self._arrays()).values())
 
     def bind(self, model: Model) -> list[LayerParams]:
         """What each layer of `model` is forecast with.
@@ -129,26 +130,23 @@ class LLaPor:
         return jax.nn.sigmoid(logits).swapaxes(0, 1)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `predictor.json` and `predictor.safetensors` (float16), whole or not at all.
+        """Writes `predictor.json` and `predictor.safetensors` (see `predictor.packing`), whole or not at all.
 
         Raises:
             ValueError: if a parameter is not finite in float16, or the folder cannot be written.
         """
         settings = {
-            "format": 1,
+            "format": FORMAT,
             "model": self.model.to_json(),
             "look_ahead": self.look_ahead,
             "groups": {name: asdict(stack.config) for name, stack in self.stacks.items()},
         }
-        half = {name: np.asarray(array).astype(np.float16) for name, array in self._arrays().items()}
-        broken = [name for name, array in half.items() if not np.isfinite(array).all()]
-        if broken:
-            raise ValueError(f"parameters are not finite in float16: {', '.join(broken)}; train it again")
+        content = safetensors_bytes(packed(self._arrays()))
         text = json.dumps(settings, indent=1) + "\n"
         replace_files(
             Path(folder),
             {
-                WEIGHTS: lambda file: file.write_bytes(safetensors_bytes(half)),
+                WEIGHTS: lambda file: file.write_bytes(content),
                 CONFIG: lambda file: file.write_text(text),
             },
         )
@@ -158,7 +156,8 @@ class LLaPor:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: if the folder holds no predictor or a damaged one; all wrong tensors are named.
+            ValueError: if the folder holds no predictor, one of another format or a damaged one; all wrong
+                tensors are named.
         """
         folder = Path(folder)
         if not (folder / CONFIG).exists():
@@ -166,15 +165,20 @@ class LLaPor:
                 f"{folder}: expected a trained predictor ({CONFIG}), found none; "
                 "`python -m predictor.train` makes one"
             )
+        settings = read_json(folder / CONFIG)
         try:
-            settings = read_json(folder / CONFIG)
+            if settings["format"] != FORMAT:
+                raise ValueError(
+                    f"{folder / CONFIG}: expected format {FORMAT}, got {settings['format']}; train it again: "
+                    "networks of other formats have other shapes"
+                )
             model = ModelIdentity.from_json(settings["model"])
             look_ahead = int(settings["look_ahead"])
             groups: Any = {name: GroupConfig(**group) for name, group in settings["groups"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / CONFIG}: expected a predictor's settings, got {error!r}") from None
         try:
-            arrays = {name: array.astype(np.float32) for name, array in load_file(folder / WEIGHTS).items()}
+            arrays = unpacked(load_file(folder / WEIGHTS))
         except Exception as error:  # safetensors raises nothing narrower
             raise ValueError(
                 f"{folder / WEIGHTS}: expected safetensors, got {error}; copy it again"
@@ -188,7 +192,6 @@ class LLaPor:
             "pca.mean": (layers, width),
             "pca.components": (layers, width, hidden),
             "pca.variance": (layers, hidden),
-            "pca.total": (layers,),
         }
         problems = [f"{name} is missing" for name in wanted.keys() - arrays.keys()]
         problems += [f"{name} is not expected" for name in arrays.keys() - wanted.keys()]
@@ -200,7 +203,7 @@ class LLaPor:
         if problems:
             raise ValueError(f"{folder / WEIGHTS}: {'; '.join(sorted(problems))}; copy it again")
         network = unflatten_dict({path: jnp.asarray(arrays[_dotted(path)]) for path in flatten_dict(shapes)})
-        basis = Basis(**{name: arrays[f"pca.{name}"] for name in ("mean", "components", "variance", "total")})
+        basis = Basis(**{name: arrays[f"pca.{name}"] for name in ("mean", "components", "variance")})
         return cls(model, look_ahead, basis, found, network)
 
     def _arrays(self) -> dict[str, Any]:

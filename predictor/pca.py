@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import jax
@@ -24,13 +24,11 @@ class Basis:
         components: [L, D, P] float32, orthonormal columns, most variance first: the first p of them are the
             PCA of width p.
         variance: [L, P] float32, of each component.
-        total: [L] float32, variance of all D together.
     """
 
     mean: np.ndarray
     components: np.ndarray
     variance: np.ndarray
-    total: np.ndarray
 
     @property
     def width(self) -> int:
@@ -43,7 +41,8 @@ class Basis:
     def load(cls, folder: Path) -> Basis:
         """Raises ValueError if the folder has none, or a damaged one."""
         try:
-            return cls(**load_file(folder / FILE))
+            kept = load_file(folder / FILE)
+            return cls(**{field.name: kept[field.name] for field in fields(cls)})
         except Exception as error:  # safetensors raises nothing narrower
             raise ValueError(f"{folder / FILE}: expected a PCA basis, got {error}; record it anew") from None
 
@@ -98,7 +97,6 @@ class Moments:
             mean=(first + np.asarray(self.shift, np.float64)).astype(np.float32),
             components=np.ascontiguousarray(vectors[:, :, ::-1][:, :, :width], np.float32),
             variance=np.maximum(values[:, ::-1][:, :width], 0).astype(np.float32),
-            total=np.maximum(values, 0).sum(1).astype(np.float32),
         )
 
 

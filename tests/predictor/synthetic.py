@@ -92,7 +92,6 @@ def basis(states: np.ndarray) -> Basis:
         mean=states.mean(0),
         components=np.broadcast_to(np.eye(WIDTH, dtype=np.float32), (LAYERS, WIDTH, WIDTH)).copy(),
         variance=states.var(0).astype(np.float32),
-        total=states.var(0).sum(-1).astype(np.float32),
     )
 
 

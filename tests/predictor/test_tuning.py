@@ -170,9 +170,7 @@ def llapor_of(model):
     identity = ModelIdentity.of(model)
     layers, width = identity.num_layers, identity.hidden_size
     eye = np.broadcast_to(np.eye(width, dtype=np.float32), (layers, width, width)).copy()
-    basis = Basis(
-        np.zeros((layers, width), np.float32), eye, np.ones((layers, width), np.float32), np.ones(layers)
-    )
+    basis = Basis(np.zeros((layers, width), np.float32), eye, np.ones((layers, width), np.float32))
     found = stacks(identity, width, 2, SMALL)
     return LLaPor(identity, 2, basis, found, first_params(identity, found, 2, 0))
 
