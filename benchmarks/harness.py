@@ -149,6 +149,8 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on, and with which versions."""
     import jax
 
+    from layerscope_jax.machine import cores, cpu_name
+
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str | None:
@@ -167,7 +169,7 @@ def machine() -> dict[str, Any]:
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": jax.devices()[0].device_kind,
         "load_average": os.getloadavg()[0],
@@ -175,15 +177,6 @@ def machine() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "changed_since_commit": None if changes is None else bool(changes),
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def describe(record: Mapping[str, Any]) -> str:
