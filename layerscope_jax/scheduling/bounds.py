@@ -201,5 +201,5 @@ def _best(problem: dict[str, jax.Array], rounds: int) -> jax.Array:
         changes, state = update.update(slope, state)
         return (optax.apply_updates(raw, changes), state, jnp.maximum(-loss, best)), None
 
-    (_, _, best), _ = jax.lax.scan(climb, (raw, update.init(raw), -jnp.inf), length=rounds)
+    (_, _, best), _ = jax.lax.scan(climb, (raw, update.init(raw), jnp.array(-jnp.inf)), length=rounds)
     return best

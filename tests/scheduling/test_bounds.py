@@ -12,6 +12,7 @@ from scipy.sparse import coo_array
 
 from layerscope_jax import POLICIES, ExpertId, LayerPlan
 from layerscope_jax.scheduling.bounds import lower_bound_ms
+from layerscope_jax.scheduling.oracle import Oracle
 from layerscope_jax.simulation import Workload, simulate
 
 TINY = (2, 2, 3)
@@ -183,19 +184,16 @@ def test_the_bound_is_never_above_a_policy(seed, slots):
     workload = Workload(phase="decode", tokens=3, counts=counts)
     bound = lower_bound_ms(counts, 3, shape, costs, resident)
     freely = lower_bound_ms(counts, 3, shape, costs)
-    for policy in POLICIES.values():
+    _, layers, experts = TINY
+    everything = [ExpertId(la, e) for la in range(layers) for e in range(experts)]
+    for policy in (Oracle([counts]), *(policy() for policy in POLICIES.values())):
         try:
-            policy().init(shape, costs)
+            policy.init(shape, costs)
         except ValueError:
             continue
-        if policy.name == "resident":
-            _, layers, experts = TINY
-            everything = [ExpertId(la, e) for la in range(layers) for e in range(experts)]
-            (result,) = simulate(policy(), [workload], shape, costs, everything)
-            assert freely <= result.total_ms * ROUNDING
-            continue
-        (result,) = simulate(policy(), [workload], shape, costs, resident)
-        assert max(bound, freely) <= result.total_ms * ROUNDING, policy.name
+        there, least = (everything, freely) if policy.name == "resident" else (resident, max(bound, freely))
+        (result,) = simulate(policy, [workload], shape, costs, there)
+        assert least <= result.total_ms * ROUNDING, policy.name
 
 
 @given(seed=SEEDS, slots=st.integers(0, 5))

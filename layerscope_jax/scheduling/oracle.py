@@ -1,0 +1,158 @@
+"""The oracle: what can be made of knowing all demand to come. Not for an engine, which does not know it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.demand import answer, need_costs
+from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.presched import arrivals
+from layerscope_jax.scheduling.split import Split, balance
+
+AHEAD = 64
+"""Layers ahead that are looked at for something to copy; the link is full long before."""
+
+LOAD_GAIN = 0.25
+"""What a load must gain at least, by the time that it takes on the link, where it holds prefetches up."""
+
+
+@dataclass(frozen=True)
+class OracleState:
+    """What is known, and what is on the link.
+
+    Attributes:
+        costs, geometry: of machine and model.
+        wanted: for each turn (a layer of a step), the experts that the device should compute if it had them
+            all, most tokens first.
+        next_turn: [S + 1, L, E] the first turn, from each step on, that an expert is wanted in; the number of
+            turns if there is none.
+        queue: what was put on the link, in order.
+    """
+
+    costs: HardwareProfile
+    geometry: Geometry
+    wanted: tuple[tuple[int, ...], ...]
+    next_turn: np.ndarray
+    queue: tuple[ExpertId, ...] = ()
+
+
+class Oracle:
+    """Copies what is wanted next, in the place of what is wanted last.
+
+    Each layer's experts are shared out by `balance`. Then, while the link has time until the next plan, the
+    absent experts of the coming layers are copied, the next layer's first, of a layer those with most tokens;
+    each in the place of the resident expert whose next turn is farthest, if that comes later than its own
+    (Cao, Felten, Karlin and Li, "A study of integrated prefetching and caching strategies", SIGMETRICS 1995).
+    An expert's turns are those in which it is worth having: in which the device should compute it if every
+    expert were there. This is near the best that any policy can do, but not it: see
+    `layerscope_jax.scheduling.bounds` for what nothing can beat.
+
+    Args:
+        counts: the demand to come, [S, L, E] tokens of one workload after the other, in the order in which
+            they run.
+    """
+
+    name = "oracle"
+    uses_costs = True
+
+    def __init__(self, counts: Iterable[np.ndarray]):
+        self.counts = np.concatenate([np.asarray(part) for part in counts])
+
+    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> OracleState:
+        costs = need_costs(profile, self.name)
+        steps, layers, experts = self.counts.shape
+        if (layers, experts) != (geometry.num_layers, geometry.num_experts):
+            raise ValueError(
+                f"policy {self.name!r} was told of {layers} layers of {experts} experts, "
+                f"the model has {geometry.num_layers} of {geometry.num_experts}"
+            )
+        at_once = replace(costs, transfer_ms=0.0)
+        turns = np.full((steps + 1, layers, experts), steps * layers)
+        wanted = []
+        for turn, (step, layer) in enumerate(np.ndindex(steps, layers)):
+            demand = self._demand(step, layer)
+            device = balance(at_once, demand, (), loads=len(demand)).device
+            wanted.append(tuple(device))
+            turns[step, layer, device] = turn
+        next_turn = np.minimum.accumulate(turns[::-1])[::-1]
+        return OracleState(costs, geometry, tuple(wanted), next_turn)
+
+    def plan(self, state: OracleState, seen: Observation) -> tuple[OracleState, LayerPlan]:
+        """As `Policy.plan`. Raises ValueError if this is not the run that was foretold."""
+        step, layer, demand = seen.step, seen.layer, seen.demand
+        if step >= len(self.counts) or demand != self._demand(step, layer):
+            raise ValueError(f"policy {self.name!r} was told of other demand for step {step}, layer {layer}")
+        costs = state.costs
+        queue = [expert for expert in state.queue if expert in seen.in_flight]
+        free = state.geometry.slots - len(seen.resident) - len(seen.in_flight)
+        leaving = self._leaving(state, seen)
+        coming, link_ms = arrivals(queue, layer, demand, costs.transfer_ms)
+        split = balance(
+            costs,
+            demand,
+            [expert for expert in demand if (layer, expert) in seen.resident],
+            coming,
+            link_ms=link_ms,
+            loads=free + len(leaving),
+            worth_ms=LOAD_GAIN * costs.transfer_ms,
+        )
+        load = [ExpertId(layer, expert) for expert in split.load]
+        gone = max(0, len(load) - free)
+        prefetch, kept = self._prefetch(
+            state, seen, split, len(queue), max(0, free - len(load)), leaving[gone:]
+        )
+        evict = [expert for expert, _ in leaving[: len(leaving) - kept]]
+        plan = answer(seen, split.device, evict=evict, load=load, prefetch=prefetch)
+        return replace(state, queue=(*queue, *load, *prefetch)), plan
+
+    def _demand(self, step: int, layer: int) -> dict[int, int]:
+        row = self.counts[step, layer]
+        active = np.flatnonzero(row)
+        return dict(zip(active.tolist(), row[active].tolist(), strict=True))
+
+    def _leaving(self, state: OracleState, seen: Observation) -> list[tuple[ExpertId, int]]:
+        """Residents that this layer does without, with their next turns, the farthest first."""
+        this_step, next_step = state.next_turn[seen.step], state.next_turn[seen.step + 1]
+        idle = [e for e in seen.resident if e.layer != seen.layer or e.expert not in seen.demand]
+        turns = [(e, int((this_step if e.layer > seen.layer else next_step)[e])) for e in idle]
+        return sorted(turns, key=lambda found: (-found[1], found[0]))
+
+    def _prefetch(
+        self,
+        state: OracleState,
+        seen: Observation,
+        split: Split,
+        queued: int,
+        free: int,
+        leaving: list[tuple[ExpertId, int]],
+    ) -> tuple[list[ExpertId], int]:
+        """What to copy until the next plan; how many of `leaving`, from its end, need not leave for it."""
+        costs, layers, transfer_ms = state.costs, state.geometry.num_layers, state.costs.transfer_ms
+        tokens = sum(seen.demand.values()) / state.geometry.experts_per_token
+        # The first copy of the queue is half across, on average.
+        queue_ms = (queued - 0.5 * bool(queued) + len(split.load)) * transfer_ms
+        left_ms = max(split.device_ms, split.host_ms) + costs.layer_ms(round(tokens)) - queue_ms
+        now, gone = seen.step * layers + seen.layer, 0
+        turns = range(now + 1, min(now + 1 + AHEAD, len(state.wanted)))
+        prefetch: list[ExpertId] = []
+        copied = {ExpertId(seen.layer, expert) for expert in split.load}
+        for turn, expert in [(t, expert) for t in turns for expert in state.wanted[t]]:
+            copy = ExpertId(turn % layers, expert)
+            if left_ms <= 0:
+                break
+            if copy in seen.resident or copy in seen.in_flight or copy in copied:
+                continue
+            if free:
+                free -= 1
+            elif gone < len(leaving) and leaving[gone][1] > turn:
+                gone += 1
+            else:
+                break
+            copied.add(copy)
+            prefetch.append(copy)
+            left_ms -= transfer_ms
+        return prefetch, len(leaving) - gone
