@@ -22,6 +22,9 @@ from layerscope_jax.scheduling.plan import (
 from layerscope_jax.statistics import Meter
 from layerscope_jax.virtual_link import CHUNKS, Link
 
+NO_WEIGHTS: Any = None
+"""What the books are given of an expert: nothing is computed here."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -173,7 +176,7 @@ class _Run:
             )
         for expert in sorted(resident):
             self.books.reserve(expert, prefetched=False)
-            self.books.arrive(expert, None)
+            self.books.arrive(expert, NO_WEIGHTS)
         self.now = 0.0
         self.steps = 0
 
@@ -259,7 +262,7 @@ class _Run:
 
     def _absorb(self, now: float) -> None:
         for expert in self.link.arrivals(now):
-            self.books.arrive(expert, None)
+            self.books.arrive(expert, NO_WEIGHTS)
 
     def result(self, ends: Sequence[float]) -> Simulated:
         self._absorb(self.now)  # what the link began during the last layer is this workload's
