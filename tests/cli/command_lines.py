@@ -1,0 +1,31 @@
+"""What tests of the command line share: four prompts, files of JSON lines, and how a refusal looks."""
+
+import json
+
+from layerscope_jax import cli
+
+PROMPTS = [
+    {"id": "sea", "prompt": "Call me Ishmael."},
+    {"id": 7, "prompt": "ein Löffel: 匙\u2028", "max_new_tokens": 3},
+    {"id": "ids", "prompt": [5, 6, 7], "temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3, "note": "x"},
+    {"id": "stop", "prompt": "x", "stop_tokens": list(range(600))},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def refusal(capsys, *args):
+    """The message of a command that is refused."""
+    assert cli.main([str(arg) for arg in args]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("error: ").rstrip("\n")

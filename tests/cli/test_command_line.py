@@ -1,0 +1,46 @@
+"""The command line as such: help, version, one line for each refusal, and devices."""
+
+import subprocess
+import sys
+
+import pytest
+
+from layerscope_jax import cli
+
+
+def test_alone_it_prints_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "demo" in out
+    assert "generate" in out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("layerscope-jax ")
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", "x", "--tokens", "3"])
+    assert stopped.value.code == 2
+
+
+def test_no_traceback():
+    command = [sys.executable, "-m", "layerscope_jax.cli", "generate", "nowhere", "--prompt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: nowhere: expected a folder with config.json and safetensors files, found none\n"
+    )
+
+
+@pytest.mark.parametrize(("first", "devices"), [("pass", 2), ("jax.devices()", 1)])
+def test_makes_a_host_device_where_it_still_can(tiny, first, devices):
+    program = f"import jax; from layerscope_jax.cli import open_model; {first}; open_model({str(tiny)!r})"
+    program += "; print(len(jax.devices('cpu')))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{devices}\n", "")

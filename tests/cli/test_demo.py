@@ -1,0 +1,125 @@
+"""`layerscope demo`: what it reports, how that looks, what it refuses."""
+
+import json
+import sys
+from io import StringIO
+
+import pytest
+from command_lines import refusal
+from rich.console import Console
+
+import layerscope_jax
+from layerscope_jax import cli, demo, demo_view
+
+
+@pytest.fixture(scope="module")
+def report(tiny):
+    """What `demo --json` prints; nothing else may stand beside it."""
+    found = StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", found)
+        code = cli.main(
+            [
+                "demo",
+                "--json",
+                f"--checkpoint={tiny}",
+                "--policies=lru",
+                "host-only",
+                "--budget-share=0.6",
+                "--max-new-tokens=3",
+            ]
+        )
+    assert code == 0
+    return json.loads(found.getvalue())
+
+
+def test_shipped_prompts():
+    rows = demo.read_demo_prompts()
+    assert len(rows) == len({row["id"] for row in rows}) == 8
+    assert {row["domain"] for row in rows} == {
+        "novels",
+        "verse",
+        "speeches",
+        "python-source",
+        "python-docs",
+    }
+
+
+def test_report(report):
+    assert report["exact"] is True
+    assert [(run["policy"], run["mode"]) for run in report["runs"]] == [
+        ("resident", "whole"),
+        ("resident", "layers"),
+        ("lru", "layers"),
+        ("host-only", "layers"),
+    ]
+    total = report["model"]["total_expert_bytes"]
+    for run in report["runs"]:
+        assert {"tokens_per_s", "ttft_s", "tpot_s", "hit_rate", "bytes_moved"} <= run.keys()
+        assert run["budget_bytes"] == (total if run["policy"] == "resident" else int(0.6 * total))
+        assert run["same_tokens"]
+        assert run["programs_compiled"] == 0
+    assert [len(row["tokens"]) for row in report["prompts"]] == [3] * 8
+    assert {"layerscope-jax", "jax", "python"} <= report["versions"].keys()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_fits_the_terminal(report, width):
+    console = Console(file=StringIO(), width=width, highlight=False)
+    demo_view.show(report, console)
+    text = console.file.getvalue()
+    assert max(map(len, text.split("\n"))) <= width
+    assert "…" not in text  # rich cuts cells that do not fit
+    text = " ".join(text.split())
+    assert "All 4 runs gave the same 24 tokens." in text
+    assert "no compilation is in the figures" in text
+    assert "With 60% of the experts' bytes on the device" in text
+
+
+def test_other_tokens_end_in_1(report, monkeypatch, capsys):
+    runs = [run | {"same_tokens": run["policy"] != "lru"} for run in report["runs"]]
+    monkeypatch.setattr(demo, "compare", lambda *_, **__: report | {"exact": False, "runs": runs})
+    monkeypatch.setattr(cli, "open_model", lambda *_: None)
+    assert cli.main(["demo"]) == 1
+    assert "layer by layer: lru." in capsys.readouterr().out
+    assert cli.main(["demo", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["exact"] is False
+
+
+def test_one_jit_may_round_differently(report, tiny, monkeypatch):
+    class Rounding(demo.Engine):
+        def generate(self, *args, **settings):
+            result = super().generate(*args, **settings)
+            if result.stats.mode == "whole":
+                result.tokens[0][0] += 1
+            return result
+
+    monkeypatch.setattr(demo, "Engine", Rounding)
+    found = demo.compare(
+        layerscope_jax.load(tiny),
+        demo.read_demo_prompts()[:2],
+        policies=["host-only"],
+        max_new_tokens=2,
+        budget_share=0.6,
+        link_bandwidth=None,
+    )
+    assert found["exact"] is True
+    assert [run["same_tokens"] for run in found["runs"]] == [False, True, True]
+    assert "the same 4 tokens; one jit rounds differently" in demo_view.verdict(found).plain
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--policies", "best"], "policy must be one of"),
+        (["--budget-share", "1.5"], "budget-share must lie between 0 and 1, got 1.5"),
+        (["--budget-share", "0.1"], "device_budget is too small for policy 'on-demand'"),
+        (["--link-bandwidth", "fast"], "link_bandwidth must be a size such as '8GiB'"),
+        (
+            ["--policies", "host-only", "--max-new-tokens", "0"],
+            "max_new_tokens must be a whole number in 1..2**31-1, got 0",
+        ),
+    ],
+)
+def test_refusals(tiny, capsys, args, message):
+    assert message in refusal(capsys, "demo", f"--checkpoint={tiny}", *args)

@@ -1,0 +1,141 @@
+"""What `layerscope generate` refuses and how it says so, and what it says when a run fails."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from command_lines import refusal
+
+import layerscope_jax
+from layerscope_jax import cli
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "expected either --prompt TEXT or --prompts FILE, got neither"),
+        (["--prompt=x", "--prompts=y"], "expected either --prompt TEXT or --prompts FILE, got both"),
+        (["--prompt=x", "--policy=best"], "policy must be one of"),
+        (["--prompt=x", "--device-budget=2 gigs"], "device_budget must be a size such as '8GiB'"),
+        (["--prompt=x", "--device-budget=1KB"], "device_budget is too small for policy 'lru'"),
+        (["--prompt=x", "--link-bandwidth=0"], "link_bandwidth must be more than 0"),
+        (["--prompt=x", "--batch-size=0"], "batch-size must be 1 or more, got 0"),
+        (["--prompt=x", "--top-p=0"], "top_p must be a number in (0, 1], got 0.0"),
+        (["--prompt=x", "--device-budget=" + "9" * 400 + "TiB"], "device_budget must be less than 2**63"),
+        (["--prompt=a\udcffb"], "the prompt holds half a surrogate pair"),
+        (["--prompt="], "--prompt '': the prompt is empty"),
+        (["--prompt=" + "long " * 300], "the model's context holds 256 with at least one new one"),
+    ],
+)
+def test_refusals(tiny, capsys, args, message):
+    assert message in refusal(capsys, "generate", tiny, *args)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            '{"prompt": "x"}\nnot json\n',
+            ':2: expected a JSON object {"prompt": ...}, got Expecting value',
+        ),
+        ("[1]\n", ':1: expected a JSON object {"prompt": ...}, got [1]'),
+        ('{"promt": "x"}\n', ":1: expected a prompt that is text or a list of token ids, got none"),
+        (
+            '{"prompt": [1, true]}\n',
+            ":1: prompt must be text or a list of token ids, got [1, True]",
+        ),
+        ('{"prompt": "\\ud800"}\n', ":1: the prompt holds half a surrogate pair"),
+        ('{"prompt": "x", "id": 1.5}\n', ":1: expected an id that is a string or an integer, got 1.5"),
+        ('{"prompt": "x", "id": "\\udfff"}\n', ":1: the id holds half a surrogate pair"),
+        ('{"prompt": null}\n', ":1: prompt must be text or a list of token ids, got None"),
+        ('{"prompt": "x", "top_k": "3"}\n', ":1: top_k must be a whole number, 0 (all) or more, got '3'"),
+        (f'{{"prompt": "x", "temperature": {"9" * 400}}}\n', ":1: temperature must be a number from 0"),
+        ('{"prompt": "x", "stop_tokens": [true]}\n', ":1: stop_tokens must be a list of token ids"),
+        (
+            '{"prompt": "x", "max_tokens": 3}\n',
+            ":1: unknown key 'max_tokens'; did you mean 'max_new_tokens'?",
+        ),
+        ('{"prompt": "x", "temperature": -1}\n', ":1: temperature must be a number from 0 (greedy) to"),
+        ('{"prompt": "x", "id": 1}\n{"prompt": "y"}\n', ":2: id 1 is taken by "),
+        ('{"prompt": "x"}\n\n{"prompt": ""}\n', ":3: the prompt is empty; it needs at least one token"),
+        ('{"prompt": [600]}\n', ":1: the prompt has ids outside 0..599: [600]"),
+        ("\n", ': expected lines {"prompt": ...}, found none'),
+    ],
+)
+def test_bad_lines(tiny, tmp_path, capsys, lines, message):
+    file, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    file.write_text(lines)
+    assert refusal(capsys, "generate", tiny, f"--prompts={file}", f"--out={out}").startswith(
+        f"{file}{message}"
+    )
+    assert not out.exists()
+
+
+def test_files_that_cannot_be_used(tiny, prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "open_model", lambda *_: pytest.fail("it must be refused before"))
+    start = ("generate", tiny, f"--prompts={prompts}")
+    missing = f"--prompts={tmp_path / 'none'}"
+    assert "none: expected a file of prompts, got No such file" in refusal(capsys, *start[:2], missing)
+    assert "cannot write to" in refusal(capsys, *start, f"--out={tmp_path / 'none' / 'out.jsonl'}")
+    assert "Is a directory" in refusal(capsys, *start, f"--out={tmp_path}")
+    before = prompts.read_bytes()
+    assert "--out is the file of prompts" in refusal(capsys, *start, f"--out={prompts}")
+    assert prompts.read_bytes() == before
+
+
+def test_a_read_only_folder(tiny, prompts, tmp_path, capsys, monkeypatch):
+    def refuse(path, mode="r", **settings):  # without this, a superuser may write anywhere
+        if "a" in mode:
+            raise PermissionError(13, "Permission denied")
+        return open(path, mode, **settings)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    message = refusal(capsys, "generate", tiny, f"--prompts={prompts}", f"--out={tmp_path / 'out.jsonl'}")
+    assert message.endswith("Permission denied; choose a file in a folder that is there and yours")
+
+
+def test_damaged_checkpoints(tiny, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert "config.json: expected this file, found none" in refusal(capsys, "generate", folder, "--prompt=x")
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert "expected one of the architectures" in refusal(capsys, "generate", folder, "--prompt=x")
+    (folder / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    (folder / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-9])
+    assert "expected a complete safetensors file" in refusal(capsys, "generate", folder, "--prompt=x")
+    (folder / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    assert "came without tokenizer.json" in refusal(capsys, "generate", folder, "--prompt=x")
+
+
+def test_failed_copies_are_one_line(tiny, monkeypatch, capsys):
+    def failing(*_, **__):
+        raise layerscope_jax.TransferError("copying expert 3 of layer 0 failed")
+
+    monkeypatch.setattr(cli, "complete", failing)
+    assert "copying expert 3" in refusal(capsys, "generate", tiny, "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers:"),
+            "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; "
+            "give a smaller --device-budget or --batch-size",
+        ),
+        (MemoryError(), "out of memory: none is left; give a smaller --device-budget or --batch-size"),
+        (RuntimeError("no backend"), "no backend"),
+    ],
+)
+def test_lack_of_memory_is_one_line(tiny, monkeypatch, capsys, error, message):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "complete", failing)
+    assert refusal(capsys, "generate", tiny, "--prompt", "x") == message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_device_is_named(tiny, prompts, capsys):
+    args = ("generate", str(tiny), f"--prompts={prompts}", "--out=/dev/full", "--max-new-tokens=1")
+    assert refusal(capsys, *args) == "/dev/full: No space left on device"
