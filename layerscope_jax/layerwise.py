@@ -72,12 +72,16 @@ class LayerByLayer:
         self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
         self._outputs: dict[int, jax.Array] = {}
         self._settled = True  # whether the books agree with the link
+        self._planned_at: float | None = None  # when the layer before was planned, within a step
+        self._last_ms = 0.0  # from the plan of the step's last layer to its end
         dense = model.dense
         self._layers = [dense["layers"][index] for index in range(model.config.num_layers)]
         self._ends = {key: value for key, value in dense.items() if key != "layers"}
         self._embed, self._attend_and_route, self._add_experts, self._finish = programs(
             model.config, model.bank.dtype, forecasts.in_layer
         )
+        _, self._attend_alone, _, _ = programs(model.config, model.bank.dtype, None)
+        self._wants_forecast = getattr(policy, "wants_forecast", lambda state: True)
 
     def step(
         self,
@@ -126,11 +130,13 @@ class LayerByLayer:
                 )
             found, logits = self._finish(self._ends, hidden, positions, last, sampling)
         except BaseException:
+            self._planned_at, self._last_ms = None, 0.0
             with suppress(TransferError):  # then the next step tries again
                 self.settle()
             raise
         self._settled = True
         found.block_until_ready()  # the caller reads it next in any case
+        self._last_ms, self._planned_at = self._elapsed_ms(), None
         self.meter.device_busy_s += time.perf_counter() - began
         self.steps += 1
         return found, logits, caches
@@ -147,8 +153,12 @@ class LayerByLayer:
         began: float,
     ) -> tuple[jax.Array, KVCache, float]:
         """One layer. `began` is when the device was given the work it is at; returns when it got its next."""
-        hidden, inputs, experts, weights, cache, expected = self._attend_and_route(
-            self._layers[layer], hidden, positions, cache, *self.forecasts.inputs(layer), counted
+        if self._wants_forecast(self.state):
+            part, forecast = self._attend_and_route, (*self.forecasts.inputs(layer), counted)
+        else:
+            part, forecast = self._attend_alone, (None, None, None)
+        hidden, inputs, experts, weights, cache, expected = part(
+            self._layers[layer], hidden, positions, cache, *forecast
         )
         chosen, expected = jax.device_get((experts, expected))  # the only read-back of the layer
         self.meter.device_busy_s += time.perf_counter() - began
@@ -200,6 +210,7 @@ class LayerByLayer:
             resident=residency.resident,
             in_flight=residency.coming,
             forecast=self.forecasts.read(layer, expected, sum(rows.demand.values())),
+            elapsed_ms=self._elapsed_ms(),
         )
         state, plan = self.policy.plan(self.state, seen)
         check_plan(plan, seen, residency.slots, self.model.bank)
@@ -222,6 +233,13 @@ class LayerByLayer:
         ]
         self.transfers.submit([*promoted, *plan.load], plan.prefetch)
         return seen, plan
+
+    def _elapsed_ms(self) -> float:
+        """Since the last plan; between steps, from the last one to the end of its step."""
+        now = time.perf_counter()
+        elapsed = self._last_ms if self._planned_at is None else 1e3 * (now - self._planned_at)
+        self._planned_at = now
+        return elapsed
 
     def _absorb(self) -> None:
         """Enters what the link has brought, or lost, since the last time into the books."""

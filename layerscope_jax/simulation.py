@@ -179,6 +179,7 @@ class _Run:
             self.books.arrive(expert, NO_WEIGHTS)
         self.now = 0.0
         self.steps = 0
+        self.planned = 0.0  # when the last layer was planned
 
     def workload(self, workload: Workload) -> Simulated:
         """All of its steps; counts begin anew, what is resident stays."""
@@ -200,6 +201,7 @@ class _Run:
                     resident=self.books.resident,
                     in_flight=self.books.coming,
                     forecast=() if forecasts is None else forecasts[step][layer],
+                    elapsed_ms=self.now - self.planned + (other_ms if layer else 0.0),
                 )
                 self.layer(seen, other_ms)
             self.steps += 1
@@ -242,6 +244,7 @@ class _Run:
     def _decide(self, seen: Observation) -> LayerPlan:
         books, link, now = self.books, self.link, self.now
         self._absorb(now)
+        self.planned = now
         self.state, plan = self.policy.plan(self.state, seen)
         check_plan(plan, seen, books.slots, self.known)
         self.meter.count(seen, books.is_prefetch)

@@ -74,6 +74,7 @@ class RunStats:
             expected most tokens for, one layer before; None without a forecast.
         prefetch_on_time: prefetched experts that were used and had arrived when their layer was planned, by
             all that were used; None where none was.
+        ways: parts of the layers' turns that policy "auto" ran in each of its ways, by phase; None of others.
         padding: computed expert rows that were padding, by all computed rows.
         dispatches: calls that computed experts, device and host together.
     """
@@ -101,6 +102,7 @@ class RunStats:
     predictor: str | None
     forecast_recall: float | None
     prefetch_on_time: float | None
+    ways: dict[str, dict[str, float]] | None
     padding: float
     dispatches: int
 

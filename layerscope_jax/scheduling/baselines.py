@@ -6,9 +6,12 @@ from layerscope_jax.scheduling.balanced import DALI, HybriMoE
 from layerscope_jax.scheduling.caching import ARC, LFU, LRU, LeastStale
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.demand import busiest_first, need_a_layer, present
+from layerscope_jax.scheduling.guard import Guard
 from layerscope_jax.scheduling.hybrid import BandwidthSplit, Fiddler
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
 from layerscope_jax.scheduling.prefetching import Fate, Klotski, ProMoE
+from layerscope_jax.scheduling.presched import PreSched
+from layerscope_jax.scheduling.presched_paper import PaperPreSched
 
 
 class Resident:
@@ -79,10 +82,15 @@ POLICIES = {
         Fate,
         ProMoE,
         Klotski,
+        PaperPreSched,
+        PreSched,
+        Guard,
         Resident,
     )
 }
 """Policies by name, as `OffloadConfig.policy` takes them."""
 
-FORECASTING = frozenset({HybriMoE.name, DALI.name, Fate.name, ProMoE.name, Klotski.name})
+FORECASTING = frozenset(
+    policy.name for policy in (HybriMoE, DALI, Fate, ProMoE, Klotski, PaperPreSched, PreSched, Guard)
+)
 """Those that make use of a predictor."""

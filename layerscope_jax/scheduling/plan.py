@@ -53,6 +53,7 @@ class Observation:
         in_flight: experts whose copy to the device is queued or has begun.
         forecast: [W][E] expected tokens of each expert in the W layers after this one, the first layers of
             the next step following the last; empty without a predictor.
+        elapsed_ms: measured from the plan before to this one, or to the end of its step; 0 if not known.
     """
 
     step: int
@@ -62,6 +63,7 @@ class Observation:
     resident: Collection[ExpertId]
     in_flight: Collection[ExpertId]
     forecast: Sequence[Sequence[float]] = ()
+    elapsed_ms: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

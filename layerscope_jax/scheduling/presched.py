@@ -109,10 +109,14 @@ class PreSched:
         tokens = sum(demand.values()) / state.geometry.experts_per_token
         other_ms = costs.layer_ms(round(tokens))
         queue = [expert for expert in state.queue if expert in seen.in_flight]
+        if len(queue) < len(seen.in_flight):  # others put something on the link
+            queue += sorted(set(seen.in_flight).difference(queue))
         present = presence(state.present, seen)
         popularity = remembered(state.popularity, layer, demand, tokens)
         free = state.geometry.slots - len(seen.resident) - len(seen.in_flight)
-        fitting = max(0, int(state.span_ms[layer] / costs.transfer_ms) + 1 - len(queue)) if move else 0
+        fitting = (
+            max(0, int(state.span_ms[layer] / max(costs.transfer_ms, 1e-6)) + 1 - len(queue)) if move else 0
+        )
 
         wishes, spare = self._weigh(state, seen, present, popularity * tokens, other_ms, fitting)
         here = [expert for expert in demand if (layer, expert) in seen.resident]
@@ -184,11 +188,11 @@ class PreSched:
         other_ms: float,
         fitting: int,
     ) -> tuple[list[Wish], list[tuple[float, int, int]]]:
-        """The absent experts that save most, and (worth, layer, expert) of what may leave, least worth first."""
+        """The absent experts that save most, and (worth, layer, expert) of what may leave, least first."""
         layers = state.geometry.num_layers
-        reach = len(seen.forecast) or min(REACH, layers - 1)
+        reach = min(len(seen.forecast) or REACH, layers - 1)  # not to this layer's own next turn
         ahead = np.arange(seen.layer + 1, seen.layer + 1 + reach) % layers
-        expected = np.array(seen.forecast) if seen.forecast else usual[ahead]
+        expected = np.array(seen.forecast)[:reach] if seen.forecast else usual[ahead]
         saves = state.saved_ms(expected, state.price[ahead][:, None])
         spans = np.maximum(state.span_ms[ahead], other_ms)
         due_ms = (np.cumsum(spans) - spans).tolist()
@@ -201,7 +205,10 @@ class PreSched:
         worth[seen.layer, list(seen.demand)] = np.inf
         for copy in seen.in_flight:
             worth[copy] = np.inf
-        return wishes, lowest(worth, len(seen.demand) + fitting + 16, below=np.inf)
+        spare = lowest(worth, len(seen.demand) + fitting + 16, below=np.inf)
+        # The books of this policy may be wrong where others bring and take experts too.
+        wishes = [w for w in wishes if w.expert not in seen.resident and w.expert not in seen.in_flight]
+        return wishes, [item for item in spare if item[1:] in seen.resident]
 
 
 class Wish(NamedTuple):

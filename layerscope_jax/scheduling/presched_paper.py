@@ -47,13 +47,13 @@ class PaperPreSched:
             hot = (ExpertId(layer, expert) for expert in order[: state.hot_per_layer])
             state = replace(state, hot=state.hot | frozenset(hot), layers=state.layers | {layer})
         coming = self._forecast(state.geometry, seen)
-        passed = {(layer + 1 + ahead) % state.geometry.num_layers for ahead in range(LOOK_AHEAD)}
+        near = {(layer + 1 + ahead) % state.geometry.num_layers for ahead in range(LOOK_AHEAD)}
         leave = [
             expert
             for expert in sorted(seen.resident)
             if expert not in state.hot
             and not (expert.layer == layer and expert.expert in demand)
-            and expert.layer not in passed
+            and expert.layer not in near
         ]
         room = state.geometry.slots - (len(seen.resident) - len(leave)) - len(seen.in_flight)
 
@@ -65,15 +65,14 @@ class PaperPreSched:
             rest_ms = host_ms - costs.host_ms(demand[expert])
             transfers_ms = (len(load) + 1) * costs.transfer_ms
             pays = transfers_ms + device_ms + costs.device_ms(demand[expert]) < rest_ms
-            hot = ExpertId(layer, expert) in state.hot
-            if len(load) >= room or not (pays or hot):
+            if len(load) >= room or not (pays or ExpertId(layer, expert) in state.hot):
                 continue
             load.append(ExpertId(layer, expert))
             host_ms, device_ms = rest_ms, device_ms + costs.device_ms(demand[expert])
 
         tokens = sum(demand.values()) / state.geometry.experts_per_token
         gap_ms = host_ms - device_ms - len(load) * costs.transfer_ms + costs.layer_ms(round(tokens))
-        fitting = max(0, int(gap_ms / costs.transfer_ms))
+        fitting = max(0, int(gap_ms / max(costs.transfer_ms, 1e-6)))
         absent = [e for e in coming if not present(e, seen)]
         prefetch = absent[: min(fitting, max(0, room - len(load)))]
         host = [expert for expert in missing if ExpertId(layer, expert) not in load]
@@ -91,7 +90,7 @@ class PaperPreSched:
         """Experts of the next layers that half a token or more is expected for, most tokens first."""
         found = [
             (tokens, ExpertId((seen.layer + 1 + ahead) % geometry.num_layers, expert))
-            for ahead, row in enumerate(seen.forecast[:LOOK_AHEAD])
+            for ahead, row in enumerate(seen.forecast[: min(LOOK_AHEAD, geometry.num_layers - 1)])
             for expert, tokens in enumerate(row)
             if tokens >= 0.5
         ]

@@ -1,0 +1,224 @@
+"""Never slower than the simple way: a watch over what moving and splitting gain on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.presched import PreSched, PreSchedState
+
+
+class Way(NamedTuple):
+    """A way to run a layer: with the forecast or without, with transfers or without, on both sides or one."""
+
+    name: str
+    forecast: bool
+    move: bool
+    device: bool
+
+
+WAYS = (
+    Way("full", True, True, True),
+    Way("no forecast", False, True, True),
+    Way("no transfers", False, False, True),
+    Way("host only", False, False, False),
+)
+
+TRIAL = {"prefill": 1, "decode": 2}
+"""Steps of a trial; the last is measured. In decode the first one clears what the way before left behind."""
+
+FIRST_WAIT, LONGEST_WAIT = 16, 1024
+"""Steps between trials: the wait doubles with each that changes nothing."""
+
+SLACK = 0.15
+"""Part by which measured times may exceed the planned ones before other ways are tried."""
+
+HOPELESS = 1.25
+"""The host alone is not tried where, by the costs, it takes so many times what is measured now."""
+
+MARGIN = 0.05
+"""Part of its time by which another way must be faster to be taken."""
+
+SAMPLES = 5
+"""Measurements of a layer's turn that are kept; their median counts, so that one stall decides nothing."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is known of one phase at about one number of tokens.
+
+    Attributes:
+        ms: [ways, L, samples] newest measured times of a layer's turn, infinite where there are fewer.
+        chosen: [L] the way of each layer.
+        planned_ms, host_ms: [L] what the costs say of each layer's turn as planned, and of the host alone.
+        wait: steps until the next round of trials.
+        trial: the way that is tried in this step, in all layers; None outside of trials.
+        left: steps of the trial, this one included.
+        untried: ways that are still to be tried in this round.
+        pause: steps between the last round and the next.
+        turns: of layers, by way, for the statistics.
+    """
+
+    ms: np.ndarray
+    chosen: np.ndarray
+    planned_ms: np.ndarray
+    host_ms: np.ndarray
+    wait: int
+    trial: int | None = None
+    left: int = 0
+    untried: tuple[int, ...] = ()
+    pause: int = FIRST_WAIT
+    turns: tuple[int, ...] = (0,) * len(WAYS)
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """The policy's state, what is watched by (phase, power of two of the tokens), and the turn under way."""
+
+    inner: PreSchedState
+    layers: int
+    forecasts: bool
+    watches: Mapping[tuple[str, int], Watch] = field(default_factory=dict)
+    turn: tuple[tuple[str, int], int, int] | None = (
+        None  # whose time the next observation tells: key, way, layer
+    )
+
+
+class Guard:
+    """PreSched, layer by layer as far as it pays: it is compared with itself with parts of it left out.
+
+    PreSched says of each layer how long it will take. Where the clock agrees, its choice of all possible ways
+    is as good as its word. Where steps take longer, some are run in the other `WAYS` (the tokens are the
+    same), and the measured time of each layer remembered; a layer goes over to a way that is faster by a
+    twentieth. Trials become rare as long as they change nothing. Phases, and steps of other numbers of
+    tokens, are watched apart.
+
+    What it knows of time comes with the observation (`Observation.elapsed_ms`), so that it too is a pure
+    function, and runs in the simulator.
+    """
+
+    name = "auto"
+    uses_costs = True
+
+    def __init__(self) -> None:
+        self._policy = PreSched()
+
+    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> GuardState:
+        return GuardState(self._policy.init(geometry, profile), geometry.num_layers, False)
+
+    def plan(self, state: GuardState, seen: Observation) -> tuple[GuardState, LayerPlan]:
+        state = self._measured(state, seen)
+        tokens = sum(seen.demand.values()) // state.inner.geometry.experts_per_token
+        key = (seen.phase, tokens.bit_length())
+        watches = dict(state.watches)
+        watch = watches.get(key) or Watch(
+            np.full((len(WAYS), state.layers, SAMPLES), np.inf),
+            np.zeros(state.layers, np.int64),
+            np.zeros(state.layers),
+            np.zeros(state.layers),
+            wait=TRIAL[seen.phase] + 1,
+        )
+        if seen.layer == 0:
+            watch = next_step(watch, seen.phase, bool(seen.forecast) or state.forecasts)
+        number = int(watch.chosen[seen.layer]) if watch.trial is None else watch.trial
+        way = WAYS[number]
+        inner, plan = self._policy.decide(
+            state.inner,
+            seen if way.forecast else replace(seen, forecast=()),
+            move=way.move,
+            device=way.device,
+        )
+        costs, planned_ms, host_ms = inner.costs, watch.planned_ms.copy(), watch.host_ms.copy()
+        planned_ms[seen.layer] = inner.span_ms[seen.layer]
+        host_ms[seen.layer] = costs.layer_ms(tokens) + sum(costs.host_ms(n) for n in seen.demand.values())
+        turns = tuple(count + (index == number) for index, count in enumerate(watch.turns))
+        watches[key] = replace(watch, turns=turns, planned_ms=planned_ms, host_ms=host_ms)
+        # The first step of a trial is not measured where it has more than one.
+        counts = watch.trial is None or watch.left == 1
+        turn = (key, number if counts else -1, seen.layer)
+        forecasts = state.forecasts or bool(seen.forecast)
+        return replace(state, inner=inner, watches=watches, turn=turn, forecasts=forecasts), plan
+
+    def wants_forecast(self, state: GuardState) -> bool:
+        """Whether the coming layers may make use of a forecast; if not, it need not be computed."""
+        if state.turn is None:
+            return True
+        watch = state.watches[state.turn[0]]
+        if state.turn[2] == state.layers - 1 and watch.trial is None and watch.wait <= 1:
+            return True  # a trial may begin
+        ways = watch.chosen.tolist() if watch.trial is None else [watch.trial, *watch.untried]
+        return any(WAYS[way].forecast for way in ways)
+
+    def report(self, state: GuardState) -> dict[str, Any]:
+        """Parts of the layers' turns that were run each way, by phase."""
+        found: dict[str, Any] = {}
+        for phase in ("prefill", "decode"):
+            turns = np.sum([w.turns for (p, _), w in state.watches.items() if p == phase], 0)
+            total = np.sum(turns)
+            if total:
+                found[phase] = {
+                    way.name: float(count / total) for way, count in zip(WAYS, turns, strict=True)
+                }
+        return found
+
+    def _measured(self, state: GuardState, seen: Observation) -> GuardState:
+        """With the time of the turn before."""
+        if state.turn is None or seen.elapsed_ms <= 0:
+            return state
+        key, way, layer = state.turn
+        if way < 0:
+            return state
+        watch = state.watches[key]
+        ms = watch.ms.copy()
+        ms[way, layer] = [seen.elapsed_ms, *ms[way, layer, :-1]]
+        return replace(state, watches={**state.watches, key: replace(watch, ms=ms)})
+
+
+def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
+    """What a step that begins is to be: a trial, or each layer's own way."""
+    if watch.trial is not None and watch.left > 1:
+        return replace(watch, left=watch.left - 1)
+    if watch.trial is not None:  # it is over
+        watch = replace(watch, trial=None)
+        if not watch.untried:
+            chosen = choose(watch)
+            same = bool((chosen == watch.chosen).all())
+            pause = min(LONGEST_WAIT, 2 * watch.pause) if same else FIRST_WAIT
+            return replace(watch, chosen=chosen, wait=pause, pause=pause)
+    elif watch.wait > 1:
+        return replace(watch, wait=watch.wait - 1)
+    else:
+        ways = [index for index, way in enumerate(WAYS) if forecasts or not way.forecast or index == 0]
+        if not forecasts:
+            ways.remove(1)  # without a predictor it is the same as the first
+        now = medians(watch)[watch.chosen, np.arange(len(watch.chosen))].sum()
+        if now <= (1 + SLACK) * watch.planned_ms.sum() and not watch.chosen.any():
+            pause = min(LONGEST_WAIT, 2 * watch.pause)
+            return replace(watch, wait=watch.pause, pause=pause)
+        if watch.host_ms.sum() > HOPELESS * now:
+            ways.remove(len(WAYS) - 1)
+        watch = replace(watch, untried=tuple(way for way in ways if (watch.chosen != way).any()))
+        if not watch.untried:
+            return replace(watch, wait=watch.pause)
+    return replace(watch, trial=watch.untried[0], untried=watch.untried[1:], left=TRIAL[phase])
+
+
+def choose(watch: Watch) -> np.ndarray:
+    """[L] the fastest way of each layer, as far as it is faster by the margin than the one that is chosen."""
+    known = medians(watch)
+    now = known[watch.chosen, np.arange(len(watch.chosen))]
+    best = known.argmin(0)
+    faster = known.min(0) < (1 - MARGIN) * now
+    return np.where(faster, best, watch.chosen)
+
+
+def medians(watch: Watch) -> np.ndarray:
+    """[ways, L] of the measured times, infinite where there are none."""
+    known = np.where(np.isinf(watch.ms), np.nan, watch.ms)
+    known[..., 0] = watch.ms[..., 0]  # the newest is there if any is
+    return np.nanmedian(known, -1)
