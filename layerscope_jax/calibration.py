@@ -79,7 +79,7 @@ def costs(jobs: Jobs, points: Points, ways: Sequence[bool]) -> list[HardwareProf
     layers = {rows: jobs.layer(rows, 1, context) for rows in points.decode}
     for tokens in points.prefill:
         length = min(context, tokens)
-        layers[tokens] = jobs.layer(tokens // length, length, length)
+        layers[tokens // length * length] = jobs.layer(tokens // length, length, length)
     parts = ("host", "device", "link", "layer")
     beside = {part: [others(jobs, part) if together else [] for together in ways] for part in parts}
     host = tables({n: jobs.host(n) for n in points.tokens}, beside["host"], jobs.computed)
