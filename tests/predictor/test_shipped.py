@@ -9,7 +9,6 @@ import pytest
 import layerscope_jax
 import predictor
 from layerscope_jax import Engine, OffloadConfig, load
-from layerscope_jax.cli import main
 from layerscope_jax.demo import read_demo_prompts
 from layerscope_jax.identity import ModelIdentity
 from layerscope_jax.traces import Trace
@@ -76,31 +75,3 @@ def test_an_excerpt_is_the_beginning_of_passages(tmp_path):
         excerpt(ExcerptConfig(traces=whole.folder, out=tmp_path / "cut", passages=2, tokens=8))
     with pytest.raises(ValueError, match="expected 99 held-out passages"):
         excerpt(ExcerptConfig(traces=whole.folder, out=tmp_path / "more", passages=99, tokens=8))
-
-
-def test_trace_on_the_command_line(tmp_path, capsys):
-    text = tmp_path / "letters"
-    text.mkdir()
-    for index in range(4):
-        (text / f"{index}.txt").write_text("The Nation continues to enjoy peace. " * (8 + index))
-    files = [str(path) for path in sorted(text.iterdir())]
-    command = ["trace", "shipped", "--text", *files, "--out", str(tmp_path / "trace"), "--length", "32"]
-    assert main([*command, "--train-tokens", "64", "--heldout-tokens", "64"]) == 0
-    trace = Trace.open(tmp_path / "trace")
-    assert trace.complete
-    assert f"{trace.rows:,} tokens" in capsys.readouterr().err
-    assert main([*command, "--heldout-domains", "prose"]) == 2
-    assert "heldout-domains must be some of letters, got prose" in capsys.readouterr().err
-    assert main([*command, "--train-tokens", "32"]) == 2
-    assert "made in another way" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("nowhere", "nowhere: expected a trained predictor"), ("gate", "")],
-)
-def test_predictors_on_the_command_line(name, message, capsys):
-    command = ["generate", "shipped", "--prompt", "Once", "--max-new-tokens", "2", "--predictor", name]
-    budget = ["--device-budget", "5MB", "--policy", "fate"]
-    assert main([*command, *budget]) == (2 if message else 0)
-    assert message in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""`layerscope trace`, and the names that the command line knows predictors by."""
+
+import pytest
+
+import predictor
+from layerscope_jax import cli
+from layerscope_jax.cli import main
+from layerscope_jax.traces import Trace
+
+
+def test_a_trace_is_recorded_and_gone_on_with(tiny, tmp_path, capsys):
+    text = tmp_path / "letters"
+    text.mkdir()
+    for index in range(4):
+        (text / f"{index}.txt").write_text("The Nation continues to enjoy peace. " * (8 + index))
+    files = [str(path) for path in sorted(text.iterdir())]
+    command = ["trace", str(tiny), "--text", *files, "--out", str(tmp_path / "trace"), "--length", "32"]
+    assert main([*command, "--train-tokens", "64", "--heldout-tokens", "64"]) == 0
+    trace = Trace.open(tmp_path / "trace")
+    assert trace.complete
+    assert f"{trace.rows:,} tokens" in capsys.readouterr().err
+    assert main([*command, "--heldout-domains", "prose"]) == 2
+    assert "heldout-domains must be some of letters, got prose" in capsys.readouterr().err
+    assert main([*command, "--train-tokens", "32"]) == 2
+    assert "made in another way" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere", "nowhere: expected a trained predictor"), ("gate", "")],
+)
+def test_predictors_have_names_or_folders(tiny, name, message, capsys):
+    command = ["generate", str(tiny), "--prompt", "Once", "--max-new-tokens", "2", "--predictor", name]
+    budget = ["--device-budget", "100KB", "--policy", "fate"]
+    assert main([*command, *budget]) == (2 if message else 0)
+    assert message in capsys.readouterr().err
+
+
+def test_the_shipped_model_brings_its_own(tiny):
+    assert cli.open_predictor(None, "shipped").model == predictor.shipped().model
+    assert cli.open_predictor(None, str(tiny)) is None
+    assert cli.open_predictor("gate", "shipped") == "gate"
