@@ -6,4 +6,5 @@ jax.config.update("jax_num_cpu_devices", 2)  # the second stands for the host be
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+collect_ignore_glob = ["*conftest.py"]  # has no doctests, and there are several of that name
 collect_ignore = ["golden/make_goldens.py"]  # needs torch and transformers; the tests read what it wrote

@@ -341,7 +341,7 @@ def test_bad_prompts_are_refused_at_once(layers, call, prompts, message):
         ({"seed": None}, "seed must be"),
         ({"stop_tokens": 3}, "stop_tokens must be a list of token ids or None, got 3"),
         ({"stop_tokens": "3"}, "stop_tokens must be"),
-        ({"stop_tokens": iter([3])}, "stop_tokens must be"),
+        pytest.param({"stop_tokens": iter([3])}, "stop_tokens must be", id="an iterator"),
         ({"stop_tokens": [3.5]}, "stop_tokens must be"),
         ({"top_k": -1, "top_p": 2.0}, "top_k must be.*; top_p must be"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
@@ -353,7 +353,9 @@ def test_bad_settings_are_refused_at_once(layers, call, settings, message):
         getattr(layers, call)([[1]], **settings)
 
 
-@pytest.mark.parametrize("policy", [None, 5, "best", object(), POLICIES["lru"]], ids=str)
+@pytest.mark.parametrize(
+    "policy", [None, 5, "best", pytest.param(object(), id="an object"), POLICIES["lru"]], ids=str
+)
 def test_what_is_no_policy_is_refused(model, policy):
     with pytest.raises(ValueError, match=r"policy must be one of .* or a Policy object") as refusal:
         Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=policy))

@@ -30,6 +30,9 @@ class Fixed:
     def __init__(self, value):
         self.value = value
 
+    def __str__(self):  # a test's name is the same in every process
+        return f"{type(self).__name__}({self.value})"
+
     def bind(self, model):
         shape = (self.look_ahead, 1, model.config.num_experts)
         return [jnp.full(shape, self.value, jnp.float32)] * model.config.num_layers
