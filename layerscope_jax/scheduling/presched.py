@@ -18,6 +18,12 @@ MEMORY = 512
 REACH = 2
 """Layers ahead that are looked at without a predictor."""
 
+CERTAIN = 0.5
+"""A load for this layer must gain so much of what a prefetch would: what it gains is no forecast."""
+
+AGAIN = 0.4
+"""Part of its worth that an expert has lost when its turn is a whole step away: it can be copied again."""
+
 
 class Curve(NamedTuple):
     """A time table for expected counts; below one token it is the time of one by the chance that it comes."""
@@ -128,7 +134,7 @@ class PreSched:
             coming if device else (),
             link_ms=ahead_ms,
             loads=free + len(spare) if move and device else 0,
-            worth_ms=link_price(wishes, spare, free, fitting),
+            worth_ms=CERTAIN * link_price(wishes, spare, free, fitting),
         )
         span_ms = max(split.device_ms, split.host_ms) + other_ms
         load = [ExpertId(layer, expert) for expert in split.load]
@@ -200,8 +206,9 @@ class PreSched:
             Wish(-loss, due_ms[row], ExpertId(int(ahead[row]), expert))
             for loss, row, expert in lowest(np.where(present[ahead], 0.0, -saves), fitting + 16, below=0.0)
         ]
-        worth = np.where(present, state.worth, np.inf)
-        worth[ahead] = np.maximum(worth[ahead], saves)
+        distance = (np.arange(layers) - seen.layer - 1) % layers / layers
+        worth = np.where(present, state.worth * (1 - AGAIN * distance)[:, None], np.inf)
+        worth[ahead] = np.where(present[ahead], np.maximum(state.worth[ahead], saves), np.inf)
         worth[seen.layer, list(seen.demand)] = np.inf
         for copy in seen.in_flight:
             worth[copy] = np.inf
