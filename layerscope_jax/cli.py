@@ -34,6 +34,25 @@ SHIPPED = "shipped"
 POLICY_NAMES = ", ".join(sorted(POLICIES))
 PREDICTOR_HELP = f"One of {', '.join(sorted(PREDICTORS))}, or the folder of a trained one."
 
+# Options of several commands.
+Checkpoint = Annotated[
+    Positional[str],
+    arg(metavar="CHECKPOINT", help="A Hugging Face folder, or 'shipped' for the model that comes along."),
+]
+DeviceBudget = Annotated[
+    str | None,
+    arg(metavar="SIZE", help="Device memory for experts, '2GiB' say; without it everything is resident."),
+]
+PolicyName = Annotated[str, arg(metavar="POLICY", help=f"Who moves what within a budget: {POLICY_NAMES}.")]
+LinkBandwidth = Annotated[
+    str | None,
+    arg(metavar="SIZE", help="Bytes a second, '500MB' say, that copies to the device are paced to."),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    arg(help="Converts the weights; without it they stay as they are."),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
@@ -87,10 +106,7 @@ class Demo:
 class Generate:
     """Continue prompts, given one by one or in a file."""
 
-    checkpoint: Annotated[
-        Positional[str],
-        arg(metavar="CHECKPOINT", help="A Hugging Face folder, or 'shipped' for the model that comes along."),
-    ]
+    checkpoint: Checkpoint
     prompt: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="A prompt; may be given many times.")
     ] = ()
@@ -112,13 +128,8 @@ class Generate:
             "are the same. Without it they go to the standard output.",
         ),
     ] = None
-    device_budget: Annotated[
-        str | None,
-        arg(metavar="SIZE", help="Device memory for experts, '2GiB' say; without it everything is resident."),
-    ] = None
-    policy: Annotated[str, arg(metavar="POLICY", help=f"Who moves what within a budget: {POLICY_NAMES}.")] = (
-        "lru"
-    )
+    device_budget: DeviceBudget = None
+    policy: PolicyName = "lru"
     predictor: Annotated[
         str | None,
         arg(metavar="PREDICTOR", help=f"Forecasts experts for policies that prefetch. {PREDICTOR_HELP}"),
@@ -145,14 +156,8 @@ class Generate:
             "prompt's tokens, in bfloat16 above all."
         ),
     ] = 32
-    link_bandwidth: Annotated[
-        str | None,
-        arg(metavar="SIZE", help="Bytes a second, '500MB' say, that copies to the device are paced to."),
-    ] = None
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        arg(help="Converts the weights; without it they stay as they are."),
-    ] = None
+    link_bandwidth: LinkBandwidth = None
+    dtype: Dtype = None
     numerics: Annotated[
         Literal["fast", "exact"], arg(help="'exact' gives the same bits under every budget and policy.")
     ] = "fast"
@@ -241,10 +246,7 @@ class Record:
     A predictor is trained on what is recorded: `python -m predictor.train`.
     """
 
-    checkpoint: Annotated[
-        Positional[str],
-        arg(metavar="CHECKPOINT", help="A Hugging Face folder, or 'shipped' for the model that comes along."),
-    ]
+    checkpoint: Checkpoint
     text: Annotated[
         tuple[Path, ...],
         arg(
@@ -264,17 +266,9 @@ class Record:
     prompt: Annotated[float, arg(help="Share of a passage that is its prompt, before decode steps.")] = 0.5
     hidden: Annotated[int, arg(help="Components that hidden states are reduced to; 0 records none.")] = 512
     batch_size: Annotated[int, arg(help="Passages that run at once.")] = 16
-    device_budget: Annotated[
-        str | None,
-        arg(metavar="SIZE", help="Device memory for experts, '2GiB' say; without it everything is resident."),
-    ] = None
-    policy: Annotated[str, arg(metavar="POLICY", help=f"Who moves what within a budget: {POLICY_NAMES}.")] = (
-        "lru"
-    )
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        arg(help="Converts the weights; without it they stay as they are."),
-    ] = None
+    device_budget: DeviceBudget = None
+    policy: PolicyName = "lru"
+    dtype: Dtype = None
     seed: Annotated[int, arg(help="Of the choice and order of passages.")] = 0
 
     def run(self) -> int:
@@ -308,23 +302,14 @@ class Calibrate:
     `layerscope generate --profile` then plans by these times instead of measuring a few each time.
     """
 
-    checkpoint: Annotated[
-        Positional[str],
-        arg(metavar="CHECKPOINT", help="A Hugging Face folder, or 'shipped' for the model that comes along."),
-    ]
+    checkpoint: Checkpoint
     out: Annotated[Path, arg(metavar="FILE", help="For the profile.")] = Path("profile.json")
     device_budget: Annotated[
         str | None,
         arg(metavar="SIZE", help="Device memory for experts; no more of them are there while measuring."),
     ] = None
-    link_bandwidth: Annotated[
-        str | None,
-        arg(metavar="SIZE", help="Bytes a second, '500MB' say, that copies to the device are paced to."),
-    ] = None
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        arg(help="Converts the weights; without it they stay as they are."),
-    ] = None
+    link_bandwidth: LinkBandwidth = None
+    dtype: Dtype = None
 
     def run(self) -> int:
         """Returns the exit code."""
