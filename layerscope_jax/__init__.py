@@ -1,6 +1,7 @@
 """Run mixture-of-experts language models whose experts do not fit on the accelerator."""
 
 from layerscope_jax.checkpoints import Model, load, save
+from layerscope_jax.comparison import simulate_profile
 from layerscope_jax.config import ModelConfig, OffloadConfig, parse_bytes
 from layerscope_jax.engine import Engine
 from layerscope_jax.experts.bank import ExpertBank
@@ -54,4 +55,5 @@ __all__ = [
     "parse_bytes",
     "save",
     "save_plans",
+    "simulate_profile",
 ]

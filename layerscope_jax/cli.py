@@ -29,6 +29,7 @@ from layerscope_jax.machine_profile import MachineProfile
 from layerscope_jax.prediction import PREDICTORS, Predictor
 from layerscope_jax.profiling import calibrate
 from layerscope_jax.scheduling.baselines import POLICIES
+from layerscope_jax.simulate_cli import Simulate
 
 SHIPPED = "shipped"
 POLICY_NAMES = ", ".join(sorted(POLICIES))
@@ -362,11 +363,12 @@ def main(args: Sequence[str] | None = None) -> int:
     if args == ["--version"]:
         print(", ".join(f"{name} {number}" for name, number in demo.versions().items()))
         return 0
-    command: Demo | Generate | Record | Calibrate = tyro.cli(
+    command: Demo | Generate | Record | Calibrate | Simulate = tyro.cli(
         Annotated[Demo, subcommand("demo")]  # type: ignore[arg-type]
         | Annotated[Generate, subcommand("generate")]
         | Annotated[Record, subcommand("trace")]
-        | Annotated[Calibrate, subcommand("calibrate")],
+        | Annotated[Calibrate, subcommand("calibrate")]
+        | Annotated[Simulate, subcommand("simulate")],
         prog="layerscope",
         description=(
             "Run mixture-of-experts language models whose experts do not fit on the accelerator. "
