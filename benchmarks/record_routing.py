@@ -23,7 +23,9 @@ from layerscope_jax.files import read_json
 from layerscope_jax.routing import Routing, StoredForecast
 from layerscope_jax.routing_files import FORMAT
 from layerscope_jax.traces import Passage, Trace, positions
-from layerscope_jax.training.release import measure, run_config
+from layerscope_jax.training.baselines import Bigram
+from layerscope_jax.training.data import PackedTokens
+from layerscope_jax.training.release import WINDOWS, measure, run_config
 from predictor.baselines import Candidate, Gate, Learned, Popularity, PreviousToken, truth
 from predictor.dataset import load_rows
 from predictor.llapor import LLaPor
@@ -100,11 +102,8 @@ def pack(trace: Trace, llapor: LLaPor, packing: Packing, *, progress: bool = Tru
     decoded = starts[None] + lengths[None] + np.arange(packing.steps)[:, None]  # [S, R]
 
     routers, basis = Routers.load(trace.folder), Basis.load(trace.folder)
-    layers, experts, choices = (
-        trace.header.model.num_layers,
-        trace.header.model.num_experts,
-        trace.header.model.experts_per_token,
-    )
+    model = trace.header.model
+    layers, experts, choices = model.num_layers, model.num_experts, model.experts_per_token
     horizons = tuple(range(1, llapor.look_ahead + 1))
     nothing = Popularity(np.zeros((layers, experts), np.float32), horizons)
     candidates: list[Candidate] = [
@@ -207,20 +206,31 @@ def by_horizon(recall: np.ndarray, name: str) -> dict[str, list[float]]:
 
 
 def origin(options: Options) -> dict[str, Any]:
-    """What the model and the predictor were trained on, and the model's held-out loss in nats per token."""
+    """What the model and the predictor were trained on, and held-out losses in nats per token.
+
+    Of the model; of a unigram and a bigram model of all the training text; and of a bigram model of just what
+    the model was shown of it.
+    """
     config = run_config(options.run, options.tokens)
     steps = json.loads((options.run / "log.jsonl").read_text().splitlines()[-1])["step"]
     losses, _ = measure(config, options.model)
+    train, heldout = (PackedTokens.open(options.tokens / split) for split in ("train", "heldout"))
+    shown = [
+        train.batch(config.rows, config.length + 1, seed=config.seed, step=step) for step in range(steps)
+    ]
+    vocab_size = len(read_json(options.tokens / "tokenizer.json")["model"]["vocab"])
+    bigram = Bigram([np.concatenate(shown).reshape(-1)], vocab_size)
+    for row in losses:
+        windows = heldout.windows(row["domain"], config.length + 1, WINDOWS)
+        row["bigram_shown"] = np.mean([bigram.loss(window)[1] for window in windows])
+    models = ("unigram", "bigram", "bigram_shown", "model")
     trained = read_json(options.predictor / "run.json")
     return {
         "name": options.name,
         "trained_tokens": steps * config.rows * config.length,
         "hidden": config.hidden,
         "expert_hidden": config.expert_hidden,
-        "loss": {
-            row["domain"]: {name: round(row[name], 3) for name in ("unigram", "bigram", "model")}
-            for row in losses
-        },
+        "loss": {row["domain"]: {name: round(float(row[name]), 3) for name in models} for row in losses},
         "predictor": {name: trained[name] for name in ("tokens", "epochs", "look_ahead")},
     }
 
