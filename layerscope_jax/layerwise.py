@@ -215,7 +215,7 @@ class LayerByLayer:
         state, plan = self.policy.plan(self.state, seen)
         check_plan(plan, seen, residency.slots, self.model.bank)
         self.state = state
-        self.meter.count(seen, residency.is_prefetch)
+        self.meter.count(seen, residency.idle_prefetches)
         if self.record is not None:
             self.record(plan)
         # This layer's turn has come: what was queued for it in vain is not worth beginning any more.

@@ -247,7 +247,7 @@ class _Run:
         self.planned = now
         self.state, plan = self.policy.plan(self.state, seen)
         check_plan(plan, seen, books.slots, self.known)
-        self.meter.count(seen, books.is_prefetch)
+        self.meter.count(seen, books.idle_prefetches)
         if self.record is not None:
             self.record(plan)
         wanted = {ExpertId(seen.layer, expert) for expert in plan.device}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,12 +25,12 @@ class Meter:
     late: int = 0
     _forecast: Sequence[float] = ()
 
-    def count(self, seen: Observation, is_prefetch: Callable[[ExpertId], bool]) -> None:
+    def count(self, seen: Observation, idle_prefetches: Set[ExpertId]) -> None:
         """Counts one layer's demand: how much of it was resident, and foreseen, when the layer was planned.
 
         Args:
             seen: when it was planned.
-            is_prefetch: whether an expert has come, or is coming, as a prefetch not yet used.
+            idle_prefetches: experts that have come, or are coming, as a prefetch not yet used.
         """
         hits = [n for expert, n in seen.demand.items() if ExpertId(seen.layer, expert) in seen.resident]
         self.layers += 1
@@ -38,11 +38,10 @@ class Meter:
         self.expert_hits += len(hits)
         self.tokens += sum(seen.demand.values())
         self.token_hits += sum(hits)
-        for expert in seen.demand:
-            found = ExpertId(seen.layer, expert)
-            if is_prefetch(found):
-                here = found in seen.resident
-                self.on_time, self.late = self.on_time + here, self.late + (not here)
+        if idle_prefetches:  # costs nothing where nothing prefetches
+            wanted = idle_prefetches & {ExpertId(seen.layer, expert) for expert in seen.demand}
+            here = sum(expert in seen.resident for expert in wanted)
+            self.on_time, self.late = self.on_time + here, self.late + len(wanted) - here
         if self._forecast and seen.phase == "decode":
             likeliest = sorted(range(len(self._forecast)), key=lambda e: -self._forecast[e])
             self.foreseen += len(seen.demand.keys() & set(likeliest[: len(seen.demand)]))

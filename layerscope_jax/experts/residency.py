@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import KeysView
-from dataclasses import dataclass
 
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.scheduling.plan import ExpertId
-
-
-@dataclass
-class Held:
-    """One resident expert and whether its copy has earned its bytes yet."""
-
-    weights: ExpertWeights
-    prefetched: bool
-    used: bool = False
 
 
 class Residency:
@@ -27,6 +17,9 @@ class Residency:
     Args:
         budget_bytes: for resident experts and copies on their way together.
         expert_bytes: of one expert.
+
+    Attributes:
+        idle_prefetches: experts that have come, or are coming, as a prefetch that nothing has used yet.
 
     >>> books = Residency(budget_bytes=250, expert_bytes=100)
     >>> books.slots
@@ -41,8 +34,9 @@ class Residency:
         self.slots = budget_bytes // expert_bytes
         self.peak_bytes = 0
         self.wasted_bytes = 0
-        self._held: dict[ExpertId, Held] = {}
-        self._coming: dict[ExpertId, bool] = {}  # expert -> whether it is (still) a prefetch
+        self.idle_prefetches: set[ExpertId] = set()
+        self._held: dict[ExpertId, ExpertWeights] = {}
+        self._coming: dict[ExpertId, None] = {}  # in the order asked for
 
     @property
     def resident(self) -> KeysView[ExpertId]:
@@ -62,49 +56,47 @@ class Residency:
             raise RuntimeError(f"{expert} is already on the device or on its way")
         if self.used_bytes + self.expert_bytes > self.budget_bytes:
             raise RuntimeError(f"no room for {expert}: {self.used_bytes} of {self.budget_bytes} bytes in use")
-        self._coming[expert] = prefetched
+        self._coming[expert] = None
+        if prefetched:
+            self.idle_prefetches.add(expert)
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def arrive(self, expert: ExpertId, weights: ExpertWeights) -> None:
         """On its way -> resident."""
         if expert not in self._coming:
             raise RuntimeError(f"{expert} arrived, but was not on its way")
-        self._held[expert] = Held(weights, self._coming.pop(expert))
+        del self._coming[expert]
+        self._held[expert] = weights
 
     def release(self, expert: ExpertId) -> None:
         """On its way -> absent: the copy failed or was dropped."""
         if expert not in self._coming:
             raise RuntimeError(f"{expert} was released, but was not on its way")
         del self._coming[expert]
+        self.idle_prefetches.discard(expert)
 
     def evict(self, expert: ExpertId) -> None:
         """Resident -> absent."""
         if expert not in self._held:
             raise RuntimeError(f"{expert} was evicted, but is not resident")
-        held = self._held.pop(expert)
-        self.wasted_bytes += self.expert_bytes * (held.prefetched and not held.used)
+        del self._held[expert]
+        if expert in self.idle_prefetches:
+            self.idle_prefetches.remove(expert)
+            self.wasted_bytes += self.expert_bytes
 
     def use(self, expert: ExpertId) -> ExpertWeights:
         """The weights of a resident expert, which is about to be computed."""
         if expert not in self._held:
             raise RuntimeError(f"{expert} is to be computed on the device, but is not resident")
-        held = self._held[expert]
-        held.used = True
-        return held.weights
-
-    def is_prefetch(self, expert: ExpertId) -> bool:
-        """Whether an expert has come, or is coming, as a prefetch that nothing has used yet."""
-        held = self._held.get(expert)
-        return self._coming.get(expert, False) if held is None else held.prefetched and not held.used
+        self.idle_prefetches.discard(expert)
+        return self._held[expert]
 
     def unused_prefetch_bytes(self) -> int:
         """Bytes of prefetched experts that nothing has read so far: gone ones and resident ones."""
-        waiting = sum(held.prefetched and not held.used for held in self._held.values())
-        return self.wasted_bytes + waiting * self.expert_bytes
+        return self.wasted_bytes + len(self.idle_prefetches & self._held.keys()) * self.expert_bytes
 
     def reset(self) -> None:
         """Begins the counts anew: what is resident now is no later run's waste."""
         self.wasted_bytes = 0
         self.peak_bytes = self.used_bytes
-        for held in self._held.values():
-            held.prefetched = False
+        self.idle_prefetches -= self._held.keys()

@@ -99,6 +99,9 @@ class Books(RuleBasedStateMachine):
         assert books.peak_bytes == self.peak <= self.budget
         waiting = sum(BYTES for _, prefetched, used in self.held.values() if prefetched and not used)
         assert books.wasted_bytes == self.wasted
+        idle = {expert for expert, (_, prefetched, used) in self.held.items() if prefetched and not used}
+        idle |= {expert for expert, prefetched in self.coming.items() if prefetched}
+        assert books.idle_prefetches == idle
         assert books.unused_prefetch_bytes() == self.wasted + waiting
 
 
