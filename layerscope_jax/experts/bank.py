@@ -92,14 +92,14 @@ class ExpertBank:
 
     def views(self, expert: ExpertId) -> tuple[np.ndarray, ...]:
         """NumPy views of an expert's buffers (gate, up, down): no copy where the backend shares memory."""
-        return tuple(np.asarray(matrix) for matrix in self[expert])
+        return tuple(map(_view, self[expert]))
 
     def stacked(self, layer: int, device: jax.Device | None = None) -> ExpertWeights:
         """A copy on the device of one layer's experts as [E, D, F], [E, D, F], [E, F, D]."""
         sharding = device_sharding(device)
         return ExpertWeights(
             *(
-                jax.device_put(np.stack([np.asarray(m) for m in name]), sharding)
+                jax.device_put(np.stack(list(map(_view, name))), sharding)
                 for name in zip(*self.layers[layer], strict=True)
             )
         )
@@ -121,3 +121,8 @@ class ExpertBank:
     @property
     def total_bytes(self) -> int:
         return self.expert_bytes * sum(len(experts) for experts in self.layers)
+
+
+def _view(matrix: jax.Array) -> np.ndarray:
+    """Of the array's only buffer. An array itself would keep what a backend had to copy for NumPy."""
+    return np.asarray(matrix.addressable_data(0))
