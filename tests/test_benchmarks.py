@@ -9,14 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import PROFILE
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import bench_online, bench_policies, bench_resident, harness
+from benchmarks import (
+    bench_online,
+    bench_planning,
+    bench_policies,
+    bench_recall,
+    bench_resident,
+    bench_simulator,
+    harness,
+)
 from benchmarks.random_models import random_decoder, shapes
-from layerscope_jax import save
+from layerscope_jax import MachineProfile, machine, parse_bytes, save
+from layerscope_jax.machine_profile import ModelShape
 
 sys.path.insert(0, str(Path(__file__).parent / "predictor"))
 
@@ -153,6 +163,81 @@ def test_bench_policies_says_what_is_missing(checkpoint):
         bench_policies.main(
             bench_policies.Options(checkpoint=checkpoint, prompts=checkpoint / "absent.jsonl")
         )
+
+
+def test_bench_simulator(checkpoint, tmp_path, capsys, monkeypatch):
+    def calibrated(model, *, link_bandwidth, **_):  # measuring has tests of its own, and takes long
+        return MachineProfile(
+            name="made up",
+            costs=PROFILE,
+            model=ModelShape.of(model),
+            machine=machine.describe(model.device),
+            link_bandwidth=parse_bytes(link_bandwidth),
+            details={"seconds": 0.0},
+        )
+
+    monkeypatch.setattr(bench_simulator, "calibrate", calibrated)
+    file = tmp_path / "simulator.json"
+    options = bench_simulator.Options(
+        quick=True,
+        checkpoint=checkpoint,
+        policies=("lru", "fate"),  # nothing on the host: less to compile
+        budget=50,
+        link="1GB",
+        json=file,
+    )
+    bench_simulator.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "simulator"
+    assert result["machine"].keys() == MACHINE
+    assert result["policies"].keys() == {"lru", "fate"}
+    for row in result["policies"].values():
+        for way in ("measured", "predicted"):
+            assert row["prefill_ms"][way] > 0
+            assert len(row["decode_ms"][way]) == 2
+            assert min(row["decode_ms"][way]) > 0
+    assert result["summary"]["decode_error"].keys() == {"mean", "p90"}
+    assert -1 <= result["summary"]["kendall_tau"] <= 1
+    assert "Kendall's tau" in capsys.readouterr().out
+
+
+def test_bench_recall(tmp_path, capsys):
+    file = tmp_path / "recall.json"
+    bench_recall.main(bench_recall.Options(quick=True, profiles=("mixtral-8x7b",), json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "recall"
+    assert result["machine"].keys() == MACHINE
+    rows = [(row["policy"], row["recall_percent"]) for row in result["rows"]]
+    assert rows == [(policy, recall) for policy in ("presched", "auto") for recall in (None, 100, 0)]
+    for row in result["rows"]:
+        assert row["step_ms"] > 0
+        assert 0 <= row["mb_wasted_per_step"] <= row["mb_moved_per_step"]
+    assert [row["experts_foreseen"] for row in result["rows"][:2]] == [None, 1.0]
+    assert len(result["verdicts"]) == 2
+    assert "pays from" in capsys.readouterr().out
+
+
+def test_bench_planning(tmp_path, capsys):
+    file = tmp_path / "planning.json"
+    options = bench_planning.Options(
+        quick=True, profiles=("mixtral-8x7b",), policies=("lru", "presched"), json=file
+    )
+    bench_planning.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "planning"
+    assert result["machine"].keys() == MACHINE
+    assert [(row["policy"], row["look_ahead"]) for row in result["rows"]] == [("lru", None), ("presched", 2)]
+    for row in result["rows"]:
+        assert row["assignments"] == 4 * 2
+        assert 0 < row["resident"] <= 88
+        assert row["us"].keys() == {"median", "p90"}
+    assert "µs a layer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bench", [bench_recall, bench_planning])
+def test_simulations_name_the_profiles_there_are(bench):
+    with pytest.raises(SystemExit, match="mixtral-8x7b@pcie4-x16"):
+        bench.main(bench.Options(quick=True, profiles=("phi",)))
 
 
 def test_bench_online(tmp_path, capsys):

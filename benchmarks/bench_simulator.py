@@ -1,0 +1,276 @@
+"""How far off is the simulator?
+
+The machine is calibrated; a trained model continues real prompts under several policies on a paced link;
+and the simulator, given what was calibrated and what the engine's layers asked for, says how long each step
+should take. Both begin with an empty device and go through the same calls; those after the warm-up are
+compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from benchmarks import harness
+from benchmarks.bench_policies import SHIPPED, read_prompts
+from layerscope_jax import POLICIES, Engine, HardwareProfile, LayerPlan, Model, OffloadConfig, Policy, load
+from layerscope_jax.calibration import Points
+from layerscope_jax.generation import batch_rows, bucket
+from layerscope_jax.machine_profile import MachineProfile
+from layerscope_jax.profiling import THOROUGH, calibrate
+from layerscope_jax.scheduling.baselines import FORECASTING
+from layerscope_jax.scheduling.plan import Geometry, Observation
+from layerscope_jax.simulation import Workload, simulate
+
+QUICK = Points(tokens=(1, 8, 64), decode=(8,), prefill=(64,))
+APART = 1.05
+"""Policies whose measured times differ by more have an order that the simulator should find."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(harness.Common):
+    """What to compare."""
+
+    checkpoint: Path = SHIPPED
+    prompts: Path | None = None
+    """JSON lines with a "prompt" each; prompts.jsonl in the checkpoint's folder if left out."""
+    policies: tuple[str, ...] = ("host-only", "lru", "fiddler", "hybrimoe", "presched", "presched-paper")
+    budget: int = 25
+    """Percent of the bytes of all experts."""
+    link: str = "100MB"
+    """Bytes a second."""
+    batch: int = 8
+    new_tokens: int = 32
+    rounds: int = 5
+
+
+class Turn(NamedTuple):
+    """What one layer of one step was about."""
+
+    demand: Mapping[int, int]
+    forecast: Sequence[Sequence[float]]
+    plan_ms: float
+
+
+class Recording:
+    """A policy, with a record of what it was shown and how long it thought."""
+
+    def __init__(self, policy: Policy):
+        self.policy, self.turns = policy, list[Turn]()
+        self.name, self.uses_costs, self.init = policy.name, policy.uses_costs, policy.init
+
+    def plan(self, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
+        began = time.perf_counter()
+        found = self.policy.plan(state, seen)
+        self.turns.append(Turn(seen.demand, seen.forecast, 1e3 * (time.perf_counter() - began)))
+        return found
+
+    def calls(self, geometry: Geometry, steps: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Counts [S, L, E] and forecasts [S, L, W, E] of each call of `steps` steps."""
+        counts = np.zeros((len(self.turns), geometry.num_experts), int)
+        for turn, (demand, *_) in enumerate(self.turns):
+            counts[turn, list(demand)] = list(demand.values())
+        forecasts = [turn.forecast for turn in self.turns]
+        shape = (-1, steps, geometry.num_layers)
+        found = counts.reshape(*shape, geometry.num_experts)
+        if not all(forecasts):
+            return [(call, None) for call in found]
+        expected = np.array(forecasts)
+        return list(zip(found, expected.reshape(*shape, *expected.shape[1:]), strict=True))
+
+
+def simulated(
+    recording: Recording, geometry: Geometry, costs: HardwareProfile, steps: int, tokens: tuple[int, int]
+) -> list[list[float]]:
+    """Milliseconds of each step of each call.
+
+    Args:
+        recording: of the engine's policy; another of its kind is simulated.
+        geometry, costs: of model and machine.
+        steps: of a call; the first is its prefill.
+        tokens: that are computed in a prefill, padding too, and in a decode step.
+    """
+    workloads = []
+    for counts, forecasts in recording.calls(geometry, steps):
+        parts: Any = (("prefill", slice(0, 1)), ("decode", slice(1, None)))
+        for (phase, part), size in zip(parts, tokens, strict=True):
+            expected = None if forecasts is None else forecasts[part]
+            workloads.append(Workload(phase=phase, tokens=size, counts=counts[part], forecasts=expected))
+    found = simulate(type(recording.policy)(), workloads, geometry, costs)
+    times = [run.step_ms for run in found]
+    return [[*first, *rest] for first, rest in zip(times[::2], times[1::2], strict=True)]
+
+
+def compare(
+    model: Model, prompts: list[list[int]], profile: MachineProfile, options: Options
+) -> dict[str, Any]:
+    """Each policy, run and simulated: milliseconds of each step, medians over the rounds."""
+    budget = model.bank.total_bytes * options.budget // 100
+    geometry = profile.geometry(budget // model.bank.expert_bytes)
+    recordings = {name: Recording(POLICIES[name]()) for name in options.policies}
+
+    def run(engine: Engine) -> Callable[[], harness.Parts]:
+        return lambda: harness.run_engine(engine, prompts, len(prompts), options.new_tokens)[0]
+
+    with contextlib.ExitStack() as stack:
+        calls = {}
+        for name, recording in recordings.items():
+            config = OffloadConfig(
+                device_budget=budget,
+                policy=recording,
+                link_bandwidth=options.link,
+                numerics="exact",
+                profile=profile,
+                predictor="gate" if name in FORECASTING else None,
+            )
+            calls[name] = run(stack.enter_context(Engine(model, config)))
+        samples = harness.measure(calls, options.rounds)
+    rows = batch_rows(len(prompts))
+    tokens = rows * bucket(max(map(len, prompts)), 16), rows
+    found = {}
+    for name, recording in recordings.items():
+        parts = samples[name].parts
+        predicted = simulated(recording, geometry, profile.costs, options.new_tokens, tokens)
+        kept = np.array(predicted[-options.rounds :])
+        measured = 1e3 * np.array(parts["step"]).reshape(options.rounds, -1)
+        turns = recording.turns[-options.rounds * options.new_tokens * geometry.num_layers :]
+        found[name] = {
+            "prefill_ms": {
+                "measured": float(np.median(parts["first"])) * 1e3,
+                "predicted": float(np.median(kept[:, 0])),
+            },
+            "decode_ms": {
+                "measured": np.median(measured, 0).tolist(),
+                "predicted": np.median(kept[:, 1:], 0).tolist(),
+            },
+            "planning_ms": float(np.mean([turn.plan_ms for turn in turns])) * geometry.num_layers,
+            "compiled_while_timed": samples[name].compiled,
+        }
+    return found
+
+
+def ordering(measured: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, Any]:
+    """Kendall's tau of two rankings, and pairs that are clearly apart but were ordered the other way.
+
+    >>> ordering({"a": 1.0, "b": 2.0, "c": 2.02}, {"a": 3.0, "b": 2.0, "c": 1.0})
+    {'kendall_tau': -1.0, 'wrong': [['a', 'b'], ['a', 'c']]}
+    """
+    signs, wrong = [], []
+    for a, b in itertools.combinations(measured, 2):
+        signs.append(np.sign(measured[a] - measured[b]) * np.sign(predicted[a] - predicted[b]))
+        apart = max(measured[a], measured[b]) > APART * min(measured[a], measured[b])
+        if apart and signs[-1] <= 0:
+            wrong.append([a, b])
+    return {"kendall_tau": float(np.mean(signs)) if signs else 1.0, "wrong": wrong}
+
+
+def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Errors relative to what was measured, over all policies and decode steps."""
+    errors = [
+        np.abs(np.array(row["decode_ms"]["predicted"]) / row["decode_ms"]["measured"] - 1)
+        for row in rows.values()
+    ]
+    mean = {
+        way: {name: float(np.mean(row["decode_ms"][way])) for name, row in rows.items()}
+        for way in ("measured", "predicted")
+    }
+    return {
+        "decode_error": {
+            "mean": float(np.mean(errors)),
+            "p90": float(np.quantile(errors, 0.9)),
+        },
+        "prefill_error": float(
+            np.mean(
+                [abs(r["prefill_ms"]["predicted"] / r["prefill_ms"]["measured"] - 1) for r in rows.values()]
+            )
+        ),
+        **ordering(mean["measured"], mean["predicted"]),
+    }
+
+
+def table(rows: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    lines = []
+    for name, row in rows.items():
+        measured, predicted = (np.array(row["decode_ms"][way]) for way in ("measured", "predicted"))
+        errors = np.abs(predicted / measured - 1)
+        first = row["prefill_ms"]
+        lines.append(
+            (
+                name,
+                f"{measured.mean():.1f}",
+                f"{predicted.mean():.1f}",
+                f"{100 * (predicted.mean() / measured.mean() - 1):+.0f}%",
+                f"{100 * errors.mean():.0f}% ({100 * np.quantile(errors, 0.9):.0f}%)",
+                f"{row['planning_ms']:.1f}",
+                f"{first['measured']:.0f}",
+                f"{first['predicted']:.0f}",
+                f"{100 * (first['predicted'] / first['measured'] - 1):+.0f}%",
+            )
+        )
+    headings = ("policy", "decode step ms", "simulated", "off by", "error of a step (p90)", "of it planning")
+    more = ("prefill ms", "simulated", "off by")
+    harness.print_table("Engine and simulator", (*headings, *more), lines)
+    error = found["decode_error"]
+    wrong = ", ".join(" and ".join(pair) for pair in found["wrong"]) or "none"
+    print(
+        f"\nError of a decode step: mean {100 * error['mean']:.1f}%, p90 {100 * error['p90']:.1f}%; "
+        f"of a prefill: {100 * found['prefill_error']:.1f}%\n"
+        f"Kendall's tau of the rankings: {found['kendall_tau']:.2f}; "
+        f"more than {100 * (APART - 1):.0f}% apart, but ordered the other way: {wrong}"
+    )
+
+
+def main(options: Options) -> dict[str, Any]:
+    if options.quick:
+        options = Options(**(vars(options) | {"new_tokens": 3, "rounds": 1}))
+    with contextlib.suppress(RuntimeError):  # JAX is in use already: with as many as it has
+        jax.config.update("jax_num_cpu_devices", 2)  # without an accelerator, the second is its host
+    try:
+        model = load(options.checkpoint)
+        file = options.prompts or options.checkpoint / "prompts.jsonl"
+        prompts = read_prompts(file, model, options.new_tokens)[: options.batch]
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    record, progress = harness.machine(), Console(stderr=True)
+    profile = calibrate(
+        model,
+        device_budget=model.bank.total_bytes * options.budget // 100,
+        link_bandwidth=options.link,
+        points=QUICK if options.quick else THOROUGH,
+        contexts=(),
+    )
+    progress.print(f"calibrated in {profile.details['seconds']} s")
+    rows = compare(model, prompts, profile, options)
+    found = summary(rows)
+    result = {
+        "benchmark": "simulator",
+        "quick": options.quick,
+        "machine": record,
+        "profile": profile.to_json(),
+        "budget_percent": options.budget,
+        "link": options.link,
+        "batch": len(prompts),
+        "new_tokens": options.new_tokens,
+        "rounds": options.rounds,
+        "summary": found,
+        "policies": rows,
+    }
+    table(rows, found)
+    print("\n" + harness.describe(record))
+    if options.json is not None:
+        harness.write_json(options.json, result)
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
