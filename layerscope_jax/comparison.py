@@ -19,10 +19,8 @@ from layerscope_jax.scheduling.bounds import belady_hit_rate, lower_bound_ms
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, Phase
 from layerscope_jax.scheduling.presched import PreSched
-from layerscope_jax.simulated_policies import SIMULATED, refusals, run, workloads
+from layerscope_jax.simulated_policies import BATCHES, SIMULATED, refusals, run, workloads
 from layerscope_jax.simulation import Simulated, Workload
-
-BATCHES = (4, 16, 64)
 
 
 @dataclass(frozen=True, kw_only=True)

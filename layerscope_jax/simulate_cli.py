@@ -11,12 +11,12 @@ from rich.console import Console
 from tyro.conf import arg
 
 from layerscope_jax import comparison_view
-from layerscope_jax.comparison import BATCHES, simulate_profile
+from layerscope_jax.comparison import simulate_profile
 from layerscope_jax.config import parse_bytes
 from layerscope_jax.files import replace_files
 from layerscope_jax.machine_profile import MachineProfile
 from layerscope_jax.routing import DERIVED
-from layerscope_jax.simulated_policies import SIMULATED
+from layerscope_jax.simulated_policies import BATCHES, SIMULATED
 
 ALL = "all"
 

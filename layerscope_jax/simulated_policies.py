@@ -16,6 +16,9 @@ from layerscope_jax.simulation import Simulated, Workload, simulate
 SIMULATED = (*(name for name in POLICIES if name != Resident.name), Oracle.name)
 """Policies that can be compared by name; the oracle is told all demand to come."""
 
+BATCHES = (4, 16, 64)
+"""What is compared if nothing else is said."""
+
 
 def workloads(routing: Routing, batch: int, predictor: str) -> tuple[Workload, Workload]:
     """What the first `batch` requests ask for: their prompts in one step, and their decode steps.
