@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ ROUGH = Points(tokens=(1, 4, 16, 64, 256), decode=(1,), prefill=(256,))
 
 
 def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -> HardwareProfile:
-    """Times the parts of a layer while the others are busy, at a few points; some seconds in all.
+    """Times the parts of a layer while the others are busy, and alone, at a few points; some seconds in all.
 
     At no time are there more experts on the device than `slots` (see `Jobs`), and there are none when this is
     over.
@@ -61,8 +61,8 @@ def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -
         transfers: the link, idle.
         slots: experts that the budget has room for.
     """
-    (together,) = costs(Jobs(model, host, transfers, slots), ROUGH, [True])
-    return together
+    together, alone = costs(Jobs(model, host, transfers, slots), ROUGH, [True, False])
+    return replace(together, alone=alone)
 
 
 def costs(jobs: Jobs, points: Points, ways: Sequence[bool]) -> list[HardwareProfile]:

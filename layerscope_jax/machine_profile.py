@@ -155,12 +155,24 @@ class MachineProfile:
             for name in ("host_ms", "device_ms", "layer_ms")
         }
         transfer_ms = found.of("transfer_ms", float, costs, "costs.")
+        others: dict[str, Any] = {}
+        if "alone" in costs:
+            alone = found.of("alone", dict, costs, "costs.") or {}
+            others = {
+                name: found.read(f"costs.alone.{name}", partial(read_table, alone, name)) for name in tables
+            }
+            others["transfer_ms"] = found.of("transfer_ms", float, alone, "costs.alone.")
         if not found.wrong:
             found.read("model", lambda: dtype_named(profile["model"]["dtype"]))
         if found.wrong:
             raise ValueError(f"{'; '.join(found.wrong)}; calibrate again or correct the file")
         profile["model"] = ModelShape(**profile["model"])
-        profile["costs"] = HardwareProfile(**tables, transfer_ms=float(transfer_ms), source=source)
+        profile["costs"] = HardwareProfile(
+            **tables,
+            transfer_ms=float(transfer_ms),
+            source=source,
+            alone=HardwareProfile(**others, source=source) if others else None,
+        )
         return cls(**profile)
 
     def to_json(self) -> dict[str, Any]:
@@ -266,12 +278,13 @@ def costs_of(
 
 def costs_json(costs: HardwareProfile) -> dict[str, Any]:
     """The times of a profile, without their source."""
-    return {
+    record = {
         "host_ms": costs.host_ms.to_json(),
         "device_ms": costs.device_ms.to_json(),
         "layer_ms": costs.layer_ms.to_json(),
         "transfer_ms": costs.transfer_ms,
     }
+    return record if costs.alone is None else record | {"alone": costs_json(costs.alone)}
 
 
 def read_table(costs: Mapping[str, Any], name: str) -> TimeTable:

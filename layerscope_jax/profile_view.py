@@ -14,7 +14,8 @@ from layerscope_jax.machine_profile import MachineProfile, costs_json
 def show(profile: MachineProfile, console: Console) -> None:
     """Prints a profile that was measured."""
     model, details = profile.model, profile.details
-    alone, busy = details["alone"], costs_json(profile.costs)
+    busy = costs_json(profile.costs)
+    alone = busy["alone"]
     console.print(
         f"{profile.name}: {model.layers} layers of {model.experts} experts, {model.experts_per_token} a "
         f"token; {model.expert_bytes / 1e6:.3g} MB an expert in {model.dtype}\n"
@@ -58,7 +59,7 @@ def contexts(profile: MachineProfile) -> Iterable[tuple[str, tuple[dict, dict]]]
     """Tables of layers, alone and busy, by what their requests have room for."""
     details = profile.details
     usual = details["costs"]["context_of_layer_ms"]
-    yield str(usual), (details["alone"]["layer_ms"], profile.costs.layer_ms.to_json())
+    yield str(usual), (costs_json(profile.costs)["alone"]["layer_ms"], profile.costs.layer_ms.to_json())
     for context, layers in details["layer_ms_by_context"].items():
         yield context, (layers["alone"], layers["together"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from layerscope_jax.engine import cpu_device
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.jobs import Jobs
-from layerscope_jax.machine_profile import MachineProfile, ModelShape, costs_json
+from layerscope_jax.machine_profile import MachineProfile, ModelShape
 
 THOROUGH = Points(tokens=(1, 4, 8, 16, 32, 64, 128, 256), decode=(1, 4, 16, 64), prefill=(1024,))
 CONTEXTS = (64, 1024, 4096)
@@ -75,7 +76,6 @@ def calibrate(
                 "beside": BESIDE if jobs.roomy else "one other part: the budget has no room for two experts",
                 "tokens_of_experts_beside": BUSY_TOKENS,
             },
-            "alone": costs_json(alone),
             "transfer_by_size": by_size(jobs),
             "layer_ms_by_context": by_context(jobs, points, contexts),
             "memory": {
@@ -91,7 +91,7 @@ def calibrate(
     details["seconds"] = round(time.perf_counter() - began, 1)
     return MachineProfile(
         name=model.config.family if model.path is None else model.path.name,
-        costs=together,
+        costs=replace(together, alone=replace(alone, source=together.source)),
         model=ModelShape.of(model),
         machine=machine.describe(model.device),
         versions=machine.versions(),

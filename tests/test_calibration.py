@@ -204,7 +204,8 @@ def test_calibrate(small, tmp_path, budget):
     profile.check(small, 50_000_000)
     assert (profile.slots, profile.link_bandwidth, profile.name) == (budget, 50_000_000, "olmoe")
     details = profile.details
-    for measured in (profile.to_json()["costs"], details["alone"]):
+    busy = profile.to_json()["costs"]
+    for measured in (busy, busy["alone"]):
         assert measured["host_ms"]["tokens"] == measured["device_ms"]["tokens"] == [2]
         assert measured["layer_ms"]["tokens"] == [1, 4]
         assert measured["transfer_ms"] >= 0.99e3 * bank.expert_bytes / 50e6

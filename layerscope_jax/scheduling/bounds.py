@@ -21,7 +21,9 @@ prices m, v >= 0 and shares x are taken, the least of
 
 over all schedules is no more than the true least time, since a true schedule exceeds nothing. That least
 parts into one small shortest path for each expert, from step to step, over "present" and "absent". Good
-prices are found by gradient ascent, but the value is a lower bound at any.
+prices are found by gradient ascent, but the value is a lower bound at any. With few experts in a layer the
+third constraint is not used: every way to share the layer out is looked at, and that what is computed on the
+device is present has a price instead.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, Geometry
 
 ROUNDS = 1000
+
+FEW = 8
+"""Up to so many experts a layer, all ways to share it out are looked at: parts of experts would cost less."""
 
 
 def belady_hit_rate(counts: np.ndarray, slots: int, resident: Iterable[ExpertId] = ()) -> float:
@@ -145,14 +150,42 @@ def lower_bound_ms(
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        return unit * float(_best({name: jnp.asarray(part) for name, part in problem.items()}, rounds))
+        arrays = {name: jnp.asarray(part) for name, part in problem.items()}
+        return unit * float(_best(arrays, rounds, experts <= FEW))
 
 
-def _value(problem: dict[str, jax.Array], link: jax.Array, room: jax.Array, share: jax.Array) -> jax.Array:
-    """The dual at prices [S, L]; `link` is m summed from each t to the end: falling, within 0..1."""
-    weight = 1.0 - link
-    on_host = (weight * (1.0 - share))[:, :, None] * problem["host"]
-    on_device = jnp.minimum((weight * share)[:, :, None] * problem["device"], on_host)
+Prices = dict[str, jax.Array]
+"""`link` [S, L]: m summed from each t to the end, falling, within 0..1; `room` [S, L]: v; `share` [S, L]: x.
+In place of that last one, where all ways to share a layer out are looked at: `presence` [S, L, E]."""
+
+
+def _value(problem: dict[str, jax.Array], prices: Prices) -> jax.Array:
+    """The dual function."""
+    weight, room = 1.0 - prices["link"], prices["room"]
+    if "share" in prices:
+        share = prices["share"]
+        absent = (weight * (1.0 - share))[:, :, None] * problem["host"]
+        present = jnp.minimum((weight * share)[:, :, None] * problem["device"], absent)
+        layers = weight * problem["other"]
+    else:
+        presence = prices["presence"]
+        absent, present = jnp.zeros_like(presence), -presence
+        on_device = jnp.asarray(_subsets(presence.shape[-1]))  # [2^E, E]
+        device = problem["device"] @ on_device.T  # [S, L, 2^E]
+        host = problem["host"] @ (1.0 - on_device).T
+        ways = weight[:, :, None] * jnp.maximum(device, host) + presence @ on_device.T
+        layers = weight * problem["other"] + ways.min(-1)
+    return layers.sum() + _paths(problem, prices, absent, present).sum() - problem["slots"] * room.sum()
+
+
+def _subsets(experts: int) -> np.ndarray:
+    """[2^E, E] every set of experts, as ones and zeros."""
+    return ((np.arange(2**experts)[:, None] >> np.arange(experts)) & 1).astype(np.float64)
+
+
+def _paths(problem: dict[str, jax.Array], prices: Prices, absent: jax.Array, present: jax.Array) -> jax.Array:
+    """[L, E] the least that experts cost over all steps, if a turn costs `absent` or `present` [S, L, E]."""
+    room = prices["room"]
     # Keeping an expert of layer l from its turn in step s to that in s + 1 takes room in the turns between.
     until = jnp.cumsum(room, 1)
     before = until - room
@@ -160,40 +193,45 @@ def _value(problem: dict[str, jax.Array], link: jax.Array, room: jax.Array, shar
     keep = after + jnp.concatenate([before[1:], jnp.zeros_like(room[:1])])
 
     def turn(later: tuple[jax.Array, jax.Array], now: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
-        """The least cost [L, E] from here on, of what is absent before its turn and of what is present."""
-        absent, held = later
-        on_host, on_device, copy, room, keep = now
-        through = room[:, None] + on_device + jnp.minimum(absent, keep[:, None] + held)
-        without = on_host + absent
+        """From here on, of what is absent before its turn and of what is there."""
+        gone, held = later
+        absent, present, copy, room, keep = now
+        through = room[:, None] + present + jnp.minimum(gone, keep[:, None] + held)
+        without = absent + gone
         return (jnp.minimum(without, copy[:, None] + through), jnp.minimum(without, through)), None
 
-    nothing = jnp.zeros_like(problem["host"][0])
-    turns = (on_host, on_device, problem["transfer"] * link, room, keep)
-    (absent, held), _ = jax.lax.scan(turn, (nothing, nothing), turns, reverse=True)
-    paths = jnp.where(problem["present"], jnp.minimum(absent, before[0][:, None] + held), absent)
-    return (weight * problem["other"]).sum() + paths.sum() - problem["slots"] * room.sum()
+    nothing = jnp.zeros_like(absent[0])
+    turns = (absent, present, problem["transfer"] * prices["link"], room, keep)
+    (gone, held), _ = jax.lax.scan(turn, (nothing, nothing), turns, reverse=True)
+    return jnp.where(problem["present"], jnp.minimum(gone, before[0][:, None] + held), gone)
 
 
-@functools.partial(jax.jit, static_argnames="rounds")
-def _best(problem: dict[str, jax.Array], rounds: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("rounds", "whole"))
+def _best(problem: dict[str, jax.Array], rounds: int, whole: bool) -> jax.Array:
     """The highest value that was met on the way up."""
-    steps, layers, _ = problem["host"].shape
+    steps, layers, experts = problem["host"].shape
+    shape = (steps, layers)
 
-    def prices(raw: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def prices(raw: dict[str, jax.Array]) -> Prices:
         # m_t as shares of at most one.
         parts = jax.nn.softmax(jnp.append(raw["link"].reshape(-1), raw["idle"]))[:-1]
-        link = jnp.cumsum(parts[::-1])[::-1].reshape(steps, layers)
-        return jnp.minimum(link, 1.0), jnp.exp(raw["room"]), jax.nn.sigmoid(raw["share"])
+        link = jnp.minimum(jnp.cumsum(parts[::-1])[::-1].reshape(shape), 1.0)
+        found = {"link": link, "room": jnp.exp(raw["room"])}
+        if "share" in raw:
+            return found | {"share": jax.nn.sigmoid(raw["share"])}
+        return found | {"presence": problem["host"] * jax.nn.sigmoid(raw["presence"])}
 
-    update = optax.adam(optax.cosine_decay_schedule(0.1, rounds))
-    shape = (steps, layers)
     raw = {
         "link": jnp.full(shape, -jnp.log(steps * layers)),
         "idle": jnp.ones(()),
         "room": jnp.full(shape, jnp.log(0.05 / layers)),
-        "share": jnp.zeros(shape),
     }
-    value = lambda raw: -_value(problem, *prices(raw))  # noqa: E731
+    if whole:
+        raw["presence"] = jnp.zeros((*shape, experts))
+    else:
+        raw["share"] = jnp.zeros(shape)
+    update = optax.adam(optax.cosine_decay_schedule(0.1, rounds))
+    value = lambda raw: -_value(problem, prices(raw))  # noqa: E731
 
     def climb(carry: Any, _: None) -> tuple[Any, None]:
         raw, state, best = carry

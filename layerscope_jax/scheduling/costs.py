@@ -103,6 +103,7 @@ class HardwareProfile:
         layer_ms: of everything else in a layer (attention, router, shared experts, the sum), by tokens of the
             step.
         source: where the figures come from.
+        alone: the same where host, device and link do not work at once, if they hinder each other; else None.
     """
 
     host_ms: TimeTable
@@ -110,3 +111,4 @@ class HardwareProfile:
     transfer_ms: float
     layer_ms: TimeTable = NOTHING
     source: str
+    alone: HardwareProfile | None = None

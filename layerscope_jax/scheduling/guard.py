@@ -133,7 +133,11 @@ class Guard:
             move=way.move,
             device=way.device,
         )
-        costs, planned_ms, host_ms = inner.costs, watch.planned_ms.copy(), watch.host_ms.copy()
+        costs, planned_ms, host_ms = (
+            inner.costs.alone or inner.costs,
+            watch.planned_ms.copy(),
+            watch.host_ms.copy(),
+        )
         planned_ms[seen.layer] = inner.span_ms[seen.layer]
         host_ms[seen.layer] = costs.layer_ms(tokens) + sum(costs.host_ms(n) for n in seen.demand.values())
         turns = tuple(count + (index == number) for index, count in enumerate(watch.turns))

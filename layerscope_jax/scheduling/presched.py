@@ -136,6 +136,8 @@ class PreSched:
             loads=free + len(spare) if move and device else 0,
             worth_ms=CERTAIN * link_price(wishes, spare, free, fitting),
         )
+        if costs.alone is not None and device:
+            split = undivided(costs.alone, demand, split)
         span_ms = max(split.device_ms, split.host_ms) + other_ms
         load = [ExpertId(layer, expert) for expert in split.load]
         leaving = max(0, len(load) - free)
@@ -268,6 +270,16 @@ def link_price(
         gone = spare[leaving][0] if 0 <= leaving < len(spare) else 0.0
         price += max(0.0, wishes[fitting].saves_ms - gone)
     return price
+
+
+def undivided(alone: HardwareProfile, demand: Mapping[int, int], split: Split) -> Split:
+    """The host alone, where it is done sooner than two that hinder each other."""
+    time = alone.host_ms.upto(max(demand.values(), default=0))
+    host_ms = sum([time(tokens) for tokens in demand.values()], 0.0)
+    if host_ms >= max(split.device_ms, split.host_ms):
+        return split
+    host = sorted(demand, key=lambda expert: (-demand[expert], expert))
+    return Split([], host, [], 0.0, host_ms)
 
 
 def device_price(

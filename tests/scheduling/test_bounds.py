@@ -11,6 +11,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from layerscope_jax import POLICIES, ExpertId, LayerPlan
+from layerscope_jax.scheduling import bounds
 from layerscope_jax.scheduling.bounds import lower_bound_ms
 from layerscope_jax.scheduling.oracle import Oracle
 from layerscope_jax.simulation import Workload, simulate
@@ -165,14 +166,19 @@ def test_no_schedule_is_faster_than_the_bound(seed, slots):
 
 
 @pytest.mark.parametrize(("shape", "slots", "seeds"), [(TINY, 2, range(8)), ((6, 3, 8), 6, range(4))])
-def test_the_bound_is_all_but_the_linear_program(shape, slots, seeds):
+def test_the_bound_is_all_but_the_linear_program(shape, slots, seeds, monkeypatch):
+    """In which experts may be computed in parts; whole ones can only cost more."""
     for seed in seeds:
         rng = np.random.default_rng(seed)
         counts, costs = random_demand(rng, shape), random_costs(rng)
         resident = some_experts(rng, shape, slots)
         exact = linear_program_ms(counts, 3, slots, costs, resident)
-        bound = lower_bound_ms(counts, 3, geometry(shape, slots), costs, resident)
+        whole = lower_bound_ms(counts, 3, geometry(shape, slots), costs, resident)
+        with monkeypatch.context() as context:
+            context.setattr(bounds, "FEW", 0)
+            bound = lower_bound_ms(counts, 3, geometry(shape, slots), costs, resident)
         assert 0.99 * exact <= bound <= exact * ROUNDING, seed
+        assert whole >= 0.99 * bound, seed
 
 
 @given(seed=SEEDS, slots=st.integers(0, 6))
