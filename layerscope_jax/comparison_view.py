@@ -106,12 +106,12 @@ def percent(share: float | None, digits: int = 0) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """A ratio for a table.
+    """A ratio for a table, in five letters.
 
-    >>> times(1.0026), times(None)
-    ('1.003', '-')
+    >>> times(1.0026), times(10.1814), times(None)
+    ('1.003', '10.18', '-')
     """
-    return "-" if ratio is None else f"{ratio:.3f}"
+    return "-" if ratio is None else f"{ratio:.3f}" if ratio < 9.9995 else f"{ratio:.4g}"
 
 
 def _table(headings: Sequence[str]) -> Table:
