@@ -127,22 +127,9 @@ def simulate_profile(
         ValueError: for what is not known or out of range, saying what there is; if the routing is of another
             shape than the profile's model.
 
-    >>> random = np.random.default_rng(0)
-    >>> first = random.integers(0, 8, (3, 4, 32, 1))  # two decode steps and a token to prefill, R = 4, L = 32
-    >>> chosen = ((first + np.arange(2)) % 8).astype(np.uint8)
-    >>> shape = {"layers": 32, "experts": 8, "choices": 2}
-    >>> routing = Routing(
-    ...     header={"format": 1, "geometry": shape, "domains": ["prose"] * 4, "name": "random"},
-    ...     decode_experts=chosen[:2],
-    ...     prefill_experts=chosen[2:].swapaxes(0, 1),
-    ...     prefill_lengths=np.ones(4, int),
-    ...     forecasts={},
-    ... )
-    >>> found = simulate_profile(
-    ...     "mixtral-8x7b", routing, batches=[4], policies=["presched", "lru"], predictor="previous-token"
-    ... )
+    >>> found = simulate_profile("mixtral-8x7b", batches=[4], policies=["presched", "lru"])
     >>> [(row.policy, row.predictor, row.phase, row.steps) for row in found.rows][1:3]
-    [('presched', 'previous-token', 'decode', 2), ('lru', None, 'prefill', 1)]
+    [('presched', 'llapor', 'decode', 16), ('lru', None, 'prefill', 1)]
     >>> found.budget_experts, all(row.share_of_bound <= 1 for row in found.rows)
     (62, True)
     """

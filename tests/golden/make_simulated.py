@@ -26,6 +26,7 @@ COMMAND = "python tests/golden/make_simulated.py"
 DEFAULTS = ("presched", "auto")
 """Policies that no change may make slower."""
 
+PHASES = ("prefill", "decode")
 PREDICTOR = "llapor"
 SAME = 1e-9
 """Relative difference of times that count as equal."""
@@ -117,17 +118,17 @@ def read(file: Path = FILE) -> dict[Step, float]:
         Step(profile, int(batch), policy, phase): ms
         for profile, batches in json.loads(file.read_text()).items()
         for batch, policies in batches.items()
-        for policy, phases in policies.items()
-        for phase, ms in phases.items()
+        for policy, both in policies.items()
+        for phase, ms in zip(PHASES, both, strict=True)
     }
 
 
 def write(times: Mapping[Step, float], file: Path = FILE) -> None:
-    """Writes the file: profile -> batch -> policy -> phase -> milliseconds."""
+    """Writes the file: profile -> batch -> policy -> milliseconds of prefill and of decode."""
     nested: dict = {}
-    for step, ms in times.items():
+    for step in times:
         batch = nested.setdefault(step.profile, {}).setdefault(str(step.batch), {})
-        batch.setdefault(step.policy, {})[step.phase] = ms
+        batch[step.policy] = [times[step._replace(phase=phase)] for phase in PHASES]
     text = readable(nested) + "\n"
     replace_files(file.parent, {file.name: lambda path: path.write_text(text, encoding="utf-8")})
 
