@@ -21,7 +21,7 @@ from layerscope_jax.jobs import Job, Jobs
 from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
 
 CONTEXT = 256
-"""Positions of a request in the table of layers; fewer where the model is made for fewer."""
+"""Positions of a request in the table of layers, if nothing else is said."""
 
 BUSY_TOKENS = 4
 """Tokens of each expert that is computed to keep the host or the device busy."""
@@ -38,11 +38,13 @@ class Points:
         tokens: of an expert.
         decode: requests of a decode step.
         prefill: tokens of a prefill, all requests together; more than in any decode step.
+        context: positions of a request in the table of layers; fewer where the model is made for fewer.
     """
 
     tokens: tuple[int, ...]
     decode: tuple[int, ...]
     prefill: tuple[int, ...]
+    context: int = CONTEXT
 
 
 ROUGH = Points(tokens=(1, 4, 16, 64, 256), decode=(1,), prefill=(256,))
@@ -75,7 +77,7 @@ def costs(jobs: Jobs, points: Points, ways: Sequence[bool]) -> list[HardwareProf
             each point one way follows the other, so that a machine that drifts drifts under all alike.
     """
     config = jobs.model.config
-    context = min(CONTEXT, config.max_positions)
+    context = min(points.context, config.max_positions)
     layers = {rows: jobs.layer(rows, 1, context) for rows in points.decode}
     for tokens in points.prefill:
         length = min(context, tokens)
@@ -83,6 +85,8 @@ def costs(jobs: Jobs, points: Points, ways: Sequence[bool]) -> list[HardwareProf
     parts = ("host", "device", "link", "layer")
     beside = {part: [others(jobs, part) if together else [] for together in ways] for part in parts}
     host = tables({n: jobs.host(n) for n in points.tokens}, beside["host"], jobs.computed)
+    one = jobs.host_start()
+    start = [timed_ms(one, some) - table(1) for some, table in zip(beside["host"], host, strict=True)]
     device = tables({n: jobs.device(n) for n in points.tokens}, beside["device"], jobs.resident)
     link = jobs.link(jobs.arriving)
     transfer = [timed_ms(link, some, jobs.arriving) for some in beside["link"]]
@@ -95,6 +99,7 @@ def costs(jobs: Jobs, points: Points, ways: Sequence[bool]) -> list[HardwareProf
             device_ms=device[way],
             transfer_ms=transfer[way],
             layer_ms=layer[way],
+            host_start_ms=max(0.0, start[way]),
             source=f"{where}, {'the other parts busy' if together else 'each part alone'}",
         )
         for way, together in enumerate(ways)

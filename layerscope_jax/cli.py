@@ -67,7 +67,7 @@ class Demo:
     checkpoint: Annotated[str, arg(metavar="FOLDER", help="Another model: a Hugging Face folder.")] = SHIPPED
     policies: Annotated[
         tuple[str, ...], arg(metavar="POLICY ...", help=f"Policies to compare: some of {POLICY_NAMES}.")
-    ] = ("on-demand", "lru", "host-only", "fiddler", "fate")
+    ] = ("on-demand", "lru", "host-only", "fiddler", "fate", "auto")
     predictor: Annotated[
         str | None,
         arg(metavar="PREDICTOR", help=f"Of policies that use one. {PREDICTOR_HELP} By default the best."),
@@ -130,7 +130,7 @@ class Generate:
         ),
     ] = None
     device_budget: DeviceBudget = None
-    policy: PolicyName = "lru"
+    policy: PolicyName = "auto"
     predictor: Annotated[
         str | None,
         arg(metavar="PREDICTOR", help=f"Forecasts experts for policies that prefetch. {PREDICTOR_HELP}"),
@@ -162,6 +162,10 @@ class Generate:
     numerics: Annotated[
         Literal["fast", "exact"], arg(help="'exact' gives the same bits under every budget and policy.")
     ] = "fast"
+    bound: Annotated[
+        bool,
+        arg(help="Also say which share of the least possible time was reached, by this machine's costs."),
+    ] = False
 
     def run(self) -> int:
         """Returns the exit code."""
@@ -236,6 +240,7 @@ class Generate:
                 on_row=(lambda *completed: None) if live else write,
                 # A bar and lines of output on one terminal would run into each other.
                 progress=file is not None or not sys.stdout.isatty(),
+                bound=self.bound,
             )
         say(summary(stats, model.bank.total_bytes))
 

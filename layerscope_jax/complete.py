@@ -22,6 +22,7 @@ def complete(
     on_token: Callable[[Token], object] = lambda event: None,
     on_row: Callable[[Row, str, list[int], str], object] = lambda *completed: None,
     progress: bool = False,
+    bound: bool = False,
 ) -> RunStats:
     """Generates for every row.
 
@@ -32,6 +33,7 @@ def complete(
         on_token: is given each token; its `request` is an index into `rows`.
         on_row: is given each row as soon as it is complete, as (row, text, tokens, finish).
         progress: whether to show a bar on stderr.
+        bound: as of `Engine.generate`.
     """
     tokens: list[list[int]] = [[] for _ in rows]
 
@@ -43,7 +45,10 @@ def complete(
             on_row(rows[event.request], engine.text(found, event.finish), found, event.finish)
 
     requests = [row.request for row in rows]
-    return engine.generate(requests, batch_size=batch_size, progress=progress, on_token=receive).stats
+    result = engine.generate(
+        requests, batch_size=batch_size, progress=progress, on_token=receive, bound=bound
+    )
+    return result.stats
 
 
 class Live:
@@ -83,11 +88,12 @@ class Live:
 def summary(stats: RunStats, total_expert_bytes: int) -> str:
     """Two lines on what a run did."""
     budget, total = stats.budget_bytes / 1e6, total_expert_bytes / 1e6
+    bound = f", {stats.share_of_bound:.0%} of the lower bound" if stats.share_of_bound else ""
     wasted = f" ({stats.bytes_wasted / 1e6:,.1f} in vain)" if stats.bytes_wasted else ""
     return (
         f"{stats.new_tokens:,} tokens for {stats.prompts:,} prompt{'s' * (stats.prompts != 1)} in "
         f"{stats.total_s:.1f} s, compilation included: {stats.tokens_per_s:.1f} tokens/s, first token after "
-        f"{stats.ttft_s:.2f} s, then {1e3 * stats.tpot_s:.0f} ms each\n"
+        f"{stats.ttft_s:.2f} s, then {1e3 * stats.tpot_s:.0f} ms each{bound}\n"
         f"{stats.policy}, {budget:,.1f} of {total:,.1f} MB of experts on the device: {stats.hit_rate:.0%} "
         f"hits, {stats.bytes_moved / 1e6:,.1f} MB moved{wasted}; busy: device {stats.device_share:.0%}, host "
         f"{stats.host_share:.0%}, link {stats.link_share:.0%}"

@@ -120,8 +120,9 @@ class OffloadConfig:
     Attributes:
         device_budget: bytes of device memory for experts, copies on their way counted: "2GiB", an int, or
             None for as much as all experts take (everything resident).
-        policy: a name from `layerscope_jax.POLICIES`, or a `Policy` object. Where the budget holds every
-            expert there is nothing to decide and all are resident, whatever the name; only "host-only" and
+        policy: a name from `layerscope_jax.POLICIES`, or a `Policy` object. "auto" is PreSched, watched by
+            the clock and cut back where it does not pay on this machine. Where the budget holds every expert
+            there is nothing to decide and all are resident, whatever the name; only "host-only" and
             policy objects are obeyed even there.
         link_bandwidth: bytes a second ("500MB") that copies to the device are paced to, or None for as fast
             as they go. The copies are real either way: it lets a machine without a slow link be measured as
@@ -133,12 +134,13 @@ class OffloadConfig:
             wrote, a `MachineProfile` (both refused if they are of another machine or model) or bare times;
             measured roughly when needed if None.
         predictor: what forecasts the experts of coming layers, for policies that prefetch: a name from
-            `layerscope_jax.PREDICTORS`, a loaded one (`predictor.load(folder)`), or None. No token depends on
-            it. Where every expert is resident none is run.
+            `layerscope_jax.PREDICTORS`, a loaded one (`predictor.load(folder)`), or None: nothing, but the
+            next layers' routers ("gate") for policy "auto". No token depends on it. Where every expert is
+            resident none is run.
     """
 
     device_budget: str | int | None = None
-    policy: str | Policy = "lru"
+    policy: str | Policy = "auto"
     link_bandwidth: str | int | None = None
     numerics: Literal["fast", "exact"] = "fast"
     profile: HardwareProfile | MachineProfile | str | Path | None = field(default=None, repr=False)

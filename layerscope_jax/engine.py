@@ -33,6 +33,8 @@ from layerscope_jax.machine_profile import costs_of
 from layerscope_jax.prediction import make_predictor
 from layerscope_jax.progress import progress_bar
 from layerscope_jax.scheduling.baselines import POLICIES, Resident
+from layerscope_jax.scheduling.bounds import lower_bound_ms
+from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.guard import Guard
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Policy
 from layerscope_jax.statistics import RunStats
@@ -62,7 +64,7 @@ class Engine:
     Example::
 
         model = layerscope_jax.load("path/to/checkpoint")
-        config = layerscope_jax.OffloadConfig(device_budget="2GiB", policy="lru")
+        config = layerscope_jax.OffloadConfig(device_budget="2GiB")
         engine = layerscope_jax.Engine(model, config)
         result = engine.generate(["Call me Ishmael.", "def main():"], max_new_tokens=64)
         result.texts, result.tokens, result.stats
@@ -78,6 +80,7 @@ class Engine:
         copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
     ):
         self._closed = False
+        self._costs: HardwareProfile | None = None
         self.model = model
         self.config = config = config or OffloadConfig()
         self.device = device or model.device
@@ -130,6 +133,7 @@ class Engine:
         except BaseException:
             self._close()
             raise
+        self._geometry, self._costs = geometry, profile
         self.runner = LayerByLayer(model, self.policy, state, residency, transfers, host, forecasts)
         if everything:
             self.runner.preload()
@@ -142,6 +146,7 @@ class Engine:
         progress: bool = False,
         on_token: Callable[[Token], object] = lambda event: None,
         record_plans: bool = False,
+        bound: bool = False,
         **settings: Any,
     ) -> Result:
         """Continues every prompt.
@@ -152,18 +157,26 @@ class Engine:
             progress: whether to show a bar on stderr.
             on_token: is given each token when it is known.
             record_plans: whether to keep every layer's decision in the result.
+            bound: whether to say which share of the least possible time the decode steps reached, by this
+                machine's costs; takes some seconds more.
             **settings: of `Request`, for prompts that are not one: max_new_tokens, temperature, top_k, top_p,
                 seed, stop_tokens.
 
         Raises:
-            ValueError: for settings out of range, for an empty or too long prompt, naming each, and if the
-                engine was closed.
+            ValueError: for settings out of range, for an empty or too long prompt, naming each, if the engine
+                was closed, and if a bound is asked for where no costs are known.
             TransferError: if an expert could not be copied to the device.
         """
         requests = make_requests(prompts, settings)
+        if bound and self._costs is None:
+            raise ValueError(
+                "a bound needs the costs of this machine: give OffloadConfig(profile=) what `layerscope "
+                "calibrate` measured, or a policy that weighs costs; and a budget with something to decide"
+            )
         plans: list[LayerPlan] = []
         if isinstance(self.runner, LayerByLayer):
             self.runner.record = plans.append if record_plans else None
+            self.runner.decoded = [] if bound else None
         self.runner.reset()
         times = Times()
         tokens: list[list[int]] = [[] for _ in requests]
@@ -190,7 +203,7 @@ class Engine:
         """As `generate`, but yields each `Token` when it is known; bad input is refused at once."""
         requests = make_requests(prompts, settings)
         if isinstance(self.runner, LayerByLayer):
-            self.runner.record = None
+            self.runner.record = self.runner.decoded = None
         return self._stream(requests, batch_size, Times())
 
     def close(self) -> None:
@@ -243,6 +256,18 @@ class Engine:
         if self._closed:
             raise ValueError("the engine was closed; make a new Engine to generate more")
 
+    def _share_of_bound(self, decode_s: float) -> float | None:
+        demand = self.runner.decoded if isinstance(self.runner, LayerByLayer) else None
+        if not demand or self._costs is None:
+            return None
+        layers, experts = self._geometry.num_layers, self._geometry.num_experts
+        counts = np.zeros((len(demand) // layers, layers, experts), int)
+        for turn, tokens in enumerate(demand):
+            counts[turn // layers, turn % layers, list(tokens)] = list(tokens.values())
+        each = counts[:, 0].sum(1) // self._geometry.experts_per_token
+        least_ms = lower_bound_ms(counts, each.tolist(), self._geometry, self._costs.alone or self._costs)
+        return least_ms / (1e3 * decode_s)
+
     def text(self, tokens: list[int], finish: str) -> str:
         """The text of new tokens that ended as `finish` says: a last "stop" token is no part of it."""
         if self.model.tokenizer is None:
@@ -290,6 +315,7 @@ class Engine:
             forecast_recall=meter.foreseen / meter.foreseeable if meter.foreseeable else None,
             prefetch_on_time=meter.on_time / used_prefetches if used_prefetches else None,
             ways=ways,
+            share_of_bound=self._share_of_bound(sum(times.decode_s)),
             padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
             dispatches=host.dispatches + device.dispatches,
         )

@@ -10,7 +10,7 @@ import numpy as np
 
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.executors import HostExperts, grouped_rows
+from layerscope_jax.experts.executors import HostExperts, grouped_rows, place_rows
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.layerwise import ARRIVALS, programs
@@ -62,6 +62,19 @@ class Jobs:
         def job(round: int) -> None:
             groups = rows.groups(range(self.computed))
             self._host.start(round % self._turns, inputs, groups, 1).result()
+
+        return job
+
+    def host_start(self) -> Job:
+        """Gives the host one expert with one token, and takes its row over into a layer's outputs."""
+        inputs, rows = self._routed(1, 1)
+        outputs = jnp.zeros((2, inputs.shape[1]), inputs.dtype, device=self._transfers.sharding)
+
+        def job(round: int) -> None:
+            nonlocal outputs
+            groups = rows.groups([0])
+            slots, values = self._host.start(round % self._turns, inputs, groups, 1).result()
+            outputs = place_rows(outputs, slots, values).block_until_ready()
 
         return job
 

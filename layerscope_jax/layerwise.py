@@ -44,6 +44,7 @@ class LayerByLayer:
 
     Attributes:
         record: is given every plan, if not None.
+        decoded: takes the demand of each layer of each decode step, if not None.
         tap: is given each layer's number, the inputs [T, D] of its experts, the chosen experts [T, K] and
             their weights [T, K], if not None.
     """
@@ -69,6 +70,7 @@ class LayerByLayer:
         self.meter = Meter()
         self.steps = 0
         self.record: Callable[[LayerPlan], None] | None = None
+        self.decoded: list[dict[int, int]] | None = None
         self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
         self._outputs: dict[int, jax.Array] = {}
         self._settled = True  # whether the books agree with the link
@@ -215,6 +217,8 @@ class LayerByLayer:
         state, plan = self.policy.plan(self.state, seen)
         check_plan(plan, seen, residency.slots, self.model.bank)
         self.state = state
+        if self.decoded is not None and phase == "decode":
+            self.decoded.append(rows.demand)
         self.meter.count(seen, residency.idle_prefetches)
         if self.record is not None:
             self.record(plan)

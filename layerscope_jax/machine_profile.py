@@ -162,6 +162,8 @@ class MachineProfile:
                 name: found.read(f"costs.alone.{name}", partial(read_table, alone, name)) for name in tables
             }
             others["transfer_ms"] = found.of("transfer_ms", float, alone, "costs.alone.")
+            others["host_start_ms"] = found.read("costs.alone.host_start_ms", partial(read_start, alone))
+        start_ms = found.read("costs.host_start_ms", partial(read_start, costs))
         if not found.wrong:
             found.read("model", lambda: dtype_named(profile["model"]["dtype"]))
         if found.wrong:
@@ -170,6 +172,7 @@ class MachineProfile:
         profile["costs"] = HardwareProfile(
             **tables,
             transfer_ms=float(transfer_ms),
+            host_start_ms=start_ms,
             source=source,
             alone=HardwareProfile(**others, source=source) if others else None,
         )
@@ -278,13 +281,27 @@ def costs_of(
 
 def costs_json(costs: HardwareProfile) -> dict[str, Any]:
     """The times of a profile, without their source."""
-    record = {
+    record: dict[str, Any] = {
         "host_ms": costs.host_ms.to_json(),
         "device_ms": costs.device_ms.to_json(),
         "layer_ms": costs.layer_ms.to_json(),
         "transfer_ms": costs.transfer_ms,
     }
+    if costs.host_start_ms:
+        record["host_start_ms"] = costs.host_start_ms
     return record if costs.alone is None else record | {"alone": costs_json(costs.alone)}
+
+
+def read_start(costs: Mapping[str, Any]) -> float:
+    """`host_start_ms` of `costs`, which published ones leave out: 0.
+
+    Raises:
+        ValueError: if it is no time.
+    """
+    found = costs.get("host_start_ms", 0.0)
+    if type(found) not in (int, float) or not (math.isfinite(found) and found >= 0):
+        raise ValueError(f"expected a time of 0 or more, got {str(found)[:40]!r}")
+    return float(found)
 
 
 def read_table(costs: Mapping[str, Any], name: str) -> TimeTable:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from layerscope_jax import machine
-from layerscope_jax.calibration import BUSY_TOKENS, CONTEXT, Points, costs, others, tables, timed_ms
+from layerscope_jax.calibration import BUSY_TOKENS, Points, costs, others, tables, timed_ms
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import parse_bytes
 from layerscope_jax.engine import cpu_device
@@ -21,7 +21,7 @@ from layerscope_jax.machine_profile import MachineProfile, ModelShape
 
 THOROUGH = Points(tokens=(1, 4, 8, 16, 32, 64, 128, 256), decode=(1, 4, 16, 64), prefill=(1024,))
 CONTEXTS = (64, 1024, 4096)
-"""Positions beside `CONTEXT` that decode steps of one and of 16 requests are timed at."""
+"""Positions beside those of `Points.context` that decode steps of one and of 16 requests are timed at."""
 
 WAYS = {"alone": False, "together": True}
 
@@ -72,7 +72,7 @@ def calibrate(
         details: dict[str, Any] = {
             "costs": {
                 "tokens": "of an expert; of a step for layer_ms",
-                "context_of_layer_ms": min(CONTEXT, model.config.max_positions),
+                "context_of_layer_ms": min(points.context, model.config.max_positions),
                 "beside": BESIDE if jobs.roomy else "one other part: the budget has no room for two experts",
                 "tokens_of_experts_beside": BUSY_TOKENS,
             },

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from layerscope_jax.contention import side_by_side
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import (
@@ -93,7 +94,9 @@ def simulate(
 
     A layer's attention and router run on the device; then the policy plans, the host computes its experts one
     after the other, the device its resident ones and then the others as they arrive; the layer ends when
-    both have. Deterministic: the same input gives the same floating-point numbers.
+    both have. Where the costs say what parts take alone, they take that while the others rest: see
+    `layerscope_jax.contention`; of copies it is said layer by layer, by whether the host computes there.
+    Deterministic: the same input gives the same floating-point numbers.
 
     Args:
         policy: the object that an engine would run.
@@ -188,11 +191,11 @@ class _Run:
         self.link.reset(self.now)
         self.device_ms = self.host_ms = 0.0
         forecasts = None if workload.forecasts is None else workload.forecasts.tolist()
-        other_ms = self.costs.layer_ms(workload.tokens)
         ends = [self.now]
         for step, counts in enumerate(workload.counts):
             for layer, row in enumerate(counts):
                 active = np.flatnonzero(row)
+                other_ms = self._other_ms(workload.tokens)
                 seen = Observation(
                     step=self.steps,
                     layer=layer,
@@ -213,31 +216,33 @@ class _Run:
         self.now += other_ms
         self.device_ms += other_ms
         plan = self._decide(seen)
-        costs, demand = self.costs, seen.demand
-        host_ms = 0.0
-        for expert in plan.host:
-            host_ms += costs.host_ms(demand[expert])
+        demand = seen.demand
+        host_ms, pace = side_by_side(self.costs, plan, demand)
         device = self.now
         resident = self.books.resident
         missing = set()
         for expert in plan.device:
             copy = ExpertId(seen.layer, expert)
             if copy in resident:
-                device += self._compute(copy, demand[expert])
+                device += self._compute(copy, pace * self.costs.device_ms(demand[expert]))
             else:
                 missing.add(copy)
         while missing:
             device = max(device, self.link.next_arrival(missing))
             self._absorb(device)
             for copy in sorted(missing & resident):
-                device += self._compute(copy, demand[copy.expert])
+                device += self._compute(copy, pace * self.costs.device_ms(demand[copy.expert]))
             missing -= resident
         self.host_ms += host_ms
         self.now = max(device, self.now + host_ms)
 
-    def _compute(self, expert: ExpertId, tokens: int) -> float:
+    def _other_ms(self, tokens: int) -> float:
+        """Of everything in a layer that begins now but its experts."""
+        alone = self.costs.alone
+        return (self.costs if alone is None or not self.link.idle(self.now) else alone).layer_ms(tokens)
+
+    def _compute(self, expert: ExpertId, took: float) -> float:
         self.books.use(expert)
-        took = self.costs.device_ms(tokens)
         self.device_ms += took
         return took
 
@@ -259,6 +264,8 @@ class _Run:
             books.reserve(expert, prefetched=False)
         for expert in plan.prefetch:
             books.reserve(expert, prefetched=True)
+        if self.costs.alone is not None:
+            link.pace((self.costs if plan.host else self.costs.alone).transfer_ms, now)
         promoted = [e for e in sorted(wanted) if e in books.coming and e not in plan.load]
         link.submit([*promoted, *plan.load], plan.prefetch, now)
         return plan

@@ -74,6 +74,8 @@ class RunStats:
         prefetch_on_time: prefetched experts that were used and had arrived when their layer was planned, by
             all that were used; None where none was.
         ways: parts of the layers' turns that policy "auto" ran in each of its ways, by phase; None of others.
+        share_of_bound: least time that the costs allow any policy for the decode steps, by what they took;
+            None if not asked for. See `layerscope_jax.scheduling.bounds`.
         padding: computed expert rows that were padding, by all computed rows.
         dispatches: calls that computed experts, device and host together.
     """
@@ -102,6 +104,7 @@ class RunStats:
     forecast_recall: float | None
     prefetch_on_time: float | None
     ways: dict[str, dict[str, float]] | None
+    share_of_bound: float | None
     padding: float
     dispatches: int
 

@@ -46,6 +46,16 @@ class Link:
         self.demanded = self.prefetched = 0
         self._busy_ms = max(0.0, self._free - now)
 
+    def pace(self, transfer_ms: float, now: float) -> None:
+        """Sets how long an expert takes from now on; a chunk that has begun is finished as it was."""
+        self._run(now)
+        self._chunk_ms = transfer_ms / CHUNKS
+
+    def idle(self, now: float) -> bool:
+        """Whether nothing is on the link or waits for it."""
+        self._run(now)
+        return not self._left and self._free <= now
+
     def busy_ms(self, now: float) -> float:
         """How long the link was busy between the last reset and now."""
         self._run(now)

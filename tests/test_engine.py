@@ -25,7 +25,7 @@ def model():
 @pytest.fixture(scope="module")
 def layers(model):
     """Layer by layer, with experts coming and going."""
-    with Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes)) as engine:
+    with Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")) as engine:
         yield engine
 
 
@@ -199,7 +199,7 @@ def test_leaving_an_engine_ends_its_threads(model):
         }
     assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("layerscope")]
 
-    engine = Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes))
+    engine = Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru"))
     del engine
     gc.collect()
     assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("layerscope")]

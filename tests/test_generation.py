@@ -39,7 +39,7 @@ def whole(model):
 @pytest.fixture(scope="module")
 def layers(model):
     """Layer by layer, with experts coming and going."""
-    with Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes)) as engine:
+    with Engine(model, OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")) as engine:
         yield engine
 
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -104,7 +104,7 @@ def belady_hit_rate(counts: np.ndarray, slots: int, resident: Iterable[ExpertId]
 
 def lower_bound_ms(
     counts: np.ndarray,
-    tokens: int,
+    tokens: int | Sequence[int],
     geometry: Geometry,
     costs: HardwareProfile,
     resident: Iterable[ExpertId] | None = None,
@@ -114,7 +114,7 @@ def lower_bound_ms(
 
     Args:
         counts: [S, L, E] tokens routed to each expert.
-        tokens: of a step.
+        tokens: of a step, or of each.
         geometry: of the model, with the budget's slots.
         costs: of the machine.
         resident: experts on the device at the beginning; None for those that it would be best to have.
@@ -135,11 +135,13 @@ def lower_bound_ms(
         present[layer, expert] = True
     # In units of an average layer's host time, so that one learning rate serves all machines.
     host, device = table(costs.host_ms)[counts], table(costs.device_ms)[counts]
+    each = [tokens] * steps if isinstance(tokens, int) else tokens
+    other = np.array([costs.layer_ms(count) for count in each])
     unit = max(1e-9, float(host.sum()) / (steps * layers))
     problem = {
         "host": host / unit,
         "device": device / unit,
-        "other": np.float64(costs.layer_ms(tokens) / unit),
+        "other": other[:, None] / unit,
         "transfer": np.float64(costs.transfer_ms / unit),
         "slots": np.float64(geometry.slots),
         "present": present,
