@@ -1,6 +1,7 @@
 """What every test runs under. JAX reads these when it first makes an array, so they are set here."""
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)  # the second stands for the host beside an accelerator
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -8,3 +9,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 collect_ignore_glob = ["*conftest.py"]  # has no doctests, and there are several of that name
 collect_ignore = ["golden/make_goldens.py"]  # needs torch and transformers; the tests read what it wrote
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For tests that compare numbers to a tolerance, or one program with itself: XLA optimises little.
+
+    That takes two thirds of the time. Tests that compare the bits of several programs need it as users do.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -97,15 +97,15 @@ def test_one_jit_may_round_differently(report, tiny, monkeypatch):
     monkeypatch.setattr(demo, "Engine", Rounding)
     found = demo.compare(
         layerscope_jax.load(tiny),
-        demo.read_demo_prompts()[:2],
+        demo.read_demo_prompts(),
         policies=["host-only"],
-        max_new_tokens=2,
+        max_new_tokens=3,
         budget_share=0.6,
         link_bandwidth=None,
     )
     assert found["exact"] is True
     assert [run["same_tokens"] for run in found["runs"]] == [False, True, True]
-    assert "the same 4 tokens; one jit rounds differently" in demo_view.verdict(found).plain
+    assert "the same 24 tokens; one jit rounds differently" in demo_view.verdict(found).plain
 
 
 @pytest.mark.parametrize(

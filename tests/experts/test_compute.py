@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from layerscope_jax.experts.compute import ExpertWeights, block_rows, combine, ffn, matmul, stacked_ffn
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 HIDDEN, INNER = 6, 5
 
 

@@ -15,6 +15,8 @@ from layerscope_jax.checkpoints import load
 from layerscope_jax.models import KVCache
 from layerscope_jax.models.layers import PAD_POSITION
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(file.parent.name for file in GOLDEN.glob("*/golden.npz"))
 TOLERANCE = 1e-4  # rounding in float32 alone moves these logits by up to 5e-5

@@ -1,6 +1,7 @@
 """Training: by document, resumable to the same weights, and nothing of what it is measured on gets in."""
 
 import contextlib
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -18,6 +19,8 @@ from predictor.dataset import expert_weights, for_training, for_validation, load
 from predictor.llapor import LLaPor
 from predictor.step import Batch, targets
 from predictor.train import TrainConfig, by_horizon, train, validate
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @contextlib.contextmanager
@@ -73,8 +76,8 @@ def test_it_learns(finished):
     assert log(finished[0], "next_step")[-1][0] < share + 0.3  # the next token is another draw
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(trace, finished, tmp_path, monkeypatch):
-    """In the middle of an epoch, some steps after its last checkpoint."""
+def test_a_killed_run_goes_on_to_the_same_weights(trace, finished, tmp_path, monkeypatch, capsys):
+    """In the middle of an epoch, some steps after its last checkpoint; and once more, by a full disk."""
     batch_of, calls = module.batch_of, []
 
     def dies(rows, picked):
@@ -89,6 +92,21 @@ def test_a_killed_run_goes_on_to_the_same_weights(trace, finished, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             train(config(trace, tmp_path / "cut"), progress=False)
     assert not (tmp_path / "cut" / "predictor.json").exists()
+
+    def full(line, file, flush=False):
+        if '"step": 60,' in line:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        print(line, file=file, flush=flush)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "print", full, raising=False)
+        patch.setattr(module.tyro, "cli", lambda *_, **__: config(trace, tmp_path / "cut"))
+        with pytest.raises(SystemExit) as stopped:
+            module.main()
+    assert stopped.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert log(tmp_path / "cut", "step")[-2:] == [40, 50]  # it went on where it was killed
+
     cut = train(config(trace, tmp_path / "cut"), progress=False)
     for one, other in zip(leaves(finished[1]), leaves(cut), strict=True):
         np.testing.assert_array_equal(one, other)

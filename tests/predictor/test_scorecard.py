@@ -24,6 +24,8 @@ from predictor.scorecard_plots import draw
 from predictor.scorecard_view import show
 from predictor.train import TrainConfig, train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def score(traces, *predictor, **changes):
     with optax_rules():

@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from layerscope_jax.training import train as module
 from layerscope_jax.training.baselines import Bigram
 from layerscope_jax.training.data import PackedTokens
 from layerscope_jax.training.train import TrainConfig, train
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 PERIOD = 7
 
@@ -67,8 +70,15 @@ def test_it_learns(run):
     assert log(run)[-1]["heldout"]["counting"] < 0.2
 
 
-def test_another_run_is_refused(run):
-    train(replace(run, steps=1))
+def test_another_run_is_refused(run, monkeypatch):
+    """Also where the other one was cut off before its first step."""
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "make_steps", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
     with pytest.raises(ValueError, match=r"holds another run \(hidden: 16 then, 32 now\); use its settings"):
         train(replace(run, hidden=32))
 
