@@ -112,6 +112,7 @@ def test_every_wrong_field_is_named(own, tmp_path):
         "costs.device_ms": ...,
         "costs.layer_ms": {"tokens": [1], "ms": [float("nan")]},
         "costs.transfer_ms": -1.0,
+        "costs.host_start_ms": -1.0,
         "slots": "many",
         "routing": ...,
         "details": [],
