@@ -8,6 +8,7 @@ from helpers import PROFILE
 
 from layerscope_jax import ExpertId, Geometry, HardwareProfile, LayerPlan, TimeTable
 from layerscope_jax.contention import side_by_side
+from layerscope_jax.scheduling.bounds import lower_bound_ms
 from layerscope_jax.simulation import Workload, simulate
 
 ALONE = HardwareProfile(
@@ -84,3 +85,10 @@ def test_a_layer_attends_beside_copies():
     first, second = run(prefetch, {"host": (0, 1)})
     assert first == pytest.approx(0.5 + 4.25)
     assert second == pytest.approx(0.75 + 4.25)  # the copy takes 6 ms beside the host
+
+
+def test_no_bound_counts_on_parts_hindering_each_other():
+    counts = np.tile([1, 1, 0], (4, 1, 1))
+    shape = Geometry(num_layers=1, num_experts=3, experts_per_token=1, expert_bytes=300, slots=3)
+    both, alone = (lower_bound_ms(counts, 1, shape, costs, rounds=20) for costs in (TOGETHER, ALONE))
+    assert both == alone

@@ -129,20 +129,23 @@ def lower_bound_ms(
             f"got {list(counts.shape)}"
         )
     steps, layers, experts = counts.shape
+    # Where parts hinder each other, none is faster than the faster of its times.
+    ways = [costs] if costs.alone is None else [costs, costs.alone]
     table = lambda times: np.array([0.0] + [times(n) for n in range(1, int(counts.max()) + 1)])  # noqa: E731
     present = np.full((layers, experts), resident is None)
     for layer, expert in resident or ():
         present[layer, expert] = True
     # In units of an average layer's host time, so that one learning rate serves all machines.
-    host, device = table(costs.host_ms)[counts], table(costs.device_ms)[counts]
+    host = np.min([table(way.host_ms) for way in ways], 0)[counts]
+    device = np.min([table(way.device_ms) for way in ways], 0)[counts]
     each = [tokens] * steps if isinstance(tokens, int) else tokens
-    other = np.array([costs.layer_ms(count) for count in each])
+    other = np.array([min(way.layer_ms(count) for way in ways) for count in each])
     unit = max(1e-9, float(host.sum()) / (steps * layers))
     problem = {
         "host": host / unit,
         "device": device / unit,
         "other": other[:, None] / unit,
-        "transfer": np.float64(costs.transfer_ms / unit),
+        "transfer": np.float64(min(way.transfer_ms for way in ways) / unit),
         "slots": np.float64(geometry.slots),
         "present": present,
     }
