@@ -55,7 +55,8 @@ class Watch:
     Attributes:
         ms: [ways, L, samples] newest measured times of a layer's turn, infinite where there are fewer.
         chosen: [L] the way of each layer.
-        planned_ms, host_ms: [L] what the costs say of each layer's turn as planned, and of the host alone.
+        planned_ms: [L, samples] what the costs said of the newest measured turns of the chosen way.
+        host_ms: [L] what they say of the host alone.
         wait: steps until the next round of trials.
         trial: the way that is tried in this step, in all layers; None outside of trials.
         left: steps of the trial, this one included.
@@ -76,6 +77,15 @@ class Watch:
     turns: tuple[int, ...] = (0,) * len(WAYS)
 
 
+class Turn(NamedTuple):
+    """A layer's turn whose time the next observation tells; `way` -1 where it does not count."""
+
+    key: tuple[str, int]
+    way: int
+    layer: int
+    planned_ms: float
+
+
 @dataclass(frozen=True)
 class GuardState:
     """The policy's state, what is watched by (phase, power of two of the tokens), and the turn under way."""
@@ -84,9 +94,7 @@ class GuardState:
     layers: int
     forecasts: bool
     watches: Mapping[tuple[str, int], Watch] = field(default_factory=dict)
-    turn: tuple[tuple[str, int], int, int] | None = (
-        None  # whose time the next observation tells: key, way, layer
-    )
+    turn: Turn | None = None
 
 
 class Guard:
@@ -119,7 +127,7 @@ class Guard:
         watch = watches.get(key) or Watch(
             np.full((len(WAYS), state.layers, SAMPLES), np.inf),
             np.zeros(state.layers, np.int64),
-            np.zeros(state.layers),
+            np.full((state.layers, SAMPLES), np.inf),
             np.zeros(state.layers),
             wait=TRIAL[seen.phase] + 1,
         )
@@ -133,18 +141,13 @@ class Guard:
             move=way.move,
             device=way.device,
         )
-        costs, planned_ms, host_ms = (
-            inner.costs.alone or inner.costs,
-            watch.planned_ms.copy(),
-            watch.host_ms.copy(),
-        )
-        planned_ms[seen.layer] = inner.span_ms[seen.layer]
+        costs, host_ms = inner.costs.alone or inner.costs, watch.host_ms.copy()
         host_ms[seen.layer] = costs.layer_ms(tokens) + sum(costs.host_ms(n) for n in seen.demand.values())
         turns = tuple(count + (index == number) for index, count in enumerate(watch.turns))
-        watches[key] = replace(watch, turns=turns, planned_ms=planned_ms, host_ms=host_ms)
+        watches[key] = replace(watch, turns=turns, host_ms=host_ms)
         # The first step of a trial is not measured where it has more than one.
         counts = watch.trial is None or watch.left == 1
-        turn = (key, number if counts else -1, seen.layer)
+        turn = Turn(key, number if counts else -1, seen.layer, float(inner.span_ms[seen.layer]))
         forecasts = state.forecasts or bool(seen.forecast)
         return replace(state, inner=inner, watches=watches, turn=turn, forecasts=forecasts), plan
 
@@ -152,8 +155,8 @@ class Guard:
         """Whether the coming layers may make use of a forecast; if not, it need not be computed."""
         if state.turn is None:
             return True
-        watch = state.watches[state.turn[0]]
-        if state.turn[2] == state.layers - 1 and watch.trial is None and watch.wait <= 1:
+        watch = state.watches[state.turn.key]
+        if state.turn.layer == state.layers - 1 and watch.trial is None and watch.wait <= 1:
             return True  # a trial may begin
         ways = watch.chosen.tolist() if watch.trial is None else [watch.trial, *watch.untried]
         return any(WAYS[way].forecast for way in ways)
@@ -174,13 +177,17 @@ class Guard:
         """With the time of the turn before."""
         if state.turn is None or seen.elapsed_ms <= 0:
             return state
-        key, way, layer = state.turn
+        key, way, layer, planned = state.turn
         if way < 0:
             return state
         watch = state.watches[key]
-        ms = watch.ms.copy()
+        ms, planned_ms = watch.ms.copy(), watch.planned_ms
         ms[way, layer] = [seen.elapsed_ms, *ms[way, layer, :-1]]
-        return replace(state, watches={**state.watches, key: replace(watch, ms=ms)})
+        if way == watch.chosen[layer]:
+            planned_ms = planned_ms.copy()
+            planned_ms[layer] = [planned, *planned_ms[layer, :-1]]
+        watch = replace(watch, ms=ms, planned_ms=planned_ms)
+        return replace(state, watches={**state.watches, key: watch})
 
 
 def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
@@ -200,8 +207,8 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
         ways = [index for index, way in enumerate(WAYS) if forecasts or not way.forecast or index == 0]
         if not forecasts:
             ways.remove(1)  # without a predictor it is the same as the first
-        now = medians(watch)[watch.chosen, np.arange(len(watch.chosen))].sum()
-        if now <= (1 + SLACK) * watch.planned_ms.sum() and not watch.chosen.any():
+        now = medians(watch.ms)[watch.chosen, np.arange(len(watch.chosen))].sum()
+        if now <= (1 + SLACK) * medians(watch.planned_ms).sum() and not watch.chosen.any():
             pause = min(LONGEST_WAIT, 2 * watch.pause)
             return replace(watch, wait=watch.pause, pause=pause)
         if watch.host_ms.sum() > HOPELESS * now:
@@ -214,15 +221,15 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
 
 def choose(watch: Watch) -> np.ndarray:
     """[L] the fastest way of each layer, as far as it is faster by the margin than the one that is chosen."""
-    known = medians(watch)
+    known = medians(watch.ms)
     now = known[watch.chosen, np.arange(len(watch.chosen))]
     best = known.argmin(0)
     faster = known.min(0) < (1 - MARGIN) * now
     return np.where(faster, best, watch.chosen)
 
 
-def medians(watch: Watch) -> np.ndarray:
-    """[ways, L] of the measured times, infinite where there are none."""
-    known = np.where(np.isinf(watch.ms), np.nan, watch.ms)
-    known[..., 0] = watch.ms[..., 0]  # the newest is there if any is
+def medians(samples: np.ndarray) -> np.ndarray:
+    """Of [..., samples], the newest first; infinite where there are none."""
+    known = np.where(np.isinf(samples), np.nan, samples)
+    known[..., 0] = samples[..., 0]  # the newest is there if any is
     return np.nanmedian(known, -1)

@@ -1,0 +1,104 @@
+"""The watch over PreSched: it leaves what keeps its word alone, and gives up what does not."""
+
+from dataclasses import replace
+
+import pytest
+from policy_runs import SPLIT
+
+from layerscope_jax import Geometry, Observation
+from layerscope_jax.scheduling.guard import FIRST_WAIT, LONGEST_WAIT, WAYS, Guard
+
+SHAPE = Geometry(num_layers=2, num_experts=4, experts_per_token=2, expert_bytes=1000, slots=4)
+DEMAND = {0: 40, 1: 20, 3: 4}
+
+
+def run(elapsed_ms, steps, forecast=True, costs=SPLIT):
+    """Decode steps of which a layer takes `elapsed_ms(way, planned)`; gives the ways, and the state."""
+    guard, ways = Guard(), []
+    state = guard.init(SHAPE, costs)
+    took = 0.0
+    resident = set()
+    for step in range(steps):
+        for layer in range(SHAPE.num_layers):
+            seen = Observation(
+                step=step,
+                layer=layer,
+                phase="decode",
+                demand=DEMAND,
+                resident=frozenset(resident),
+                in_flight=frozenset(),
+                forecast=[[20.0, 10.0, 0.0, 2.0]] if forecast else (),
+                elapsed_ms=took,
+            )
+            turns = next(iter(state.watches.values())).turns if state.watches else (0,) * len(WAYS)
+            state, plan = guard.plan(state, seen)
+            watch = next(iter(state.watches.values()))
+            (way,) = [i for i, (a, b) in enumerate(zip(turns, watch.turns, strict=True)) if a != b]
+            ways.append(WAYS[way].name)
+            resident = (resident - set(plan.evict)) | set(plan.load) | set(plan.prefetch)
+            took = elapsed_ms(WAYS[way].name, state.turn.planned_ms)
+    return ways, state, guard
+
+
+def test_nothing_is_tried_while_layers_take_what_was_planned():
+    ways, state, guard = run(lambda way, planned: 1.1 * planned, steps=60)
+    assert set(ways) == {"full"}
+    (watch,) = state.watches.values()
+    assert watch.pause > FIRST_WAIT
+    assert guard.report(state) == {"decode": dict.fromkeys((w.name for w in WAYS), 0.0) | {"full": 1.0}}
+
+
+def test_a_broken_promise_leads_to_the_fastest_way():
+    slow = {"full": 3.0, "no forecast": 2.5, "no transfers": 2.0, "host only": 1.0}
+    ways, state, guard = run(lambda way, planned: 100 * slow[way], steps=40)
+    assert ways[0] == "full"
+    assert set(ways[-10:]) == {"host only"}
+    assert not guard.wants_forecast(state)
+
+
+def test_the_margin_keeps_what_is_hardly_slower():
+    slow = {"full": 1.04, "no forecast": 1.04, "no transfers": 1.04, "host only": 1.0}
+    ways, state, _ = run(lambda way, planned: 100 * slow[way], steps=200)
+    assert ways.count("full") > 0.8 * len(ways)
+    (watch,) = state.watches.values()
+    assert FIRST_WAIT < watch.pause <= LONGEST_WAIT
+
+
+def test_one_stall_decides_nothing():
+    stalls = iter([1.0] * 30 + [500.0] + [1.0] * 1000)
+    ways, _, _ = run(lambda way, planned: planned * next(stalls), steps=60)
+    assert set(ways) == {"full"}
+
+
+def test_a_way_that_becomes_slow_is_left_again():
+    turn = iter(range(100_000))
+
+    def took(way, planned):
+        late = next(turn) > 100
+        return 100 * {"host only": 3.0 if late else 1.0}.get(way, 2.0)
+
+    ways, _, _ = run(took, steps=200)
+    assert "host only" in ways[60:100]
+    assert ways[-80:].count("host only") <= 8  # in trials
+
+
+def test_the_host_alone_is_not_tried_where_the_costs_rule_it_out():
+    ways, _, _ = run(lambda way, planned: 1.3 * planned, steps=40)
+    assert "host only" not in ways
+
+
+def test_without_a_predictor_there_is_one_way_less():
+    ways, state, guard = run(lambda way, planned: 3 * planned, steps=30, forecast=False)
+    assert "no forecast" not in ways
+    assert "no transfers" in ways
+    assert sum(guard.report(state)["decode"].values()) == pytest.approx(1.0)
+
+
+def test_phases_and_sizes_are_watched_apart():
+    guard = Guard()
+    state = guard.init(SHAPE, SPLIT)
+    seen = Observation(step=0, layer=0, phase="prefill", demand=DEMAND, resident=(), in_flight=())
+    state, _ = guard.plan(state, seen)
+    state, _ = guard.plan(state, replace(seen, phase="decode", step=1))
+    state, _ = guard.plan(state, replace(seen, phase="decode", step=2, demand={0: 2}))
+    assert sorted(state.watches) == [("decode", 1), ("decode", 6), ("prefill", 6)]
