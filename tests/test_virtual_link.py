@@ -149,3 +149,23 @@ def test_nothing_is_lost_or_sent_twice(events):
         came += found
     assert link.demanded + link.prefetched == CHUNKS * len(came)
     assert link.busy_ms(now) == pytest.approx(3.0 * len(came))
+
+
+@given(
+    prefetches=st.lists(st.tuples(st.floats(0, 20), st.integers(1, 3)), max_size=5),
+    when=st.floats(0, 20),
+    loads=st.integers(1, 3),
+)
+def test_prefetches_hold_a_layers_loads_up_by_one_chunk_at_most(prefetches, when, loads):
+    """So a layer ends no later than with the same plan and no prefetches, plus one chunk."""
+    busy, idle = Link(3.0), Link(3.0)
+    number = 0
+    for begun, count in sorted(prefetches):
+        if begun <= when:
+            busy.submit([], [ExpertId(1, number + index) for index in range(count)], now=begun)
+            number += count
+    wanted = [ExpertId(0, expert) for expert in range(loads)]
+    for link in (busy, idle):
+        link.submit(wanted, [], now=when)
+    for expert in wanted:
+        assert busy.next_arrival([expert]) <= idle.next_arrival([expert]) + 1.0 + 1e-9

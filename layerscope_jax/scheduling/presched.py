@@ -18,8 +18,9 @@ MEMORY = 512
 REACH = 2
 """Layers ahead that are looked at without a predictor."""
 
-CERTAIN = 0.5
-"""A load for this layer must gain so much of what a prefetch would: what it gains is no forecast."""
+CERTAIN = {"prefill": 0.0, "decode": 0.5}
+"""A load for this layer must gain so much of what a prefetch would, since what it gains is no forecast. In a
+prefill nearly all experts of all layers are needed, and the link has work for this layer until it ends."""
 
 AGAIN = 0.4
 """Part of its worth that an expert has lost when its turn is a whole step away: it can be copied again."""
@@ -134,7 +135,7 @@ class PreSched:
             coming if device else (),
             link_ms=ahead_ms,
             loads=free + len(spare) if move and device else 0,
-            worth_ms=CERTAIN * link_price(wishes, spare, free, fitting),
+            worth_ms=CERTAIN[seen.phase] * link_price(wishes, spare, free, fitting),
         )
         if costs.alone is not None and device:
             split = undivided(costs.alone, demand, split)
