@@ -3,7 +3,8 @@
 The machine is calibrated; a trained model continues real prompts under several policies on a paced link;
 and the simulator, given what was calibrated and what the engine's layers asked for, says how long each step
 should take. Both begin with an empty device and go through the same calls; those after the warm-up are
-compared.
+compared. Layers are calibrated at the run's own batch and context. The virtual clock stands still while a
+policy thinks: how long each thought is measured, and added in a comparison beside.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.scheduling.plan import Geometry, Observation
 from layerscope_jax.simulation import Workload, simulate
 
-QUICK = Points(tokens=(1, 8, 64), decode=(8,), prefill=(64,))
 APART = 1.05
 """Policies whose measured times differ by more have an order that the simulator should find."""
 
@@ -111,6 +111,12 @@ def simulated(
     return [[*first, *rest] for first, rest in zip(times[::2], times[1::2], strict=True)]
 
 
+def sizes(prompts: list[list[int]], new_tokens: int) -> tuple[int, int, int]:
+    """Tokens computed in the prefill, padding too, and in a decode step; positions of the caches."""
+    rows, longest = batch_rows(len(prompts)), max(map(len, prompts))
+    return rows * bucket(longest, 16), rows, bucket(longest + new_tokens, 64)
+
+
 def compare(
     model: Model, prompts: list[list[int]], profile: MachineProfile, options: Options
 ) -> dict[str, Any]:
@@ -135,8 +141,7 @@ def compare(
             )
             calls[name] = run(stack.enter_context(Engine(model, config)))
         samples = harness.measure(calls, options.rounds)
-    rows = batch_rows(len(prompts))
-    tokens = rows * bucket(max(map(len, prompts)), 16), rows
+    tokens = sizes(prompts, options.new_tokens)[:2]
     found = {}
     for name, recording in recordings.items():
         parts = samples[name].parts
@@ -174,57 +179,56 @@ def ordering(measured: Mapping[str, float], predicted: Mapping[str, float]) -> d
     return {"kendall_tau": float(np.mean(signs)) if signs else 1.0, "wrong": wrong}
 
 
+def errors(row: Mapping[str, Any], planning: bool) -> np.ndarray:
+    """Of each decode step, relative to what was measured; with the measured time of planning added or not."""
+    predicted = np.array(row["decode_ms"]["predicted"]) + planning * row["planning_ms"]
+    return predicted / np.array(row["decode_ms"]["measured"]) - 1
+
+
 def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Errors relative to what was measured, over all policies and decode steps."""
-    errors = [
-        np.abs(np.array(row["decode_ms"]["predicted"]) / row["decode_ms"]["measured"] - 1)
-        for row in rows.values()
-    ]
-    mean = {
-        way: {name: float(np.mean(row["decode_ms"][way])) for name, row in rows.items()}
+    """Absolute errors over all policies and decode steps, and over prefills; the rankings."""
+    found: dict[str, Any] = {}
+    for name, planning in (("decode_error", False), ("decode_error_with_planning", True)):
+        each = np.abs([errors(row, planning) for row in rows.values()])
+        found[name] = {"mean": float(np.mean(each)), "p90": float(np.quantile(each, 0.9))}
+    prefills = [row["prefill_ms"] for row in rows.values()]
+    found["prefill_error"] = float(np.mean([abs(p["predicted"] / p["measured"] - 1) for p in prefills]))
+    measured, predicted = (
+        {name: float(np.mean(row["decode_ms"][way])) for name, row in rows.items()}
         for way in ("measured", "predicted")
-    }
-    return {
-        "decode_error": {
-            "mean": float(np.mean(errors)),
-            "p90": float(np.quantile(errors, 0.9)),
-        },
-        "prefill_error": float(
-            np.mean(
-                [abs(r["prefill_ms"]["predicted"] / r["prefill_ms"]["measured"] - 1) for r in rows.values()]
-            )
-        ),
-        **ordering(mean["measured"], mean["predicted"]),
-    }
+    )
+    return found | ordering(measured, predicted)
 
 
 def table(rows: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     lines = []
     for name, row in rows.items():
-        measured, predicted = (np.array(row["decode_ms"][way]) for way in ("measured", "predicted"))
-        errors = np.abs(predicted / measured - 1)
+        measured, predicted = (np.mean(row["decode_ms"][way]) for way in ("measured", "predicted"))
         first = row["prefill_ms"]
+        each = np.abs(errors(row, False))
         lines.append(
             (
                 name,
-                f"{measured.mean():.1f}",
-                f"{predicted.mean():.1f}",
-                f"{100 * (predicted.mean() / measured.mean() - 1):+.0f}%",
-                f"{100 * errors.mean():.0f}% ({100 * np.quantile(errors, 0.9):.0f}%)",
+                f"{measured:.1f}",
+                f"{predicted:.1f}",
+                f"{100 * (predicted / measured - 1):+.0f}%",
+                f"{100 * each.mean():.0f}% ({100 * np.quantile(each, 0.9):.0f}%)",
                 f"{row['planning_ms']:.1f}",
+                f"{100 * ((predicted + row['planning_ms']) / measured - 1):+.0f}%",
                 f"{first['measured']:.0f}",
                 f"{first['predicted']:.0f}",
                 f"{100 * (first['predicted'] / first['measured'] - 1):+.0f}%",
             )
         )
-    headings = ("policy", "decode step ms", "simulated", "off by", "error of a step (p90)", "of it planning")
-    more = ("prefill ms", "simulated", "off by")
+    headings = ("policy", "decode step ms", "simulated", "off by", "of a step (p90)", "planning ms")
+    more = ("with it off by", "prefill ms", "simulated", "off by")
     harness.print_table("Engine and simulator", (*headings, *more), lines)
-    error = found["decode_error"]
+    plain, planned = found["decode_error"], found["decode_error_with_planning"]
     wrong = ", ".join(" and ".join(pair) for pair in found["wrong"]) or "none"
     print(
-        f"\nError of a decode step: mean {100 * error['mean']:.1f}%, p90 {100 * error['p90']:.1f}%; "
-        f"of a prefill: {100 * found['prefill_error']:.1f}%\n"
+        f"\nError of a decode step: mean {100 * plain['mean']:.1f}%, p90 {100 * plain['p90']:.1f}%; "
+        f"with planning added: {100 * planned['mean']:.1f}%, {100 * planned['p90']:.1f}%; "
+        f"of a prefill: mean {100 * found['prefill_error']:.1f}%\n"
         f"Kendall's tau of the rankings: {found['kendall_tau']:.2f}; "
         f"more than {100 * (APART - 1):.0f}% apart, but ordered the other way: {wrong}"
     )
@@ -242,11 +246,17 @@ def main(options: Options) -> dict[str, Any]:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     record, progress = harness.machine(), Console(stderr=True)
+    prefill, decode, context = sizes(prompts, options.new_tokens)
     profile = calibrate(
         model,
         device_budget=model.bank.total_bytes * options.budget // 100,
         link_bandwidth=options.link,
-        points=QUICK if options.quick else THOROUGH,
+        points=Points(
+            tokens=(1, 64) if options.quick else THOROUGH.tokens,
+            decode=(decode,),
+            prefill=(prefill,),
+            context=context,
+        ),
         contexts=(),
     )
     progress.print(f"calibrated in {profile.details['seconds']} s")
