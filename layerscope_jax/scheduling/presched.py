@@ -145,25 +145,27 @@ class PreSched:
         free = max(0, free - len(load))
         link_ms = (len(queue) - 0.5 * bool(queue) + len(load)) * costs.transfer_ms
         prefetch: list[ExpertId] = []
-        for wish in wishes if move else ():
+        for saves_ms, due_ms, *where in wishes if move else ():
             if link_ms >= span_ms:
                 break
-            if link_ms + costs.transfer_ms > span_ms + wish.due_ms:
+            wish = ExpertId(*where)
+            late = link_ms + costs.transfer_ms > span_ms + due_ms
+            if late or wish in seen.resident or wish in seen.in_flight:
                 continue
             if free:
                 free -= 1
-            elif leaving < len(spare) and spare[leaving][0] < wish.saves_ms:
+            elif leaving < len(spare) and spare[leaving][0] < saves_ms:
                 leaving += 1
             else:
                 break
-            prefetch.append(wish.expert)
+            prefetch.append(wish)
             link_ms += costs.transfer_ms
         evict = [ExpertId(*where) for _, *where in spare[:leaving]]
 
-        for expert in evict:
-            present[expert] = False
-        for expert in (*load, *prefetch):
-            present[expert] = True
+        for copy in evict:
+            present[copy] = False
+        for copy in (*load, *prefetch):
+            present[copy] = True
         span, price, worth = state.span_ms.copy(), state.price.copy(), state.worth.copy()
         span[layer] = span_ms
         if device:
@@ -196,17 +198,29 @@ class PreSched:
         usual: np.ndarray,
         other_ms: float,
         fitting: int,
-    ) -> tuple[list[Wish], list[tuple[float, int, int]]]:
-        """The absent experts that save most, and (worth, layer, expert) of what may leave, least first."""
+    ) -> tuple[list[tuple[float, float, int, int]], list[tuple[float, int, int]]]:
+        """What to wish for, and what may leave.
+
+        Args:
+            state, seen: as of `plan`.
+            present: [L, E] bool.
+            usual: [L, E] tokens of each expert in a step like this one.
+            other_ms: of a layer.
+            fitting: transfers that the link can begin before the next plan.
+
+        Returns:
+            (ms saved, ms from the next plan until it is needed, layer, expert) of absent experts of the
+            coming layers, those that save most first; and (worth, layer, expert) of residents, least first.
+        """
         layers = state.geometry.num_layers
         reach = min(len(seen.forecast) or REACH, layers - 1)  # not to this layer's own next turn
         ahead = np.arange(seen.layer + 1, seen.layer + 1 + reach) % layers
         expected = np.array(seen.forecast)[:reach] if seen.forecast else usual[ahead]
         saves = state.saved_ms(expected, state.price[ahead][:, None])
         spans = np.maximum(state.span_ms[ahead], other_ms)
-        due_ms = (np.cumsum(spans) - spans).tolist()
+        due_ms, numbers = (np.cumsum(spans) - spans).tolist(), ahead.tolist()
         wishes = [
-            Wish(-loss, due_ms[row], ExpertId(int(ahead[row]), expert))
+            (-loss, due_ms[row], numbers[row], expert)
             for loss, row, expert in lowest(np.where(present[ahead], 0.0, -saves), fitting + 16, below=0.0)
         ]
         distance = (np.arange(layers) - seen.layer - 1) % layers / layers
@@ -217,16 +231,7 @@ class PreSched:
             worth[copy] = np.inf
         spare = lowest(worth, len(seen.demand) + fitting + 16, below=np.inf)
         # The books of this policy may be wrong where others bring and take experts too.
-        wishes = [w for w in wishes if w.expert not in seen.resident and w.expert not in seen.in_flight]
-        return wishes, [item for item in spare if item[1:] in seen.resident]
-
-
-class Wish(NamedTuple):
-    """An absent expert, what having it saves, and how long after the next plan its layer begins."""
-
-    saves_ms: float
-    due_ms: float
-    expert: ExpertId
+        return wishes, [item for item in spare if (item[1], item[2]) in seen.resident]
 
 
 def presence(present: np.ndarray, seen: Observation) -> np.ndarray:
@@ -262,14 +267,17 @@ def lowest(values: np.ndarray, count: int, below: float) -> list[tuple[float, in
 
 
 def link_price(
-    wishes: Sequence[Wish], spare: Sequence[tuple[float, int, int]], free: int, fitting: int
+    wishes: Sequence[tuple[float, float, int, int]],
+    spare: Sequence[tuple[float, int, int]],
+    free: int,
+    fitting: int,
 ) -> float:
     """What a load must gain: what leaves for it, and the prefetch that it holds up."""
     price = 0.0 if free > 0 or not spare else spare[0][0]
     if fitting < len(wishes):
         leaving = fitting - free
         gone = spare[leaving][0] if 0 <= leaving < len(spare) else 0.0
-        price += max(0.0, wishes[fitting].saves_ms - gone)
+        price += max(0.0, wishes[fitting][0] - gone)
     return price
 
 
