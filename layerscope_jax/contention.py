@@ -1,4 +1,4 @@
-"""Host and device at work at once on one machine, where they hinder each other."""
+"""Host, device and link at work at once on one machine, where they hinder each other."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import LayerPlan
 
 
-def side_by_side(costs: HardwareProfile, plan: LayerPlan, demand: Mapping[int, int]) -> tuple[float, float]:
+def side_by_side(
+    costs: HardwareProfile, plan: LayerPlan, demand: Mapping[int, int], copying: bool
+) -> tuple[float, float]:
     """How long the host takes for its part of a plan, and the device's time for its own by `costs.device_ms`.
 
-    Both work as `costs` say until one has ended, and the other then as `costs.alone` do; without those, on as
-    before. The device may wait for copies between; that is left to the caller.
+    Beside copies, both work as `costs` say, and so they do without until one has ended; the other goes on as
+    `costs.alone` say. The device may wait for copies between; that is left to the caller.
 
     >>> from layerscope_jax import TimeTable
     >>> def machine(host_ms, alone=None):
@@ -21,11 +23,11 @@ def side_by_side(costs: HardwareProfile, plan: LayerPlan, demand: Mapping[int, i
     ...         host_ms=host, device_ms=device, transfer_ms=1.0, source="made up", alone=alone
     ...     )
     >>> plan = LayerPlan(step=0, layer=0, device=(0,), host=(1,))
-    >>> side_by_side(machine(4.0, alone=machine(2.0)), plan, {0: 1, 1: 1})  # a quarter, then the rest alone
+    >>> side_by_side(machine(4.0, alone=machine(2.0)), plan, {0: 1, 1: 1}, copying=False)  # 1 ms, 3/4 alone
     (2.5, 1.0)
     """
     host_ms, device_ms = _times(costs, plan, demand)
-    if costs.alone is None or host_ms == device_ms:
+    if costs.alone is None or copying or host_ms == device_ms:
         return host_ms, 1.0
     host_alone_ms, device_alone_ms = _times(costs.alone, plan, demand)
     if host_ms > device_ms:

@@ -217,7 +217,7 @@ class _Run:
         self.device_ms += other_ms
         plan = self._decide(seen)
         demand = seen.demand
-        host_ms, pace = side_by_side(self.costs, plan, demand)
+        host_ms, pace = side_by_side(self.costs, plan, demand, copying=not self.link.idle(self.now))
         device = self.now
         resident = self.books.resident
         missing = set()

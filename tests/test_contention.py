@@ -44,12 +44,13 @@ EVERY = dict.fromkeys(range(6), 1)
 )
 def test_who_is_left_goes_on_alone(host, device, host_ms, pace):
     plan = LayerPlan(step=0, layer=0, host=host, device=device)
-    assert side_by_side(TOGETHER, plan, EVERY) == (pytest.approx(host_ms), pytest.approx(pace))
+    assert side_by_side(TOGETHER, plan, EVERY, copying=False) == (pytest.approx(host_ms), pytest.approx(pace))
 
 
 def test_without_times_alone_nothing_is_faster():
     plan = LayerPlan(step=0, layer=0, host=(0,), device=(1,))
-    assert side_by_side(replace(TOGETHER, alone=None), plan, EVERY) == (5.0, 1.0)
+    assert side_by_side(replace(TOGETHER, alone=None), plan, EVERY, copying=False) == (5.0, 1.0)
+    assert side_by_side(TOGETHER, plan, EVERY, copying=True) == (5.0, 1.0)
     assert PROFILE.host_start_ms == 0
 
 
@@ -76,15 +77,14 @@ def run(*plans):
 
 def test_copies_take_their_time_alone_where_the_host_computes_nothing():
     load = (ExpertId(0, 0), ExpertId(0, 1))
-    # Two copies of 3 ms, the last expert's product of 1 ms, and a layer beside which nothing is copied.
-    assert run({"device": (0, 1), "load": load}) == pytest.approx((0.5 + 6 + 1,))
+    # A layer beside which nothing is copied, two copies, and the last expert's product, begun beside them.
+    assert run({"device": (0, 1), "load": load}) == pytest.approx((0.5 + 6 + 2,))
 
 
-def test_a_layer_attends_beside_copies():
-    prefetch = {"host": (0, 1), "prefetch": (ExpertId(0, 2),)}
-    first, second = run(prefetch, {"host": (0, 1)})
-    assert first == pytest.approx(0.5 + 4.25)
-    assert second == pytest.approx(0.75 + 4.25)  # the copy takes 6 ms beside the host
+def test_copies_hinder_the_host_and_the_next_layer():
+    prefetch = {"host": (0, 1), "prefetch": (ExpertId(0, 2), ExpertId(0, 1))}
+    # Beside the host they take 12 ms: past the end of the first step, not of the second.
+    assert run(prefetch, {"host": (0, 1)}, {"host": (0, 1)}) == pytest.approx((0.5 + 9, 0.75 + 9, 0.5 + 4.25))
 
 
 def test_no_bound_counts_on_parts_hindering_each_other():
