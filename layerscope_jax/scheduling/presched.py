@@ -22,6 +22,9 @@ CERTAIN = {"prefill": 0.0, "decode": 0.5}
 """A load for this layer must gain so much of what a prefetch would, since what it gains is no forecast. In a
 prefill nearly all experts of all layers are needed, and the link has work for this layer until it ends."""
 
+WORTHWHILE = 0.02
+"""Part of its time on the link that a prefetch must save; less is not worth the bytes."""
+
 AGAIN = 0.4
 """Part of its worth that an expert has lost when its turn is a whole step away: it can be copied again."""
 
@@ -221,7 +224,11 @@ class PreSched:
         due_ms, numbers = (np.cumsum(spans) - spans).tolist(), ahead.tolist()
         wishes = [
             (-loss, due_ms[row], numbers[row], expert)
-            for loss, row, expert in lowest(np.where(present[ahead], 0.0, -saves), fitting + 16, below=0.0)
+            for loss, row, expert in lowest(
+                np.where(present[ahead], 0.0, -saves),
+                fitting + 16,
+                below=-WORTHWHILE * state.costs.transfer_ms,
+            )
         ]
         distance = (np.arange(layers) - seen.layer - 1) % layers / layers
         worth = np.where(present, state.worth * (1 - AGAIN * distance)[:, None], np.inf)
