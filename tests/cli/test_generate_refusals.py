@@ -17,7 +17,10 @@ from layerscope_jax import cli
         (["--prompt=x", "--prompts=y"], "expected either --prompt TEXT or --prompts FILE, got both"),
         (["--prompt=x", "--policy=best"], "policy must be one of"),
         (["--prompt=x", "--device-budget=2 gigs"], "device_budget must be a size such as '8GiB'"),
-        (["--prompt=x", "--device-budget=1KB"], "device_budget is too small for policy 'lru'"),
+        (
+            ["--prompt=x", "--policy=lru", "--device-budget=1KB"],
+            "device_budget is too small for policy 'lru'",
+        ),
         (["--prompt=x", "--link-bandwidth=0"], "link_bandwidth must be more than 0"),
         (["--prompt=x", "--batch-size=0"], "batch-size must be 1 or more, got 0"),
         (["--prompt=x", "--top-p=0"], "top_p must be a number in (0, 1], got 0.0"),

@@ -84,10 +84,10 @@ def test_what_it_sees_is_learned_and_can_be_kept(trace, tmp_path):
     assert last < first - 0.05
     found.llapor.save(tmp_path / "tuned")
     kept = LLaPor.load(tmp_path / "tuned")
-    # What was given stays as it is.
-    for one, other, tolerance in ((found.llapor, kept, 2e-3), (before, untrained(trace), 0.0)):
+    # What is kept is rounded to 127 steps to either side of zero; what was given stays as it is.
+    for one, other, steps in ((found.llapor, kept, 127), (before, untrained(trace), np.inf)):
         for mine, theirs in zip(jax.tree.leaves(one.network), jax.tree.leaves(other.network), strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance / 20)
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=0.51 / steps * np.abs(mine).max())
 
 
 def test_what_is_not_better_is_rolled_back_and_tried_ever_more_rarely(trace, monkeypatch):
