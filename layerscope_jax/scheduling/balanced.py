@@ -225,7 +225,7 @@ def assign(
     >>> costs = HardwareProfile(host_ms=TimeTable((1, 9), (2.0, 18.0)), device_ms=TimeTable((1,), (1.0,)),
     ...     transfer_ms=3.0, source="an example")
     >>> assign(costs, {0: 1, 1: 1, 2: 3, 3: 2}, {0: 0.0}, loads=4)
-    Split(device=[2, 0], host=[3, 1], load=[2], device_ms=4.0, host_ms=6.0)
+    Split(device=[2, 0], host=[3, 1], load=[2], device_ms=4.0, host_ms=6.0, moved=0)
     """
     device: list[int] = []
     host: list[int] = []

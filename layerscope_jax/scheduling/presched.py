@@ -29,6 +29,13 @@ AGAIN = 0.4
 """Part of its worth that an expert has lost when its turn is a whole step away: it can be copied again."""
 
 
+SPARE = 48
+"""Candidates beyond those that the link can carry before the next plan: some are not there in time."""
+
+Weighed = tuple[float, int, int]
+"""Milliseconds, layer and expert."""
+
+
 class Curve(NamedTuple):
     """A time table for expected counts; below one token it is the time of one by the chance that it comes."""
 
@@ -128,7 +135,7 @@ class PreSched:
             max(0, int(state.span_ms[layer] / max(costs.transfer_ms, 1e-6)) + 1 - len(queue)) if move else 0
         )
 
-        wishes, spare = self._weigh(state, seen, present, popularity * tokens, other_ms, fitting)
+        wishes, spare = self._weigh(state, seen, present, popularity, tokens, fitting)
         here = [expert for expert in demand if (layer, expert) in seen.resident]
         coming, ahead_ms = arrivals(queue, layer, demand, costs.transfer_ms)
         split = balance(
@@ -148,11 +155,12 @@ class PreSched:
         free = max(0, free - len(load))
         link_ms = (len(queue) - 0.5 * bool(queue) + len(load)) * costs.transfer_ms
         prefetch: list[ExpertId] = []
-        for saves_ms, due_ms, *where in wishes if move else ():
+        due_ms = self._due(state, layer, other_ms)
+        for saves_ms, turn, expert in wishes if move else ():
             if link_ms >= span_ms:
                 break
-            wish = ExpertId(*where)
-            late = link_ms + costs.transfer_ms > span_ms + due_ms
+            wish = ExpertId._make((turn, expert))
+            late = link_ms + costs.transfer_ms > span_ms + due_ms[turn]
             if late or wish in seen.resident or wish in seen.in_flight:
                 continue
             if free:
@@ -163,7 +171,7 @@ class PreSched:
                 break
             prefetch.append(wish)
             link_ms += costs.transfer_ms
-        evict = [ExpertId(*where) for _, *where in spare[:leaving]]
+        evict = [ExpertId._make(item[1:]) for item in spare[:leaving]]
 
         for copy in evict:
             present[copy] = False
@@ -172,7 +180,7 @@ class PreSched:
         span, price, worth = state.span_ms.copy(), state.price.copy(), state.worth.copy()
         span[layer] = span_ms
         if device:
-            price[layer] = 0.5 * (price[layer] + device_price(costs, demand, here, split))
+            price[layer] = 0.5 * (price[layer] + device_price(costs, split.moved))
         worth[layer] = state.saved_ms(popularity[layer] * tokens, price[layer])
         state = replace(
             state,
@@ -198,47 +206,48 @@ class PreSched:
         state: PreSchedState,
         seen: Observation,
         present: np.ndarray,
-        usual: np.ndarray,
-        other_ms: float,
+        popularity: np.ndarray,
+        tokens: float,
         fitting: int,
-    ) -> tuple[list[tuple[float, float, int, int]], list[tuple[float, int, int]]]:
+    ) -> tuple[list[Weighed], list[Weighed]]:
         """What to wish for, and what may leave.
 
         Args:
             state, seen: as of `plan`.
             present: [L, E] bool.
-            usual: [L, E] tokens of each expert in a step like this one.
-            other_ms: of a layer.
+            popularity: [L, E].
+            tokens: of this step.
             fitting: transfers that the link can begin before the next plan.
 
         Returns:
-            (ms saved, ms from the next plan until it is needed, layer, expert) of absent experts of the
-            coming layers, those that save most first; and (worth, layer, expert) of residents, least first.
+            Absent experts of the coming layers by the ms that they save, most first; and residents by their
+            worth, least first.
         """
         layers = state.geometry.num_layers
         reach = min(len(seen.forecast) or REACH, layers - 1)  # not to this layer's own next turn
         ahead = np.arange(seen.layer + 1, seen.layer + 1 + reach) % layers
-        expected = np.array(seen.forecast)[:reach] if seen.forecast else usual[ahead]
+        expected = np.array(seen.forecast)[:reach] if seen.forecast else popularity[ahead] * tokens
         saves = state.saved_ms(expected, state.price[ahead][:, None])
-        spans = np.maximum(state.span_ms[ahead], other_ms)
-        due_ms, numbers = (np.cumsum(spans) - spans).tolist(), ahead.tolist()
-        wishes = [
-            (-loss, due_ms[row], numbers[row], expert)
-            for loss, row, expert in lowest(
-                np.where(present[ahead], 0.0, -saves),
-                fitting + 16,
-                below=-WORTHWHILE * state.costs.transfer_ms,
-            )
-        ]
+        least = WORTHWHILE * state.costs.transfer_ms
+        losses = lowest(np.where(present[ahead], 0.0, -saves), fitting + SPARE, below=-least)
+        numbers = ahead.tolist()
+        wishes = [(-loss, numbers[row], expert) for loss, row, expert in losses]
         distance = (np.arange(layers) - seen.layer - 1) % layers / layers
         worth = np.where(present, state.worth * (1 - AGAIN * distance)[:, None], np.inf)
         worth[ahead] = np.where(present[ahead], np.maximum(state.worth[ahead], saves), np.inf)
         worth[seen.layer, list(seen.demand)] = np.inf
         for copy in seen.in_flight:
             worth[copy] = np.inf
-        spare = lowest(worth, len(seen.demand) + fitting + 16, below=np.inf)
-        # The books of this policy may be wrong where others bring and take experts too.
-        return wishes, [item for item in spare if (item[1], item[2]) in seen.resident]
+        loads = len(seen.demand) if seen.phase == "prefill" else 0  # then many, on the first turns of all
+        spare = lowest(worth, fitting + SPARE + loads, below=np.inf)
+        # This policy's books are wrong where others bring and take experts too.
+        spare = [item for item in spare if item[1:] in seen.resident]
+        return wishes, spare
+
+    def _due(self, state: PreSchedState, layer: int, other_ms: float) -> list[float]:
+        """[L] ms from the next plan until each layer's turn."""
+        spans = np.roll(np.maximum(state.span_ms, other_ms), -layer - 1)
+        return np.roll(np.cumsum(spans) - spans, layer + 1).tolist()
 
 
 def presence(present: np.ndarray, seen: Observation) -> np.ndarray:
@@ -255,14 +264,14 @@ def presence(present: np.ndarray, seen: Observation) -> np.ndarray:
 def remembered(popularity: np.ndarray, layer: int, demand: Mapping[int, int], tokens: float) -> np.ndarray:
     """Popularity after a layer's turn with so many tokens."""
     new = popularity.copy()
-    known = new[layer].any()
-    weight = tokens / (tokens + MEMORY) if known else 1.0
-    new[layer] *= 1 - weight
-    new[layer, list(demand)] += np.fromiter(demand.values(), float, len(demand)) * (weight / tokens)
+    row = new[layer]
+    weight = tokens / (tokens + MEMORY) if row.any() else 1.0
+    row *= 1 - weight
+    row[list(demand)] += np.array(list(demand.values())) * (weight / tokens)
     return new
 
 
-def lowest(values: np.ndarray, count: int, below: float) -> list[tuple[float, int, int]]:
+def lowest(values: np.ndarray, count: int, below: float) -> list[Weighed]:
     """The `count` lowest values under `below` with their places, lowest first; ties in order."""
     flat = values.reshape(-1)
     if count < len(flat):
@@ -274,8 +283,8 @@ def lowest(values: np.ndarray, count: int, below: float) -> list[tuple[float, in
 
 
 def link_price(
-    wishes: Sequence[tuple[float, float, int, int]],
-    spare: Sequence[tuple[float, int, int]],
+    wishes: Sequence[Weighed],
+    spare: Sequence[Weighed],
     free: int,
     fitting: int,
 ) -> float:
@@ -298,12 +307,8 @@ def undivided(alone: HardwareProfile, demand: Mapping[int, int], split: Split) -
     return Split([], host, [], 0.0, host_ms)
 
 
-def device_price(
-    costs: HardwareProfile, demand: Mapping[int, int], here: Sequence[int], split: Split
-) -> float:
-    """The price at which the busiest resident that was given to the host is as well off there."""
-    given = set(split.host)
-    moved = max((demand[expert] for expert in here if expert in given), default=0)
+def device_price(costs: HardwareProfile, moved: int) -> float:
+    """The price at which the host does as well with the busiest expert that the device gave away."""
     if not moved:
         return 0.0
     host, device = costs.host_ms(moved), costs.device_ms(moved)

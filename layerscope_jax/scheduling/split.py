@@ -15,6 +15,7 @@ class Split(NamedTuple):
         device, host: experts computed there; each once.
         load: those of `device` that must be copied first, first needed first.
         device_ms, host_ms: when the device and the host end, from when the layer's experts begin.
+        moved: tokens of the busiest resident expert that the host computes; 0 where there is none.
     """
 
     device: list[int]
@@ -22,6 +23,7 @@ class Split(NamedTuple):
     load: list[int]
     device_ms: float
     host_ms: float
+    moved: int = 0
 
 
 def balance(
@@ -54,7 +56,7 @@ def balance(
     >>> costs = HardwareProfile(host_ms=TimeTable((1,), (2.0,)), device_ms=TimeTable((1,), (1.0,)),
     ...     transfer_ms=3.0, source="an example")
     >>> balance(costs, {0: 1, 1: 1, 2: 1, 3: 1}, [0], loads=4)
-    Split(device=[0, 1], host=[2, 3], load=[1], device_ms=4.0, host_ms=4.0)
+    Split(device=[0, 1], host=[2, 3], load=[1], device_ms=4.0, host_ms=4.0, moved=0)
     """
     most = max(demand.values(), default=0)
     host_time, device_time = costs.host_ms.upto(most), costs.device_ms.upto(most)
@@ -92,6 +94,7 @@ def balance(
         if len(load) >= loads or not hand_over(expert, arrival, worth_ms):
             break
         load.append(expert)
+    moved = 0
     while len(device) == kept and device:
         tokens = demand[device[-1]]
         earlier, later = device_end - device_time(tokens), host_end + host_time(tokens)
@@ -99,5 +102,5 @@ def balance(
             break
         device_end, host_end = earlier, later
         host[device.pop()] = host_time(tokens)
-        kept -= 1
-    return Split(device, [expert for expert in order if expert in host], load, device_end, host_end)
+        kept, moved = kept - 1, tokens
+    return Split(device, [expert for expert in order if expert in host], load, device_end, host_end, moved)
