@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent / "predictor"))
 
 from synthetic import untrained, write_trace
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MACHINE = {
     "cpu",
     "cores",

@@ -11,6 +11,8 @@ from rich.console import Console
 import layerscope_jax
 from layerscope_jax import cli, demo, demo_view
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module")
 def report(tiny):

@@ -13,6 +13,8 @@ import layerscope_jax
 from layerscope_jax import cli
 from layerscope_jax.generation import Token
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LINE = {"id", "prompt", "text", "tokens", "finish", "settings", "model"}
 
 

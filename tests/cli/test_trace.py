@@ -7,6 +7,8 @@ from layerscope_jax import cli
 from layerscope_jax.cli import main
 from layerscope_jax.traces import Trace
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def test_a_trace_is_recorded_and_gone_on_with(tiny, tmp_path, capsys):
     text = tmp_path / "letters"

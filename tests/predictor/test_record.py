@@ -21,6 +21,8 @@ from predictor.pca import Basis
 from predictor.record import RecordConfig, choose, read_domains, record
 from predictor.routers import Routers
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 WORDS = "call me ishmael some years ago never mind how long precisely having little or no money"
 
 

@@ -19,6 +19,8 @@ from predictor.step import first_params, stacks
 from predictor.train import batch_of
 from predictor.tuning import CHECK_EVERY, Tuner, TuningConfig, part
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CONFIG = TuningConfig(window=1024, threshold=0.1, steps=24, batch=64, learning_rate=1e-2)
 
 

@@ -1,0 +1,20 @@
+"""What is shipped does better than what is free, on the rows that come along."""
+
+import jax
+import numpy as np
+
+from predictor.scorecard import ScoreConfig, scorecard
+
+
+def test_its_scorecard():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        card = scorecard(ScoreConfig(shipped=True), progress=False)
+    recall = {}
+    for row in card["rows"]:
+        if row["batch"] == 1 and not row["wraps"]:
+            recall.setdefault((row["predictor"], row["horizon"]), []).append(row["recall"])
+    mean = {key: np.mean(values) for key, values in recall.items()}
+    for horizon in (1, 2, 4, 8):
+        assert mean["oracle", horizon] == 1
+        for free in ("popularity", "previous-token", "gate", "linear"):
+            assert mean["llapor", horizon] > mean[free, horizon]
