@@ -41,8 +41,9 @@ SLACK = 0.15
 HOPELESS = 1.25
 """The host alone is not tried where, by the costs, it takes so many times what is measured now."""
 
-MARGIN = 0.05
-"""Part of its time by which another way must be faster to be taken."""
+MARGIN, LAYER_MARGIN = 0.05, 0.15
+"""Part of its time by which another way must be faster to be taken, by all layers and by one alone: the few
+samples of a single layer's time say little."""
 
 SAMPLES = 5
 """Measurements of a layer's turn that are kept; their median counts, so that one stall decides nothing."""
@@ -102,9 +103,8 @@ class Guard:
 
     PreSched says of each layer how long it will take. Where the clock agrees, its choice of all possible ways
     is as good as its word. Where steps take longer, some are run in the other `WAYS` (the tokens are the
-    same), and the measured time of each layer remembered; a layer goes over to a way that is faster by a
-    twentieth. Trials become rare as long as they change nothing. Phases, and steps of other numbers of
-    tokens, are watched apart.
+    same), and the measured time of each layer remembered; what is faster by a margin is taken. Trials become
+    rare as long as they change nothing. Phases, and steps of other numbers of tokens, are watched apart.
 
     What it knows of time comes with the observation (`Observation.elapsed_ms`), so that it too is a pure
     function, and runs in the simulator.
@@ -220,12 +220,14 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
 
 
 def choose(watch: Watch) -> np.ndarray:
-    """[L] the fastest way of each layer, as far as it is faster by the margin than the one that is chosen."""
-    known = medians(watch.ms)
-    now = known[watch.chosen, np.arange(len(watch.chosen))]
-    best = known.argmin(0)
-    faster = known.min(0) < (1 - MARGIN) * now
-    return np.where(faster, best, watch.chosen)
+    """[L] the way of each layer: the fastest for all, and another where a layer is much faster by it."""
+    known, layers = medians(watch.ms), np.arange(len(watch.chosen))
+    totals = known.sum(1)
+    chosen = watch.chosen
+    if totals.min() < (1 - MARGIN) * known[chosen, layers].sum():
+        chosen = np.full_like(chosen, totals.argmin())
+    faster = known.min(0) < (1 - LAYER_MARGIN) * known[chosen, layers]
+    return np.where(faster, known.argmin(0), chosen)
 
 
 def medians(samples: np.ndarray) -> np.ndarray:

@@ -135,7 +135,7 @@ class PreSched:
             max(0, int(state.span_ms[layer] / max(costs.transfer_ms, 1e-6)) + 1 - len(queue)) if move else 0
         )
 
-        wishes, spare = self._weigh(state, seen, present, popularity, tokens, fitting)
+        wishes, spare = self._weigh(state, seen, present, popularity, tokens, fitting) if move else ([], [])
         here = [expert for expert in demand if (layer, expert) in seen.resident]
         coming, ahead_ms = arrivals(queue, layer, demand, costs.transfer_ms)
         split = balance(
@@ -155,8 +155,8 @@ class PreSched:
         free = max(0, free - len(load))
         link_ms = (len(queue) - 0.5 * bool(queue) + len(load)) * costs.transfer_ms
         prefetch: list[ExpertId] = []
-        due_ms = self._due(state, layer, other_ms)
-        for saves_ms, turn, expert in wishes if move else ():
+        due_ms = self._due(state, layer, other_ms) if wishes else []
+        for saves_ms, turn, expert in wishes:
             if link_ms >= span_ms:
                 break
             wish = ExpertId._make((turn, expert))
