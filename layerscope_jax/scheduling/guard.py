@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.demand import busiest_first
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Observation
 from layerscope_jax.scheduling.presched import PreSched, PreSchedState
 
@@ -102,9 +103,10 @@ class Guard:
     """PreSched, layer by layer as far as it pays: it is compared with itself with parts of it left out.
 
     PreSched says of each layer how long it will take. Where the clock agrees, its choice of all possible ways
-    is as good as its word. Where steps take longer, some are run in the other `WAYS` (the tokens are the
-    same), and the measured time of each layer remembered; what is faster by a margin is taken. Trials become
-    rare as long as they change nothing. Phases, and steps of other numbers of tokens, are watched apart.
+    is as good as its word. Where steps take longer, or longer than the host alone should, some are run in the
+    other `WAYS` (the tokens are the same), and the measured time of each layer remembered; what is faster by
+    a margin is taken. Trials become rare as long as they change nothing. Phases, and steps of other numbers
+    of tokens, are watched apart.
 
     What it knows of time comes with the observation (`Observation.elapsed_ms`), so that it too is a pure
     function, and runs in the simulator.
@@ -135,19 +137,21 @@ class Guard:
             watch = next_step(watch, seen.phase, bool(seen.forecast) or state.forecasts)
         number = int(watch.chosen[seen.layer]) if watch.trial is None else watch.trial
         way = WAYS[number]
-        inner, plan = self._policy.decide(
-            state.inner,
-            seen if way.forecast else replace(seen, forecast=()),
-            move=way.move,
-            device=way.device,
-        )
-        costs, host_ms = inner.costs.alone or inner.costs, watch.host_ms.copy()
-        host_ms[seen.layer] = costs.layer_ms(tokens) + sum(costs.host_ms(n) for n in seen.demand.values())
+        costs, host_ms = state.inner.costs.alone or state.inner.costs, watch.host_ms.copy()
+        time = costs.host_ms.upto(max(seen.demand.values(), default=0))
+        host_ms[seen.layer] = costs.layer_ms(tokens) + sum([time(count) for count in seen.demand.values()])
+        inner, planned_ms = state.inner, host_ms[seen.layer]
+        if way.device:
+            known = seen if way.forecast else replace(seen, forecast=())
+            inner, plan = self._policy.decide(inner, known, move=way.move)
+            planned_ms = inner.span_ms[seen.layer]
+        else:  # nothing to decide, and PreSched remembers what it knew
+            plan = LayerPlan(step=seen.step, layer=seen.layer, host=tuple(busiest_first(seen)))
         turns = tuple(count + (index == number) for index, count in enumerate(watch.turns))
         watches[key] = replace(watch, turns=turns, host_ms=host_ms)
         # The first step of a trial is not measured where it has more than one.
         counts = watch.trial is None or watch.left == 1
-        turn = Turn(key, number if counts else -1, seen.layer, float(inner.span_ms[seen.layer]))
+        turn = Turn(key, number if counts else -1, seen.layer, float(planned_ms))
         forecasts = state.forecasts or bool(seen.forecast)
         return replace(state, inner=inner, watches=watches, turn=turn, forecasts=forecasts), plan
 
@@ -208,7 +212,8 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
         if not forecasts:
             ways.remove(1)  # without a predictor it is the same as the first
         now = medians(watch.ms)[watch.chosen, np.arange(len(watch.chosen))].sum()
-        if now <= (1 + SLACK) * medians(watch.planned_ms).sum() and not watch.chosen.any():
+        kept = now <= (1 + SLACK) * medians(watch.planned_ms).sum()
+        if kept and now <= watch.host_ms.sum() and not watch.chosen.any():
             pause = min(LONGEST_WAIT, 2 * watch.pause)
             return replace(watch, wait=watch.pause, pause=pause)
         if watch.host_ms.sum() > HOPELESS * now:

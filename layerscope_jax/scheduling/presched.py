@@ -119,9 +119,9 @@ class PreSched:
         return self.decide(state, seen)
 
     def decide(
-        self, state: PreSchedState, seen: Observation, *, move: bool = True, device: bool = True
+        self, state: PreSchedState, seen: Observation, *, move: bool = True
     ) -> tuple[PreSchedState, LayerPlan]:
-        """As `plan`; without `move` nothing is copied, without `device` the host computes the layer alone."""
+        """As `plan`; without `move` nothing is copied in this layer."""
         costs, layer, demand = state.costs, seen.layer, seen.demand
         tokens = sum(demand.values()) / state.geometry.experts_per_token
         other_ms = costs.layer_ms(round(tokens))
@@ -141,13 +141,14 @@ class PreSched:
         split = balance(
             costs,
             demand,
-            here if device else (),
-            coming if device else (),
+            here,
+            coming,
             link_ms=ahead_ms,
-            loads=free + len(spare) if move and device else 0,
+            loads=free + len(spare) if move else 0,
             worth_ms=CERTAIN[seen.phase] * link_price(wishes, spare, free, fitting),
         )
-        if costs.alone is not None and device:
+        shared = split
+        if costs.alone is not None:
             split = undivided(costs.alone, demand, split)
         span_ms = max(split.device_ms, split.host_ms) + other_ms
         load = [ExpertId(layer, expert) for expert in split.load]
@@ -179,8 +180,9 @@ class PreSched:
             present[copy] = True
         span, price, worth = state.span_ms.copy(), state.price.copy(), state.worth.copy()
         span[layer] = span_ms
-        if device:
-            price[layer] = 0.5 * (price[layer] + device_price(costs, split.moved))
+        # Where the host is faster alone, nothing is saved by having an expert on the device.
+        now = device_price(costs, split.moved) if split is shared else 1.0
+        price[layer] = 0.5 * (price[layer] + now)
         worth[layer] = state.saved_ms(popularity[layer] * tokens, price[layer])
         state = replace(
             state,
