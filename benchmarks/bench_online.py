@@ -132,7 +132,6 @@ def main(options: Options) -> dict[str, Any]:
             for row in rows
         ],
     )
-    print("\n" + harness.describe(record))
     result = {
         "benchmark": "online",
         "quick": options.quick,
@@ -143,9 +142,7 @@ def main(options: Options) -> dict[str, Any]:
         "tuning": asdict(tuning),
         "rows": rows,
     }
-    if options.json is not None:
-        harness.write_json(options.json, result)
-    return result
+    return harness.finish(options, result)
 
 
 if __name__ == "__main__":

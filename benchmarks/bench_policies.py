@@ -220,10 +220,7 @@ def main(options: Options) -> dict[str, Any]:
         "rows": rows,
     }
     table(rows)
-    print("\n" + harness.describe(record))
-    if options.json is not None:
-        harness.write_json(options.json, result)
-    return result
+    return harness.finish(options, result)
 
 
 if __name__ == "__main__":

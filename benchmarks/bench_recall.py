@@ -185,10 +185,8 @@ def main(options: Options) -> dict[str, Any]:
         "verdicts": found,
     }
     table(rows, found)
-    print(f"\nrouting: {', '.join(sorted({row['routing'] for row in rows}))}\n" + harness.describe(record))
-    if options.json is not None:
-        harness.write_json(options.json, result)
-    return result
+    print(f"\nrouting: {', '.join(sorted({row['routing'] for row in rows}))}")
+    return harness.finish(options, result)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,14 @@ def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[obj
     console.print(table)
 
 
+def finish(options: Common, result: dict[str, Any]) -> dict[str, Any]:
+    """Says what `result["machine"]` was, writes the result to a file if that was asked for; returns it."""
+    print("\n" + describe(result["machine"]))
+    if options.json is not None:
+        write_json(options.json, result)
+    return result
+
+
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes a result, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,20 +6,30 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 from rich.console import Console
-from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg, subcommand
 
-from layerscope_jax import demo, demo_view, profile_view
+from layerscope_jax import demo, demo_view
 from layerscope_jax.batch_files import Completions, Row, check_prompts, completion, read_prompts
-from layerscope_jax.checkpoints import Model, load
+from layerscope_jax.calibrate_cli import Calibrate
+from layerscope_jax.cli_options import (
+    POLICY_NAMES,
+    SHIPPED,
+    Checkpoint,
+    DeviceBudget,
+    Dtype,
+    LinkBandwidth,
+    PolicyName,
+    folder_of,
+    open_model,
+    say,
+)
 from layerscope_jax.complete import Live, complete, summary
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
@@ -27,32 +37,9 @@ from layerscope_jax.fingerprint import fingerprint
 from layerscope_jax.generation import Request
 from layerscope_jax.machine_profile import MachineProfile
 from layerscope_jax.prediction import PREDICTORS, Predictor
-from layerscope_jax.profiling import calibrate
-from layerscope_jax.scheduling.baselines import POLICIES
 from layerscope_jax.simulate_cli import Simulate
 
-SHIPPED = "shipped"
-POLICY_NAMES = ", ".join(sorted(POLICIES))
 PREDICTOR_HELP = f"One of {', '.join(sorted(PREDICTORS))}, or the folder of a trained one."
-
-# Options of several commands.
-Checkpoint = Annotated[
-    Positional[str],
-    arg(metavar="CHECKPOINT", help="A Hugging Face folder, or 'shipped' for the model that comes along."),
-]
-DeviceBudget = Annotated[
-    str | None,
-    arg(metavar="SIZE", help="Device memory for experts, '2GiB' say; without it everything is resident."),
-]
-PolicyName = Annotated[str, arg(metavar="POLICY", help=f"Who moves what within a budget: {POLICY_NAMES}.")]
-LinkBandwidth = Annotated[
-    str | None,
-    arg(metavar="SIZE", help="Bytes a second, '500MB' say, that copies to the device are paced to."),
-]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    arg(help="Converts the weights; without it they stay as they are."),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,49 +288,6 @@ class Record:
         return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Calibrate:
-    """Measure what experts, layers and copies cost on this machine, alone and while its other parts are busy.
-
-    `layerscope generate --profile` then plans by these times instead of measuring a few each time.
-    """
-
-    checkpoint: Checkpoint
-    out: Annotated[Path, arg(metavar="FILE", help="For the profile.")] = Path("profile.json")
-    device_budget: Annotated[
-        str | None,
-        arg(metavar="SIZE", help="Device memory for experts; no more of them are there while measuring."),
-    ] = None
-    link_bandwidth: LinkBandwidth = None
-    dtype: Dtype = None
-
-    def run(self) -> int:
-        """Returns the exit code."""
-        if self.out.is_dir():
-            raise ValueError(f"--out must be a file, got the folder {self.out}")
-        sizes: dict[str, Any] = {"device_budget": self.device_budget, "link_bandwidth": self.link_bandwidth}
-        OffloadConfig(**sizes)  # refuses what is no size, before a model is loaded
-        model = open_model(self.checkpoint, self.dtype)
-        say("measuring; other work on this machine would end up in the figures")
-        profile = calibrate(model, **sizes)
-        profile.save(self.out)
-        profile_view.show(profile, Console(highlight=False))
-        print(f"The profile is in {self.out}")
-        return 0
-
-
-def folder_of(checkpoint: str) -> Path:
-    return demo.SHIPPED if checkpoint == SHIPPED else Path(checkpoint)
-
-
-def open_model(checkpoint: str, dtype: str | None = None) -> Model:
-    """Loads a checkpoint, or the shipped one; a lone CPU is made two, one for the accelerator."""
-    if jax.config.values["jax_num_cpu_devices"] < 0:
-        with suppress(RuntimeError):  # JAX has been used before: its devices are what they are
-            jax.config.update("jax_num_cpu_devices", 2)
-    return load(folder_of(checkpoint), dtype=dtype)
-
-
 def open_predictor(predictor: str | None, checkpoint: str) -> Predictor | str | None:
     """A predictor from its name or folder; without either, the one that comes with the shipped model."""
     if predictor in PREDICTORS:
@@ -353,11 +297,6 @@ def open_predictor(predictor: str | None, checkpoint: str) -> Predictor | str | 
     if predictor is not None:
         return trained.load(predictor)
     return trained.shipped() if checkpoint == SHIPPED else None
-
-
-def say(text: str) -> None:
-    """Prints to stderr."""
-    print(text, file=sys.stderr)
 
 
 def main(args: Sequence[str] | None = None) -> int:

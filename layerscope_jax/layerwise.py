@@ -222,20 +222,7 @@ class LayerByLayer:
         self.meter.count(seen, residency.idle_prefetches)
         if self.record is not None:
             self.record(plan)
-        # This layer's turn has come: what was queued for it in vain is not worth beginning any more.
-        wanted = {ExpertId(layer, expert) for expert in plan.device}
-        for expert in self.transfers.drop(lambda e: e.layer == layer and e not in wanted):
-            residency.release(expert)
-        for expert in plan.evict:
-            residency.evict(expert)
-        for expert in plan.load:
-            residency.reserve(expert, prefetched=False)
-        for expert in plan.prefetch:
-            residency.reserve(expert, prefetched=True)
-        promoted = [
-            expert for expert in sorted(wanted) if expert in residency.coming and expert not in plan.load
-        ]
-        self.transfers.submit([*promoted, *plan.load], plan.prefetch)
+        self.transfers.submit(residency.follow(plan, self.transfers.drop), plan.prefetch)
         return seen, plan
 
     def _elapsed_ms(self) -> float:

@@ -255,19 +255,10 @@ class _Run:
         self.meter.count(seen, books.idle_prefetches)
         if self.record is not None:
             self.record(plan)
-        wanted = {ExpertId(seen.layer, expert) for expert in plan.device}
-        for expert in link.drop(lambda e: e.layer == seen.layer and e not in wanted, now):
-            books.release(expert)
-        for expert in plan.evict:
-            books.evict(expert)
-        for expert in plan.load:
-            books.reserve(expert, prefetched=False)
-        for expert in plan.prefetch:
-            books.reserve(expert, prefetched=True)
+        demanded = books.follow(plan, lambda stale: link.drop(stale, now))
         if self.costs.alone is not None:
             link.pace((self.costs if plan.host else self.costs.alone).transfer_ms, now)
-        promoted = [e for e in sorted(wanted) if e in books.coming and e not in plan.load]
-        link.submit([*promoted, *plan.load], plan.prefetch, now)
+        link.submit(demanded, plan.prefetch, now)
         return plan
 
     def _absorb(self, now: float) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
+from layerscope_jax.experts.transfers import MATRICES
 from layerscope_jax.scheduling.plan import ExpertId
 
-CHUNKS = 3
-"""Parts that an expert crosses the link in, its matrices; see `layerscope_jax.experts.transfers`."""
+CHUNKS = MATRICES
+"""Parts that an expert crosses the link in."""
 
 
 class Link:

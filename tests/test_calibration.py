@@ -10,7 +10,7 @@ import pytest
 from helpers import TINY, in_time, random_decoder, random_model
 
 import layerscope_jax
-from layerscope_jax import Engine, OffloadConfig, calibration, cli, jobs, machine, profiling
+from layerscope_jax import Engine, OffloadConfig, calibrate_cli, calibration, cli, jobs, machine, profiling
 from layerscope_jax.calibration import Points, busy, others, tables
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.transfers import TransferError, Transfers
@@ -244,7 +244,9 @@ def checkpoint(tmp_path_factory):
 
 class TestCommand:
     def test_it_writes_a_profile_and_shows_it(self, checkpoint, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(cli, "calibrate", partial(profiling.calibrate, points=POINTS, contexts=(8,)))
+        monkeypatch.setattr(
+            calibrate_cli, "calibrate", partial(profiling.calibrate, points=POINTS, contexts=(8,))
+        )
         file = tmp_path / "new" / "profile.json"
         assert cli.main(["calibrate", str(checkpoint), "--out", str(file), "--device-budget", "50KB"]) == 0
         profile = MachineProfile.load(file)

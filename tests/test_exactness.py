@@ -4,36 +4,27 @@ The oracle is the same engine with everything resident. That one agrees to round
 model in one jit, since XLA fuses the two differently, and with Hugging Face transformers.
 """
 
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PROFILE, Copies, bits, in_time, random_model
-from hypothesis import example, given, settings
+from exact_cases import SHIPPED, RandomPolicy, agree, case, oracle, place, run, tap
+from helpers import PROFILE, Copies, in_time
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import layerscope_jax
 from layerscope_jax import (
     POLICIES,
     Engine,
-    ExpertId,
-    LayerPlan,
-    Model,
     OffloadConfig,
     Request,
-    TransferError,
     load,
 )
 from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.whole import WholeModel
 
-SHIPPED = Path(layerscope_jax.__file__).parent / "shipped"
-SENTENCES = ["Once upon a time there was", "def main():"]
 needs_shipped = pytest.mark.skipif(
     not (SHIPPED / "config.json").exists(), reason="no model is shipped with this checkout"
 )
@@ -41,131 +32,6 @@ needs_shipped = pytest.mark.skipif(
 GOLDEN = sorted(file.parent for file in (Path(__file__).parent / "golden").glob("*/golden.npz"))
 TOLERANCE = 2e-5
 """Of logits of size 1 to 3 in float32: the differences seen are a tenth of it."""
-
-
-class RandomPolicy:
-    """Valid plans, good and absurd ones alike: drops what it needs next, fetches what it has just dropped.
-
-    Args:
-        seed: a plan is a function of it, the step, the layer and what is seen.
-        device: how likely an active expert is computed on the device, where there is room.
-        restless: how likely a resident expert leaves.
-        ahead: how much of the room left is used to prefetch, for any layer.
-    """
-
-    name = "random"
-    uses_costs = False
-
-    def __init__(self, seed=0, device=0.5, restless=0.3, ahead=0.7):
-        self.seed, self.device, self.restless, self.ahead = seed, device, restless, ahead
-
-    def init(self, geometry, profile):
-        return geometry
-
-    def plan(self, geometry, seen):
-        rng = np.random.default_rng((self.seed, seen.step, seen.layer))
-
-        def some(experts, share):
-            return [expert for expert in sorted(experts) if rng.random() < share]
-
-        active = {ExpertId(seen.layer, expert) for expert in seen.demand}
-        coming, resident = set(seen.in_flight), set(seen.resident)
-        chosen = set(some(active, self.device))
-        evict = some(resident - chosen, self.restless)
-        room = geometry.slots - len(resident) - len(coming) + len(evict)
-        load = rng.permutation(len(missing := sorted(chosen - resident - coming)))[:room].tolist()
-        load = [missing[index] for index in load]
-        room -= len(load)
-        device = (chosen & (resident | coming)) | set(load)
-        every = {ExpertId(x, e) for x in range(geometry.num_layers) for e in range(geometry.num_experts)}
-        absent = sorted(every - (resident - set(evict)) - coming - set(load))
-        ahead = rng.permutation(len(absent))[: int(room * self.ahead)].tolist()
-        return geometry, LayerPlan(
-            step=seen.step,
-            layer=seen.layer,
-            device=tuple(rng.permutation(sorted(e.expert for e in device)).tolist()),
-            host=tuple(rng.permutation(sorted(e.expert for e in active - device)).tolist()),
-            evict=tuple(evict),
-            load=tuple(load),
-            prefetch=tuple(absent[index] for index in ahead),
-        )
-
-
-class Case(NamedTuple):
-    """A model and what it is asked."""
-
-    model: Model
-    batches: list[list[list[int]]]
-    steps: int
-
-
-def prompts(rng, vocabulary, *sizes):
-    return [rng.integers(0, vocabulary, size).tolist() for size in sizes]
-
-
-@lru_cache
-def case(name):
-    rng = np.random.default_rng(5)
-    if name == "float32":  # many experts: all sizes of dispatches
-        model = random_model(num_experts=20, experts_per_token=4, num_layers=2, tie_embeddings=True)
-        batches = [prompts(rng, 61, 1, 6, 3, 4, 2), prompts(rng, 61, 2, 4, 1, 3, 8, 5, 2, 1)]
-        return Case(model, batches, 5)
-    if name == "bfloat16":
-        model = random_model(dtype=jnp.bfloat16, seed=1, attention_bias=False)
-        return Case(model, [prompts(rng, 61, 3, 11), prompts(rng, 61, 16, 1)], 6)
-    if name.startswith("shipped"):
-        model = load(SHIPPED, dtype="float32" if name == "shipped in float32" else None)
-        return Case(model, [[model.tokenizer.encode(text).ids for text in SENTENCES]], 2)
-    # Experts with more rows than the largest bucket, one choice a token, up to the end of the context.
-    model = random_model(num_experts=3, experts_per_token=1, num_layers=2, seed=2, max_positions=193)
-    return Case(model, [prompts(rng, 61, 190, 170)], 3)
-
-
-def tap(engine):
-    """Every step's logits, rows that are still generating alone; kept in the list that is returned."""
-    logits, step = [], engine.runner.step
-
-    def tapped(tokens, positions, last, caches, sampling):
-        found = step(tokens, positions, last, caches, sampling)
-        active = positions[np.arange(len(last)), last] != PAD_POSITION
-        logits.append(np.asarray(found[1])[active])
-        return found
-
-    engine.runner.step = tapped
-    return logits
-
-
-def run(engine, batches, steps):
-    """Tokens and logits of every batch, one call each."""
-    logits = tap(engine)
-    tokens = [engine.generate(batch, max_new_tokens=steps).tokens for batch in batches]
-    return tokens, logits
-
-
-@lru_cache
-def oracle(name):
-    model, batches, steps = case(name)
-    with Engine(model, OffloadConfig(numerics="exact")) as engine:
-        tokens, logits = run(engine, batches, steps)
-    assert len(logits) == len(batches) * steps
-    return tokens, logits
-
-
-def place(engine, experts):
-    """Puts experts on the device before the first step."""
-    residency, transfers = engine.runner.residency, engine.runner.transfers
-    for expert in experts[: residency.slots]:
-        residency.reserve(expert, prefetched=False)
-        residency.arrive(expert, jax.device_put(engine.model.bank[expert], transfers.sharding))
-
-
-def agree(found, expected):
-    (tokens, logits), (expected_tokens, expected_logits) = found, expected
-    assert len(logits) == len(expected_logits)
-    for step, (here, there) in enumerate(zip(logits, expected_logits, strict=True)):
-        assert np.isfinite(there).all()
-        np.testing.assert_array_equal(bits(here), bits(there), err_msg=f"logits of step {step}")
-    assert tokens == expected_tokens
 
 
 NAMES = ["float32", "bfloat16", "long"]
@@ -270,118 +136,6 @@ def test_fast_numerics_agree_to_rounding():
     assert fast_tokens == tokens
     for fast, exact in zip(fast_logits, logits, strict=True):
         np.testing.assert_allclose(fast, exact, rtol=0, atol=TOLERANCE)
-
-
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    slots=st.integers(8, 23),
-    policy=st.sampled_from(["lru", "on-demand", "random"]),
-    at=st.integers(0, 4),
-)
-@example(seed=0, slots=8, policy="lru", at=0)
-@example(seed=0, slots=23, policy="lru", at=4)
-@example(seed=0, slots=23, policy="on-demand", at=4)
-@settings(deadline=None, max_examples=20)
-def test_an_engine_recovers_from_a_link_that_broke(seed, slots, policy, at):
-    """In the middle of a call, a copy fails for good: an error, and the next call is right again."""
-    model, batches, steps = case("bfloat16")
-    copies = Copies()
-    config = OffloadConfig(
-        device_budget=slots * model.bank.expert_bytes,
-        policy=RandomPolicy(seed, device=1.0, restless=0.9) if policy == "random" else policy,
-        numerics="exact",
-    )
-    with Engine(model, config, copy=copies) as engine:
-        runner = engine.runner
-        step, reserve, calls, needed = runner.step, runner.residency.reserve, [], []
-
-        def breaks(*inputs):
-            calls.append(None)
-            copies.broken = len(calls) > at
-            return step(*inputs)
-
-        def looks(expert, *, prefetched):
-            if copies.broken and not prefetched:
-                needed.append(expert)
-            reserve(expert, prefetched=prefetched)
-
-        runner.step, runner.residency.reserve = breaks, looks
-        error = None
-        try:
-            in_time(lambda: engine.generate(batches[0], max_new_tokens=steps))
-        except TransferError as caught:
-            error = caught
-        # A random plan may do without the link; the others load in every case, in the last step at least.
-        assert needed or policy == "random"
-        assert error is not None or not needed
-        if error is not None:
-            assert "to the device failed 3 times: injected" in str(error)
-            assert not runner.residency.coming
-        assert runner.residency.used_bytes <= engine.budget_bytes
-        copies.broken = False
-        runner.step, runner.residency.reserve = step, reserve
-        agree(in_time(lambda: run(engine, batches, steps)), oracle("bfloat16"))
-
-
-@pytest.mark.parametrize("where", ["policy.plan", "transfers.submit", "transfers.wait", "host_experts.start"])
-@pytest.mark.parametrize("what", [KeyboardInterrupt, MemoryError])
-def test_an_engine_recovers_from_an_interruption(where, what, monkeypatch):
-    model, batches, steps = case("bfloat16")
-    config = OffloadConfig(
-        device_budget=9 * model.bank.expert_bytes, policy=RandomPolicy(3), numerics="exact"
-    )
-    with Engine(model, config) as engine:
-        room, name = where.split(".")
-        owner = getattr(engine.runner, room)
-        original, calls = getattr(owner, name), []
-
-        def interrupted(*arguments):
-            calls.append(None)
-            if len(calls) == 5:
-                raise what
-            return original(*arguments)
-
-        monkeypatch.setattr(owner, name, interrupted)
-        with pytest.raises(what):
-            in_time(lambda: engine.generate(batches[0], max_new_tokens=steps))
-        assert not engine.runner.residency.coming
-        agree(in_time(lambda: run(engine, batches, steps)), oracle("bfloat16"))
-
-
-def test_a_bad_plan_is_refused_and_does_no_harm():
-    """Also one that asks for an expert that does not exist, which no link could bring."""
-    model, batches, steps = case("bfloat16")
-
-    class Wrong(RandomPolicy):
-        wrong = True
-
-        def plan(self, geometry, seen):
-            state, plan = super().plan(geometry, seen)
-            if self.wrong and seen.step == 1:
-                return state, LayerPlan(**plan.to_json() | {"prefetch": (ExpertId(geometry.num_layers, 0),)})
-            return state, plan
-
-    policy = Wrong(3)
-    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=policy, numerics="exact")
-    with Engine(model, config) as engine:
-        with pytest.raises(ValueError, match="no such expert"):
-            in_time(lambda: engine.generate(batches[0], max_new_tokens=steps))
-        policy.wrong = False
-        agree(in_time(lambda: run(engine, batches, steps)), oracle("bfloat16"))
-
-
-def test_recorded_plans_can_be_replayed():
-    model, batches, steps = case("bfloat16")
-    budget = 10 * model.bank.expert_bytes
-    with Engine(model, OffloadConfig(device_budget=budget, policy="lru")) as engine:
-        recorded = engine.generate(batches[0], max_new_tokens=steps, record_plans=True)
-    assert len(recorded.plans) == steps * model.config.num_layers
-    replay = layerscope_jax.Replay(recorded.plans)
-    with Engine(model, OffloadConfig(device_budget=budget, policy=replay)) as engine:
-        again = engine.generate(batches[0], max_new_tokens=steps, record_plans=True)
-    assert again.plans == recorded.plans
-    assert again.tokens == recorded.tokens
-    assert again.stats.bytes_moved == recorded.stats.bytes_moved
 
 
 @needs_shipped

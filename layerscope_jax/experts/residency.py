@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import KeysView
+from collections.abc import Callable, KeysView
 
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.scheduling.plan import ExpertId
+from layerscope_jax.scheduling.plan import ExpertId, LayerPlan
 
 
 class Residency:
@@ -90,6 +90,32 @@ class Residency:
             raise RuntimeError(f"{expert} is to be computed on the device, but is not resident")
         self.idle_prefetches.discard(expert)
         return self._held[expert]
+
+    def follow(
+        self, plan: LayerPlan, drop: Callable[[Callable[[ExpertId], bool]], list[ExpertId]]
+    ) -> list[ExpertId]:
+        """Enters what a plan, checked already, says of memory.
+
+        Args:
+            plan: of the layer whose turn has come.
+            drop: takes prefetches that have not begun off the link, where the function that it is given says
+                so; gives them.
+
+        Returns:
+            What is to cross the link before all else, as this layer waits for it.
+        """
+        # What was queued for this layer in vain is not worth beginning any more.
+        wanted = {ExpertId(plan.layer, expert) for expert in plan.device}
+        for expert in drop(lambda e: e.layer == plan.layer and e not in wanted):
+            self.release(expert)
+        for expert in plan.evict:
+            self.evict(expert)
+        promoted = sorted(wanted & self._coming.keys())
+        for expert in plan.load:
+            self.reserve(expert, prefetched=False)
+        for expert in plan.prefetch:
+            self.reserve(expert, prefetched=True)
+        return [*promoted, *plan.load]
 
     def unused_prefetch_bytes(self) -> int:
         """Bytes of prefetched experts that nothing has read so far: gone ones and resident ones."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 KNOWN = 1024
 """Token counts up to here are looked up; policies ask for thousands of times within a step."""
@@ -44,20 +46,28 @@ class TimeTable:
         """The same, for whoever asks often for counts of at most so many tokens."""
         return self.known.__getitem__ if most <= KNOWN else self
 
+    def total(self, counts: Collection[int]) -> float:
+        """Of computing all of them, one after the other."""
+        time = self.upto(max(counts, default=0))
+        return sum([time(tokens) for tokens in counts], 0.0)
+
     @cached_property
     def known(self) -> list[float]:
         """Times of 0 to `KNOWN` tokens; nothing is done for none."""
         return [0.0] + [self._interpolated(tokens) for tokens in range(1, KNOWN + 1)]
 
-    def expected(self, tokens: float) -> float:
-        """For a forecast count, which is not a whole number; up to one token, the chance that one comes.
+    def expected(self, tokens: np.ndarray) -> np.ndarray:
+        """For forecast counts, not whole numbers; below one token, one's time by the chance that it comes.
 
-        >>> TimeTable((1, 4), (1.0, 2.5)).expected(0.3)
-        0.3
+        >>> TimeTable((1, 4), (1.0, 2.5)).expected(np.array([0.3, 2.0])).tolist()
+        [0.3, 1.5]
         """
-        whole = int(tokens)
-        low = self(whole) if whole else 0.0
-        return low + (tokens - whole) * (self(whole + 1) - low)
+        return np.interp(tokens, *self._curve)
+
+    @cached_property
+    def _curve(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        tokens = sorted({1, *self.tokens, 2 * self.tokens[-1], 1_000_000})
+        return (0.0, *tokens), (0.0, *(self(count) for count in tokens))
 
     def _interpolated(self, tokens: int) -> float:
         if len(self.tokens) == 1 or tokens <= self.tokens[0]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from layerscope_jax.scheduling.costs import HardwareProfile
-from layerscope_jax.scheduling.demand import busiest_first
+from layerscope_jax.scheduling.demand import answer
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Observation
 from layerscope_jax.scheduling.presched import PreSched, PreSchedState
 
@@ -90,11 +90,17 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class GuardState:
-    """The policy's state, what is watched by (phase, power of two of the tokens), and the turn under way."""
+    """PreSched's state, and what the guard knows.
+
+    Attributes:
+        inner: the policy's own.
+        forecasts: whether there has been one.
+        watches: by phase and power of two of the tokens.
+        turn: that is under way.
+    """
 
     inner: PreSchedState
-    layers: int
-    forecasts: bool
+    forecasts: bool = False
     watches: Mapping[tuple[str, int], Watch] = field(default_factory=dict)
     turn: Turn | None = None
 
@@ -119,18 +125,19 @@ class Guard:
         self._policy = PreSched()
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> GuardState:
-        return GuardState(self._policy.init(geometry, profile), geometry.num_layers, False)
+        return GuardState(self._policy.init(geometry, profile))
 
     def plan(self, state: GuardState, seen: Observation) -> tuple[GuardState, LayerPlan]:
         state = self._measured(state, seen)
         tokens = sum(seen.demand.values()) // state.inner.geometry.experts_per_token
         key = (seen.phase, tokens.bit_length())
         watches = dict(state.watches)
+        layers = state.inner.geometry.num_layers
         watch = watches.get(key) or Watch(
-            np.full((len(WAYS), state.layers, SAMPLES), np.inf),
-            np.zeros(state.layers, np.int64),
-            np.full((state.layers, SAMPLES), np.inf),
-            np.zeros(state.layers),
+            np.full((len(WAYS), layers, SAMPLES), np.inf),
+            np.zeros(layers, np.int64),
+            np.full((layers, SAMPLES), np.inf),
+            np.zeros(layers),
             wait=TRIAL[seen.phase] + 1,
         )
         if seen.layer == 0:
@@ -138,15 +145,14 @@ class Guard:
         number = int(watch.chosen[seen.layer]) if watch.trial is None else watch.trial
         way = WAYS[number]
         costs, host_ms = state.inner.costs.alone or state.inner.costs, watch.host_ms.copy()
-        time = costs.host_ms.upto(max(seen.demand.values(), default=0))
-        host_ms[seen.layer] = costs.layer_ms(tokens) + sum([time(count) for count in seen.demand.values()])
+        host_ms[seen.layer] = costs.layer_ms(tokens) + costs.host_ms.total(seen.demand.values())
         inner, planned_ms = state.inner, host_ms[seen.layer]
         if way.device:
             known = seen if way.forecast else replace(seen, forecast=())
             inner, plan = self._policy.decide(inner, known, move=way.move)
             planned_ms = inner.span_ms[seen.layer]
         else:  # nothing to decide, and PreSched remembers what it knew
-            plan = LayerPlan(step=seen.step, layer=seen.layer, host=tuple(busiest_first(seen)))
+            plan = answer(seen, ())
         turns = tuple(count + (index == number) for index, count in enumerate(watch.turns))
         watches[key] = replace(watch, turns=turns, host_ms=host_ms)
         # The first step of a trial is not measured where it has more than one.
@@ -160,7 +166,7 @@ class Guard:
         if state.turn is None:
             return True
         watch = state.watches[state.turn.key]
-        if state.turn.layer == state.layers - 1 and watch.trial is None and watch.wait <= 1:
+        if state.turn.layer == len(watch.chosen) - 1 and watch.trial is None and watch.wait <= 1:
             return True  # a trial may begin
         ways = watch.chosen.tolist() if watch.trial is None else [watch.trial, *watch.untried]
         return any(WAYS[way].forecast for way in ways)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from layerscope_jax.scheduling.caching import Cache, CacheState
@@ -11,14 +12,24 @@ from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observ
 
 
 @dataclass(frozen=True)
-class FiddlerState:
-    """Costs, room, and the hot set, which is fixed for a layer once that layer has been seen."""
+class HotTable:
+    """Costs, the model's shape, and the hot experts, fixed for a layer once that layer has been seen.
 
-    profile: HardwareProfile
-    slots: int
-    hot_per_layer: int
+    They take three quarters of the budget, evenly over the layers.
+    """
+
+    costs: HardwareProfile
+    geometry: Geometry
     hot: frozenset[ExpertId] = frozenset()
     layers: frozenset[int] = frozenset()
+
+    def with_layer(self, layer: int, order: Sequence[int]) -> HotTable:
+        """The table with a layer's experts, given by falling demand, if it has not been seen before."""
+        if layer in self.layers:
+            return self
+        each = self.geometry.slots * 3 // 4 // self.geometry.num_layers
+        hot = self.hot.union(ExpertId(layer, expert) for expert in order[:each])
+        return replace(self, hot=hot, layers=self.layers | {layer})
 
 
 class Fiddler:
@@ -33,26 +44,23 @@ class Fiddler:
     name = "fiddler"
     uses_costs = True
 
-    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> FiddlerState:
-        costs = need_costs(profile, self.name)
-        return FiddlerState(costs, geometry.slots, geometry.slots * 3 // 4 // geometry.num_layers)
+    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> HotTable:
+        return HotTable(need_costs(profile, self.name), geometry)
 
-    def plan(self, state: FiddlerState, seen: Observation) -> tuple[FiddlerState, LayerPlan]:
+    def plan(self, state: HotTable, seen: Observation) -> tuple[HotTable, LayerPlan]:
         layer, demand = seen.layer, seen.demand
         order = busiest_first(seen)
-        if layer not in state.layers:
-            hot = (ExpertId(layer, expert) for expert in order[: state.hot_per_layer])
-            state = replace(state, hot=state.hot | frozenset(hot), layers=state.layers | {layer})
+        state = state.with_layer(layer, order)
         passed = sorted(
             e for e in seen.resident if e not in state.hot and not (e.layer == layer and e.expert in demand)
         )
-        room = state.slots - (len(seen.resident) - len(passed)) - len(seen.in_flight)
+        room = state.geometry.slots - (len(seen.resident) - len(passed)) - len(seen.in_flight)
         device, load = [], []
         for expert in order:
             copy = ExpertId(layer, expert)
             if present(copy, seen):
                 device.append(expert)
-            elif room > 0 and (copy in state.hot or device_is_faster(state.profile, demand[expert])):
+            elif room > 0 and (copy in state.hot or device_is_faster(state.costs, demand[expert])):
                 device.append(expert)
                 load.append(copy)
                 room -= 1

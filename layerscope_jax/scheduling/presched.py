@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
-from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
+from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.demand import answer, busiest_first, need_costs
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
 from layerscope_jax.scheduling.split import Split, balance
 
@@ -36,28 +36,12 @@ Weighed = tuple[float, int, int]
 """Milliseconds, layer and expert."""
 
 
-class Curve(NamedTuple):
-    """A time table for expected counts; below one token it is the time of one by the chance that it comes."""
-
-    tokens: tuple[float, ...]
-    ms: tuple[float, ...]
-
-    @classmethod
-    def of(cls, table: TimeTable) -> Curve:
-        tokens = sorted({1, *table.tokens, 2 * table.tokens[-1], 1_000_000})
-        return cls((0.0, *tokens), (0.0, *(table(count) for count in tokens)))
-
-    def __call__(self, expected: np.ndarray) -> np.ndarray:
-        return np.interp(expected, self.tokens, self.ms)
-
-
 @dataclass(frozen=True)
 class PreSchedState:
     """What is remembered; arrays are copied before they change.
 
     Attributes:
         costs, geometry: of machine and model.
-        host, device: the time tables for counts that are not whole.
         popularity: [L, E] mean tokens that an expert gets of one token in the step.
         worth: [L, E] ms that having an expert on the device saves in its layer's next turn, if as popular as
             ever.
@@ -70,8 +54,6 @@ class PreSchedState:
 
     costs: HardwareProfile
     geometry: Geometry
-    host: Curve
-    device: Curve
     popularity: np.ndarray
     worth: np.ndarray
     present: np.ndarray
@@ -81,7 +63,8 @@ class PreSchedState:
 
     def saved_ms(self, expected: np.ndarray, price: np.ndarray) -> np.ndarray:
         """What it saves of a layer's time to have an expert on the device, by its expected tokens."""
-        return (1 - price) * self.host(expected) - price * self.device(expected)
+        host_ms, device_ms = self.costs.host_ms, self.costs.device_ms
+        return (1 - price) * host_ms.expected(expected) - price * device_ms.expected(expected)
 
 
 class PreSched:
@@ -100,14 +83,10 @@ class PreSched:
     uses_costs = True
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> PreSchedState:
-        if profile is None:
-            raise ValueError(f"policy {self.name!r} weighs costs: it needs a HardwareProfile, got None")
         layers, experts = geometry.num_layers, geometry.num_experts
         return PreSchedState(
-            profile,
+            need_costs(profile, self.name),
             geometry,
-            Curve.of(profile.host_ms),
-            Curve.of(profile.device_ms),
             popularity=np.zeros((layers, experts)),
             worth=np.zeros((layers, experts)),
             present=np.zeros((layers, experts), bool),
@@ -149,7 +128,7 @@ class PreSched:
         )
         shared = split
         if costs.alone is not None:
-            split = undivided(costs.alone, demand, split)
+            split = undivided(costs.alone, seen, split)
         span_ms = max(split.device_ms, split.host_ms) + other_ms
         load = [ExpertId(layer, expert) for expert in split.load]
         leaving = max(0, len(load) - free)
@@ -193,15 +172,7 @@ class PreSched:
             price=price,
             queue=(*queue, *load, *prefetch),
         )
-        return state, LayerPlan(
-            step=seen.step,
-            layer=layer,
-            device=tuple(split.device),
-            host=tuple(split.host),
-            evict=tuple(evict),
-            load=tuple(load),
-            prefetch=tuple(prefetch),
-        )
+        return state, answer(seen, split.device, evict=evict, load=load, prefetch=prefetch)
 
     def _weigh(
         self,
@@ -299,14 +270,12 @@ def link_price(
     return price
 
 
-def undivided(alone: HardwareProfile, demand: Mapping[int, int], split: Split) -> Split:
+def undivided(alone: HardwareProfile, seen: Observation, split: Split) -> Split:
     """The host alone, where it is done sooner than two that hinder each other."""
-    time = alone.host_ms.upto(max(demand.values(), default=0))
-    host_ms = sum([time(tokens) for tokens in demand.values()], 0.0)
+    host_ms = alone.host_ms.total(seen.demand.values())
     if host_ms >= max(split.device_ms, split.host_ms):
         return split
-    host = sorted(demand, key=lambda expert: (-demand[expert], expert))
-    return Split([], host, [], 0.0, host_ms)
+    return Split([], busiest_first(seen), [], 0.0, host_ms)
 
 
 def device_price(costs: HardwareProfile, moved: int) -> float:

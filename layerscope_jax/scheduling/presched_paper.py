@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from layerscope_jax.scheduling.costs import HardwareProfile
-from layerscope_jax.scheduling.demand import busiest_first, present
+from layerscope_jax.scheduling.demand import answer, busiest_first, need_costs, present
+from layerscope_jax.scheduling.hybrid import HotTable
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
 
 LOOK_AHEAD = 2
-
-
-@dataclass(frozen=True)
-class PaperState:
-    """Costs, shape, and the hot-expert table, which is fixed for a layer once that layer has been seen."""
-
-    costs: HardwareProfile
-    geometry: Geometry
-    hot_per_layer: int
-    hot: frozenset[ExpertId] = frozenset()
-    layers: frozenset[int] = frozenset()
 
 
 class PaperPreSched:
@@ -35,17 +23,13 @@ class PaperPreSched:
     name = "presched-paper"
     uses_costs = True
 
-    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> PaperState:
-        if profile is None:
-            raise ValueError(f"policy {self.name!r} weighs costs: it needs a HardwareProfile, got None")
-        return PaperState(profile, geometry, geometry.slots * 3 // 4 // geometry.num_layers)
+    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> HotTable:
+        return HotTable(need_costs(profile, self.name), geometry)
 
-    def plan(self, state: PaperState, seen: Observation) -> tuple[PaperState, LayerPlan]:
+    def plan(self, state: HotTable, seen: Observation) -> tuple[HotTable, LayerPlan]:
         costs, layer, demand = state.costs, seen.layer, seen.demand
         order = busiest_first(seen)
-        if layer not in state.layers:
-            hot = (ExpertId(layer, expert) for expert in order[: state.hot_per_layer])
-            state = replace(state, hot=state.hot | frozenset(hot), layers=state.layers | {layer})
+        state = state.with_layer(layer, order)
         coming = self._forecast(state.geometry, seen)
         near = {(layer + 1 + ahead) % state.geometry.num_layers for ahead in range(LOOK_AHEAD)}
         leave = [
@@ -75,16 +59,9 @@ class PaperPreSched:
         fitting = max(0, int(gap_ms / max(costs.transfer_ms, 1e-6)))
         absent = [e for e in coming if not present(e, seen)]
         prefetch = absent[: min(fitting, max(0, room - len(load)))]
-        host = [expert for expert in missing if ExpertId(layer, expert) not in load]
-        return state, LayerPlan(
-            step=seen.step,
-            layer=layer,
-            device=tuple(expert for expert in order if expert not in host),
-            host=tuple(host),
-            evict=tuple(leave),
-            load=tuple(load),
-            prefetch=tuple(prefetch),
-        )
+        loaded = {copy.expert for copy in load}
+        device = [expert for expert in order if expert not in missing or expert in loaded]
+        return state, answer(seen, device, evict=leave, load=load, prefetch=prefetch)
 
     def _forecast(self, geometry: Geometry, seen: Observation) -> list[ExpertId]:
         """Experts of the next layers that half a token or more is expected for, most tokens first."""

@@ -64,8 +64,10 @@ def test_the_margin_keeps_what_is_hardly_slower():
     assert FIRST_WAIT < watch.pause <= LONGEST_WAIT
 
 
-def test_one_stall_decides_nothing():
-    stalls = iter([1.0] * 30 + [500.0] + [1.0] * 1000)
+@pytest.mark.parametrize("at", range(30, 40))
+def test_one_stall_decides_nothing(at):
+    """Whenever it comes: also in the last turn before the times are looked at."""
+    stalls = iter([1.0] * at + [500.0] + [1.0] * 1000)
     ways, _, _ = run(lambda way, planned: planned * next(stalls), steps=60)
     assert set(ways) == {"full"}
 

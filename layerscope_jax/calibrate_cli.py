@@ -1,0 +1,46 @@
+"""The command `layerscope calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+from tyro.conf import arg
+
+from layerscope_jax import profile_view
+from layerscope_jax.cli_options import Checkpoint, Dtype, LinkBandwidth, open_model, say
+from layerscope_jax.config import OffloadConfig
+from layerscope_jax.profiling import calibrate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """Measure what experts, layers and copies cost on this machine, alone and while its other parts are busy.
+
+    `layerscope generate --profile` then plans by these times instead of measuring a few each time.
+    """
+
+    checkpoint: Checkpoint
+    out: Annotated[Path, arg(metavar="FILE", help="For the profile.")] = Path("profile.json")
+    device_budget: Annotated[
+        str | None,
+        arg(metavar="SIZE", help="Device memory for experts; no more of them are there while measuring."),
+    ] = None
+    link_bandwidth: LinkBandwidth = None
+    dtype: Dtype = None
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        if self.out.is_dir():
+            raise ValueError(f"--out must be a file, got the folder {self.out}")
+        sizes: dict[str, Any] = {"device_budget": self.device_budget, "link_bandwidth": self.link_bandwidth}
+        OffloadConfig(**sizes)  # refuses what is no size, before a model is loaded
+        model = open_model(self.checkpoint, self.dtype)
+        say("measuring; other work on this machine would end up in the figures")
+        profile = calibrate(model, **sizes)
+        profile.save(self.out)
+        profile_view.show(profile, Console(highlight=False))
+        print(f"The profile is in {self.out}")
+        return 0
