@@ -6,9 +6,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 
 KNOWN = 1024
 """Token counts up to here are looked up; policies ask for thousands of times within a step."""
@@ -62,12 +63,13 @@ class TimeTable:
         >>> TimeTable((1, 4), (1.0, 2.5)).expected(np.array([0.3, 2.0])).tolist()
         [0.3, 1.5]
         """
-        return np.interp(tokens, *self._curve)
+        return np.interp(tokens, *self.curve)
 
     @cached_property
-    def _curve(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and ms of the points that the table is a straight line between, from nothing on."""
         tokens = sorted({1, *self.tokens, 2 * self.tokens[-1], 1_000_000})
-        return (0.0, *tokens), (0.0, *(self(count) for count in tokens))
+        return np.array([0.0, *tokens]), np.array([0.0, *(self(count) for count in tokens)])
 
     def _interpolated(self, tokens: int) -> float:
         if len(self.tokens) == 1 or tokens <= self.tokens[0]:
@@ -102,6 +104,29 @@ class TimeTable:
 NOTHING = TimeTable((1,), (0.0,))
 
 
+class Curves(NamedTuple):
+    """`TimeTable.curve` of an expert on the host and on the device, for compiled functions."""
+
+    host_tokens: np.ndarray
+    host_ms: np.ndarray
+    device_tokens: np.ndarray
+    device_ms: np.ndarray
+
+
+@njit(cache=True, nogil=True)
+def ms_of(tokens: float, known: np.ndarray, ms: np.ndarray) -> float:
+    """The time of so many tokens on a curve.
+
+    >>> ms_of(2.0, *TimeTable((1, 4), (1.0, 2.5)).curve)
+    1.5
+    """
+    right = 1
+    while right < len(known) - 1 and known[right] < tokens:
+        right += 1
+    low, high = known[right - 1], known[right]
+    return ms[right - 1] + (tokens - low) / (high - low) * (ms[right] - ms[right - 1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
     """Costs of one layer of a model on one machine, in milliseconds.
@@ -124,3 +149,7 @@ class HardwareProfile:
     host_start_ms: float = 0.0
     source: str
     alone: HardwareProfile | None = None
+
+    @cached_property
+    def curves(self) -> Curves:
+        return Curves(*self.host_ms.curve, *self.device_ms.curve)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from layerscope_jax.scheduling.costs import HardwareProfile
+import numpy as np
+from numba import njit
+
+from layerscope_jax.scheduling.costs import Curves, HardwareProfile, ms_of
 
 
 class Split(NamedTuple):
@@ -58,49 +61,110 @@ def balance(
     >>> balance(costs, {0: 1, 1: 1, 2: 1, 3: 1}, [0], loads=4)
     Split(device=[0, 1], host=[2, 3], load=[1], device_ms=4.0, host_ms=4.0, moved=0)
     """
-    most = max(demand.values(), default=0)
-    host_time, device_time = costs.host_ms.upto(most), costs.device_ms.upto(most)
-    order = sorted(sorted(demand), key=demand.__getitem__, reverse=True)  # ties by number
-    arriving = list(coming)
-    on_device, away = set(resident), {expert for expert, _ in arriving}
-    device = [expert for expert in order if expert in on_device]
-    device_end = sum([device_time(demand[expert]) for expert in device], 0.0)
-    host = {expert: host_time(demand[expert]) for expert in order if expert not in on_device}
-    host_end = sum(host.values(), 0.0)
-    load: list[int] = []
+    experts, tokens = ordered(np.array([*demand], np.int64), np.array([*demand.values()], np.int64))
+    place = {expert: index for index, expert in enumerate(experts.tolist())}
+    held, arrival = np.zeros(len(experts), np.bool_), np.full(len(experts), np.inf)
+    held[[place[expert] for expert in resident]] = True
+    queue = []
+    for expert, due in coming:
+        queue.append(place[expert])
+        arrival[queue[-1]] = due
+    device, loaded, on_host, device_ms, host_ms, moved = share_out(
+        costs.curves,
+        costs.transfer_ms,
+        tokens,
+        held,
+        np.array(queue, np.int64),
+        arrival,
+        float(link_ms),
+        loads,
+        float(worth_ms),
+    )
+    names = experts.tolist()
+    return Split(
+        [names[index] for index in device.tolist()],
+        [names[index] for index in on_host.tolist()],
+        [names[index] for index in loaded.tolist()],
+        device_ms,
+        host_ms,
+        moved,
+    )
 
-    def hand_over(expert: int, arrival: float, gain: float) -> bool:
-        """Moves an expert of the host to the device, if the layer then ends earlier."""
-        nonlocal device_end, host_end
-        later = max(device_end, arrival) + device_time(demand[expert])
-        earlier = host_end - host[expert]
-        if max(later, earlier) + gain >= max(device_end, host_end):
-            return False
-        device_end, host_end = later, earlier
-        del host[expert]
-        device.append(expert)
-        return True
 
-    kept = len(device)
-    for expert, arrival in arriving:
-        if host_end > device_end:
-            hand_over(expert, arrival, 0.0)
-    for expert in order:
-        if host_end <= device_end:
+@njit(cache=True, nogil=True)
+def ordered(experts: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Experts and their tokens, most tokens first; ties by number."""
+    order = np.argsort(experts - tokens * (experts.max() + 1)) if len(experts) else experts
+    return experts[order], tokens[order]
+
+
+@njit(cache=True, nogil=True)
+def share_out(
+    curves: Curves,
+    transfer_ms: float,
+    tokens: np.ndarray,
+    resident: np.ndarray,
+    coming: np.ndarray,
+    arrival: np.ndarray,
+    link_ms: float,
+    loads: int,
+    worth_ms: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float, int]:
+    """`balance` on arrays; experts are places in `tokens`, which falls.
+
+    Args:
+        curves, transfer_ms: costs.
+        tokens: [A] of each active expert.
+        resident: [A] bool, on the device.
+        coming: places of those on their way, in order of arrival.
+        arrival: [A] ms until each of these is there, infinite for all others.
+        link_ms, loads, worth_ms: as of `balance`.
+
+    Returns:
+        device, load and host as places; device_ms, host_ms, moved.
+    """
+    active = len(tokens)
+    host_ms, device_ms = np.empty(active), np.empty(active)
+    on_device = resident.copy()
+    device, load = np.empty(active, np.int64), np.empty(active, np.int64)
+    kept = loaded = moved = 0
+    device_end = host_end = 0.0
+    for place in range(active):
+        host_ms[place] = ms_of(tokens[place], curves.host_tokens, curves.host_ms)
+        device_ms[place] = ms_of(tokens[place], curves.device_tokens, curves.device_ms)
+        if resident[place]:
+            device[kept] = place
+            kept += 1
+            device_end += device_ms[place]
+        else:
+            host_end += host_ms[place]
+    number = kept
+
+    for place in coming:
+        later = max(device_end, arrival[place]) + device_ms[place]
+        earlier = host_end - host_ms[place]
+        if host_end > device_end and max(later, earlier) < max(device_end, host_end):
+            device_end, host_end = later, earlier
+            device[number], on_device[place] = place, True
+            number += 1
+    for place in range(active):
+        if host_end <= device_end or loaded >= loads:
             break
-        if expert in on_device or expert in away:
+        if resident[place] or arrival[place] < np.inf:
             continue
-        arrival = link_ms + (len(load) + 1) * costs.transfer_ms
-        if len(load) >= loads or not hand_over(expert, arrival, worth_ms):
+        later = max(device_end, link_ms + (loaded + 1) * transfer_ms) + device_ms[place]
+        earlier = host_end - host_ms[place]
+        if max(later, earlier) + worth_ms >= max(device_end, host_end):
             break
-        load.append(expert)
-    moved = 0
-    while len(device) == kept and device:
-        tokens = demand[device[-1]]
-        earlier, later = device_end - device_time(tokens), host_end + host_time(tokens)
+        device_end, host_end = later, earlier
+        device[number], on_device[place], load[loaded] = place, True, place
+        number, loaded = number + 1, loaded + 1
+    while number == kept > 0:
+        place = device[kept - 1]
+        earlier, later = device_end - device_ms[place], host_end + host_ms[place]
         if max(earlier, later) >= device_end:
             break
-        device_end, host_end = earlier, later
-        host[device.pop()] = host_time(tokens)
-        kept, moved = kept - 1, tokens
-    return Split(device, [expert for expert in order if expert in host], load, device_end, host_end, moved)
+        device_end, host_end, on_device[place] = earlier, later, False
+        kept, moved = kept - 1, tokens[place]
+        number = kept
+    return device[:number], load[:loaded], np.flatnonzero(~on_device), device_end, host_end, moved

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from policy_runs import Device, follow, geometry
 
 from layerscope_jax import ExpertId, Geometry, HardwareProfile, TimeTable
-from layerscope_jax.scheduling.presched import PreSched, lowest
+from layerscope_jax.scheduling.presched import PreSched
+from layerscope_jax.scheduling.weighing import lowest
 from layerscope_jax.simulation import Workload, simulate
 
 COSTS = HardwareProfile(
@@ -79,10 +82,11 @@ def test_a_right_forecast_is_worth_time_and_a_wrong_one_costs_little():
     assert took["wrong"].total_ms < 1.1 * took["none"].total_ms
 
 
-def test_lowest_is_in_order_and_breaks_ties_by_place():
-    values = np.array([[3.0, 1.0, 2.0], [1.0, np.inf, 0.5]])
-    assert lowest(values, 2, below=np.inf) == [(0.5, 1, 2), (1.0, 0, 1), (1.0, 1, 0)]  # and those equal to it
-    assert lowest(values, 99, below=2.5) == [(0.5, 1, 2), (1.0, 0, 1), (1.0, 1, 0), (2.0, 0, 2)]
+@given(st.lists(st.integers(0, 5)), st.integers(0, 9))
+@settings(deadline=None)
+def test_lowest_is_in_order_and_breaks_ties_by_place(values, count):
+    found = lowest(np.array(values, float), count)
+    assert found.tolist() == np.argsort(values, kind="stable")[:count].tolist()
 
 
 def test_it_needs_costs():

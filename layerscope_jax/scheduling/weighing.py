@@ -1,0 +1,310 @@
+"""PreSched's arithmetic, compiled: a layer's plan from arrays, in tens of microseconds.
+
+`layerscope_jax.scheduling.presched` says what it is for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from layerscope_jax.scheduling.costs import Curves, ms_of
+from layerscope_jax.scheduling.split import ordered, share_out
+
+MEMORY = 512
+"""Tokens after which half of what is known of an expert's popularity is forgotten."""
+
+REACH = 2
+"""Layers ahead that are looked at without a predictor."""
+
+WORTHWHILE = 0.02
+"""Part of its time on the link that a prefetch must save; less is not worth the bytes."""
+
+AGAIN = 0.4
+"""Part of its worth that an expert has lost when its turn is a whole step away: it can be copied again."""
+
+SPARE = 48
+"""Candidates beyond those that the link can carry before the next plan: some are not there in time."""
+
+
+class Books(NamedTuple):
+    """What PreSched remembers, as `PreSchedState` has it. Written to here: the caller gives copies."""
+
+    popularity: np.ndarray  # [L, E]
+    worth: np.ndarray  # [L, E]
+    present: np.ndarray  # [L, E] bool
+    span_ms: np.ndarray  # [L]
+    price: np.ndarray  # [L]
+
+
+class Turn(NamedTuple):
+    """The layer whose turn it is.
+
+    Attributes:
+        layer: its number.
+        rows: tokens of the step.
+        other_ms: of all that is no expert's.
+        transfer_ms: of one copy.
+        alone_ms: of the host by itself, were the device idle; infinite where that makes no difference.
+        ahead_ms: until the link could begin a load.
+        queued: copies on the link.
+        free: experts that there is room for.
+        fitting: copies that the link can begin before the next plan.
+        crowd: how many more residents to look through for who may leave.
+        certain: part of a prefetch's gain that a load must gain, as it is no forecast.
+        move: whether anything may be copied.
+    """
+
+    layer: int
+    rows: float
+    other_ms: float
+    transfer_ms: float
+    alone_ms: float
+    ahead_ms: float
+    queued: int
+    free: int
+    fitting: int
+    crowd: int
+    certain: float
+    move: bool
+
+
+@njit(cache=True, nogil=True)
+def decide(
+    curves: Curves,
+    books: Books,
+    turn: Turn,
+    experts: np.ndarray,
+    tokens: np.ndarray,
+    away: np.ndarray,
+    coming: np.ndarray,
+    coming_ms: np.ndarray,
+    forecast: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One layer's plan.
+
+    Args:
+        curves: costs of an expert.
+        books: changed in place to what is to be remembered.
+        turn: the layer.
+        experts, tokens: [A] the demand, in any order.
+        away: flat numbers `layer * E + expert` of what is on the link.
+        coming, coming_ms: this layer's active experts among these, in order of arrival, and when.
+        forecast: [W, E] expected tokens; W = 0 without a predictor.
+
+    Returns:
+        device, host and load as experts of this layer; prefetch and evict as flat numbers.
+    """
+    layers, number = books.present.shape
+    layer = turn.layer
+    experts, tokens = ordered(experts, tokens)
+    remember(books.popularity[layer], experts, tokens, turn.rows)
+    on_link = np.zeros(layers * number, np.bool_)
+    on_link[away] = True
+    coming_saves = foresee(curves, books, turn, forecast)
+    wishes, saves = wish(books, turn, coming_saves) if turn.move else nothing()
+    spare, worth = leaving(books, turn, coming_saves, experts, on_link) if turn.move else nothing()
+
+    place = np.full(number, -1)
+    place[experts] = np.arange(len(experts))
+    arrival = np.full(len(experts), np.inf)
+    arrival[place[coming]] = coming_ms
+    resident = books.present[layer][experts] & ~on_link[layer * number + experts]
+    device, load, host, device_ms, host_ms, moved = share_out(
+        curves,
+        turn.transfer_ms,
+        tokens,
+        resident,
+        place[coming],
+        arrival,
+        turn.ahead_ms,
+        turn.free + len(spare) if turn.move else 0,
+        turn.certain * link_price(saves, worth, turn.free, turn.fitting),
+    )
+    price = device_price(curves, moved)
+    if turn.alone_ms < max(device_ms, host_ms):
+        # The host alone is done sooner than two that hinder each other; then an expert saves nothing by
+        # being on the device.
+        device, load, host = device[:0], load[:0], np.arange(len(experts))
+        device_ms, host_ms, price = 0.0, turn.alone_ms, 1.0
+    span_ms = max(device_ms, host_ms) + turn.other_ms
+
+    gone, free = max(0, len(load) - turn.free), max(0, turn.free - len(load))
+    link_ms = (turn.queued - (0.5 if turn.queued else 0.0) + len(load)) * turn.transfer_ms
+    due_ms = until_turn(books.span_ms, layer, turn.other_ms)
+    prefetch = np.empty(len(wishes), np.int64)
+    found = 0
+    for index in range(len(wishes)):
+        if link_ms >= span_ms:
+            break
+        if link_ms + turn.transfer_ms > span_ms + due_ms[wishes[index] // number]:
+            continue  # it would come too late
+        if free:
+            free -= 1
+        elif gone < len(spare) and worth[gone] < saves[index]:
+            gone += 1
+        else:
+            break
+        prefetch[found] = wishes[index]
+        found += 1
+        link_ms += turn.transfer_ms
+    prefetch, evict = prefetch[:found], spare[:gone]
+
+    present = books.present.reshape(-1)
+    present[evict] = False
+    present[layer * number + experts[load]] = True
+    present[prefetch] = True
+    books.span_ms[layer] = span_ms
+    books.price[layer] = 0.5 * (books.price[layer] + price)
+    books.worth[layer] = saved_ms(curves, books.popularity[layer] * turn.rows, books.price[layer])
+    return experts[device], experts[host], experts[load], prefetch, evict
+
+
+@njit(cache=True, nogil=True)
+def nothing() -> tuple[np.ndarray, np.ndarray]:
+    return np.empty(0, np.int64), np.empty(0)
+
+
+@njit(cache=True, nogil=True)
+def remember(popularity: np.ndarray, experts: np.ndarray, tokens: np.ndarray, rows: float) -> None:
+    """Changes a layer's mean tokens [E] by token of the step after its turn with so many `rows`."""
+    weight = rows / (rows + MEMORY) if popularity.any() else 1.0
+    popularity *= 1 - weight
+    for place in range(len(experts)):
+        popularity[experts[place]] += tokens[place] * (weight / rows)
+
+
+@njit(cache=True, nogil=True)
+def saved_ms(curves: Curves, expected: np.ndarray, price: float) -> np.ndarray:
+    """What it saves of a layer's time to have each expert on the device, by its expected tokens [E]."""
+    saves = np.empty(len(expected))
+    for expert, tokens in enumerate(expected):
+        host_ms = ms_of(tokens, curves.host_tokens, curves.host_ms)
+        saves[expert] = (1 - price) * host_ms - price * ms_of(tokens, curves.device_tokens, curves.device_ms)
+    return saves
+
+
+@njit(cache=True, nogil=True)
+def device_price(curves: Curves, moved: int) -> float:
+    """The price at which the host does as well with the busiest expert that the device gave away."""
+    if not moved:
+        return 0.0
+    host_ms = ms_of(moved, curves.host_tokens, curves.host_ms)
+    return host_ms / (host_ms + ms_of(moved, curves.device_tokens, curves.device_ms))
+
+
+@njit(cache=True, nogil=True)
+def foresee(curves: Curves, books: Books, turn: Turn, forecast: np.ndarray) -> np.ndarray:
+    """[W, E] what each expert of the coming layers saves; by their popularity where there is no forecast.
+
+    Not as far ahead as this layer's own next turn.
+    """
+    layers, number = books.present.shape
+    near = min(len(forecast) if len(forecast) else REACH, layers - 1)
+    saves = np.empty((near, number))
+    for ahead in range(near):
+        layer = (turn.layer + 1 + ahead) % layers
+        expected = forecast[ahead] if len(forecast) else books.popularity[layer] * turn.rows
+        saves[ahead] = saved_ms(curves, expected, books.price[layer])
+    return saves
+
+
+@njit(cache=True, nogil=True)
+def wish(books: Books, turn: Turn, saves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Absent experts of the coming layers, flat, and the ms that each saves, most first."""
+    layers, number = books.present.shape
+    least, found = WORTHWHILE * turn.transfer_ms, 0
+    wishes, losses = np.empty(saves.size, np.int64), np.empty(saves.size)
+    for ahead in range(len(saves)):
+        layer = (turn.layer + 1 + ahead) % layers
+        present, row = books.present[layer], saves[ahead]
+        for expert in range(number):
+            if row[expert] > least and not present[expert]:
+                wishes[found], losses[found] = layer * number + expert, -row[expert]
+                found += 1
+    first = lowest(losses[:found], turn.fitting + SPARE)
+    return wishes[first], -losses[first]
+
+
+@njit(cache=True, nogil=True)
+def leaving(
+    books: Books, turn: Turn, saves: np.ndarray, experts: np.ndarray, on_link: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Residents, flat, and what each is worth in ms, least first; none that this layer needs."""
+    layers, number = books.present.shape
+    may = books.present & ~on_link.reshape(layers, number)
+    may[turn.layer][experts] = False
+    residents, worths, found = np.empty(may.size, np.int64), np.empty(may.size), 0
+    for ahead in range(layers - 1, -1, -1):  # of equals, the one whose turn is farthest leaves
+        layer = (turn.layer + 1 + ahead) % layers
+        if ahead < len(saves):
+            worth = np.maximum(books.worth[layer], saves[ahead])
+        else:
+            worth = books.worth[layer] * (1 - AGAIN * ahead / layers)
+        row = may[layer]
+        for expert in range(number):
+            if row[expert]:
+                residents[found], worths[found] = layer * number + expert, worth[expert]
+                found += 1
+    first = lowest(worths[:found], turn.fitting + SPARE + turn.crowd)
+    return residents[first], worths[first]
+
+
+@njit(cache=True, nogil=True)
+def lowest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` lowest values, lowest first, ties by place. A heap: few of many are wanted."""
+    heap = np.arange(len(values))
+    for root in range(len(heap) // 2 - 1, -1, -1):
+        sink(heap, len(heap), root, values)
+    found = np.empty(min(count, len(heap)), np.int64)
+    for index in range(len(found)):
+        found[index], last = heap[0], len(heap) - 1 - index
+        heap[0] = heap[last]
+        sink(heap, last, 0, values)
+    return found
+
+
+@njit(cache=True, nogil=True)
+def sink(heap: np.ndarray, size: int, root: int, values: np.ndarray) -> None:
+    """Moves a heap's entry down to where it belongs."""
+    moving = heap[root]
+    while True:
+        child = 2 * root + 1
+        if child >= size:
+            break
+        if child + 1 < size and before(heap[child + 1], heap[child], values):
+            child += 1
+        if not before(heap[child], moving, values):
+            break
+        heap[root] = heap[child]
+        root = child
+    heap[root] = moving
+
+
+@njit(cache=True, nogil=True)
+def before(first: int, second: int, values: np.ndarray) -> bool:
+    return values[first] < values[second] or (values[first] == values[second] and first < second)
+
+
+@njit(cache=True, nogil=True)
+def link_price(saves: np.ndarray, worth: np.ndarray, free: int, fitting: int) -> float:
+    """What a load must gain: what leaves for it, and the prefetch that it holds up."""
+    price = 0.0 if free > 0 or not len(worth) else worth[0]
+    if fitting < len(saves):
+        place = fitting - free
+        gone = worth[place] if 0 <= place < len(worth) else 0.0
+        price += max(0.0, saves[fitting] - gone)
+    return price
+
+
+@njit(cache=True, nogil=True)
+def until_turn(span_ms: np.ndarray, layer: int, other_ms: float) -> np.ndarray:
+    """[L] ms from the next plan until each layer's turn."""
+    due, total = np.empty(len(span_ms)), 0.0
+    for ahead in range(len(span_ms)):
+        turn = (layer + 1 + ahead) % len(span_ms)
+        due[turn] = total
+        total += max(span_ms[turn], other_ms)
+    return due
