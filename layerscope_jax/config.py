@@ -137,6 +137,8 @@ class OffloadConfig:
             `layerscope_jax.PREDICTORS`, a loaded one (`predictor.load(folder)`), or None: nothing, but the
             next layers' routers ("gate") for policy "auto". No token depends on it. Where every expert is
             resident none is run.
+        host_threads: threads that compute experts on this machine's CPU. If None: as many as there are cores,
+            less one where there is an accelerator, which another thread feeds.
     """
 
     device_budget: str | int | None = None
@@ -145,6 +147,7 @@ class OffloadConfig:
     numerics: Literal["fast", "exact"] = "fast"
     profile: HardwareProfile | MachineProfile | str | Path | None = field(default=None, repr=False)
     predictor: str | Predictor | History | None = field(default=None, repr=False)
+    host_threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.device_budget is not None:
@@ -153,3 +156,5 @@ class OffloadConfig:
             raise ValueError("link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
         if self.numerics not in ("fast", "exact"):
             raise ValueError(f"numerics must be 'fast' or 'exact', got {self.numerics!r}")
+        if self.host_threads is not None and self.host_threads < 1:
+            raise ValueError(f"host_threads must be 1 or more, got {self.host_threads}")

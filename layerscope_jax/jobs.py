@@ -10,7 +10,7 @@ import numpy as np
 
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.executors import HostExperts, grouped_rows, place_rows
+from layerscope_jax.experts.executors import DeviceExperts, HostExperts, place_rows
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.layerwise import ARRIVALS, programs
@@ -48,6 +48,7 @@ class Jobs:
     def __init__(self, model: Model, host: HostExperts, transfers: Transfers, slots: int):
         self.model = model
         self._host, self._transfers = host, transfers
+        self._device = DeviceExperts(host.cpu if model.device.platform == "cpu" else None)
         self.computed = min(GROUP_SIZES[0], model.bank.num_experts)
         self.resident = min(self.computed, max(1, slots // 2, slots - ARRIVALS))
         self.arriving = min(self.computed, max(1, slots - self.resident))
@@ -81,18 +82,17 @@ class Jobs:
     def device(self, tokens: int) -> Job:
         """Computes `resident` experts on the device, `tokens` tokens each."""
         inputs, rows = self._routed(self.resident, tokens)
+        outputs = jnp.zeros((rows.total + 1, inputs.shape[1]), inputs.dtype, device=self._transfers.sharding)
 
         def job(round: int) -> None:
+            nonlocal outputs
             if not self._weights:
                 bank = self.model.bank
                 experts = [bank[ExpertId(0, expert)] for expert in range(self.resident)]
                 self._weights = jax.device_put(experts, self._transfers.sharding)
-            jax.block_until_ready(
-                [
-                    grouped_rows(inputs, group.slots, tuple(self._weights[e] for e in group.experts), 1)
-                    for group in rows.groups(range(self.resident))
-                ]
-            )
+            groups = rows.groups(range(self.resident))
+            outputs, done = self._device.run(outputs, inputs, groups, self._weights.__getitem__, 1)
+            jax.block_until_ready((outputs, done))
 
         return job
 

@@ -64,7 +64,8 @@ class LayerByLayer:
         self.state = state
         self.residency = residency
         self.transfers = transfers
-        self.device_experts = DeviceExperts()
+        on_cpu = model.device.platform == "cpu"
+        self.device_experts = DeviceExperts(host_experts.cpu if on_cpu else None)
         self.host_experts = host_experts
         self.forecasts = forecasts
         self.meter = Meter()
@@ -242,7 +243,7 @@ class LayerByLayer:
 
     def _on_device(
         self, outputs: jax.Array, inputs: jax.Array, layer: int, rows: Assignments, experts: list[int]
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array | np.ndarray | None]:
         return self.device_experts.run(
             outputs,
             inputs,
@@ -251,10 +252,10 @@ class LayerByLayer:
             rows.choices,
         )
 
-    def _await(self, done: jax.Array | None, began: float) -> None:
+    def _await(self, done: jax.Array | np.ndarray | None, began: float) -> None:
         """Before waiting for the host or the link: lets the device finish, to know how long it was busy."""
         if done is not None:
-            done.block_until_ready()
+            jax.block_until_ready(done)
             self.meter.device_busy_s += time.perf_counter() - began
 
     def _take_outputs(self, assignments: int, hidden: jax.Array) -> jax.Array:

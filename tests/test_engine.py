@@ -40,6 +40,7 @@ def layers(model):
         ({"link_bandwidth": "fast"}, "link_bandwidth must be a size"),
         ({"link_bandwidth": 0}, "link_bandwidth must be more than 0"),
         ({"numerics": "exactly"}, "numerics must be 'fast' or 'exact', got 'exactly'"),
+        ({"host_threads": 0}, "host_threads must be 1 or more, got 0"),
         (
             {"policy": "lru", "device_budget": "10 KB"},
             "device_budget is too small for policy 'lru'.*61,440 bytes",

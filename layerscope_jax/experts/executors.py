@@ -1,4 +1,7 @@
-"""Where experts are computed: on the device, and beside it on the host. Same arithmetic, same buckets."""
+"""Where experts are computed: on the device, and beside it on the host.
+
+Where the device is this machine's CPU too, both compute alike, and a row has the same bits on either.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.experts.bank import ExpertBank
-from layerscope_jax.experts.compute import ExpertWeights, ffn
-from layerscope_jax.experts.grouping import Group, next_power
+from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.experts.cpu import CpuExperts, by_kernel, cpu_threads, expert_rows
+from layerscope_jax.experts.grouping import Group
 from layerscope_jax.scheduling.plan import ExpertId
 
 
@@ -26,22 +29,13 @@ class WorkStats:
     experts: int = 0
     tokens: int = 0
     rows: int = 0  # computed, padding counted
-    dispatches: int = 0
+    dispatches: int = 0  # groups
 
-    def count(self, group: Group) -> None:
+    def count(self, group: Group, padded: bool) -> None:
         self.experts += len(set(group.experts))
         self.tokens += group.rows
-        self.rows += group.slots.size
+        self.rows += group.slots.size if padded else group.rows
         self.dispatches += 1
-
-
-def _rows(inputs: jax.Array, slots: jax.Array, weights: tuple[ExpertWeights, ...], choices: int) -> jax.Array:
-    """N experts of M rows each, unrolled: [T, D], [N, M] -> [N * M, D]."""
-    token = jnp.minimum(slots // choices, inputs.shape[0] - 1)  # padding reads any row
-    return jnp.concatenate([ffn(inputs[token[i]], expert) for i, expert in enumerate(weights)])
-
-
-grouped_rows = functools.partial(jax.jit, static_argnames="choices")(_rows)
 
 
 @functools.partial(jax.jit, static_argnames="choices", donate_argnames="outputs")
@@ -53,7 +47,7 @@ def grouped_ffn(
     Also returns one number of the result: it is ready when the whole result is, and may be waited for after
     `outputs` has been donated on.
     """
-    rows = _rows(inputs, slots, weights, choices)
+    rows = expert_rows(inputs, slots, weights, choices)
     outputs = outputs.at[slots.reshape(-1)].set(rows)
     return outputs, rows[-1, 0]
 
@@ -65,10 +59,15 @@ def place_rows(outputs: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Arr
 
 
 class DeviceExperts:
-    """Computes experts whose weights are in device memory; asynchronous."""
+    """Computes experts whose weights are in device memory; asynchronous but for what `kernels` computes.
 
-    def __init__(self) -> None:
+    Args:
+        cpu: computes few rows, if the device is this machine's CPU; None for an accelerator.
+    """
+
+    def __init__(self, cpu: CpuExperts | None = None):
         self.stats = WorkStats()
+        self._cpu = cpu
 
     def run(
         self,
@@ -77,13 +76,22 @@ class DeviceExperts:
         groups: Iterable[Group],
         weights: Callable[[int], ExpertWeights],
         choices: int,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Dispatches `groups`; returns the outputs and a number that is ready when they are."""
-        done = None
+    ) -> tuple[jax.Array, jax.Array | np.ndarray | None]:
+        """Dispatches `groups`; returns the outputs and something that is ready when they are."""
+        done: jax.Array | np.ndarray | None = None
+        here = []
         for group in groups:
-            self.stats.count(group)
+            few = self._cpu is not None and by_kernel(group, inputs.dtype)
+            self.stats.count(group, padded=not few)
+            if few:
+                here.append(group)
+                continue
             arrays = tuple(weights(expert) for expert in group.experts)
             outputs, done = grouped_ffn(outputs, inputs, group.slots, arrays, choices)
+        if self._cpu is not None and here:
+            slots, rows = self._cpu.compute(np.asarray(inputs), here, weights, choices)
+            outputs = place_rows(outputs, slots, rows)
+            done = rows if done is None else done
         return outputs, done
 
 
@@ -94,14 +102,19 @@ class HostExperts:
         bank: the host tier.
         device: the JAX CPU device to compute on; another one than the device tier's, if that is a CPU too,
             so that the two do not queue behind each other.
+        threads: that compute; as many as there are cores if None.
+
+    Attributes:
+        cpu: what computes.
     """
 
-    def __init__(self, bank: ExpertBank, device: jax.Device):
+    def __init__(self, bank: ExpertBank, device: jax.Device, threads: int | None = None):
         self.bank = bank
         self.device = device
         self.stats = WorkStats()
         self._weights: dict[ExpertId, ExpertWeights] = {}  # those that share the bank's memory
         self._closed = False
+        self.cpu = CpuExperts(device, threads or cpu_threads())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
 
     def start(
@@ -119,27 +132,17 @@ class HostExperts:
     def close(self) -> None:
         self._closed = True
         self._thread.shutdown(cancel_futures=True)
+        self.cpu.close()
 
     def _run(
         self, layer: int, inputs: jax.Array, groups: list[Group], choices: int
     ) -> tuple[np.ndarray, np.ndarray]:
         began = time.perf_counter()
-        local = jax.device_put(np.asarray(inputs), self.device)
-        parts = []
         for group in groups:
-            self.stats.count(group)
-            arrays = tuple(self._expert(ExpertId(layer, expert)) for expert in group.experts)
-            parts.append(grouped_rows(local, group.slots, arrays, choices))
-        total = sum(group.slots.size for group in groups)
-        # Rounded up so that placing the rows compiles for few shapes; the rest goes where nobody reads.
-        slots = np.full(next_power(total), len(local) * choices, np.int32)
-        rows = np.zeros((len(slots), local.shape[1]), local.dtype)
-        start = 0
-        for group, part in zip(groups, parts, strict=True):
-            end = start + group.slots.size
-            slots[start:end] = group.slots.reshape(-1)
-            rows[start:end] = np.asarray(part)
-            start = end
+            self.stats.count(group, padded=not by_kernel(group, inputs.dtype))
+        slots, rows = self.cpu.compute(
+            np.asarray(inputs), groups, lambda expert: self._expert(ExpertId(layer, expert)), choices
+        )
         self.stats.busy_s += time.perf_counter() - began
         return slots, rows
 

@@ -261,7 +261,7 @@ def test_a_damaged_predictor_is_refused(finished, run, tmp_path):
     with pytest.raises(ValueError, match=r"input\.input\.weight has shape .* expected"):
         LLaPor.load(folder)
     (folder / "predictor.json").write_text(json.dumps(settings | {"format": 1}))
-    with pytest.raises(ValueError, match="expected format 2, got 1; train it again"):
+    with pytest.raises(ValueError, match="expected format 3, got 1; train it again"):
         LLaPor.load(folder)
     trained.save(folder)
     kept = load_file(folder / "predictor.safetensors")

@@ -1,0 +1,89 @@
+"""Our own loops: the network's rows, with the same bits in any company, block and thread."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import bits
+
+from layerscope_jax.experts import cpu
+from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.experts.cpu import CpuExperts
+from layerscope_jax.experts.grouping import Assignments
+
+TYPES = {"float32": (np.float32, 2e-6), "bfloat16": (ml_dtypes.bfloat16, 1e-2)}
+
+
+@pytest.fixture
+def threads():
+    made = {count: CpuExperts(jax.devices("cpu")[0], count) for count in (1, 3)}
+    yield made
+    for one in made.values():
+        one.close()
+
+
+def experts(dtype, width, hidden, count):
+    rng = np.random.default_rng(0)
+
+    def matrix(*shape):
+        return jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype))
+
+    return [
+        ExpertWeights(matrix(width, hidden), matrix(width, hidden), matrix(hidden, width))
+        for _ in range(count)
+    ]
+
+
+def rows_of(computer, inputs, tokens, weights):
+    """[T, D] of those `tokens` of one expert."""
+    chosen = Assignments(np.zeros((len(inputs), 1), np.int32), np.isin(np.arange(len(inputs)), tokens))
+    slots, rows = computer.compute(inputs, chosen.groups([0]), lambda expert: weights, 1)
+    found = np.zeros_like(inputs)
+    real = slots < len(inputs)
+    found[slots[real]] = rows[real]
+    return found[tokens]
+
+
+# Depths that four does not divide, fewer columns than a register, more than are summed at once.
+@pytest.mark.parametrize("shape", [(37, 29), (3, 5), (64, 96), (6, 4500)])
+@pytest.mark.parametrize("name", TYPES)
+def test_they_are_the_network(threads, monkeypatch, name, shape):
+    monkeypatch.setattr(cpu, "FEW", {name: 64})
+    dtype, tolerance = TYPES[name]
+    (weights,) = experts(dtype, *shape, 1)
+    inputs = np.random.default_rng(1).standard_normal((40, shape[0])).astype(dtype)
+    gate, up, down = (np.asarray(matrix, np.float64) for matrix in weights)
+    x = inputs.astype(np.float64)
+    inner = (x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)
+    expected = inner.astype(dtype).astype(np.float64) @ down
+    for count in (1, 2, 3, 4, 7, 15, 16, 40):
+        found = rows_of(threads[1], inputs, np.arange(count), weights).astype(np.float64)
+        error = np.abs(found - expected[:count]).max() / np.abs(expected).max()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_row_has_the_same_bits_in_any_company(threads, monkeypatch, name):
+    monkeypatch.setattr(cpu, "FEW", {name: 64})
+    dtype, _ = TYPES[name]
+    (weights,) = experts(dtype, 130, 300, 1)
+    inputs = np.random.default_rng(2).standard_normal((40, 130)).astype(dtype)
+    alone = np.concatenate([rows_of(threads[1], inputs, np.array([t]), weights) for t in range(40)])
+    for count in (2, 3, 4, 5, 8, 13, 16, 33, 40):
+        some = np.sort(np.random.default_rng(count).permutation(40)[:count])
+        found = rows_of(threads[1], inputs, some, weights)
+        np.testing.assert_array_equal(bits(found), bits(alone[some]))
+
+
+def test_threads_share_the_experts_out_and_change_no_bit(threads, monkeypatch):
+    monkeypatch.setattr(cpu, "SHARE_BYTES", 1)
+    weights = experts(np.float32, 32, 48, 7)
+    rng = np.random.default_rng(3)
+    rows = Assignments(np.argsort(rng.random((9, 7)), 1)[:, :3].astype(np.int32))
+    inputs = rng.standard_normal((9, 32)).astype(np.float32)
+    groups = rows.groups(rows.demand)
+    found = [computer.compute(inputs, groups, weights.__getitem__, 3) for computer in threads.values()]
+    assert sorted(found[0][0][found[0][0] < 27]) == list(range(27))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
