@@ -26,7 +26,7 @@ from predictor.routers import Routers
 from predictor.step import Params, Stack, first_params, input_scale, layer_logits, priors, stacks
 
 CONFIG, WEIGHTS = "predictor.json", "predictor.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,6 @@ class LayerNetwork(nnx.Module):
         self.input = Dense(components + experts, group.width, rngs)
         self.blocks = nnx.List([Block(group, rngs) for _ in range(group.blocks)])
         self.output = Dense(group.width, look_ahead * experts, rngs, gain=0.1)
-        # Past the trunk, which is narrower than a linear map of all inputs: without it that map, alone, does
-        # better one layer ahead.
-        self.skip = Dense(components + experts, look_ahead * experts, rngs, gain=0.0)
         # At the start the forecast is about the routers' own.
         self.gain = nnx.Param(jnp.full((look_ahead, experts), 2.0, jnp.float32))
 
@@ -129,7 +126,9 @@ class LayerNetwork(nnx.Module):
         x = self.input(inputs)
         for index, block in enumerate(self.blocks):
             x = block(x, None if key is None else jax.random.fold_in(key, index))
-        logits = (self.output(normed(x)) + self.skip(inputs)).reshape(prior.shape)
+        # Not normed, so that the inputs also reach the output by a linear map: one layer ahead, such a map
+        # alone is hard to beat.
+        logits = self.output(x).reshape(prior.shape)
         return logits + jnp.broadcast_to(self.gain[...], prior.shape) * prior
 
 

@@ -26,13 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from layerscope_jax.files import read_json, replace_files
 from layerscope_jax.traces import Passage, Trace
 from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
-from predictor.llapor import LLaPor
+from predictor.llapor import FORMAT, LLaPor
 from predictor.network import GroupConfig
 from predictor.pca import Basis
 from predictor.routers import Routers
 from predictor.step import Batch, first_params, input_scale, make_steps, optimizer, priors, stacks
 
-VALIDATION_ROWS = 8192
+VALIDATION_ROWS, VALIDATION_SHARE = 8192, 16
+"""Rows that are validated with at most, and what part of the training rows they are at most (one in 16), so
+that a short run does not spend its time on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
         return load_rows(trace, keep, most=most, what=what)
 
     rows = rows_of(for_training, config.tokens, "passages to train on")
-    validation = rows_of(for_validation, VALIDATION_ROWS, "passages to validate with")
+    most = max(config.batch, min(VALIDATION_ROWS, config.tokens // VALIDATION_SHARE))
+    validation = rows_of(for_validation, most, "passages to validate with")
     if len(rows) < config.batch:
         raise ValueError(f"expected {config.batch} training rows or more (one batch), got {len(rows)}")
 
@@ -252,6 +255,7 @@ def check_same_run(config: TrainConfig, trace: Trace) -> None:
         "model": trace.header.model.to_json(),
         "trace": trace.header.settings,
         "rows": trace.rows,
+        "format": FORMAT,  # other networks' checkpoints do not fit
     }
     for name in ("traces", "out", "save_every"):
         del settings[name]

@@ -125,19 +125,16 @@ class CpuExperts:
                 size += sum(matrix.nbytes for matrix in held[-1])
         hidden = held[0].gate.shape[1]
         words = np.uint16 if inputs.dtype.itemsize == 2 else inputs.dtype
-        arguments = (
-            np.array(addresses, np.int64),
-            np.array(ends, np.int64),
-            slots,
-            choices,
-            np.ascontiguousarray(inputs).view(words),
-            hidden,
-            rows.view(words),
-        )
+        arrays = np.array(addresses, np.int64), np.array(ends, np.int64), slots
+        floats = np.ascontiguousarray(inputs).view(words), hidden, rows.view(words)
+
+        def part(begin: int, end: int) -> None:
+            run_experts(*arrays, choices, *floats, begin, end)
+
         shares = min(self.threads, len(ends), max(1, size // SHARE_BYTES))
         cuts = [round(len(ends) * share / shares) for share in range(shares + 1)]
-        others = [self._pool.submit(run_experts, *arguments, begin, end) for begin, end in pairwise(cuts[1:])]
-        run_experts(*arguments, 0, cuts[1])
+        others = [self._pool.submit(part, begin, end) for begin, end in pairwise(cuts[1:])]
+        part(0, cuts[1])
         for other in others:
             other.result()
         return filled
