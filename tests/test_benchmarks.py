@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 from benchmarks import (
+    bench_host_experts,
     bench_online,
     bench_planning,
     bench_policies,
@@ -235,6 +236,23 @@ def test_bench_planning(tmp_path, capsys):
         assert 0 < row["resident"] <= 88
         assert row["us"].keys() == {"median", "p90"}
     assert "µs a layer" in capsys.readouterr().out
+
+
+def test_bench_host_experts(tmp_path, capsys):
+    file = tmp_path / "host_experts.json"
+    bench_host_experts.main(bench_host_experts.Options(quick=True, json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "host_experts"
+    assert result["machine"].keys() == MACHINE
+    assert {(row["dtype"], row["tokens"]) for row in result["rows"]} == {
+        (dtype, tokens) for dtype in ("bfloat16", "float32") for tokens in (1, 4)
+    }
+    for row in result["rows"]:
+        # Three matrices of 64 x 48 are read, by the times that stand beside.
+        size = 3 * 64 * 48 * (2 if row["dtype"] == "bfloat16" else 4)
+        by_time = size / row["loops_ms"]["median"] / 1e6
+        assert row["loops_gb_per_s"]["median"] == pytest.approx(by_time, rel=1e-3)
+    assert "of reading" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bench", [bench_recall, bench_planning])

@@ -16,8 +16,9 @@ import numpy as np
 
 from layerscope_jax.experts.bank import ExpertBank
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts, by_kernel, cpu_threads, expert_rows
+from layerscope_jax.experts.cpu import CpuExperts, by_kernel, expert_rows
 from layerscope_jax.experts.grouping import Group
+from layerscope_jax.machine import cores
 from layerscope_jax.scheduling.plan import ExpertId
 
 
@@ -114,7 +115,7 @@ class HostExperts:
         self.stats = WorkStats()
         self._weights: dict[ExpertId, ExpertWeights] = {}  # those that share the bank's memory
         self._closed = False
-        self.cpu = CpuExperts(device, threads or cpu_threads())
+        self.cpu = CpuExperts(device, threads or cores())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
 
     def start(

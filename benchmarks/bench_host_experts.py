@@ -1,0 +1,186 @@
+"""How close do experts on the CPU come to what its memory and its products can do?
+
+Experts of one shape, so many that no cache holds them, are computed once each: by the loops of our own that
+the engine uses for few tokens, and by the XLA products that it uses for many. Beside them: how fast the same
+threads read memory at all, and how fast a plain float32 product of that size is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from numba import njit
+
+from benchmarks import harness
+from layerscope_jax.experts import cpu
+from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.experts.cpu import CpuExperts
+from layerscope_jax.experts.grouping import Assignments
+from layerscope_jax.machine import cores
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(harness.Common):
+    """What to compute."""
+
+    width: int = 2048
+    hidden: int = 1408
+    """Of DeepSeek-V2-Lite's experts."""
+    experts: int = 48
+    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    threads: int = cores()
+    rounds: int = 7
+
+
+@njit(nogil=True, fastmath=True)
+def total(numbers: np.ndarray) -> float:
+    found = np.float32(0)
+    for number in numbers:
+        found += number
+    return found
+
+
+def read_bandwidth(threads: int, megabytes: int, rounds: int) -> list[float]:
+    """GB/s at which so many threads add up an array that no cache holds."""
+    numbers = np.ones(megabytes * 250_000, np.float32)
+    parts = np.array_split(numbers, threads)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def read() -> float:
+            began = time.perf_counter()
+            list(pool.map(total, parts))
+            return numbers.nbytes / (time.perf_counter() - began) / 1e9
+
+        read()
+        return [read() for _ in range(rounds)]
+
+
+def random_experts(options: Options, dtype: str) -> list[ExpertWeights]:
+    rng = np.random.default_rng(0)
+    scale = options.width**-0.5
+
+    def matrix(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32) * scale, dtype)
+
+    wide, narrow = (options.width, options.hidden), (options.hidden, options.width)
+    return [ExpertWeights(matrix(*wide), matrix(*wide), matrix(*narrow)) for _ in range(options.experts)]
+
+
+def by_loops(few: int) -> Callable[[Callable[[], Any]], Any]:
+    """Runs a call with `cpu.FEW` set so that all, or no, row buckets are computed by our own loops."""
+
+    def run(call: Callable[[], Any]) -> Any:
+        kept = cpu.FEW
+        cpu.FEW = dict.fromkeys(DTYPES, few)
+        try:
+            return call()
+        finally:
+            cpu.FEW = kept
+
+    return run
+
+
+def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens: int) -> dict[str, Any]:
+    """Both ways and the plain product at one number of tokens an expert."""
+    count = len(weights)
+    inputs = np.asarray(jnp.ones((tokens, options.width), dtype))
+    rows = Assignments(np.tile(np.arange(count, dtype=np.int32), (tokens, 1)))
+    groups = rows.groups(range(count))
+    computer = CpuExperts(jax.devices("cpu")[0], options.threads)
+    x = jnp.ones((tokens, options.width), jnp.float32)
+    matrices = [weight.gate.astype(jnp.float32) for weight in weights[: max(1, count // 4)]]
+    product = jax.jit(lambda x, matrix: x @ matrix)
+
+    def compute() -> None:
+        computer.compute(inputs, groups, weights.__getitem__, count)
+
+    def plain() -> None:
+        jax.block_until_ready([product(x, matrix) for matrix in matrices])
+
+    loops, products = by_loops(1 << 30), by_loops(0)
+    samples = harness.measure(
+        {"loops": lambda: loops(compute), "xla": lambda: products(compute), "product": plain}, options.rounds
+    )
+    computer.close()
+    seconds = {name: found.parts["seconds"] for name, found in samples.items()}
+    size = sum(matrix.nbytes for matrix in weights[0])
+    flops = 6 * tokens * options.width * options.hidden
+    return {
+        "dtype": dtype,
+        "tokens": tokens,
+        "taken": "loops" if cpu.FEW[dtype] >= max(2, tokens) else "xla",
+        "loops_ms": harness.spread(1e3 * s / count for s in seconds["loops"]),
+        "xla_ms": harness.spread(1e3 * s / count for s in seconds["xla"]),
+        "xla_to_loops": harness.ratio(seconds["xla"], seconds["loops"]),
+        "loops_gb_per_s": harness.spread(size * count / s / 1e9 for s in seconds["loops"]),
+        "loops_gflops": harness.spread(flops * count / s / 1e9 for s in seconds["loops"]),
+        "xla_gflops": harness.spread(flops * count / s / 1e9 for s in seconds["xla"]),
+        "product_gflops": harness.spread(flops / 3 * len(matrices) / s / 1e9 for s in seconds["product"]),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]], bandwidth: float) -> None:
+    lines = []
+    for row in rows:
+        taken = row[f"{row['taken']}_gflops"]["median"]
+        lines.append(
+            (
+                f"{row['dtype']}, {row['tokens']}",
+                row["taken"],
+                f"{row['loops_ms']['median']:.2f} ({row['loops_ms']['p90']:.2f})",
+                f"{row['xla_ms']['median']:.2f} ({row['xla_ms']['p90']:.2f})",
+                f"{row['xla_to_loops']['median']:.2f}",
+                f"{row['loops_gb_per_s']['median']:.1f}",
+                f"{row['loops_gb_per_s']['median'] / bandwidth:.0%}",
+                f"{taken / row['product_gflops']['median']:.0%}",
+            )
+        )
+    headings = (
+        "dtype, tokens",
+        "the engine takes",
+        "loops, ms an expert (p90)",
+        "XLA, ms (p90)",
+        "XLA / loops",
+        "loops, GB/s",
+        "of reading",
+        "taken, of a plain product",
+    )
+    harness.print_table(f"Experts on the CPU; reading alone: {bandwidth:.1f} GB/s", headings, lines)
+
+
+def main(options: Options) -> dict[str, Any]:
+    if options.quick:
+        options = replace(options, width=64, hidden=48, experts=4, tokens=(1, 4), rounds=1)
+    record = harness.machine()
+    read = read_bandwidth(options.threads, 4 if options.quick else 800, options.rounds)
+    rows = []
+    for dtype in DTYPES:
+        weights = random_experts(options, dtype)
+        rows += [cell(options, dtype, weights, tokens) for tokens in options.tokens]
+    result = {
+        "benchmark": "host_experts",
+        "quick": options.quick,
+        "machine": record,
+        "width": options.width,
+        "hidden": options.hidden,
+        "experts": options.experts,
+        "threads": options.threads,
+        "read_gb_per_s": harness.spread(read),
+        "rows": rows,
+    }
+    table(rows, result["read_gb_per_s"]["median"])
+    return harness.finish(options, result)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
