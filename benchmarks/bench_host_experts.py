@@ -22,7 +22,7 @@ from numba import njit
 from benchmarks import harness
 from layerscope_jax.experts import cpu
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts
+from layerscope_jax.experts.cpu import CpuExperts, WorkStats
 from layerscope_jax.experts.grouping import Assignments
 from layerscope_jax.machine import cores
 
@@ -95,14 +95,13 @@ def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens:
     count = len(weights)
     inputs = np.asarray(jnp.ones((tokens, options.width), dtype))
     rows = Assignments(np.tile(np.arange(count, dtype=np.int32), (tokens, 1)))
-    groups = rows.groups(range(count))
     computer = CpuExperts(jax.devices("cpu")[0], options.threads)
     x = jnp.ones((tokens, options.width), jnp.float32)
     matrices = [weight.gate.astype(jnp.float32) for weight in weights[: max(1, count // 4)]]
     product = jax.jit(lambda x, matrix: x @ matrix)
 
     def compute() -> None:
-        computer.compute(inputs, groups, weights.__getitem__, count)
+        computer.compute(inputs, rows, range(count), weights.__getitem__, WorkStats())
 
     def plain() -> None:
         jax.block_until_ready([product(x, matrix) for matrix in matrices])
@@ -118,7 +117,7 @@ def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens:
     return {
         "dtype": dtype,
         "tokens": tokens,
-        "taken": "loops" if cpu.FEW[dtype] >= max(2, tokens) else "xla",
+        "taken": "loops" if cpu.FEW[dtype] >= tokens else "xla",
         "loops_ms": harness.spread(1e3 * s / count for s in seconds["loops"]),
         "xla_ms": harness.spread(1e3 * s / count for s in seconds["xla"]),
         "xla_to_loops": harness.ratio(seconds["xla"], seconds["loops"]),

@@ -15,7 +15,8 @@ from layerscope_jax import calibration
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import OffloadConfig, parse_bytes
 from layerscope_jax.detokenize import continuation
-from layerscope_jax.experts.executors import HostExperts, WorkStats
+from layerscope_jax.experts.cpu import WorkStats
+from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, Transfers
 from layerscope_jax.forecasts import Forecasts

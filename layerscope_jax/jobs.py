@@ -61,8 +61,7 @@ class Jobs:
         inputs, rows = self._routed(self.computed, tokens)
 
         def job(round: int) -> None:
-            groups = rows.groups(range(self.computed))
-            self._host.start(round % self._turns, inputs, groups, 1).result()
+            self._host.start(round % self._turns, inputs, rows, range(self.computed)).result()
 
         return job
 
@@ -73,8 +72,7 @@ class Jobs:
 
         def job(round: int) -> None:
             nonlocal outputs
-            groups = rows.groups([0])
-            slots, values = self._host.start(round % self._turns, inputs, groups, 1).result()
+            slots, values = self._host.start(round % self._turns, inputs, rows, [0]).result()
             outputs = place_rows(outputs, slots, values).block_until_ready()
 
         return job
@@ -90,8 +88,8 @@ class Jobs:
                 bank = self.model.bank
                 experts = [bank[ExpertId(0, expert)] for expert in range(self.resident)]
                 self._weights = jax.device_put(experts, self._transfers.sharding)
-            groups = rows.groups(range(self.resident))
-            outputs, done = self._device.run(outputs, inputs, groups, self._weights.__getitem__, 1)
+            resident = range(self.resident)
+            outputs, done = self._device.run(outputs, inputs, rows, resident, self._weights.__getitem__)
             jax.block_until_ready((outputs, done))
 
         return job

@@ -17,7 +17,8 @@ from flax import nnx
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.compute import combine
-from layerscope_jax.experts.executors import DeviceExperts, HostExperts, WorkStats, place_rows
+from layerscope_jax.experts.cpu import WorkStats
+from layerscope_jax.experts.executors import DeviceExperts, HostExperts, place_rows
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
@@ -171,8 +172,8 @@ class LayerByLayer:
 
         seen, plan = self._decide(layer, phase, rows, expected)
         host = None
-        if plan.host:
-            host = self.host_experts.start(layer, inputs, rows.groups(plan.host), rows.choices)
+        if plan.host and plan.device:
+            host = self.host_experts.start(layer, inputs, rows, plan.host)
 
         began = time.perf_counter()
         outputs = self._take_outputs(chosen.size, hidden)
@@ -190,9 +191,12 @@ class LayerByLayer:
             missing = [e for e in missing if e not in here]
             outputs, done = self._on_device(outputs, inputs, layer, rows, here)
         self.forecasts.learn(seen, inputs, chosen, weights, active)
-        if host is not None:
+        if plan.host:
             self._await(done, began)
-            slots, values = host.result()
+            if host is None:
+                slots, values = self.host_experts.compute(layer, inputs, rows, plan.host)
+            else:
+                slots, values = host.result()
             began = time.perf_counter()
             outputs = place_rows(outputs, slots, values)
         hidden = self._add_experts(hidden, outputs, weights)
@@ -247,9 +251,9 @@ class LayerByLayer:
         return self.device_experts.run(
             outputs,
             inputs,
-            rows.groups(experts),
+            rows,
+            experts,
             lambda expert: self.residency.use(ExpertId(layer, expert)),
-            rows.choices,
         )
 
     def _await(self, done: jax.Array | np.ndarray | None, began: float) -> None:

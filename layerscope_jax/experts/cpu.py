@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 
 import jax
@@ -12,20 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.experts.compute import ExpertWeights, ffn
-from layerscope_jax.experts.grouping import Group, next_power
+from layerscope_jax.experts.grouping import Assignments, Group, next_power
 from layerscope_jax.experts.kernels import run_experts
 
 FEW = {"bfloat16": 32, "float32": 8}
-"""Largest row bucket that `kernels` computes: for more rows XLA's products, which know the CPU's own
-instructions for them, are as fast."""
+"""Most tokens of an expert that `kernels` computes: for more, XLA's products are as fast, which know all of
+the CPU's instructions for them."""
 
 SHARE_BYTES = 1 << 20
 """Bytes of weights that make waking another thread worth while: some 50 us of reading."""
 
 
-def by_kernel(group: Group, dtype: np.dtype) -> bool:
-    """Whether a group's rows are few. It hangs on an expert's own tokens alone, and so do its bits."""
-    return group.slots.shape[1] <= FEW.get(np.dtype(dtype).name, 0)
+def split_by_tokens(
+    rows: Assignments, experts: Iterable[int], dtype: np.dtype
+) -> tuple[list[int], list[int]]:
+    """Experts with few tokens and with many. It hangs on an expert's own tokens alone, and so do its bits."""
+    most = FEW.get(np.dtype(dtype).name, 0)
+    few: list[int] = []
+    many: list[int] = []
+    for expert in experts:
+        (few if rows.demand[expert] <= most else many).append(expert)
+    return few, many
 
 
 def expert_rows(
@@ -37,6 +45,27 @@ def expert_rows(
 
 
 grouped_rows = functools.partial(jax.jit, static_argnames="choices")(expert_rows)
+
+
+@dataclass
+class WorkStats:
+    """What an executor did since the last reset."""
+
+    busy_s: float = 0.0
+    experts: int = 0
+    tokens: int = 0
+    rows: int = 0  # computed, padding counted
+    dispatches: int = 0
+
+    def count(self, experts: int, tokens: int, rows: int) -> None:
+        """One dispatch."""
+        self.experts += experts
+        self.tokens += tokens
+        self.rows += rows
+        self.dispatches += 1
+
+    def count_group(self, group: Group) -> None:
+        self.count(len(set(group.experts)), group.rows, group.slots.size)
 
 
 class CpuExperts:
@@ -58,77 +87,73 @@ class CpuExperts:
     def compute(
         self,
         inputs: np.ndarray,
-        groups: Sequence[Group],
+        rows: Assignments,
+        experts: Iterable[int],
         weights: Callable[[int], ExpertWeights],
-        choices: int,
+        stats: WorkStats,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of `groups`.
+        """Rows of some of a layer's experts.
 
         Args:
             inputs: [T, D].
-            groups: as `Assignments.groups` makes them.
+            rows: which rows go to which expert.
+            experts: that are to be computed.
             weights: of an expert, in memory that this process reads.
-            choices: K.
+            stats: counts what is done.
 
         Returns:
             slots [R] and rows [R, D], R a power of two, so that placing them compiles for few shapes;
             what is more than was asked for goes to slot T * K, which nobody reads.
         """
-        nowhere = len(inputs) * choices
-        few = [group for group in groups if by_kernel(group, inputs.dtype)]
-        many = [group for group in groups if not by_kernel(group, inputs.dtype)]
-        parts = []
-        if many:
+        few, many = split_by_tokens(rows, experts, inputs.dtype)
+        groups, parts = rows.groups(many), []
+        if groups:
             local = jax.device_put(inputs, self.device)
-            for group in many:
+            for group in groups:
+                stats.count_group(group)
                 arrays = tuple(weights(expert) for expert in group.experts)
-                parts.append(grouped_rows(local, group.slots, arrays, choices))
-        total = sum(group.rows for group in few) + sum(group.slots.size for group in many)
-        slots = np.full(next_power(total), nowhere, np.int32)
-        rows = np.zeros((len(slots), inputs.shape[1]), inputs.dtype)
-        start = self._few(inputs, few, weights, choices, slots, rows) if few else 0
-        for group, part in zip(many, parts, strict=True):
+                parts.append(grouped_rows(local, group.slots, arrays, rows.choices))
+        taken = [rows.slots(expert) for expert in few]
+        start = sum(map(len, taken))
+        total = start + sum(group.slots.size for group in groups)
+        slots = np.full(next_power(total), rows.total, np.int32)
+        found = np.zeros((len(slots), inputs.shape[1]), inputs.dtype)
+        if few:
+            stats.count(experts=len(few), tokens=start, rows=start)
+            slots[:start] = np.concatenate(taken)
+            ends = np.cumsum([len(part) for part in taken])
+            self._few(inputs, [weights(expert) for expert in few], ends, slots, rows.choices, found)
+        for group, part in zip(groups, parts, strict=True):
             end = start + group.slots.size
             slots[start:end] = group.slots.reshape(-1)
-            rows[start:end] = np.asarray(part)
+            found[start:end] = np.asarray(part)
             start = end
-        return slots, rows
+        return slots, found
 
     def _few(
         self,
         inputs: np.ndarray,
-        groups: Sequence[Group],
-        weights: Callable[[int], ExpertWeights],
-        choices: int,
+        weights: Sequence[ExpertWeights],
+        ends: np.ndarray,
         slots: np.ndarray,
-        rows: np.ndarray,
-    ) -> int:
-        """Fills the first of `slots` and `rows`; gives how many."""
-        nowhere, ends, addresses, filled, size = len(inputs) * choices, [], [], 0, 0
-        held = []  # what the addresses are of must live until the end
-        for group in groups:
-            for expert, wanted in zip(group.experts, group.slots, strict=True):
-                real = wanted[wanted < nowhere]
-                if not len(real):
-                    continue  # padding repeats an expert
-                slots[filled : filled + len(real)] = real
-                filled += len(real)
-                ends.append(filled)
-                held.append(weights(expert))
-                addresses.append([matrix.unsafe_buffer_pointer() for matrix in held[-1]])
-                size += sum(matrix.nbytes for matrix in held[-1])
-        hidden = held[0].gate.shape[1]
+        choices: int,
+        found: np.ndarray,
+    ) -> None:
+        """Computes experts whose slots end at `ends` into the rows `found` of these slots."""
+        addresses = np.array(
+            [[matrix.unsafe_buffer_pointer() for matrix in expert] for expert in weights], np.int64
+        )
+        width, hidden = weights[0].gate.shape
+        size = 3 * width * hidden * inputs.dtype.itemsize * len(weights)
         words = np.uint16 if inputs.dtype.itemsize == 2 else inputs.dtype
-        arrays = np.array(addresses, np.int64), np.array(ends, np.int64), slots
-        floats = np.ascontiguousarray(inputs).view(words), hidden, rows.view(words)
+        words_in, words_out = np.ascontiguousarray(inputs).view(words), found.view(words)
 
         def part(begin: int, end: int) -> None:
-            run_experts(*arrays, choices, *floats, begin, end)
+            run_experts(addresses, ends, slots, choices, words_in, hidden, words_out, begin, end)
 
-        shares = min(self.threads, len(ends), max(1, size // SHARE_BYTES))
-        cuts = [round(len(ends) * share / shares) for share in range(shares + 1)]
+        shares = min(self.threads, len(weights), max(1, size // SHARE_BYTES))
+        cuts = [round(len(weights) * share / shares) for share in range(shares + 1)]
         others = [self._pool.submit(part, begin, end) for begin, end in pairwise(cuts[1:])]
         part(0, cuts[1])
         for other in others:
             other.result()
-        return filled

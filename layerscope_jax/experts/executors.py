@@ -7,36 +7,18 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from layerscope_jax.experts.bank import ExpertBank
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts, by_kernel, expert_rows
-from layerscope_jax.experts.grouping import Group
+from layerscope_jax.experts.cpu import CpuExperts, WorkStats, expert_rows, split_by_tokens
+from layerscope_jax.experts.grouping import Assignments
 from layerscope_jax.machine import cores
 from layerscope_jax.scheduling.plan import ExpertId
-
-
-@dataclass
-class WorkStats:
-    """What an executor did since the last reset."""
-
-    busy_s: float = 0.0
-    experts: int = 0
-    tokens: int = 0
-    rows: int = 0  # computed, padding counted
-    dispatches: int = 0  # groups
-
-    def count(self, group: Group, padded: bool) -> None:
-        self.experts += len(set(group.experts))
-        self.tokens += group.rows
-        self.rows += group.slots.size if padded else group.rows
-        self.dispatches += 1
 
 
 @functools.partial(jax.jit, static_argnames="choices", donate_argnames="outputs")
@@ -74,25 +56,23 @@ class DeviceExperts:
         self,
         outputs: jax.Array,
         inputs: jax.Array,
-        groups: Iterable[Group],
+        rows: Assignments,
+        experts: Iterable[int],
         weights: Callable[[int], ExpertWeights],
-        choices: int,
     ) -> tuple[jax.Array, jax.Array | np.ndarray | None]:
-        """Dispatches `groups`; returns the outputs and something that is ready when they are."""
+        """Dispatches `experts`; returns the outputs and something that is ready when they are."""
         done: jax.Array | np.ndarray | None = None
-        here = []
-        for group in groups:
-            few = self._cpu is not None and by_kernel(group, inputs.dtype)
-            self.stats.count(group, padded=not few)
-            if few:
-                here.append(group)
-                continue
+        few: list[int] = []
+        if self._cpu is not None:
+            few, experts = split_by_tokens(rows, experts, inputs.dtype)
+        for group in rows.groups(experts):
+            self.stats.count_group(group)
             arrays = tuple(weights(expert) for expert in group.experts)
-            outputs, done = grouped_ffn(outputs, inputs, group.slots, arrays, choices)
-        if self._cpu is not None and here:
-            slots, rows = self._cpu.compute(np.asarray(inputs), here, weights, choices)
-            outputs = place_rows(outputs, slots, rows)
-            done = rows if done is None else done
+            outputs, done = grouped_ffn(outputs, inputs, group.slots, arrays, rows.choices)
+        if self._cpu is not None and few:
+            slots, found = self._cpu.compute(np.asarray(inputs), rows, few, weights, self.stats)
+            outputs = place_rows(outputs, slots, found)
+            done = found if done is None else done
         return outputs, done
 
 
@@ -119,33 +99,32 @@ class HostExperts:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
 
     def start(
-        self, layer: int, inputs: jax.Array, groups: list[Group], choices: int
+        self, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
     ) -> Future[tuple[np.ndarray, np.ndarray]]:
-        """Begins to compute `groups` of `layer`; gives slots [R] and rows [R, D], R a power of two.
+        """Begins to compute experts of `layer`; gives slots and rows as `CpuExperts.compute` does.
 
         Raises:
             ValueError: if it was closed.
         """
         if self._closed:
             raise ValueError("the host executor was closed with its engine; make a new Engine")
-        return self._thread.submit(self._run, layer, inputs, groups, choices)
+        return self._thread.submit(self.compute, layer, inputs, rows, experts)
 
     def close(self) -> None:
         self._closed = True
         self._thread.shutdown(cancel_futures=True)
         self.cpu.close()
 
-    def _run(
-        self, layer: int, inputs: jax.Array, groups: list[Group], choices: int
+    def compute(
+        self, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
+        """As `start`, but by the thread that calls: where it would only wait, another is not worth waking."""
         began = time.perf_counter()
-        for group in groups:
-            self.stats.count(group, padded=not by_kernel(group, inputs.dtype))
-        slots, rows = self.cpu.compute(
-            np.asarray(inputs), groups, lambda expert: self._expert(ExpertId(layer, expert)), choices
+        found = self.cpu.compute(
+            np.asarray(inputs), rows, experts, lambda e: self._expert(ExpertId(layer, e)), self.stats
         )
         self.stats.busy_s += time.perf_counter() - began
-        return slots, rows
+        return found
 
     def _expert(self, expert: ExpertId) -> ExpertWeights:
         """The bank's buffers as arrays of the host's CPU device.

@@ -176,7 +176,9 @@ def swiglu(x, gate, up, down, out):
     gates, ups = np.empty(tokens * STRIDE, np.float32), np.empty(tokens * STRIDE, np.float32)
     for first in range(0, hidden, block):
         last = min(first + block, hidden)
-        gates[:], ups[:] = 0, 0
+        for m in range(tokens):
+            gates[m * STRIDE : m * STRIDE + last - first] = 0
+            ups[m * STRIDE : m * STRIDE + last - first] = 0
         add_product(x, gate, first, last, panel, gates)
         add_product(x, up, first, last, panel, ups)
         for m in range(tokens):
@@ -186,7 +188,8 @@ def swiglu(x, gate, up, down, out):
                 inner[m, first + f] = widened(rounded(value, gate))
     for first in range(0, width, block):
         last = min(first + block, width)
-        gates[:] = 0
+        for m in range(tokens):
+            gates[m * STRIDE : m * STRIDE + last - first] = 0
         add_product(inner, down, first, last, panel, gates)
         for m in range(tokens):
             out[m, first:last] = gates[m * STRIDE : m * STRIDE + last - first]
@@ -207,6 +210,8 @@ def run_experts(addresses, ends, slots, choices, inputs, hidden, outputs, begin,
     width = inputs.shape[1]
     for expert in range(begin, end):
         first, last = (ends[expert - 1] if expert else 0), ends[expert]
+        if first == last:
+            continue
         x = np.empty((last - first, width), np.float32)
         out = np.empty((last - first, width), np.float32)
         for m in range(last - first):

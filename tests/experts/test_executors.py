@@ -56,16 +56,16 @@ def on_device(bank, inputs, rows, experts):
     outputs, done = device.run(
         jnp.zeros((rows.total + 1, WIDE.hidden_size), bank.dtype),
         inputs,
-        rows.groups(experts),
+        rows,
+        experts,
         lambda expert: jax.block_until_ready(jax.device_put(bank[ExpertId(0, expert)], device_sharding())),
-        rows.choices,
     )
     assert np.isfinite(done).all()
     return np.asarray(outputs)[:-1], device
 
 
 def on_host(bank, host, inputs, rows, experts):
-    slots, values = in_time(host.start(0, inputs, rows.groups(experts), rows.choices).result)
+    slots, values = in_time(host.start(0, inputs, rows, experts).result)
     assert len(slots) == len(values)
     assert len(slots) & (len(slots) - 1) == 0
     outputs = jnp.zeros((rows.total + 1, WIDE.hidden_size), bank.dtype)
@@ -108,20 +108,20 @@ def test_the_rows_are_the_networks(bank):
 def test_what_they_count(bank, host):
     rows, inputs = rows_and_inputs(bank)
     _, device = on_device(bank, inputs, rows, [0, 2, 9])
-    # 130 rows are a full piece of 128 and one of 2; that and the pieces of 0 and 9 share a dispatch of 4.
+    # 130 rows are a full piece of 128 and one of 2; those of 0 and 9 are few, and computed together.
     assert (device.stats.experts, device.stats.tokens) == (4, 132)
-    assert (device.stats.rows, device.stats.dispatches) == (128 + 4, 2)  # few rows are not padded
+    assert (device.stats.rows, device.stats.dispatches) == (128 + 2 + 2, 3)
     on_host(bank, host, inputs, rows, [0, 2, 9])
     assert host.stats.busy_s > 0
-    assert (host.stats.tokens, host.stats.rows, host.stats.dispatches) == (132, 132, 2)
+    assert (host.stats.tokens, host.stats.rows, host.stats.dispatches) == (132, 132, 3)
 
 
 def test_a_failure_on_the_host_reaches_who_waits(bank, host):
     rows, inputs = rows_and_inputs(bank)
-    future = host.start(7, inputs, rows.groups([0]), rows.choices)  # there is no layer 7
+    future = host.start(7, inputs, rows, [0])  # there is no layer 7
     with pytest.raises(IndexError):
         in_time(future.result)
-    assert len(in_time(host.start(0, inputs, rows.groups([0]), rows.choices).result)[0]) == 1
+    assert len(in_time(host.start(0, inputs, rows, [0]).result)[0]) == 1
 
 
 def test_a_closed_host_executor_says_so(bank):
@@ -129,7 +129,7 @@ def test_a_closed_host_executor_says_so(bank):
     host = HostExperts(bank, jax.devices("cpu")[-1])
     host.close()
     with pytest.raises(ValueError, match="closed with its engine; make a new Engine"):
-        host.start(0, inputs, rows.groups([0]), rows.choices)
+        host.start(0, inputs, rows, [0])
 
 
 def test_what_the_host_keeps_is_the_banks_own_memory(bank, host):

@@ -9,7 +9,7 @@ from helpers import bits
 
 from layerscope_jax.experts import cpu
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts
+from layerscope_jax.experts.cpu import CpuExperts, WorkStats
 from layerscope_jax.experts.grouping import Assignments
 
 TYPES = {"float32": (np.float32, 2e-6), "bfloat16": (ml_dtypes.bfloat16, 1e-2)}
@@ -38,7 +38,7 @@ def experts(dtype, width, hidden, count):
 def rows_of(computer, inputs, tokens, weights):
     """[T, D] of those `tokens` of one expert."""
     chosen = Assignments(np.zeros((len(inputs), 1), np.int32), np.isin(np.arange(len(inputs)), tokens))
-    slots, rows = computer.compute(inputs, chosen.groups([0]), lambda expert: weights, 1)
+    slots, rows = computer.compute(inputs, chosen, [0], lambda expert: weights, WorkStats())
     found = np.zeros_like(inputs)
     real = slots < len(inputs)
     found[slots[real]] = rows[real]
@@ -82,8 +82,10 @@ def test_threads_share_the_experts_out_and_change_no_bit(threads, monkeypatch):
     rng = np.random.default_rng(3)
     rows = Assignments(np.argsort(rng.random((9, 7)), 1)[:, :3].astype(np.int32))
     inputs = rng.standard_normal((9, 32)).astype(np.float32)
-    groups = rows.groups(rows.demand)
-    found = [computer.compute(inputs, groups, weights.__getitem__, 3) for computer in threads.values()]
+    found = [
+        computer.compute(inputs, rows, rows.demand, weights.__getitem__, WorkStats())
+        for computer in threads.values()
+    ]
     assert sorted(found[0][0][found[0][0] < 27]) == list(range(27))
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
