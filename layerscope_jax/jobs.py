@@ -87,7 +87,7 @@ class Jobs:
             if not self._weights:
                 bank = self.model.bank
                 experts = [bank[ExpertId(0, expert)] for expert in range(self.resident)]
-                self._weights = jax.device_put(experts, self._transfers.sharding)
+                self._weights = jax.block_until_ready(jax.device_put(experts, self._transfers.sharding))
             resident = range(self.resident)
             outputs, done = self._device.run(outputs, inputs, rows, resident, self._weights.__getitem__)
             jax.block_until_ready((outputs, done))

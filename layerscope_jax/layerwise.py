@@ -286,7 +286,8 @@ class LayerByLayer:
         """Puts every expert on the device, ahead of all work and past the link's pace."""
         for expert in self.model.bank:
             self.residency.reserve(expert, prefetched=False)
-            self.residency.arrive(expert, jax.device_put(self.model.bank[expert], self.transfers.sharding))
+            copied = jax.device_put(self.model.bank[expert], self.transfers.sharding)
+            self.residency.arrive(expert, jax.block_until_ready(copied))
 
     def reset(self) -> None:
         """Begins the statistics anew; what is resident stays."""

@@ -98,7 +98,7 @@ class CpuExperts:
             inputs: [T, D].
             rows: which rows go to which expert.
             experts: that are to be computed.
-            weights: of an expert, in memory that this process reads.
+            weights: of an expert, in memory that this process reads; copied there already, not on the way.
             stats: counts what is done.
 
         Returns:

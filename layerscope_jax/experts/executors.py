@@ -137,6 +137,7 @@ class HostExperts:
             # Through another handle on the buffer: JAX keeps with an array whatever copy NumPy was given.
             handles = [matrix.addressable_data(0) for matrix in self.bank[expert]]
             found = ExpertWeights(*(jax.device_put(np.asarray(handle), self.device) for handle in handles))
+            jax.block_until_ready(found)  # our own loops read the buffers, and do not wait for copies
             if share_memory(found, self.bank[expert]):
                 self._weights[expert] = found
         return found
