@@ -15,7 +15,7 @@ from layerscope_jax import calibration
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import OffloadConfig, parse_bytes
 from layerscope_jax.detokenize import continuation
-from layerscope_jax.experts.cpu import WorkStats
+from layerscope_jax.experts.cpu import WorkStats, default_threads
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, Transfers
@@ -30,7 +30,6 @@ from layerscope_jax.generation import (
     run_batch,
 )
 from layerscope_jax.layerwise import LayerByLayer
-from layerscope_jax.machine import cores
 from layerscope_jax.machine_profile import costs_of
 from layerscope_jax.prediction import make_predictor
 from layerscope_jax.progress import progress_bar
@@ -124,7 +123,7 @@ class Engine:
             expert_bytes=bank.expert_bytes,
             slots=residency.slots,
         )
-        threads = config.host_threads or max(1, cores() - (self.device.platform != "cpu"))
+        threads = config.host_threads or default_threads(self.device)
         host = HostExperts(bank, host_device or cpu_device(), threads)
         transfers = Transfers(bank, self.device, bandwidth, copy)
         self._close = weakref.finalize(self, _close, transfers, host)

@@ -14,6 +14,7 @@ from layerscope_jax.calibration import BUSY_TOKENS, Points, costs, others, table
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import parse_bytes
 from layerscope_jax.engine import cpu_device
+from layerscope_jax.experts.cpu import default_threads
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.jobs import Jobs
@@ -65,7 +66,8 @@ def calibrate(
         raise ValueError("link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
     began = time.perf_counter()
     free = {"host": machine.free_bytes(), "device": machine.device_free_bytes(model.device)}
-    host, transfers = HostExperts(bank, cpu_device()), Transfers(bank, model.device, pace)
+    host = HostExperts(bank, cpu_device(), default_threads(model.device))
+    transfers = Transfers(bank, model.device, pace)
     try:
         jobs = Jobs(model, host, transfers, len(list(bank)) if slots is None else slots)
         alone, together = costs(jobs, points, list(WAYS.values()))

@@ -42,7 +42,8 @@ def few(monkeypatch):
 @contextmanager
 def rooms(model, bandwidth=None, copy=jax.device_put):
     device, host_device = jax.devices()
-    host, transfers = HostExperts(model.bank, host_device), Transfers(model.bank, device, bandwidth, copy)
+    host = HostExperts(model.bank, host_device, threads=2)
+    transfers = Transfers(model.bank, device, bandwidth, copy)
     try:
         yield host, transfers
     finally:

@@ -107,7 +107,7 @@ def test_bytes_are_those_that_moved(model, policy, rate):
                 assert stats.hit_rate == pytest.approx(1 - loads / active)
             assert 0 <= stats.hit_rate < 1
             assert 0 <= stats.token_hit_rate < 1
-            assert 0 <= stats.padding < 1
+            assert stats.padding == 0  # on a CPU few tokens are not padded
             assert (stats.host_share > 0) == any(plan.host for plan in result.plans)
             assert stats.link_share <= 1.001
         if policy == "host-only":

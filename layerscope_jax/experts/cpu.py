@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from layerscope_jax.experts.compute import ExpertWeights, ffn
 from layerscope_jax.experts.grouping import Assignments, Group, next_power
 from layerscope_jax.experts.kernels import run_experts
+from layerscope_jax.machine import cores
 
 FEW = {"bfloat16": 32, "float32": 8}
 """Most tokens of an expert that `kernels` computes: for more, XLA's products are as fast, which know all of
@@ -22,6 +22,11 @@ the CPU's instructions for them."""
 
 SHARE_BYTES = 1 << 20
 """Bytes of weights that make waking another thread worth while: some 50 us of reading."""
+
+
+def default_threads(device: jax.Device) -> int:
+    """As many as there are cores, less one where `device` is an accelerator, which another thread feeds."""
+    return max(1, cores() - (device.platform != "cpu"))
 
 
 def split_by_tokens(
@@ -44,7 +49,7 @@ def expert_rows(
     return jnp.concatenate([ffn(inputs[token[i]], expert) for i, expert in enumerate(weights)])
 
 
-grouped_rows = functools.partial(jax.jit, static_argnames="choices")(expert_rows)
+grouped_rows = jax.jit(expert_rows, static_argnames="choices")
 
 
 @dataclass

@@ -17,7 +17,6 @@ from layerscope_jax.experts.bank import ExpertBank
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import CpuExperts, WorkStats, expert_rows, split_by_tokens
 from layerscope_jax.experts.grouping import Assignments
-from layerscope_jax.machine import cores
 from layerscope_jax.scheduling.plan import ExpertId
 
 
@@ -83,19 +82,19 @@ class HostExperts:
         bank: the host tier.
         device: the JAX CPU device to compute on; another one than the device tier's, if that is a CPU too,
             so that the two do not queue behind each other.
-        threads: that compute; as many as there are cores if None.
+        threads: that compute.
 
     Attributes:
         cpu: what computes.
     """
 
-    def __init__(self, bank: ExpertBank, device: jax.Device, threads: int | None = None):
+    def __init__(self, bank: ExpertBank, device: jax.Device, threads: int):
         self.bank = bank
         self.device = device
         self.stats = WorkStats()
         self._weights: dict[ExpertId, ExpertWeights] = {}  # those that share the bank's memory
         self._closed = False
-        self.cpu = CpuExperts(device, threads or cores())
+        self.cpu = CpuExperts(device, threads)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
 
     def start(

@@ -1,6 +1,6 @@
-"""Experts on the CPU at the speed of memory: compiled loops that read every weight once.
+"""Experts on the CPU by compiled loops that read every weight once.
 
-XLA's CPU products reach a third of the memory's speed for a few rows, and less in bfloat16. Here a matrix is
+For a few rows in bfloat16 XLA's CPU products reach a third of the memory's speed. Here a matrix is
 streamed row by row, four rows at a time, widened to float32 once for all tokens, and added to sums that stay
 in the cache. A row of the result has the same bits whatever other rows or experts are computed with it, and
 on whichever thread: its sums run over the matrix in one fixed order, of multiply-adds rounded once.
@@ -97,14 +97,13 @@ def widen(words, floats, row):
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def add_to_one(x0, x1, x2, x3, w0, w1, w2, w3, sums, row):
-    """Adds four rows of a matrix to a token's sums, straight from memory."""
-    start = np.uint64(row * STRIDE)
+def add_to_one(x0, x1, x2, x3, w0, w1, w2, w3, sums):
+    """Adds four rows of a matrix to the sums of the only token, straight from memory."""
     for f in range(np.uint64(len(w0))):
-        total = sums[start + f] + x0 * widened(w0[f])
+        total = sums[f] + x0 * widened(w0[f])
         total = total + x1 * widened(w1[f])
         total = total + x2 * widened(w2[f])
-        sums[start + f] = total + x3 * widened(w3[f])
+        sums[f] = total + x3 * widened(w3[f])
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
@@ -149,7 +148,7 @@ def add_product(x, weights, first, last, panel, sums):
         if tokens == 1:
             w0, w1 = weights[k, first:last], weights[k + 1, first:last]
             w2, w3 = weights[k + 2, first:last], weights[k + 3, first:last]
-            add_to_one(x[0, k], x[0, k + 1], x[0, k + 2], x[0, k + 3], w0, w1, w2, w3, sums, 0)
+            add_to_one(x[0, k], x[0, k + 1], x[0, k + 2], x[0, k + 3], w0, w1, w2, w3, sums)
             continue
         for row in range(4):
             widen(weights[k + row, first:last], panel, row)
@@ -210,8 +209,6 @@ def run_experts(addresses, ends, slots, choices, inputs, hidden, outputs, begin,
     width = inputs.shape[1]
     for expert in range(begin, end):
         first, last = (ends[expert - 1] if expert else 0), ends[expert]
-        if first == last:
-            continue
         x = np.empty((last - first, width), np.float32)
         out = np.empty((last - first, width), np.float32)
         for m in range(last - first):

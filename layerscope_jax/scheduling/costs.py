@@ -57,17 +57,12 @@ class TimeTable:
         """Times of 0 to `KNOWN` tokens; nothing is done for none."""
         return [0.0] + [self._interpolated(tokens) for tokens in range(1, KNOWN + 1)]
 
-    def expected(self, tokens: np.ndarray) -> np.ndarray:
-        """For forecast counts, not whole numbers; below one token, one's time by the chance that it comes.
-
-        >>> TimeTable((1, 4), (1.0, 2.5)).expected(np.array([0.3, 2.0])).tolist()
-        [0.3, 1.5]
-        """
-        return np.interp(tokens, *self.curve)
-
     @cached_property
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and ms of the points that the table is a straight line between, from nothing on."""
+        """Tokens and ms of the points that the table is a straight line between, from nothing on.
+
+        Also for forecast counts, not whole numbers: below one token, one's time by the chance that it comes.
+        """
         tokens = sorted({1, *self.tokens, 2 * self.tokens[-1], 1_000_000})
         return np.array([0.0, *tokens]), np.array([0.0, *(self(count) for count in tokens)])
 
@@ -117,8 +112,9 @@ class Curves(NamedTuple):
 def ms_of(tokens: float, known: np.ndarray, ms: np.ndarray) -> float:
     """The time of so many tokens on a curve.
 
-    >>> ms_of(2.0, *TimeTable((1, 4), (1.0, 2.5)).curve)
-    1.5
+    >>> curve = TimeTable((1, 4), (1.0, 2.5)).curve
+    >>> ms_of(0.3, *curve), ms_of(2.0, *curve)
+    (0.3, 1.5)
     """
     right = 1
     while right < len(known) - 1 and known[right] < tokens:

@@ -73,7 +73,7 @@ def test_views_are_the_same_memory(bank):
 
 def test_the_host_computes_from_the_same_memory(bank):
     """One copy in RAM serves transfers and host compute."""
-    host = HostExperts(bank, jax.devices("cpu")[-1])
+    host = HostExperts(bank, jax.devices("cpu")[-1], threads=2)
     try:
         for expert in bank:
             for there, matrix in zip(host._expert(expert), bank[expert], strict=True):

@@ -35,7 +35,7 @@ def bank():
 
 @pytest.fixture
 def host(bank):
-    host = HostExperts(bank, jax.devices("cpu")[-1])
+    host = HostExperts(bank, jax.devices("cpu")[-1], threads=2)
     yield host
     host.close()
 
@@ -50,9 +50,9 @@ def rows_and_inputs(bank):
     return rows, jax.device_put(inputs.astype(bank.dtype), device_sharding())
 
 
-def on_device(bank, inputs, rows, experts):
+def on_device(bank, inputs, rows, experts, cpu=CPU):
     """[T * K, D] with zeros where nothing was computed; and the executor."""
-    device = DeviceExperts(CPU)
+    device = DeviceExperts(cpu)
     outputs, done = device.run(
         jnp.zeros((rows.total + 1, WIDE.hidden_size), bank.dtype),
         inputs,
@@ -111,6 +111,10 @@ def test_what_they_count(bank, host):
     # 130 rows are a full piece of 128 and one of 2; those of 0 and 9 are few, and computed together.
     assert (device.stats.experts, device.stats.tokens) == (4, 132)
     assert (device.stats.rows, device.stats.dispatches) == (128 + 2 + 2, 3)
+    # An accelerator pads all: the piece of 2 and those of 0 and 9 share a dispatch of 4.
+    _, device = on_device(bank, inputs, rows, [0, 2, 9], cpu=None)
+    assert (device.stats.experts, device.stats.tokens) == (4, 132)
+    assert (device.stats.rows, device.stats.dispatches) == (128 + 4 * 2, 2)
     on_host(bank, host, inputs, rows, [0, 2, 9])
     assert host.stats.busy_s > 0
     assert (host.stats.tokens, host.stats.rows, host.stats.dispatches) == (132, 132, 3)
@@ -126,7 +130,7 @@ def test_a_failure_on_the_host_reaches_who_waits(bank, host):
 
 def test_a_closed_host_executor_says_so(bank):
     rows, inputs = rows_and_inputs(bank)
-    host = HostExperts(bank, jax.devices("cpu")[-1])
+    host = HostExperts(bank, jax.devices("cpu")[-1], threads=2)
     host.close()
     with pytest.raises(ValueError, match="closed with its engine; make a new Engine"):
         host.start(0, inputs, rows, [0])
@@ -158,7 +162,7 @@ def test_copies_are_not_kept_where_the_host_does_not_share_the_banks_memory(bank
 
     layers = tuple(tuple(ExpertWeights(*map(Elsewhere, expert)) for expert in layer) for layer in bank.layers)
     rows, inputs = rows_and_inputs(bank)
-    elsewhere = HostExperts(ExpertBank(layers), jax.devices("cpu")[-1])
+    elsewhere = HostExperts(ExpertBank(layers), jax.devices("cpu")[-1], threads=2)
     try:
         found = on_host(bank, elsewhere, inputs, rows, [0, 2, 9])
     finally:
