@@ -107,7 +107,8 @@ def test_bytes_are_those_that_moved(model, policy, rate):
                 assert stats.hit_rate == pytest.approx(1 - loads / active)
             assert 0 <= stats.hit_rate < 1
             assert 0 <= stats.token_hit_rate < 1
-            assert stats.padding == 0  # on a CPU few tokens are not padded
+            # On a CPU an expert's tokens are padded where they are many, as in the first prefill alone.
+            assert 0 < stats.padding < 1 if prompts is PROMPTS else stats.padding == 0
             assert (stats.host_share > 0) == any(plan.host for plan in result.plans)
             assert stats.link_share <= 1.001
         if policy == "host-only":
