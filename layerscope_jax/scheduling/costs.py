@@ -58,13 +58,10 @@ class TimeTable:
         return [0.0] + [self._interpolated(tokens) for tokens in range(1, KNOWN + 1)]
 
     @cached_property
-    def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and ms of the points that the table is a straight line between, from nothing on.
-
-        Also for forecast counts, not whole numbers: below one token, one's time by the chance that it comes.
-        """
-        tokens = sorted({1, *self.tokens, 2 * self.tokens[-1], 1_000_000})
-        return np.array([0.0, *tokens]), np.array([0.0, *(self(count) for count in tokens)])
+    def curve(self) -> np.ndarray:
+        """[N + 1] ms of 0 to N tokens, for `ms_of`: twice as many as were measured, and `KNOWN` at least."""
+        more = range(KNOWN + 1, 2 * self.tokens[-1] + 1)
+        return np.array(self.known + [self._interpolated(tokens) for tokens in more])
 
     def _interpolated(self, tokens: int) -> float:
         if len(self.tokens) == 1 or tokens <= self.tokens[0]:
@@ -102,25 +99,22 @@ NOTHING = TimeTable((1,), (0.0,))
 class Curves(NamedTuple):
     """`TimeTable.curve` of an expert on the host and on the device, for compiled functions."""
 
-    host_tokens: np.ndarray
-    host_ms: np.ndarray
-    device_tokens: np.ndarray
-    device_ms: np.ndarray
+    host: np.ndarray
+    device: np.ndarray
 
 
 @njit(cache=True, nogil=True)
-def ms_of(tokens: float, known: np.ndarray, ms: np.ndarray) -> float:
-    """The time of so many tokens on a curve.
+def ms_of(tokens: float, curve: np.ndarray) -> float:
+    """The time of so many tokens, which may be expected ones, on a curve that goes straight on at its end.
+
+    Below one token it is one's time by the chance that it comes.
 
     >>> curve = TimeTable((1, 4), (1.0, 2.5)).curve
-    >>> ms_of(0.3, *curve), ms_of(2.0, *curve)
-    (0.3, 1.5)
+    >>> ms_of(0.3, curve), ms_of(2.0, curve), ms_of(3.5, curve)
+    (0.3, 1.5, 2.25)
     """
-    right = 1
-    while right < len(known) - 1 and known[right] < tokens:
-        right += 1
-    low, high = known[right - 1], known[right]
-    return ms[right - 1] + (tokens - low) / (high - low) * (ms[right] - ms[right - 1])
+    whole = min(int(tokens), len(curve) - 2)
+    return curve[whole] + (tokens - whole) * (curve[whole + 1] - curve[whole])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,4 +142,4 @@ class HardwareProfile:
 
     @cached_property
     def curves(self) -> Curves:
-        return Curves(*self.host_ms.curve, *self.device_ms.curve)
+        return Curves(self.host_ms.curve, self.device_ms.curve)

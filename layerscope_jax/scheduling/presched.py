@@ -131,7 +131,7 @@ class PreSched:
             load=tuple([every[layer * number + expert] for expert in load]),
             prefetch=tuple([every[flat] for flat in prefetch]),
         )
-        if not agree(plan, seen):  # others brought some and took as many
+        if not agree(plan, [every[layer * number + expert] for expert in device], seen):  # others brought some and took as many
             return self.decide(replace(state, present=counted(state, seen)), seen, move=move)
         state = PreSchedState(costs, state.geometry, *books, queue=(*queue, *plan.load, *plan.prefetch))
         return state, plan
@@ -166,16 +166,16 @@ def counted(state: PreSchedState, seen: Observation) -> np.ndarray:
     return present
 
 
-def agree(plan: LayerPlan, seen: Observation) -> bool:
+def agree(plan: LayerPlan, device: Sequence[ExpertId], seen: Observation) -> bool:
     """Whether what the plan takes to be present is, and to be absent too."""
     resident, away = seen.resident.__contains__, seen.in_flight.__contains__
     new = (*plan.load, *plan.prefetch)
-    copies = {ExpertId(plan.layer, expert) for expert in plan.device}.difference(plan.load)
+    absent = [copy for copy in device if not resident(copy)]
     return (
         all(map(resident, plan.evict))
         and not any(map(resident, new))
         and not any(map(away, new))
-        and all(resident(copy) or away(copy) for copy in copies)
+        and all(away(copy) or copy in plan.load for copy in absent)
     )
 
 

@@ -130,8 +130,8 @@ def share_out(
     kept = loaded = moved = 0
     device_end = host_end = 0.0
     for place in range(active):
-        host_ms[place] = ms_of(tokens[place], curves.host_tokens, curves.host_ms)
-        device_ms[place] = ms_of(tokens[place], curves.device_tokens, curves.device_ms)
+        host_ms[place] = ms_of(tokens[place], curves.host)
+        device_ms[place] = ms_of(tokens[place], curves.device)
         if resident[place]:
             device[kept] = place
             kept += 1

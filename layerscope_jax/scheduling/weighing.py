@@ -181,8 +181,8 @@ def saved_ms(curves: Curves, expected: np.ndarray, price: float) -> np.ndarray:
     """What it saves of a layer's time to have each expert on the device, by its expected tokens [E]."""
     saves = np.empty(len(expected))
     for expert, tokens in enumerate(expected):
-        host_ms = ms_of(tokens, curves.host_tokens, curves.host_ms)
-        saves[expert] = (1 - price) * host_ms - price * ms_of(tokens, curves.device_tokens, curves.device_ms)
+        host_ms = ms_of(tokens, curves.host)
+        saves[expert] = (1 - price) * host_ms - price * ms_of(tokens, curves.device)
     return saves
 
 
@@ -191,8 +191,8 @@ def device_price(curves: Curves, moved: int) -> float:
     """The price at which the host does as well with the busiest expert that the device gave away."""
     if not moved:
         return 0.0
-    host_ms = ms_of(moved, curves.host_tokens, curves.host_ms)
-    return host_ms / (host_ms + ms_of(moved, curves.device_tokens, curves.device_ms))
+    host_ms = ms_of(moved, curves.host)
+    return host_ms / (host_ms + ms_of(moved, curves.device))
 
 
 @njit(cache=True, nogil=True)
@@ -236,7 +236,7 @@ def leaving(
     layers, number = books.present.shape
     may = books.present & ~on_link.reshape(layers, number)
     may[turn.layer][experts] = False
-    residents, worths, found = np.empty(may.size, np.int64), np.empty(may.size), 0
+    residents, worths, found = np.empty(may.size + 1, np.int64), np.empty(may.size + 1), 0
     for ahead in range(layers - 1, -1, -1):  # of equals, the one whose turn is farthest leaves
         layer = (turn.layer + 1 + ahead) % layers
         if ahead < len(saves):
@@ -244,48 +244,52 @@ def leaving(
         else:
             worth = books.worth[layer] * (1 - AGAIN * ahead / layers)
         row = may[layer]
-        for expert in range(number):
-            if row[expert]:
-                residents[found], worths[found] = layer * number + expert, worth[expert]
-                found += 1
+        for expert in range(number):  # written always and kept if resident: no branch to guess wrong
+            residents[found], worths[found] = layer * number + expert, worth[expert]
+            found += row[expert]
     first = lowest(worths[:found], turn.fitting + SPARE + turn.crowd)
     return residents[first], worths[first]
 
 
 @njit(cache=True, nogil=True)
 def lowest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` lowest values, lowest first, ties by place. A heap: few of many are wanted."""
-    heap = np.arange(len(values))
-    for root in range(len(heap) // 2 - 1, -1, -1):
-        sink(heap, len(heap), root, values)
-    found = np.empty(min(count, len(heap)), np.int64)
-    for index in range(len(found)):
-        found[index], last = heap[0], len(heap) - 1 - index
-        heap[0] = heap[last]
-        sink(heap, last, 0, values)
-    return found
+    """Places of the `count` lowest values, lowest first, ties by place; what differs after eleven digits ties.
+
+    A heap of the lowest so far, highest on top: few of many are wanted, and most are looked at once. Value
+    and place are one integer, since comparing costs more than all else here.
+    """
+    size, bits = min(count, len(values)), 1
+    while len(values) >> bits:
+        bits += 1
+    heap = np.empty(size, np.int64)
+    keys = (values + 0.0).view(np.int64)  # rises with the value where that is not negative; -0.0 is not 0
+    for place in range(len(values)):
+        key = keys[place] ^ (keys[place] >> 63 & 0x7FFFFFFFFFFFFFFF)
+        key = (key >> bits << bits) | place
+        if place < size:
+            heap[place] = key
+            if place == size - 1:
+                for root in range(size // 2 - 1, -1, -1):
+                    sink(heap, size, root, heap[root])
+        elif size and key < heap[0]:
+            sink(heap, size, 0, key)
+    for last in range(size - 1, 0, -1):
+        key, heap[last] = heap[last], heap[0]
+        sink(heap, last, 0, key)
+    return heap & ((1 << bits) - 1)
 
 
 @njit(cache=True, nogil=True)
-def sink(heap: np.ndarray, size: int, root: int, values: np.ndarray) -> None:
-    """Moves a heap's entry down to where it belongs."""
-    moving = heap[root]
-    while True:
-        child = 2 * root + 1
-        if child >= size:
-            break
-        if child + 1 < size and before(heap[child + 1], heap[child], values):
-            child += 1
-        if not before(heap[child], moving, values):
+def sink(heap: np.ndarray, size: int, root: int, key: int) -> None:
+    """Puts a key at a heap's `root`, or below it, where it belongs."""
+    child = 2 * root + 1
+    while child < size:
+        child += child + 1 < size and heap[child] < heap[child + 1]
+        if heap[child] <= key:
             break
         heap[root] = heap[child]
-        root = child
-    heap[root] = moving
-
-
-@njit(cache=True, nogil=True)
-def before(first: int, second: int, values: np.ndarray) -> bool:
-    return values[first] < values[second] or (values[first] == values[second] and first < second)
+        root, child = child, 2 * child + 1
+    heap[root] = key
 
 
 @njit(cache=True, nogil=True)
