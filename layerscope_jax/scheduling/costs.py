@@ -50,7 +50,7 @@ class TimeTable:
     def total(self, counts: Collection[int]) -> float:
         """Of computing all of them, one after the other."""
         time = self.upto(max(counts, default=0))
-        return sum([time(tokens) for tokens in counts], 0.0)
+        return sum(map(time, counts), 0.0)
 
     @cached_property
     def known(self) -> list[float]:

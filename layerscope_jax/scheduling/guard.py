@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -30,11 +30,11 @@ WAYS = (
     Way("host only", False, False, False),
 )
 
-TRIAL = {"prefill": 1, "decode": 2}
-"""Steps of a trial; the last is measured. In decode the first one clears what the way before left behind."""
+TRIAL = {"prefill": 1, "decode": 3}
+"""Steps of a trial. In decode the first one clears what the way before left behind, and is not measured."""
 
-FIRST_WAIT, LONGEST_WAIT = 16, 1024
-"""Steps between trials: the wait doubles with each that changes nothing."""
+FIRST_WAIT, LONGEST_WAIT, LONGER = 16, 1024, 4
+"""Steps between trials: the wait grows by a factor with each that changes nothing."""
 
 SLACK = 0.15
 """Part by which measured times may exceed the planned ones before other ways are tried."""
@@ -42,9 +42,9 @@ SLACK = 0.15
 HOPELESS = 1.25
 """The host alone is not tried where, by the costs, it takes so many times what is measured now."""
 
-MARGIN, LAYER_MARGIN = 0.05, 0.15
-"""Part of its time by which another way must be faster to be taken, by all layers and by one alone: the few
-samples of a single layer's time say little."""
+MARGIN, LAYER_MARGIN = 0.06, 0.45
+"""Part of its time by which another way must be faster to be taken, by all layers and by one alone, if each was
+measured once; the more measurements, the less."""
 
 SAMPLES = 5
 """Measurements of a layer's turn that are kept; their median counts, so that one stall decides nothing."""
@@ -58,34 +58,33 @@ class Watch:
         ms: [ways, L, samples] newest measured times of a layer's turn, infinite where there are fewer.
         chosen: [L] the way of each layer.
         planned_ms: [L, samples] what the costs said of the newest measured turns of the chosen way.
-        host_ms: [L] what they say of the host alone.
+        alone_ms: what they say of a whole step by the host alone, as of the step before a round of trials.
         wait: steps until the next round of trials.
         trial: the way that is tried in this step, in all layers; None outside of trials.
         left: steps of the trial, this one included.
         untried: ways that are still to be tried in this round.
         pause: steps between the last round and the next.
-        turns: of layers, by way, for the statistics.
+        turns: [ways] of layers, for the statistics.
     """
 
     ms: np.ndarray
     chosen: np.ndarray
     planned_ms: np.ndarray
-    host_ms: np.ndarray
+    turns: np.ndarray
     wait: int
+    alone_ms: float = 0.0
     trial: int | None = None
     left: int = 0
     untried: tuple[int, ...] = ()
     pause: int = FIRST_WAIT
-    turns: tuple[int, ...] = (0,) * len(WAYS)
 
 
 class Turn(NamedTuple):
-    """A layer's turn whose time the next observation tells; `way` -1 where it does not count."""
+    """A layer's turn in the step under way: by which way, and what the costs said of it."""
 
-    key: tuple[str, int]
     way: int
-    layer: int
     planned_ms: float
+    demand: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,18 @@ class GuardState:
     Attributes:
         inner: the policy's own.
         forecasts: whether there has been one.
-        watches: by phase and power of two of the tokens.
-        turn: that is under way.
+        watches: by phase and power of two of the tokens; as of the end of the step before.
+        key: of the step under way.
+        turns: of its layers so far.
+        took_ms: of each, but the last; 0 if unknown.
     """
 
     inner: PreSchedState
     forecasts: bool = False
     watches: Mapping[tuple[str, int], Watch] = field(default_factory=dict)
-    turn: Turn | None = None
+    key: tuple[str, int] = ("", 0)
+    turns: tuple[Turn, ...] = ()
+    took_ms: tuple[float, ...] = ()
 
 
 class Guard:
@@ -128,54 +131,49 @@ class Guard:
         return GuardState(self._policy.init(geometry, profile))
 
     def plan(self, state: GuardState, seen: Observation) -> tuple[GuardState, LayerPlan]:
-        state = self._measured(state, seen)
-        tokens = sum(seen.demand.values()) // state.inner.geometry.experts_per_token
-        key = (seen.phase, tokens.bit_length())
-        watches = dict(state.watches)
-        layers = state.inner.geometry.num_layers
-        watch = watches.get(key) or Watch(
-            np.full((len(WAYS), layers, SAMPLES), np.inf),
-            np.zeros(layers, np.int64),
-            np.full((layers, SAMPLES), np.inf),
-            np.zeros(layers),
-            wait=TRIAL[seen.phase] + 1,
-        )
-        if seen.layer == 0:
-            watch = next_step(watch, seen.phase, bool(seen.forecast) or state.forecasts)
+        took_ms = (*state.took_ms, seen.elapsed_ms) if state.turns else ()
+        key, turns, watches = state.key, state.turns, state.watches
+        if seen.layer == 0:  # the books are kept by the step: by the layer it would take longer than planning
+            watches = dict(watches)
+            if key in watches:
+                watches[key] = self._measured(watches[key], state, took_ms)
+            tokens = sum(seen.demand.values()) // state.inner.geometry.experts_per_token
+            key, turns, took_ms = (seen.phase, tokens.bit_length()), (), ()
+            watch = watches.get(key) or new_watch(state.inner.geometry.num_layers, seen.phase)
+            watches[key] = next_step(watch, seen.phase, bool(seen.forecast) or state.forecasts)
+        watch = watches[key]
         number = int(watch.chosen[seen.layer]) if watch.trial is None else watch.trial
-        way = WAYS[number]
-        costs, host_ms = state.inner.costs.alone or state.inner.costs, watch.host_ms.copy()
-        host_ms[seen.layer] = costs.layer_ms(tokens) + costs.host_ms.total(seen.demand.values())
-        inner, planned_ms = state.inner, host_ms[seen.layer]
+        way, inner, planned_ms = WAYS[number], state.inner, 0.0
         if way.device:
             known = seen if way.forecast else replace(seen, forecast=())
             inner, plan = self._policy.decide(inner, known, move=way.move)
-            planned_ms = inner.span_ms[seen.layer]
+            planned_ms = float(inner.span_ms[seen.layer])
         else:  # nothing to decide, and PreSched remembers what it knew
             plan = answer(seen, ())
-        turns = tuple(count + (index == number) for index, count in enumerate(watch.turns))
-        watches[key] = replace(watch, turns=turns, host_ms=host_ms)
-        # The first step of a trial is not measured where it has more than one.
-        counts = watch.trial is None or watch.left == 1
-        turn = Turn(key, number if counts else -1, seen.layer, float(planned_ms))
+        turns = (*turns, Turn(number, planned_ms, seen.demand))
         forecasts = state.forecasts or bool(seen.forecast)
-        return replace(state, inner=inner, watches=watches, turn=turn, forecasts=forecasts), plan
+        return GuardState(inner, forecasts, watches, key, turns, took_ms), plan
 
     def wants_forecast(self, state: GuardState) -> bool:
         """Whether the coming layers may make use of a forecast; if not, it need not be computed."""
-        if state.turn is None:
+        watch = state.watches.get(state.key)
+        if watch is None:
             return True
-        watch = state.watches[state.turn.key]
-        if state.turn.layer == len(watch.chosen) - 1 and watch.trial is None and watch.wait <= 1:
-            return True  # a trial may begin
-        ways = watch.chosen.tolist() if watch.trial is None else [watch.trial, *watch.untried]
-        return any(WAYS[way].forecast for way in ways)
+        ways: Sequence[int] = watch.chosen.tolist() if watch.trial is None else (watch.trial,)
+        if len(state.turns) == len(watch.chosen):  # what comes is the next step
+            if watch.trial is not None and watch.left == 1:
+                ways = watch.untried[:1]
+            elif watch.trial is None and watch.wait <= 1:
+                ways = ()
+        return not ways or any(WAYS[way].forecast for way in ways)
 
     def report(self, state: GuardState) -> dict[str, Any]:
         """Parts of the layers' turns that were run each way, by phase."""
         found: dict[str, Any] = {}
+        now = np.bincount([turn.way for turn in state.turns], minlength=len(WAYS))
         for phase in ("prefill", "decode"):
-            turns = np.sum([w.turns for (p, _), w in state.watches.items() if p == phase], 0)
+            known = [watch.turns for (of, _), watch in state.watches.items() if of == phase]
+            turns = np.sum(known, 0) + now * (state.key[0] == phase)
             total = np.sum(turns)
             if total:
                 found[phase] = {
@@ -183,21 +181,36 @@ class Guard:
                 }
         return found
 
-    def _measured(self, state: GuardState, seen: Observation) -> GuardState:
-        """With the time of the turn before."""
-        if state.turn is None or seen.elapsed_ms <= 0:
-            return state
-        key, way, layer, planned = state.turn
-        if way < 0:
-            return state
-        watch = state.watches[key]
-        ms, planned_ms = watch.ms.copy(), watch.planned_ms
-        ms[way, layer] = [seen.elapsed_ms, *ms[way, layer, :-1]]
-        if way == watch.chosen[layer]:
-            planned_ms = planned_ms.copy()
-            planned_ms[layer] = [planned, *planned_ms[layer, :-1]]
-        watch = replace(watch, ms=ms, planned_ms=planned_ms)
-        return replace(state, watches={**state.watches, key: watch})
+    def _measured(self, watch: Watch, state: GuardState, took_ms: Sequence[float]) -> Watch:
+        """With the step that has ended."""
+        ways, took = np.array([turn.way for turn in state.turns]), np.array(took_ms)
+        watch = replace(watch, turns=watch.turns + np.bincount(ways, minlength=len(WAYS)))
+        if watch.trial is None and watch.wait <= 1:
+            costs = state.inner.costs.alone or state.inner.costs
+            demands = [turn.demand for turn in state.turns]
+            tokens = sum(demands[0].values()) // state.inner.geometry.experts_per_token
+            experts_ms = sum(costs.host_ms.total(demand.values()) for demand in demands)
+            watch = replace(watch, alone_ms=experts_ms + len(demands) * costs.layer_ms(tokens))
+        if watch.trial is not None and watch.left == TRIAL[state.key[0]] > 1:
+            return watch  # the first step of a trial
+        layers = np.flatnonzero(took > 0)
+        ways, took, ms, planned_ms = ways[layers], took[layers], watch.ms.copy(), watch.planned_ms.copy()
+        ms[ways, layers] = np.column_stack([took, watch.ms[ways, layers, :-1]])
+        same = layers[ways == watch.chosen[layers]]
+        planned = np.array([turn.planned_ms for turn in state.turns])
+        planned_ms[same] = np.column_stack([planned[same], watch.planned_ms[same, :-1]])
+        return replace(watch, ms=ms, planned_ms=planned_ms)
+
+
+def new_watch(layers: int, phase: str) -> Watch:
+    """Nothing is known, and trials begin soon."""
+    return Watch(
+        np.full((len(WAYS), layers, SAMPLES), np.inf),
+        np.zeros(layers, np.int64),
+        np.full((layers, SAMPLES), np.inf),
+        np.zeros(len(WAYS), np.int64),
+        wait=TRIAL[phase] + 1,
+    )
 
 
 def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
@@ -209,7 +222,7 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
         if not watch.untried:
             chosen = choose(watch)
             same = bool((chosen == watch.chosen).all())
-            pause = min(LONGEST_WAIT, 2 * watch.pause) if same else FIRST_WAIT
+            pause = min(LONGEST_WAIT, LONGER * watch.pause) if same else FIRST_WAIT
             return replace(watch, chosen=chosen, wait=pause, pause=pause)
     elif watch.wait > 1:
         return replace(watch, wait=watch.wait - 1)
@@ -219,10 +232,10 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
             ways.remove(1)  # without a predictor it is the same as the first
         now = medians(watch.ms)[watch.chosen, np.arange(len(watch.chosen))].sum()
         kept = now <= (1 + SLACK) * medians(watch.planned_ms).sum()
-        if kept and now <= watch.host_ms.sum() and not watch.chosen.any():
-            pause = min(LONGEST_WAIT, 2 * watch.pause)
+        if kept and now <= watch.alone_ms and not watch.chosen.any():
+            pause = min(LONGEST_WAIT, LONGER * watch.pause)
             return replace(watch, wait=watch.pause, pause=pause)
-        if watch.host_ms.sum() > HOPELESS * now:
+        if watch.alone_ms > HOPELESS * now:
             ways.remove(len(WAYS) - 1)
         watch = replace(watch, untried=tuple(way for way in ways if (watch.chosen != way).any()))
         if not watch.untried:
@@ -233,12 +246,15 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
 def choose(watch: Watch) -> np.ndarray:
     """[L] the way of each layer: the fastest for all, and another where a layer is much faster by it."""
     known, layers = medians(watch.ms), np.arange(len(watch.chosen))
-    totals = known.sum(1)
-    chosen = watch.chosen
-    if totals.min() < (1 - MARGIN) * known[chosen, layers].sum():
-        chosen = np.full_like(chosen, totals.argmin())
-    faster = known.min(0) < (1 - LAYER_MARGIN) * known[chosen, layers]
-    return np.where(faster, known.argmin(0), chosen)
+    measured = np.count_nonzero(np.isfinite(watch.ms), -1)  # [ways, L]
+    samples = np.maximum(1, np.minimum(measured, measured[watch.chosen, layers]))
+    totals, now = known.sum(1), known[watch.chosen, layers]
+    chosen, best = watch.chosen, totals.argmin()
+    if totals[best] < (1 - MARGIN / samples[best].min()) * now.sum():
+        chosen = np.full_like(chosen, best)
+    best = known.argmin(0)
+    faster = known[best, layers] < (1 - LAYER_MARGIN / samples[best, layers]) * known[chosen, layers]
+    return np.where(faster, best, chosen)
 
 
 def medians(samples: np.ndarray) -> np.ndarray:
