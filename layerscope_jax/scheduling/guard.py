@@ -43,8 +43,8 @@ HOPELESS = 1.25
 """The host alone is not tried where, by the costs, it takes so many times what is measured now."""
 
 MARGIN, LAYER_MARGIN = 0.06, 0.45
-"""Part of its time by which another way must be faster to be taken, by all layers and by one alone, if each was
-measured once; the more measurements, the less."""
+"""Part of its time by which another way must be faster to be taken, by all layers and by one alone, if each
+was measured once; the more measurements, the less."""
 
 SAMPLES = 5
 """Measurements of a layer's turn that are kept; their median counts, so that one stall decides nothing."""

@@ -253,7 +253,7 @@ def leaving(
 
 @njit(cache=True, nogil=True)
 def lowest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` lowest values, lowest first, ties by place; what differs after eleven digits ties.
+    """Places of the `count` lowest values, lowest first, ties by place. From the twelfth digit on all ties.
 
     A heap of the lowest so far, highest on top: few of many are wanted, and most are looked at once. Value
     and place are one integer, since comparing costs more than all else here.
