@@ -22,7 +22,7 @@ from numba import njit
 from benchmarks import harness
 from layerscope_jax.experts import cpu
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts, WorkStats
+from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.experts.grouping import Assignments
 from layerscope_jax.machine import cores
 
@@ -95,13 +95,16 @@ def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens:
     count = len(weights)
     inputs = np.asarray(jnp.ones((tokens, options.width), dtype))
     rows = Assignments(np.tile(np.arange(count, dtype=np.int32), (tokens, 1)))
-    computer = CpuExperts(jax.devices("cpu")[0], options.threads)
+    computer = CpuExperts(options.threads)
     x = jnp.ones((tokens, options.width), jnp.float32)
     matrices = [weight.gate.astype(jnp.float32) for weight in weights[: max(1, count // 4)]]
     product = jax.jit(lambda x, matrix: x @ matrix)
 
+    outputs = np.zeros((rows.total + 1, options.width), inputs.dtype)
+    held = [InMemory.of(expert) for expert in weights]
+
     def compute() -> None:
-        computer.compute(inputs, rows, range(count), weights.__getitem__, WorkStats())
+        computer.compute(outputs, inputs, rows, range(count), held.__getitem__, WorkStats())
 
     def plain() -> None:
         jax.block_until_ready([product(x, matrix) for matrix in matrices])

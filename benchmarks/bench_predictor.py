@@ -24,7 +24,7 @@ import predictor
 from benchmarks import harness
 from layerscope_jax import load
 from layerscope_jax.identity import ModelIdentity
-from layerscope_jax.layerwise import programs
+from layerscope_jax.layerwise import Between, programs
 from layerscope_jax.traces import Passage, TraceHeader, TraceWriter
 from layerscope_jax.whole import new_caches
 from predictor.pca import Basis
@@ -115,20 +115,23 @@ def cost(options: Options) -> list[dict[str, Any]]:
     numbers = [jnp.int32(layer) for layer in range(layers)]
     rows = []
     for batch in options.batches:
-        hidden = jnp.ones((batch, 1, model.config.hidden_size), model.bank.dtype)
+        config, dtype = model.config, model.bank.dtype
+        outputs = jnp.zeros((batch * config.experts_per_token + 1, config.hidden_size), dtype)
+        weights = jnp.zeros((batch, config.experts_per_token), jnp.float32)
+        state = Between(jnp.ones((batch, 1, config.hidden_size), dtype), outputs, weights)
         positions, counted = jnp.full((batch, 1), 100, jnp.int32), jnp.ones((2, batch), jnp.float32)
         caches: dict[str, Any] = {}
 
         def step(
-            with_it: bool, batch=batch, hidden=hidden, positions=positions, counted=counted, caches=caches
+            with_it: bool, batch=batch, state=state, positions=positions, counted=counted, caches=caches
         ):
             name = "with" if with_it else "without"
-            run = programs(model.config, model.bank.dtype, llapor if with_it else None)[1]
+            run = programs(model.config, model.bank.dtype, llapor if with_it else None).attend_and_route
             held = caches.setdefault(name, new_caches(model, batch, 256, model.device))
             began = time.perf_counter()
             for layer in range(layers):
                 forecast = (bound[layer], numbers[layer], counted) if with_it else (None, None, None)
-                out = run(model.dense["layers"][layer], hidden, positions, held[layer], *forecast)
+                out = run(model.dense["layers"][layer], state, positions, held[layer], *forecast)
                 held[layer] = out[4]
                 jax.device_get((out[2], out[5]))
             return {"layer": (time.perf_counter() - began) / layers}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.checkpoints import Model
-from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.executors import DeviceExperts, HostExperts, place_rows
+from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.transfers import Transfers
-from layerscope_jax.layerwise import ARRIVALS, programs
+from layerscope_jax.layerwise import ARRIVALS, Between, device_experts, programs
 from layerscope_jax.models.layers import KVCache
 from layerscope_jax.scheduling.plan import ExpertId
 
@@ -48,46 +48,50 @@ class Jobs:
     def __init__(self, model: Model, host: HostExperts, transfers: Transfers, slots: int):
         self.model = model
         self._host, self._transfers = host, transfers
-        self._device = DeviceExperts(host.cpu if model.device.platform == "cpu" else None)
+        self._device = device_experts(model.device, host.cpu)
         self.computed = min(GROUP_SIZES[0], model.bank.num_experts)
         self.resident = min(self.computed, max(1, slots // 2, slots - ARRIVALS))
         self.arriving = min(self.computed, max(1, slots - self.resident))
         self.roomy = slots >= 2
         self._turns = min(LAYERS, model.config.num_layers)
-        self._weights: list[ExpertWeights] = []
+        self._weights: list[Any] = []
 
     def host(self, tokens: int) -> Job:
         """Computes `computed` experts on the host, `tokens` tokens each."""
         inputs, rows = self._routed(self.computed, tokens)
+        found = self._device.host_rows(self._outputs(inputs, rows))
 
         def job(round: int) -> None:
-            self._host.start(round % self._turns, inputs, rows, range(self.computed)).result()
+            turn, experts = round % self._turns, range(self.computed)
+            self._host.start(found, turn, inputs, rows, experts).result()
 
         return job
 
     def host_start(self) -> Job:
         """Gives the host one expert with one token, and takes its row over into a layer's outputs."""
         inputs, rows = self._routed(1, 1)
-        outputs = jnp.zeros((2, inputs.shape[1]), inputs.dtype, device=self._transfers.sharding)
+        outputs = self._outputs(inputs, rows)
 
         def job(round: int) -> None:
             nonlocal outputs
-            slots, values = self._host.start(round % self._turns, inputs, rows, [0]).result()
-            outputs = place_rows(outputs, slots, values).block_until_ready()
+            found = self._device.host_rows(outputs)
+            self._host.start(found, round % self._turns, inputs, rows, [0]).result()
+            outputs = jax.block_until_ready(self._device.place(outputs, found, rows, [0]))
 
         return job
 
     def device(self, tokens: int) -> Job:
         """Computes `resident` experts on the device, `tokens` tokens each."""
         inputs, rows = self._routed(self.resident, tokens)
-        outputs = jnp.zeros((rows.total + 1, inputs.shape[1]), inputs.dtype, device=self._transfers.sharding)
+        outputs = self._outputs(inputs, rows)
 
         def job(round: int) -> None:
             nonlocal outputs
             if not self._weights:
                 bank = self.model.bank
                 experts = [bank[ExpertId(0, expert)] for expert in range(self.resident)]
-                self._weights = jax.block_until_ready(jax.device_put(experts, self._transfers.sharding))
+                copied = jax.block_until_ready(jax.device_put(experts, self._transfers.sharding))
+                self._weights = [self._device.keep(expert) for expert in copied]
             resident = range(self.resident)
             outputs, done = self._device.run(outputs, inputs, rows, resident, self._weights.__getitem__)
             jax.block_until_ready((outputs, done))
@@ -109,7 +113,7 @@ class Jobs:
         return job
 
     def layer(self, rows: int, length: int, context: int) -> Job:
-        """Everything of a layer but its experts: attention, router, the read-back of routing, the sum.
+        """Everything of a layer but its experts: the sum of the last ones, attention, router, read-back.
 
         Args:
             rows: B, requests.
@@ -118,7 +122,7 @@ class Jobs:
         """
         config, sharding = self.model.config, self._transfers.sharding
         dtype = self.model.bank.dtype
-        _, attend_and_route, add_experts, _ = programs(config, dtype, None)
+        attend_and_route = programs(config, dtype, None).attend_and_route
         layers = self.model.dense["layers"]
 
         def zeros(*shape: int) -> jax.Array:
@@ -127,23 +131,28 @@ class Jobs:
         hidden = jax.device_put(jnp.ones((rows, length, config.hidden_size), dtype), sharding)
         places = np.arange(length) if length > 1 else np.array([context - 1])
         positions = jax.device_put(np.tile(places.astype(np.int32), (rows, 1)), sharding)
-        outputs = zeros(rows * length * config.experts_per_token + 1, config.hidden_size)
+        tokens, choices = rows * length, config.experts_per_token
+        outputs = self._device.nothing(tokens * choices, config.hidden_size, dtype)
+        state = Between(hidden, outputs, jnp.zeros((tokens, choices), jnp.float32, device=sharding))
         shape = (rows, config.num_kv_heads, context, config.head_dim)
         cache = KVCache(zeros(*shape), zeros(*shape))
 
         def job(round: int) -> None:
             nonlocal cache
-            attended, _, experts, weights, cache, _ = attend_and_route(
-                layers[round % self._turns], hidden, positions, cache, None, None, None
+            attended, _, experts, _, cache, _ = attend_and_route(
+                layers[round % self._turns], state, positions, cache, None, None, None
             )
             Assignments(jax.device_get(experts))
-            add_experts(attended, outputs, weights).block_until_ready()
+            attended.block_until_ready()
 
         return job
 
     def clear(self) -> None:
         """Takes the resident experts off the device."""
         self._weights = []
+
+    def _outputs(self, inputs: jax.Array, rows: Assignments) -> Any:
+        return self._device.nothing(rows.total, inputs.shape[1], inputs.dtype)
 
     def _routed(self, experts: int, tokens: int) -> tuple[jax.Array, Assignments]:
         """Inputs [T, D] of which each expert has `tokens`."""

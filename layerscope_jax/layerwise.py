@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from flax import nnx
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.compute import combine
-from layerscope_jax.experts.cpu import WorkStats
-from layerscope_jax.experts.executors import DeviceExperts, HostExperts, place_rows
+from layerscope_jax.experts.cpu import CpuExperts, WorkStats
+from layerscope_jax.experts.executors import DeviceExperts, HostExperts, SharedExperts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
@@ -65,8 +65,7 @@ class LayerByLayer:
         self.state = state
         self.residency = residency
         self.transfers = transfers
-        on_cpu = model.device.platform == "cpu"
-        self.device_experts = DeviceExperts(host_experts.cpu if on_cpu else None)
+        self.device_experts = device_experts(model.device, host_experts.cpu)
         self.host_experts = host_experts
         self.forecasts = forecasts
         self.meter = Meter()
@@ -74,17 +73,15 @@ class LayerByLayer:
         self.record: Callable[[LayerPlan], None] | None = None
         self.decoded: list[dict[int, int]] | None = None
         self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
-        self._outputs: dict[int, jax.Array] = {}
+        self._no_weights: dict[int, jax.Array] = {}
         self._settled = True  # whether the books agree with the link
         self._planned_at: float | None = None  # when the layer before was planned, within a step
         self._last_ms = 0.0  # from the plan of the step's last layer to its end
         dense = model.dense
         self._layers = [dense["layers"][index] for index in range(model.config.num_layers)]
         self._ends = {key: value for key, value in dense.items() if key != "layers"}
-        self._embed, self._attend_and_route, self._add_experts, self._finish = programs(
-            model.config, model.bank.dtype, forecasts.in_layer
-        )
-        _, self._attend_alone, _, _ = programs(model.config, model.bank.dtype, None)
+        self._programs = programs(model.config, model.bank.dtype, forecasts.in_layer)
+        self._attend_alone = programs(model.config, model.bank.dtype, None).attend_and_route
         self._wants_forecast = getattr(policy, "wants_forecast", lambda state: True)
 
     def step(
@@ -127,12 +124,12 @@ class LayerByLayer:
         self._settled = False
         began = time.perf_counter()
         try:
-            hidden = self._embed(self._ends, tokens)
+            state = self._begin(tokens)
             for layer in range(len(self._layers)):
-                hidden, caches[layer], began = self._layer(
-                    layer, phase, hidden, positions, active, counted, caches[layer], began
+                state, caches[layer], began = self._layer(
+                    layer, phase, state, positions, active, counted, caches[layer], began
                 )
-            found, logits = self._finish(self._ends, hidden, positions, last, sampling)
+            found, logits = self._programs.finish(self._ends, state, positions, last, sampling)
         except BaseException:
             self._planned_at, self._last_ms = None, 0.0
             with suppress(TransferError):  # then the next step tries again
@@ -149,20 +146,20 @@ class LayerByLayer:
         self,
         layer: int,
         phase: Phase,
-        hidden: jax.Array,
+        state: Between,
         positions: np.ndarray,
         active: np.ndarray,
         counted: jax.Array | None,
         cache: KVCache,
         began: float,
-    ) -> tuple[jax.Array, KVCache, float]:
+    ) -> tuple[Between, KVCache, float]:
         """One layer. `began` is when the device was given the work it is at; returns when it got its next."""
         if self._wants_forecast(self.state):
-            part, forecast = self._attend_and_route, (*self.forecasts.inputs(layer), counted)
+            part, forecast = self._programs.attend_and_route, (*self.forecasts.inputs(layer), counted)
         else:
             part, forecast = self._attend_alone, (None, None, None)
         hidden, inputs, experts, weights, cache, expected = part(
-            self._layers[layer], hidden, positions, cache, *forecast
+            self._layers[layer], state, positions, cache, *forecast
         )
         chosen, expected = jax.device_get((experts, expected))  # the only read-back of the layer
         self.meter.device_busy_s += time.perf_counter() - began
@@ -171,12 +168,14 @@ class LayerByLayer:
             self.tap(layer, inputs, chosen, weights)
 
         seen, plan = self._decide(layer, phase, rows, expected)
-        host = None
-        if plan.host and plan.device:
-            host = self.host_experts.start(layer, inputs, rows, plan.host)
+        outputs: Any = self.device_experts.take(rows.total, hidden.shape[-1], hidden.dtype)
+        host = found = None
+        if plan.host:
+            found = self.device_experts.host_rows(outputs)
+            if plan.device:
+                host = self.host_experts.start(found, layer, inputs, rows, plan.host)
 
         began = time.perf_counter()
-        outputs = self._take_outputs(chosen.size, hidden)
         resident = self.residency.resident
         missing = [e for e in plan.device if ExpertId(layer, e) not in resident]
         here = [e for e in plan.device if e not in missing]
@@ -191,17 +190,27 @@ class LayerByLayer:
             missing = [e for e in missing if e not in here]
             outputs, done = self._on_device(outputs, inputs, layer, rows, here)
         self.forecasts.learn(seen, inputs, chosen, weights, active)
-        if plan.host:
+        if found is not None:
             self._await(done, began)
             if host is None:
-                slots, values = self.host_experts.compute(layer, inputs, rows, plan.host)
+                self.host_experts.compute(found, layer, inputs, rows, plan.host)
             else:
-                slots, values = host.result()
+                host.result()
             began = time.perf_counter()
-            outputs = place_rows(outputs, slots, values)
-        hidden = self._add_experts(hidden, outputs, weights)
-        self._outputs[chosen.size] = outputs
-        return hidden, cache, began
+            outputs = self.device_experts.place(outputs, found, rows, plan.host)
+        self.device_experts.give_back(outputs)
+        return Between(hidden, outputs, weights), cache, began
+
+    def _begin(self, tokens: Any) -> Between:
+        """What comes into the first layer: embeddings, and no experts' rows yet."""
+        hidden = self._programs.embed(self._ends, tokens)
+        choices = self.model.config.experts_per_token
+        total = tokens.size * choices
+        outputs = self.device_experts.nothing(total, hidden.shape[-1], hidden.dtype)
+        if total not in self._no_weights:
+            zeros = jnp.zeros((tokens.size, choices), jnp.float32, device=self.transfers.sharding)
+            self._no_weights = {total: zeros}
+        return Between(hidden, outputs, self._no_weights[total])
 
     def _decide(
         self, layer: int, phase: Phase, rows: Assignments, expected: np.ndarray | None
@@ -241,33 +250,24 @@ class LayerByLayer:
         """Enters what the link has brought, or lost, since the last time into the books."""
         arrived, lost = self.transfers.arrivals()
         for expert, weights in arrived.items():
-            self.residency.arrive(expert, weights)
+            self.residency.arrive(expert, self.device_experts.keep(weights))
         for expert in lost:
             self.residency.release(expert)
 
     def _on_device(
-        self, outputs: jax.Array, inputs: jax.Array, layer: int, rows: Assignments, experts: list[int]
-    ) -> tuple[jax.Array, jax.Array | np.ndarray | None]:
+        self, outputs: Any, inputs: jax.Array, layer: int, rows: Assignments, experts: list[int]
+    ) -> tuple[Any, jax.Array | None]:
+        if not experts:
+            return outputs, None
         return self.device_experts.run(
-            outputs,
-            inputs,
-            rows,
-            experts,
-            lambda expert: self.residency.use(ExpertId(layer, expert)),
+            outputs, inputs, rows, experts, lambda expert: self.residency.use(ExpertId(layer, expert))
         )
 
-    def _await(self, done: jax.Array | np.ndarray | None, began: float) -> None:
+    def _await(self, done: jax.Array | None, began: float) -> None:
         """Before waiting for the host or the link: lets the device finish, to know how long it was busy."""
         if done is not None:
             jax.block_until_ready(done)
             self.meter.device_busy_s += time.perf_counter() - began
-
-    def _take_outputs(self, assignments: int, hidden: jax.Array) -> jax.Array:
-        """The rows of the layer before, to be overwritten; rows of inactive tokens keep old values."""
-        found = self._outputs.pop(assignments, None)
-        if found is None:
-            found = jnp.zeros((assignments + 1, hidden.shape[-1]), hidden.dtype)
-        return found
 
     def settle(self) -> None:
         """After a failure: stops the link and lets the books agree with it.
@@ -275,7 +275,7 @@ class LayerByLayer:
         Raises:
             TransferError: if a copy does not end; its room stays reserved.
         """
-        self._outputs.clear()
+        self.device_experts.clear()
         self.transfers.cancel()
         self._absorb()
         for expert in list(self.residency.coming):
@@ -283,11 +283,17 @@ class LayerByLayer:
         self._settled = True
 
     def preload(self) -> None:
-        """Puts every expert on the device, ahead of all work and past the link's pace."""
+        """Puts every expert on the device, ahead of all work and past the link's pace.
+
+        Where device and host are one, they stay where they are.
+        """
         for expert in self.model.bank:
             self.residency.reserve(expert, prefetched=False)
-            copied = jax.device_put(self.model.bank[expert], self.transfers.sharding)
-            self.residency.arrive(expert, jax.block_until_ready(copied))
+            if isinstance(self.device_experts, SharedExperts):
+                self.residency.arrive(expert, self.host_experts.weights(expert))
+            else:
+                copied = jax.device_put(self.model.bank[expert], self.transfers.sharding)
+                self.residency.arrive(expert, jax.block_until_ready(copied))
 
     def reset(self) -> None:
         """Begins the statistics anew; what is resident stays."""
@@ -298,9 +304,36 @@ class LayerByLayer:
         self.residency.reset()
 
 
+def device_experts(device: jax.Device, cpu: CpuExperts) -> DeviceExperts | SharedExperts:
+    """What computes resident experts."""
+    return SharedExperts(cpu) if device.platform == "cpu" else DeviceExperts(device)
+
+
+class Between(NamedTuple):
+    """What one layer hands to the next, which adds it up: so the sum is no dispatch of its own.
+
+    Attributes:
+        hidden: [B, S, D] the residual stream without the experts.
+        outputs: [T * K + 1, D] unweighted rows of their outputs, the last of no meaning.
+        weights: [T, K] of the router, float32.
+    """
+
+    hidden: jax.Array
+    outputs: jax.Array | np.ndarray
+    weights: jax.Array
+
+
+class Programs(NamedTuple):
+    """The jitted parts of a step."""
+
+    embed: Callable
+    attend_and_route: Callable
+    finish: Callable
+
+
 @functools.lru_cache(maxsize=16)
-def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) -> tuple[Callable, ...]:
-    """The jitted parts of a step: embed, attend, route and forecast, add the experts, finish.
+def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) -> Programs:
+    """Embed; add the experts of the layer before, attend, route and forecast; add the last ones and finish.
 
     Every layer shares them, and so do all engines of models of one shape: another policy or budget compiles
     nothing anew.
@@ -316,7 +349,8 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
         return nnx.merge(ends_graph, ends | empty).embed(tokens)
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def attend_and_route(layer, hidden, positions, cache, forecast_params, number, counted):
+    def attend_and_route(layer, state, positions, cache, forecast_params, number, counted):
+        hidden = add_experts(*state)
         hidden, inputs, routing, cache = nnx.merge(layer_graph, layer).attend_and_route(
             hidden, positions, cache
         )
@@ -330,15 +364,17 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
         return hidden, inputs, routing.experts, routing.weights, cache, expected
 
     @jax.jit
-    def add_experts(hidden, outputs, weights):
-        tokens, choices = weights.shape
-        parts = outputs[:-1].reshape(tokens, choices, -1)
-        return combine(hidden.reshape(tokens, -1), parts, weights).reshape(hidden.shape)
-
-    @jax.jit
-    def finish(ends, hidden, positions, last, sampling):
+    def finish(ends, state, positions, last, sampling):
+        hidden = add_experts(*state)
         rows = jnp.arange(hidden.shape[0])
         logits = nnx.merge(ends_graph, ends | empty).logits(hidden[rows, last])
         return sample(logits, positions[rows, last] + 1, sampling), logits
 
-    return embed, attend_and_route, add_experts, finish
+    return Programs(embed, attend_and_route, finish)
+
+
+def add_experts(hidden: jax.Array, outputs: jax.Array, weights: jax.Array) -> jax.Array:
+    """[B, S, D] with the rows of `Between` added."""
+    tokens, choices = weights.shape
+    parts = outputs[:-1].reshape(tokens, choices, -1)
+    return combine(hidden.reshape(tokens, -1), parts, weights).reshape(hidden.shape)

@@ -130,7 +130,8 @@ def place(engine, experts):
     residency, transfers = engine.runner.residency, engine.runner.transfers
     for expert in experts[: residency.slots]:
         residency.reserve(expert, prefetched=False)
-        residency.arrive(expert, jax.device_put(engine.model.bank[expert], transfers.sharding))
+        copied = jax.device_put(engine.model.bank[expert], transfers.sharding)
+        residency.arrive(expert, engine.runner.device_experts.keep(copied))
 
 
 def agree(found, expected):

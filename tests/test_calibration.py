@@ -10,9 +10,9 @@ import pytest
 from helpers import TINY, in_time, random_decoder, random_model
 
 import layerscope_jax
-from layerscope_jax import Engine, OffloadConfig, calibrate_cli, calibration, cli, jobs, machine, profiling
+from layerscope_jax import Engine, OffloadConfig, calibrate_cli, calibration, cli, machine, profiling
 from layerscope_jax.calibration import Points, busy, others, tables
-from layerscope_jax.experts.executors import HostExperts
+from layerscope_jax.experts.executors import HostExperts, SharedExperts
 from layerscope_jax.experts.transfers import TransferError, Transfers
 from layerscope_jax.jobs import Jobs
 from layerscope_jax.machine_profile import MachineProfile
@@ -93,7 +93,7 @@ def most(monkeypatch, small):
         return sum(found.values())
 
     assert on_device() == 0
-    run = jobs.DeviceExperts.run
+    run = SharedExperts.run
 
     def looking(*arguments):
         look()
@@ -104,7 +104,7 @@ def most(monkeypatch, small):
         look()
         return copied
 
-    monkeypatch.setattr(jobs.DeviceExperts, "run", looking)
+    monkeypatch.setattr(SharedExperts, "run", looking)
     return copy, seen, on_device
 
 

@@ -9,9 +9,18 @@ import jax
 import pytest
 from helpers import PROFILE, PROMPTS, Copies, compiled, in_time, random_model, spelling_model
 
-from layerscope_jax import Engine, HardwareProfile, OffloadConfig, Request, TransferError, load, save
+from layerscope_jax import (
+    Engine,
+    HardwareProfile,
+    OffloadConfig,
+    Request,
+    TransferError,
+    layerwise,
+    load,
+    save,
+)
 from layerscope_jax.experts import transfers as transfers_module
-from layerscope_jax.experts.executors import grouped_ffn
+from layerscope_jax.experts.executors import DeviceExperts, grouped_ffn
 from layerscope_jax.experts.grouping import GROUP_SIZES
 from layerscope_jax.experts.transfers import ATTEMPTS
 from layerscope_jax.scheduling.baselines import LRU, POLICIES, HostOnly, Resident
@@ -365,13 +374,28 @@ def test_another_engine_of_the_model_compiles_nothing(model, config):
     assert counted == [0]
 
 
-def test_a_long_decode_compiles_few_programs():
-    """However experts arrive: at most one for each row bucket, size of dispatch and phase."""
+@pytest.mark.parametrize("policy", ["fiddler", "host-only", "lru"])
+def test_what_an_accelerator_runs_gives_the_same_tokens(monkeypatch, policy):
+    """Rows that stay on the device, and the host's put among them."""
+    model = random_model(num_layers=3, seed=12)
+    prompts = [[1, 2, 3], list(range(16))]
+    with Engine(model, OffloadConfig(numerics="exact")) as engine:
+        expected = engine.generate(prompts, max_new_tokens=9).tokens
+    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+    config = OffloadConfig(device_budget=model.bank.num_experts * model.bank.expert_bytes, policy=policy)
+    with Engine(model, config) as engine:
+        assert isinstance(engine.runner.device_experts, DeviceExperts)
+        assert engine.generate(prompts, max_new_tokens=9).tokens == expected
+
+
+def test_a_long_decode_compiles_few_programs(monkeypatch):
+    """However experts arrive on an accelerator: one for each row bucket, size of dispatch and phase at most."""
+    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
     model = random_model(num_layers=2, hidden_size=24, head_dim=6, seed=9)  # a shape of its own
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
     prefill_buckets, decode_buckets = 5, 1  # 2 to 32 rows for 2 x 16 tokens, and 2 for 2
     bound = (prefill_buckets + decode_buckets) * len(GROUP_SIZES)
-    others = 4 * 2 + 4  # embed, attend, add and finish in two phases; empty buffers
+    others = 3 * 2 + 6  # embed, attend and finish in two phases; empty buffers
     before = grouped_ffn._cache_size()
     with Engine(model, config) as engine:
         with compiling() as counted:

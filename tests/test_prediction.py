@@ -147,7 +147,7 @@ def test_engines_share_the_programs_of_a_predictor():
     for predictor in ("gate", NextGate()):
         config = OffloadConfig(device_budget=BUDGET, policy="fate", predictor=predictor)
         with Engine(model, config) as engine:
-            programs.append(engine.runner._attend_and_route)
+            programs.append(engine.runner._programs.attend_and_route)
             before = programs[-1]._cache_size()
             engine.generate(PROMPTS, max_new_tokens=6)
     assert programs[0] is programs[1]

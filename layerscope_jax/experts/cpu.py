@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.experts.compute import ExpertWeights, ffn
-from layerscope_jax.experts.grouping import Assignments, Group, next_power
+from layerscope_jax.experts.grouping import Assignments, Group
 from layerscope_jax.experts.kernels import run_experts
 from layerscope_jax.machine import cores
 
@@ -73,16 +74,34 @@ class WorkStats:
         self.count(len(set(group.experts)), group.rows, group.slots.size)
 
 
+class InMemory(NamedTuple):
+    """An expert that this process can read.
+
+    Attributes:
+        arrays: its matrices, copied already and not on the way: our own loops do not wait for copies.
+        addresses: of the three of them.
+    """
+
+    arrays: ExpertWeights
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def of(cls, arrays: ExpertWeights) -> InMemory:
+        """Waits until the matrices are there."""
+        jax.block_until_ready(arrays)
+        return cls(arrays, tuple(matrix.unsafe_buffer_pointer() for matrix in arrays))
+
+
 class CpuExperts:
     """Computes rows of experts whose weights are in this machine's memory.
 
+    XLA's products run on the CPU device that an expert's arrays are on.
+
     Args:
-        device: the JAX CPU device of XLA's products.
         threads: that share the weights of a call out among them, the caller's own counted.
     """
 
-    def __init__(self, device: jax.Device, threads: int):
-        self.device = device
+    def __init__(self, threads: int):
         self.threads = threads
         self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="layerscope-cpu")
 
@@ -91,70 +110,58 @@ class CpuExperts:
 
     def compute(
         self,
+        outputs: np.ndarray,
         inputs: np.ndarray,
         rows: Assignments,
         experts: Iterable[int],
-        weights: Callable[[int], ExpertWeights],
+        weights: Callable[[int], InMemory],
         stats: WorkStats,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of some of a layer's experts.
+    ) -> None:
+        """Writes the rows of some of a layer's experts.
 
         Args:
+            outputs: [T * K + 1, D]; rows of other experts are left alone, the last is anybody's.
             inputs: [T, D].
             rows: which rows go to which expert.
             experts: that are to be computed.
-            weights: of an expert, in memory that this process reads; copied there already, not on the way.
+            weights: of an expert.
             stats: counts what is done.
-
-        Returns:
-            slots [R] and rows [R, D], R a power of two, so that placing them compiles for few shapes;
-            what is more than was asked for goes to slot T * K, which nobody reads.
         """
         few, many = split_by_tokens(rows, experts, inputs.dtype)
         groups, parts = rows.groups(many), []
         if groups:
-            local = jax.device_put(inputs, self.device)
+            local = jax.device_put(inputs, weights(many[0]).arrays.gate.sharding)
             for group in groups:
                 stats.count_group(group)
-                arrays = tuple(weights(expert) for expert in group.experts)
+                arrays = tuple(weights(expert).arrays for expert in group.experts)
                 parts.append(grouped_rows(local, group.slots, arrays, rows.choices))
-        taken = [rows.slots(expert) for expert in few]
-        start = sum(map(len, taken))
-        total = start + sum(group.slots.size for group in groups)
-        slots = np.full(next_power(total), rows.total, np.int32)
-        found = np.zeros((len(slots), inputs.shape[1]), inputs.dtype)
         if few:
-            stats.count(experts=len(few), tokens=start, rows=start)
-            slots[:start] = np.concatenate(taken)
-            ends = np.cumsum([len(part) for part in taken])
-            self._few(inputs, [weights(expert) for expert in few], ends, slots, rows.choices, found)
+            self._few(outputs, inputs, rows, few, [weights(expert) for expert in few], stats)
         for group, part in zip(groups, parts, strict=True):
-            end = start + group.slots.size
-            slots[start:end] = group.slots.reshape(-1)
-            found[start:end] = np.asarray(part)
-            start = end
-        return slots, found
+            outputs[group.slots.reshape(-1)] = part
 
     def _few(
         self,
+        outputs: np.ndarray,
         inputs: np.ndarray,
-        weights: Sequence[ExpertWeights],
-        ends: np.ndarray,
-        slots: np.ndarray,
-        choices: int,
-        found: np.ndarray,
+        rows: Assignments,
+        experts: list[int],
+        weights: Sequence[InMemory],
+        stats: WorkStats,
     ) -> None:
-        """Computes experts whose slots end at `ends` into the rows `found` of these slots."""
-        addresses = np.array(
-            [[matrix.unsafe_buffer_pointer() for matrix in expert] for expert in weights], np.int64
-        )
-        width, hidden = weights[0].gate.shape
+        addresses = np.array([expert.addresses for expert in weights], np.int64)
+        firsts, lasts = rows.starts[experts], rows.ends[experts]
+        tokens = int((lasts - firsts).sum())
+        stats.count(experts=len(experts), tokens=tokens, rows=tokens)
+        width, hidden = weights[0].arrays.gate.shape
         size = 3 * width * hidden * inputs.dtype.itemsize * len(weights)
         words = np.uint16 if inputs.dtype.itemsize == 2 else inputs.dtype
-        words_in, words_out = np.ascontiguousarray(inputs).view(words), found.view(words)
+        words_in, words_out = np.ascontiguousarray(inputs).view(words), outputs.view(words)
 
         def part(begin: int, end: int) -> None:
-            run_experts(addresses, ends, slots, choices, words_in, hidden, words_out, begin, end)
+            run_experts(
+                addresses, firsts, lasts, rows.order, rows.choices, words_in, hidden, words_out, begin, end
+            )
 
         shares = min(self.threads, len(weights), max(1, size // SHARE_BYTES))
         cuts = [round(len(weights) * share / shares) for share in range(shares + 1)]

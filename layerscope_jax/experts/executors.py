@@ -1,6 +1,7 @@
 """Where experts are computed: on the device, and beside it on the host.
 
-Where the device is this machine's CPU too, both compute alike, and a row has the same bits on either.
+Where the device is this machine's CPU too, both compute alike, a row has the same bits on either, and both
+write their rows into the same array.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.experts.bank import ExpertBank
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts, WorkStats, expert_rows, split_by_tokens
-from layerscope_jax.experts.grouping import Assignments
+from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, expert_rows
+from layerscope_jax.experts.grouping import Assignments, next_power
 from layerscope_jax.scheduling.plan import ExpertId
 
 
@@ -41,15 +43,36 @@ def place_rows(outputs: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Arr
 
 
 class DeviceExperts:
-    """Computes experts whose weights are in device memory; asynchronous but for what `kernels` computes.
+    """Computes experts whose weights are in device memory, without waiting for them.
 
-    Args:
-        cpu: computes few rows, if the device is this machine's CPU; None for an accelerator.
+    Attributes:
+        stats: what was done.
     """
 
-    def __init__(self, cpu: CpuExperts | None = None):
+    def __init__(self, device: jax.Device):
         self.stats = WorkStats()
-        self._cpu = cpu
+        self._device = device
+        self._nothing: dict[int, jax.Array] = {}
+        self._outputs: dict[int, jax.Array] = {}
+
+    def keep(self, weights: ExpertWeights) -> ExpertWeights:
+        """An expert that has come, in the form that `run` takes."""
+        return weights
+
+    def nothing(self, total: int, width: int, dtype: np.dtype) -> jax.Array:
+        """[total + 1, width] zeros, the rows of a layer before the first."""
+        if total not in self._nothing:
+            self._nothing = {total: jnp.zeros((total + 1, width), dtype, device=self._device)}
+        return self._nothing[total]
+
+    def take(self, total: int, width: int, dtype: np.dtype) -> jax.Array:
+        """[total + 1, width] to write a layer's rows to; what nobody writes keeps any finite value."""
+        found = self._outputs.pop(total, None)
+        return jnp.zeros((total + 1, width), dtype, device=self._device) if found is None else found
+
+    def give_back(self, outputs: jax.Array) -> None:
+        """Rows that have been dispatched to whoever reads them, to be overwritten in the next layer."""
+        self._outputs[len(outputs) - 1] = outputs
 
     def run(
         self,
@@ -58,21 +81,95 @@ class DeviceExperts:
         rows: Assignments,
         experts: Iterable[int],
         weights: Callable[[int], ExpertWeights],
-    ) -> tuple[jax.Array, jax.Array | np.ndarray | None]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Dispatches `experts`; returns the outputs and something that is ready when they are."""
-        done: jax.Array | np.ndarray | None = None
-        few: list[int] = []
-        if self._cpu is not None:
-            few, experts = split_by_tokens(rows, experts, inputs.dtype)
+        done: jax.Array | None = None
         for group in rows.groups(experts):
             self.stats.count_group(group)
             arrays = tuple(weights(expert) for expert in group.experts)
             outputs, done = grouped_ffn(outputs, inputs, group.slots, arrays, rows.choices)
-        if self._cpu is not None and few:
-            slots, found = self._cpu.compute(np.asarray(inputs), rows, few, weights, self.stats)
-            outputs = place_rows(outputs, slots, found)
-            done = found if done is None else done
         return outputs, done
+
+    def host_rows(self, outputs: jax.Array) -> np.ndarray:
+        """[T * K + 1, D] of this machine's memory, that the host writes its rows to."""
+        return np.empty(outputs.shape, outputs.dtype)
+
+    def place(
+        self, outputs: jax.Array, found: np.ndarray, rows: Assignments, experts: Sequence[int]
+    ) -> jax.Array:
+        """Puts the rows of `experts` that the host `found` among the others."""
+        taken = np.concatenate([rows.slots(expert) for expert in experts])
+        slots = np.full(next_power(len(taken)), rows.total, np.int32)  # few shapes to compile
+        slots[: len(taken)] = taken
+        values = np.zeros((len(slots), found.shape[1]), found.dtype)
+        np.take(found, taken, 0, out=values[: len(taken)])
+        return place_rows(outputs, slots, values)
+
+    def clear(self) -> None:
+        """After a failure: rows that are still being computed are not used again."""
+        self._outputs.clear()
+
+
+class SharedExperts:
+    """As `DeviceExperts` where the device is this machine's CPU: waits, and all write the same array.
+
+    Args:
+        cpu: what computes.
+    """
+
+    def __init__(self, cpu: CpuExperts):
+        self.stats = WorkStats()
+        self._cpu = cpu
+        self._arrays: dict[tuple[int, bool], np.ndarray] = {}
+
+    def keep(self, weights: ExpertWeights) -> InMemory:
+        return InMemory.of(weights)
+
+    def nothing(self, total: int, width: int, dtype: np.dtype) -> np.ndarray:
+        return self._array(total, width, dtype, False)
+
+    def take(self, total: int, width: int, dtype: np.dtype) -> np.ndarray:
+        # The program that read the last layer's rows has ended: routing came out of it.
+        return self._array(total, width, dtype, True)
+
+    def _array(self, total: int, width: int, dtype: np.dtype, written: bool) -> np.ndarray:
+        found = self._arrays.get((total, written))
+        if found is None:
+            found = self._arrays[total, written] = aligned_zeros((total + 1, width), dtype)
+        return found
+
+    def give_back(self, outputs: np.ndarray) -> None:
+        pass
+
+    def run(
+        self,
+        outputs: np.ndarray,
+        inputs: jax.Array,
+        rows: Assignments,
+        experts: Iterable[int],
+        weights: Callable[[int], InMemory],
+    ) -> tuple[np.ndarray, None]:
+        self._cpu.compute(outputs, np.asarray(inputs), rows, experts, weights, self.stats)
+        return outputs, None
+
+    def host_rows(self, outputs: np.ndarray) -> np.ndarray:
+        return outputs
+
+    def place(
+        self, outputs: np.ndarray, found: np.ndarray, rows: Assignments, experts: Sequence[int]
+    ) -> np.ndarray:
+        return outputs
+
+    def clear(self) -> None:
+        self._arrays.clear()
+
+
+def aligned_zeros(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """Zeros that JAX's CPU backend takes as they are: it copies what does not begin at 64 bytes."""
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class HostExperts:
@@ -92,22 +189,22 @@ class HostExperts:
         self.bank = bank
         self.device = device
         self.stats = WorkStats()
-        self._weights: dict[ExpertId, ExpertWeights] = {}  # those that share the bank's memory
+        self._weights: dict[ExpertId, InMemory] = {}  # those that share the bank's memory
         self._closed = False
-        self.cpu = CpuExperts(device, threads)
+        self.cpu = CpuExperts(threads)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
 
     def start(
-        self, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
-    ) -> Future[tuple[np.ndarray, np.ndarray]]:
-        """Begins to compute experts of `layer`; gives slots and rows as `CpuExperts.compute` does.
+        self, outputs: np.ndarray, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
+    ) -> Future[None]:
+        """Begins to compute experts of `layer` into `outputs`, as `CpuExperts.compute` does.
 
         Raises:
             ValueError: if it was closed.
         """
         if self._closed:
             raise ValueError("the host executor was closed with its engine; make a new Engine")
-        return self._thread.submit(self.compute, layer, inputs, rows, experts)
+        return self._thread.submit(self.compute, outputs, layer, inputs, rows, experts)
 
     def close(self) -> None:
         self._closed = True
@@ -115,17 +212,21 @@ class HostExperts:
         self.cpu.close()
 
     def compute(
-        self, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, outputs: np.ndarray, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
+    ) -> None:
         """As `start`, but by the thread that calls: where it would only wait, another is not worth waking."""
         began = time.perf_counter()
-        found = self.cpu.compute(
-            np.asarray(inputs), rows, experts, lambda e: self._expert(ExpertId(layer, e)), self.stats
+        self.cpu.compute(
+            outputs,
+            np.asarray(inputs),
+            rows,
+            experts,
+            lambda expert: self.weights(ExpertId(layer, expert)),
+            self.stats,
         )
         self.stats.busy_s += time.perf_counter() - began
-        return found
 
-    def _expert(self, expert: ExpertId) -> ExpertWeights:
+    def weights(self, expert: ExpertId) -> InMemory:
         """The bank's buffers as arrays of the host's CPU device.
 
         Where the backend shares memory they are kept. Where it copies they are not: all of them together
@@ -135,9 +236,9 @@ class HostExperts:
         if found is None:
             # Through another handle on the buffer: JAX keeps with an array whatever copy NumPy was given.
             handles = [matrix.addressable_data(0) for matrix in self.bank[expert]]
-            found = ExpertWeights(*(jax.device_put(np.asarray(handle), self.device) for handle in handles))
-            jax.block_until_ready(found)  # our own loops read the buffers, and do not wait for copies
-            if share_memory(found, self.bank[expert]):
+            arrays = ExpertWeights(*(jax.device_put(np.asarray(handle), self.device) for handle in handles))
+            found = InMemory.of(arrays)
+            if share_memory(arrays, self.bank[expert]):
                 self._weights[expert] = found
         return found
 

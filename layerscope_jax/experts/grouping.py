@@ -38,6 +38,13 @@ class Assignments:
         experts: [T, K] chosen experts.
         active: [T] bool; rows of padding and of finished requests are no demand. None for all.
 
+    Attributes:
+        choices: K.
+        total: T * K.
+        demand: expert -> tokens, of those that have any, in order.
+        order: [A] int32 output rows `token * K + choice`, expert after expert, in token order.
+        starts, ends: [E] where each expert's begin and end in `order`.
+
     >>> assignments = Assignments(np.array([[3, 1], [3, 0]]))
     >>> assignments.demand
     {0: 1, 1: 1, 3: 2}
@@ -52,16 +59,15 @@ class Assignments:
         order = np.argsort(chosen, kind="stable").astype(np.int32)
         if active is not None and not active.all():
             order = order[np.repeat(active, experts.shape[1])[order]]
-        ends = np.cumsum(np.bincount(chosen[order], minlength=1)).tolist()
-        starts = [0, *ends[:-1]]
-        self._order = order
-        self._spans = {e: (a, b) for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a}
-        self.demand = {expert: end - start for expert, (start, end) in self._spans.items()}
+        self.order = order
+        counts = np.bincount(chosen[order], minlength=1)
+        self.ends = np.cumsum(counts)
+        self.starts = self.ends - counts
+        self.demand = {expert: count for expert, count in enumerate(counts.tolist()) if count}
 
     def slots(self, expert: int) -> np.ndarray:
         """Output rows of an expert, in token order."""
-        start, end = self._spans[expert]
-        return self._order[start:end]
+        return self.order[self.starts[expert] : self.ends[expert]]
 
     def groups(self, experts: Iterable[int]) -> list[Group]:
         """Parts `experts` into dispatches.

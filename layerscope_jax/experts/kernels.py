@@ -195,30 +195,32 @@ def swiglu(x, gate, up, down, out):
 
 
 @njit(cache=True, nogil=True)
-def run_experts(addresses, ends, slots, choices, inputs, hidden, outputs, begin, end):
-    """Experts `begin` to `end` of a layer.
+def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, begin, end):
+    """Experts `begin` to `end` of N.
 
     Args:
         addresses: [N, 3] of each expert's gate, up and down, of the type of `inputs`.
-        ends: [N] where each expert's slots end.
-        slots: [A] `token * choices + choice`, expert after expert.
+        firsts, lasts: [N] where each expert's slots begin and end in `order`.
+        order: [A] slots `token * choices + choice`.
+        choices: K.
         inputs: [T, D], bfloat16 as uint16.
         hidden: F.
-        outputs: [A, D], a row for each slot.
+        outputs: [T * K + 1, D], a row for each slot; those of these experts are written.
     """
     width = inputs.shape[1]
     for expert in range(begin, end):
-        first, last = (ends[expert - 1] if expert else 0), ends[expert]
-        x = np.empty((last - first, width), np.float32)
-        out = np.empty((last - first, width), np.float32)
-        for m in range(last - first):
-            row = inputs[slots[first + m] // choices]
+        slots = order[firsts[expert] : lasts[expert]]
+        x = np.empty((len(slots), width), np.float32)
+        out = np.empty((len(slots), width), np.float32)
+        for m in range(len(slots)):
+            row = inputs[slots[m] // choices]
             for d in range(width):
                 x[m, d] = widened(row[d])
         gate = carray(pointer(addresses[expert, 0]), (width, hidden), inputs.dtype)
         up = carray(pointer(addresses[expert, 1]), (width, hidden), inputs.dtype)
         down = carray(pointer(addresses[expert, 2]), (hidden, width), inputs.dtype)
         swiglu(x, gate, up, down, out)
-        for m in range(last - first):
+        for m in range(len(slots)):
+            row = outputs[slots[m]]
             for d in range(width):
-                outputs[first + m, d] = rounded(out[m, d], inputs)
+                row[d] = rounded(out[m, d], inputs)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, KeysView
+from typing import Any
 
-from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan
 
 
@@ -35,7 +35,7 @@ class Residency:
         self.peak_bytes = 0
         self.wasted_bytes = 0
         self.idle_prefetches: set[ExpertId] = set()
-        self._held: dict[ExpertId, ExpertWeights] = {}
+        self._held: dict[ExpertId, Any] = {}
         self._coming: dict[ExpertId, None] = {}  # in the order asked for
 
     @property
@@ -61,7 +61,7 @@ class Residency:
             self.idle_prefetches.add(expert)
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
-    def arrive(self, expert: ExpertId, weights: ExpertWeights) -> None:
+    def arrive(self, expert: ExpertId, weights: Any) -> None:
         """On its way -> resident."""
         if expert not in self._coming:
             raise RuntimeError(f"{expert} arrived, but was not on its way")
@@ -84,8 +84,8 @@ class Residency:
             self.idle_prefetches.remove(expert)
             self.wasted_bytes += self.expert_bytes
 
-    def use(self, expert: ExpertId) -> ExpertWeights:
-        """The weights of a resident expert, which is about to be computed."""
+    def use(self, expert: ExpertId) -> Any:
+        """The weights of a resident expert, as they arrived; it is about to be computed."""
         if expert not in self._held:
             raise RuntimeError(f"{expert} is to be computed on the device, but is not resident")
         self.idle_prefetches.discard(expert)

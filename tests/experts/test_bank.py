@@ -76,7 +76,7 @@ def test_the_host_computes_from_the_same_memory(bank):
     host = HostExperts(bank, jax.devices("cpu")[-1], threads=2)
     try:
         for expert in bank:
-            for there, matrix in zip(host._expert(expert), bank[expert], strict=True):
+            for there, matrix in zip(host.weights(expert).arrays, bank[expert], strict=True):
                 assert there.unsafe_buffer_pointer() == matrix.unsafe_buffer_pointer()
     finally:
         host.close()

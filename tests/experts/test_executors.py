@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import TINY, bits, in_time
@@ -12,7 +11,7 @@ from layerscope_jax import ExpertBank, ExpertId, ModelConfig
 from layerscope_jax.experts.bank import device_sharding
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import CpuExperts
-from layerscope_jax.experts.executors import DeviceExperts, HostExperts, place_rows
+from layerscope_jax.experts.executors import DeviceExperts, HostExperts, SharedExperts, aligned_zeros
 from layerscope_jax.experts.grouping import Assignments
 
 # XLA adds up products with 32 rows and with 64 rows in different orders here: a bucket too large would show.
@@ -21,7 +20,7 @@ WIDE = ModelConfig(
 )
 COUNTS = {0: 1, 1: 2, 2: 130, 3: 40, 4: 20, 5: 60, 6: 64, 7: 90, 8: 100}  # the others have one token each
 CHOICES = 2
-CPU = CpuExperts(jax.devices("cpu")[0], threads=2)
+CPU = CpuExperts(threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +49,27 @@ def rows_and_inputs(bank):
     return rows, jax.device_put(inputs.astype(bank.dtype), device_sharding())
 
 
-def on_device(bank, inputs, rows, experts, cpu=CPU):
+def on_device(bank, inputs, rows, experts, device=None):
     """[T * K, D] with zeros where nothing was computed; and the executor."""
-    device = DeviceExperts(cpu)
-    outputs, done = device.run(
-        jnp.zeros((rows.total + 1, WIDE.hidden_size), bank.dtype),
-        inputs,
-        rows,
-        experts,
-        lambda expert: jax.block_until_ready(jax.device_put(bank[ExpertId(0, expert)], device_sharding())),
-    )
-    assert np.isfinite(done).all()
+    device = device or SharedExperts(CPU)
+    outputs = device.take(rows.total, WIDE.hidden_size, bank.dtype)
+    held = {
+        expert: device.keep(jax.device_put(bank[ExpertId(0, expert)], device_sharding()))
+        for expert in experts
+    }
+    outputs, done = device.run(outputs, inputs, rows, experts, held.__getitem__)
+    assert done is None or np.isfinite(done).all()
     return np.asarray(outputs)[:-1], device
 
 
 def on_host(bank, host, inputs, rows, experts):
-    slots, values = in_time(host.start(0, inputs, rows, experts).result)
-    assert len(slots) == len(values)
-    assert len(slots) & (len(slots) - 1) == 0
-    outputs = jnp.zeros((rows.total + 1, WIDE.hidden_size), bank.dtype)
-    return np.asarray(place_rows(outputs, slots, values))[:-1]
+    found = np.zeros((rows.total + 1, WIDE.hidden_size), bank.dtype)
+    in_time(host.start(found, 0, inputs, rows, experts).result)
+    device = DeviceExperts(jax.devices()[0])
+    outputs = device.take(rows.total, WIDE.hidden_size, bank.dtype)
+    outputs = np.asarray(device.place(outputs, found, rows, experts))[:-1]
+    np.testing.assert_array_equal(bits(outputs), bits(found[:-1]))
+    return outputs
 
 
 def test_host_and_device_alone_and_together_give_the_same_bits(bank, host):
@@ -112,7 +112,7 @@ def test_what_they_count(bank, host):
     assert (device.stats.experts, device.stats.tokens) == (4, 132)
     assert (device.stats.rows, device.stats.dispatches) == (128 + 2 + 2, 3)
     # An accelerator pads all: the piece of 2 and those of 0 and 9 share a dispatch of 4.
-    _, device = on_device(bank, inputs, rows, [0, 2, 9], cpu=None)
+    _, device = on_device(bank, inputs, rows, [0, 2, 9], DeviceExperts(jax.devices()[0]))
     assert (device.stats.experts, device.stats.tokens) == (4, 132)
     assert (device.stats.rows, device.stats.dispatches) == (128 + 4 * 2, 2)
     on_host(bank, host, inputs, rows, [0, 2, 9])
@@ -122,10 +122,12 @@ def test_what_they_count(bank, host):
 
 def test_a_failure_on_the_host_reaches_who_waits(bank, host):
     rows, inputs = rows_and_inputs(bank)
-    future = host.start(7, inputs, rows, [0])  # there is no layer 7
+    found = np.zeros((rows.total + 1, WIDE.hidden_size), bank.dtype)
+    future = host.start(found, 7, inputs, rows, [0])  # there is no layer 7
     with pytest.raises(IndexError):
         in_time(future.result)
-    assert len(in_time(host.start(0, inputs, rows, [0]).result)[0]) == 1
+    in_time(host.start(found, 0, inputs, rows, [0]).result)
+    assert np.count_nonzero(found.any(1)) == 1
 
 
 def test_a_closed_host_executor_says_so(bank):
@@ -133,7 +135,7 @@ def test_a_closed_host_executor_says_so(bank):
     host = HostExperts(bank, jax.devices("cpu")[-1], threads=2)
     host.close()
     with pytest.raises(ValueError, match="closed with its engine; make a new Engine"):
-        host.start(0, inputs, rows, [0])
+        host.start(np.zeros((rows.total + 1, WIDE.hidden_size), bank.dtype), 0, inputs, rows, [0])
 
 
 def test_what_the_host_keeps_is_the_banks_own_memory(bank, host):
@@ -142,7 +144,7 @@ def test_what_the_host_keeps_is_the_banks_own_memory(bank, host):
     on_host(bank, host, inputs, rows, range(WIDE.num_experts))
     assert host._weights.keys() == set(bank)
     for expert, kept in host._weights.items():
-        for there, matrix in zip(kept, bank[expert], strict=True):
+        for there, matrix in zip(kept.arrays, bank[expert], strict=True):
             assert there.unsafe_buffer_pointer() == matrix.unsafe_buffer_pointer()
             assert matrix._npy_value is None
 
@@ -169,3 +171,9 @@ def test_copies_are_not_kept_where_the_host_does_not_share_the_banks_memory(bank
         elsewhere.close()
     assert not elsewhere._weights
     np.testing.assert_array_equal(bits(found), bits(on_device(bank, inputs, rows, [0, 2, 9])[0]))
+
+
+def test_jax_reads_the_shared_rows_where_they_are():
+    rows = aligned_zeros((3, 5), np.float32)
+    there = jax.device_put(rows, jax.devices("cpu")[0])
+    assert there.unsafe_buffer_pointer() == rows.ctypes.data
