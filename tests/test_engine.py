@@ -389,7 +389,7 @@ def test_what_an_accelerator_runs_gives_the_same_tokens(monkeypatch, policy):
 
 
 def test_a_long_decode_compiles_few_programs(monkeypatch):
-    """However experts arrive on an accelerator: one for each row bucket, size of dispatch and phase at most."""
+    """On an accelerator, however experts arrive: one for each row bucket, dispatch size and phase."""
     monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
     model = random_model(num_layers=2, hidden_size=24, head_dim=6, seed=9)  # a shape of its own
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
