@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.checkpoints import Model
-from layerscope_jax.experts.executors import HostExperts
+from layerscope_jax.experts.executors import HostExperts, device_experts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.transfers import Transfers
-from layerscope_jax.layerwise import ARRIVALS, Between, device_experts, programs
+from layerscope_jax.layerwise import ARRIVALS, Between, programs
 from layerscope_jax.models.layers import KVCache
 from layerscope_jax.scheduling.plan import ExpertId
 
@@ -152,7 +152,9 @@ class Jobs:
         self._weights = []
 
     def _outputs(self, inputs: jax.Array, rows: Assignments) -> Any:
-        return self._device.nothing(rows.total, inputs.shape[1], inputs.dtype)
+        """[T * K + 1, D] to write rows to, no other job's: two may run at once."""
+        own = device_experts(self.model.device, self._host.cpu)
+        return own.take(rows.total, inputs.shape[1], inputs.dtype)
 
     def _routed(self, experts: int, tokens: int) -> tuple[jax.Array, Assignments]:
         """Inputs [T, D] of which each expert has `tokens`."""

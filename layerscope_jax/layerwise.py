@@ -17,8 +17,8 @@ from flax import nnx
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.compute import combine
-from layerscope_jax.experts.cpu import CpuExperts, WorkStats
-from layerscope_jax.experts.executors import DeviceExperts, HostExperts, SharedExperts
+from layerscope_jax.experts.cpu import WorkStats
+from layerscope_jax.experts.executors import HostExperts, SharedExperts, device_experts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
@@ -302,11 +302,6 @@ class LayerByLayer:
         self.device_experts.stats = WorkStats()
         self.host_experts.stats = WorkStats()
         self.residency.reset()
-
-
-def device_experts(device: jax.Device, cpu: CpuExperts) -> DeviceExperts | SharedExperts:
-    """What computes resident experts."""
-    return SharedExperts(cpu) if device.platform == "cpu" else DeviceExperts(device)
 
 
 class Between(NamedTuple):

@@ -10,9 +10,9 @@ import pytest
 from helpers import TINY, in_time, random_decoder, random_model
 
 import layerscope_jax
-from layerscope_jax import Engine, OffloadConfig, calibrate_cli, calibration, cli, machine, profiling
+from layerscope_jax import Engine, OffloadConfig, calibrate_cli, calibration, cli, jobs, machine, profiling
 from layerscope_jax.calibration import Points, busy, others, tables
-from layerscope_jax.experts.executors import HostExperts, SharedExperts
+from layerscope_jax.experts.executors import DeviceExperts, HostExperts, SharedExperts
 from layerscope_jax.experts.transfers import TransferError, Transfers
 from layerscope_jax.jobs import Jobs
 from layerscope_jax.machine_profile import MachineProfile
@@ -116,6 +116,14 @@ def test_measuring_keeps_to_the_budget(small, most, slots, experts):
         calibration.measure(small, host, transfers, slots)
     assert 0 < seen[0] <= experts * small.bank.expert_bytes
     assert on_device() == 0
+
+
+def test_what_an_accelerator_runs_is_measured(small, monkeypatch):
+    """There rows are donated from call to call, and no job may take another's."""
+    monkeypatch.setattr(jobs, "device_experts", lambda device, cpu: DeviceExperts(device))
+    with rooms(small) as (host, transfers):
+        found = calibration.measure(small, host, transfers, 40)
+    assert min(*found.device_ms.ms, *found.host_ms.ms, *found.layer_ms.ms) > 0
 
 
 def test_an_engine_measures_within_its_budget(small, most):

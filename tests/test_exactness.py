@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from exact_cases import SHIPPED, RandomPolicy, agree, case, oracle, place, run, tap
-from helpers import PROFILE, Copies, in_time
+from helpers import PROFILE, Copies, in_time, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +19,10 @@ from layerscope_jax import (
     Engine,
     OffloadConfig,
     Request,
+    layerwise,
     load,
 )
+from layerscope_jax.experts.executors import DeviceExperts
 from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.whole import WholeModel
@@ -182,3 +184,17 @@ def test_the_engine_agrees_with_hugging_face(folder):
     assert result.tokens[: len(rows)] == golden["greedy"].tolist()
     assert result.stats.bytes_moved > 0
     assert result.stats.peak_expert_bytes <= budget < model.bank.total_bytes
+
+
+@pytest.mark.parametrize("policy", ["fiddler", "host-only", "lru"])
+def test_what_an_accelerator_runs_gives_the_same_tokens(monkeypatch, policy):
+    """Rows that stay on the device, and the host's put among them."""
+    model = random_model(num_layers=3, seed=12)
+    prompts = [[1, 2, 3], list(range(16))]
+    with Engine(model, OffloadConfig(numerics="exact")) as engine:
+        expected = engine.generate(prompts, max_new_tokens=9).tokens
+    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+    config = OffloadConfig(device_budget=model.bank.num_experts * model.bank.expert_bytes, policy=policy)
+    with Engine(model, config) as engine:
+        assert isinstance(engine.runner.device_experts, DeviceExperts)
+        assert engine.generate(prompts, max_new_tokens=9).tokens == expected

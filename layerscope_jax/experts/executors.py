@@ -54,6 +54,7 @@ class DeviceExperts:
         self._device = device
         self._nothing: dict[int, jax.Array] = {}
         self._outputs: dict[int, jax.Array] = {}
+        self._host_rows: dict[int, np.ndarray] = {}
 
     def keep(self, weights: ExpertWeights) -> ExpertWeights:
         """An expert that has come, in the form that `run` takes."""
@@ -91,8 +92,10 @@ class DeviceExperts:
         return outputs, done
 
     def host_rows(self, outputs: jax.Array) -> np.ndarray:
-        """[T * K + 1, D] of this machine's memory, that the host writes its rows to."""
-        return np.empty(outputs.shape, outputs.dtype)
+        """[T * K + 1, D] of this machine's memory, for the host to write its rows to; the same in each layer."""
+        if len(outputs) not in self._host_rows:
+            self._host_rows = {len(outputs): np.empty(outputs.shape, outputs.dtype)}
+        return self._host_rows[len(outputs)]
 
     def place(
         self, outputs: jax.Array, found: np.ndarray, rows: Assignments, experts: Sequence[int]
@@ -108,6 +111,7 @@ class DeviceExperts:
     def clear(self) -> None:
         """After a failure: rows that are still being computed are not used again."""
         self._outputs.clear()
+        self._host_rows.clear()
 
 
 class SharedExperts:
@@ -162,6 +166,11 @@ class SharedExperts:
 
     def clear(self) -> None:
         self._arrays.clear()
+
+
+def device_experts(device: jax.Device, cpu: CpuExperts) -> DeviceExperts | SharedExperts:
+    """What computes resident experts."""
+    return SharedExperts(cpu) if device.platform == "cpu" else DeviceExperts(device)
 
 
 def aligned_zeros(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:

@@ -131,9 +131,8 @@ class PreSched:
             load=tuple([every[layer * number + expert] for expert in load]),
             prefetch=tuple([every[flat] for flat in prefetch]),
         )
-        if not agree(
-            plan, [every[layer * number + expert] for expert in device], seen
-        ):  # others brought some and took as many
+        copies = [every[layer * number + expert] for expert in device]
+        if not agree(plan, copies, seen):  # others brought some and took as many
             return self.decide(replace(state, present=counted(state, seen)), seen, move=move)
         state = PreSchedState(costs, state.geometry, *books, queue=(*queue, *plan.load, *plan.prefetch))
         return state, plan

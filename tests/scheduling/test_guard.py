@@ -13,8 +13,11 @@ DEMAND = {0: 40, 1: 20, 3: 4}
 
 
 def run(elapsed_ms, steps, forecast=True, costs=SPLIT):
-    """Decode steps of which a layer takes `elapsed_ms(way, planned)`; gives the ways, and the state."""
-    guard, ways = Guard(), []
+    """Decode steps of which a layer takes `elapsed_ms(way, planned)`.
+
+    Gives the way of each turn, the state, the guard, and after which turns a forecast was wanted.
+    """
+    guard, ways, wanted = Guard(), [], []
     state = guard.init(SHAPE, costs)
     took = 0.0
     resident = set()
@@ -33,13 +36,16 @@ def run(elapsed_ms, steps, forecast=True, costs=SPLIT):
             state, plan = guard.plan(state, seen)
             turn = state.turns[-1]
             ways.append(WAYS[turn.way].name)
+            if WAYS[turn.way].forecast:
+                assert all(wanted[-1:])  # asked for in the turn before, also for a step's first layer
+            wanted.append(guard.wants_forecast(state))
             resident = (resident - set(plan.evict)) | set(plan.load) | set(plan.prefetch)
             took = elapsed_ms(WAYS[turn.way].name, turn.planned_ms)
-    return ways, state, guard
+    return ways, state, guard, wanted
 
 
 def test_nothing_is_tried_while_layers_take_what_was_planned():
-    ways, state, guard = run(lambda way, planned: 1.1 * planned, steps=60)
+    ways, state, guard, _ = run(lambda way, planned: 1.1 * planned, steps=60)
     assert set(ways) == {"full"}
     (watch,) = state.watches.values()
     assert watch.pause > FIRST_WAIT
@@ -48,7 +54,7 @@ def test_nothing_is_tried_while_layers_take_what_was_planned():
 
 def test_a_broken_promise_leads_to_the_fastest_way():
     slow = {"full": 3.0, "no forecast": 2.5, "no transfers": 2.0, "host only": 1.0}
-    ways, state, guard = run(lambda way, planned: 100 * slow[way], steps=24)
+    ways, state, guard, _ = run(lambda way, planned: 100 * slow[way], steps=24)
     assert ways[0] == "full"
     assert set(ways[-10:]) == {"host only"}
     assert not guard.wants_forecast(state)
@@ -56,7 +62,7 @@ def test_a_broken_promise_leads_to_the_fastest_way():
 
 def test_the_margin_keeps_what_is_hardly_slower():
     slow = {"full": 1.01, "no forecast": 1.01, "no transfers": 1.01, "host only": 1.0}
-    ways, state, _ = run(lambda way, planned: 100 * slow[way], steps=200)
+    ways, state, *_ = run(lambda way, planned: 100 * slow[way], steps=200)
     assert ways.count("full") > 0.8 * len(ways)
     (watch,) = state.watches.values()
     assert FIRST_WAIT < watch.pause <= LONGEST_WAIT
@@ -66,7 +72,7 @@ def test_the_margin_keeps_what_is_hardly_slower():
 def test_one_stall_decides_nothing(at):
     """Whenever it comes: also in the last turn before the times are looked at."""
     stalls = iter([1.0] * at + [500.0] + [1.0] * 1000)
-    ways, _, _ = run(lambda way, planned: planned * next(stalls), steps=60)
+    ways, *_ = run(lambda way, planned: planned * next(stalls), steps=60)
     assert set(ways) == {"full"}
 
 
@@ -77,18 +83,18 @@ def test_a_way_that_becomes_slow_is_left_again():
         late = next(turn) > 100
         return 100 * {"host only": 3.0 if late else 1.0}.get(way, 2.0)
 
-    ways, _, _ = run(took, steps=200)
+    ways, *_ = run(took, steps=200)
     assert "host only" in ways[60:100]
     assert ways[-80:].count("host only") <= 8  # in trials
 
 
 def test_the_host_alone_is_not_tried_where_the_costs_rule_it_out():
-    ways, _, _ = run(lambda way, planned: 1.3 * planned, steps=40)
+    ways, *_ = run(lambda way, planned: 1.3 * planned, steps=40)
     assert "host only" not in ways
 
 
 def test_without_a_predictor_there_is_one_way_less():
-    ways, state, guard = run(lambda way, planned: 3 * planned, steps=30, forecast=False)
+    ways, state, guard, _ = run(lambda way, planned: 3 * planned, steps=30, forecast=False)
     assert "no forecast" not in ways
     assert "no transfers" in ways
     assert sum(guard.report(state)["decode"].values()) == pytest.approx(1.0)
@@ -105,26 +111,6 @@ def test_phases_and_sizes_are_watched_apart():
 
 
 def test_a_forecast_is_wanted_only_where_a_way_uses_it():
-    """Also for the first layer of the next step, which may be a trial's."""
-    guard, state, wanted = Guard(), None, []
     slow = {"full": 2.0, "no forecast": 2.0, "no transfers": 2.0, "host only": 1.0}
-    state, took = guard.init(SHAPE, SPLIT), 0.0
-    for step in range(40):
-        for layer in range(SHAPE.num_layers):
-            seen = Observation(
-                step=step,
-                layer=layer,
-                phase="decode",
-                demand=DEMAND,
-                resident=frozenset(),
-                in_flight=frozenset(),
-                forecast=[[20.0, 10.0, 0.0, 2.0]],
-                elapsed_ms=took,
-            )
-            state, _ = guard.plan(state, seen)
-            way = WAYS[state.turns[-1].way]
-            took = 100 * slow[way.name]
-            if way.forecast:
-                assert not wanted or wanted[-1]  # it had been asked for in the turn before
-            wanted.append(guard.wants_forecast(state))
+    *_, wanted = run(lambda way, planned: 100 * slow[way], steps=40)
     assert wanted.count(False) > len(wanted) / 3
