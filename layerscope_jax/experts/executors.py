@@ -92,7 +92,7 @@ class DeviceExperts:
         return outputs, done
 
     def host_rows(self, outputs: jax.Array) -> np.ndarray:
-        """[T * K + 1, D] of this machine's memory, for the host to write its rows to; the same in each layer."""
+        """[T * K + 1, D] of host memory, for the host to write its rows to; the same in each layer."""
         if len(outputs) not in self._host_rows:
             self._host_rows = {len(outputs): np.empty(outputs.shape, outputs.dtype)}
         return self._host_rows[len(outputs)]
