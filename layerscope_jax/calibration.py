@@ -17,8 +17,9 @@ from layerscope_jax import machine
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.transfers import Transfers
-from layerscope_jax.jobs import Job, Jobs
-from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
+from layerscope_jax.jobs import LAYERS, Job, Jobs
+from layerscope_jax.prediction import Predictor
+from layerscope_jax.scheduling.costs import NOTHING, HardwareProfile, TimeTable
 
 CONTEXT = 256
 """Positions of a request in the table of layers, if nothing else is said."""
@@ -67,7 +68,9 @@ def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -
     return replace(together, alone=alone)
 
 
-def costs(jobs: Jobs, points: Points, ways: Sequence[bool]) -> list[HardwareProfile]:
+def costs(
+    jobs: Jobs, points: Points, ways: Sequence[bool], predictor: Predictor | None = None
+) -> list[HardwareProfile]:
     """Times of all parts.
 
     Args:
@@ -75,13 +78,14 @@ def costs(jobs: Jobs, points: Points, ways: Sequence[bool]) -> list[HardwareProf
         points: where to take times.
         ways: whether the other parts are busy meanwhile (see `others`); one profile is given for each. At
             each point one way follows the other, so that a machine that drifts drifts under all alike.
+        predictor: whose look ahead is timed too; None leaves it out.
     """
     config = jobs.model.config
     context = min(points.context, config.max_positions)
-    layers = {rows: jobs.layer(rows, 1, context) for rows in points.decode}
+    shapes = {rows: (rows, 1, context) for rows in points.decode}
     for tokens in points.prefill:
         length = min(context, tokens)
-        layers[tokens // length * length] = jobs.layer(tokens // length, length, length)
+        shapes[tokens // length * length] = (tokens // length, length, length)
     parts = ("host", "device", "link", "layer")
     beside = {part: [others(jobs, part) if together else [] for together in ways] for part in parts}
     host = tables({n: jobs.host(n) for n in points.tokens}, beside["host"], jobs.computed)
@@ -90,7 +94,11 @@ def costs(jobs: Jobs, points: Points, ways: Sequence[bool]) -> list[HardwareProf
     device = tables({n: jobs.device(n) for n in points.tokens}, beside["device"], jobs.resident)
     link = jobs.link(jobs.arriving)
     transfer = [timed_ms(link, some, jobs.arriving) for some in beside["link"]]
-    layer = tables(layers, beside["layer"])
+    layer = tables({n: jobs.layer(*shape) for n, shape in shapes.items()}, beside["layer"])
+    forecast = [NOTHING for _ in ways]
+    if predictor is not None:
+        looking = {n: jobs.layer(*shape, predictor) for n, shape in shapes.items()}
+        forecast = list(map(difference, tables(looking, beside["layer"]), layer))
     jobs.clear()
     where = f"measured on {machine.cpu_name()}, {machine.cores()} cores, and {jobs.model.device.device_kind}"
     return [
@@ -99,6 +107,7 @@ def costs(jobs: Jobs, points: Points, ways: Sequence[bool]) -> list[HardwareProf
             device_ms=device[way],
             transfer_ms=transfer[way],
             layer_ms=layer[way],
+            forecast_ms=forecast[way],
             host_start_ms=max(0.0, start[way]),
             source=f"{where}, {'the other parts busy' if together else 'each part alone'}",
         )
@@ -133,6 +142,16 @@ def tables(jobs: dict[int, Job], besides: Sequence[list[Job]], share: int = 1) -
     ]
 
 
+def difference(longer: TimeTable, shorter: TimeTable) -> TimeTable:
+    """What one takes more than the other, at the same points; nothing where noise says less.
+
+    >>> difference(TimeTable((1, 8), (2.5, 3.0)), TimeTable((1, 8), (2.0, 3.5)))
+    TimeTable(tokens=(1, 8), ms=(0.5, 0.0))
+    """
+    more = (float(f"{max(0.0, a - b):.4g}") for a, b in zip(longer.ms, shorter.ms, strict=True))
+    return TimeTable(longer.tokens, tuple(more))
+
+
 def timed_ms(job: Job, beside: list[Job], share: int = 1) -> float:
     """Median time of `job` while each of `beside` is done over and over; divided by `share`, four digits."""
     for each in (job, *beside):
@@ -141,8 +160,8 @@ def timed_ms(job: Job, beside: list[Job], share: int = 1) -> float:
     with busy(beside):
         while len(times) < ROUNDS or (len(times) < MOST_ROUNDS and sum(times) < ROUNDS_S):
             began = time.perf_counter()
-            job(len(times))
-            times.append(time.perf_counter() - began)
+            counted = job(len(times))
+            times.append(time.perf_counter() - began if counted is None else counted)
     return float(f"{1e3 * float(np.median(times)) / share:.4g}")
 
 
@@ -150,7 +169,7 @@ def warm_up(job: Job) -> None:
     """Compiles, and meets each expert for the first time; a job that takes long is not done often."""
     job(0)
     began = time.perf_counter()
-    for round in range(1, ROUNDS):
+    for round in range(1, LAYERS):
         if time.perf_counter() - began < ROUNDS_S:
             job(round)
 

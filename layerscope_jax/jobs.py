@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +13,24 @@ import numpy as np
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.experts.executors import HostExperts, device_experts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
+from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import Transfers
-from layerscope_jax.layerwise import ARRIVALS, Between, programs
-from layerscope_jax.models.layers import KVCache
-from layerscope_jax.scheduling.plan import ExpertId
+from layerscope_jax.forecasts import Forecasts
+from layerscope_jax.layerwise import ARRIVALS, LayerByLayer
+from layerscope_jax.prediction import Predictor
+from layerscope_jax.scheduling.baselines import HostOnly
+from layerscope_jax.scheduling.plan import ExpertId, Geometry
+from layerscope_jax.whole import new_caches
 
-Job = Callable[[int], None]
-"""`job(round)` does its work once and returns when it is done; a round turns to another layer."""
+Job = Callable[[int], float | None]
+"""`job(round)` does its work once and returns when it is done; a round turns to another layer. It may return
+the seconds that count, where not all of them do."""
 
-LAYERS = 5
-"""Layers that rounds take in turn: the weights of a round are not those of the one before."""
+LAYERS = 16
+"""Layers that rounds take in turn: the weights of a round are not those of the few before."""
+
+IN_A_ROW = 2
+"""Layers of a step that is timed: few, as their experts are computed too."""
 
 
 class Jobs:
@@ -106,44 +115,52 @@ class Jobs:
                 self._weights = []
             wanted = {ExpertId(round % self._turns, expert) for expert in range(experts)}
             self._transfers.submit(wanted, [])
-            while wanted:
-                self._transfers.wait(wanted)
-                wanted -= self._transfers.arrivals()[0].keys()
+            self._transfers.wait(wanted, len(wanted))  # who is woken by each would hinder the others more
+            self._transfers.arrivals()
 
         return job
 
-    def layer(self, rows: int, length: int, context: int) -> Job:
-        """Everything of a layer but its experts: the sum of the last ones, attention, router, read-back.
+    def layer(self, rows: int, length: int, context: int, predictor: Predictor | None = None) -> Job:
+        """Everything of a layer but its experts, as an engine goes through one that leaves them to the host.
+
+        Dispatch, attention and router, read-back, grouping, a plan, the books; and the layer's part of what
+        a step begins and ends with, embeddings and logits. The seconds in which experts were computed do
+        not count.
 
         Args:
             rows: B, requests.
             length: S, tokens of each: 1 in decode, more in prefill.
             context: P, positions that each has room for in its cache; decode is at the last of them.
+            predictor: what looks ahead in the layer; None for nothing.
         """
-        config, sharding = self.model.config, self._transfers.sharding
-        dtype = self.model.bank.dtype
-        attend_and_route = programs(config, dtype, None).attend_and_route
-        layers = self.model.dense["layers"]
+        model, config = self.model, self.model.config
+        slots = Residency(0, model.bank.expert_bytes)
+        geometry = Geometry(
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            expert_bytes=slots.expert_bytes,
+            slots=0,
+        )
+        link: Any = NoCopies(self._transfers.sharding)
+        forecasts = Forecasts(predictor, model, geometry)
+        runner = LayerByLayer(model, HostOnly(), None, slots, link, self._host, forecasts)
+        random = np.random.default_rng(0)
+        tokens = random.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+        places = np.arange(length, dtype=np.int32) if length > 1 else np.array([context - 1], np.int32)
+        positions, last = np.tile(places, (rows, 1)), np.full(rows, length - 1, np.int32)
+        caches = new_caches(model, rows, context, model.device, min(IN_A_ROW, config.num_layers))
 
-        def zeros(*shape: int) -> jax.Array:
-            return jnp.zeros(shape, dtype, device=sharding)
+        def seconds(layers: int) -> float:
+            """Of a step of so many layers, its experts not counted."""
+            nonlocal caches
+            began, computed = time.perf_counter(), self._host.stats.busy_s
+            *_, caches[:layers] = runner.step(tokens, positions, last, caches[:layers], None)
+            return time.perf_counter() - began - (self._host.stats.busy_s - computed)
 
-        hidden = jax.device_put(jnp.ones((rows, length, config.hidden_size), dtype), sharding)
-        places = np.arange(length) if length > 1 else np.array([context - 1])
-        positions = jax.device_put(np.tile(places.astype(np.int32), (rows, 1)), sharding)
-        tokens, choices = rows * length, config.experts_per_token
-        outputs = self._device.nothing(tokens * choices, config.hidden_size, dtype)
-        state = Between(hidden, outputs, jnp.zeros((tokens, choices), jnp.float32, device=sharding))
-        shape = (rows, config.num_kv_heads, context, config.head_dim)
-        cache = KVCache(zeros(*shape), zeros(*shape))
-
-        def job(round: int) -> None:
-            nonlocal cache
-            attended, _, experts, _, cache, _ = attend_and_route(
-                layers[round % self._turns], state, positions, cache, None, None, None
-            )
-            Assignments(jax.device_get(experts))
-            attended.block_until_ready()
+        def job(round: int) -> float:
+            ends = seconds(0)
+            return max(0.0, seconds(len(caches)) - ends) / len(caches) + ends / config.num_layers
 
         return job
 
@@ -161,3 +178,19 @@ class Jobs:
         chosen = np.repeat(np.arange(experts, dtype=np.int32), tokens)
         inputs = jnp.ones((len(chosen), self.model.config.hidden_size), self.model.bank.dtype)
         return jax.device_put(inputs, self._transfers.sharding), Assignments(chosen[:, None])
+
+
+class NoCopies:
+    """The link of an engine that loads nothing, while copies of a job are on the real one."""
+
+    def __init__(self, sharding: jax.sharding.Sharding):
+        self.sharding = sharding
+
+    def arrivals(self) -> tuple[dict, list]:
+        return {}, []
+
+    def submit(self, load: Any, prefetch: Any) -> None:
+        pass
+
+    def drop(self, stale: Any) -> list:
+        return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ class LayerByLayer:
             tokens: [B, S] int32.
             positions: [B, S] int32; `PAD_POSITION` marks padding and finished requests, which route nowhere.
             last: [B] index in S of the token whose successor is wanted.
-            caches: one a layer; donated.
+            caches: one a layer; donated. With fewer, a step goes through so many layers only, to be timed.
             sampling: how the next tokens are picked, None for greedy.
 
         Returns:
@@ -125,7 +126,7 @@ class LayerByLayer:
         began = time.perf_counter()
         try:
             state = self._begin(tokens)
-            for layer in range(len(self._layers)):
+            for layer in range(len(caches)):
                 state, caches[layer], began = self._layer(
                     layer, phase, state, positions, active, counted, caches[layer], began
                 )
@@ -169,10 +170,11 @@ class LayerByLayer:
 
         seen, plan = self._decide(layer, phase, rows, expected)
         outputs: Any = self.device_experts.take(rows.total, hidden.shape[-1], hidden.dtype)
-        host = found = None
+        host: Future[None] | None = None
+        found: Any = None
         if plan.host:
             found = self.device_experts.host_rows(outputs)
-            if plan.device:
+            if plan.device and not self.device_experts.waits:
                 host = self.host_experts.start(found, layer, inputs, rows, plan.host)
 
         began = time.perf_counter()
@@ -180,6 +182,12 @@ class LayerByLayer:
         missing = [e for e in plan.device if ExpertId(layer, e) not in resident]
         here = [e for e in plan.device if e not in missing]
         outputs, done = self._on_device(outputs, inputs, layer, rows, here)
+        if found is not None and host is None:
+            # The device has nothing to do, or is the same CPU: the thread that would only wait computes.
+            self._await(done, began)
+            self.host_experts.compute(found, layer, inputs, rows, plan.host)
+            began = time.perf_counter()
+            outputs = self.device_experts.place(outputs, found, rows, plan.host)
         while missing:
             self._await(done, began)
             # A few at a time: the last few wait for each other a little, the rest cost fewer dispatches.
@@ -190,12 +198,9 @@ class LayerByLayer:
             missing = [e for e in missing if e not in here]
             outputs, done = self._on_device(outputs, inputs, layer, rows, here)
         self.forecasts.learn(seen, inputs, chosen, weights, active)
-        if found is not None:
+        if host is not None:
             self._await(done, began)
-            if host is None:
-                self.host_experts.compute(found, layer, inputs, rows, plan.host)
-            else:
-                host.result()
+            host.result()
             began = time.perf_counter()
             outputs = self.device_experts.place(outputs, found, rows, plan.host)
         self.device_experts.give_back(outputs)

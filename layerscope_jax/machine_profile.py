@@ -13,7 +13,7 @@ from layerscope_jax import machine
 from layerscope_jax.files import read_json, replace_files
 from layerscope_jax.records import Fields, readable
 from layerscope_jax.safetensors_io import dtype_named
-from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
+from layerscope_jax.scheduling.costs import NOTHING, HardwareProfile, TimeTable
 from layerscope_jax.scheduling.plan import Geometry
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class MachineProfile:
         source = found.of("source", str)
         tables = {
             name: found.read(f"costs.{name}", partial(read_table, costs, name))
-            for name in ("host_ms", "device_ms", "layer_ms")
+            for name in ("host_ms", "device_ms", "layer_ms", "forecast_ms")
         }
         transfer_ms = found.of("transfer_ms", float, costs, "costs.")
         others: dict[str, Any] = {}
@@ -287,6 +287,8 @@ def costs_json(costs: HardwareProfile) -> dict[str, Any]:
         "layer_ms": costs.layer_ms.to_json(),
         "transfer_ms": costs.transfer_ms,
     }
+    if costs.forecast_ms != NOTHING:
+        record["forecast_ms"] = costs.forecast_ms.to_json()
     if costs.host_start_ms:
         record["host_start_ms"] = costs.host_start_ms
     return record if costs.alone is None else record | {"alone": costs_json(costs.alone)}
@@ -305,11 +307,13 @@ def read_start(costs: Mapping[str, Any]) -> float:
 
 
 def read_table(costs: Mapping[str, Any], name: str) -> TimeTable:
-    """One table of `costs`.
+    """One table of `costs`; published ones leave `forecast_ms` out: nothing.
 
     Raises:
         ValueError: if it is missing or no table of times.
     """
+    if name == "forecast_ms" and name not in costs:
+        return NOTHING
     if name not in costs:
         raise ValueError("is missing")
     table = TimeTable.from_json(costs[name])

@@ -19,6 +19,7 @@ from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.jobs import Jobs
 from layerscope_jax.machine_profile import MachineProfile, ModelShape
+from layerscope_jax.prediction import NextGate
 
 THOROUGH = Points(tokens=(1, 4, 8, 16, 32, 64, 128, 256), decode=(1, 4, 16, 64), prefill=(1024,))
 CONTEXTS = (64, 1024, 4096)
@@ -31,6 +32,7 @@ BESIDE = {
     "device_ms": "experts on the host, and copies",
     "transfer_ms": "experts on the host and on the device",
     "layer_ms": "copies",
+    "forecast_ms": "copies",
 }
 
 
@@ -70,7 +72,7 @@ def calibrate(
     transfers = Transfers(bank, model.device, pace)
     try:
         jobs = Jobs(model, host, transfers, len(list(bank)) if slots is None else slots)
-        alone, together = costs(jobs, points, list(WAYS.values()))
+        alone, together = costs(jobs, points, list(WAYS.values()), NextGate())
         details: dict[str, Any] = {
             "costs": {
                 "tokens": "of an expert; of a step for layer_ms",

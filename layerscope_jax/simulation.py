@@ -191,11 +191,13 @@ class _Run:
         self.link.reset(self.now)
         self.device_ms = self.host_ms = 0.0
         forecasts = None if workload.forecasts is None else workload.forecasts.tolist()
+        wants_forecast = getattr(self.policy, "wants_forecast", lambda state: True)
         ends = [self.now]
         for step, counts in enumerate(workload.counts):
             for layer, row in enumerate(counts):
                 active = np.flatnonzero(row)
-                other_ms = self._other_ms(workload.tokens)
+                looks_ahead = forecasts is not None and wants_forecast(self.state)
+                other_ms = self._other_ms(workload.tokens, looks_ahead)
                 seen = Observation(
                     step=self.steps,
                     layer=layer,
@@ -236,10 +238,11 @@ class _Run:
         self.host_ms += host_ms
         self.now = max(device, self.now + host_ms)
 
-    def _other_ms(self, tokens: int) -> float:
+    def _other_ms(self, tokens: int, looks_ahead: bool) -> float:
         """Of everything in a layer that begins now but its experts."""
         alone = self.costs.alone
-        return (self.costs if alone is None or not self.link.idle(self.now) else alone).layer_ms(tokens)
+        costs = self.costs if alone is None or not self.link.idle(self.now) else alone
+        return costs.layer_ms(tokens) + (costs.forecast_ms(tokens) if looks_ahead else 0.0)
 
     def _compute(self, expert: ExpertId, took: float) -> float:
         self.books.use(expert)

@@ -17,12 +17,14 @@ from layerscope_jax.sampling import Sampling, sample
 from layerscope_jax.statistics import Meter
 
 
-def new_caches(model: Model, rows: int, length: int, device: jax.Device) -> list[KVCache]:
-    """Empty caches for `rows` sequences of up to `length` positions, one a layer."""
+def new_caches(
+    model: Model, rows: int, length: int, device: jax.Device, layers: int | None = None
+) -> list[KVCache]:
+    """Empty caches for `rows` sequences of up to `length` positions, one a layer or for the first `layers`."""
     config = model.config
     shape = (rows, config.num_kv_heads, length, config.head_dim)
     zeros = functools.partial(jnp.zeros, shape, model.bank.dtype, device=device)
-    return [KVCache(zeros(), zeros()) for _ in range(config.num_layers)]
+    return [KVCache(zeros(), zeros()) for _ in range(config.num_layers if layers is None else layers)]
 
 
 class WholeModel:

@@ -49,6 +49,9 @@ class DeviceExperts:
         stats: what was done.
     """
 
+    waits = False
+    """Whether `run` returns only when it is done."""
+
     def __init__(self, device: jax.Device):
         self.stats = WorkStats()
         self._device = device
@@ -120,6 +123,8 @@ class SharedExperts:
     Args:
         cpu: what computes.
     """
+
+    waits = True
 
     def __init__(self, cpu: CpuExperts):
         self.stats = WorkStats()

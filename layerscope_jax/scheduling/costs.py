@@ -127,6 +127,7 @@ class HardwareProfile:
         transfer_ms: of copying one expert to the device.
         layer_ms: of everything else in a layer (attention, router, shared experts, the sum), by tokens of the
             step.
+        forecast_ms: more of it in a layer that looks ahead, by tokens of the step.
         host_start_ms: of giving a layer's experts to the host and taking its results over, however many.
         source: where the figures come from.
         alone: the same where host, device and link do not work at once, if they hinder each other; else None.
@@ -136,6 +137,7 @@ class HardwareProfile:
     device_ms: TimeTable
     transfer_ms: float
     layer_ms: TimeTable = NOTHING
+    forecast_ms: TimeTable = NOTHING
     host_start_ms: float = 0.0
     source: str
     alone: HardwareProfile | None = None
