@@ -20,7 +20,7 @@ from layerscope_jax.statistics import Meter
 def new_caches(
     model: Model, rows: int, length: int, device: jax.Device, layers: int | None = None
 ) -> list[KVCache]:
-    """Empty caches for `rows` sequences of up to `length` positions, one a layer or for the first `layers`."""
+    """Empty caches for `rows` sequences of up to `length` positions, one a layer or for `layers` alone."""
     config = model.config
     shape = (rows, config.num_kv_heads, length, config.head_dim)
     zeros = functools.partial(jnp.zeros, shape, model.bank.dtype, device=device)
