@@ -97,6 +97,32 @@ class Assignments:
         return Group(tuple(chosen), slots, sum(len(piece) for _, piece in pieces))
 
 
+def possible_groups(tokens: int, choices: int, num_experts: int, least: int = 1) -> list[tuple[int, int]]:
+    """Shapes (row bucket, experts) of all dispatches that `Assignments.groups` can give: at most 21.
+
+    Args:
+        tokens: T, at most so many.
+        choices: K.
+        num_experts: E.
+        least: tokens that each of the experts has.
+
+    >>> possible_groups(tokens=2, choices=2, num_experts=8)
+    [(2, 1), (2, 4)]
+    """
+    found = []
+    for bucket in [row_bucket(1 << power) for power in range(1, MAX_ROWS.bit_length())]:
+        rows = 1 if bucket == MIN_ROWS else bucket // 2 + 1  # the fewest that it is taken for
+        if rows < least:  # an expert with a piece of so few rows has full pieces, or more rows in this one
+            rows = least if least <= bucket else rows + MAX_ROWS
+        for size in reversed(GROUP_SIZES):
+            pieces = filled(size)
+            # Of full pieces an expert may have several, of all others one.
+            enough = pieces <= num_experts or bucket == MAX_ROWS
+            if enough and rows <= tokens and pieces * rows <= tokens * choices:
+                found.append((bucket, size))
+    return found
+
+
 def row_bucket(tokens: int) -> int:
     """The smallest bucket that holds `tokens` rows.
 
@@ -111,6 +137,11 @@ def next_power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def filled(size: int) -> int:
+    """The fewest pieces that make a dispatch of `size`."""
+    return (3 * size + 3) // 4
+
+
 def dispatches(pieces: list) -> list[tuple[int, list]]:
     """Cuts a list into (size, part): each size is filled at least to three quarters.
 
@@ -121,7 +152,7 @@ def dispatches(pieces: list) -> list[tuple[int, list]]:
     """
     parts = []
     while pieces:
-        size = next(size for size in GROUP_SIZES if len(pieces) >= 0.75 * size)
+        size = next(size for size in GROUP_SIZES if len(pieces) >= filled(size))
         parts.append((size, pieces[:size]))
         pieces = pieces[size:]
     return parts
