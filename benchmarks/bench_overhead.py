@@ -33,7 +33,7 @@ from layerscope_jax.statistics import Meter
 
 ARITHMETIC = ("attention", "experts", "experts, meanwhile")
 COPYING = ("waiting for copies",)
-REST = "rest of the layer"
+REST = "reading back, and the rest"
 RESIDENT = "resident"
 
 
@@ -49,7 +49,7 @@ class Options(harness.Common):
     new_tokens: int = 33
     budget: int = 25
     """Percent of the bytes of all experts; "resident" has them all."""
-    rounds: int = 3
+    rounds: int = 2
 
 
 def wide(quick: bool) -> ModelConfig:
@@ -104,7 +104,6 @@ def timed_parts(engine: Engine, watch: Stopwatch) -> Iterator[None]:
     policy = engine.policy
     parts: list[tuple[Any, str, str | Callable]] = [
         (runner, "_attend_alone", attending),
-        (jax, "device_get", "reading back"),
         (layerwise, "Assignments", "sorting assignments"),
         (runner, "_absorb", "arrivals"),
         (runner, "_decide", "deciding, the rest"),

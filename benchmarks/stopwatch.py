@@ -38,7 +38,7 @@ class Stopwatch:
         self.elsewhere: list[tuple[float, float]] = []
         self._thread = threading.get_ident()
         self._open: list[str] = []
-        self._since = 0.0
+        self._since, self._entered = 0.0, True  # of the stretch under way
         self._stretches: list[Stretch] = []
         self.within = self.around = 0.0
         self.within, self.around = self._own_costs()
@@ -105,7 +105,7 @@ class Stopwatch:
             self._stretches.append(Stretch(self._open[-1], self._since, now, self._entered))
         self._open.append(part)
         self._entered = True
-        self._since = time.perf_counter() if not self._stretches else now
+        self._since = now
 
     def _leave(self) -> None:
         now = time.perf_counter()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from layerscope_jax.njit import njit
+
 MIN_ROWS, MAX_ROWS = 2, 128
 """Row buckets are the powers of two between them. XLA's CPU product is slow with one row; past 128 rows an
 expert's weights are read often enough per row, and more buckets would only mean more programs."""
@@ -29,6 +31,43 @@ class Group:
     experts: tuple[int, ...]
     slots: np.ndarray
     rows: int
+
+
+@njit(cache=True)
+def by_expert(chosen, active, choices):
+    """Compiled: on so few numbers a dozen calls of NumPy cost many times what they do.
+
+    Args:
+        chosen: [A] experts, int32.
+        active: [T] bool.
+        choices: K, A = T * K.
+
+    Returns:
+        order: as of `Assignments`.
+        bounds: [2, E] its starts and ends, up to the last expert that was chosen.
+        demand: [2, n] experts that have tokens, in order, and how many.
+    """
+    last = 0
+    for slot in range(len(chosen)):
+        if active[slot // choices] and chosen[slot] > last:
+            last = chosen[slot]
+    counts = np.zeros(last + 1, np.int64)
+    for slot in range(len(chosen)):
+        if active[slot // choices]:
+            counts[chosen[slot]] += 1
+    bounds, demand, size = np.zeros((2, last + 1), np.int64), np.empty((2, last + 1), np.int64), 0
+    for expert in range(last + 1):
+        bounds[0, expert] = 0 if expert == 0 else bounds[1, expert - 1]
+        bounds[1, expert] = bounds[0, expert] + counts[expert]
+        if counts[expert]:
+            demand[0, size], demand[1, size] = expert, counts[expert]
+            size += 1
+    order, places = np.empty(bounds[1, last], np.int32), bounds[0].copy()
+    for slot in range(len(chosen)):
+        if active[slot // choices]:
+            order[places[chosen[slot]]] = slot
+            places[chosen[slot]] += 1
+    return order, bounds, demand[:, :size]
 
 
 class Assignments:
@@ -55,15 +94,11 @@ class Assignments:
     def __init__(self, experts: np.ndarray, active: np.ndarray | None = None):
         self.choices = experts.shape[1]
         self.total = experts.size
-        chosen = experts.reshape(-1)
-        order = np.argsort(chosen, kind="stable").astype(np.int32)
-        if active is not None and not active.all():
-            order = order[np.repeat(active, experts.shape[1])[order]]
-        self.order = order
-        counts = np.bincount(chosen[order], minlength=1)
-        self.ends = np.cumsum(counts)
-        self.starts = self.ends - counts
-        self.demand = {expert: count for expert, count in enumerate(counts.tolist()) if count}
+        chosen = experts.reshape(-1).astype(np.int32, copy=False)
+        if active is None:
+            active = np.ones(len(experts), np.bool_)
+        self.order, (self.starts, self.ends), (wanted, tokens) = by_expert(chosen, active, self.choices)
+        self.demand = dict(zip(wanted.tolist(), tokens.tolist(), strict=True))
 
     def slots(self, expert: int) -> np.ndarray:
         """Output rows of an expert, in token order."""
