@@ -130,7 +130,9 @@ def test_after_a_warm_up_no_layer_compiles_anything(policy):
         assert counted == [0]
 
 
-@pytest.mark.parametrize("policy", [RandomPolicy(), RandomPolicy(device=0.0), "lru"], ids=str)
+@pytest.mark.parametrize(
+    "policy", [RandomPolicy(), RandomPolicy(device=0.0), "lru"], ids=["random", "random on the host", "lru"]
+)
 def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch, policy):
     monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
     model = random_model(
