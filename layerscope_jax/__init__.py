@@ -2,6 +2,7 @@
 
 from layerscope_jax.checkpoints import Model, load, save
 from layerscope_jax.comparison import simulate_profile
+from layerscope_jax.compilations import use_compilation_cache
 from layerscope_jax.config import ModelConfig, OffloadConfig, parse_bytes
 from layerscope_jax.engine import Engine
 from layerscope_jax.experts.bank import ExpertBank
@@ -56,4 +57,5 @@ __all__ = [
     "save",
     "save_plans",
     "simulate_profile",
+    "use_compilation_cache",
 ]

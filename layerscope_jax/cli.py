@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -30,6 +31,7 @@ from layerscope_jax.cli_options import (
     open_model,
     say,
 )
+from layerscope_jax.compilations import use_compilation_cache
 from layerscope_jax.complete import Live, complete, summary
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
@@ -321,6 +323,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args=args or ["--help"],
         config=(FlagCreatePairsOff,),
     )
+    with suppress(OSError, RuntimeError):  # no home, or a read-only one: each run compiles anew
+        use_compilation_cache()
     try:
         return command.run()
     except KeyboardInterrupt:

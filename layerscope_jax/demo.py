@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from layerscope_jax.checkpoints import Model
+from layerscope_jax.compilations import counted
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
 from layerscope_jax.generation import Request, Result
@@ -24,7 +24,6 @@ from layerscope_jax.prediction import Predictor
 from layerscope_jax.scheduling.baselines import FORECASTING
 
 SHIPPED = Path(__file__).parent / "shipped"
-COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX reports it for every program that XLA compiles
 WARM_STEPS, MOST_RUNS = 4, 3
 
 
@@ -156,27 +155,11 @@ def measured(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[R
         The last result, and how many programs were compiled in it: 0 unless each time brought new shapes.
     """
     for _ in range(MOST_RUNS):
-        with compilations() as programs:
+        with counted() as found:
             result = engine.generate(prompts, max_new_tokens=max_new_tokens)
-        if not programs:
+        if not found.programs:
             break
-    return result, len(programs)
-
-
-@contextmanager
-def compilations() -> Iterator[list[float]]:
-    """Gives a list that grows by the seconds of every compilation."""
-    programs: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == COMPILED:
-            programs.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield programs
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    return result, found.programs
 
 
 def described(model: Model) -> dict[str, Any]:

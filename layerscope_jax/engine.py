@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import numpy as np
 
 from layerscope_jax import calibration
 from layerscope_jax.checkpoints import Model
+from layerscope_jax.compilations import Compilations, counted
 from layerscope_jax.config import OffloadConfig, parse_bytes
 from layerscope_jax.detokenize import continuation
 from layerscope_jax.experts.cpu import WorkStats, default_threads
@@ -27,6 +30,7 @@ from layerscope_jax.generation import (
     Times,
     Token,
     encode_prompts,
+    is_integer,
     run_batch,
 )
 from layerscope_jax.layerwise import LayerByLayer
@@ -39,6 +43,7 @@ from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.guard import Guard
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Policy
 from layerscope_jax.statistics import RunStats
+from layerscope_jax.warmup import rehearsal
 from layerscope_jax.whole import WholeModel, new_caches
 
 
@@ -207,6 +212,51 @@ class Engine:
         if isinstance(self.runner, LayerByLayer):
             self.runner.record = self.runner.decoded = None
         return self._stream(requests, batch_size, Times())
+
+    def warmup(
+        self, *, prompt_tokens: int, batch_size: int = 32, new_tokens: int = 64, sampled: bool = False
+    ) -> Compilations:
+        """Compiles what `generate` needs for batches of one size, so that none waits for it.
+
+        The size is that of a whole batch; a last batch of fewer prompts may have programs of its own. Which
+        programs of experts a prefill needs hangs on how tokens fall to experts, so all are compiled that can
+        be: on each side that computes, in each phase, one for each of up to 21 shapes
+        (`experts.grouping.possible_groups`); for an accelerator up to log2(T K) + 2 more, which place what
+        the host computed; and some dozen others. `use_compilation_cache` spares the next process most of it.
+
+        What is resident or on its way, statistics, what policy and predictor have learned: all stay as they
+        are. The policy is asked once a phase, and its answer dropped. For the while, one expert more than the
+        budget holds is on the device, and a batch's caches.
+
+        Args:
+            prompt_tokens: of the longest prompt of a batch.
+            batch_size: as of `generate`.
+            new_tokens: `max_new_tokens` of the request that gets to the highest position.
+            sampled: whether any request has a temperature.
+
+        Returns:
+            How many programs were compiled, or read from a cache on disk.
+
+        Raises:
+            ValueError: for sizes that the model or `generate` does not take, or if the engine was closed.
+        """
+        if not is_integer(prompt_tokens) or prompt_tokens < 1:
+            raise ValueError(f"prompt_tokens must be a whole number, 1 or more, got {prompt_tokens!r}")
+        request = Request(
+            prompt=[0] * prompt_tokens,
+            max_new_tokens=new_tokens,
+            temperature=float(sampled),
+            stop_tokens=(),
+        )
+        runner = self.runner
+        with counted() as found:
+            self.runner = rehearsal(runner)
+            try:
+                batch = self._stream([request] * batch_size, batch_size, Times())
+                deque(islice(batch, 2 * batch_size), maxlen=0)  # a prefill and a decode step
+            finally:
+                self.runner = runner
+        return found
 
     def close(self) -> None:
         """Ends the engine's threads; it generates no more."""

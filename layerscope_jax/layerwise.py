@@ -162,7 +162,10 @@ class LayerByLayer:
         hidden, inputs, experts, weights, cache, expected = part(
             self._layers[layer], state, positions, cache, *forecast
         )
-        chosen, expected = jax.device_get((experts, expected))  # the only read-back of the layer
+        if expected is not None:
+            expected.copy_to_host_async()
+        # The only read-back of the layer; `jax.device_get` does the same, but through trees.
+        chosen, expected = np.asarray(experts), None if expected is None else np.asarray(expected)
         self.meter.device_busy_s += time.perf_counter() - began
         rows = Assignments(chosen, active)
         if self.tap is not None:
@@ -179,8 +182,8 @@ class LayerByLayer:
 
         began = time.perf_counter()
         resident = self.residency.resident
-        missing = [e for e in plan.device if ExpertId(layer, e) not in resident]
-        here = [e for e in plan.device if e not in missing]
+        missing = [e for e in plan.device if (layer, e) not in resident]
+        here = [e for e in plan.device if e not in missing] if missing else list(plan.device)
         outputs, done = self._on_device(outputs, inputs, layer, rows, here)
         if found is not None and host is None:
             # The device has nothing to do, or is the same CPU: the thread that would only wait computes.
@@ -194,7 +197,7 @@ class LayerByLayer:
             self.transfers.wait([ExpertId(layer, e) for e in missing], min(len(missing), ARRIVALS))
             began = time.perf_counter()
             self._absorb()
-            here = [e for e in missing if ExpertId(layer, e) in resident]
+            here = [e for e in missing if (layer, e) in resident]
             missing = [e for e in missing if e not in here]
             outputs, done = self._on_device(outputs, inputs, layer, rows, here)
         self.forecasts.learn(seen, inputs, chosen, weights, active)

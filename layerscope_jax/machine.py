@@ -43,6 +43,11 @@ def cpu_name() -> str:
     return named or platform.processor() or platform.machine()
 
 
+def cpu_features() -> str:
+    """The instructions that it knows, as Linux tells them; empty elsewhere."""
+    return _field("/proc/cpuinfo", "flags") or _field("/proc/cpuinfo", "Features") or ""
+
+
 def cores() -> int:
     """Those that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -32,18 +32,19 @@ class Meter:
             seen: when it was planned.
             idle_prefetches: experts that have come, or are coming, as a prefetch not yet used.
         """
-        hits = [n for expert, n in seen.demand.items() if ExpertId(seen.layer, expert) in seen.resident]
+        layer, resident = seen.layer, seen.resident  # plain pairs equal `ExpertId`s, and are made faster
+        hits = [n for expert, n in seen.demand.items() if (layer, expert) in resident]
         self.layers += 1
         self.experts += len(seen.demand)
         self.expert_hits += len(hits)
         self.tokens += sum(seen.demand.values())
         self.token_hits += sum(hits)
         if idle_prefetches:  # costs nothing where nothing prefetches
-            wanted = idle_prefetches & {ExpertId(seen.layer, expert) for expert in seen.demand}
-            here = sum(expert in seen.resident for expert in wanted)
+            wanted = [expert for expert in seen.demand if (layer, expert) in idle_prefetches]
+            here = sum([(layer, expert) in resident for expert in wanted])
             self.on_time, self.late = self.on_time + here, self.late + len(wanted) - here
         if self._forecast and seen.phase == "decode":
-            likeliest = sorted(range(len(self._forecast)), key=lambda e: -self._forecast[e])
+            likeliest = sorted(range(len(self._forecast)), key=self._forecast.__getitem__, reverse=True)
             self.foreseen += len(seen.demand.keys() & set(likeliest[: len(seen.demand)]))
             self.foreseeable += len(seen.demand)
         self._forecast = seen.forecast[0] if seen.forecast else ()

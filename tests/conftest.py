@@ -6,6 +6,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 2)  # the second stands for the host beside an accelerator
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_compilation_cache", False)  # no earlier run has a part in this one
 
 collect_ignore_glob = ["*conftest.py"]  # has no doctests, and there are several of that name
 collect_ignore = ["golden/make_goldens.py"]  # needs torch and transformers; the tests read what it wrote

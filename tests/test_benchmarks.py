@@ -18,15 +18,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not install
 from benchmarks import (
     bench_host_experts,
     bench_online,
+    bench_overhead,
     bench_planning,
     bench_policies,
     bench_recall,
     bench_resident,
     bench_simulator,
     harness,
+    stopwatch,
 )
 from benchmarks.random_models import random_decoder, shapes
-from layerscope_jax import MachineProfile, machine, parse_bytes, save
+from benchmarks.stopwatch import Stopwatch, Stretch
+from layerscope_jax import Engine, MachineProfile, OffloadConfig, layerwise, load, machine, parse_bytes, save
+from layerscope_jax.experts import cpu
 from layerscope_jax.machine_profile import ModelShape
 
 sys.path.insert(0, str(Path(__file__).parent / "predictor"))
@@ -292,3 +296,66 @@ def test_bench_online_says_when_there_are_too_few_rows(tmp_path):
         SystemExit, match="expected 256 held-out rows of verse and of letters or more, got 96"
     ):
         bench_online.main(bench_online.Options(traces=trace.folder, domains=("verse", "letters")))
+
+
+def test_bench_overhead(tmp_path, capsys):
+    file = tmp_path / "overhead.json"
+    options = bench_overhead.Options(
+        quick=True, models=("wide",), policies=("presched", "host-only"), json=file
+    )
+    bench_overhead.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "overhead"
+    assert result["machine"].keys() == MACHINE
+    rows = result["models"][0]["rows"]
+    assert [row["policy"] for row in rows] == ["presched", "host-only"]
+    for row in rows:
+        assert {"dispatching attention", "attention", "experts", "policy.plan"} <= row["us"].keys()
+        assert row["timed_calls_a_layer"] > 10
+        assert row["layer_us"]["median"] > 0
+    assert "all but arithmetic and copying" in capsys.readouterr().out
+
+
+def test_bench_overhead_leaves_the_engine_as_it_was(checkpoint):
+    """Timed and untimed runs take turns on one engine."""
+    with Engine(load(checkpoint), OffloadConfig(device_budget=0, policy="host-only")) as engine:
+        parts = [
+            engine.runner,
+            engine.runner.transfers,
+            engine.runner.residency,
+            engine.policy,
+            cpu,
+            layerwise,
+        ]
+        before = [dict(vars(part)) for part in parts]
+        with bench_overhead.timed_parts(engine, Stopwatch()):
+            assert [dict(vars(part)) for part in parts] != before
+        assert [dict(vars(part)) for part in parts] == before
+
+
+def test_a_stopwatch_parts_a_turn_and_loses_nothing():
+    now = iter(range(100))
+    watch = Stopwatch()
+    watch.within = watch.around = 0.0
+    clock = lambda: float(next(now))  # noqa: E731
+    inner = watch.timed(clock, "inner")
+    outer = watch.outermost(lambda: (clock(), inner(), inner()), "outer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopwatch.time, "perf_counter", clock)
+        outer()
+        inner()  # outside of a turn: not counted
+    (turn,) = watch.turns
+    spans = [(stretch.began, stretch.ended) for stretch in turn]
+    assert [end for _, end in spans[:-1]] == [begin for begin, _ in spans[1:]]  # one follows the other
+    (parts,) = watch.parts(hidden="meanwhile")
+    assert parts.pop("meanwhile") == 0
+    assert parts["inner"] == 4  # twice from a reading to the one after the call's own
+    assert sum(parts.values()) == spans[-1][1] - spans[0][0]
+
+
+def test_time_in_which_another_thread_computes_is_not_the_engines():
+    watch = Stopwatch()
+    watch.within = watch.around = 0.0
+    watch.turns = [[Stretch("python", 0.0, 4.0, True), Stretch("waiting", 4.0, 10.0, True)]]
+    watch.elsewhere = [(5.0, 8.0), (3.0, 6.0)]
+    assert watch.parts(hidden="meanwhile") == [{"python": 3.0, "waiting": 2.0, "meanwhile": 5.0}]

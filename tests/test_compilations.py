@@ -2,12 +2,16 @@
 
 from contextlib import contextmanager
 
+import jax.numpy as jnp
 import pytest
-from helpers import PROMPTS, compiled, random_model, spelling_model
+from exact_cases import RandomPolicy
+from helpers import PROFILE, PROMPTS, compiled, random_model, spelling_model
 
-from layerscope_jax import Engine, OffloadConfig, layerwise
+from layerscope_jax import Engine, OffloadConfig, Replay, layerwise
 from layerscope_jax.experts.executors import DeviceExperts, grouped_ffn
-from layerscope_jax.experts.grouping import GROUP_SIZES
+from layerscope_jax.experts.grouping import GROUP_SIZES, possible_groups
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # what is counted is how many, not what they do
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +70,144 @@ def test_a_long_decode_compiles_few_programs(monkeypatch):
         for first in range(5):
             engine.generate([[first], list(range(first, 12))], max_new_tokens=30)
         assert grouped_ffn._cache_size() - before <= bound
+
+
+OTHERS = 16
+"""Programs beside those of experts: embedding, finishing, and attending with a forecast and without, for two
+phases; empty caches and rows, on each device."""
+
+
+def rows_of_experts(model, batch, prompt_tokens, least=1):
+    """Shapes of dispatches of both phases."""
+    config = model.config
+    return sum(
+        len(possible_groups(tokens, config.experts_per_token, config.num_experts, least))
+        for tokens in (batch * prompt_tokens, batch)
+    )
+
+
+def random_prompts(seed, batch, prompt_tokens):
+    """Prompts, the first of the full length, the others up to it."""
+    lengths = [prompt_tokens] + [1 + (seed * 7 + row * 5) % prompt_tokens for row in range(1, batch)]
+    return [[(seed + row * 31 + n * 17) % 61 for n in range(size)] for row, size in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_after_a_warm_up_the_whole_model_compiles_nothing(temperature):
+    model = random_model(num_layers=2, hidden_size=20, num_heads=2, head_dim=10, num_kv_heads=1)
+    with Engine(model) as engine:
+        found = engine.warmup(batch_size=3, prompt_tokens=18, new_tokens=4, sampled=temperature > 0)
+        # A prefill and a decode step; empty caches; the settings of sampling are arrays of two types.
+        assert found.programs == 2 + 1 + (2 if temperature else 0)
+        with compiling() as counted:
+            result = engine.generate(
+                random_prompts(1, 3, 18), batch_size=3, max_new_tokens=4, temperature=temperature
+            )
+        assert counted == [0]
+        assert result.stats.device_share < 1
+        assert (
+            engine.warmup(batch_size=3, prompt_tokens=18, new_tokens=4, sampled=temperature > 0).programs == 0
+        )
+
+
+@pytest.mark.parametrize("policy", ["resident", "host-only", "lru", "auto", "random"])
+def test_after_a_warm_up_no_layer_compiles_anything(policy):
+    # Many rows an expert: on a CPU, the programs of XLA's products are only needed for those.
+    model = random_model(num_layers=2, hidden_size=28, num_experts=5, seed=3)
+    config = OffloadConfig(
+        device_budget=None if policy == "resident" else 6 * model.bank.expert_bytes,
+        policy=RandomPolicy() if policy == "random" else policy,
+        numerics="exact",
+        profile=PROFILE,
+    )
+    batch, length = 4, 40
+    with Engine(model, config) as engine:
+        found = engine.warmup(batch_size=batch, prompt_tokens=length, new_tokens=6)
+        assert found.programs <= 2 * rows_of_experts(model, batch, length, least=9) + OTHERS
+        with compiling() as counted:
+            for seed in range(3):
+                engine.generate(random_prompts(seed, batch, length), batch_size=batch, max_new_tokens=6)
+        assert counted == [0]
+
+
+@pytest.mark.parametrize(
+    "policy", [RandomPolicy(), RandomPolicy(device=0.0), "lru"], ids=["random", "random on the host", "lru"]
+)
+def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch, policy):
+    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+    model = random_model(
+        num_layers=2, hidden_size=36, num_experts=20, experts_per_token=4, dtype=jnp.bfloat16
+    )
+    config = OffloadConfig(device_budget=25 * model.bank.expert_bytes, policy=policy)
+    batch, length = 3, 20
+    with Engine(model, config) as engine:
+        found = engine.warmup(batch_size=batch, prompt_tokens=length, new_tokens=8)
+        placing = sum((tokens * 4).bit_length() + 1 for tokens in (batch * length, batch))
+        host = rows_of_experts(model, batch, length, least=33)
+        assert found.programs <= rows_of_experts(model, batch, length) + host + placing + OTHERS
+        with compiling() as counted:
+            for seed in range(4):
+                engine.generate(random_prompts(seed, batch, length), batch_size=batch, max_new_tokens=8)
+        assert counted == [0]
+
+
+class LastSeen:
+    """A predictor by history whose state tells how often it was shown something."""
+
+    name, look_ahead = "last seen", 1
+
+    def init(self, geometry):
+        return geometry.num_experts, 0
+
+    def update(self, state, seen):
+        return state[0], state[1] + 1
+
+    def expected(self, state, layer, tokens):
+        return [[float(state[1] % (expert + 2)) for expert in range(state[0])]]
+
+
+def test_a_warm_up_leaves_everything_as_it_was(model):
+    """An engine that warmed up in between plans, moves and counts as one that did not."""
+    found = []
+    for warm in (False, True):
+        budget = 9 * model.bank.expert_bytes
+        config = OffloadConfig(device_budget=budget, policy="lru", predictor=LastSeen())
+        with Engine(model, config) as engine:
+            first = engine.generate(PROMPTS, max_new_tokens=4, record_plans=True)
+            runner = engine.runner
+            rooms = (runner.transfers, runner.host_experts, runner.device_experts)
+            state = [runner.state, runner.meter, runner.steps, *(room.stats for room in rooms)]
+            held, seen = list(runner.residency.resident), repr(state)
+            if warm:
+                assert engine.warmup(batch_size=4, prompt_tokens=30, new_tokens=9).programs > 0
+            assert repr(state) == seen
+            assert list(runner.residency.resident) == held
+            second = engine.generate(PROMPTS[:2], max_new_tokens=4, record_plans=True)
+            found.append([first.plans, second.plans, second.tokens, second.stats.bytes_moved])
+            found[-1].append(runner.forecasts._state)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"prompt_tokens": 0}, "prompt_tokens must be a whole number, 1 or more, got 0"),
+        ({"prompt_tokens": 96}, "prompt 0 has 96 tokens; the model's context holds 96"),
+        ({"prompt_tokens": 3, "batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"prompt_tokens": 3, "new_tokens": 0}, "max_new_tokens must be a whole number"),
+    ],
+    ids=str,
+)
+def test_sizes_that_no_batch_has_are_refused(model, sizes, message):
+    with Engine(model) as engine, pytest.raises(ValueError, match=message):
+        engine.warmup(**sizes)
+
+
+def test_recorded_plans_can_be_warmed_up_for(model):
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
+    with Engine(model, config) as engine:
+        recorded = engine.generate(PROMPTS, max_new_tokens=1, record_plans=True)
+    replay = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=Replay(recorded.plans))
+    with Engine(model, replay) as engine:
+        engine.warmup(batch_size=4, prompt_tokens=14, new_tokens=1)
+        assert engine.generate(PROMPTS, max_new_tokens=1).tokens == recorded.tokens

@@ -203,7 +203,7 @@ class HostExperts:
         self.bank = bank
         self.device = device
         self.stats = WorkStats()
-        self._weights: dict[ExpertId, InMemory] = {}  # those that share the bank's memory
+        self._weights: dict[tuple[int, int], InMemory] = {}  # those that share the bank's memory
         self._closed = False
         self.cpu = CpuExperts(threads)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
@@ -230,14 +230,12 @@ class HostExperts:
     ) -> None:
         """As `start`, but by the thread that calls: where it would only wait, another is not worth waking."""
         began = time.perf_counter()
-        self.cpu.compute(
-            outputs,
-            np.asarray(inputs),
-            rows,
-            experts,
-            lambda expert: self.weights(ExpertId(layer, expert)),
-            self.stats,
-        )
+        kept = self._weights.get  # takes a plain pair too, and making an `ExpertId` of it takes longer
+
+        def weights(expert: int) -> InMemory:
+            return kept((layer, expert)) or self.weights(ExpertId(layer, expert))
+
+        self.cpu.compute(outputs, np.asarray(inputs), rows, experts, weights, self.stats)
         self.stats.busy_s += time.perf_counter() - began
 
     def weights(self, expert: ExpertId) -> InMemory:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from layerscope_jax.njit import njit
+
 MIN_ROWS, MAX_ROWS = 2, 128
 """Row buckets are the powers of two between them. XLA's CPU product is slow with one row; past 128 rows an
 expert's weights are read often enough per row, and more buckets would only mean more programs."""
@@ -29,6 +31,43 @@ class Group:
     experts: tuple[int, ...]
     slots: np.ndarray
     rows: int
+
+
+@njit(cache=True)
+def by_expert(chosen, active, choices):
+    """Compiled: on so few numbers a dozen calls of NumPy cost many times what they do.
+
+    Args:
+        chosen: [A] experts, int32.
+        active: [T] bool.
+        choices: K, A = T * K.
+
+    Returns:
+        order: as of `Assignments`.
+        bounds: [2, E] its starts and ends, up to the last expert that was chosen.
+        demand: [2, n] experts that have tokens, in order, and how many.
+    """
+    last = 0
+    for slot in range(len(chosen)):
+        if active[slot // choices] and chosen[slot] > last:
+            last = chosen[slot]
+    counts = np.zeros(last + 1, np.int64)
+    for slot in range(len(chosen)):
+        if active[slot // choices]:
+            counts[chosen[slot]] += 1
+    bounds, demand, size = np.zeros((2, last + 1), np.int64), np.empty((2, last + 1), np.int64), 0
+    for expert in range(last + 1):
+        bounds[0, expert] = 0 if expert == 0 else bounds[1, expert - 1]
+        bounds[1, expert] = bounds[0, expert] + counts[expert]
+        if counts[expert]:
+            demand[0, size], demand[1, size] = expert, counts[expert]
+            size += 1
+    order, places = np.empty(bounds[1, last], np.int32), bounds[0].copy()
+    for slot in range(len(chosen)):
+        if active[slot // choices]:
+            order[places[chosen[slot]]] = slot
+            places[chosen[slot]] += 1
+    return order, bounds, demand[:, :size]
 
 
 class Assignments:
@@ -55,15 +94,11 @@ class Assignments:
     def __init__(self, experts: np.ndarray, active: np.ndarray | None = None):
         self.choices = experts.shape[1]
         self.total = experts.size
-        chosen = experts.reshape(-1)
-        order = np.argsort(chosen, kind="stable").astype(np.int32)
-        if active is not None and not active.all():
-            order = order[np.repeat(active, experts.shape[1])[order]]
-        self.order = order
-        counts = np.bincount(chosen[order], minlength=1)
-        self.ends = np.cumsum(counts)
-        self.starts = self.ends - counts
-        self.demand = {expert: count for expert, count in enumerate(counts.tolist()) if count}
+        chosen = experts.reshape(-1).astype(np.int32, copy=False)
+        if active is None:
+            active = np.ones(len(experts), np.bool_)
+        self.order, (self.starts, self.ends), (wanted, tokens) = by_expert(chosen, active, self.choices)
+        self.demand = dict(zip(wanted.tolist(), tokens.tolist(), strict=True))
 
     def slots(self, expert: int) -> np.ndarray:
         """Output rows of an expert, in token order."""
@@ -97,6 +132,32 @@ class Assignments:
         return Group(tuple(chosen), slots, sum(len(piece) for _, piece in pieces))
 
 
+def possible_groups(tokens: int, choices: int, num_experts: int, least: int = 1) -> list[tuple[int, int]]:
+    """Shapes (row bucket, experts) of all dispatches that `Assignments.groups` can give: at most 21.
+
+    Args:
+        tokens: T, at most so many.
+        choices: K.
+        num_experts: E.
+        least: tokens that each of the experts has.
+
+    >>> possible_groups(tokens=2, choices=2, num_experts=8)
+    [(2, 1), (2, 4)]
+    """
+    found = []
+    for bucket in [row_bucket(1 << power) for power in range(1, MAX_ROWS.bit_length())]:
+        rows = 1 if bucket == MIN_ROWS else bucket // 2 + 1  # the fewest that it is taken for
+        if rows < least:  # an expert with a piece of so few rows has full pieces, or more rows in this one
+            rows = least if least <= bucket else rows + MAX_ROWS
+        for size in reversed(GROUP_SIZES):
+            pieces = filled(size)
+            # Of full pieces an expert may have several, of all others one.
+            enough = pieces <= num_experts or bucket == MAX_ROWS
+            if enough and rows <= tokens and pieces * rows <= tokens * choices:
+                found.append((bucket, size))
+    return found
+
+
 def row_bucket(tokens: int) -> int:
     """The smallest bucket that holds `tokens` rows.
 
@@ -111,6 +172,11 @@ def next_power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def filled(size: int) -> int:
+    """The fewest pieces that make a dispatch of `size`."""
+    return (3 * size + 3) // 4
+
+
 def dispatches(pieces: list) -> list[tuple[int, list]]:
     """Cuts a list into (size, part): each size is filled at least to three quarters.
 
@@ -121,7 +187,7 @@ def dispatches(pieces: list) -> list[tuple[int, list]]:
     """
     parts = []
     while pieces:
-        size = next(size for size in GROUP_SIZES if len(pieces) >= 0.75 * size)
+        size = next(size for size in GROUP_SIZES if len(pieces) >= filled(size))
         parts.append((size, pieces[:size]))
         pieces = pieces[size:]
     return parts

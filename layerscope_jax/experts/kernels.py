@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic, overload
+
+from layerscope_jax.njit import njit
 
 FEW, MANY = 4096, 256
 """Columns of a matrix whose sums are kept at once: whole rows of it for few tokens, where memory is the limit

@@ -104,6 +104,8 @@ class Residency:
         Returns:
             What is to cross the link before all else, as this layer waits for it.
         """
+        if not (self._coming or plan.evict or plan.load or plan.prefetch):
+            return []
         # What was queued for this layer in vain is not worth beginning any more.
         wanted = {ExpertId(plan.layer, expert) for expert in plan.device}
         for expert in drop(lambda e: e.layer == plan.layer and e not in wanted):

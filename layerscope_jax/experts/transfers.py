@@ -115,6 +115,8 @@ class Transfers:
             ValueError: if the bank has no such expert; nothing is queued then.
         """
         load, prefetch = list(load), list(prefetch)
+        if not (load or prefetch):
+            return  # the link's thread is not woken for nothing
         unknown = [tuple(expert) for expert in (*load, *prefetch) if expert not in self.bank]
         if unknown:
             raise ValueError(f"the model has no experts (layer, expert) {unknown} to copy")

@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+
+from layerscope_jax.njit import njit
 
 KNOWN = 1024
 """Token counts up to here are looked up; policies ask for thousands of times within a step."""

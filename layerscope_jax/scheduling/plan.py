@@ -157,15 +157,23 @@ def check_plan(
 
     if (plan.step, plan.layer) != (seen.step, seen.layer):
         raise ValueError(f"{where} was given for step {seen.step}, layer {seen.layer}")
-    chosen = set(plan.device) | set(plan.host)
-    refuse("active experts computed nowhere", seen.demand.keys() - chosen)
-    refuse("experts computed without demand", chosen - seen.demand.keys())
+    chosen = {*plan.device, *plan.host}
+    if chosen != seen.demand.keys():
+        refuse("active experts computed nowhere", seen.demand.keys() - chosen)
+        refuse("experts computed without demand", chosen - seen.demand.keys())
     if len(chosen) < len(plan.device) + len(plan.host):
         refuse("experts computed more than once", Counter(plan.device + plan.host) - Counter(chosen))
 
-    # Only what the plan names is looked up: the sets of resident experts may be large.
+    # Only what the plan names is looked up: the sets of resident experts may be large. This is done in every
+    # layer, so a plan that moves nothing is through soon.
+    layer, resident, in_flight = plan.layer, seen.resident, seen.in_flight
+    if not (plan.evict or plan.load or plan.prefetch):
+        absent = [e for e in plan.device if (layer, e) not in resident and (layer, e) not in in_flight]
+        refuse("computed on the device, but neither present nor loaded", [ExpertId(layer, e) for e in absent])
+        if len(resident) + len(in_flight) <= slots:
+            return
     evicted, loaded, prefetched = set(plan.evict), set(plan.load), set(plan.prefetch)
-    device = {ExpertId(plan.layer, e) for e in plan.device}
+    device = {ExpertId(layer, e) for e in plan.device}
 
     def present(expert: ExpertId) -> bool:
         return (expert in seen.resident and expert not in evicted) or expert in seen.in_flight

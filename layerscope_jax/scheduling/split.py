@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from layerscope_jax.njit import njit
 from layerscope_jax.scheduling.costs import Curves, HardwareProfile, ms_of
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from layerscope_jax.njit import njit
 from layerscope_jax.scheduling.costs import Curves, ms_of
 from layerscope_jax.scheduling.split import ordered, share_out
 

@@ -1,0 +1,137 @@
+"""Programs are compiled once for all processes of a user; whoever set JAX's cache keeps what was set."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from helpers import in_time
+
+from layerscope_jax import cli, compilations, machine, use_compilation_cache
+
+GENERATE = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import json
+from helpers import PROMPTS, bits, spelling_model
+from exact_cases import tap
+from layerscope_jax import Engine, OffloadConfig, use_compilation_cache
+from layerscope_jax.compilations import counted
+
+folder, found = use_compilation_cache(), []
+with counted() as programs:
+    for config in (OffloadConfig(), OffloadConfig(device_budget=100_000, policy="lru")):
+        with Engine(spelling_model(), config) as engine:
+            logits = tap(engine)
+            engine.generate(PROMPTS, max_new_tokens=3)
+            found += [bits(step).tolist() for step in logits]
+print(json.dumps([folder, programs.programs, programs.cached, found]))
+"""
+
+
+def python(code, **environment):
+    """What a process prints; a warning of Python ends it, and nothing else may be said."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_"))}
+    root = Path(__file__).parents[1]
+    known["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests")])
+    done = in_time(
+        lambda: subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env=known | environment,
+            capture_output=True,
+            text=True,
+        ),
+        300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_a_second_process_compiles_nothing_and_computes_the_same_bits(tmp_path):
+    folder, programs, cached, logits = json.loads(python(GENERATE, XDG_CACHE_HOME=str(tmp_path)))
+    assert Path(folder).is_relative_to(tmp_path / "layerscope_jax")
+    assert cached == 0 < programs
+    again = json.loads(python(GENERATE, XDG_CACHE_HOME=str(tmp_path)))
+    assert again == [folder, programs, programs, logits]
+
+
+def test_without_a_place_for_its_cache_numba_compiles_all_the_same():
+    code = "from layerscope_jax.scheduling.costs import ms_of; print(type(ms_of._cache).__name__)"
+    # The only locator that it then has is one for notebooks.
+    assert python(code, NUMBA_CACHE_LOCATOR_CLASSES="IPythonCacheLocator") == "NullCache\n"
+
+
+@pytest.fixture
+def settings():
+    """JAX's settings as a fresh process has them; afterwards they are the tests' again."""
+    names = (
+        "jax_enable_compilation_cache",
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield lambda: [jax.config.values[name] for name in names[1:]]
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_a_folder_is_made_for_this_user_alone(settings, tmp_path):
+    folder = tmp_path / "new" / "cache"
+    assert use_compilation_cache(folder) == str(folder)
+    assert settings() == [str(folder), 0.0]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert use_compilation_cache() == use_compilation_cache(folder) == str(folder)
+
+
+def test_what_an_application_has_set_stays(settings, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/theirs")
+    before = settings()
+    assert use_compilation_cache() == "gs://bucket/theirs"
+    with pytest.raises(ValueError, match=r"keeps a cache already, gs://bucket/theirs, got .*ours"):
+        use_compilation_cache(tmp_path / "ours")
+    assert settings() == before
+    assert not any(tmp_path.iterdir())
+
+
+def test_caches_that_are_switched_off_stay_off(settings, tmp_path):
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert use_compilation_cache(tmp_path / "cache") is None
+    assert settings()[0] is None
+
+
+def test_a_folder_that_cannot_be_had_is_refused_and_nothing_set(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    before = settings()
+    with pytest.raises(OSError, match="file"):
+        use_compilation_cache(tmp_path / "file" / "cache")
+    assert settings() == before
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="folders of other systems")
+def test_the_default_folder_is_of_a_user_and_a_kind_of_cpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")  # to be ignored, its specification says
+    ours = compilations.default_folder()
+    assert ours.parent == tmp_path / ".cache" / "layerscope_jax"
+    monkeypatch.setattr(machine, "cpu_features", lambda: "fewer")
+    assert compilations.default_folder().parent == ours.parent
+    assert compilations.default_folder() != ours
+
+
+def test_the_command_line_keeps_a_cache_where_it_can(settings, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compilations, "default_folder", lambda: tmp_path / "cache")
+    assert cli.main(["generate", str(tmp_path / "absent"), "--prompt=x"]) == 2
+    assert settings() == [str(tmp_path / "cache"), 0.0]
+    jax.config.update("jax_compilation_cache_dir", None)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(compilations, "default_folder", lambda: tmp_path / "file" / "cache")
+    assert cli.main(["generate", str(tmp_path / "absent"), "--prompt=x"]) == 2
+    assert settings()[0] is None
+    assert "cache" not in capsys.readouterr().err
