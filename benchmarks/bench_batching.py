@@ -1,9 +1,9 @@
 """What is gained by giving a slot on as soon as its request has ended?
 
-A trained model continues real prompts by as many tokens each as an exponential distribution says: most are short,
-some are long. "Continuous" is one call of `generate`. "Batch by batch" calls it for as many requests as there are
-slots, and for the next ones when all have ended. "Even" is the ideal that is measured too: the same prompts and
-as many tokens in all, but the same number for each, so that nobody ever waits for anybody.
+A trained model continues real prompts by as many tokens each as an exponential distribution says: most are
+short, some are long. "Continuous" is one call of `generate`. "Batch by batch" calls it for as many requests as
+there are slots, and for the next ones when all have ended. "Even" is the ideal, and is measured too: the same
+prompts and as many tokens in all, but as many for each, so that nobody waits for anybody.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Options(harness.Common):
 
     checkpoint: Path = SHIPPED
     prompts: Path | None = None
-    """JSON lines with a "prompt" each; prompts.jsonl in the checkpoint's folder if left out. Taken in turns."""
+    """JSON lines with a "prompt" each, taken in turns; prompts.jsonl in the checkpoint's folder if left out."""
     policies: tuple[str, ...] = (RESIDENT, "host-only", "auto")
     budget: int = 25
     """Percent of the bytes of all experts, for policies other than resident."""
@@ -111,6 +111,7 @@ def race(
         rounds,
     )
     seconds = {name: found.parts["seconds"] for name, found in samples.items()}
+    same = [here == there for here, there in zip(tokens[CONTINUOUS], tokens[PARTED], strict=True)]
     return {
         "slots": slots,
         "tokens_per_s": {
@@ -119,9 +120,7 @@ def race(
         "steps": taken,
         "continuous_to_batch_by_batch": harness.ratio(seconds[PARTED], seconds[CONTINUOUS]),
         "continuous_to_even": harness.ratio(seconds[EVEN], seconds[CONTINUOUS]),
-        "same_tokens": float(
-            np.mean([a == b for a, b in zip(tokens[CONTINUOUS], tokens[PARTED], strict=True)])
-        ),
+        "same_tokens": float(np.mean(same)),
         "compiled_while_timed": sum(found.compiled for found in samples.values()),
     }
 

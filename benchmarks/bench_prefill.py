@@ -1,11 +1,11 @@
 """How long until the first token, and how much memory does a prefill take?
 
-One prompt of each length is prefilled: with every expert resident, and with a part of them on the device under
-each policy, over a link paced to a rate; in one step, and in chunks. The chunks bound what a step's activations
-take. Each passes all layers, so what is not resident is needed once for each of them.
+One prompt of each length is prefilled: with every expert resident, and with a part of them on the device
+under each policy, over a link paced to a rate; in one step, and in chunks. Chunks bound what the activations of
+a step take. Each passes all layers, so what is not resident is needed once for each of them.
 
-The prompts are the checkpoint's own, one after another until they are long enough. Longer ones than the model was
-made for are allowed here: what it says after them is of no interest, what it computes is as much.
+The prompts are the checkpoint's own, one after another until they are long enough. Longer ones than the model
+was made for are allowed here: what it says after them is of no interest, what it computes is as much.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def cell(model: Model, prompt: list[int], options: Options) -> list[dict[str, An
         first = {key: samples[name].parts["first"] for name, key in names.items()}
         rows = []
         for name, (policy, chunk) in names.items():
-            engine = engines[policy, chunk]
+            engine, times = engines[policy, chunk], first[policy, chunk]
             result = engine.generate([prompt], max_new_tokens=1, stop_tokens=())
             rows.append(
                 {
@@ -118,11 +118,9 @@ def cell(model: Model, prompt: list[int], options: Options) -> list[dict[str, An
                     "policy": policy,
                     "chunk": chunk,
                     "steps": -(-len(prompt) // chunk),
-                    "ttft_ms": harness.spread(1e3 * s for s in first[policy, chunk]),
-                    "time_to_one_step": harness.ratio(first[policy, chunk], first[policy, chunks[0]]),
-                    "time_to_resident": harness.ratio(
-                        first[policy, chunk], first[options.policies[0], chunk]
-                    ),
+                    "ttft_ms": harness.spread(1e3 * s for s in times),
+                    "time_to_one_step": harness.ratio(times, first[policy, chunks[0]]),
+                    "time_to_resident": harness.ratio(times, first[options.policies[0], chunk]),
                     "bytes_moved": result.stats.bytes_moved,
                     "peak_growth_bytes": peak_growth(engine, prompt),
                     "compiled_while_timed": samples[name].compiled,
