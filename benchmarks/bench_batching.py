@@ -1,9 +1,9 @@
 """What is gained by giving a slot on as soon as its request has ended?
 
 A trained model continues real prompts by as many tokens each as an exponential distribution says: most are
-short, some are long. "Continuous" is one call of `generate`. "Batch by batch" calls it for as many requests as
-there are slots, and for the next ones when all have ended. "Even" is the ideal, and is measured too: the same
-prompts and as many tokens in all, but as many for each, so that nobody waits for anybody.
+short, some are long. "Continuous" is one call of `generate`. "Batch by batch" calls it for as many requests
+as there are slots, and for the next ones when all have ended. "Even" is the ideal, and is measured too: the
+same prompts and as many tokens in all, but as many for each, so that nobody waits for anybody.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Options(harness.Common):
 
     checkpoint: Path = SHIPPED
     prompts: Path | None = None
-    """JSON lines with a "prompt" each, taken in turns; prompts.jsonl in the checkpoint's folder if left out."""
+    """JSON lines with a "prompt" each, taken in turns; the checkpoint's prompts.jsonl if left out."""
     policies: tuple[str, ...] = (RESIDENT, "host-only", "auto")
     budget: int = 25
     """Percent of the bytes of all experts, for policies other than resident."""

@@ -1,8 +1,8 @@
 """How long until the first token, and how much memory does a prefill take?
 
 One prompt of each length is prefilled: with every expert resident, and with a part of them on the device
-under each policy, over a link paced to a rate; in one step, and in chunks. Chunks bound what the activations of
-a step take. Each passes all layers, so what is not resident is needed once for each of them.
+under each policy, over a link paced to a rate; in one step, and in chunks. Chunks bound what the activations
+of a step take. Each passes all layers, so what is not resident is needed once for each of them.
 
 The prompts are the checkpoint's own, one after another until they are long enough. Longer ones than the model
 was made for are allowed here: what it says after them is of no interest, what it computes is as much.
