@@ -39,10 +39,10 @@ class Options(harness.Common):
     """Percent of the bytes of all experts, for policies other than resident."""
     link: str = "100MB"
     """Bytes a second."""
-    slots: tuple[int, ...] = (2, 8, 32)
-    requests: int = 64
-    mean_tokens: int = 24
-    most_tokens: int = 128
+    slots: tuple[int, ...] = (4, 16)
+    requests: int = 48
+    mean_tokens: int = 16
+    most_tokens: int = 96
     rounds: int = 3
     seed: int = 0
 

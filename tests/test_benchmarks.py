@@ -191,7 +191,7 @@ def test_bench_batching(checkpoint, tmp_path, capsys):
 
 def test_bench_prefill(checkpoint, tmp_path, capsys):
     file = tmp_path / "prefill.json"
-    bench_prefill.main(bench_prefill.Options(quick=True, checkpoint=checkpoint, json=file))
+    bench_prefill.main(bench_prefill.Options(quick=True, checkpoint=checkpoint, budget=50, json=file))
     result = json.loads(file.read_text())
     assert result["benchmark"] == "prefill"
     assert result["machine"].keys() == MACHINE
