@@ -25,8 +25,8 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.bench_policies import SHIPPED, read_prompts
 from layerscope_jax import POLICIES, Engine, HardwareProfile, LayerPlan, Model, OffloadConfig, Policy, load
+from layerscope_jax.batching import batch_rows, bucket
 from layerscope_jax.calibration import Points
-from layerscope_jax.generation import batch_rows, bucket
 from layerscope_jax.machine_profile import MachineProfile
 from layerscope_jax.profiling import THOROUGH, calibrate
 from layerscope_jax.scheduling.baselines import FORECASTING

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from layerscope_jax import Decoder, Model
-from layerscope_jax.generation import bucket
+from layerscope_jax.batching import bucket
 from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.whole import new_caches
 

@@ -142,8 +142,8 @@ class Generate:
     batch_size: Annotated[
         int,
         arg(
-            help="How many prompts run at once. Batches of another shape round differently, which can part a "
-            "prompt's tokens, in bfloat16 above all."
+            help="How many prompts run at once; when some end, others take their places. Batches of another "
+            "shape round differently, which can part a prompt's tokens, in bfloat16 above all."
         ),
     ] = 32
     link_bandwidth: LinkBandwidth = None

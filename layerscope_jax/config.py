@@ -139,6 +139,11 @@ class OffloadConfig:
             resident none is run.
         host_threads: threads that compute experts on this machine's CPU. If None: as many as there are cores,
             less one where there is an accelerator, which another thread feeds.
+        prefill_chunk: tokens of a prefill step at most, padding counted. Short prompts share a step; a longer
+            one is prefilled in several, each appending to its caches. Memory of a step grows with it: the
+            experts' rows take chunk * K * D numbers, the scores of attention chunk * H * context (float32).
+            So does the speed: each step passes all layers, and what is not resident is copied, or read by
+            the host, anew in each of them.
     """
 
     device_budget: str | int | None = None
@@ -148,6 +153,7 @@ class OffloadConfig:
     profile: HardwareProfile | MachineProfile | str | Path | None = field(default=None, repr=False)
     predictor: str | Predictor | History | None = field(default=None, repr=False)
     host_threads: int | None = None
+    prefill_chunk: int = 4096
 
     def __post_init__(self) -> None:
         if self.device_budget is not None:
@@ -158,3 +164,5 @@ class OffloadConfig:
             raise ValueError(f"numerics must be 'fast' or 'exact', got {self.numerics!r}")
         if self.host_threads is not None and self.host_threads < 1:
             raise ValueError(f"host_threads must be 1 or more, got {self.host_threads}")
+        if self.prefill_chunk < 16:
+            raise ValueError(f"prefill_chunk must be 16 tokens or more, got {self.prefill_chunk}")

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from layerscope_jax import calibration
+from layerscope_jax.batching import Batch, Running, Times
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.compilations import Compilations, counted
 from layerscope_jax.config import OffloadConfig, parse_bytes
@@ -23,16 +24,7 @@ from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, Transfers
 from layerscope_jax.forecasts import Forecasts
-from layerscope_jax.generation import (
-    Request,
-    Result,
-    Running,
-    Times,
-    Token,
-    encode_prompts,
-    is_integer,
-    run_batch,
-)
+from layerscope_jax.generation import Request, Result, Token, encode_prompts, is_integer
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.machine_profile import costs_of
 from layerscope_jax.prediction import make_predictor
@@ -160,7 +152,8 @@ class Engine:
 
         Args:
             prompts: texts, lists of token ids, or `Request`s, in any mixture.
-            batch_size: how many run at once.
+            batch_size: how many run at once. When some end, waiting ones take their slots while the others
+                go on (see `layerscope_jax.batching`).
             progress: whether to show a bar on stderr.
             on_token: is given each token when it is known.
             record_plans: whether to keep every layer's decision in the result.
@@ -218,8 +211,8 @@ class Engine:
     ) -> Compilations:
         """Compiles what `generate` needs for batches of one size, so that none waits for it.
 
-        The size is that of a whole batch; a last batch of fewer prompts may have programs of its own. Which
-        programs of experts a prefill needs hangs on how tokens fall to experts, so all are compiled that can
+        The size is that of a whole batch. Requests that join it later, a few at once, have prefill programs
+        of their own: one for each power of two of them, compiled when they first come. Which programs of experts a prefill needs hangs on how tokens fall to experts, so all are compiled that can
         be: on each side that computes, in each phase, one for each of up to 21 shapes
         (`experts.grouping.possible_groups`); for an accelerator up to log2(T K) + 2 more, which place what
         the host computed; and some dozen others. `use_compilation_cache` spares the next process most of it.
@@ -285,20 +278,21 @@ class Engine:
             Running(index, request, prompt, min(request.max_new_tokens, left))
             for index, (request, prompt, left) in enumerate(zip(requests, prompts, room, strict=True))
         ]
-        return self._batches(running, batch_size, times)
+        return self._run(running, batch_size, times)
 
-    def _batches(self, running: list[Running], batch_size: int, times: Times) -> Iterator[Token]:
+    def _run(self, running: list[Running], batch_size: int, times: Times) -> Iterator[Token]:
         if isinstance(self.runner, LayerByLayer):
             self.runner.steps = 0
-        for start in range(0, len(running), batch_size):
-            yield from run_batch(
-                running[start : start + batch_size],
-                self._step,
-                lambda rows, length: new_caches(self.model, rows, length, self.device),
-                self.model.config.stop_tokens,
-                self.model.tokenizer,
-                times,
-            )
+        yield from Batch(
+            running,
+            batch_size,
+            self._step,
+            lambda rows, length: new_caches(self.model, rows, length, self.device),
+            self.config.prefill_chunk,
+            self.model.config.stop_tokens,
+            self.model.tokenizer,
+            times,
+        ).run()
 
     def _step(self, *inputs: Any) -> Any:
         self._check_open()  # a stream may outlive its engine

@@ -80,7 +80,7 @@ class Forecasts:
         if self._history is not None:
             self._state = self._history.update(self._state, seen)
         if self._observe is not None:
-            self._observe(seen.layer, inputs, experts, weights, active)
+            self._observe(seen.layer, inputs, experts, weights, active, seen.phase)
 
 
 def counted_rows(active: np.ndarray, last: np.ndarray, length: int) -> np.ndarray:

@@ -1,26 +1,17 @@
-"""Prompts in, tokens out: batches, stopping, streaming, results."""
+"""Prompts in, tokens out: what a caller asks for, and what comes back."""
 
 from __future__ import annotations
 
 import operator
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from layerscope_jax.detokenize import TextStream
-from layerscope_jax.experts.grouping import next_power
-from layerscope_jax.models.layers import PAD_POSITION, KVCache
-from layerscope_jax.sampling import Sampling
 from layerscope_jax.scheduling.plan import LayerPlan
 from layerscope_jax.statistics import RunStats
-
-Step = Callable[..., tuple[jax.Array, jax.Array, list[KVCache]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,28 +115,6 @@ class Result:
     plans: list[LayerPlan] = field(default_factory=list, repr=False)
 
 
-@dataclass
-class Times:
-    """Measured while generating."""
-
-    prompt_tokens: int = 0
-    first_token_s: list[float] = field(default_factory=list)
-    decode_s: list[float] = field(default_factory=list)
-
-
-@dataclass
-class Running:
-    """A request in a batch."""
-
-    index: int
-    request: Request
-    prompt: list[int]
-    room: int  # new tokens at most
-    tokens: list[int] = field(default_factory=list)
-    text: TextStream | None = None  # None without a tokenizer
-    finish: str | None = None
-
-
 def encode_prompts(
     requests: Sequence[Request], tokenizer: Tokenizer | None, max_positions: int, vocab_size: int
 ) -> list[list[int]]:
@@ -184,99 +153,3 @@ def encode_prompts(
     if problems:
         raise ValueError("; ".join(problems))
     return prompts
-
-
-def bucket(size: int, least: int) -> int:
-    """`size` rounded up to a power of two or one and a half of one, `least` or more: few shapes to compile.
-
-    >>> [bucket(n, 16) for n in (3, 17, 30, 33, 100)]
-    [16, 24, 32, 48, 128]
-    """
-    power = max(least, next_power(size))
-    return power * 3 // 4 if least < power and size <= power * 3 // 4 else power
-
-
-def batch_rows(requests: int) -> int:
-    """Rows of a batch: a power of two, two at least, since products with one row are slow on CPUs."""
-    return max(2, next_power(requests))
-
-
-def run_batch(
-    batch: list[Running],
-    step: Step,
-    new_caches: Callable[[int, int], list[KVCache]],
-    stop_tokens: Sequence[int],
-    tokenizer: Tokenizer | None,
-    times: Times,
-) -> Iterator[Token]:
-    """Generates for the requests of one batch until all have ended."""
-    rows = batch_rows(len(batch))
-    width = bucket(max(len(running.prompt) for running in batch), 16)
-    length = bucket(max(len(running.prompt) + running.room for running in batch), 64)
-    caches = new_caches(rows, max(length, width))
-    sampling = sampling_of([running.request for running in batch], rows)
-
-    tokens = np.zeros((rows, width), np.int32)
-    positions = np.full((rows, width), PAD_POSITION, np.int32)
-    last = np.zeros(rows, np.int32)
-    for row, running in enumerate(batch):
-        size = len(running.prompt)
-        tokens[row, :size] = running.prompt
-        positions[row, :size] = np.arange(size)
-        last[row] = size - 1
-        running.text = None if tokenizer is None else TextStream(tokenizer)
-        times.prompt_tokens += size
-
-    began = time.perf_counter()
-    times_of_step = times.first_token_s
-    while True:
-        found, _, caches = step(tokens, positions, last, caches, sampling)
-        new = np.asarray(found).tolist()
-        ended = time.perf_counter()
-        times_of_step.append(ended - began)
-        began, times_of_step = ended, times.decode_s
-        if tokens.shape[1] > 1:
-            tokens = np.zeros((rows, 1), np.int32)
-            positions = np.full((rows, 1), PAD_POSITION, np.int32)
-            last = np.zeros(rows, np.int32)
-        events = []
-        for row, running in enumerate(batch):
-            positions[row] = PAD_POSITION
-            if running.finish is None:
-                events.append(advance(running, new[row], stop_tokens))
-            if running.finish is None:
-                tokens[row] = new[row]
-                positions[row] = len(running.prompt) + len(running.tokens) - 1
-        yield from events
-        if all(running.finish is not None for running in batch):
-            return
-
-
-def advance(running: Running, token: int, stop_tokens: Sequence[int]) -> Token:
-    """Enters a request's new token."""
-    running.tokens.append(token)
-    stops = running.request.stop_tokens
-    if token in (stop_tokens if stops is None else stops):
-        running.finish = "stop"
-    elif len(running.tokens) >= running.room:
-        running.finish = "length"
-    piece = ""
-    if running.text is not None:
-        if running.finish != "stop":
-            piece = running.text.add(token)
-        if running.finish is not None:
-            piece += running.text.end(running.tokens, running.finish)
-    return Token(running.index, token, piece, running.finish)
-
-
-def sampling_of(requests: Sequence[Request], rows: int) -> Sampling | None:
-    """The sampling settings of a batch padded to `rows`; None if every request is greedy."""
-    if all(request.temperature == 0 for request in requests):
-        return None
-    padded = [*requests, *[Request(prompt=[0])] * (rows - len(requests))]
-    return Sampling(
-        seed=jnp.array([request.seed for request in padded], jnp.uint32),
-        temperature=jnp.array([request.temperature for request in padded], jnp.float32),
-        top_k=jnp.array([min(request.top_k, 2**31 - 1) for request in padded], jnp.int32),
-        top_p=jnp.array([request.top_p for request in padded], jnp.float32),
-    )

@@ -370,7 +370,7 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
     def finish(ends, state, positions, last, sampling):
         hidden = add_experts(*state)
         rows = jnp.arange(hidden.shape[0])
-        logits = nnx.merge(ends_graph, ends | empty).logits(hidden[rows, last])
+        logits = nnx.merge(ends_graph, ends | empty).next_logits(hidden, last)
         return sample(logits, positions[rows, last] + 1, sampling), logits
 
     return Programs(embed, attend_and_route, finish)

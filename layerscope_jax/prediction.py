@@ -24,7 +24,7 @@ class Predictor(Protocol):
     things move, never what is computed: a wrong one costs time alone.
 
     It is hashable: engines with equal predictors share compiled programs. One with `observe(layer, inputs,
-    experts, weights, active)` is shown what became of each layer.
+    experts, weights, active, phase)` is shown what became of each layer.
 
     Attributes:
         name: as in statistics and tables.

@@ -61,8 +61,10 @@ class RunStats:
         peak_expert_bytes: most ever taken by resident experts and copies on their way.
         prompts, prompt_tokens, new_tokens: how much was done.
         total_s: wall time of the call.
-        ttft_s: time to first token: from the start of a batch to its first tokens, mean over batches.
-        tpot_s: time per output token: mean time of a decode step (each request gets one token in it).
+        ttft_s: time to first token, mean over requests: each from the start of the call, so that waiting for
+            a slot counts.
+        tpot_s: time per output token: mean time of a decode step (each running request gets one token in it);
+            prefills of newcomers in between are not in it.
         tokens_per_s: new tokens by total time.
         device_share, host_share, link_share: busy time of each by total time.
         hit_rate: active experts that were resident when their layer was planned, by active experts.

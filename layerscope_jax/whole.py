@@ -65,7 +65,7 @@ def program(graphdef: nnx.GraphDef) -> Callable:
         decoder: Decoder = nnx.merge(graphdef, params)
         hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
         rows = jnp.arange(tokens.shape[0])
-        logits = decoder.logits(hidden[rows, last])
+        logits = decoder.next_logits(hidden, last)
         return sample(logits, positions[rows, last] + 1, sampling), logits, caches
 
     return run

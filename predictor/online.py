@@ -11,6 +11,7 @@ import numpy as np
 
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.scheduling.plan import Phase
 from predictor.llapor import LayerParams, LLaPor
 from predictor.pca import reduce
 from predictor.routers import Routers
@@ -51,7 +52,8 @@ class Online:
         self._first, self._config = llapor, config
         self._bound: list[LayerParams] = []
         self._seen: list[tuple[jax.Array, np.ndarray, jax.Array]] = []
-        self._last: Batch | None = None  # the last decode step, whose next tokens are not known yet
+        self._last: Batch | None = None  # the last step, whose next tokens are not known yet
+        self._decoded = np.zeros(0, bool)  # what was active in the step before, if that was a decode step
         self._work: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-tuning")
 
@@ -70,7 +72,13 @@ class Online:
         return self._first.predict(params, inputs, experts, weights)
 
     def observe(
-        self, layer: int, inputs: jax.Array, experts: np.ndarray, weights: jax.Array, active: np.ndarray
+        self,
+        layer: int,
+        inputs: jax.Array,
+        experts: np.ndarray,
+        weights: jax.Array,
+        active: np.ndarray,
+        phase: Phase,
     ) -> None:
         """Notes one layer of a step; with the last one, the step's rows go to the thread.
 
@@ -79,6 +87,7 @@ class Online:
             inputs, weights: [T, D] and [T, K], on the device.
             experts: [T, K].
             active: [T] bool, which rows are tokens.
+            phase: of the step.
         """
         if layer == 0:
             self._seen.clear()
@@ -86,9 +95,14 @@ class Online:
         if len(self._seen) < self._first.model.num_layers:
             return
         seen, self._seen = self._seen, []
+        # Between two decode steps of the same rows nobody joined: that would have taken a prefill.
+        follows = phase == "decode" and np.array_equal(active, self._decoded)
         self._work = [work for work in self._work if not work.done()]
-        if len(self._work) < BACKLOG:
-            self._work.append(self._thread.submit(self._learn, seen, np.flatnonzero(active)[:MOST_ROWS]))
+        taken = len(self._work) < BACKLOG
+        self._decoded = active if phase == "decode" and taken else np.zeros(0, bool)
+        if taken:
+            rows = np.flatnonzero(active)[:MOST_ROWS]
+            self._work.append(self._thread.submit(self._learn, seen, rows, follows))
 
     def finish(self) -> LLaPor:
         """Waits until what was seen is learned; returns the predictor as it is then.
@@ -105,7 +119,10 @@ class Online:
             )
         return self.tuner.llapor
 
-    def _learn(self, seen: list[tuple[jax.Array, np.ndarray, jax.Array]], rows: np.ndarray) -> None:
+    def _learn(
+        self, seen: list[tuple[jax.Array, np.ndarray, jax.Array]], rows: np.ndarray, follows: bool
+    ) -> None:
+        """Learns from `rows` of a step; whether it has the next tokens of the step before, row by row."""
         assert self.tuner is not None
         basis = self.tuner.llapor.basis
         hidden = jnp.stack([inputs[rows] for inputs, _, _ in seen], 1)
@@ -119,9 +136,8 @@ class Online:
             has_next=np.zeros(len(rows), bool),
         )
         last, self._last = self._last, here
-        # Two decode steps of as many requests: the second has the first one's next tokens.
         if last is not None:
-            if len(last.has_next) == len(here.has_next):
+            if follows:
                 last = replace(last, following=here.experts, has_next=np.ones(len(rows), bool))
             if self.tuner.feed(last):
                 for layer, params in enumerate(self.tuner.llapor.params(self._routers, self._device)):

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from layerscope_jax.batching import batch_rows
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
-from layerscope_jax.generation import batch_rows
 from layerscope_jax.identity import ModelIdentity
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.models.layers import PAD_POSITION

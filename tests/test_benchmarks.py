@@ -16,11 +16,13 @@ from tokenizers.models import WordLevel
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 from benchmarks import (
+    bench_batching,
     bench_host_experts,
     bench_online,
     bench_overhead,
     bench_planning,
     bench_policies,
+    bench_prefill,
     bench_recall,
     bench_resident,
     bench_simulator,
@@ -170,6 +172,43 @@ def test_bench_policies_says_what_is_missing(checkpoint):
         bench_policies.main(
             bench_policies.Options(checkpoint=checkpoint, prompts=checkpoint / "absent.jsonl")
         )
+
+
+def test_bench_batching(checkpoint, tmp_path, capsys):
+    file = tmp_path / "batching.json"
+    options = bench_batching.Options(
+        quick=True, checkpoint=checkpoint, policies=("resident", "host-only"), json=file
+    )
+    bench_batching.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "batching"
+    assert result["machine"].keys() == MACHINE
+    assert len(result["prompt_tokens"]) == len(result["new_tokens"]) == 6
+    assert [(row["policy"], row["slots"]) for row in result["rows"]] == [("resident", 2), ("host-only", 2)]
+    for row in result["rows"]:
+        steps = row["steps"]
+        assert steps.keys() == row["tokens_per_s"].keys() == {"continuous", "batch by batch", "even"}
+        assert steps["even"]["decode"] <= steps["continuous"]["decode"] <= steps["batch by batch"]["decode"]
+        assert row["same_tokens"] == 1
+    assert "to batch by batch" in capsys.readouterr().out
+
+
+def test_bench_prefill(checkpoint, tmp_path, capsys):
+    file = tmp_path / "prefill.json"
+    bench_prefill.main(bench_prefill.Options(quick=True, checkpoint=checkpoint, budget=50, json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "prefill"
+    assert result["machine"].keys() == MACHINE
+    assert [(row["policy"], row["chunk"], row["steps"]) for row in result["rows"]] == [
+        (policy, chunk, steps)
+        for policy in ("resident", "on-demand")
+        for chunk, steps in ((4096, 1), (32, 2))
+    ]
+    for row in result["rows"]:
+        assert row["prompt_tokens"] == 40
+        assert row["ttft_ms"].keys() == {"median", "p90"}
+        assert (row["bytes_moved"] > 0) == (row["policy"] == "on-demand")
+    assert "MB grown" in capsys.readouterr().out
 
 
 def test_bench_simulator(checkpoint, tmp_path, capsys, monkeypatch):

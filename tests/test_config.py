@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerscope_jax import parse_bytes
+from layerscope_jax import OffloadConfig, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,9 @@ def test_what_is_no_size(size):
 def test_no_size_is_past_what_64_bits_count(size):
     with pytest.raises(ValueError, match=r"budget must be less than 2\*\*63 bytes, got .{1,40}$"):
         parse_bytes(size, "budget")
+
+
+@pytest.mark.parametrize("chunk", [0, 15, -16])
+def test_a_chunk_holds_at_least_a_short_prompt(chunk):
+    with pytest.raises(ValueError, match=f"prefill_chunk must be 16 tokens or more, got {chunk}"):
+        OffloadConfig(prefill_chunk=chunk)

@@ -18,8 +18,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request, load_plans, save_plans
+from layerscope_jax.batching import batch_rows, bucket
 from layerscope_jax.detokenize import TextStream
-from layerscope_jax.generation import batch_rows, bucket
 
 SNOWMAN = "☃"  # three bytes
 TOKENIZERS = {"bytes": byte_tokenizer(), "fallback": fallback_tokenizer()}

@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, expert_rows
 from layerscope_jax.experts.grouping import Assignments, next_power
 from layerscope_jax.scheduling.plan import ExpertId
+
+SIZES = 2
+"""Sizes of rows to write to that are kept: a decode step's and those of the last prefill."""
 
 
 @functools.partial(jax.jit, static_argnames="choices", donate_argnames="outputs")
@@ -77,6 +81,7 @@ class DeviceExperts:
     def give_back(self, outputs: jax.Array) -> None:
         """Rows that have been dispatched to whoever reads them, to be overwritten in the next layer."""
         self._outputs[len(outputs) - 1] = outputs
+        forget_oldest(self._outputs, SIZES)
 
     def run(
         self,
@@ -142,9 +147,11 @@ class SharedExperts:
         return self._array(total, width, dtype, True)
 
     def _array(self, total: int, width: int, dtype: np.dtype, written: bool) -> np.ndarray:
-        found = self._arrays.get((total, written))
+        found = self._arrays.pop((total, written), None)
         if found is None:
-            found = self._arrays[total, written] = aligned_zeros((total + 1, width), dtype)
+            found = aligned_zeros((total + 1, width), dtype)
+        self._arrays[total, written] = found
+        forget_oldest(self._arrays, 2 * SIZES)
         return found
 
     def give_back(self, outputs: np.ndarray) -> None:
@@ -176,6 +183,12 @@ class SharedExperts:
 def device_experts(device: jax.Device, cpu: CpuExperts) -> DeviceExperts | SharedExperts:
     """What computes resident experts."""
     return SharedExperts(cpu) if device.platform == "cpu" else DeviceExperts(device)
+
+
+def forget_oldest(arrays: dict[Any, Any], most: int) -> None:
+    """Keeps the `most` that were entered last."""
+    while len(arrays) > most:
+        del arrays[next(iter(arrays))]
 
 
 def aligned_zeros(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:

@@ -82,6 +82,14 @@ class Decoder(nnx.Module):
         head = self.embedding[...].T if self.head is None else self.head[...]
         return matmul(self.norm(hidden), head).astype(jnp.float32)
 
+    def next_logits(self, hidden: jax.Array, last: jax.Array) -> jax.Array:
+        """Of each row's token `last` [B] alone: hidden [B, S, D] after the last layer -> [B, V] float32."""
+        rows = jnp.arange(len(hidden))
+        wanted = hidden[rows, last]
+        if len(wanted) == 1:  # a product with one row is slow on CPUs
+            wanted = jnp.repeat(wanted, 2, 0)
+        return self.logits(wanted)[: len(hidden)]
+
     def run(
         self, hidden: jax.Array, positions: jax.Array, caches: Sequence[KVCache] | None
     ) -> tuple[jax.Array, list[Routing], list[KVCache] | None]:

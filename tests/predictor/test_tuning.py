@@ -8,7 +8,7 @@ import pytest
 from helpers import random_model
 from synthetic import SMALL, untrained, write_trace
 
-from layerscope_jax import Engine, OffloadConfig
+from layerscope_jax import Engine, OffloadConfig, Request
 from layerscope_jax.identity import ModelIdentity
 from predictor.dataset import for_training, load_rows
 from predictor.llapor import LLaPor
@@ -199,6 +199,27 @@ def test_an_engine_teaches_it_and_gives_the_same_tokens():
         wanted = tuned.params(Routers.of(model))[0].network
         for mine, theirs in zip(jax.tree.leaves(bound.network), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_array_equal(mine, theirs)
+
+
+def test_next_tokens_are_those_of_the_same_requests(monkeypatch):
+    """Not of a newcomer in a freed slot, nor of the next chunk of a prompt."""
+    model, linked = random_model(), []
+    online = Online(llapor_of(model))
+    monkeypatch.setattr(online, "_learn", lambda seen, rows, follows: linked.append((len(rows), follows)))
+    config = OffloadConfig(
+        device_budget=model.bank.total_bytes // 2, policy="fate", predictor=online, prefill_chunk=16
+    )
+    requests = [Request(prompt=[3] * size, max_new_tokens=new) for size, new in ((2, 6), (2, 3), (33, 3))]
+    with Engine(model, config) as engine:
+        # It keeps up: else steps are left out.
+        step = engine.runner.step
+        monkeypatch.setattr(engine.runner, "step", lambda *inputs: online.finish() and step(*inputs))
+        engine.generate(requests, batch_size=2)
+        online.finish()
+    prefill = [(2, False), (2, False)]  # each of the first two is all that a step of 16 tokens has room for
+    decode = [(2, False), (2, True)]  # then one has ended
+    chunks = [(16, False), (16, False), (1, False)]
+    assert linked == prefill + decode + chunks + [(2, False), (2, True), (1, False)]
 
 
 def test_a_predictor_of_another_model_is_refused():

@@ -1,0 +1,268 @@
+"""Continuous batching: requests of any length take turns in a fixed number of slots.
+
+A slot is a row of the running batch: of its caches and of each decode step. When requests end, others that
+wait are prefilled together, in small caches of their own; their keys and values are put into the free rows,
+and decoding goes on with all. The slots' caches keep one length for the whole call, that of the longest
+request there may be: so a call has one decode program. What it costs: one request that may become much longer
+than the others makes every row as long, in memory and in what attention reads. Give it a call of its own.
+
+What runs beside a request changes no number that it is computed from, only the shapes of the products that
+it is a part of. Where experts with few tokens run on a CPU, a row has the same bits whatever the other rows
+are (`layerscope_jax.experts.cpu`); and stale keys weigh exactly nothing. Attention, router and head are
+XLA's, as are experts with many tokens or on an accelerator: another number of rows, width of prompts or
+length of a cache may round them differently. In float32 two greedy runs hardly ever part by that; in
+bfloat16, where two tokens often score nearly the same, they may. The same call has the same shapes, and so
+the same bits again.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from layerscope_jax.detokenize import TextStream
+from layerscope_jax.experts.grouping import next_power
+from layerscope_jax.generation import Request, Token
+from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.sampling import Sampling
+
+Step = Callable[..., tuple[jax.Array, jax.Array, list[KVCache]]]
+
+MIN_WIDTH = 16
+"""Narrowest prefill step: shorter prompts are padded to it."""
+
+ENOUGH = 4
+"""Newcomers wait until one in so many slots is free. A prefill passes every layer, however few it is for, and
+takes as long as several decode steps; slots that stay empty for a while cost less than one for each."""
+
+
+@dataclass
+class Times:
+    """Measured while generating.
+
+    Attributes:
+        prompt_tokens: of the requests that were prefilled.
+        first_token_s: of each request: from the start of the call, so waiting for a slot counts.
+        decode_s: of each decode step, in which every running request gets one token. Prefills between decode
+            steps are in none of them.
+    """
+
+    prompt_tokens: int = 0
+    first_token_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Running:
+    """A request that waits or runs."""
+
+    index: int
+    request: Request
+    prompt: list[int]
+    room: int  # new tokens at most
+    tokens: list[int] = field(default_factory=list)
+    text: TextStream | None = None  # None without a tokenizer
+    finish: str | None = None
+
+
+def bucket(size: int, least: int) -> int:
+    """`size` rounded up to a power of two or one and a half of one, `least` or more: few shapes to compile.
+
+    >>> [bucket(n, 16) for n in (3, 17, 30, 33, 100)]
+    [16, 24, 32, 48, 128]
+    """
+    power = max(least, next_power(size))
+    return power * 3 // 4 if least < power and size <= power * 3 // 4 else power
+
+
+def batch_rows(requests: int) -> int:
+    """Rows of a batch: a power of two, two at least, since products with one row are slow on CPUs."""
+    return max(2, next_power(requests))
+
+
+class Batch:
+    """The requests of one call, and the slots that they take turns in, first come, first served.
+
+    Args:
+        requests: in the order in which they begin.
+        slots: how many run at once.
+        step: of a runner; see `LayerByLayer.step`.
+        new_caches: empty ones for so many rows of such a length.
+        prefill_chunk: tokens of a prefill step at most; see `OffloadConfig`.
+        stop_tokens: end a request that has none of its own.
+        tokenizer: None if there is to be no text.
+        times: what is measured is added to it.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Running],
+        slots: int,
+        step: Step,
+        new_caches: Callable[[int, int], list[KVCache]],
+        prefill_chunk: int,
+        stop_tokens: Sequence[int],
+        tokenizer: Tokenizer | None,
+        times: Times,
+    ):
+        self._waiting = deque(requests)
+        self._slots: list[Running | None] = [None] * min(slots, len(requests))
+        self._step, self._new_caches, self._chunk = step, new_caches, prefill_chunk
+        self._stop_tokens, self._tokenizer, self._times = stop_tokens, tokenizer, times
+        self._length = bucket(max(len(running.prompt) + running.room for running in requests), 64)
+        # Decided once for the call: a step that samples is another program than one that does not.
+        self._samples = any(running.request.temperature > 0 for running in requests)
+        rows = batch_rows(len(self._slots))
+        self._tokens = np.zeros((rows, 1), np.int32)
+        self._positions = np.full((rows, 1), PAD_POSITION, np.int32)
+        self._sampling: Sampling | None = None
+        self._caches: list[KVCache] = []
+        self._began = self._ended = 0.0  # of the call, and of the last step
+
+    def run(self) -> Iterator[Token]:
+        """Generates until all have ended; a step's tokens come in the order of the slots."""
+        self._began = time.perf_counter()
+        self._caches = self._new_caches(len(self._tokens), self._length)
+        enough = max(1, len(self._slots) // ENOUGH)
+        while self._waiting or any(self._slots):
+            if self._slots.count(None) >= min(enough, len(self._waiting)):
+                yield from self._admit()
+            if any(self._slots):
+                yield from self._decode()
+
+    def _admit(self) -> Iterator[Token]:
+        """Gives free slots to those who wait."""
+        while self._waiting and None in self._slots:
+            free = [row for row, running in enumerate(self._slots) if running is None]
+            yield from self._prefill(self._next_group(len(free)), free)
+        self._sampling = self._sampling_of(self._slots, len(self._tokens))
+        self._ended = time.perf_counter()
+
+    def _next_group(self, most: int) -> list[Running]:
+        """Those who wait longest, as many as one prefill step has room for."""
+        group: list[Running] = []
+        longest = 0
+        while self._waiting and len(group) < most:
+            longest = max(longest, len(self._waiting[0].prompt))
+            if group and next_power(len(group) + 1) * bucket(longest, MIN_WIDTH) > self._chunk:
+                break
+            group.append(self._waiting.popleft())
+        return group
+
+    def _prefill(self, group: Sequence[Running], free: Sequence[int]) -> list[Token]:
+        """Begins a group of requests in the first free rows: one step, or several for one long prompt.
+
+        All steps of a long prompt have one shape, [1, prefill_chunk], and caches as long as the slots': its
+        length compiles nothing.
+        """
+        rows = next_power(len(group))
+        longest = max(len(running.prompt) for running in group)
+        width = min(bucket(longest, MIN_WIDTH), self._chunk)
+        caches = self._new_caches(rows, width if longest <= width else self._length)
+        sampling = self._sampling_of(group, rows)
+        for start in range(0, longest, width):
+            tokens = np.zeros((rows, width), np.int32)
+            positions = np.full((rows, width), PAD_POSITION, np.int32)
+            last = np.zeros(rows, np.int32)
+            for row, running in enumerate(group):
+                part = running.prompt[start : start + width]
+                tokens[row, : len(part)] = part
+                positions[row, : len(part)] = np.arange(start, start + len(part))
+                last[row] = len(part) - 1
+            found, _, caches = self._step(tokens, positions, last, caches, sampling)
+        new = np.asarray(found).tolist()
+        took = time.perf_counter() - self._began
+        at = np.full(rows, len(self._tokens), np.int32)  # past the last row: padding goes nowhere
+        at[: len(group)] = free[: len(group)]
+        self._caches = put_rows(self._caches, at, caches)
+        events = []
+        for row, running, token in zip(free, group, new, strict=False):
+            self._slots[row] = running
+            running.text = None if self._tokenizer is None else TextStream(self._tokenizer)
+            self._times.prompt_tokens += len(running.prompt)
+            self._times.first_token_s.append(took)
+            events.append(self._enter(row, running, token))
+        return events
+
+    def _decode(self) -> list[Token]:
+        """One token for every running request."""
+        last = np.zeros(len(self._tokens), np.int32)
+        found, _, self._caches = self._step(self._tokens, self._positions, last, self._caches, self._sampling)
+        new = np.asarray(found).tolist()
+        ended = time.perf_counter()
+        self._times.decode_s.append(ended - self._ended)
+        self._ended = ended
+        return [
+            self._enter(row, running, new[row])
+            for row, running in enumerate(self._slots)
+            if running is not None
+        ]
+
+    def _enter(self, row: int, running: Running, token: int) -> Token:
+        """Enters the new token of the request at `row`, and frees the row if it was its last."""
+        event = advance(running, token, self._stop_tokens)
+        if running.finish is None:
+            self._tokens[row] = token
+            self._positions[row] = len(running.prompt) + len(running.tokens) - 1
+        else:
+            self._slots[row] = None
+            self._positions[row] = PAD_POSITION
+        return event
+
+    def _sampling_of(self, running: Sequence[Running | None], rows: int) -> Sampling | None:
+        """The sampling settings of each row, greedy where nobody runs; None if the whole call is greedy."""
+        if not self._samples:
+            return None
+        nobody = Request(prompt=[0])
+        requests = [nobody if one is None else one.request for one in running]
+        requests += [nobody] * (rows - len(requests))
+        return Sampling(
+            seed=jnp.array([request.seed for request in requests], jnp.uint32),
+            temperature=jnp.array([request.temperature for request in requests], jnp.float32),
+            top_k=jnp.array([min(request.top_k, 2**31 - 1) for request in requests], jnp.int32),
+            top_p=jnp.array([request.top_p for request in requests], jnp.float32),
+        )
+
+
+@functools.partial(jax.jit, donate_argnames="caches")
+def put_rows(caches: list[KVCache], rows: jax.Array, newcomers: list[KVCache]) -> list[KVCache]:
+    """Writes the keys and values of newcomers over the first positions of the rows that become theirs.
+
+    What an earlier request left behind them lies after every position that the new one attends to, until the
+    new one has written there itself.
+
+    Args:
+        caches: [B, H_kv, P, D_head] one a layer, donated.
+        rows: [N] int32; B or more for padding, which is dropped.
+        newcomers: [N, H_kv, P' <= P, D_head] one a layer.
+    """
+
+    def put(held: jax.Array, new: jax.Array) -> jax.Array:
+        return held.at[rows, :, : new.shape[2]].set(new, mode="drop")
+
+    return jax.tree.map(put, caches, newcomers)
+
+
+def advance(running: Running, token: int, stop_tokens: Sequence[int]) -> Token:
+    """Enters a request's new token."""
+    running.tokens.append(token)
+    stops = running.request.stop_tokens
+    if token in (stop_tokens if stops is None else stops):
+        running.finish = "stop"
+    elif len(running.tokens) >= running.room:
+        running.finish = "length"
+    piece = ""
+    if running.text is not None:
+        if running.finish != "stop":
+            piece = running.text.add(token)
+        if running.finish is not None:
+            piece += running.text.end(running.tokens, running.finish)
+    return Token(running.index, token, piece, running.finish)
