@@ -212,10 +212,11 @@ class Engine:
         """Compiles what `generate` needs for batches of one size, so that none waits for it.
 
         The size is that of a whole batch. Requests that join it later, a few at once, have prefill programs
-        of their own: one for each power of two of them, compiled when they first come. Which programs of experts a prefill needs hangs on how tokens fall to experts, so all are compiled that can
-        be: on each side that computes, in each phase, one for each of up to 21 shapes
-        (`experts.grouping.possible_groups`); for an accelerator up to log2(T K) + 2 more, which place what
-        the host computed; and some dozen others. `use_compilation_cache` spares the next process most of it.
+        of their own: one for each power of two of them, compiled when they first come. Which programs of
+        experts a prefill needs hangs on how tokens fall to experts, so all are compiled that can be: on each
+        side that computes, in each phase, one for each of up to 21 shapes (`possible_groups` of
+        `experts.grouping`); for an accelerator up to log2(T K) + 2 more, which place what the host computed;
+        and some dozen others. `use_compilation_cache` spares the next process most of it.
 
         What is resident or on its way, statistics, what policy and predictor have learned: all stay as they
         are. The policy is asked once a phase, and its answer dropped. For the while, one expert more than the

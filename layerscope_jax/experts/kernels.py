@@ -1,9 +1,9 @@
 """Experts on the CPU by compiled loops that read every weight once.
 
 For a few rows in bfloat16 XLA's CPU products reach a third of the memory's speed. Here a matrix is
-streamed row by row, four rows at a time, widened to float32 once for all tokens, and added to sums that stay
-in the cache. A row of the result has the same bits whatever other rows or experts are computed with it, and
-on whichever thread: its sums run over the matrix in one fixed order, of multiply-adds rounded once.
+streamed row by row, four rows at a time, widened to float32 for up to four tokens at once, and added to sums
+that stay in the cache. A row of the result has the same bits whatever other rows or experts are computed with
+it, and on whichever thread: its sums run over the matrix in one fixed order, of multiply-adds rounded once.
 """
 
 from __future__ import annotations
@@ -17,14 +17,10 @@ from numba.extending import intrinsic, overload
 
 from layerscope_jax.njit import njit
 
-FEW, MANY = 4096, 256
-"""Columns of a matrix whose sums are kept at once: whole rows of it for few tokens, where memory is the limit
-and is fastest read in order; for many tokens, few enough columns for the sums of all to stay in the cache."""
+BLOCK = 4096
+"""Columns of a matrix whose sums are kept at once. Most rows whole: memory is fastest read in order."""
 
-CROWD = 16
-"""Tokens that are many."""
-
-STRIDE = FEW + 16
+STRIDE = BLOCK + 16
 """Floats from one row of scratch to the next. A constant, so that the compiler sees that rows do not overlap
 and computes many columns at once; no power of two, which would put all rows in the same cache lines."""
 
@@ -91,44 +87,27 @@ def _rounded(number, kind):
     return lambda number, kind: number
 
 
-@njit(cache=True, nogil=True)
-def widen(words, floats, row):
-    start = np.uint64(row * STRIDE)
-    for f in range(np.uint64(len(words))):
-        floats[start + f] = widened(words[f])
-
-
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def add_to_one(x0, x1, x2, x3, w0, w1, w2, w3, sums):
-    """Adds four rows of a matrix to the sums of the only token, straight from memory."""
+def add_to_one(x0, x1, x2, x3, w0, w1, w2, w3, sums, row):
+    """Adds four rows of a matrix to the sums of one token, straight from memory."""
+    start = np.uint64(row * STRIDE)
     for f in range(np.uint64(len(w0))):
-        total = sums[f] + x0 * widened(w0[f])
+        total = sums[start + f] + x0 * widened(w0[f])
         total = total + x1 * widened(w1[f])
         total = total + x2 * widened(w2[f])
-        sums[f] = total + x3 * widened(w3[f])
+        sums[start + f] = total + x3 * widened(w3[f])
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def add_to_row(x0, x1, x2, x3, panel, width, sums, row):
-    """As `add_to_one`, from rows that were widened for several tokens."""
-    start = np.uint64(row * STRIDE)
-    for f in range(np.uint64(width)):
-        total = sums[start + f] + x0 * panel[f]
-        total = total + x1 * panel[ROW1 + f]
-        total = total + x2 * panel[ROW2 + f]
-        sums[start + f] = total + x3 * panel[ROW3 + f]
-
-
-@njit(cache=True, nogil=True, fastmath={"contract"})
-def add_to_four(x, k, m, panel, width, sums):
-    """`add_to_row` for four tokens: each widened row is read once for all."""
+def add_to_four(x, k, m, w0, w1, w2, w3, sums):
+    """`add_to_one` for four tokens: each row is read and widened once for all."""
     a0, a1, a2, a3 = x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3]
     b0, b1, b2, b3 = x[m + 1, k], x[m + 1, k + 1], x[m + 1, k + 2], x[m + 1, k + 3]
     c0, c1, c2, c3 = x[m + 2, k], x[m + 2, k + 1], x[m + 2, k + 2], x[m + 2, k + 3]
     d0, d1, d2, d3 = x[m + 3, k], x[m + 3, k + 1], x[m + 3, k + 2], x[m + 3, k + 3]
     start = np.uint64(m * STRIDE)
-    for f in range(np.uint64(width)):
-        r0, r1, r2, r3 = panel[f], panel[ROW1 + f], panel[ROW2 + f], panel[ROW3 + f]
+    for f in range(np.uint64(len(w0))):
+        r0, r1, r2, r3 = widened(w0[f]), widened(w1[f]), widened(w2[f]), widened(w3[f])
         a = sums[start + f] + a0 * r0
         b = sums[start + ROW1 + f] + b0 * r0
         c = sums[start + ROW2 + f] + c0 * r0
@@ -142,23 +121,17 @@ def add_to_four(x, k, m, panel, width, sums):
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def add_product(x, weights, first, last, panel, sums):
-    """Adds `x [M, K] @ weights[:, first:last]` to M rows of `sums`, `STRIDE` apart; `panel` is scratch."""
+def add_product(x, weights, first, last, sums):
+    """Adds `x [M, K] @ weights[:, first:last]` to M rows of `sums`, `STRIDE` apart."""
     tokens, depth = x.shape
-    width, four = last - first, depth - depth % 4
+    width, four, fours = last - first, depth - depth % 4, tokens - tokens % 4
     for k in range(0, four, 4):
-        if tokens == 1:
-            w0, w1 = weights[k, first:last], weights[k + 1, first:last]
-            w2, w3 = weights[k + 2, first:last], weights[k + 3, first:last]
-            add_to_one(x[0, k], x[0, k + 1], x[0, k + 2], x[0, k + 3], w0, w1, w2, w3, sums)
-            continue
-        for row in range(4):
-            widen(weights[k + row, first:last], panel, row)
-        fours = tokens - tokens % 4
+        w0, w1 = weights[k, first:last], weights[k + 1, first:last]
+        w2, w3 = weights[k + 2, first:last], weights[k + 3, first:last]
         for m in range(0, fours, 4):
-            add_to_four(x, k, m, panel, width, sums)
+            add_to_four(x, k, m, w0, w1, w2, w3, sums)
         for m in range(fours, tokens):
-            add_to_row(x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3], panel, width, sums, m)
+            add_to_one(x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3], w0, w1, w2, w3, sums, m)
     for k in range(four, depth):
         w0 = weights[k, first:last]
         for m in range(tokens):
@@ -171,27 +144,25 @@ def swiglu(x, gate, up, down, out):
     """`(silu(x gate) * (x up)) down` for x [M, D] float32 into out [M, D] float32."""
     tokens, width = x.shape
     hidden = gate.shape[1]
-    block = FEW if tokens < CROWD else MANY
-    panel = np.empty(4 * STRIDE, np.float32)
     inner = np.empty((tokens, hidden), np.float32)
     gates, ups = np.empty(tokens * STRIDE, np.float32), np.empty(tokens * STRIDE, np.float32)
-    for first in range(0, hidden, block):
-        last = min(first + block, hidden)
+    for first in range(0, hidden, BLOCK):
+        last = min(first + BLOCK, hidden)
         for m in range(tokens):
             gates[m * STRIDE : m * STRIDE + last - first] = 0
             ups[m * STRIDE : m * STRIDE + last - first] = 0
-        add_product(x, gate, first, last, panel, gates)
-        add_product(x, up, first, last, panel, ups)
+        add_product(x, gate, first, last, gates)
+        add_product(x, up, first, last, ups)
         for m in range(tokens):
             for f in range(last - first):
                 g = gates[m * STRIDE + f]
                 value = g / (np.float32(1.0) + np.exp(-g)) * ups[m * STRIDE + f]
                 inner[m, first + f] = widened(rounded(value, gate))
-    for first in range(0, width, block):
-        last = min(first + block, width)
+    for first in range(0, width, BLOCK):
+        last = min(first + BLOCK, width)
         for m in range(tokens):
             gates[m * STRIDE : m * STRIDE + last - first] = 0
-        add_product(inner, down, first, last, panel, gates)
+        add_product(inner, down, first, last, gates)
         for m in range(tokens):
             out[m, first:last] = gates[m * STRIDE : m * STRIDE + last - first]
 
