@@ -161,6 +161,22 @@ def test_jobs_do_their_work(small):
             job(1)  # its cache was donated, and came back
 
 
+def test_experts_do_not_count_as_the_rest_of_a_layer(small, monkeypatch):
+    """What the host says that it took for them is subtracted, whatever it is."""
+    compute = HostExperts.compute
+
+    def early(host, *arguments):
+        compute(host, *arguments)
+        host.stats.busy_s -= 1000.0
+
+    with rooms(small) as (host, transfers):
+        job = Jobs(small, host, transfers, 40).layer(2, 1, 16)
+        job(0)
+        assert 0 < job(1) < 900
+        monkeypatch.setattr(HostExperts, "compute", early)
+        assert 900 < job(2) < 1100
+
+
 def test_others_work_while_one_is_timed():
     """Each has begun before, goes on meanwhile and has ended after."""
     counts = {"one": 0, "other": 0}

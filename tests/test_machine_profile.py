@@ -113,6 +113,7 @@ def test_every_wrong_field_is_named(own, tmp_path):
         "costs.layer_ms": {"tokens": [1], "ms": [float("nan")]},
         "costs.transfer_ms": -1.0,
         "costs.host_start_ms": -1.0,
+        "costs.forecast_ms": {"tokens": [1], "ms": [-1.0]},
         "slots": "many",
         "routing": ...,
         "details": [],

@@ -174,6 +174,20 @@ def test_policies_are_given_the_forecasts_and_recall_is_measured():
     assert result.link_share == 0
 
 
+@pytest.mark.parametrize("wants", [True, False])
+def test_a_layer_that_looks_ahead_takes_longer(wants):
+    class Choosy(Script):
+        def wants_forecast(self, state):
+            return wants
+
+    looking = replace(COSTS, forecast_ms=TimeTable((1,), (0.25,)))
+    workload = decode([[[1, 0]]], forecasts=np.zeros((1, 1, 1, 2)))
+    for foreseen in (True, False):
+        given = workload if foreseen else replace(workload, forecasts=None)
+        (result,) = simulate(Choosy({"host": (0,)}), [given], geometry(8, 1, 2), looking)
+        assert result.step_ms == (4.75 if wants and foreseen else 4.5,)
+
+
 def test_a_run_without_steps():
     (result,) = simulate(Script(), [decode(np.zeros((0, 2, 4), int))], geometry(3, 2), COSTS)
     assert (result.step_ms, result.total_ms, result.hit_rate, result.link_share) == ((), 0, 1.0, 0.0)
