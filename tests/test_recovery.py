@@ -61,7 +61,9 @@ def test_an_engine_recovers_from_a_link_that_broke(seed, slots, policy, at):
         agree(in_time(lambda: run(engine, batches, steps)), oracle("bfloat16"))
 
 
-@pytest.mark.parametrize("where", ["policy.plan", "transfers.submit", "transfers.wait", "host_experts.start"])
+@pytest.mark.parametrize(
+    "where", ["policy.plan", "transfers.submit", "transfers.wait", "host_experts.compute"]
+)
 @pytest.mark.parametrize("what", [KeyboardInterrupt, MemoryError])
 def test_an_engine_recovers_from_an_interruption(where, what, monkeypatch):
     model, batches, steps = case("bfloat16")
