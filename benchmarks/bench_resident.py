@@ -1,11 +1,10 @@
 """What does the engine cost when everything is resident?
 
 Random models of about 100 million expert parameters, in the shapes of Mixtral and OLMoE, are written to disk
-once and read by everybody: the engine (each step one jitted function), the engine layer by layer
-(`numerics="exact"`), the same decoder as one jitted loop over all decode steps, and Hugging Face transformers
-with each of its implementations of the experts. All get the same prompt ids and take the same number of
-greedy steps; transformers is fed the tokens that the engine picked, and picks its own all the same. Prefill
-and decode are timed apart, the candidates in turns.
+once and read by everybody: the engine, the same decoder as one jitted loop over all decode steps, and Hugging
+Face transformers with each of its implementations of the experts. All get the same prompt ids and take the
+same number of greedy steps; transformers is fed the tokens that the engine picked, and picks its own all the
+same. Prefill and decode are timed apart, the candidates in turns.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ from benchmarks import harness
 from benchmarks.hf_peer import EXPERTS, HFPeer, find_python
 from benchmarks.jitted_loop import JittedLoop
 from benchmarks.random_models import random_decoder, shapes
-from layerscope_jax import Engine, OffloadConfig, load, save
+from layerscope_jax import Engine, load, save
 from layerscope_jax.batching import batch_rows
-from layerscope_jax.whole import WholeModel
 
 PARTS = ("prefill", "decode")
 
@@ -52,7 +50,7 @@ def race(
     prompts: np.ndarray,
     new_tokens: int,
     rounds: int,
-    engines: dict[str, Engine],
+    engine: Engine,
     loop: JittedLoop,
     peer: HFPeer | None,
 ) -> dict[str, Any]:
@@ -60,14 +58,11 @@ def race(
     batch = len(prompts)
     tokens: dict[str, list[list[int]]] = {}
 
-    def of_engine(name: str) -> Callable[[], harness.Parts]:
-        def call() -> harness.Parts:
-            parts, tokens[name] = harness.run_engine(engines[name], prompts.tolist(), batch, new_tokens)
-            steps = parts["step"]
-            assert isinstance(steps, list)
-            return {"prefill": parts["first"], "decode": sum(steps) / len(steps)}
-
-        return call
+    def of_engine() -> harness.Parts:
+        parts, tokens["engine"] = harness.run_engine(engine, prompts.tolist(), batch, new_tokens)
+        steps = parts["step"]
+        assert isinstance(steps, list)
+        return {"prefill": parts["first"], "decode": sum(steps) / len(steps)}
 
     def of_loop(name: str, rows: int) -> Callable[[], harness.Parts]:
         def call() -> harness.Parts:
@@ -87,7 +82,7 @@ def race(
 
         return call
 
-    candidates = {name: of_engine(name) for name in engines}
+    candidates: dict[str, Callable[[], harness.Parts]] = {"engine": of_engine}
     # The engine pads one row to two; a loop need not, and the better of the two is the one to compare with.
     candidates |= {
         f"loop-{rows}-rows": of_loop(f"loop-{rows}-rows", rows) for rows in {batch, batch_rows(batch)}
@@ -123,12 +118,9 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "best": best,
         "engine/loop": harness.ratio(seconds["engine"], seconds[best["loop"]]),
-        "exact/loop": harness.ratio(seconds["exact"], seconds[best["loop"]]),
-        "exact/engine": harness.ratio(seconds["exact"], seconds["engine"]),
     }
     if "hf" in best:
         found["hf/engine"] = harness.ratio(seconds[best["hf"]], seconds["engine"])
-        found["hf/exact"] = harness.ratio(seconds[best["hf"]], seconds["exact"])
     return found
 
 
@@ -151,25 +143,13 @@ def tables(rows: Sequence[dict[str, Any]]) -> None:
                     row["batch"],
                     time_of(best["loop"]),
                     time_of("engine"),
-                    time_of("exact"),
                     time_of(best.get("hf")),
                     times("engine/loop"),
-                    times("exact/loop"),
                     times("hf/engine"),
                     best.get("hf", "-").removeprefix("hf-"),
                 )
             )
-        headings = (
-            "model",
-            "batch",
-            "loop",
-            "engine",
-            "exact",
-            "HF",
-            "engine/loop",
-            "exact/loop",
-            "HF/engine",
-        )
+        headings = ("model", "batch", "loop", "engine", "HF", "engine/loop", "HF/engine")
         title = "Prefill of every prompt" if part == "prefill" else "A decode step"
         harness.print_table(f"{title}: median ms, ratios as median (p90)", (*headings, "HF experts"), lines)
 
@@ -198,16 +178,11 @@ def main(options: Options) -> dict[str, Any]:
                 if python is not None:
                     peer = stack.enter_context(HFPeer(python, folder, threads))
                     record["versions"] |= peer.versions
-                engines = {
-                    "engine": stack.enter_context(Engine(model)),
-                    "exact": stack.enter_context(Engine(model, OffloadConfig(numerics="exact"))),
-                }
-                runner = engines["engine"].runner
-                assert isinstance(runner, WholeModel)
-                loop = JittedLoop(model, runner.params)
+                engine = stack.enter_context(Engine(model))
+                loop = JittedLoop(model)
                 for batch in batches:
                     ids = np.random.default_rng(batch).integers(0, model.config.vocab_size, (batch, width))
-                    point = race(ids, new_tokens, rounds, engines, loop, peer)
+                    point = race(ids, new_tokens, rounds, engine, loop, peer)
                     rows.append({"shape": shape, "dtype": dtype, "batch": batch} | point)
                     progress.print(f"measured {shape} {dtype}, batch {batch}")
     result = {

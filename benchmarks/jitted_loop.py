@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,10 @@ from layerscope_jax.whole import new_caches
 class JittedLoop:
     """The same decoder without an engine: one jitted prefill, then all decode steps in one jitted scan."""
 
-    def __init__(self, model: Model, params: dict[str, Any]):
-        self.model, self.params = model, params
-        graphdef = model.graphdef
+    def __init__(self, model: Model):
+        self.model = model
+        graphdef, variables = nnx.split(model.whole())
+        self.params = nnx.to_pure_dict(variables)
 
         def advance(params, tokens, positions, caches):
             decoder: Decoder = nnx.merge(graphdef, params)

@@ -127,9 +127,10 @@ class OffloadConfig:
         link_bandwidth: bytes a second ("500MB") that copies to the device are paced to, or None for as fast
             as they go. The copies are real either way: it lets a machine without a slow link be measured as
             if it had one.
-        numerics: "fast" runs each decode step as one jitted function when every expert is resident;
-            "exact" always goes layer by layer, so that logits are bit for bit the same under every budget,
-            policy and plan (on one backend).
+        numerics: "fast" runs each step as one jitted function when every expert is resident on an
+            accelerator; "exact" always goes layer by layer, so that logits are bit for bit the same under
+            every budget, policy and plan (on one backend). On a CPU layer by layer is the faster way in any
+            case, and the two are the same.
         profile: times of this machine, for policies that weigh costs: a file that `layerscope calibrate`
             wrote, a `MachineProfile` (both refused if they are of another machine or model) or bare times;
             measured roughly when needed if None.

@@ -92,7 +92,7 @@ def verdict(report: dict[str, Any]) -> Text:
 
 def sentence(report: dict[str, Any]) -> str:
     """What one sees, in plain words."""
-    policies = report["runs"][2:]
+    policies = [run for run in report["runs"] if run["policy"] != "resident"]
     if not policies:
         return "Everything was resident: name --policies to see what a budget costs."
     best = max(policies, key=lambda run: run["tokens_per_s"])

@@ -107,7 +107,7 @@ class Engine:
         left_to_us = isinstance(config.policy, str) and config.policy != "host-only"
         everything = fits and (left_to_us or isinstance(policy, Resident))
         self.runner: WholeModel | LayerByLayer
-        if everything and config.numerics == "fast":
+        if everything and config.numerics == "fast" and WholeModel.is_faster_on(self.device):
             self.policy: Policy = Resident()
             self.runner = WholeModel(model)
             return

@@ -36,6 +36,15 @@ class WholeModel:
         self.params = nnx.to_pure_dict(variables)
         self.run = program(graphdef)
 
+    @staticmethod
+    def is_faster_on(device: jax.Device) -> bool:
+        """Whether a step is faster so than layer by layer: not on a CPU.
+
+        There our own loops compute experts of few tokens where they lie, and nothing is copied to be stacked
+        (`benchmarks/bench_resident.py`).
+        """
+        return device.platform != "cpu"
+
     def step(
         self,
         tokens: jax.Array,

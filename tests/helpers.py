@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from layerscope_jax import Decoder, HardwareProfile, Model, ModelConfig, TimeTable
+from layerscope_jax.whole import WholeModel
 
 TINY = ModelConfig(
     family="olmoe",
@@ -51,6 +54,15 @@ def _count(event: str, duration_secs: float, **_: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@contextmanager
+def one_jit(wanted: bool = True) -> Iterator[None]:
+    """Within, engines go through everything resident in one jitted function a step, as on accelerators."""
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            patch.setattr(WholeModel, "is_faster_on", lambda device: True)
+        yield
 
 
 def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Decoder:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from exact_cases import RandomPolicy, agree, tap
-from helpers import compiled, random_model
+from helpers import compiled, one_jit, random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +35,8 @@ def model():
 
 @lru_cache
 def engine(name):
-    return Engine(model(), CONFIGS[name])
+    with one_jit(name == "whole"):
+        return Engine(model(), CONFIGS[name])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,7 +160,8 @@ def test_times_are_those_of_requests_and_steps():
 def test_few_programs_are_compiled_whoever_comes_and_goes(name):
     model = random_model(num_layers=2, hidden_size=24, head_dim=6, seed=8)  # a shape of its own
     before, kinds = len(compiled), set()
-    with Engine(model, replace(CONFIGS[name], device_budget=None, policy="auto")) as engine:
+    config = replace(CONFIGS[name], device_budget=None, policy="auto")
+    with one_jit(name == "whole"), Engine(model, config) as engine:
         for counts in ([9, 1, 4, 2, 7, 3], [2, 5, 9, 1], [9], [1, 1, 6], [3, 8, 8, 2, 1], [7, 2, 5]):
             requests = mixed(counts * 3, (1, 7, 4))
             _, shapes = steps_of(engine, lambda given=requests: engine.generate(given, batch_size=4))
@@ -174,7 +176,8 @@ def test_few_programs_are_compiled_whoever_comes_and_goes(name):
 
 def long_engine(chunk, **changes):
     model = random_model(max_positions=400, num_layers=2, seed=6)
-    return Engine(model, OffloadConfig(prefill_chunk=chunk, **changes))
+    with one_jit(not changes):
+        return Engine(model, OffloadConfig(prefill_chunk=chunk, **changes))
 
 
 LONG = [RNG.integers(0, 61, size).tolist() for size in (300, 150, 64, 7, 33, 129)]

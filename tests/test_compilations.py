@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import jax.numpy as jnp
 import pytest
 from exact_cases import RandomPolicy
-from helpers import PROFILE, PROMPTS, compiled, random_model, spelling_model
+from helpers import PROFILE, PROMPTS, compiled, one_jit, random_model, spelling_model
 
 from layerscope_jax import Engine, OffloadConfig, Replay, layerwise
 from layerscope_jax.experts.executors import DeviceExperts, grouped_ffn
@@ -34,7 +34,7 @@ def test_generating_again_compiles_nothing(model, policy):
         "resident": OffloadConfig(numerics="exact"),
         "whole": OffloadConfig(),
     }[policy]
-    with Engine(model, config) as engine:
+    with one_jit(policy == "whole"), Engine(model, config) as engine:
         first = engine.generate(PROMPTS, max_new_tokens=10)
         with compiling() as counted:
             assert engine.generate(PROMPTS, max_new_tokens=10).tokens == first.tokens
@@ -45,10 +45,11 @@ def test_generating_again_compiles_nothing(model, policy):
     "config", [OffloadConfig(device_budget=0, policy="host-only"), OffloadConfig()], ids=["layers", "whole"]
 )
 def test_another_engine_of_the_model_compiles_nothing(model, config):
-    with Engine(model, config) as engine:
-        engine.generate(PROMPTS, max_new_tokens=3)
-    with compiling() as counted, Engine(model, config) as engine:
-        engine.generate(PROMPTS, max_new_tokens=3)
+    with one_jit():
+        with Engine(model, config) as engine:
+            engine.generate(PROMPTS, max_new_tokens=3)
+        with compiling() as counted, Engine(model, config) as engine:
+            engine.generate(PROMPTS, max_new_tokens=3)
     assert counted == [0]
 
 
@@ -95,7 +96,7 @@ def random_prompts(seed, batch, prompt_tokens):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_after_a_warm_up_the_whole_model_compiles_nothing(temperature):
     model = random_model(num_layers=2, hidden_size=20, num_heads=2, head_dim=10, num_kv_heads=1)
-    with Engine(model) as engine:
+    with one_jit(), Engine(model) as engine:
         found = engine.warmup(batch_size=3, prompt_tokens=18, new_tokens=4, sampled=temperature > 0)
         # A prefill and a decode step; empty caches of two lengths and what is in them; rows put into slots;
         # settings of sampling are arrays of two types. Small programs may be there from another test.

@@ -6,7 +6,7 @@ import time
 
 import jax
 import pytest
-from helpers import PROFILE, PROMPTS, Copies, in_time, random_model, spelling_model
+from helpers import PROFILE, PROMPTS, Copies, in_time, one_jit, random_model, spelling_model
 
 from layerscope_jax import Engine, HardwareProfile, OffloadConfig, Request, TransferError, load, save
 from layerscope_jax.experts import transfers as transfers_module
@@ -59,7 +59,7 @@ def test_bad_configurations_are_refused(model, config, message):
 
 
 def test_statistics_of_a_resident_model(model):
-    with Engine(model) as engine:
+    with one_jit(), Engine(model) as engine:
         result = engine.generate(PROMPTS, max_new_tokens=5)
     stats = result.stats
     assert (stats.policy, stats.mode) == ("resident", "whole")
@@ -143,10 +143,11 @@ def test_a_progress_bar_changes_nothing(layers, capsys):
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
 @pytest.mark.parametrize("policy", [Resident(), "resident", "lru"], ids=["object", "resident", "lru"])
 def test_everything_fits_without_a_budget(model, policy, numerics):
-    with Engine(model, OffloadConfig(policy=policy, numerics=numerics)) as engine:
-        stats = engine.generate(PROMPTS, max_new_tokens=2).stats
-    assert (stats.policy, stats.hit_rate, stats.bytes_moved) == ("resident", 1, 0)
-    assert stats.mode == {"fast": "whole", "exact": "layers"}[numerics]
+    for accelerator in (False, True):
+        with one_jit(accelerator), Engine(model, OffloadConfig(policy=policy, numerics=numerics)) as engine:
+            stats = engine.generate(PROMPTS, max_new_tokens=2).stats
+        assert (stats.policy, stats.hit_rate, stats.bytes_moved) == ("resident", 1, 0)
+        assert stats.mode == ("whole" if accelerator and numerics == "fast" else "layers")
 
 
 @pytest.mark.parametrize("policy", ["host-only", HostOnly(), LRU()], ids=["host-only", "HostOnly()", "LRU()"])
@@ -173,7 +174,8 @@ def test_it_runs_on_the_models_device(tmp_path, numerics):
     ids=["whole", "resident", "host-only", "lru"],
 )
 def test_a_closed_engine_says_so(model, config):
-    engine = Engine(model, OffloadConfig(**config))
+    with one_jit(not config):
+        engine = Engine(model, OffloadConfig(**config))
     stream = engine.stream([[1]], max_new_tokens=5)
     next(stream)
     engine.close()

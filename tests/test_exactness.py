@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from exact_cases import SHIPPED, RandomPolicy, agree, case, oracle, place, run, tap
-from helpers import PROFILE, Copies, in_time, random_model
+from helpers import PROFILE, Copies, in_time, one_jit, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,7 +132,7 @@ def test_the_whole_model_in_one_jit_agrees_to_rounding(name):
 def test_fast_numerics_agree_to_rounding():
     model, batches, steps = case("float32")
     tokens, logits = oracle("float32")
-    with Engine(model, OffloadConfig(numerics="fast")) as engine:
+    with one_jit(), Engine(model, OffloadConfig(numerics="fast")) as engine:
         assert isinstance(engine.runner, WholeModel)
         fast_tokens, fast_logits = run(engine, batches, steps)
     assert fast_tokens == tokens

@@ -12,6 +12,7 @@ from helpers import (
     VOCABULARY,
     byte_tokenizer,
     fallback_tokenizer,
+    one_jit,
     spelling_model,
 )
 from hypothesis import example, given
@@ -32,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def whole(model):
-    with Engine(model) as engine:
+    with one_jit(), Engine(model) as engine:
         yield engine
 
 

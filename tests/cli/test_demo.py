@@ -6,6 +6,7 @@ from io import StringIO
 
 import pytest
 from command_lines import refusal
+from helpers import one_jit
 from rich.console import Console
 
 import layerscope_jax
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 def report(tiny):
     """What `demo --json` prints; nothing else may stand beside it."""
     found = StringIO()
-    with pytest.MonkeyPatch.context() as patch:
+    with one_jit(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", found)
         code = cli.main(
             [
@@ -97,14 +98,15 @@ def test_one_jit_may_round_differently(report, tiny, monkeypatch):
             return result
 
     monkeypatch.setattr(demo, "Engine", Rounding)
-    found = demo.compare(
-        layerscope_jax.load(tiny),
-        demo.read_demo_prompts(),
-        policies=["host-only"],
-        max_new_tokens=3,
-        budget_share=0.6,
-        link_bandwidth=None,
-    )
+    with one_jit():
+        found = demo.compare(
+            layerscope_jax.load(tiny),
+            demo.read_demo_prompts(),
+            policies=["host-only"],
+            max_new_tokens=3,
+            budget_share=0.6,
+            link_bandwidth=None,
+        )
     assert found["exact"] is True
     assert [run["same_tokens"] for run in found["runs"]] == [False, True, True]
     assert "the same 24 tokens; one jit rounds differently" in demo_view.verdict(found).plain
