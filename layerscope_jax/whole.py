@@ -20,10 +20,15 @@ from layerscope_jax.statistics import Meter
 def new_caches(
     model: Model, rows: int, length: int, device: jax.Device, layers: int | None = None
 ) -> list[KVCache]:
-    """Empty caches for `rows` sequences of up to `length` positions, one a layer or for `layers` alone."""
+    """Empty caches for `rows` sequences of up to `length` positions, one a layer or for `layers` alone.
+
+    On a CPU they hold float32 whatever the model's dtype: XLA widens bfloat16 anew for each product there, and
+    for each write the whole cache (a step of long contexts takes eight times as long).
+    """
     config = model.config
     shape = (rows, config.num_kv_heads, length, config.head_dim)
-    zeros = functools.partial(jnp.zeros, shape, model.bank.dtype, device=device)
+    dtype = jnp.float32 if device.platform == "cpu" else model.bank.dtype
+    zeros = functools.partial(jnp.zeros, shape, dtype, device=device)
     return [KVCache(zeros(), zeros()) for _ in range(config.num_layers if layers is None else layers)]
 
 

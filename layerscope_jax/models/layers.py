@@ -91,21 +91,22 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
 
     Args:
         query: [B, S, H, D_head].
-        key, value: [B, H_kv, P, D_head].
+        key, value: [B, H_kv, P, D_head]; in float32 they may hold numbers of the query's dtype, widened.
         mask: [B, S, P] True where a query may see a key.
 
     Returns:
         [B, S, H * D_head].
     """
     batch, length, heads, size = query.shape
+    dtype = query.dtype
     groups = heads // key.shape[1]
     query = query.reshape(batch, length, -1, groups, size).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(batch, -1, groups * length, size)  # [B, H_kv, G * S, D_head]
+    query = query.reshape(batch, -1, groups * length, size).astype(key.dtype)  # [B, H_kv, G * S, D_head]
     scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=jnp.float32) * size**-0.5
     scores = scores.reshape(batch, -1, groups, length, key.shape[2])
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = matmul(shares.reshape(batch, -1, groups * length, key.shape[2]), value)
+    shares = jax.nn.softmax(scores, axis=-1).astype(dtype).astype(value.dtype)
+    mixed = matmul(shares.reshape(batch, -1, groups * length, key.shape[2]), value).astype(dtype)
     mixed = mixed.reshape(batch, -1, groups, length, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, -1)
 
@@ -141,10 +142,10 @@ class Attention(nnx.Module):
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, H_kv, S, D_head]
         key_positions = positions[:, None, :]  # [B, 1, S]
         if cache is not None:
-            rows = jnp.arange(hidden.shape[0])[:, None]
+            rows, kind = jnp.arange(hidden.shape[0])[:, None], cache.key.dtype
             cache = KVCache(
-                cache.key.at[rows, :, positions].set(key.swapaxes(1, 2), mode="drop"),
-                cache.value.at[rows, :, positions].set(value.swapaxes(1, 2), mode="drop"),
+                cache.key.at[rows, :, positions].set(key.swapaxes(1, 2).astype(kind), mode="drop"),
+                cache.value.at[rows, :, positions].set(value.swapaxes(1, 2).astype(kind), mode="drop"),
             )
             key, value = cache
             key_positions = jnp.arange(key.shape[2])[None, None, :]
