@@ -102,7 +102,9 @@ class Jobs:
                 copied = jax.block_until_ready(jax.device_put(experts, self._transfers.sharding))
                 self._weights = [self._device.keep(expert) for expert in copied]
             resident = range(self.resident)
-            outputs, done = self._device.run(outputs, inputs, rows, resident, self._weights.__getitem__)
+            outputs, done = self._device.run(
+                outputs, inputs, rows, resident, lambda some: [self._weights[expert] for expert in some]
+            )
             jax.block_until_ready((outputs, done))
 
         return job

@@ -268,7 +268,7 @@ class LayerByLayer:
         if not experts:
             return outputs, None
         return self.device_experts.run(
-            outputs, inputs, rows, experts, lambda expert: self.residency.use(ExpertId(layer, expert))
+            outputs, inputs, rows, experts, functools.partial(self.residency.use, layer)
         )
 
     def _await(self, done: jax.Array | None, began: float) -> None:

@@ -245,7 +245,7 @@ class _Run:
         return costs.layer_ms(tokens) + (costs.forecast_ms(tokens) if looks_ahead else 0.0)
 
     def _compute(self, expert: ExpertId, took: float) -> float:
-        self.books.use(expert)
+        self.books.use(expert.layer, [expert.expert])
         self.device_ms += took
         return took
 

@@ -119,7 +119,7 @@ class Rehearsal(LayerByLayer):
         few = Assignments(chosen[:1])
         row = np.zeros((choices + 1, inputs.shape[1]), inputs.dtype)
         self.host_experts.cpu.compute(
-            row, np.asarray(inputs), few, few.demand, lambda expert: weights, WorkStats()
+            row, np.asarray(inputs), few, few.demand, lambda experts: [weights] * len(experts), WorkStats()
         )
         local = jax.device_put(np.asarray(inputs), weights.arrays.gate.sharding)
         least = FEW.get(np.dtype(inputs.dtype).name, 0) + 1

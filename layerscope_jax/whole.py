@@ -22,8 +22,8 @@ def new_caches(
 ) -> list[KVCache]:
     """Empty caches for `rows` sequences of up to `length` positions, one a layer or for `layers` alone.
 
-    On a CPU they hold float32 whatever the model's dtype: XLA widens bfloat16 anew for each product there, and
-    for each write the whole cache (a step of long contexts takes eight times as long).
+    On a CPU they hold float32 whatever the model's dtype: there XLA widens bfloat16 anew for each product,
+    and for each write the whole cache (a step with 2,048 positions takes eight times as long).
     """
     config = model.config
     shape = (rows, config.num_kv_heads, length, config.head_dim)

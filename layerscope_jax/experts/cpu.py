@@ -35,6 +35,8 @@ def split_by_tokens(
 ) -> tuple[list[int], list[int]]:
     """Experts with few tokens and with many. It hangs on an expert's own tokens alone, and so do its bits."""
     most = FEW.get(np.dtype(dtype).name, 0)
+    if max(rows.demand.values(), default=0) <= most:  # as in nearly every decode step
+        return list(experts), []
     few: list[int] = []
     many: list[int] = []
     for expert in experts:
@@ -115,7 +117,7 @@ class CpuExperts:
         inputs: np.ndarray,
         rows: Assignments,
         experts: Iterable[int],
-        weights: Callable[[int], InMemory],
+        weights: Callable[[Sequence[int]], Sequence[InMemory]],
         stats: WorkStats,
     ) -> None:
         """Writes the rows of some of a layer's experts.
@@ -125,19 +127,19 @@ class CpuExperts:
             inputs: [T, D].
             rows: which rows go to which expert.
             experts: that are to be computed.
-            weights: of an expert.
+            weights: of some experts.
             stats: counts what is done.
         """
         few, many = split_by_tokens(rows, experts, inputs.dtype)
         groups, parts = rows.groups(many) if many else [], []
         if groups:
-            local = jax.device_put(inputs, weights(many[0]).arrays.gate.sharding)
+            local = jax.device_put(inputs, weights(many[:1])[0].arrays.gate.sharding)
             for group in groups:
                 stats.count_group(group)
-                arrays = tuple(weights(expert).arrays for expert in group.experts)
+                arrays = tuple(expert.arrays for expert in weights(group.experts))
                 parts.append(grouped_rows(local, group.slots, arrays, rows.choices))
         if few:
-            self._few(outputs, inputs, rows, few, [weights(expert) for expert in few], stats)
+            self._few(outputs, inputs, rows, few, weights(few), stats)
         for group, part in zip(groups, parts, strict=True):
             outputs[group.slots.reshape(-1)] = part
 
@@ -153,7 +155,7 @@ class CpuExperts:
         addresses = np.frombuffer(b"".join([expert.addresses for expert in weights]), np.int64).reshape(-1, 3)
         index = np.array(experts)
         firsts, lasts = rows.starts[index], rows.ends[index]
-        tokens = sum([rows.demand[expert] for expert in experts])
+        tokens = int((lasts - firsts).sum())
         stats.count(experts=len(experts), tokens=tokens, rows=tokens)
         width, hidden = weights[0].arrays.gate.shape
         size = 3 * width * hidden * inputs.dtype.itemsize * len(weights)

@@ -89,13 +89,13 @@ class DeviceExperts:
         inputs: jax.Array,
         rows: Assignments,
         experts: Iterable[int],
-        weights: Callable[[int], ExpertWeights],
+        weights: Callable[[Sequence[int]], Sequence[ExpertWeights]],
     ) -> tuple[jax.Array, jax.Array | None]:
         """Dispatches `experts`; returns the outputs and something that is ready when they are."""
         done: jax.Array | None = None
         for group in rows.groups(experts):
             self.stats.count_group(group)
-            arrays = tuple(weights(expert) for expert in group.experts)
+            arrays = tuple(weights(group.experts))
             outputs, done = grouped_ffn(outputs, inputs, group.slots, arrays, rows.choices)
         return outputs, done
 
@@ -163,7 +163,7 @@ class SharedExperts:
         inputs: jax.Array,
         rows: Assignments,
         experts: Iterable[int],
-        weights: Callable[[int], InMemory],
+        weights: Callable[[Sequence[int]], Sequence[InMemory]],
     ) -> tuple[np.ndarray, None]:
         self._cpu.compute(outputs, np.asarray(inputs), rows, experts, weights, self.stats)
         return outputs, None
@@ -243,10 +243,13 @@ class HostExperts:
     ) -> None:
         """As `start`, but by the thread that calls: where it would only wait, another is not worth waking."""
         began = time.perf_counter()
-        kept = self._weights.get  # takes a plain pair too, and making an `ExpertId` of it takes longer
+        kept = self._weights  # takes a plain pair too, and making an `ExpertId` of it takes longer
 
-        def weights(expert: int) -> InMemory:
-            return kept((layer, expert)) or self.weights(ExpertId(layer, expert))
+        def weights(experts: Sequence[int]) -> list[InMemory]:
+            try:
+                return [kept[layer, expert] for expert in experts]
+            except KeyError:  # the first time
+                return [self.weights(ExpertId(layer, expert)) for expert in experts]
 
         self.cpu.compute(outputs, np.asarray(inputs), rows, experts, weights, self.stats)
         self.stats.busy_s += time.perf_counter() - began

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, KeysView
-from typing import Any
+from collections.abc import Callable, Iterable, KeysView
+from typing import Any, cast
 
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan
 
@@ -35,12 +35,12 @@ class Residency:
         self.peak_bytes = 0
         self.wasted_bytes = 0
         self.idle_prefetches: set[ExpertId] = set()
-        self._held: dict[ExpertId, Any] = {}
+        self._held: dict[tuple[int, int], Any] = {}
         self._coming: dict[ExpertId, None] = {}  # in the order asked for
 
     @property
     def resident(self) -> KeysView[ExpertId]:
-        return self._held.keys()
+        return cast(KeysView[ExpertId], self._held.keys())
 
     @property
     def coming(self) -> KeysView[ExpertId]:
@@ -84,12 +84,19 @@ class Residency:
             self.idle_prefetches.remove(expert)
             self.wasted_bytes += self.expert_bytes
 
-    def use(self, expert: ExpertId) -> Any:
-        """The weights of a resident expert, as they arrived; it is about to be computed."""
-        if expert not in self._held:
-            raise RuntimeError(f"{expert} is to be computed on the device, but is not resident")
-        self.idle_prefetches.discard(expert)
-        return self._held[expert]
+    def use(self, layer: int, experts: Iterable[int]) -> list[Any]:
+        """The weights of resident experts of a layer, as they arrived; they are about to be computed."""
+        try:
+            found = [
+                self._held[layer, expert] for expert in experts
+            ]  # plain pairs are found, and made faster
+        except KeyError as error:
+            raise RuntimeError(
+                f"{ExpertId(*error.args[0])} is to be computed on the device, but is not resident"
+            ) from None
+        if self.idle_prefetches:
+            self.idle_prefetches.difference_update([ExpertId(layer, expert) for expert in experts])
+        return found
 
     def follow(
         self, plan: LayerPlan, drop: Callable[[Callable[[ExpertId], bool]], list[ExpertId]]

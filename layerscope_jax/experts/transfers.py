@@ -149,6 +149,8 @@ class Transfers:
 
     def arrivals(self) -> tuple[dict[ExpertId, ExpertWeights], list[ExpertId]]:
         """What has arrived since the last call, and which prefetches failed for good; does not wait."""
+        if not (self._arrived or self._lost):
+            return {}, []  # what comes at this moment comes with the next call
         with self._changed:
             arrived, self._arrived = self._arrived, {}
             lost, self._lost = self._lost, []

@@ -10,7 +10,7 @@ from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observ
 
 def busiest_first(seen: Observation) -> list[int]:
     """Active experts, most tokens first; ties by number."""
-    return sorted(seen.demand, key=lambda expert: (-seen.demand[expert], expert))
+    return sorted(sorted(seen.demand), key=seen.demand.__getitem__, reverse=True)  # keeps the order of ties
 
 
 def present(expert: ExpertId, seen: Observation) -> bool:
@@ -73,12 +73,15 @@ def answer(
     prefetch: Iterable[ExpertId] = (),
 ) -> LayerPlan:
     """The plan that computes `device` on the device and the rest of the layer on the host, busiest first."""
-    chosen = set(device)
+    rest = busiest_first(seen)
+    if device:
+        chosen = set(device)
+        rest = [expert for expert in rest if expert not in chosen]
     return LayerPlan(
         step=seen.step,
         layer=seen.layer,
         device=tuple(device),
-        host=tuple(expert for expert in busiest_first(seen) if expert not in chosen),
+        host=tuple(rest),
         evict=tuple(evict),
         load=tuple(load),
         prefetch=tuple(prefetch),

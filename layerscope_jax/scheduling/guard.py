@@ -96,8 +96,10 @@ class GuardState:
         forecasts: whether there has been one.
         watches: by phase and power of two of the tokens; as of the end of the step before.
         key: of the step under way.
-        turns: of its layers so far.
+        turns: of its layers so far; none where nothing is to be measured in it.
         took_ms: of each, but the last; 0 if unknown.
+        ended: whether every layer of it was planned.
+        wants: whether the next layer, and the others of its step, may make use of a forecast.
     """
 
     inner: PreSchedState
@@ -106,6 +108,8 @@ class GuardState:
     key: tuple[str, int] = ("", 0)
     turns: tuple[Turn, ...] = ()
     took_ms: tuple[float, ...] = ()
+    ended: bool = True
+    wants: bool = True
 
 
 class Guard:
@@ -135,7 +139,7 @@ class Guard:
         key, turns, watches = state.key, state.turns, state.watches
         if seen.layer == 0:  # the books are kept by the step: by the layer it would take longer than planning
             watches = dict(watches)
-            if key in watches:
+            if key in watches and state.ended:
                 watches[key] = self._measured(watches[key], state, took_ms)
             tokens = sum(seen.demand.values()) // state.inner.geometry.experts_per_token
             key, turns, took_ms = (seen.phase, tokens.bit_length()), (), ()
@@ -150,27 +154,22 @@ class Guard:
             planned_ms = float(inner.span_ms[seen.layer])
         else:  # nothing to decide, and PreSched remembers what it knew
             plan = answer(seen, ())
-        turns = (*turns, Turn(number, planned_ms, seen.demand))
-        forecasts = state.forecasts or bool(seen.forecast)
-        return GuardState(inner, forecasts, watches, key, turns, took_ms), plan
+        forecasts, ended = state.forecasts or bool(seen.forecast), seen.layer + 1 == len(watch.chosen)
+        if watch.trial is not None or watch.wait <= SAMPLES:
+            turns = (*turns, Turn(number, planned_ms, seen.demand))
+        elif seen.layer > 0 and not (ended or way.device) and forecasts == state.forecasts:
+            return state, plan  # nothing to remember
+        wants = uses_forecast(watch, ended) if ended or seen.layer == 0 else state.wants
+        return GuardState(inner, forecasts, watches, key, turns, took_ms, ended, wants), plan
 
     def wants_forecast(self, state: GuardState) -> bool:
         """Whether the coming layers may make use of a forecast; if not, it need not be computed."""
-        watch = state.watches.get(state.key)
-        if watch is None:
-            return True
-        ways: Sequence[int] = watch.chosen.tolist() if watch.trial is None else (watch.trial,)
-        if len(state.turns) == len(watch.chosen):  # what comes is the next step
-            if watch.trial is not None and watch.left == 1:
-                ways = watch.untried[:1]
-            elif watch.trial is None and watch.wait <= 1:
-                ways = ()
-        return not ways or any(WAYS[way].forecast for way in ways)
+        return state.wants
 
     def report(self, state: GuardState) -> dict[str, Any]:
         """Parts of the layers' turns that were run each way, by phase."""
         found: dict[str, Any] = {}
-        now = np.bincount([turn.way for turn in state.turns], minlength=len(WAYS))
+        now = turns_of(state)
         for phase in ("prefill", "decode"):
             known = [watch.turns for (of, _), watch in state.watches.items() if of == phase]
             turns = np.sum(known, 0) + now * (state.key[0] == phase)
@@ -183,8 +182,10 @@ class Guard:
 
     def _measured(self, watch: Watch, state: GuardState, took_ms: Sequence[float]) -> Watch:
         """With the step that has ended."""
+        watch = replace(watch, turns=watch.turns + turns_of(state))
+        if not state.turns:
+            return watch
         ways, took = np.array([turn.way for turn in state.turns]), np.array(took_ms)
-        watch = replace(watch, turns=watch.turns + np.bincount(ways, minlength=len(WAYS)))
         if watch.trial is None and watch.wait <= 1:
             costs = state.inner.costs.alone or state.inner.costs
             demands = [turn.demand for turn in state.turns]
@@ -200,6 +201,24 @@ class Guard:
         planned = np.array([turn.planned_ms for turn in state.turns])
         planned_ms[same] = np.column_stack([planned[same], watch.planned_ms[same, :-1]])
         return replace(watch, ms=ms, planned_ms=planned_ms)
+
+
+def turns_of(state: GuardState) -> np.ndarray:
+    """[ways] of the layers of the step under way, or of the last one if it has ended."""
+    ways: Sequence[int] | np.ndarray = [turn.way for turn in state.turns]
+    if not ways and state.ended and state.key in state.watches:
+        ways = state.watches[state.key].chosen  # nothing was measured in it
+    return np.bincount(np.asarray(ways, np.int64), minlength=len(WAYS))
+
+
+def uses_forecast(watch: Watch, ended: bool) -> bool:
+    """Whether any layer of the step under way uses one, or may in the next if this one has `ended`."""
+    ways: Sequence[int] = watch.chosen.tolist() if watch.trial is None else (watch.trial,)
+    if ended and watch.trial is not None and watch.left == 1:
+        ways = watch.untried[:1]
+    elif ended and watch.trial is None and watch.wait <= 1:
+        ways = ()
+    return not ways or any(WAYS[way].forecast for way in ways)
 
 
 def new_watch(layers: int, phase: str) -> Watch:

@@ -57,7 +57,7 @@ def on_device(bank, inputs, rows, experts, device=None):
         expert: device.keep(jax.device_put(bank[ExpertId(0, expert)], device_sharding()))
         for expert in experts
     }
-    outputs, done = device.run(outputs, inputs, rows, experts, held.__getitem__)
+    outputs, done = device.run(outputs, inputs, rows, experts, lambda some: [held[expert] for expert in some])
     assert done is None or np.isfinite(done).all()
     return np.asarray(outputs)[:-1], device
 

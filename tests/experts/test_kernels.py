@@ -38,7 +38,7 @@ def rows_of(computer, inputs, tokens, weights):
     """[T, D] of those `tokens` of one expert."""
     chosen = Assignments(np.zeros((len(inputs), 1), np.int32), np.isin(np.arange(len(inputs)), tokens))
     outputs = np.zeros((len(inputs) + 1, inputs.shape[1]), inputs.dtype)
-    computer.compute(outputs, inputs, chosen, [0], lambda expert: InMemory.of(weights), WorkStats())
+    computer.compute(outputs, inputs, chosen, [0], lambda _: [InMemory.of(weights)], WorkStats())
     others = np.delete(outputs[:-1], tokens, 0)
     assert not others.any()
     return outputs[tokens]
@@ -85,7 +85,9 @@ def test_threads_share_the_experts_out_and_change_no_bit(threads, monkeypatch):
     found = []
     for computer in threads.values():
         outputs = np.zeros((28, 32), np.float32)
-        computer.compute(outputs, inputs, rows, rows.demand, held.__getitem__, WorkStats())
+        computer.compute(
+            outputs, inputs, rows, rows.demand, lambda some: list(map(held.__getitem__, some)), WorkStats()
+        )
         found.append(outputs[:-1])
     assert np.abs(found[0]).max(1).min() > 0
     np.testing.assert_array_equal(*found)

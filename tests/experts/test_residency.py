@@ -74,9 +74,9 @@ class Books(RuleBasedStateMachine):
     def use(self, expert, luck):
         expert = self.some(self.held, expert, luck)
         legal = expert in self.held
-        weights = self.attempt(legal, lambda: self.books.use(expert))
+        weights = self.attempt(legal, lambda: self.books.use(expert.layer, [expert.expert]))
         if legal:
-            assert weights == self.held[expert][0]
+            assert weights == [self.held[expert][0]]
             self.held[expert][2] = True
 
     @rule(luck=st.integers(0, 5))
@@ -116,7 +116,10 @@ def test_a_refusal_names_the_expert():
         (lambda: books.arrive(expert, None), "arrived, but was not on its way"),
         (lambda: books.release(expert), "released, but was not on its way"),
         (lambda: books.evict(expert), "evicted, but is not resident"),
-        (lambda: books.use(expert), "to be computed on the device, but is not resident"),
+        (
+            lambda: books.use(expert.layer, [expert.expert]),
+            "to be computed on the device, but is not resident",
+        ),
     ):
         with pytest.raises(RuntimeError, match=why) as refusal:
             act()

@@ -34,13 +34,14 @@ def run(elapsed_ms, steps, forecast=True, costs=SPLIT):
                 elapsed_ms=took,
             )
             state, plan = guard.plan(state, seen)
-            turn = state.turns[-1]
-            ways.append(WAYS[turn.way].name)
-            if WAYS[turn.way].forecast:
+            watch = state.watches[state.key]
+            way = WAYS[watch.chosen[layer] if watch.trial is None else watch.trial]
+            ways.append(way.name)
+            if way.forecast:
                 assert all(wanted[-1:])  # asked for in the turn before, also for a step's first layer
             wanted.append(guard.wants_forecast(state))
             resident = (resident - set(plan.evict)) | set(plan.load) | set(plan.prefetch)
-            took = elapsed_ms(WAYS[turn.way].name, turn.planned_ms)
+            took = elapsed_ms(way.name, float(state.inner.span_ms[layer]) if way.device else 0.0)
     return ways, state, guard, wanted
 
 
