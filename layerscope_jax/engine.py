@@ -121,7 +121,8 @@ class Engine:
             slots=residency.slots,
         )
         threads = config.host_threads or default_threads(self.device)
-        host = HostExperts(bank, host_device or cpu_device(), threads)
+        on_cpu = self.device.platform == "cpu"
+        host = HostExperts(bank, host_device or cpu_device(), threads, shares_inputs=on_cpu)
         transfers = Transfers(bank, self.device, bandwidth, copy)
         self._close = weakref.finalize(self, _close, transfers, host)
         try:

@@ -165,7 +165,7 @@ class SharedExperts:
         experts: Iterable[int],
         weights: Callable[[Sequence[int]], Sequence[InMemory]],
     ) -> tuple[np.ndarray, None]:
-        self._cpu.compute(outputs, np.asarray(inputs), rows, experts, weights, self.stats)
+        self._cpu.compute(outputs, inputs, rows, experts, weights, self.stats)
         return outputs, None
 
     def host_rows(self, outputs: np.ndarray) -> np.ndarray:
@@ -207,17 +207,19 @@ class HostExperts:
         device: the JAX CPU device to compute on; another one than the device tier's, if that is a CPU too,
             so that the two do not queue behind each other.
         threads: that compute.
+        shares_inputs: whether inputs come in arrays of this machine's memory, not of an accelerator's.
 
     Attributes:
         cpu: what computes.
     """
 
-    def __init__(self, bank: ExpertBank, device: jax.Device, threads: int):
+    def __init__(self, bank: ExpertBank, device: jax.Device, threads: int, shares_inputs: bool = False):
         self.bank = bank
         self.device = device
         self.stats = WorkStats()
         self._weights: dict[tuple[int, int], InMemory] = {}  # those that share the bank's memory
         self._closed = False
+        self._shares_inputs = shares_inputs
         self.cpu = CpuExperts(threads)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
 
@@ -251,7 +253,8 @@ class HostExperts:
             except KeyError:  # the first time
                 return [self.weights(ExpertId(layer, expert)) for expert in experts]
 
-        self.cpu.compute(outputs, np.asarray(inputs), rows, experts, weights, self.stats)
+        read = inputs if self._shares_inputs else np.asarray(inputs)
+        self.cpu.compute(outputs, read, rows, experts, weights, self.stats)
         self.stats.busy_s += time.perf_counter() - began
 
     def weights(self, expert: ExpertId) -> InMemory:

@@ -172,28 +172,29 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
     """Experts `begin` to `end` of N.
 
     Args:
-        addresses: [N, 3] of each expert's gate, up and down, of the type of `inputs`.
+        addresses: [N, 3] of each expert's gate, up and down, of the type of `outputs`.
         firsts, lasts: [N] where each expert's slots begin and end in `order`.
         order: [A] slots `token * choices + choice`.
         choices: K.
-        inputs: [T, D], bfloat16 as uint16.
+        inputs: address of [T, D] of the type of `outputs`.
         hidden: F.
-        outputs: [T * K + 1, D], a row for each slot; those of these experts are written.
+        outputs: [T * K + 1, D], bfloat16 as uint16, a row for each slot; those of these experts are written.
     """
-    width = inputs.shape[1]
+    width = outputs.shape[1]
+    read = carray(pointer(inputs), (len(outputs) // choices, width), outputs.dtype)
     for expert in range(begin, end):
         slots = order[firsts[expert] : lasts[expert]]
         x = np.empty((len(slots), width), np.float32)
         out = np.empty((len(slots), width), np.float32)
         for m in range(len(slots)):
-            row = inputs[slots[m] // choices]
+            row = read[slots[m] // choices]
             for d in range(width):
                 x[m, d] = widened(row[d])
-        gate = carray(pointer(addresses[expert, 0]), (width, hidden), inputs.dtype)
-        up = carray(pointer(addresses[expert, 1]), (width, hidden), inputs.dtype)
-        down = carray(pointer(addresses[expert, 2]), (hidden, width), inputs.dtype)
+        gate = carray(pointer(addresses[expert, 0]), (width, hidden), outputs.dtype)
+        up = carray(pointer(addresses[expert, 1]), (width, hidden), outputs.dtype)
+        down = carray(pointer(addresses[expert, 2]), (hidden, width), outputs.dtype)
         swiglu(x, gate, up, down, out)
         for m in range(len(slots)):
             row = outputs[slots[m]]
             for d in range(width):
-                row[d] = rounded(out[m, d], inputs)
+                row[d] = rounded(out[m, d], outputs)
