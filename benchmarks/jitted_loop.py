@@ -12,6 +12,7 @@ from flax import nnx
 from layerscope_jax import Decoder, Model
 from layerscope_jax.batching import bucket
 from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.sampling import sample
 from layerscope_jax.whole import new_caches
 
 
@@ -26,7 +27,7 @@ class JittedLoop:
         def advance(params, tokens, positions, caches):
             decoder: Decoder = nnx.merge(graphdef, params)
             hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
-            return jnp.argmax(decoder.logits(hidden[:, -1]), axis=-1).astype(jnp.int32), caches
+            return sample(decoder.logits(hidden[:, -1]), positions[:, -1], None), caches
 
         def decode(params, token, positions, caches, steps):
             def step(carry, number):

