@@ -103,11 +103,11 @@ def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens:
     outputs = np.zeros((rows.total + 1, options.width), inputs.dtype)
     held = [InMemory.of(expert) for expert in weights]
 
-    def weights(some: Sequence[int]) -> list[InMemory]:
+    def chosen(some: Sequence[int]) -> list[InMemory]:
         return [held[expert] for expert in some]
 
     def compute() -> None:
-        computer.compute(outputs, inputs, rows, range(count), weights, WorkStats())
+        computer.compute(outputs, inputs, rows, range(count), chosen, WorkStats())
 
     def plain() -> None:
         jax.block_until_ready([product(x, matrix) for matrix in matrices])

@@ -15,11 +15,11 @@ import numpy as np
 from layerscope_jax.experts.compute import ExpertWeights, ffn
 from layerscope_jax.experts.grouping import Assignments, Group
 from layerscope_jax.experts.kernels import run_experts
-from layerscope_jax.machine import cores
+from layerscope_jax.machine import cores, cpu_features
 
-FEW = {"bfloat16": 32, "float32": 8}
+FEW = {"bfloat16": 12 if "amx_bf16" in cpu_features().split() else 32, "float32": 32}
 """Most tokens of an expert that `kernels` computes: for more, XLA's products are as fast, which know all of
-the CPU's instructions for them."""
+the CPU's instructions for them (those for matrices of bfloat16, AMX, above all)."""
 
 SHARE_BYTES = 1 << 20
 """Bytes of weights that make waking another thread worth while: some 50 us of reading."""
