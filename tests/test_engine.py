@@ -9,6 +9,7 @@ import pytest
 from helpers import PROFILE, PROMPTS, Copies, in_time, one_jit, random_model, spelling_model
 
 from layerscope_jax import Engine, HardwareProfile, OffloadConfig, Request, TransferError, load, save
+from layerscope_jax.experts import cpu
 from layerscope_jax.experts import transfers as transfers_module
 from layerscope_jax.experts.transfers import ATTEMPTS
 from layerscope_jax.scheduling.baselines import LRU, POLICIES, HostOnly, Resident
@@ -84,7 +85,8 @@ def test_statistics_of_a_resident_model(model):
 
 @pytest.mark.parametrize("policy", ["lru", "on-demand", "host-only", "fiddler"])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
-def test_bytes_are_those_that_moved(model, policy, rate):
+def test_bytes_are_those_that_moved(monkeypatch, model, policy, rate):
+    monkeypatch.setattr(cpu, "FEW", {"float32": 4})
     copies = Copies(rate)
     budget = 10 * model.bank.expert_bytes
     config = OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)

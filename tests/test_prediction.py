@@ -143,7 +143,7 @@ def test_the_forecast_is_the_sum_over_the_rows_that_count():
 
 def test_engines_share_the_programs_of_a_predictor():
     """One for prefill and one for decoding, whatever the layer: the forecast is a part of them."""
-    model, programs = random_model(seed=77), []
+    model, programs = random_model(vocab_size=59, seed=77), []  # a shape of its own
     for predictor in ("gate", NextGate()):
         config = OffloadConfig(device_budget=BUDGET, policy="fate", predictor=predictor)
         with Engine(model, config) as engine:
