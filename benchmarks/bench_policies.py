@@ -43,7 +43,9 @@ class Options(harness.Common):
     """Bytes a second."""
     batch: int = 8
     new_tokens: int = 32
-    rounds: int = 3
+    warm: int = 6
+    """Runs of each before the first round: "auto" tries its ways in them."""
+    rounds: int = 5
 
 
 def read_prompts(path: Path, model: Model, new_tokens: int) -> list[list[int]]:
@@ -97,7 +99,7 @@ def cell(
             except ValueError as error:
                 refused[policy] = str(error)
         samples = harness.measure(
-            {name: run(name, engine) for name, engine in engines.items()}, options.rounds
+            {name: run(name, engine) for name, engine in engines.items()}, options.rounds, options.warm
         )
         # One more run for what the engine itself counts. Its caches are as warm as in the rounds.
         stats = {
@@ -180,6 +182,7 @@ def main(options: Options) -> dict[str, Any]:
             "budgets": options.budgets[-1:],
             "links": options.links[-1:],
             "new_tokens": 4,
+            "warm": 1,
             "rounds": 1,
         }
         options = Options(**(vars(options) | changes))
@@ -216,6 +219,7 @@ def main(options: Options) -> dict[str, Any]:
         "prompt_tokens": sum(map(len, prompts)),
         "batch": options.batch,
         "new_tokens": options.new_tokens,
+        "warm": options.warm,
         "rounds": options.rounds,
         "rows": rows,
     }

@@ -53,7 +53,9 @@ class Samples:
     compiled: int = 0
 
 
-def measure(candidates: Mapping[str, Callable[[], Parts | None]], rounds: int) -> dict[str, Samples]:
+def measure(
+    candidates: Mapping[str, Callable[[], Parts | None]], rounds: int, warm: int = 1
+) -> dict[str, Samples]:
     """Times candidates in turns, so that a machine that drifts drifts under all of them alike.
 
     Each is first called until a call compiles no new program. Then in each round every one is called once;
@@ -64,14 +66,15 @@ def measure(candidates: Mapping[str, Callable[[], Parts | None]], rounds: int) -
             the parts that it timed itself, each a number or several; or None, and the whole call is timed as
             "seconds".
         rounds: timed calls of each.
+        warm: calls of each before, at least.
     """
     samples = {name: Samples() for name in candidates}
     for name, call in candidates.items():
-        for _ in range(WARM_UPS):
+        for number in range(1, max(warm, WARM_UPS) + 1):
             before = compiled_programs()
             call()
             samples[name].warm_ups += 1
-            if compiled_programs() == before:
+            if number >= warm and compiled_programs() == before:
                 break
     names = list(candidates)
     for number in range(rounds):

@@ -24,6 +24,9 @@ the CPU's instructions for them (those for matrices of bfloat16, AMX, above all)
 SHARE_BYTES = 1 << 20
 """Bytes of weights that make waking another thread worth while: some 50 us of reading."""
 
+READING = 10
+"""Tokens that take as long to compute as an expert's weights to read: threads get equal shares of both."""
+
 
 def default_threads(device: jax.Device) -> int:
     """As many as there are cores, less one where `device` is an accelerator, which another thread feeds."""
@@ -176,7 +179,12 @@ class CpuExperts:
             run_experts(addresses, firsts, lasts, rows.order, rows.choices, begins, hidden, words, begin, end)
 
         shares = min(self.threads, len(weights), max(1, size // SHARE_BYTES))
-        cuts = [round(len(weights) * share / shares) for share in range(shares + 1)]
+        if shares == 1:  # as in models so small that Python is much of their time
+            part(0, len(weights))
+            return
+        work = np.cumsum(lasts - firsts + READING)
+        ends = np.searchsorted(work, work[-1] * np.arange(1, shares) / shares, side="right").tolist()
+        cuts = [0, *ends, len(weights)]
         others = [self._pool.submit(part, begin, end) for begin, end in pairwise(cuts[1:])]
         part(0, cuts[1])
         for other in others:
