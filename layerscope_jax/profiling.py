@@ -68,7 +68,8 @@ def calibrate(
         raise ValueError("link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
     began = time.perf_counter()
     free = {"host": machine.free_bytes(), "device": machine.device_free_bytes(model.device)}
-    host = HostExperts(bank, cpu_device(), default_threads(model.device))
+    on_cpu = model.device.platform == "cpu"
+    host = HostExperts(bank, cpu_device(), default_threads(model.device), shares_inputs=on_cpu)
     transfers = Transfers(bank, model.device, pace)
     try:
         jobs = Jobs(model, host, transfers, len(list(bank)) if slots is None else slots)
