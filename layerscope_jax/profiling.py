@@ -83,6 +83,7 @@ def calibrate(
             },
             "transfer_by_size": by_size(jobs),
             "layer_ms_by_context": by_context(jobs, points, contexts),
+            "host_threads": host.cpu.threads,
             "memory": {
                 "host_read_bytes_per_s": float(f"{machine.read_bytes_per_s():.4g}"),
                 "host_free_bytes": free["host"],
