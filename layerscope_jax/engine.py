@@ -337,6 +337,8 @@ class Engine:
             if isinstance(self.policy, Guard):
                 ways = self.policy.report(runner.state)
         rows = host.rows + device.rows
+        experts = host.experts + device.experts
+        loops = (host.by_loops + device.by_loops) / experts if experts else 0.0
         used_prefetches = meter.on_time + meter.late
         return RunStats(
             policy=self.policy.name,
@@ -366,6 +368,7 @@ class Engine:
             share_of_bound=self._share_of_bound(sum(times.decode_s)),
             padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
             dispatches=host.dispatches + device.dispatches,
+            kernels={"loops": loops, "xla": 1 - loops} if experts else None,
         )
 
 

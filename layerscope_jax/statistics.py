@@ -81,6 +81,8 @@ class RunStats:
             None if not asked for. See `layerscope_jax.scheduling.bounds`.
         padding: computed expert rows that were padding, by all computed rows.
         dispatches: calls that computed experts, device and host together.
+        kernels: parts of these experts by what computed them: "loops" (our own, for few tokens on a CPU) and
+            "xla"; None where no expert was computed apart from its layer.
     """
 
     policy: str
@@ -110,6 +112,7 @@ class RunStats:
     share_of_bound: float | None
     padding: float
     dispatches: int
+    kernels: dict[str, float] | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

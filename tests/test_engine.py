@@ -81,6 +81,8 @@ def test_statistics_of_a_resident_model(model):
     assert exact.stats.bytes_moved == 0
     assert exact.stats.peak_expert_bytes == model.bank.total_bytes
     assert exact.stats.dispatches > 0
+    assert result.stats.kernels is None  # all in one jit
+    assert exact.stats.kernels == {"loops": 1.0, "xla": 0.0}
 
 
 @pytest.mark.parametrize("policy", ["lru", "on-demand", "host-only", "fiddler"])
@@ -100,6 +102,8 @@ def test_bytes_are_those_that_moved(monkeypatch, model, policy, rate):
             loads = sum(len(plan.load) for plan in result.plans)
             assert stats.bytes_moved == loads * model.bank.expert_bytes
             assert stats.peak_expert_bytes <= stats.budget_bytes == budget
+            assert sum(stats.kernels.values()) == 1
+            assert (stats.kernels["xla"] > 0) == (prompts is PROMPTS)
             moved = copies.moved
             active = sum(len(plan.device) + len(plan.host) for plan in result.plans)
             if policy in ("lru", "on-demand"):

@@ -60,13 +60,14 @@ grouped_rows = jax.jit(expert_rows, static_argnames="choices")
 
 @dataclass
 class WorkStats:
-    """What an executor did since the last reset."""
+    """What an executor did since the last reset; `by_loops`: experts that our own loops computed, not XLA."""
 
     busy_s: float = 0.0
     experts: int = 0
     tokens: int = 0
     rows: int = 0  # computed, padding counted
     dispatches: int = 0
+    by_loops: int = 0
 
     def count(self, experts: int, tokens: int, rows: int) -> None:
         """One dispatch."""
@@ -170,6 +171,7 @@ class CpuExperts:
         if len(experts) < len(rows.demand):
             tokens = sum([rows.demand[expert] for expert in experts])
         stats.count(experts=len(experts), tokens=tokens, rows=tokens)
+        stats.by_loops += len(experts)
         width, hidden = weights[0].arrays.gate.shape
         size = 3 * width * hidden * outputs.itemsize * len(weights)
         words = outputs.view(np.uint16 if outputs.itemsize == 2 else outputs.dtype)
