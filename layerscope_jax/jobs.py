@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,8 +71,7 @@ class Jobs:
         found = self._device.host_rows(self._outputs(inputs, rows))
 
         def job(round: int) -> None:
-            turn, experts = round % self._turns, range(self.computed)
-            self._host.start(found, turn, inputs, rows, experts).result()
+            self._on_host(found, round % self._turns, inputs, rows, range(self.computed))
 
         return job
 
@@ -84,7 +83,7 @@ class Jobs:
         def job(round: int) -> None:
             nonlocal outputs
             found = self._device.host_rows(outputs)
-            self._host.start(found, round % self._turns, inputs, rows, [0]).result()
+            self._on_host(found, round % self._turns, inputs, rows, [0])
             outputs = jax.block_until_ready(self._device.place(outputs, found, rows, [0]))
 
         return job
@@ -118,7 +117,8 @@ class Jobs:
             wanted = {ExpertId(round % self._turns, expert) for expert in range(experts)}
             self._transfers.submit(wanted, [])
             self._transfers.wait(wanted, len(wanted))  # who is woken by each would hinder the others more
-            self._transfers.arrivals()
+            for weights in self._transfers.arrivals()[0].values():
+                self._device.keep(weights)
 
         return job
 
@@ -165,6 +165,15 @@ class Jobs:
             return max(0.0, seconds(len(caches)) - ends) / len(caches) + ends / config.num_layers
 
         return job
+
+    def _on_host(
+        self, found: Any, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
+    ) -> None:
+        """As an engine does it: by a thread of its own beside an accelerator, by the caller's on one CPU."""
+        if self._device.waits:
+            self._host.compute(found, layer, inputs, rows, experts)
+        else:
+            self._host.start(found, layer, inputs, rows, experts).result()
 
     def clear(self) -> None:
         """Takes the resident experts off the device."""
