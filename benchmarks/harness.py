@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from layerscope_jax import Engine
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
-WARM_UPS = 12  # at most
+WARM_UPS = 12
 
 Parts = Mapping[str, "float | Sequence[float]"]
 
@@ -53,7 +53,9 @@ class Samples:
     compiled: int = 0
 
 
-def measure(candidates: Mapping[str, Callable[[], Parts | None]], rounds: int) -> dict[str, Samples]:
+def measure(
+    candidates: Mapping[str, Callable[[], Parts | None]], rounds: int, warm_ups: int = WARM_UPS
+) -> dict[str, Samples]:
     """Times candidates in turns, so that a machine that drifts drifts under all of them alike.
 
     Each is first called until a call compiles no new program. Then in each round every one is called once;
@@ -64,10 +66,11 @@ def measure(candidates: Mapping[str, Callable[[], Parts | None]], rounds: int) -
             the parts that it timed itself, each a number or several; or None, and the whole call is timed as
             "seconds".
         rounds: timed calls of each.
+        warm_ups: of each at most; fewer where a call takes long.
     """
     samples = {name: Samples() for name in candidates}
     for name, call in candidates.items():
-        for _ in range(WARM_UPS):
+        for _ in range(warm_ups):
             before = compiled_programs()
             call()
             samples[name].warm_ups += 1
