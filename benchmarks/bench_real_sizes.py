@@ -30,7 +30,7 @@ from rich.console import Console
 
 from benchmarks import harness
 from benchmarks.memory_facts import pool_bytes
-from benchmarks.random_models import PUBLISHED, random_model
+from benchmarks.random_models import PUBLISHED, published, random_model
 from layerscope_jax import Engine, MachineProfile, Model, ModelConfig, OffloadConfig, machine, parse_bytes
 from layerscope_jax.calibration import Points
 from layerscope_jax.experts.transfers import TransferError
@@ -86,13 +86,8 @@ def sized(name: str, options: Options, memory: int) -> tuple[ModelConfig, int]:
     Raises:
         ValueError: if there is room for next to none.
     """
-    config = PUBLISHED[name]
-    profile = MachineProfile.load(name)
+    config, profile = published(name, options.quick), MachineProfile.load(name)
     slots = profile.geometry().slots
-    if options.quick:
-        tiny = {"hidden_size": 64, "expert_hidden": 32, "vocab_size": 256, "num_layers": 4}
-        heads = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 32}
-        config = replace(config, **tiny, **heads, num_experts=min(config.num_experts, 16))
     layer = config.num_experts * config.expert_bytes(2)
     layers = min(config.num_layers, memory // layer)
     if layers < LEAST_LAYERS:

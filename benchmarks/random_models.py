@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -123,6 +124,16 @@ PUBLISHED = {
 DeepSeek-V2-Lite's latent attention is one of plain heads here; its two shared experts and its first layer,
 which has no routed ones, are left out.
 """
+
+
+def published(name: str, quick: bool) -> ModelConfig:
+    """A model of `PUBLISHED`; or one of its family that is small in everything."""
+    config = PUBLISHED[name]
+    if not quick:
+        return config
+    sizes = {"hidden_size": 64, "expert_hidden": 32, "vocab_size": 256, "num_layers": 4}
+    heads = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 32}
+    return replace(config, **sizes, **heads, num_experts=min(config.num_experts, 16))
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Model:
