@@ -3,7 +3,8 @@
 The engine rests on each of these: that a copy from pinned host memory goes on while the device computes, and
 how fast it is by size; that NumPy's view of a pinned array, and JAX's CPU arrays made of it, are the same
 memory; how much pinned memory can be had; what dispatching a program and reading a few integers back costs;
-that a donated buffer is written to again. All of it is measured on JAX's first device. Where that is a CPU,
+that a donated buffer is written to again; that an expert's rows do not hang on what else is in its dispatch.
+All of it is measured on JAX's first device. Where that is a CPU,
 "device" and "host" are the same memory, and the answers are those of JAX's CPU backend.
 """
 
@@ -24,6 +25,10 @@ import tyro
 from benchmarks import harness
 from benchmarks.memory_facts import donation, on_device, ordinary, pinned, pinned_memory, views, waited
 from layerscope_jax import parse_bytes
+from layerscope_jax.experts.bank import device_sharding
+from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.experts.executors import grouped_ffn
+from layerscope_jax.experts.grouping import GROUP_SIZES
 
 IN_A_ROW = 4
 """Copies that are begun before the first is waited for, where several are."""
@@ -184,6 +189,30 @@ def small_calls(options: Options) -> dict[str, dict[str, float]]:
     return {name: harness.spread(found.parts["us"]) for name, found in samples.items()}
 
 
+def same_bits(width: int, hidden: int) -> dict[str, bool]:
+    """Whether rows of an expert have the same bits however many experts are computed in its dispatch.
+
+    Returns:
+        Rows an expert -> whether they have.
+    """
+    random, found = np.random.default_rng(0), {}
+    numbers = [
+        random.standard_normal(shape) * shape[0] ** -0.5 for shape in ((width, hidden), (hidden, width))
+    ]
+    wide, narrow = (matrix.astype(jnp.bfloat16) for matrix in numbers)
+    for rows in (2, 32):
+        inputs = random.standard_normal((max(GROUP_SIZES) * rows, width)).astype(jnp.bfloat16)
+        seen = set()
+        for size in GROUP_SIZES:
+            weights = [on_device(ExpertWeights(wide, wide, narrow)) for _ in range(size)]
+            slots = np.arange(size * rows, dtype=np.int32).reshape(size, rows)
+            outputs = jnp.zeros((len(inputs) + 1, width), jnp.bfloat16, device=device_sharding())
+            outputs, _ = grouped_ffn(outputs, on_device(inputs), slots, tuple(weights), 1)
+            seen.add(np.asarray(outputs)[:rows].tobytes())
+        found[str(rows)] = len(seen) == 1
+    return found
+
+
 def tables(result: dict[str, Any]) -> None:
     both, view, kept, most = (result[name] for name in ("overlap", "view", "donation", "pinned_memory"))
     ms = {name: f"{found['median']:.2f}" for name, found in both["ms"].items()}
@@ -209,6 +238,13 @@ def tables(result: dict[str, Any]) -> None:
         ),
         ("donated rows are written to in place", kept["rows"], ""),
         ("donated caches, too", kept["caches"], ""),
+        (
+            "an expert's rows have the same bits in any dispatch",
+            all(result["same_bits"].values()),
+            ", ".join(
+                f"{rows} rows: {'yes' if same else 'no'}" for rows, same in result["same_bits"].items()
+            ),
+        ),
         (
             "pinned memory to be had",
             f"{most['bytes'] / 2**30:.2f} GiB",
@@ -254,6 +290,7 @@ def main(options: Options) -> dict[str, Any]:
         "small_calls_us": small_calls(options),
         "view": views(parse_bytes(options.sizes[-1]) // 8 * 8, options.rounds),
         "donation": donation(),
+        "same_bits": same_bits(64, 32) if options.quick else same_bits(2048, 768),
         "pinned_memory": pinned_memory(*map(parse_bytes, (options.pinned_step, options.pinned_limit))),
     }
     tables(result)

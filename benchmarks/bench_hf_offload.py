@@ -73,10 +73,12 @@ def race(
 
         return call
 
-    calls = {name: of_engine(name) for name in engines} | {f"hf-{e}": of_peer(e) for e in EXPERTS}
+    peers = {"hf-" + experts: of_peer(experts) for experts in peer.usable(EXPERTS)}
+    if not peers:
+        raise SystemExit("error: transformers can compute this model in no way here")
+    calls = {name: of_engine(name) for name in engines} | peers
     samples = harness.measure(calls, options.rounds)
     seconds = {part: {name: found.parts[part] for name, found in samples.items()} for part in PARTS}
-    peers = [name for name in calls if name not in engines]
     best = {
         part: min(peers, key=lambda name, part=part: float(np.median(seconds[part][name]))) for part in PARTS
     }

@@ -66,6 +66,9 @@ class HFPeer:
 
         Returns:
             "prefill" seconds, "decode" seconds a step, and the picked "tokens" [B][N].
+
+        Raises:
+            ValueError: if transformers can not; it may be asked again, for other `experts` say.
         """
         assert self._process.stdin is not None
         print(
@@ -73,7 +76,22 @@ class HFPeer:
             file=self._process.stdin,
             flush=True,
         )
-        return self._answer()
+        found = self._answer()
+        if "error" in found:
+            raise ValueError(f"transformers with {experts} experts: {found['error']}")
+        return found
+
+    def usable(self, ways: Sequence[str]) -> list[str]:
+        """Those ways of computing experts that torch knows for this model here; says why others are left out."""
+        found = []
+        for experts in ways:
+            try:
+                self.run([[1, 2]], [[3, 4]], experts)
+            except ValueError as error:
+                print(f"left out: {error}", file=sys.stderr)
+            else:
+                found.append(experts)
+        return found
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
@@ -138,7 +156,11 @@ def serve(folder: str, threads: int, device_bytes: int | None = None) -> None:
     print(json.dumps(versions), file=answers)
     answers.flush()
     for line in sys.stdin:
-        print(json.dumps(run(**json.loads(line))), file=answers)
+        try:
+            answer = run(**json.loads(line))
+        except Exception as error:  # one way of computing experts, or memory that is short
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers)
         answers.flush()
 
 
