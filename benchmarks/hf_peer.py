@@ -82,7 +82,7 @@ class HFPeer:
         return found
 
     def usable(self, ways: Sequence[str]) -> list[str]:
-        """Those ways of computing experts that torch knows for this model here; says why others are left out."""
+        """Those ways of computing experts that torch knows here; says why others are left out."""
         found = []
         for experts in ways:
             try:
