@@ -169,9 +169,10 @@ def main(options: Options) -> dict[str, Any]:
     record = harness.machine()
     read = read_bandwidth(options.threads, 4 if options.quick else 800, options.rounds)
     rows = []
-    for dtype in DTYPES:
-        weights = random_experts(options, dtype)
-        rows += [cell(options, dtype, weights, tokens) for tokens in options.tokens]
+    with jax.default_device(jax.devices("cpu")[0]):  # also where there is an accelerator
+        for dtype in DTYPES:
+            weights = random_experts(options, dtype)
+            rows += [cell(options, dtype, weights, tokens) for tokens in options.tokens]
     result = {
         "benchmark": "host_experts",
         "quick": options.quick,

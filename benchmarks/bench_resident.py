@@ -89,7 +89,7 @@ def race(
     }
     if peer is not None:
         raced = [experts for experts in EXPERTS if batch == 1 or experts != "batched_mm"]
-        candidates |= {"hf-" + experts: of_peer(peer, experts) for experts in raced}
+        candidates |= {"hf-" + experts: of_peer(peer, experts) for experts in peer.usable(raced)}
     samples = harness.measure(candidates, rounds)
     return {
         "ms": {

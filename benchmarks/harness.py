@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from layerscope_jax import Engine
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
-WARM_UPS = 12  # at most
+WARM_UPS = 12
 
 Parts = Mapping[str, "float | Sequence[float]"]
 
@@ -54,7 +54,10 @@ class Samples:
 
 
 def measure(
-    candidates: Mapping[str, Callable[[], Parts | None]], rounds: int, warm: int = 1
+    candidates: Mapping[str, Callable[[], Parts | None]],
+    rounds: int,
+    warm: int = 1,
+    warm_ups: int = WARM_UPS,
 ) -> dict[str, Samples]:
     """Times candidates in turns, so that a machine that drifts drifts under all of them alike.
 
@@ -67,10 +70,11 @@ def measure(
             "seconds".
         rounds: timed calls of each.
         warm: calls of each before, at least.
+        warm_ups: of each at most, unless `warm` is more; fewer where a call takes long.
     """
     samples = {name: Samples() for name in candidates}
     for name, call in candidates.items():
-        for number in range(1, max(warm, WARM_UPS) + 1):
+        for number in range(1, max(warm, warm_ups) + 1):
             before = compiled_programs()
             call()
             samples[name].warm_ups += 1

@@ -17,11 +17,11 @@ EXPERTS = ("eager", "grouped_mm", "batched_mm")
 hopeless but in decoding a single prompt, and raced only there."""
 
 
-def find_python(given: Path | None) -> Path | None:
-    """The interpreter to run transformers in; None if there is none with torch and transformers."""
+def find_python(given: Path | None, *others: str) -> Path | None:
+    """The interpreter to run transformers in; None if there is none with torch, transformers and `others`."""
     if given is not None:
         return given
-    here = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    here = all(importlib.util.find_spec(name) for name in ("torch", "transformers", *others))
     return Path(sys.executable) if here else None
 
 
@@ -32,18 +32,26 @@ class HFPeer:
         python: its interpreter.
         folder: the checkpoint.
         threads: for torch.
+        device_bytes: of weights that stay on the device; accelerate brings the others when they are needed,
+            from main memory. Without a GPU they stay in main memory, and the others on disk. None for all.
 
     Attributes:
-        versions: of torch and transformers there.
+        versions: of torch and transformers there, and of accelerate if it is needed.
 
     Raises:
         ValueError: if the process ends; what it said is on stderr.
     """
 
-    def __init__(self, python: Path, folder: Path, threads: int):
+    def __init__(self, python: Path, folder: Path, threads: int, device_bytes: int | None = None):
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
-            [str(python), __file__, str(folder), str(threads)],
+            [
+                str(python),
+                __file__,
+                str(folder),
+                str(threads),
+                *([str(device_bytes)] if device_bytes else []),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -58,6 +66,9 @@ class HFPeer:
 
         Returns:
             "prefill" seconds, "decode" seconds a step, and the picked "tokens" [B][N].
+
+        Raises:
+            ValueError: if transformers can not; it may be asked again, for other `experts` say.
         """
         assert self._process.stdin is not None
         print(
@@ -65,7 +76,22 @@ class HFPeer:
             file=self._process.stdin,
             flush=True,
         )
-        return self._answer()
+        found = self._answer()
+        if "error" in found:
+            raise ValueError(f"transformers with {experts} experts: {found['error']}")
+        return found
+
+    def usable(self, ways: Sequence[str]) -> list[str]:
+        """Those ways of computing experts that torch knows here; says why others are left out."""
+        found = []
+        for experts in ways:
+            try:
+                self.run([[1, 2]], [[3, 4]], experts)
+            except ValueError as error:
+                print(f"left out: {error}", file=sys.stderr)
+            else:
+                found.append(experts)
+        return found
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
@@ -87,7 +113,7 @@ class HFPeer:
         return json.loads(line)
 
 
-def serve(folder: str, threads: int) -> None:
+def serve(folder: str, threads: int, device_bytes: int | None = None) -> None:
     """The other process: JSON lines in, JSON lines out."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not an answer
@@ -95,12 +121,23 @@ def serve(folder: str, threads: int) -> None:
     import transformers  # type: ignore[import-not-found]
 
     torch.set_num_threads(threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    placed: dict[str, Any] = {}
+    if device_bytes is not None:
+        import accelerate  # type: ignore[import-not-found]
+
+        versions["accelerate"] = accelerate.__version__
+        most = {"cpu": device_bytes} if device == "cpu" else {0: device_bytes, "cpu": 2**50}
+        placed = {"device_map": "auto", "max_memory": most, "offload_folder": folder + "/offloaded"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **placed).eval()
+    if not placed:
+        model.to(device)
 
     def run(prompts: list, forced: list, experts: str) -> dict[str, Any]:
         # The prefill before a race of decoding is not timed: any implementation will do.
         model.set_experts_implementation("grouped_mm" if experts == "batched_mm" else experts)
-        inputs, given = torch.tensor(prompts), torch.tensor(forced)
+        inputs, given = torch.tensor(prompts, device=device), torch.tensor(forced, device=device)
         picked = []
         with torch.inference_mode():
             began = time.perf_counter()
@@ -116,12 +153,16 @@ def serve(folder: str, threads: int) -> None:
         tokens = [list(row) for row in zip(*picked, strict=True)]
         return {"prefill": prefill, "decode": decode / (given.shape[1] - 1), "tokens": tokens}
 
-    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}), file=answers)
+    print(json.dumps(versions), file=answers)
     answers.flush()
     for line in sys.stdin:
-        print(json.dumps(run(**json.loads(line))), file=answers)
+        try:
+            answer = run(**json.loads(line))
+        except Exception as error:  # one way of computing experts, or memory that is short
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers)
         answers.flush()
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], *map(int, sys.argv[2:]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +12,9 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from layerscope_jax import Decoder, ModelConfig
+from layerscope_jax import Decoder, Model, ModelConfig
+from layerscope_jax.experts.bank import ExpertBank, device_sharding
+from layerscope_jax.models.naming import Naming, is_transposed
 
 
 def shapes(quick: bool) -> dict[str, ModelConfig]:
@@ -71,3 +75,97 @@ def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
 
     leaves = {path: draw(path, leaf.shape) for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()}
     return nnx.merge(graphdef, unflatten_dict(leaves))
+
+
+_WIDE: Any = {"hidden_size": 2048, "head_dim": 128, "max_positions": 4096}
+
+PUBLISHED = {
+    "deepseek-v2-lite": ModelConfig(
+        **_WIDE,
+        family="olmoe",
+        vocab_size=102_400,
+        num_layers=26,
+        num_heads=16,
+        num_kv_heads=16,
+        num_experts=64,
+        experts_per_token=6,
+        expert_hidden=1408,
+        normalize_top_k=False,
+        qk_norm="all",
+    ),
+    "qwen3-30b-a3b": ModelConfig(
+        **_WIDE,
+        family="qwen3_moe",
+        vocab_size=151_936,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        num_experts=128,
+        experts_per_token=8,
+        expert_hidden=768,
+        normalize_top_k=True,
+        qk_norm="head",
+    ),
+    "mixtral-8x7b": ModelConfig(
+        **(_WIDE | {"hidden_size": 4096}),
+        family="mixtral",
+        vocab_size=32_000,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        num_experts=8,
+        experts_per_token=2,
+        expert_hidden=14_336,
+        normalize_top_k=True,
+    ),
+}
+"""Published models' own sizes, each in the family here that comes nearest.
+
+DeepSeek-V2-Lite's latent attention is one of plain heads here; its two shared experts and its first layer,
+which has no routed ones, are left out.
+"""
+
+
+def published(name: str, quick: bool) -> ModelConfig:
+    """A model of `PUBLISHED`; or one of its family that is small in everything."""
+    config = PUBLISHED[name]
+    if not quick:
+        return config
+    sizes = {"hidden_size": 64, "expert_hidden": 32, "vocab_size": 256, "num_layers": 4}
+    heads = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 32}
+    return replace(config, **sizes, **heads, num_experts=min(config.num_experts, 16))
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Model:
+    """In bfloat16, each matrix put where it belongs as it is drawn: for sizes that memory holds only once.
+
+    Drawing normal numbers would take minutes. These are random bits with the exponent set, so that a matrix
+    has about unit gain: of either sign, and between one and two times a power of two.
+    """
+    random = np.random.Generator(np.random.SFC64(seed))
+
+    def draw(shape: tuple[int, ...], gain: float) -> np.ndarray:
+        size = math.prod(shape)
+        words = random.integers(0, 2**64, -(-size // 4), np.uint64)
+        exponent = 127 + round(math.log2(gain / math.sqrt(7 / 3)))  # the root mean square of 1 to 2
+        words &= np.uint64(0x807F807F807F807F)
+        words |= np.uint64((exponent << 7) * 0x0001000100010001)
+        return words.view(jnp.bfloat16)[:size].reshape(shape)
+
+    def dense(path: tuple, shape: tuple[int, ...]) -> np.ndarray:
+        if path[-1] == "scale":
+            return np.ones(shape, jnp.bfloat16)
+        # Tokens differ by their embedding alone: as large as what layers add to it, it keeps them apart.
+        gain = 1.0 if path[-1] == "embedding" else (2 if "router" in path else 1) / math.sqrt(shape[0])
+        return draw(shape, gain)
+
+    def shape(name: str, path: tuple) -> tuple[int, ...]:
+        return naming.shapes[name][::-1] if is_transposed(path) else naming.shapes[name]
+
+    naming, sharding = Naming.of(config), device_sharding()
+    parameters = {
+        path: jax.block_until_ready(jax.device_put(dense(path, shape(name, path)), sharding))
+        for name, path in naming.dense.items()
+    }
+    bank = ExpertBank.build(config, lambda expert, matrix, shape: draw(shape, shape[0] ** -0.5))
+    return Model(config, naming.graphdef, unflatten_dict(parameters), bank)

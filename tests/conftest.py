@@ -1,7 +1,11 @@
 """What every test runs under. JAX reads these when it first makes an array, so they are set here."""
 
+import os
+
 import jax
 import pytest
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share one GPU
 
 jax.config.update("jax_num_cpu_devices", 2)  # the second stands for the host beside an accelerator
 jax.config.update("jax_numpy_dtype_promotion", "strict")
