@@ -169,7 +169,7 @@ def warm_up(job: Job) -> None:
     """Compiles, and meets each expert for the first time; a job that takes long is not done often."""
     job(0)
     began = time.perf_counter()
-    for round in range(1, LAYERS):
+    for round in range(1, 4 * LAYERS):
         if time.perf_counter() - began < ROUNDS_S:
             job(round)
 

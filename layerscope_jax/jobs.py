@@ -27,7 +27,8 @@ Job = Callable[[int], float | None]
 the seconds that count, where not all of them do."""
 
 LAYERS = 16
-"""Layers that rounds take in turn: the weights of a round are not those of the few before."""
+"""Layers that rounds take in turn: the weights of a round are not those of the few before. The
+host's experts change from turn to turn too: in an engine, what is computed next is in no near cache."""
 
 IN_A_ROW = 2
 """Layers of a step that is timed: few, as their experts are computed too."""
@@ -63,15 +64,19 @@ class Jobs:
         self.arriving = min(self.computed, max(1, slots - self.resident))
         self.roomy = slots >= 2
         self._turns = min(LAYERS, model.config.num_layers)
-        self._weights: list[Any] = []
+        room = slots - self.arriving if self.roomy else 1
+        self._held = max(1, min(self._turns, room // self.resident))  # layers with experts on the device
+        self._weights: list[list[Any]] = []
 
     def host(self, tokens: int) -> Job:
         """Computes `computed` experts on the host, `tokens` tokens each."""
-        inputs, rows = self._routed(self.computed, tokens)
-        found = self._device.host_rows(self._outputs(inputs, rows))
+        firsts = range(0, self.model.bank.num_experts - self.computed + 1, self.computed)
+        routed = [self._routed(self.computed, tokens, first) for first in firsts]
+        found = self._device.host_rows(self._outputs(*routed[0]))
 
         def job(round: int) -> None:
-            self._on_host(found, round % self._turns, inputs, rows, range(self.computed))
+            inputs, rows = routed[round // self._turns % len(routed)]
+            self._on_host(found, round % self._turns, inputs, rows, list(rows.demand))
 
         return job
 
@@ -95,14 +100,14 @@ class Jobs:
 
         def job(round: int) -> None:
             nonlocal outputs
-            if not self._weights:
-                bank = self.model.bank
-                experts = [bank[ExpertId(0, expert)] for expert in range(self.resident)]
-                copied = jax.block_until_ready(jax.device_put(experts, self._transfers.sharding))
-                self._weights = [self._device.keep(expert) for expert in copied]
             resident = range(self.resident)
+            for layer in range(len(self._weights), self._held):
+                experts = [self.model.bank[ExpertId(layer, expert)] for expert in resident]
+                copied = jax.block_until_ready(jax.device_put(experts, self._transfers.sharding))
+                self._weights.append([self._device.keep(expert) for expert in copied])
+            weights = self._weights[round % self._held]
             outputs, done = self._device.run(
-                outputs, inputs, rows, resident, lambda some: [self._weights[expert] for expert in some]
+                outputs, inputs, rows, resident, lambda some: [weights[expert] for expert in some]
             )
             jax.block_until_ready((outputs, done))
 
@@ -184,9 +189,9 @@ class Jobs:
         own = device_experts(self.model.device, self._host.cpu)
         return own.take(rows.total, inputs.shape[1], inputs.dtype)
 
-    def _routed(self, experts: int, tokens: int) -> tuple[jax.Array, Assignments]:
-        """Inputs [T, D] of which each expert has `tokens`."""
-        chosen = np.repeat(np.arange(experts, dtype=np.int32), tokens)
+    def _routed(self, experts: int, tokens: int, first: int = 0) -> tuple[jax.Array, Assignments]:
+        """Inputs [T, D] of which each expert, from the `first` on, has `tokens`."""
+        chosen = np.repeat(np.arange(first, first + experts, dtype=np.int32), tokens)
         inputs = jnp.ones((len(chosen), self.model.config.hidden_size), self.model.bank.dtype)
         return jax.device_put(inputs, self._transfers.sharding), Assignments(chosen[:, None])
 
