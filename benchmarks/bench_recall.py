@@ -38,7 +38,7 @@ class Options(harness.Common):
     recalls: tuple[int, ...] = (100, 95, 90, 80, 70, 60, 40, 20, 0)
     """Percent; beside them there is always a run without a forecast."""
     look_ahead: int = 4
-    steps: int = 16
+    steps: int = 12
     """Decode steps."""
     seed: int = 0
     """Of the forecasts."""
