@@ -161,9 +161,9 @@ class Jobs:
         def seconds(layers: int) -> float:
             """Of a step of so many layers, its experts not counted."""
             nonlocal caches
-            began, computed = time.perf_counter(), self._host.stats.busy_s
+            began, computed = time.perf_counter(), self._host.stats.arithmetic_s
             *_, caches[:layers] = runner.step(tokens, positions, last, caches[:layers], None)
-            return time.perf_counter() - began - (self._host.stats.busy_s - computed)
+            return time.perf_counter() - began - (self._host.stats.arithmetic_s - computed)
 
         def job(round: int) -> float:
             ends = seconds(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,9 +61,16 @@ grouped_rows = jax.jit(expert_rows, static_argnames="choices")
 
 @dataclass
 class WorkStats:
-    """What an executor did since the last reset; `by_loops`: experts that our own loops computed, not XLA."""
+    """What an executor did since the last reset.
+
+    Attributes:
+        busy_s: at it, Python around the arithmetic included.
+        arithmetic_s: of that, in our own loops and in XLA's products; counted on CPUs alone.
+        by_loops: experts that our own loops computed, not XLA.
+    """
 
     busy_s: float = 0.0
+    arithmetic_s: float = 0.0
     experts: int = 0
     tokens: int = 0
     rows: int = 0  # computed, padding counted
@@ -145,15 +153,19 @@ class CpuExperts:
         few, many = split_by_tokens(rows, experts, inputs.dtype)
         groups, parts = rows.groups(many) if many else [], []
         if groups:
+            began = time.perf_counter()
             local = jax.device_put(np.asarray(inputs), weights(many[:1])[0].arrays.gate.sharding)
             for group in groups:
                 stats.count_group(group)
                 arrays = tuple(expert.arrays for expert in weights(group.experts))
                 parts.append(grouped_rows(local, group.slots, arrays, rows.choices))
+            stats.arithmetic_s += time.perf_counter() - began
         if few:
             self._few(outputs, inputs, rows, few, weights(few), stats)
+        began = time.perf_counter()
         for group, part in zip(groups, parts, strict=True):
             outputs[group.slots.reshape(-1)] = part
+        stats.arithmetic_s += time.perf_counter() - began
 
     def _few(
         self,
@@ -181,8 +193,10 @@ class CpuExperts:
             run_experts(addresses, firsts, lasts, rows.order, rows.choices, begins, hidden, words, begin, end)
 
         shares = min(self.threads, len(weights), max(1, size // SHARE_BYTES))
+        began = time.perf_counter()
         if shares == 1:  # as in models so small that Python is much of their time
             part(0, len(weights))
+            stats.arithmetic_s += time.perf_counter() - began
             return
         work = np.cumsum(lasts - firsts + READING)
         ends = np.searchsorted(work, work[-1] * np.arange(1, shares) / shares, side="right").tolist()
@@ -191,3 +205,4 @@ class CpuExperts:
         part(0, cuts[1])
         for other in others:
             other.result()
+        stats.arithmetic_s += time.perf_counter() - began
