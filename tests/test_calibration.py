@@ -163,12 +163,12 @@ def test_jobs_do_their_work(small):
 
 
 def test_experts_do_not_count_as_the_rest_of_a_layer(small, monkeypatch):
-    """What the host says that it took for them is subtracted, whatever it is."""
+    """What the host says that their arithmetic took is subtracted, whatever it is."""
     compute = HostExperts.compute
 
     def early(host, *arguments):
         compute(host, *arguments)
-        host.stats.busy_s -= 1000.0
+        host.stats.arithmetic_s -= 1000.0
 
     with rooms(small) as (host, transfers):
         job = Jobs(small, host, transfers, 40).layer(2, 1, 16)
