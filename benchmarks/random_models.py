@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from layerscope_jax import Decoder, ModelConfig
+from layerscope_jax import Decoder, Model, ModelConfig
 
 
 def shapes(quick: bool) -> dict[str, ModelConfig]:
@@ -56,7 +56,7 @@ def shapes(quick: bool) -> dict[str, ModelConfig]:
     }
 
 
-def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
+def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Decoder:
     """Weights of unit gain, so that routing is spread and no two logits are nearly equal."""
     random = np.random.default_rng(seed)
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
@@ -64,10 +64,15 @@ def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
 
     def draw(path: tuple, shape: tuple[int, ...]) -> jax.Array:
         if path[-1] == "scale":
-            return jnp.ones(shape)
+            return jnp.ones(shape, dtype)
         inputs = shape[-1] if path[-1] == "embedding" else shape[-2]
         gain = np.float32((2 if "router" in path else 1) / np.sqrt(inputs))
-        return jnp.asarray(random.standard_normal(shape, np.float32) * gain)
+        return jnp.asarray((random.standard_normal(shape, np.float32) * gain).astype(dtype))
 
     leaves = {path: draw(path, leaf.shape) for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()}
     return nnx.merge(graphdef, unflatten_dict(leaves))
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Model:
+    """In bfloat16, as published ones are."""
+    return Model.from_decoder(random_decoder(config, seed, jnp.bfloat16))
