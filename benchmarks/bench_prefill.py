@@ -63,20 +63,25 @@ def status(name: str) -> int:
     raise LookupError(name)
 
 
-def peak_growth(engine: Engine, prompt: list[int]) -> int | None:
-    """Bytes by which the process grows while it prefills `prompt`; None where Linux does not say.
+def growth(call: Callable[[], object]) -> int | None:
+    """Bytes by which the process grows, at most, during a call; None where Linux does not say.
 
-    What engine and allocator keep from calls before is given back first.
+    What the allocator keeps from before is given back first.
     """
     if not sys.platform.startswith("linux"):
         return None
-    if isinstance(engine.runner, LayerByLayer):
-        engine.runner.device_experts.clear()
     ctypes.CDLL(None).malloc_trim(0)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    engine.generate([prompt], max_new_tokens=1, stop_tokens=())
+    call()
     return max(0, status("VmHWM") - before)
+
+
+def peak_growth(engine: Engine, prompt: list[int]) -> int | None:
+    """Bytes by which the process grows while it prefills `prompt`, with no rows kept from calls before."""
+    if isinstance(engine.runner, LayerByLayer):
+        engine.runner.device_experts.clear()
+    return growth(lambda: engine.generate([prompt], max_new_tokens=1, stop_tokens=()))
 
 
 def cell(model: Model, prompt: list[int], options: Options) -> list[dict[str, Any]]:

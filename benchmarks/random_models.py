@@ -60,7 +60,7 @@ def shapes(quick: bool) -> dict[str, ModelConfig]:
     }
 
 
-def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
+def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Decoder:
     """Weights of unit gain, so that routing is spread and no two logits are nearly equal."""
     random = np.random.default_rng(seed)
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
@@ -68,10 +68,10 @@ def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
 
     def draw(path: tuple, shape: tuple[int, ...]) -> jax.Array:
         if path[-1] == "scale":
-            return jnp.ones(shape)
+            return jnp.ones(shape, dtype)
         inputs = shape[-1] if path[-1] == "embedding" else shape[-2]
         gain = np.float32((2 if "router" in path else 1) / np.sqrt(inputs))
-        return jnp.asarray(random.standard_normal(shape, np.float32) * gain)
+        return jnp.asarray((random.standard_normal(shape, np.float32) * gain).astype(dtype))
 
     leaves = {path: draw(path, leaf.shape) for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()}
     return nnx.merge(graphdef, unflatten_dict(leaves))

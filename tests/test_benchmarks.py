@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not install
 from benchmarks import (
     bench_batching,
     bench_host_experts,
+    bench_memory,
     bench_online,
     bench_overhead,
     bench_planning,
@@ -209,6 +210,25 @@ def test_bench_prefill(checkpoint, tmp_path, capsys):
         assert row["ttft_ms"].keys() == {"median", "p90"}
         assert (row["bytes_moved"] > 0) == (row["policy"] == "on-demand")
     assert "MB grown" in capsys.readouterr().out
+
+
+def test_bench_memory(tmp_path, capsys):
+    file = tmp_path / "memory.json"
+    bench_memory.main(bench_memory.Options(quick=True, policies=("lru",), json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "memory"
+    assert result["machine"].keys() == MACHINE
+    assert [row["policy"] for row in result["rows"]] == ["lru", "resident"]
+    for row in result["rows"]:
+        assert row["kept"]
+        assert row["prefills_of_newcomers"] > 0
+        named = row["named_bytes"]
+        assert named.keys() == {"experts", "dense", "slots", "newcomers", "rows", "predictor"}
+        assert row["device_bytes"]["prefill"] > named["dense"] + named["slots"]
+    lru, resident = result["rows"]
+    assert lru["experts_bytes"] == lru["budget_bytes"] < lru["bytes_moved"]
+    assert resident["experts_bytes"] == resident["bytes_moved"] == 0
+    assert "process grew" in capsys.readouterr().out
 
 
 def test_bench_simulator(checkpoint, tmp_path, capsys, monkeypatch):
