@@ -163,10 +163,12 @@ def main(options: Options) -> dict[str, Any]:
             "all_experts_bytes": model.bank.total_bytes,
             "dense_bytes": dense,
             "budget_bytes": budget,
+            "hf_places": peer.places,
             "rounds": options.rounds,
             "rows": rows,
         }
     tables(rows)
+    print("\naccelerate placed " + ", ".join(f"{n} parts on {place}" for place, n in peer.places.items()))
     return harness.finish(options, result)
 
 

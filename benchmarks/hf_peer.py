@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class HFPeer:
 
     Attributes:
         versions: of torch and transformers there, and of accelerate if it is needed.
+        places: where accelerate put the model's parts -> how many; empty without it.
 
     Raises:
         ValueError: if the process ends; what it said is on stderr.
@@ -57,7 +59,9 @@ class HFPeer:
             text=True,
             env=environment,
         )
-        self.versions: dict[str, str] = self._answer()
+        first = self._answer()
+        self.versions: dict[str, str] = first["versions"]
+        self.places: dict[str, int] = first["places"]
 
     def run(
         self, prompts: Sequence[Sequence[int]], forced: Sequence[Sequence[int]], experts: str
@@ -153,7 +157,8 @@ def serve(folder: str, threads: int, device_bytes: int | None = None) -> None:
         tokens = [list(row) for row in zip(*picked, strict=True)]
         return {"prefill": prefill, "decode": decode / (given.shape[1] - 1), "tokens": tokens}
 
-    print(json.dumps(versions), file=answers)
+    places = Counter(map(str, getattr(model, "hf_device_map", {}).values()))
+    print(json.dumps({"versions": versions, "places": places}), file=answers)
     answers.flush()
     for line in sys.stdin:
         try:

@@ -12,6 +12,7 @@ from helpers import Copies, compiled, in_time, random_model
 
 from layerscope_jax import Engine, ExpertId, OffloadConfig, TransferError
 from layerscope_jax.engine import cpu_device
+from layerscope_jax.experts.bank import device_sharding
 from layerscope_jax.experts.executors import DeviceExperts, HostExperts
 from layerscope_jax.experts.grouping import Assignments
 from layerscope_jax.layerwise import LayerByLayer
@@ -140,24 +141,27 @@ def test_the_host_computes_what_the_device_does(gpu, dtype, tolerance, tokens):
     chosen = np.argsort(rng.random((tokens, config.num_experts)), axis=1)[:, :2].astype(np.int32)
     rows, experts = Assignments(chosen), list(range(config.num_experts))
     inputs = jax.device_put(rng.standard_normal((tokens, config.hidden_size)).astype(dtype), gpu)
-    device = DeviceExperts(gpu)
-    held = [jax.device_put(model.bank[ExpertId(0, expert)], gpu) for expert in experts]
+    device, there = DeviceExperts(gpu), device_sharding(gpu)
+    held = [jax.device_put(model.bank[ExpertId(0, expert)], there) for expert in experts]
     outputs = device.take(rows.total, config.hidden_size, inputs.dtype)
-    there, _ = device.run(outputs, inputs, rows, experts, lambda some: [held[expert] for expert in some])
-    here = np.zeros(there.shape, there.dtype)
+    outputs, _ = device.run(outputs, inputs, rows, experts, lambda some: [held[expert] for expert in some])
+    written = np.zeros(outputs.shape, outputs.dtype)
     host = HostExperts(model.bank, cpu_device(), threads=2)
     try:
-        host.compute(here, 0, inputs, rows, experts)
+        host.compute(written, 0, inputs, rows, experts)
     finally:
         host.close()
-    found, expected = (np.asarray(array, np.float32)[:-1] for array in (here, there))
+    found, expected = (np.asarray(array, np.float32)[:-1] for array in (written, outputs))
     assert np.abs(expected).mean() > 0.1
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("policy", ["resident", "host-only", "lru", "auto", "random"])
-def test_after_a_warm_up_nothing_is_compiled(policy):
-    model = random_model(num_layers=2, hidden_size=28, num_experts=5, seed=3)
+@pytest.mark.parametrize(
+    ("policy", "width"),  # each of a shape for which nothing is compiled yet
+    [("resident", 20), ("host-only", 24), ("lru", 28), ("auto", 36), ("random", 40)],
+)
+def test_after_a_warm_up_nothing_is_compiled(policy, width):
+    model = random_model(num_layers=2, hidden_size=width, num_experts=5, seed=3)
     config = OffloadConfig(
         device_budget=None if policy == "resident" else 6 * model.bank.expert_bytes,
         policy=RandomPolicy() if policy == "random" else policy,

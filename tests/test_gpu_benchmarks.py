@@ -129,6 +129,7 @@ class Peer:
     """In place of transformers: as the engine, but for the last token."""
 
     versions = {"torch": "0", "transformers": "0", "accelerate": "0"}  # noqa: RUF012
+    places = {"0": 2, "cpu": 3}  # noqa: RUF012
 
     def __init__(self, python, folder, threads, device_bytes):
         assert (folder / "model.safetensors").exists()
@@ -159,6 +160,7 @@ def test_bench_hf_offload(monkeypatch, tmp_path, capsys):
     assert result["benchmark"] == "hf_offload"
     assert result["machine"]["versions"]["accelerate"] == "0"
     assert result["budget_bytes"] == result["all_experts_bytes"] * 40 // 100
+    assert result["hf_places"] == {"0": 2, "cpu": 3}
     (row,) = result["rows"]
     assert row["ms"]["decode"]["hf-eager"] == {"median": 1000.0, "p90": 1000.0}
     assert row["same_tokens"] == {"host-only": 1.0, "hf-eager": 0.75}
@@ -192,7 +194,7 @@ def test_gpu_sh_names_files_that_there_are():
     for test in re.findall(r"tests/\w+\.py", text):
         assert (ROOT / test).exists(), test
     parts = re.search(r"parts=\(([^)]*)\)", text)[1].split()
-    assert sorted(parts) == sorted(re.findall(r"^    ([a-z0-9-]+)\)", text, re.MULTILINE))
+    assert sorted(parts) == sorted(re.findall(r"^    ([a-z][a-z0-9-]*)\)", text, re.MULTILINE))
 
 
 def test_gpu_sh_goes_on_after_a_failure(tmp_path):
