@@ -65,7 +65,7 @@ def shape(options: Options) -> ModelConfig:
         head_dim=8 if tiny else 64,
         num_experts=options.experts,
         experts_per_token=4,
-        expert_hidden=384,
+        expert_hidden=2048 if tiny else 384,
         normalize_top_k=True,
     )
 
@@ -95,8 +95,10 @@ def costs(model: Model, policies: Sequence[str]) -> HardwareProfile | None:
         return engine._costs
 
 
-def measure(model: Model, config: OffloadConfig, options: Options) -> dict[str, Any]:
-    """One engine."""
+def measure(
+    model: Model, config: OffloadConfig, options: Options, inside: dict[tuple[int, int], int]
+) -> dict[str, Any]:
+    """One engine. `inside` keeps `temporary_bytes` by rows and width: they are no engine's own."""
     requests = requests_of(options, model.config.vocab_size)
 
     def call(engine: Engine) -> None:
@@ -109,8 +111,10 @@ def measure(model: Model, config: OffloadConfig, options: Options) -> dict[str, 
     whole()  # compiles
     grown = growth(whole)
     taken = watch(model, config, call)
-    inside = temporary_bytes(model, *max(taken.steps, key=math.prod))
-    said = taken.allocated + inside
+    largest = max(taken.steps, key=math.prod)
+    if largest not in inside:
+        inside[largest] = temporary_bytes(model, *largest)
+    said = taken.allocated + inside[largest]
     if model.device.platform == "cpu":  # then the device's memory is the process's
         said += max(taken.device.values()) - taken.named["dense"]
     return {
@@ -125,7 +129,7 @@ def measure(model: Model, config: OffloadConfig, options: Options) -> dict[str, 
         "prefills_of_newcomers": taken.joined,
         "counted": taken.counted,
         "process_growth_bytes": grown,
-        "temporary_bytes": inside,
+        "temporary_bytes": inside[largest],
         "growth_said_bytes": said,
         "kept": taken.of_limit <= 1 and taken.ram <= taken.ram_limit and taken.experts <= taken.budget,
     }
@@ -180,21 +184,24 @@ def main(options: Options) -> dict[str, Any]:
         changes: Any = {
             "policies": options.policies[:3],
             "budgets": options.budgets[-1:],
-            "experts": 16,
-            "requests": 5,
+            "layers": 3,
+            "experts": 8,
+            "requests": 4,
             "slots": 2,
             "most_tokens": 32,
-            "new_tokens": 4,
+            "new_tokens": 3,
         }
         options = replace(options, **changes)
     with contextlib.suppress(RuntimeError):  # JAX is in use already: with as many as it has
         jax.config.update("jax_num_cpu_devices", 2)  # without an accelerator, the second is its host
     record, progress = harness.machine(), Console(stderr=True)
     model = random_model(shape(options))
-    profile, rows = costs(model, options.policies), []
+    profile = costs(model, options.policies)
+    rows: list[dict[str, Any]] = []
+    inside: dict[tuple[int, int], int] = {}
 
     def add(policy: str, config: OffloadConfig) -> None:
-        rows.append({"policy": policy} | measure(model, config, options))
+        rows.append({"policy": policy} | measure(model, config, options, inside))
         progress.print(f"measured {policy}, {rows[-1]['budget_bytes'] / 1e6:.0f} MB")
 
     for policy in options.policies:

@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not install
 
 from benchmarks import (
     bench_batching,
+    bench_growth,
     bench_host_experts,
+    bench_link,
     bench_memory,
     bench_online,
     bench_overhead,
@@ -30,10 +32,23 @@ from benchmarks import (
     harness,
     stopwatch,
 )
+from benchmarks.link_probes import never_empty
 from benchmarks.random_models import random_decoder, shapes
 from benchmarks.stopwatch import Stopwatch, Stretch
-from layerscope_jax import Engine, MachineProfile, OffloadConfig, layerwise, load, machine, parse_bytes, save
+from benchmarks.work import Rates, Step
+from layerscope_jax import (
+    Engine,
+    ExpertId,
+    MachineProfile,
+    OffloadConfig,
+    layerwise,
+    load,
+    machine,
+    parse_bytes,
+    save,
+)
 from layerscope_jax.experts import cpu
+from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.machine_profile import ModelShape
 
 sys.path.insert(0, str(Path(__file__).parent / "predictor"))
@@ -229,6 +244,102 @@ def test_bench_memory(tmp_path, capsys):
     assert lru["experts_bytes"] == lru["budget_bytes"] < lru["bytes_moved"]
     assert resident["experts_bytes"] == resident["bytes_moved"] == 0
     assert "process grew" in capsys.readouterr().out
+
+
+def test_bench_link(tmp_path, capsys):
+    file = tmp_path / "link.json"
+    bench_link.main(bench_link.Options(quick=True, json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "link"
+    assert result["machine"].keys() == MACHINE
+    assert [(row["policy"], row["link"]) for row in result["bound"]] == [
+        ("on-demand", "20MB"),
+        ("on-demand", "unpaced"),
+    ]
+    for row in result["bound"]:
+        # Nothing is kept, so all that is needed is copied, again and again.
+        assert row["bytes_moved"]["median"] > 3 * 2 * 4 * result["model"]["expert_bytes"]
+        assert row["busy_share"].keys() == row["loading_to_loop"].keys() == {"median", "p90"}
+        assert row["bytes_per_s"].keys() == {"whole", "loading", "loop"}
+        assert row["bytes_per_s"]["whole"]["median"] < row["bytes_per_s"]["loading"]["median"]
+    assert [row["policy"] for row in result["overlap"]] == ["fate"]
+    (shares,) = (row["shares"] for row in result["overlap"])
+    assert sum(share["median"] for share in shares.values()) == pytest.approx(
+        result["overlap"][0]["together"]["median"]
+    )
+    assert {(row["profile"], row["link"]) for row in result["overtaking"]} == {
+        ("qwen3-30b-a3b", "20MB"),
+        ("qwen3-30b-a3b", "unpaced"),
+    }
+    for row in result["overtaking"]:
+        assert row["prefetches"] == 15
+        for way in ("alone", "overtaking"):
+            begins, there = row["chunks_until_it_begins"][way], row["chunks_until_it_is_there"][way]
+            assert 0 < begins["median"] <= begins["most"]
+            assert begins["median"] < there["median"]
+    assert "overtaking" in capsys.readouterr().out
+
+
+def test_a_loop_keeps_the_link_at_work_and_copies_what_was_loaded():
+    bank = bench_link.bank_of("qwen3-30b-a3b", quick=True)
+    copied = []
+    transfers = Transfers(
+        bank,
+        jax.devices()[0],
+        copy=lambda array, sharding: (copied.append(id(array)), jax.device_put(array, sharding))[1],
+    )
+    layers = [[ExpertId(0, e) for e in some] for some in ((0, 1, 2), (3,), (3, 4), (0, 5), (5, 0))]
+    try:
+        never_empty(transfers, layers)
+    finally:
+        transfers.close()
+    assert copied == [id(matrix) for layer in layers for expert in layer for matrix in bank[expert]]
+
+
+def test_bench_growth(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file, plot = tmp_path / "growth.json", tmp_path / "growth.png"
+    options = bench_growth.Options(quick=True, policies=("host-only", "lru"), json=file, plot=plot)
+    bench_growth.main(replace(options, axes=("batch", "prompt", "budget")))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "growth"
+    assert result["machine"].keys() == MACHINE
+    found = {(row["axis"], row["value"], row["policy"]): row for row in result["rows"]}
+    both = [("batch", 2), ("batch", 4), ("prompt", 16), ("prompt", 32)]
+    assert found.keys() == {(*at, policy) for at in both for policy in options.policies} | {
+        ("budget", 50, "lru"),
+        ("budget", 100, "lru"),
+    }
+    for (axis, value, _), row in found.items():
+        tokens = {"batch": 16 * value, "prompt": 4 * value, "budget": 4 * 16}[axis]
+        by_time = 1e3 * tokens / row["ms"]["prefill"]["median"]
+        assert row["tokens_per_s"]["prefill"]["median"] == pytest.approx(by_time, rel=1e-3)
+        for phase in ("prefill", "decode"):
+            assert row["work_ms"][phase].keys() == {"dense", "attention", "experts"}
+    # Whoever computes them, the same experts are chosen.
+    for at in both:
+        assert found[(*at, "lru")]["work_ms"] == found[(*at, "host-only")]["work_ms"]
+    for grown in result["growth"]:
+        assert (grown["work"] > 1) == (grown["axis"] != "budget") or grown["phase"] == "decode"
+    assert "steepest step" in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="axes are batch, prompt, experts"):
+        bench_growth.main(replace(options, axes=("width",)))
+
+
+def test_work_is_bound_by_arithmetic_or_by_reading():
+    config = replace(shapes(quick=True)["mixtral"], num_layers=2)
+    step = Step(rows=2, width=8, context=8, experts=5)
+    slow_memory = step.seconds(config, 2, 4, Rates(flops=1e30, bytes=1.0))
+    slow_products = step.seconds(config, 2, 4, Rates(flops=1.0, bytes=1e30))
+    assert slow_memory["experts"] == 5 * config.expert_bytes(2)
+    assert slow_products["experts"] == 2 * 16 * 2 * config.expert_bytes(1) * 2
+    # Two products of 16 queries with 8 keys or values of 2 heads of 16, in 2 layers.
+    assert slow_products["attention"] == 2 * 2 * 16 * 8 * 32 * 2
+    assert slow_memory["attention"] == 2 * 2 * 8 * 32 * 4 * 2
+    assert step.seconds(config, 2, 4, Rates(1.0, 1.0)) == {
+        part: max(slow_memory[part], slow_products[part]) for part in slow_memory
+    }
 
 
 def test_bench_simulator(checkpoint, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,100 @@
+"""The least time of a step's work, part by part: its arithmetic or its reading, whichever takes longer.
+
+At the rates that this machine reaches in a plain product and in plain reading. Copies to a device are no
+work, nor are dispatch, planning and books.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.bench_host_experts import read_bandwidth
+from layerscope_jax import ModelConfig
+from layerscope_jax.experts.compute import matmul
+from layerscope_jax.machine import cores
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine's CPU does at its best.
+
+    Attributes:
+        flops: of a large product a second, in the dtype in which that is faster.
+        bytes: read from memory a second.
+    """
+
+    flops: float
+    bytes: float
+
+    @classmethod
+    def measured(cls, quick: bool = False) -> Rates:
+        size = 128 if quick else 1024
+        device = jax.devices("cpu")[0]
+        product, best = jax.jit(matmul), np.inf
+        for dtype in (jnp.float32, jnp.bfloat16):
+            one = jnp.ones((size, size), dtype, device=device)
+            jax.block_until_ready(product(one, one))
+            for _ in range(7):
+                began = time.perf_counter()
+                jax.block_until_ready(product(one, one))
+                best = min(best, time.perf_counter() - began)
+        reading = read_bandwidth(cores(), 16 if quick else 256, 7)
+        return cls(2 * size**3 / best, 1e9 * max(reading))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward pass, or several that prefill a batch in parts.
+
+    Attributes:
+        rows, width: B, S: requests, and tokens of each.
+        context: positions that each attends to.
+        experts: that are read, all layers and passes together.
+        passes: how many.
+    """
+
+    rows: int
+    width: int
+    context: int
+    experts: int
+    passes: int = 1
+
+    def seconds(
+        self, config: ModelConfig, itemsize: int, cache_itemsize: int, rates: Rates
+    ) -> dict[str, float]:
+        """Of each part: "dense" (projections, routers, head), "attention", "experts".
+
+        Args:
+            config: of the model.
+            itemsize: bytes of a weight.
+            cache_itemsize: bytes of a number in a cache.
+            rates: of the machine.
+        """
+        layers, hidden, width = config.num_layers, config.hidden_size, config.num_heads * config.head_dim
+        kept = config.num_kv_heads * config.head_dim
+        tokens = self.rows * self.width
+        layer = hidden * (2 * width + 2 * kept + config.num_experts)
+        head = hidden * config.vocab_size
+
+        def longer(operations: float, read: float) -> float:
+            return max(operations / rates.flops, read / rates.bytes)
+
+        return {
+            "dense": longer(
+                2 * (tokens * layers * layer + self.rows * head),
+                self.passes * itemsize * (layers * layer + head),
+            ),
+            "attention": longer(
+                4 * tokens * self.context * width * layers,
+                2 * self.rows * self.context * kept * layers * cache_itemsize,
+            ),
+            "experts": longer(
+                6 * tokens * layers * config.experts_per_token * hidden * config.expert_hidden,
+                self.experts * config.expert_bytes(itemsize),
+            ),
+        }
