@@ -82,7 +82,7 @@ def mixed(counts, prompts=(3, 4), **settings):
 )
 @example(requests=[(7, 20), (0, 1), (1, 2), (6, 1), (2, 20), (0, 1), (5, 7)], slots=2, stop=None)
 @example(requests=[(0, 1)] * 9, slots=4, stop=None)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 def test_each_request_gets_what_it_gets_alone(name, requests, slots, stop):
     expected = []
     for prompt, count in requests:
@@ -185,8 +185,8 @@ LONG = [RNG.integers(0, 61, size).tolist() for size in (300, 150, 64, 7, 33, 129
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"numerics": "exact"}, {"policy": "lru", "device_budget": 9 * 7680, "numerics": "exact"}],
-    ids=["whole", "resident", "lru"],
+    [{}, {"policy": "lru", "device_budget": 9 * 7680, "numerics": "exact"}],
+    ids=["whole", "lru"],
 )
 def test_a_prefill_in_chunks_says_the_same(changes):
     """To float32 rounding: products of other shapes round differently."""
