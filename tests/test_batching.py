@@ -191,7 +191,7 @@ LONG = [RNG.integers(0, 61, size).tolist() for size in (300, 150, 64, 7, 33, 129
 def test_a_prefill_in_chunks_says_the_same(changes):
     """To float32 rounding: products of other shapes round differently."""
     found = {}
-    prompts = LONG[:3]
+    prompts = LONG[:2]
     for chunk in (4096, 60):
         with long_engine(chunk, **changes) as engine:
             logits = tap(engine)
@@ -206,7 +206,7 @@ def test_a_prefill_in_chunks_says_the_same(changes):
         np.testing.assert_allclose(here, there, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [16, 64, 100])
+@pytest.mark.parametrize("chunk", [16, 100])
 def test_no_prefill_step_is_larger_than_a_chunk(chunk):
     with long_engine(chunk, policy="host-only") as engine:
         result, shapes = steps_of(engine, lambda: engine.generate(LONG, max_new_tokens=3, batch_size=4))
