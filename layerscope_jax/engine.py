@@ -338,7 +338,7 @@ class Engine:
                 ways = self.policy.report(runner.state)
         rows = host.rows + device.rows
         experts = host.experts + device.experts
-        loops = (host.by_loops + device.by_loops) / experts if experts else 0.0
+        kernels = {name: n / experts for name, n in (host.by_kernel + device.by_kernel).items()}
         used_prefetches = meter.on_time + meter.late
         return RunStats(
             policy=self.policy.name,
@@ -368,7 +368,7 @@ class Engine:
             share_of_bound=self._share_of_bound(sum(times.decode_s)),
             padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
             dispatches=host.dispatches + device.dispatches,
-            kernels={"loops": loops, "xla": 1 - loops} if experts else None,
+            kernels=kernels | {"xla": 1 - sum(kernels.values())} if experts else None,
         )
 
 

@@ -81,7 +81,7 @@ class RunStats:
             None if not asked for. See `layerscope_jax.scheduling.bounds`.
         padding: computed expert rows that were padding, by all computed rows.
         dispatches: calls that computed experts, device and host together.
-        kernels: parts of these experts by what computed them: "loops" (our own, for few tokens on a CPU) and
+        kernels: parts of these experts by what computed them: "amx" and "loops" (our own, on a CPU) and
             "xla"; None where no expert was computed apart from its layer.
     """
 

@@ -146,7 +146,7 @@ def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch, policy):
     with Engine(model, config) as engine:
         found = engine.warmup(batch_size=batch, prompt_tokens=length, new_tokens=8)
         placing = sum((tokens * 4).bit_length() + 1 for tokens in (batch * length, batch))
-        host = rows_of_experts(model, batch, length, least=FEW["bfloat16"] + 1)
+        host = rows_of_experts(model, batch, length, least=FEW + 1)
         assert found.programs <= rows_of_experts(model, batch, length) + host + placing + OTHERS
         with compiling() as counted:
             for seed in range(4):

@@ -88,7 +88,7 @@ def test_statistics_of_a_resident_model(model):
 @pytest.mark.parametrize("policy", ["lru", "on-demand", "host-only", "fiddler"])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 def test_bytes_are_those_that_moved(monkeypatch, model, policy, rate):
-    monkeypatch.setattr(cpu, "FEW", {"float32": 4})
+    monkeypatch.setattr(cpu, "LOOPS", cpu.LOOPS._replace(most=4))
     copies = Copies(rate)
     budget = 10 * model.bank.expert_bytes
     config = OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)

@@ -1,32 +1,33 @@
-"""Experts computed by this machine's CPU: few tokens by our own loops, many by XLA's products."""
+"""Experts computed by this machine's CPU, by the kernel that suits their shape and number of tokens.
+
+bfloat16 by AMX where the CPU has it; else few tokens by loops of our own, and many by XLA's products.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerscope_jax.experts import amx
 from layerscope_jax.experts.compute import ExpertWeights, ffn
 from layerscope_jax.experts.grouping import Assignments, Group
 from layerscope_jax.experts.kernels import run_experts
-from layerscope_jax.machine import cores, cpu_features
+from layerscope_jax.machine import cores
 
-FEW = {"bfloat16": 12 if "amx_bf16" in cpu_features().split() else 32, "float32": 32}
-"""Most tokens of an expert that `kernels` computes: for more, XLA's products are as fast, which know all of
-the CPU's instructions for them (those for matrices of bfloat16, AMX, above all)."""
+FEW = 32
+"""Most tokens of an expert that `kernels` computes: for more, XLA's products are as fast."""
 
 SHARE_BYTES = 1 << 20
 """Bytes of weights that make waking another thread worth while: some 50 us of reading."""
-
-READING = 10
-"""Tokens that take as long to compute as an expert's weights to read: threads get equal shares of both."""
 
 
 def default_threads(device: jax.Device) -> int:
@@ -34,11 +35,38 @@ def default_threads(device: jax.Device) -> int:
     return max(1, cores() - (device.platform != "cpu"))
 
 
-def split_by_tokens(
-    rows: Assignments, experts: Iterable[int], dtype: np.dtype
-) -> tuple[list[int], list[int]]:
-    """Experts with few tokens and with many. It hangs on an expert's own tokens alone, and so do its bits."""
-    most = FEW.get(np.dtype(dtype).name, 0)
+class Kernel(NamedTuple):
+    """A way to compute experts that is not XLA's.
+
+    Attributes:
+        name: as in the statistics.
+        most: tokens of an expert that it is taken for.
+        piece: rows of an expert that it computes at a time.
+        reading: tokens that take as long to compute as an expert's weights to read.
+    """
+
+    name: str
+    most: int
+    piece: int
+    reading: int
+
+
+ANY = 1 << 30
+LOOPS, AMX = Kernel("loops", FEW, ANY, 10), Kernel("amx", ANY, amx.PIECE, 60)
+
+
+def kernel_of(dtype: np.dtype, width: int, hidden: int) -> Kernel | None:
+    """For experts [D, F] of a dtype. None: all are XLA's."""
+    if amx.suits(dtype, width, hidden):
+        return AMX
+    return LOOPS if dtype in (np.float32, jnp.bfloat16) else None
+
+
+def split_by_tokens(rows: Assignments, experts: Iterable[int], most: int) -> tuple[list[int], list[int]]:
+    """Experts with at most so many tokens, and with more.
+
+    It hangs on an expert's own tokens alone, and so do its bits.
+    """
     if max(rows.demand.values(), default=0) <= most:  # as in nearly every decode step
         return list(experts), []
     few: list[int] = []
@@ -66,7 +94,7 @@ class WorkStats:
     Attributes:
         busy_s: at it, Python around the arithmetic included.
         arithmetic_s: of that, in our own loops and in XLA's products; counted on CPUs alone.
-        by_loops: experts that our own loops computed, not XLA.
+        by_kernel: experts that each kernel of our own computed, by its name; XLA the others.
     """
 
     busy_s: float = 0.0
@@ -75,7 +103,7 @@ class WorkStats:
     tokens: int = 0
     rows: int = 0  # computed, padding counted
     dispatches: int = 0
-    by_loops: int = 0
+    by_kernel: Counter[str] = field(default_factory=Counter)
 
     def count(self, experts: int, tokens: int, rows: int) -> None:
         """One dispatch."""
@@ -126,6 +154,7 @@ class CpuExperts:
 
     def __init__(self, threads: int):
         self.threads = threads
+        self._kept = [np.empty(0, np.uint8)] * threads
         self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="layerscope-cpu")
 
     def close(self) -> None:
@@ -150,7 +179,10 @@ class CpuExperts:
             weights: of some experts.
             stats: counts what is done.
         """
-        few, many = split_by_tokens(rows, experts, inputs.dtype)
+        experts = list(experts)
+        width, hidden = weights(experts[:1])[0].arrays.gate.shape
+        kernel = kernel_of(inputs.dtype, width, hidden)
+        few, many = split_by_tokens(rows, experts, kernel.most) if kernel else ([], experts)
         groups, parts = rows.groups(many) if many else [], []
         if groups:
             began = time.perf_counter()
@@ -160,20 +192,22 @@ class CpuExperts:
                 arrays = tuple(expert.arrays for expert in weights(group.experts))
                 parts.append(grouped_rows(local, group.slots, arrays, rows.choices))
             stats.arithmetic_s += time.perf_counter() - began
-        if few:
-            self._few(outputs, inputs, rows, few, weights(few), stats)
+        if kernel and few:
+            self._by(kernel, outputs, inputs, rows, few, weights(few), hidden, stats)
         began = time.perf_counter()
         for group, part in zip(groups, parts, strict=True):
             outputs[group.slots.reshape(-1)] = part
         stats.arithmetic_s += time.perf_counter() - began
 
-    def _few(
+    def _by(
         self,
+        kernel: Kernel,
         outputs: np.ndarray,
         inputs: jax.Array | np.ndarray,
         rows: Assignments,
         experts: list[int],
         weights: Sequence[InMemory],
+        hidden: int,
         stats: WorkStats,
     ) -> None:
         addresses = np.frombuffer(b"".join([expert.addresses for expert in weights]), np.int64).reshape(-1, 3)
@@ -183,26 +217,58 @@ class CpuExperts:
         if len(experts) < len(rows.demand):
             tokens = sum([rows.demand[expert] for expert in experts])
         stats.count(experts=len(experts), tokens=tokens, rows=tokens)
-        stats.by_loops += len(experts)
-        width, hidden = weights[0].arrays.gate.shape
-        size = 3 * width * hidden * outputs.itemsize * len(weights)
+        stats.by_kernel[kernel.name] += len(experts)
+        if tokens > kernel.piece:
+            addresses, firsts, lasts = pieces(addresses, firsts, lasts, kernel.piece)
+        size = 3 * inputs.shape[1] * hidden * outputs.itemsize * len(weights)
         words = outputs.view(np.uint16 if outputs.itemsize == 2 else outputs.dtype)
         begins = address(inputs)
+        shared = addresses, firsts, lasts, rows.order, rows.choices, begins, hidden, words
 
-        def part(begin: int, end: int) -> None:
-            run_experts(addresses, firsts, lasts, rows.order, rows.choices, begins, hidden, words, begin, end)
+        def part(share: int, begin: int, end: int) -> None:
+            if kernel is AMX:
+                amx.run_experts(
+                    *shared, begin, end, self._scratch(share, firsts, lasts, inputs.shape[1], hidden)
+                )
+            else:
+                run_experts(*shared, begin, end)
 
-        shares = min(self.threads, len(weights), max(1, size // SHARE_BYTES))
+        shares = min(self.threads, len(firsts), max(1, size // SHARE_BYTES))
         began = time.perf_counter()
         if shares == 1:  # as in models so small that Python is much of their time
-            part(0, len(weights))
+            part(0, 0, len(firsts))
             stats.arithmetic_s += time.perf_counter() - began
             return
-        work = np.cumsum(lasts - firsts + READING)
+        work = np.cumsum(lasts - firsts + kernel.reading)
         ends = np.searchsorted(work, work[-1] * np.arange(1, shares) / shares, side="right").tolist()
-        cuts = [0, *ends, len(weights)]
-        others = [self._pool.submit(part, begin, end) for begin, end in pairwise(cuts[1:])]
-        part(0, cuts[1])
+        cuts = [0, *ends, len(firsts)]
+        others = [
+            self._pool.submit(part, share, begin, end)
+            for share, (begin, end) in enumerate(pairwise(cuts[1:]), start=1)
+        ]
+        part(0, 0, cuts[1])
         for other in others:
             other.result()
         stats.arithmetic_s += time.perf_counter() - began
+
+    def _scratch(self, share: int, *needs: Any) -> int:
+        """Address of memory that no other thread of this call uses; it grows as it has to."""
+        size = amx.scratch_bytes(*needs)
+        if self._kept[share].nbytes < size + 64:
+            self._kept[share] = np.empty(size + 64, np.uint8)
+        return -(-self._kept[share].ctypes.data // 64) * 64
+
+
+def pieces(
+    addresses: np.ndarray, firsts: np.ndarray, lasts: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same experts with at most so many rows each, an expert of more several times.
+
+    >>> addresses, firsts, lasts = pieces(np.array([[1], [2]]), np.array([0, 5]), np.array([5, 7]), 2)
+    >>> addresses.tolist(), firsts.tolist(), lasts.tolist()
+    ([[1], [1], [1], [2]], [0, 2, 4, 5], [2, 4, 5, 7])
+    """
+    counts = -(-(lasts - firsts) // most)
+    whose = np.repeat(np.arange(len(firsts)), counts)
+    firsts = firsts[whose] + most * (np.arange(len(whose)) - (np.cumsum(counts) - counts)[whose])
+    return addresses[whose], firsts, np.minimum(firsts + most, lasts[whose])

@@ -87,6 +87,30 @@ def _rounded(number, kind):
     return lambda number, kind: number
 
 
+# e^x = 2^n e^r with |r| <= ln 2 / 2, and a polynomial for e^r (as in Cephes' expf): the library's function is
+# called number by number, and took as long as a tenth of the reading. ROUND's last bit counts ones.
+LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+ROUND, LOWEST, HIGHEST, ONE = np.float32(1.5 * 2**23), np.float32(-87), np.float32(88), np.float32(1)
+P0, P1, P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+P3, P4, P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def silu(x):
+    """`x / (1 + e^-x)` of a float32, in steps that the compiler takes for many numbers at once."""
+    y = -x
+    if y < LOWEST:
+        y = LOWEST
+    if y > HIGHEST:
+        y = HIGHEST
+    shifted = y * LOG2_E + ROUND
+    n = shifted - ROUND
+    r = (y - n * LN2_HIGH) - n * LN2_LOW
+    p = ((((P0 * r + P1) * r + P2) * r + P3) * r + P4) * r + P5
+    power = float_of((bits_of(shifted) + np.uint32(127)) << np.uint32(23))
+    return x / (ONE + (p * r * r + r + ONE) * power)
+
+
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def add_to_one(x0, x1, x2, x3, w0, w1, w2, w3, sums, row):
     """Adds four rows of a matrix to the sums of one token, straight from memory."""
@@ -155,8 +179,7 @@ def swiglu(x, gate, up, down, out):
         add_product(x, up, first, last, ups)
         for m in range(tokens):
             for f in range(last - first):
-                g = gates[m * STRIDE + f]
-                value = g / (np.float32(1.0) + np.exp(-g)) * ups[m * STRIDE + f]
+                value = silu(gates[m * STRIDE + f]) * ups[m * STRIDE + f]
                 inner[m, first + f] = widened(rounded(value, gate))
     for first in range(0, width, BLOCK):
         last = min(first + BLOCK, width)

@@ -5,11 +5,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import bits
+from hypothesis import given
+from hypothesis import strategies as st
+from numba import njit
 
-from layerscope_jax.experts import cpu
+from layerscope_jax.experts import amx, cpu
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats
+from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, kernel_of
 from layerscope_jax.experts.grouping import Assignments
+from layerscope_jax.experts.kernels import silu
 
 TYPES = {"float32": (np.float32, 2e-6), "bfloat16": (ml_dtypes.bfloat16, 1e-2)}
 
@@ -48,7 +52,7 @@ def rows_of(computer, inputs, tokens, weights):
 @pytest.mark.parametrize("shape", [(37, 29), (3, 5), (64, 96), (6, 4500)])
 @pytest.mark.parametrize("name", TYPES)
 def test_they_are_the_network(threads, monkeypatch, name, shape):
-    monkeypatch.setattr(cpu, "FEW", {name: 64})
+    monkeypatch.setattr(cpu, "LOOPS", cpu.LOOPS._replace(most=64))
     dtype, tolerance = TYPES[name]
     (weights,) = experts(dtype, *shape, 1)
     inputs = np.random.default_rng(1).standard_normal((40, shape[0])).astype(dtype)
@@ -64,7 +68,7 @@ def test_they_are_the_network(threads, monkeypatch, name, shape):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_a_row_has_the_same_bits_in_any_company(threads, monkeypatch, name):
-    monkeypatch.setattr(cpu, "FEW", {name: 64})
+    monkeypatch.setattr(cpu, "LOOPS", cpu.LOOPS._replace(most=64))
     dtype, _ = TYPES[name]
     (weights,) = experts(dtype, 130, 300, 1)
     inputs = np.random.default_rng(2).standard_normal((40, 130)).astype(dtype)
@@ -73,6 +77,70 @@ def test_a_row_has_the_same_bits_in_any_company(threads, monkeypatch, name):
         some = np.sort(np.random.default_rng(count).permutation(40)[:count])
         found = rows_of(threads[1], inputs, some, weights)
         np.testing.assert_array_equal(bits(found), bits(alone[some]))
+
+
+amx_only = pytest.mark.skipif(not amx.available(), reason="this CPU has no AMX")
+
+
+@amx_only
+@pytest.mark.parametrize("shape", [(32, 32), (96, 64), (64, 4128), (288, 544)])
+def test_matrix_instructions_are_the_network(threads, shape):
+    assert kernel_of(np.dtype(ml_dtypes.bfloat16), *shape).name == "amx"
+    (weights,) = experts(ml_dtypes.bfloat16, *shape, 1)
+    inputs = np.random.default_rng(1).standard_normal((300, shape[0])).astype(ml_dtypes.bfloat16)
+    gate, up, down = (np.asarray(matrix, np.float64) for matrix in weights)
+    x = inputs.astype(np.float64)
+    inner = (x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)
+    expected = inner.astype(ml_dtypes.bfloat16).astype(np.float64) @ down
+    for count in (1, 2, 15, 16, 17, 33, 64, 65, 256, 257, 300):
+        found = rows_of(threads[3], inputs, np.arange(count), weights).astype(np.float64)
+        assert np.abs(found - expected[:count]).max() / np.abs(expected).max() < 1e-2
+
+
+@amx_only
+@given(some=st.lists(st.integers(0, 299), min_size=1, max_size=300, unique=True).map(sorted))
+def test_matrix_instructions_give_a_row_the_same_bits_in_any_company(some):
+    computer, (weights,) = CpuExperts(2), experts(ml_dtypes.bfloat16, 160, 96, 1)
+    inputs = np.random.default_rng(2).standard_normal((300, 160)).astype(ml_dtypes.bfloat16)
+    everything = rows_of(computer, inputs, np.arange(300), weights)
+    found = rows_of(computer, inputs, np.array(some), weights)
+    np.testing.assert_array_equal(bits(found), bits(everything[some]))
+    one = rows_of(computer, inputs, np.array(some[:1]), weights)
+    np.testing.assert_array_equal(bits(one), bits(everything[some[:1]]))
+    computer.close()
+
+
+@amx_only
+def test_matrix_instructions_leave_no_shapes_behind(threads):
+    """XLA and others that use tiles in the same thread find them as they were."""
+    weights = experts(ml_dtypes.bfloat16, 64, 64, 1)
+    memory = np.zeros(128, np.uint8)
+    at = -(-memory.ctypes.data // 64) * 64
+
+    @njit
+    def shapes(to):
+        amx.store_shapes(to)
+
+    shapes(at)
+    before = memory.copy()
+    rows_of(threads[1], np.ones((3, 64), ml_dtypes.bfloat16), np.arange(3), weights[0])
+    memory[:] = 1
+    shapes(at)
+    np.testing.assert_array_equal(
+        memory[at - memory.ctypes.data :][:64], before[at - memory.ctypes.data :][:64]
+    )
+
+
+@pytest.mark.parametrize("x", [-200.0, -87.5, -10.0, -1e-3, 0.0, 1e-3, 1.0, 20.0, 88.5, 1e30, np.nan])
+def test_silu(x):
+    exact = x / (1 + np.exp(-np.float64(x)))
+    assert silu(np.float32(x)) == pytest.approx(exact, rel=3e-7, abs=1e-30, nan_ok=True)
+
+
+def test_silu_everywhere():
+    x = np.linspace(-80, 80, 20_001).astype(np.float32)
+    found = np.array([silu(one) for one in x], np.float64)
+    np.testing.assert_allclose(found, x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64))), rtol=4e-7)
 
 
 def test_threads_share_the_experts_out_and_change_no_bit(threads, monkeypatch):
