@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from layerscope_jax.experts.kernels import pointer, rounded, silu
+from layerscope_jax.experts.kernels import pointer, rounded, silu, taken
 from layerscope_jax.machine import cpu_features
 from layerscope_jax.njit import njit
 
@@ -201,7 +201,7 @@ def shape_tiles(at, rows):
 
 
 @njit(cache=True, nogil=True)
-def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, begin, end, scratch):
+def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, counter, scratch):
     """As `kernels.run_experts`.
 
     Args:
@@ -211,7 +211,10 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
     width = outputs.shape[1]
     read = carray(pointer(inputs), (len(outputs) // choices, width), outputs.dtype)
     store_shapes(scratch + 64)  # another user of tiles in this thread may count on theirs
-    for expert in range(begin, end):
+    while True:
+        expert = taken(counter)
+        if expert >= len(firsts):
+            break
         slots = order[firsts[expert] : lasts[expert]]
         tokens = len(slots)
         tiles, wide, high = blocks(tokens)

@@ -8,9 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +19,7 @@ from layerscope_jax.experts import amx
 from layerscope_jax.experts.compute import ExpertWeights, ffn
 from layerscope_jax.experts.grouping import Assignments, Group
 from layerscope_jax.experts.kernels import run_experts
+from layerscope_jax.experts.threads import Helpers
 from layerscope_jax.machine import cores
 
 FEW = 32
@@ -42,17 +41,15 @@ class Kernel(NamedTuple):
         name: as in the statistics.
         most: tokens of an expert that it is taken for.
         piece: rows of an expert that it computes at a time.
-        reading: tokens that take as long to compute as an expert's weights to read.
     """
 
     name: str
     most: int
     piece: int
-    reading: int
 
 
 ANY = 1 << 30
-LOOPS, AMX = Kernel("loops", FEW, ANY, 10), Kernel("amx", ANY, amx.PIECE, 60)
+LOOPS, AMX = Kernel("loops", FEW, ANY), Kernel("amx", ANY, amx.PIECE)
 
 
 def kernel_of(dtype: np.dtype, width: int, hidden: int) -> Kernel | None:
@@ -149,16 +146,16 @@ class CpuExperts:
     XLA's products run on the CPU device that an expert's arrays are on.
 
     Args:
-        threads: that share the weights of a call out among them, the caller's own counted.
+        threads: that share the experts of a call, the caller's own counted.
     """
 
     def __init__(self, threads: int):
         self.threads = threads
         self._kept = [np.empty(0, np.uint8)] * threads
-        self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="layerscope-cpu")
+        self._helpers = Helpers(threads - 1)
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._helpers.close()
 
     def compute(
         self,
@@ -223,32 +220,19 @@ class CpuExperts:
         size = 3 * inputs.shape[1] * hidden * outputs.itemsize * len(weights)
         words = outputs.view(np.uint16 if outputs.itemsize == 2 else outputs.dtype)
         begins = address(inputs)
-        shared = addresses, firsts, lasts, rows.order, rows.choices, begins, hidden, words
+        counter = np.zeros(1, np.int64)
+        of_all = addresses, firsts, lasts, rows.order, rows.choices, begins, hidden, words
 
-        def part(share: int, begin: int, end: int) -> None:
+        def part(share: int) -> None:
             if kernel is AMX:
-                amx.run_experts(
-                    *shared, begin, end, self._scratch(share, firsts, lasts, inputs.shape[1], hidden)
-                )
+                scratch = self._scratch(share, firsts, lasts, inputs.shape[1], hidden)
+                amx.run_experts(*of_all, address(counter), scratch)
             else:
-                run_experts(*shared, begin, end)
+                run_experts(*of_all, address(counter))
 
         shares = min(self.threads, len(firsts), max(1, size // SHARE_BYTES))
         began = time.perf_counter()
-        if shares == 1:  # as in models so small that Python is much of their time
-            part(0, 0, len(firsts))
-            stats.arithmetic_s += time.perf_counter() - began
-            return
-        work = np.cumsum(lasts - firsts + kernel.reading)
-        ends = np.searchsorted(work, work[-1] * np.arange(1, shares) / shares, side="right").tolist()
-        cuts = [0, *ends, len(firsts)]
-        others = [
-            self._pool.submit(part, share, begin, end)
-            for share, (begin, end) in enumerate(pairwise(cuts[1:]), start=1)
-        ]
-        part(0, 0, cuts[1])
-        for other in others:
-            other.result()
+        self._helpers.run(part, shares)
         stats.arithmetic_s += time.perf_counter() - began
 
     def _scratch(self, share: int, *needs: Any) -> int:

@@ -39,6 +39,17 @@ def pointer(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def taken(typing: Any, counter: Any) -> Any:
+    """The next number of a counter that threads share, given its address."""
+
+    def build(context, builder, signature, arguments):
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
 def float_of(typing: Any, bits: Any) -> Any:
     """The float32 with these bits."""
 
@@ -191,8 +202,8 @@ def swiglu(x, gate, up, down, out):
 
 
 @njit(cache=True, nogil=True)
-def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, begin, end):
-    """Experts `begin` to `end` of N.
+def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, counter):
+    """Those of N experts that no other thread takes first.
 
     Args:
         addresses: [N, 3] of each expert's gate, up and down, of the type of `outputs`.
@@ -202,10 +213,14 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
         inputs: address of [T, D] of the type of `outputs`.
         hidden: F.
         outputs: [T * K + 1, D], bfloat16 as uint16, a row for each slot; those of these experts are written.
+        counter: address of the number of experts taken so far.
     """
     width = outputs.shape[1]
     read = carray(pointer(inputs), (len(outputs) // choices, width), outputs.dtype)
-    for expert in range(begin, end):
+    while True:
+        expert = taken(counter)
+        if expert >= len(firsts):
+            break
         slots = order[firsts[expert] : lasts[expert]]
         x = np.empty((len(slots), width), np.float32)
         out = np.empty((len(slots), width), np.float32)
