@@ -1,12 +1,13 @@
 """How close do experts on the CPU come to what its memory and its products can do?
 
-Experts of one shape, so many that no cache holds them, are computed once each: by the loops of our own that
-the engine uses for few tokens, and by the XLA products that it uses for many. Beside them: how fast the same
+Experts of one shape, so many that no cache holds them, are computed once each: by loops of our own, by AMX where
+the CPU has it, and by XLA's products; the engine takes one of them for each dtype and number of tokens. Beside them: how fast the same
 threads read memory at all, and how fast a plain float32 product of that size is.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,22 +77,22 @@ def random_experts(options: Options, dtype: str) -> list[ExpertWeights]:
     return [ExpertWeights(matrix(*wide), matrix(*wide), matrix(*narrow)) for _ in range(options.experts)]
 
 
-def by_loops(few: int) -> Callable[[Callable[[], Any]], Any]:
-    """Runs a call with `cpu.FEW` set so that all, or no, row buckets are computed by our own loops."""
+def taking(kernel: cpu.Kernel | None) -> Callable[[Callable[[], Any]], Any]:
+    """Runs a call with all experts computed by one kernel of our own, or by XLA."""
 
     def run(call: Callable[[], Any]) -> Any:
-        kept = cpu.FEW
-        cpu.FEW = dict.fromkeys(DTYPES, few)
+        kept = cpu.kernel_of
+        vars(cpu)["kernel_of"] = lambda *shape: kernel
         try:
             return call()
         finally:
-            cpu.FEW = kept
+            vars(cpu)["kernel_of"] = kept
 
     return run
 
 
 def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens: int) -> dict[str, Any]:
-    """Both ways and the plain product at one number of tokens an expert."""
+    """All ways and the plain product at one number of tokens an expert."""
     count = len(weights)
     inputs = np.asarray(jnp.ones((tokens, options.width), dtype))
     rows = Assignments(np.tile(np.arange(count, dtype=np.int32), (tokens, 1)))
@@ -112,24 +113,25 @@ def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens:
     def plain() -> None:
         jax.block_until_ready([product(x, matrix) for matrix in matrices])
 
-    loops, products = by_loops(1 << 30), by_loops(0)
-    samples = harness.measure(
-        {"loops": lambda: loops(compute), "xla": lambda: products(compute), "product": plain}, options.rounds
-    )
+    chosen_kernel = cpu.kernel_of(inputs.dtype, options.width, options.hidden)
+    ways: dict[str, cpu.Kernel | None] = {"loops": cpu.LOOPS._replace(most=cpu.ANY), "xla": None}
+    if chosen_kernel is cpu.AMX:
+        ways["amx"] = cpu.AMX
+    calls = {name: functools.partial(taking(kernel), compute) for name, kernel in ways.items()}
+    samples = harness.measure(calls | {"product": plain}, options.rounds)
     computer.close()
     seconds = {name: found.parts["seconds"] for name, found in samples.items()}
     size = sum(matrix.nbytes for matrix in weights[0])
     flops = 6 * tokens * options.width * options.hidden
+    taken = chosen_kernel.name if chosen_kernel and tokens <= chosen_kernel.most else "xla"
     return {
         "dtype": dtype,
         "tokens": tokens,
-        "taken": "loops" if cpu.FEW[dtype] >= tokens else "xla",
-        "loops_ms": harness.spread(1e3 * s / count for s in seconds["loops"]),
-        "xla_ms": harness.spread(1e3 * s / count for s in seconds["xla"]),
-        "xla_to_loops": harness.ratio(seconds["xla"], seconds["loops"]),
-        "loops_gb_per_s": harness.spread(size * count / s / 1e9 for s in seconds["loops"]),
-        "loops_gflops": harness.spread(flops * count / s / 1e9 for s in seconds["loops"]),
-        "xla_gflops": harness.spread(flops * count / s / 1e9 for s in seconds["xla"]),
+        "taken": taken,
+        "ms": {name: harness.spread(1e3 * s / count for s in seconds[name]) for name in ways},
+        "gb_per_s": {name: harness.spread(size * count / s / 1e9 for s in seconds[name]) for name in ways},
+        "gflops": {name: harness.spread(flops * count / s / 1e9 for s in seconds[name]) for name in ways},
+        "xla_to_taken": harness.ratio(seconds["xla"], seconds[taken]),
         "product_gflops": harness.spread(flops / 3 * len(matrices) / s / 1e9 for s in seconds["product"]),
     }
 
@@ -137,28 +139,32 @@ def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens:
 def table(rows: Sequence[dict[str, Any]], bandwidth: float) -> None:
     lines = []
     for row in rows:
-        taken = row[f"{row['taken']}_gflops"]["median"]
+        taken = row["taken"]
+        ms = [
+            f"{row['ms'][way]['median']:.2f} ({row['ms'][way]['p90']:.2f})" if way in row["ms"] else "-"
+            for way in ("loops", "amx", "xla")
+        ]
         lines.append(
             (
                 f"{row['dtype']}, {row['tokens']}",
-                row["taken"],
-                f"{row['loops_ms']['median']:.2f} ({row['loops_ms']['p90']:.2f})",
-                f"{row['xla_ms']['median']:.2f} ({row['xla_ms']['p90']:.2f})",
-                f"{row['xla_to_loops']['median']:.2f}",
-                f"{row['loops_gb_per_s']['median']:.1f}",
-                f"{row['loops_gb_per_s']['median'] / bandwidth:.0%}",
-                f"{taken / row['product_gflops']['median']:.0%}",
+                taken,
+                *ms,
+                f"{row['xla_to_taken']['median']:.2f}",
+                f"{row['gb_per_s'][taken]['median']:.1f}",
+                f"{row['gb_per_s'][taken]['median'] / bandwidth:.0%}",
+                f"{row['gflops'][taken]['median'] / row['product_gflops']['median']:.0%}",
             )
         )
     headings = (
         "dtype, tokens",
         "the engine takes",
         "loops, ms an expert (p90)",
-        "XLA, ms (p90)",
-        "XLA / loops",
-        "loops, GB/s",
+        "AMX",
+        "XLA",
+        "XLA / taken",
+        "taken, GB/s",
         "of reading",
-        "taken, of a plain product",
+        "of a plain product",
     )
     harness.print_table(f"Experts on the CPU; reading alone: {bandwidth:.1f} GB/s", headings, lines)
 

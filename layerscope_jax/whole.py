@@ -26,10 +26,11 @@ def new_caches(
     and for each write the whole cache (a step with 2,048 positions takes eight times as long).
     """
     config = model.config
-    shape = (rows, config.num_kv_heads, length, config.head_dim)
+    heads, size = config.num_kv_heads, config.head_dim
     dtype = jnp.float32 if device.platform == "cpu" else model.bank.dtype
-    zeros = functools.partial(jnp.zeros, shape, dtype, device=device)
-    return [KVCache(zeros(), zeros()) for _ in range(config.num_layers if layers is None else layers)]
+    zeros = functools.partial(jnp.zeros, dtype=dtype, device=device)
+    shapes = (rows, heads, size, length), (rows, heads, length, size)
+    return [KVCache(*map(zeros, shapes)) for _ in range(config.num_layers if layers is None else layers)]
 
 
 class WholeModel:

@@ -97,8 +97,11 @@ def greedy(decoder, tokens, positions, steps):
     """Continues each row by `steps` tokens [B, steps]: a prefill, then one token a step from the cache."""
     config = decoder.config
     rows, length = tokens.shape
-    shape = (rows, config.num_kv_heads, length + steps, config.head_dim)
-    caches = [KVCache(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.num_layers)]
+    heads, size, longest = config.num_kv_heads, config.head_dim, length + steps
+    caches = [
+        KVCache(jnp.zeros((rows, heads, size, longest)), jnp.zeros((rows, heads, longest, size)))
+        for _ in range(config.num_layers)
+    ]
     hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
     real = positions < PAD_POSITION
     last = jnp.argmax(jnp.where(real, positions, -1), axis=1)
