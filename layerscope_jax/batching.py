@@ -18,10 +18,12 @@ the same bits again.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +41,9 @@ Step = Callable[..., tuple[jax.Array, jax.Array, list[KVCache]]]
 MIN_WIDTH = 16
 """Narrowest prefill step: shorter prompts are padded to it."""
 
-ENOUGH = 4
-"""Newcomers wait until one in so many slots is free. A prefill passes every layer, however few it is for, and
-takes as long as several decode steps; slots that stay empty for a while cost less than one for each."""
+PREFILL_STEPS = 4.0
+"""What a prefill costs however few it is for, in decode steps, also without their rows: both pass every layer.
+Measured with the shipped model on a CPU; a half or double of it costs a few percent."""
 
 
 @dataclass
@@ -83,6 +85,21 @@ def bucket(size: int, least: int) -> int:
     return power * 3 // 4 if least < power and size <= power * 3 // 4 else power
 
 
+def joining(slots: int, mean_tokens: float) -> int:
+    """How many slots have to be free for newcomers to take them, where answers have so many tokens on average.
+
+    If k join at once, (k - 1) / 2 slots are free on average, about k / 2, so a request takes mean / (slots -
+    k / 2) decode steps and a k-th of a prefill's cost c. The sum is least where c / k^2 = mean / 2 / (slots -
+    k / 2)^2, that is for k = slots / (1 / 2 + sqrt(mean / 2 c)). A power of two, since prefills have as many
+    rows; and half of the slots at most: who ends together by chance is not to make the others wait for it.
+
+    >>> [joining(32, mean) for mean in (1, 16, 64, 256, 1024, 4096)]
+    [16, 16, 8, 4, 2, 1]
+    """
+    best = slots / (0.5 + math.sqrt(mean_tokens / (2 * PREFILL_STEPS)))
+    return 2 ** max(0, min(round(math.log2(best)), (slots // 2).bit_length() - 1))
+
+
 def batch_rows(requests: int) -> int:
     """Rows of a batch: a power of two, two at least, since products with one row are slow on CPUs."""
     return max(2, next_power(requests))
@@ -117,6 +134,9 @@ class Batch:
         self._slots: list[Running | None] = [None] * min(slots, len(requests))
         self._step, self._new_caches, self._chunk = step, new_caches, prefill_chunk
         self._stop_tokens, self._tokenizer, self._times = stop_tokens, tokenizer, times
+        # Tokens so far and requests that ended, for the mean length of an answer; no more than what they may.
+        self._made = self._finished = 0
+        self._mean_room = sum(running.room for running in requests) / len(requests)
         self._length = bucket(max(len(running.prompt) + running.room for running in requests), 64)
         # Decided once for the call: a step that samples is another program than one that does not.
         self._samples = any(running.request.temperature > 0 for running in requests)
@@ -131,30 +151,52 @@ class Batch:
         """Generates until all have ended; a step's tokens come in the order of the slots."""
         self._began = time.perf_counter()
         self._caches = self._new_caches(len(self._tokens), self._length)
-        enough = max(1, len(self._slots) // ENOUGH)
         while self._waiting or any(self._slots):
-            if self._slots.count(None) >= min(enough, len(self._waiting)):
-                yield from self._admit()
+            yield from self._admit()
             if any(self._slots):
                 yield from self._decode()
 
     def _admit(self) -> Iterator[Token]:
-        """Gives free slots to those who wait."""
-        while self._waiting and None in self._slots:
+        """Gives free slots to those who wait, where enough are free.
+
+        Beside requests that run, newcomers join by powers of two: a prefill has no rows of padding then.
+        """
+        began = False
+        while self._waiting:
             free = [row for row, running in enumerate(self._slots) if running is None]
-            yield from self._prefill(self._next_group(len(free)), free)
-        self._sampling = self._sampling_of(self._slots, len(self._tokens))
-        self._ended = time.perf_counter()
+            if len(free) < len(self._next_group(self._enough())):
+                break
+            most = len(free)
+            if most < len(self._waiting) and any(self._slots):
+                most = next_power(most + 1) // 2
+            group = self._next_group(most)
+            for _ in group:
+                self._waiting.popleft()
+            yield from self._prefill(group, free)
+            began = True
+        if began:
+            self._sampling = self._sampling_of(self._slots, len(self._tokens))
+            self._ended = time.perf_counter()
+
+    def _enough(self) -> int:
+        """`joining` for the mean answer so far; from counts alone, so the same in every run.
+
+        Tokens of all by those that ended: the mean of the ended alone favours short ones, which end first.
+        """
+        mean = self._mean_room
+        if self._finished:
+            mean = min(mean, self._made / self._finished)
+        return joining(len(self._slots), mean)
 
     def _next_group(self, most: int) -> list[Running]:
         """Those who wait longest, as many as one prefill step has room for."""
         group: list[Running] = []
         longest = 0
-        while self._waiting and len(group) < most:
-            longest = max(longest, len(self._waiting[0].prompt))
+        for running in islice(self._waiting, most):
+            longest = max(longest, len(running.prompt))
             if group and next_power(len(group) + 1) * bucket(longest, MIN_WIDTH) > self._chunk:
                 break
-            group.append(self._waiting.popleft())
+            group.append(running)
         return group
 
     def _prefill(self, group: Sequence[Running], free: Sequence[int]) -> list[Token]:
@@ -209,10 +251,12 @@ class Batch:
     def _enter(self, row: int, running: Running, token: int) -> Token:
         """Enters the new token of the request at `row`, and frees the row if it was its last."""
         event = advance(running, token, self._stop_tokens)
+        self._made += 1
         if running.finish is None:
             self._tokens[row] = token
             self._positions[row] = len(running.prompt) + len(running.tokens) - 1
         else:
+            self._finished += 1
             self._slots[row] = None
             self._positions[row] = PAD_POSITION
         return event

@@ -212,9 +212,11 @@ class Engine:
     ) -> Compilations:
         """Compiles what `generate` needs for batches of one size, so that none waits for it.
 
-        The size is that of a whole batch. Requests that join it later, a few at once, have prefill programs
-        of their own: one for each power of two of them, compiled when they first come. Which programs of
-        experts a prefill needs hangs on how tokens fall to experts, so all are compiled that can be: on each
+        The size is that of a whole batch. Requests that join it later, fewer at once, have prefill programs
+        of their own for each power of two of them, compiled when they first come: as dear as the batch's, and
+        only needed where more requests come than there are slots. Having warmed up with that `batch_size`
+        too (`batching.joining` says which), only one small program is left. Which programs of experts a
+        prefill needs hangs on how tokens fall to experts, so all are compiled that can be: on each
         side that computes, in each phase, one for each of up to 21 shapes (`possible_groups` of
         `experts.grouping`); for an accelerator up to log2(T K) + 2 more, which place what the host computed;
         and some dozen others. `use_compilation_cache` spares the next process most of it.

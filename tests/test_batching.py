@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax import Engine, OffloadConfig, Request
-from layerscope_jax.batching import ENOUGH, put_rows
+from layerscope_jax.batching import Batch, Running, Times, joining, put_rows
 from layerscope_jax.experts.grouping import GROUP_SIZES
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 
@@ -137,15 +137,53 @@ def test_a_long_request_does_not_hold_up_the_others(name):
     assert steps < 0.8 * parted
 
 
+def joins(answers, slots, limit, prompt_tokens=1, chunk=4096):
+    """How many requests each prefill begins, and the idle slots of each decode step; no model.
+
+    A request counts down from the length of its answer, and its last token, 0, stops it.
+    """
+    groups, idle = [], []
+
+    def step(tokens, positions, last, caches, sampling):
+        running = int((positions != PAD_POSITION).any(1).sum())
+        if tokens.shape[1] > 1:
+            groups.append(running)
+        else:
+            idle.append(slots - running)
+        return tokens[np.arange(len(tokens)), last] - 1, None, caches
+
+    requests = [Request(prompt=[count] * prompt_tokens) for count in answers]
+    waiting = [Running(index, request, request.prompt, limit) for index, request in enumerate(requests)]
+    events = list(Batch(waiting, slots, step, lambda rows, length: [], chunk, (0,), None, Times()).run())
+    assert len(events) == sum(answers)
+    return groups, idle
+
+
 def test_slots_that_are_freed_together_are_filled_together():
-    """Each prefill passes all layers: newcomers wait until a part of the slots is free, and share it."""
-    counts = [2, 2, 3, 3, 9, 9, 9, 9, *[5] * 8]
-    _, shapes = steps_of(engine("layers"), lambda: engine("layers").generate(mixed(counts), batch_size=8))
-    prefills = [active for _, width, active in shapes if width > 1]
-    assert ENOUGH == 4
-    assert prefills == [8, 2, 2, 2, 2]
-    _, shapes = steps_of(engine("layers"), lambda: engine("layers").generate(mixed([4] * 16), batch_size=8))
-    assert [active for _, width, active in shapes] == [8, 8, 8, 8] * 2
+    assert joins([5] * 16, 8, 5)[0] == [8, 8]
+    assert joins([2, 2, 3, 3, 9, 9, 9, 9, *[5] * 8], 8, 9)[0] == [8, 4, 4]
+
+
+@pytest.mark.parametrize("limit", [100, 10_000])
+@pytest.mark.parametrize("mean", [10, 100])
+def test_the_longer_the_answers_the_fewer_wait_for_each_other(mean, limit):
+    """However long they might have become: that is learned from those that ended."""
+    answers = np.random.default_rng(0).integers(1, 2 * mean, 200).clip(max=limit).tolist()
+    groups, idle = joins(answers, 32, limit)
+    enough = joining(32, mean)
+    assert enough == {10: 16, 100: 8}[mean]
+    later = groups[4:-2]  # the first few know little, and the last are those that are left
+    assert np.median(later) == enough
+    assert {size.bit_count() for size in groups[:-1]} == {1}
+    waiting = len(idle) // 2  # nobody waits in the end
+    assert max(idle[waiting // 2 : waiting]) < 2 * enough
+
+
+def test_who_cannot_share_a_prefill_does_not_wait_to():
+    groups, idle = joins([5, 9, 7, 8, 6, 9, 5, 7] * 2, 8, 9, prompt_tokens=40, chunk=48)
+    assert groups == [1] * 16
+    alone = joins([5, 9, 7, 8, 6, 9, 5, 7] * 2, 8, 9)[1]
+    assert len(idle) < len(alone)
 
 
 def test_times_are_those_of_requests_and_steps():
