@@ -20,7 +20,10 @@ code = subprocess.call(sys.argv[1:])
 print(json.dumps({"peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}))
 sys.exit(code)
 """
-"""Runs a command, then says how much memory it had at most. Small, as a command inherits this from its parent."""
+"""Runs a command, then says how much memory it had at most. It is small, as a command inherits its parent's."""
+
+ATTEMPTS = 10
+"""llama.cpp's programs may end before their last lines are written."""
 
 
 class LlamaCpp:
@@ -72,31 +75,26 @@ class LlamaCpp:
             "-ub": 2048,  # computed at a time: faster than its default of 512
             "-npp": prompt_tokens,
             "-ntg": steps,
-            "-npl": f"1,{batch}",
+            "-npl": f"1,{batch},1",  # a warm-up; and one more, so that the line in between is written
             "--load-mode": "none",  # no page of weights is first touched while timed
             "--output-format": "jsonl",
         }
         words = [str(word) for pair in arguments.items() for word in pair]
-        said = output([sys.executable, "-c", MEASURED, self._bench, *words])
-        return parse(said.splitlines(), batch)
+        for _ in range(ATTEMPTS):
+            said = output([sys.executable, "-c", MEASURED, self._bench, *words])
+            if (found := parse(said.splitlines())) is not None:
+                return found
+        raise ValueError(f"{self._bench}: expected two lines of JSON, found {said!r}")
 
 
-def parse(lines: Iterable[str], batch: int) -> dict[str, Any]:
-    """What `LlamaCpp.run` gives, of what the programs print: the last of the lines about this batch.
-
-    Raises:
-        ValueError: if there is no such line.
-    """
-    found: dict[str, Any] = {}
-    for line in lines:
-        said = json.loads(line) if line.startswith("{") else {}
-        if said.get("pl") == batch:
-            found |= {"prefill": said["t_pp"], "decode": said["t_tg"] / said["tg"]}
-        elif "peak_bytes" in said:
-            found |= said
-    if "prefill" not in found:
-        raise ValueError(f"llama-batched-bench: expected a line of JSON with pl {batch}, found none")
-    return found
+def parse(lines: Iterable[str]) -> dict[str, Any] | None:
+    """What `LlamaCpp.run` gives, of what the programs print: the second point is the one; None if it is lost."""
+    said = [json.loads(line) for line in lines if line.startswith("{")]
+    points = [line for line in said if "pl" in line]
+    if len(points) < 2:
+        return None
+    point = points[1]
+    return {"prefill": point["t_pp"], "decode": point["t_tg"] / point["tg"], **said[-1]}
 
 
 def output(command: list[Any], stderr: int = subprocess.PIPE, **environment: str) -> str:
