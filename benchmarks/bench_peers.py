@@ -145,7 +145,7 @@ class Field:
         for process in processes.values():
             begin_peak(process)
         samples = harness.measure(calls, rounds)
-        peaks |= {name: peak(process) for name, process in processes.items()}
+        peaks = {name: peak(process) for name, process in processes.items()} | peaks
         first = np.asarray(tokens["engine"])[:, 0]
         return {
             **compare({name: found.parts for name, found in samples.items()}, batch, width),

@@ -20,7 +20,7 @@ code = subprocess.call(sys.argv[1:])
 print(json.dumps({"peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}))
 sys.exit(code)
 """
-"""Runs a command, then says how much memory it had at most. It is small, as a command inherits its parent's."""
+"""Runs a command, then says how much memory it had at most. Small, as a command inherits its parent's."""
 
 ATTEMPTS = 10
 """llama.cpp's programs may end before their last lines are written."""
@@ -88,7 +88,7 @@ class LlamaCpp:
 
 
 def parse(lines: Iterable[str]) -> dict[str, Any] | None:
-    """What `LlamaCpp.run` gives, of what the programs print: the second point is the one; None if it is lost."""
+    """What `LlamaCpp.run` gives, of what the programs print: of the second point; None if that is lost."""
     said = [json.loads(line) for line in lines if line.startswith("{")]
     points = [line for line in said if "pl" in line]
     if len(points) < 2:
