@@ -17,6 +17,7 @@ import gc
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,10 +230,11 @@ def main(options: Options) -> dict[str, Any]:
             field = Field(folder, options, record["cores"], stack)
             record["versions"] |= field.versions
             for batch in options.batches:
+                began = time.perf_counter()
                 size = (batch, options.prompt_tokens)
                 ids = np.random.default_rng(batch).integers(0, field.vocabulary, size)
                 rows.append({"dtype": dtype, "batch": batch} | field.race(ids, options.rounds))
-                progress.print(f"measured {dtype}, batch {batch}")
+                progress.print(f"measured {dtype}, batch {batch}, in {time.perf_counter() - began:.0f} s")
         del field
         gc.collect()  # this dtype's memory is none of the next one's
     result = {
