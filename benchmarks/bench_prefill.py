@@ -55,9 +55,9 @@ def long_prompt(prompts: Sequence[Sequence[int]], tokens: int) -> list[int]:
     return list(itertools.islice(itertools.cycle(itertools.chain.from_iterable(prompts)), tokens))
 
 
-def status(name: str) -> int:
-    """A size in bytes of `/proc/self/status`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def status(name: str, process: int | str = "self") -> int:
+    """A size in bytes of `/proc/self/status`, or of another process's."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     raise LookupError(name)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.peer_process import PeerProcess, serve, take_stdout
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 """transformers' ways of computing experts. `batched_mm` copies the weights of every (token, choice) pair:
@@ -26,7 +25,7 @@ def find_python(given: Path | None, *others: str) -> Path | None:
     return Path(sys.executable) if here else None
 
 
-class HFPeer:
+class HFPeer(PeerProcess):
     """A model folder, loaded by transformers in another process that waits for work.
 
     Args:
@@ -45,23 +44,16 @@ class HFPeer:
     """
 
     def __init__(self, python: Path, folder: Path, threads: int, device_bytes: int | None = None):
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-        self._process = subprocess.Popen(
-            [
-                str(python),
-                __file__,
-                str(folder),
-                str(threads),
-                *([str(device_bytes)] if device_bytes else []),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
+        device = [str(device_bytes)] if device_bytes else []
+        super().__init__(
+            "transformers",
+            python,
+            "benchmarks.hf_peer",
+            [str(folder), str(threads), *device],
+            {"OMP_NUM_THREADS": str(threads)},
         )
-        first = self._answer()
-        self.versions: dict[str, str] = first["versions"]
-        self.places: dict[str, int] = first["places"]
+        self.versions: dict[str, str] = self.first["versions"]
+        self.places: dict[str, int] = self.first["places"]
 
     def run(
         self, prompts: Sequence[Sequence[int]], forced: Sequence[Sequence[int]], experts: str
@@ -74,13 +66,7 @@ class HFPeer:
         Raises:
             ValueError: if transformers can not; it may be asked again, for other `experts` say.
         """
-        assert self._process.stdin is not None
-        print(
-            json.dumps({"prompts": prompts, "forced": forced, "experts": experts}),
-            file=self._process.stdin,
-            flush=True,
-        )
-        found = self._answer()
+        found = self.ask(prompts=prompts, forced=forced, experts=experts)
         if "error" in found:
             raise ValueError(f"transformers with {experts} experts: {found['error']}")
         return found
@@ -97,30 +83,10 @@ class HFPeer:
                 found.append(experts)
         return found
 
-    def close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-        self._process.wait()
 
-    def __enter__(self) -> HFPeer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ValueError(f"the process that runs transformers ended with code {self._process.wait()}")
-        return json.loads(line)
-
-
-def serve(folder: str, threads: int, device_bytes: int | None = None) -> None:
-    """The other process: JSON lines in, JSON lines out."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is not an answer
+def start(folder: str, threads: int, device_bytes: int | None = None) -> None:
+    """The other process."""
+    answers = take_stdout()
     import torch  # type: ignore[import-not-found]
     import transformers  # type: ignore[import-not-found]
 
@@ -158,16 +124,8 @@ def serve(folder: str, threads: int, device_bytes: int | None = None) -> None:
         return {"prefill": prefill, "decode": decode / (given.shape[1] - 1), "tokens": tokens}
 
     places = Counter(map(str, getattr(model, "hf_device_map", {}).values()))
-    print(json.dumps({"versions": versions, "places": places}), file=answers)
-    answers.flush()
-    for line in sys.stdin:
-        try:
-            answer = run(**json.loads(line))
-        except Exception as error:  # one way of computing experts, or memory that is short
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers)
-        answers.flush()
+    serve(answers, {"versions": versions, "places": places}, run)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], *map(int, sys.argv[2:]))
+    start(sys.argv[1], *map(int, sys.argv[2:]))
