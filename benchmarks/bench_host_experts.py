@@ -1,8 +1,8 @@
 """How close do experts on the CPU come to what its memory and its products can do?
 
-Experts of one shape, so many that no cache holds them, are computed once each: by loops of our own, by AMX where
-the CPU has it, and by XLA's products; the engine takes one of them for each dtype and number of tokens. Beside them: how fast the same
-threads read memory at all, and how fast a plain float32 product of that size is.
+Experts of one shape, so many that no cache holds them, are computed once each: by loops of our own, by AMX
+where the CPU has it, and by XLA's products; the engine takes one of them for each dtype and number of tokens.
+Beside them: how fast the same threads read memory at all, and how fast a plain float32 product of that size is.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def table(rows: Sequence[dict[str, Any]], bandwidth: float) -> None:
 
 def main(options: Options) -> dict[str, Any]:
     if options.quick:
-        options = replace(options, width=64, hidden=48, experts=4, tokens=(1, 4), rounds=1)
+        options = replace(options, width=64, hidden=96, experts=4, tokens=(1, 4), rounds=1)
     record = harness.machine()
     read = read_bandwidth(options.threads, 4 if options.quick else 800, options.rounds)
     rows = []
