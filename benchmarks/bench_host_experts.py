@@ -2,7 +2,7 @@
 
 Experts of one shape, so many that no cache holds them, are computed once each: by loops of our own, by AMX
 where the CPU has it, and by XLA's products; the engine takes one of them for each dtype and number of tokens.
-Beside them: how fast the same threads read memory at all, and how fast a plain float32 product of that size is.
+Beside them: how fast the same threads read memory, and how fast a plain float32 product of that size is.
 """
 
 from __future__ import annotations
