@@ -71,6 +71,7 @@ class Watch:
         bank: bytes of all experts, once.
         budget: the engine's.
         named: what may be on the device, part by part.
+        scratch: bytes that the host's kernels keep.
         joined: prefills of newcomers after the first decode step.
         steps: [B, S] of each step.
         counted: how often.
@@ -83,6 +84,7 @@ class Watch:
         self.bank = engine.model.bank.total_bytes
         self.budget = engine.budget_bytes
         self.named: dict[str, int] = {}
+        self.scratch = 0
         self._copies, self._others = copies, others
         self.steps: list[tuple[int, int]] = []
         self._caches: list[int] = []  # bytes: the slots', then those of each group of newcomers
@@ -101,6 +103,8 @@ class Watch:
             yield
         self.moved += self._copies.moved
         self.named = self._names(engine)
+        if isinstance(runner, LayerByLayer):
+            self.scratch = runner.host_experts.cpu.scratch_bytes
 
     def limit(self, phase: str) -> float:
         """Most bytes that may be on the device in a phase: there are no newcomers in "decode"."""
@@ -118,8 +122,8 @@ class Watch:
 
     @property
     def ram_limit(self) -> float:
-        """Most bytes that may be in RAM: one copy of the experts, and rows that are computed there."""
-        return SLACK * (self.bank + self.named["rows"])
+        """Most bytes that may be in RAM: one copy of the experts, rows and what kernels compute them in."""
+        return SLACK * (self.bank + self.named["rows"] + self.scratch)
 
     def _noted(self, new_caches: Callable) -> Callable:
         def call(*arguments: Any) -> Any:

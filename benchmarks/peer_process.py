@@ -45,7 +45,11 @@ class PeerProcess:
             env=os.environ | offline | environment,
         )
         self.pid = self._process.pid
-        self.first = self._answer()
+        try:
+            self.first = self._answer()
+        except ValueError:
+            self.close()
+            raise
 
     def ask(self, **work: Any) -> dict[str, Any]:
         """Has it work; gives its answer, which is {"error": ...} where it can not."""

@@ -157,6 +157,11 @@ class CpuExperts:
     def close(self) -> None:
         self._helpers.close()
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that its kernels keep between calls."""
+        return sum(kept.nbytes for kept in self._kept)
+
     def compute(
         self,
         outputs: np.ndarray,
