@@ -42,7 +42,7 @@ MIN_WIDTH = 16
 """Narrowest prefill step: shorter prompts are padded to it."""
 
 PREFILL_STEPS = 4.0
-"""What a prefill costs however few it is for, in decode steps, also without their rows: both pass every layer.
+"""What a prefill costs however few it is for, in decode steps, also without their rows: both pass all layers.
 Measured with the shipped model on a CPU; a half or double of it costs a few percent."""
 
 
@@ -86,7 +86,7 @@ def bucket(size: int, least: int) -> int:
 
 
 def joining(slots: int, mean_tokens: float) -> int:
-    """How many slots have to be free for newcomers to take them, where answers have so many tokens on average.
+    """How many free slots newcomers wait for, where answers have so many tokens on average.
 
     If k join at once, (k - 1) / 2 slots are free on average, about k / 2, so a request takes mean / (slots -
     k / 2) decode steps and a k-th of a prefill's cost c. The sum is least where c / k^2 = mean / 2 / (slots -
