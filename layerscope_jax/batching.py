@@ -42,7 +42,7 @@ MIN_WIDTH = 16
 """Narrowest prefill step: shorter prompts are padded to it."""
 
 PREFILL_STEPS = 4.0
-"""What a prefill costs however few it is for, in decode steps; both pass every layer.
+"""What a prefill costs however few it is for, in decode steps, also without their rows: both pass all layers.
 Measured with the shipped model on a CPU; a half or double of it costs a few percent."""
 
 
@@ -86,7 +86,7 @@ def bucket(size: int, least: int) -> int:
 
 
 def joining(slots: int, mean_tokens: float) -> int:
-    """How many slots must be free for newcomers to take them, where answers have so many tokens in the mean.
+    """How many free slots newcomers wait for, where answers have so many tokens on average.
 
     If k join at once, (k - 1) / 2 slots are free on average, about k / 2, so a request takes mean / (slots -
     k / 2) decode steps and a k-th of a prefill's cost c. The sum is least where c / k^2 = mean / 2 / (slots -
@@ -284,13 +284,13 @@ def put_rows(caches: list[KVCache], rows: jax.Array, newcomers: list[KVCache]) -
     new one has written there itself.
 
     Args:
-        caches: of B rows and P positions, one a layer, donated.
+        caches: [B, H_kv, P, D_head] one a layer, donated.
         rows: [N] int32; B or more for padding, which is dropped.
-        newcomers: of N rows and at most P positions, one a layer.
+        newcomers: [N, H_kv, P' <= P, D_head] one a layer.
     """
 
     def put(held: jax.Array, new: jax.Array) -> jax.Array:
-        return held.at[rows, :, : new.shape[2], : new.shape[3]].set(new, mode="drop")
+        return held.at[rows, :, : new.shape[2]].set(new, mode="drop")
 
     return jax.tree.map(put, caches, newcomers)
 

@@ -111,6 +111,18 @@ def in_time(call: Callable[[], Any], seconds: float = 60) -> Any:
     return value
 
 
+def once(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives everybody what the first call gives: what it compiles need not be compiled again."""
+    found: list[Any] = []
+
+    def first(*arguments: Any) -> Any:
+        if not found:
+            found.append(call(*arguments))
+        return found[0]
+
+    return first
+
+
 def bits(array: Any) -> np.ndarray:
     """The raw bits of an array, so that equal means equal."""
     array = np.asarray(array)

@@ -6,7 +6,7 @@ from functools import lru_cache
 import jax
 import numpy as np
 import pytest
-from exact_cases import RandomPolicy, agree, tap
+from exact_cases import tap
 from helpers import compiled, one_jit, random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,6 +15,8 @@ from layerscope_jax import Engine, OffloadConfig, Request
 from layerscope_jax.batching import Batch, Running, Times, joining, put_rows
 from layerscope_jax.experts.grouping import GROUP_SIZES
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # bits are the business of test_exactness.py
 
 RNG = np.random.default_rng(3)
 POOL = [RNG.integers(0, 61, size).tolist() for size in (1, 2, 3, 5, 9, 16, 33, 40)]
@@ -78,7 +80,7 @@ def mixed(counts, prompts=(3, 4), **settings):
 @pytest.mark.parametrize("name", CONFIGS)
 @given(
     requests=st.lists(st.tuples(st.integers(0, len(POOL) - 1), st.integers(1, MOST)), min_size=1, max_size=9),
-    slots=st.integers(1, 5),
+    slots=st.integers(1, 4),
     stop=st.none() | st.integers(0, 60),
 )
 @example(requests=[(7, 20), (0, 1), (1, 2), (6, 1), (2, 20), (0, 1), (5, 7)], slots=2, stop=None)
@@ -97,26 +99,6 @@ def test_each_request_gets_what_it_gets_alone(name, requests, slots, stop):
     decode = [active for _, width, active in shapes if width == 1]
     assert max(decode, default=0) <= slots
     assert sum(decode) == sum(len(tokens) - 1 for tokens in expected)  # no step for one that has ended
-
-
-def test_the_bits_are_the_same_under_every_plan():
-    """With joining, leaving, samples and prompts in several steps."""
-    requests = mixed([9, 2, 5, 1, 7, 3], (7, 2, 6)) + mixed([4, 6], temperature=1.1, seed=5)
-
-    def run(config):
-        with Engine(model(), config) as engine:
-            logits = tap(engine)
-            return engine.generate(requests, batch_size=3).tokens, logits
-
-    expected = run(OffloadConfig(numerics="exact", prefill_chunk=32))
-    for seed in range(3):
-        config = OffloadConfig(
-            device_budget=(8 + 5 * seed) * model().bank.expert_bytes,
-            policy=RandomPolicy(seed),
-            numerics="exact",
-            prefill_chunk=32,
-        )
-        agree(run(config), expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -219,7 +201,7 @@ def long_engine(chunk, **changes):
         return Engine(model, OffloadConfig(prefill_chunk=chunk, **changes))
 
 
-LONG = [RNG.integers(0, 61, size).tolist() for size in (300, 150, 64, 7, 33, 129)]
+LONG = [RNG.integers(0, 61, size).tolist() for size in (180, 150, 64, 7, 33, 129)]
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,37 @@ def test_the_shipped_model_gives_the_same_bits(data, policy, rate):
         assert engine.runner.residency.peak_bytes <= engine.budget_bytes
 
 
+def test_joining_and_leaving_a_batch_gives_the_same_bits():
+    """With samples, and prompts in several steps."""
+    rng = np.random.default_rng(3)
+    sizes, counts = [40, 3, 33, 40, 3, 33, 40, 3], [9, 2, 5, 1, 7, 3, 4, 6]
+    requests = [
+        Request(
+            prompt=rng.integers(0, 61, size).tolist(),
+            max_new_tokens=count,
+            temperature=1.1 if index > 5 else 0.0,
+            seed=5,
+        )
+        for index, (size, count) in enumerate(zip(sizes, counts, strict=True))
+    ]
+    model = random_model()
+
+    def run(config):
+        with Engine(model, config) as engine:
+            logits = tap(engine)
+            return engine.generate(requests, batch_size=3).tokens, logits
+
+    expected = run(OffloadConfig(numerics="exact", prefill_chunk=32))
+    for seed in range(3):
+        config = OffloadConfig(
+            device_budget=(8 + 5 * seed) * model.bank.expert_bytes,
+            policy=RandomPolicy(seed),
+            numerics="exact",
+            prefill_chunk=32,
+        )
+        agree(run(config), expected)
+
+
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
 def test_the_engine_agrees_with_hugging_face(folder):
     """Within a small budget: logits after ragged prompts and parts of them, and long greedy continuations."""

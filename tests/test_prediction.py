@@ -69,9 +69,11 @@ def generated(model, **changes):
 
 
 @pytest.mark.parametrize(
-    "predictor", [*PREDICTORS, Fixed(np.nan), Fixed(np.inf), Fixed(0.5), Noise(0.0)], ids=str
+    ("predictor", "dtype"),
+    [(each, "float32") for each in (*PREDICTORS, Fixed(np.nan), Fixed(np.inf), Fixed(0.5), Noise(0.0))]
+    + [("gate", "bfloat16")],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_token_depends_on_a_forecast(predictor, dtype):
     model = random_model(dtype=jnp.dtype(dtype))
     with Engine(model, OffloadConfig(numerics="exact")) as engine:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import once
 from safetensors.numpy import load_file, save_file
 from synthetic import CHOICES, EXPERTS, LAYERS, MODEL, SMALL, WIDTH, write_trace
 
@@ -63,18 +64,6 @@ def config(trace, out, **changes):
 def log(folder, key):
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [row[key] for row in rows if key in row]
-
-
-def once(call):
-    """Gives everybody what the first call gives: what it compiles need not be compiled again."""
-    found = []
-
-    def first(*arguments):
-        if not found:
-            found.append(call(*arguments))
-        return found[0]
-
-    return first
 
 
 def leaves(llapor):
