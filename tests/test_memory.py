@@ -62,10 +62,8 @@ def config(policy, eighths, **settings):
 
 MOVING = [
     ("lru", 2, {}),
-    ("lru", 5, {}),
-    ("on-demand", 4, {}),
+    ("on-demand", 5, {}),
     ("presched", 1, {"predictor": "gate"}),
-    ("presched", 4, {"predictor": "gate"}),
 ]
 
 
