@@ -284,13 +284,13 @@ def put_rows(caches: list[KVCache], rows: jax.Array, newcomers: list[KVCache]) -
     new one has written there itself.
 
     Args:
-        caches: [B, H_kv, P, D_head] one a layer, donated.
+        caches: of B rows and P positions, one a layer, donated.
         rows: [N] int32; B or more for padding, which is dropped.
-        newcomers: [N, H_kv, P' <= P, D_head] one a layer.
+        newcomers: of N rows and at most P positions, one a layer.
     """
 
     def put(held: jax.Array, new: jax.Array) -> jax.Array:
-        return held.at[rows, :, : new.shape[2]].set(new, mode="drop")
+        return held.at[rows, :, : new.shape[2], : new.shape[3]].set(new, mode="drop")
 
     return jax.tree.map(put, caches, newcomers)
 
