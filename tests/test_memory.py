@@ -62,7 +62,7 @@ def config(policy, eighths, **settings):
 
 MOVING = [
     ("lru", 2, {}),
-    ("on-demand", 5, {}),
+    ("on-demand", 4, {}),
     ("presched", 1, {"predictor": "gate"}),
 ]
 
