@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,26 +77,11 @@ def random_experts(options: Options, dtype: str) -> list[ExpertWeights]:
     return [ExpertWeights(matrix(*wide), matrix(*wide), matrix(*narrow)) for _ in range(options.experts)]
 
 
-def taking(kernel: cpu.Kernel | None) -> Callable[[Callable[[], Any]], Any]:
-    """Runs a call with all experts computed by one kernel of our own, or by XLA."""
-
-    def run(call: Callable[[], Any]) -> Any:
-        kept = cpu.kernel_of
-        vars(cpu)["kernel_of"] = lambda *shape: kernel
-        try:
-            return call()
-        finally:
-            vars(cpu)["kernel_of"] = kept
-
-    return run
-
-
 def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens: int) -> dict[str, Any]:
     """All ways and the plain product at one number of tokens an expert."""
     count = len(weights)
     inputs = np.asarray(jnp.ones((tokens, options.width), dtype))
     rows = Assignments(np.tile(np.arange(count, dtype=np.int32), (tokens, 1)))
-    computer = CpuExperts(options.threads)
     x = jnp.ones((tokens, options.width), jnp.float32)
     matrices = [weight.gate.astype(jnp.float32) for weight in weights[: max(1, count // 4)]]
     product = jax.jit(lambda x, matrix: x @ matrix)
@@ -107,23 +92,25 @@ def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens:
     def chosen(some: Sequence[int]) -> list[InMemory]:
         return [held[expert] for expert in some]
 
-    def compute() -> None:
-        computer.compute(outputs, inputs, rows, range(count), chosen, WorkStats())
-
     def plain() -> None:
         jax.block_until_ready([product(x, matrix) for matrix in matrices])
 
-    chosen_kernel = cpu.kernel_of(inputs.dtype, options.width, options.hidden)
+    kernel = cpu.kernel_of(inputs.dtype, options.width, options.hidden)
     ways: dict[str, cpu.Kernel | None] = {"loops": cpu.LOOPS._replace(most=cpu.ANY), "xla": None}
-    if chosen_kernel is cpu.AMX:
-        ways["amx"] = cpu.AMX
-    calls = {name: functools.partial(taking(kernel), compute) for name, kernel in ways.items()}
+    if kernel is cpu.AMX:
+        ways["amx"] = kernel
+    computers = {name: CpuExperts(options.threads, way) for name, way in ways.items()}
+    calls = {
+        name: functools.partial(computer.compute, outputs, inputs, rows, range(count), chosen, WorkStats())
+        for name, computer in computers.items()
+    }
     samples = harness.measure(calls | {"product": plain}, options.rounds)
-    computer.close()
+    for computer in computers.values():
+        computer.close()
     seconds = {name: found.parts["seconds"] for name, found in samples.items()}
     size = sum(matrix.nbytes for matrix in weights[0])
     flops = 6 * tokens * options.width * options.hidden
-    taken = chosen_kernel.name if chosen_kernel and tokens <= chosen_kernel.most else "xla"
+    taken = kernel.name if kernel and tokens <= kernel.most else "xla"
     return {
         "dtype": dtype,
         "tokens": tokens,

@@ -19,6 +19,8 @@ import numpy as np
 
 from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig
 from layerscope_jax import engine as engines
+from layerscope_jax.experts import amx
+from layerscope_jax.experts.cpu import AMX, CpuExperts
 from layerscope_jax.experts.executors import SharedExperts
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.scheduling.baselines import Resident
@@ -71,7 +73,7 @@ class Watch:
         bank: bytes of all experts, once.
         budget: the engine's.
         named: what may be on the device, part by part.
-        scratch: bytes that the host's kernels keep.
+        scratch: bytes that the host's kernels may keep.
         joined: prefills of newcomers after the first decode step.
         steps: [B, S] of each step.
         counted: how often.
@@ -104,7 +106,9 @@ class Watch:
         self.moved += self._copies.moved
         self.named = self._names(engine)
         if isinstance(runner, LayerByLayer):
-            self.scratch = runner.host_experts.cpu.scratch_bytes
+            self.scratch = scratch_bytes(
+                engine.model.config, runner.host_experts.cpu, max(rows * width for rows, width in self.steps)
+            )
 
     def limit(self, phase: str) -> float:
         """Most bytes that may be on the device in a phase: there are no newcomers in "decode"."""
@@ -174,6 +178,15 @@ class Watch:
             if isinstance(runner.device_experts, SharedExperts) and isinstance(runner.policy, Resident):
                 named["experts"] = 0  # they stay where they are
         return named
+
+
+def scratch_bytes(config: ModelConfig, cpu: CpuExperts, tokens: int) -> int:
+    """Most that kernels need for an expert of so many tokens at most, in each thread."""
+    if cpu.kernel is not AMX:
+        return 0
+    sizes = np.minimum([amx.FEW_TILES * amx.TILE, amx.PIECE], tokens)
+    each = amx.scratch_bytes(np.zeros(2, int), sizes, config.hidden_size, config.expert_hidden)
+    return cpu.threads * (each + 64)
 
 
 def watch(model: Model, config: OffloadConfig, call: Callable[[Engine], object]) -> Watch:

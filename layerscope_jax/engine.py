@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -24,8 +24,9 @@ from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, Transfers
 from layerscope_jax.forecasts import Forecasts
-from layerscope_jax.generation import Request, Result, Token, encode_prompts, is_integer
+from layerscope_jax.generation import Request, Result, Token, encode_prompts, is_integer, make_requests
 from layerscope_jax.layerwise import LayerByLayer
+from layerscope_jax.machine import cpu_device
 from layerscope_jax.machine_profile import costs_of
 from layerscope_jax.prediction import make_predictor
 from layerscope_jax.progress import progress_bar
@@ -374,21 +375,6 @@ class Engine:
         )
 
 
-def cpu_device() -> jax.Device:
-    """The last of JAX's CPU devices.
-
-    Raises:
-        ValueError: if JAX was told to do without.
-    """
-    try:
-        return jax.devices("cpu")[-1]
-    except RuntimeError as error:
-        raise ValueError(
-            f"experts on the host need JAX's CPU backend, which is off ({error}); "
-            "leave JAX_PLATFORMS unset or add cpu to it, as in JAX_PLATFORMS=cuda,cpu"
-        ) from None
-
-
 def make_policy(policy: str | Policy) -> Policy:
     """A policy from its name, or the object itself.
 
@@ -405,26 +391,6 @@ def make_policy(policy: str | Policy) -> Policy:
             f"{', '.join(parts)}, got {policy!r}{hint}"
         )
     return policy
-
-
-def make_requests(
-    prompts: Sequence[str | Sequence[int] | Request], settings: dict[str, Any]
-) -> list[Request]:
-    """One `Request` a prompt.
-
-    Raises:
-        ValueError: if there is no prompt, or something else was given than a list of prompts.
-    """
-    if isinstance(prompts, str | bytes | Request) or not isinstance(prompts, Collection):
-        raise ValueError(f"prompts must be a list of prompts, got {str(prompts)[:40]!r}; put it in a list")
-    if not len(prompts):
-        raise ValueError("prompts must hold at least one prompt, got an empty list")
-    if any(isinstance(prompt, int | np.integer) for prompt in prompts):
-        raise ValueError(
-            f"prompts must be a list of prompts, each text or a list of token ids, got {str(prompts)[:40]}; "
-            "put the ids of a lone prompt in a list of their own"
-        )
-    return [p if isinstance(p, Request) else Request(prompt=p, **settings) for p in prompts]
 
 
 def _close(transfers: Transfers, host: HostExperts) -> None:

@@ -153,3 +153,23 @@ def encode_prompts(
     if problems:
         raise ValueError("; ".join(problems))
     return prompts
+
+
+def make_requests(
+    prompts: Sequence[str | Sequence[int] | Request], settings: dict[str, Any]
+) -> list[Request]:
+    """One `Request` a prompt.
+
+    Raises:
+        ValueError: if there is no prompt, or something else was given than a list of prompts.
+    """
+    if isinstance(prompts, str | bytes | Request) or not isinstance(prompts, Collection):
+        raise ValueError(f"prompts must be a list of prompts, got {str(prompts)[:40]!r}; put it in a list")
+    if not len(prompts):
+        raise ValueError("prompts must hold at least one prompt, got an empty list")
+    if any(isinstance(prompt, int | np.integer) for prompt in prompts):
+        raise ValueError(
+            f"prompts must be a list of prompts, each text or a list of token ids, got {str(prompts)[:40]}; "
+            "put the ids of a lone prompt in a list of their own"
+        )
+    return [p if isinstance(p, Request) else Request(prompt=p, **settings) for p in prompts]

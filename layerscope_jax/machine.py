@@ -55,6 +55,21 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def cpu_device() -> jax.Device:
+    """The last of JAX's CPU devices.
+
+    Raises:
+        ValueError: if JAX was told to do without.
+    """
+    try:
+        return jax.devices("cpu")[-1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"experts on the host need JAX's CPU backend, which is off ({error}); "
+            "leave JAX_PLATFORMS unset or add cpu to it, as in JAX_PLATFORMS=cuda,cpu"
+        ) from None
+
+
 def free_bytes() -> int:
     """Host memory that may still be taken, what the system would give up for it included."""
     available = _field("/proc/meminfo", "MemAvailable")

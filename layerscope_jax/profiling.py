@@ -13,11 +13,11 @@ from layerscope_jax import machine
 from layerscope_jax.calibration import BUSY_TOKENS, Points, costs, others, tables, timed_ms
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import parse_bytes
-from layerscope_jax.engine import cpu_device
 from layerscope_jax.experts.cpu import default_threads
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.jobs import Jobs
+from layerscope_jax.machine import cpu_device
 from layerscope_jax.machine_profile import MachineProfile, ModelShape
 from layerscope_jax.prediction import NextGate
 

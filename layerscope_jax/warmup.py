@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from layerscope_jax.experts.cpu import InMemory, WorkStats, grouped_rows, kernel_of
+from layerscope_jax.experts.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.experts.executors import SharedExperts, grouped_ffn, place_rows
 from layerscope_jax.experts.grouping import Assignments, next_power, possible_groups
 from layerscope_jax.layerwise import Between, LayerByLayer
@@ -122,7 +122,7 @@ class Rehearsal(LayerByLayer):
             row, np.asarray(inputs), few, few.demand, lambda experts: [weights] * len(experts), WorkStats()
         )
         local = jax.device_put(np.asarray(inputs), weights.arrays.gate.sharding)
-        kernel = kernel_of(inputs.dtype, *weights.arrays.gate.shape)
+        kernel = self.host_experts.cpu.kernel
         least = 1 if kernel is None else kernel.most + 1
         for bucket, size in possible_groups(tokens, choices, self.model.config.num_experts, least):
             slots = np.full((size, bucket), chosen.size, np.int32)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from layerscope_jax.checkpoints import Model
@@ -26,11 +27,23 @@ def new_caches(
     and for each write the whole cache (a step with 2,048 positions takes eight times as long).
     """
     config = model.config
-    heads, size = config.num_kv_heads, config.head_dim
-    dtype = jnp.float32 if device.platform == "cpu" else model.bank.dtype
-    zeros = functools.partial(jnp.zeros, dtype=dtype, device=device)
-    shapes = (rows, heads, size, length), (rows, heads, length, size)
-    return [KVCache(*map(zeros, shapes)) for _ in range(config.num_layers if layers is None else layers)]
+    dtype = np.dtype(jnp.float32) if device.platform == "cpu" else model.bank.dtype
+    empty = empty_cache(rows, config.num_kv_heads, length, config.head_dim, dtype, device)
+    return [empty() for _ in range(config.num_layers if layers is None else layers)]
+
+
+@functools.cache
+def empty_cache(
+    rows: int, heads: int, length: int, size: int, dtype: np.dtype, device: jax.Device
+) -> Callable[[], KVCache]:
+    """Makes one of one layer; jitted, so that each size is one program."""
+
+    def empty() -> KVCache:
+        return KVCache(
+            jnp.zeros((rows, heads, size, length), dtype), jnp.zeros((rows, heads, length, size), dtype)
+        )
+
+    return jax.jit(empty, out_shardings=jax.sharding.SingleDeviceSharding(device))
 
 
 class WholeModel:

@@ -47,6 +47,18 @@ PROFILE = HardwareProfile(
 compiled: list[float] = []
 """Seconds of every program that XLA has compiled so far."""
 
+MACHINE = {
+    "cpu",
+    "cores",
+    "memory_bytes",
+    "device",
+    "load_average",
+    "versions",
+    "commit",
+    "changed_since_commit",
+}
+"""What a benchmark says of the machine."""
+
 
 def _count(event: str, duration_secs: float, **_: Any) -> None:
     if event == "/jax/core/compile/backend_compile_duration":

@@ -11,11 +11,11 @@ from exact_cases import RandomPolicy, prompts, tap
 from helpers import Copies, compiled, in_time, random_model
 
 from layerscope_jax import Engine, ExpertId, OffloadConfig, TransferError
-from layerscope_jax.engine import cpu_device
 from layerscope_jax.experts.bank import device_sharding
 from layerscope_jax.experts.executors import DeviceExperts, HostExperts
 from layerscope_jax.experts.grouping import Assignments
 from layerscope_jax.layerwise import LayerByLayer
+from layerscope_jax.machine import cpu_device
 from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.whole import WholeModel
 

@@ -26,7 +26,7 @@ TILE, DEPTH = 16, 32
 """Rows and columns of a tile of sums; inputs of a row that one instruction takes."""
 
 PIECE = 256
-"""Most rows at a time: their sums stay in the cache, and the weaving is a tenth of the work."""
+"""Most rows at a time, so that their sums stay in the cache."""
 
 # Of a matrix, what is woven at once: with few rows the order of reading counts, whole rows; with many the
 # sums, which are read and written once for each block. Their order, and so the bits, are the same.
@@ -124,8 +124,7 @@ def product(x, depth, weights, width, first, last, tiles, sums, woven, high):
             for column in range(wide):
                 weave(begin + 64 * column, begin + 2 * width + 64 * column, to + column * steps * 2048)
         for column in range(wide):
-            tile = 0
-            while tile < tiles:
+            for tile in range(0, tiles, 2):
                 both = tile + 1 < tiles
                 here, a = sums + tile * TILE * stride + 128 * column, x + tile * TILE * row + 2 * start
                 below = here + TILE * stride
@@ -156,7 +155,6 @@ def product(x, depth, weights, width, first, last, tiles, sums, woven, high):
                 if both:
                     store2(below, stride)
                     store3(below + 64, stride)
-                tile += 2
 
 
 @njit(cache=True, nogil=True)
@@ -246,11 +244,13 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
 
 @njit(cache=True, nogil=True)
 def activate(gates, ups, inner):
+    """A row of `silu(gates) * ups`; indices are unsigned, as the compiler likes them (`kernels.py`)."""
     for f in range(np.uint64(len(inner))):
         inner[f] = rounded(silu(gates[f]) * ups[f], inner)
 
 
 @njit(cache=True, nogil=True)
 def round_row(sums, outputs):
+    """A row of sums as bfloat16."""
     for d in range(np.uint64(len(outputs))):
         outputs[d] = rounded(sums[d], outputs)

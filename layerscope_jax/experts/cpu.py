@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ LOOPS, AMX = Kernel("loops", FEW, ANY), Kernel("amx", ANY, amx.PIECE)
 
 
 def kernel_of(dtype: np.dtype, width: int, hidden: int) -> Kernel | None:
-    """For experts [D, F] of a dtype. None: all are XLA's."""
+    """For experts [D, F] of a dtype, on this CPU. None: all are XLA's."""
     if amx.suits(dtype, width, hidden):
         return AMX
     return LOOPS if dtype in (np.float32, jnp.bfloat16) else None
@@ -147,20 +147,17 @@ class CpuExperts:
 
     Args:
         threads: that share the experts of a call, the caller's own counted.
+        kernel: for experts that it suits; the others, or with None all, are computed by XLA.
     """
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, kernel: Kernel | None):
         self.threads = threads
+        self.kernel = kernel
         self._kept = [np.empty(0, np.uint8)] * threads
         self._helpers = Helpers(threads - 1)
 
     def close(self) -> None:
         self._helpers.close()
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory that its kernels keep between calls."""
-        return sum(kept.nbytes for kept in self._kept)
 
     def compute(
         self,
@@ -181,10 +178,7 @@ class CpuExperts:
             weights: of some experts.
             stats: counts what is done.
         """
-        experts = list(experts)
-        width, hidden = weights(experts[:1])[0].arrays.gate.shape
-        kernel = kernel_of(inputs.dtype, width, hidden)
-        few, many = split_by_tokens(rows, experts, kernel.most) if kernel else ([], experts)
+        few, many = split_by_tokens(rows, experts, self.kernel.most if self.kernel else 0)
         groups, parts = rows.groups(many) if many else [], []
         if groups:
             began = time.perf_counter()
@@ -194,8 +188,8 @@ class CpuExperts:
                 arrays = tuple(expert.arrays for expert in weights(group.experts))
                 parts.append(grouped_rows(local, group.slots, arrays, rows.choices))
             stats.arithmetic_s += time.perf_counter() - began
-        if kernel and few:
-            self._by(kernel, outputs, inputs, rows, few, weights(few), hidden, stats)
+        if self.kernel and few:
+            self._by(self.kernel, outputs, inputs, rows, few, weights(few), stats)
         began = time.perf_counter()
         for group, part in zip(groups, parts, strict=True):
             outputs[group.slots.reshape(-1)] = part
@@ -209,7 +203,6 @@ class CpuExperts:
         rows: Assignments,
         experts: list[int],
         weights: Sequence[InMemory],
-        hidden: int,
         stats: WorkStats,
     ) -> None:
         addresses = np.frombuffer(b"".join([expert.addresses for expert in weights]), np.int64).reshape(-1, 3)
@@ -222,16 +215,18 @@ class CpuExperts:
         stats.by_kernel[kernel.name] += len(experts)
         if tokens > kernel.piece:
             addresses, firsts, lasts = pieces(addresses, firsts, lasts, kernel.piece)
-        size = 3 * inputs.shape[1] * hidden * outputs.itemsize * len(weights)
+        width, hidden = weights[0].arrays.gate.shape
+        size = 3 * width * hidden * outputs.itemsize * len(weights)
         words = outputs.view(np.uint16 if outputs.itemsize == 2 else outputs.dtype)
         begins = address(inputs)
         counter = np.zeros(1, np.int64)
         of_all = addresses, firsts, lasts, rows.order, rows.choices, begins, hidden, words
 
+        scratch = amx.scratch_bytes(firsts, lasts, width, hidden) if kernel is AMX else 0
+
         def part(share: int) -> None:
             if kernel is AMX:
-                scratch = self._scratch(share, firsts, lasts, inputs.shape[1], hidden)
-                amx.run_experts(*of_all, address(counter), scratch)
+                amx.run_experts(*of_all, address(counter), self._scratch(share, scratch))
             else:
                 run_experts(*of_all, address(counter))
 
@@ -240,9 +235,8 @@ class CpuExperts:
         self._helpers.run(part, shares)
         stats.arithmetic_s += time.perf_counter() - began
 
-    def _scratch(self, share: int, *needs: Any) -> int:
+    def _scratch(self, share: int, size: int) -> int:
         """Address of memory that no other thread of this call uses; it grows as it has to."""
-        size = amx.scratch_bytes(*needs)
         if self._kept[share].nbytes < size + 64:
             self._kept[share] = np.empty(size + 64, np.uint8)
         return -(-self._kept[share].ctypes.data // 64) * 64

@@ -18,7 +18,7 @@ import numpy as np
 
 from layerscope_jax.experts.bank import ExpertBank
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, expert_rows
+from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, expert_rows, kernel_of
 from layerscope_jax.experts.grouping import Assignments, next_power
 from layerscope_jax.scheduling.plan import ExpertId
 
@@ -220,7 +220,7 @@ class HostExperts:
         self._weights: dict[tuple[int, int], InMemory] = {}  # those that share the bank's memory
         self._closed = False
         self._shares_inputs = shares_inputs
-        self.cpu = CpuExperts(threads)
+        self.cpu = CpuExperts(threads, kernel_of(bank.dtype, *bank.layers[0][0].gate.shape))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
 
     def start(

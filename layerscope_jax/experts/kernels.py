@@ -99,7 +99,7 @@ def _rounded(number, kind):
 
 
 # e^x = 2^n e^r with |r| <= ln 2 / 2, and a polynomial for e^r (as in Cephes' expf): the library's function is
-# called number by number, and took as long as a tenth of the reading. ROUND's last bit counts ones.
+# called number by number. ROUND's last bit counts ones.
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 ROUND, LOWEST, HIGHEST, ONE = np.float32(1.5 * 2**23), np.float32(-87), np.float32(88), np.float32(1)
 P0, P1, P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)

@@ -11,7 +11,7 @@ from threading import Thread
 class Helpers:
     """Runs a call in several threads at once, the caller's own among them.
 
-    A thread pool does the same, but its futures cost 70 us more a call: as long as some layers compute.
+    A thread pool does the same, but its futures cost some 70 us more a call (`benchmarks/NOTES.md`).
 
     Args:
         count: of threads beside the caller's.

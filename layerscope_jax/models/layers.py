@@ -25,7 +25,8 @@ class ExpertParam(nnx.Param):
 class KVCache(NamedTuple):
     """Keys and values of one layer, by position.
 
-    Keys lie as their product with queries reads them: 2.5 times as fast, on CPUs, as turning them there.
+    Keys lie as their product with queries reads them: where several queries share a key, turning them there
+    takes up to twice as long again on CPUs (`benchmarks/NOTES.md`).
     """
 
     key: jax.Array  # [B, H_kv, D_head, P]

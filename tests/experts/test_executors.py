@@ -10,7 +10,7 @@ from helpers import TINY, bits, in_time
 from layerscope_jax import ExpertBank, ExpertId, ModelConfig
 from layerscope_jax.experts.bank import device_sharding
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts
+from layerscope_jax.experts.cpu import LOOPS, CpuExperts
 from layerscope_jax.experts.executors import DeviceExperts, HostExperts, SharedExperts, aligned_zeros
 from layerscope_jax.experts.grouping import Assignments
 
@@ -20,7 +20,7 @@ WIDE = ModelConfig(
 )
 COUNTS = {0: 1, 1: 2, 2: 130, 3: 40, 4: 20, 5: 60, 6: 64, 7: 90, 8: 100}  # the others have one token each
 CHOICES = 2
-CPU = CpuExperts(threads=2)
+CPU = CpuExperts(2, LOOPS)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,9 @@ def test_copies_are_not_kept_where_the_host_does_not_share_the_banks_memory(bank
     @dataclass
     class Elsewhere:
         array: jax.Array
+
+        shape = property(lambda self: self.array.shape)
+        dtype = property(lambda self: self.array.dtype)
 
         def addressable_data(self, index):
             return np.array(self.array)

@@ -11,17 +11,28 @@ from numba import njit
 
 from layerscope_jax.experts import amx, cpu
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, kernel_of
+from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, WorkStats, kernel_of
 from layerscope_jax.experts.grouping import Assignments
 from layerscope_jax.experts.kernels import silu
 
 TYPES = {"float32": (np.float32, 2e-6), "bfloat16": (ml_dtypes.bfloat16, 1e-2)}
 
 
+LOOPS = cpu.LOOPS._replace(most=64)
+
+
 @pytest.fixture
-def threads():
-    made = {count: CpuExperts(count) for count in (1, 3)}
-    yield made
+def computers():
+    """By threads and kernel."""
+    made = {}
+
+    def get(threads, kernel):
+        key = threads, kernel.name
+        if key not in made:
+            made[key] = CpuExperts(threads, kernel)
+        return made[key]
+
+    yield get
     for one in made.values():
         one.close()
 
@@ -51,8 +62,7 @@ def rows_of(computer, inputs, tokens, weights):
 # Depths that four does not divide, fewer columns than a register, more than are summed at once.
 @pytest.mark.parametrize("shape", [(37, 29), (3, 5), (64, 96), (6, 4500)])
 @pytest.mark.parametrize("name", TYPES)
-def test_they_are_the_network(threads, monkeypatch, name, shape):
-    monkeypatch.setattr(cpu, "LOOPS", cpu.LOOPS._replace(most=64))
+def test_they_are_the_network(computers, name, shape):
     dtype, tolerance = TYPES[name]
     (weights,) = experts(dtype, *shape, 1)
     inputs = np.random.default_rng(1).standard_normal((40, shape[0])).astype(dtype)
@@ -61,21 +71,20 @@ def test_they_are_the_network(threads, monkeypatch, name, shape):
     inner = (x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)
     expected = inner.astype(dtype).astype(np.float64) @ down
     for count in (1, 2, 3, 4, 7, 15, 16, 40):
-        found = rows_of(threads[1], inputs, np.arange(count), weights).astype(np.float64)
+        found = rows_of(computers(1, LOOPS), inputs, np.arange(count), weights).astype(np.float64)
         error = np.abs(found - expected[:count]).max() / np.abs(expected).max()
         assert error < tolerance
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_a_row_has_the_same_bits_in_any_company(threads, monkeypatch, name):
-    monkeypatch.setattr(cpu, "LOOPS", cpu.LOOPS._replace(most=64))
+def test_a_row_has_the_same_bits_in_any_company(computers, name):
     dtype, _ = TYPES[name]
     (weights,) = experts(dtype, 130, 300, 1)
     inputs = np.random.default_rng(2).standard_normal((40, 130)).astype(dtype)
-    alone = np.concatenate([rows_of(threads[1], inputs, np.array([t]), weights) for t in range(40)])
+    alone = np.concatenate([rows_of(computers(1, LOOPS), inputs, np.array([t]), weights) for t in range(40)])
     for count in (2, 3, 4, 5, 8, 13, 16, 33, 40):
         some = np.sort(np.random.default_rng(count).permutation(40)[:count])
-        found = rows_of(threads[1], inputs, some, weights)
+        found = rows_of(computers(1, LOOPS), inputs, some, weights)
         np.testing.assert_array_equal(bits(found), bits(alone[some]))
 
 
@@ -84,8 +93,8 @@ amx_only = pytest.mark.skipif(not amx.available(), reason="this CPU has no AMX")
 
 @amx_only
 @pytest.mark.parametrize("shape", [(32, 32), (96, 64), (64, 4128), (288, 544)])
-def test_matrix_instructions_are_the_network(threads, shape):
-    assert kernel_of(np.dtype(ml_dtypes.bfloat16), *shape).name == "amx"
+def test_matrix_instructions_are_the_network(computers, shape):
+    assert kernel_of(np.dtype(ml_dtypes.bfloat16), *shape) is AMX
     (weights,) = experts(ml_dtypes.bfloat16, *shape, 1)
     inputs = np.random.default_rng(1).standard_normal((300, shape[0])).astype(ml_dtypes.bfloat16)
     gate, up, down = (np.asarray(matrix, np.float64) for matrix in weights)
@@ -93,14 +102,14 @@ def test_matrix_instructions_are_the_network(threads, shape):
     inner = (x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)
     expected = inner.astype(ml_dtypes.bfloat16).astype(np.float64) @ down
     for count in (1, 2, 15, 16, 17, 33, 64, 65, 256, 257, 300):
-        found = rows_of(threads[3], inputs, np.arange(count), weights).astype(np.float64)
+        found = rows_of(computers(3, AMX), inputs, np.arange(count), weights).astype(np.float64)
         assert np.abs(found - expected[:count]).max() / np.abs(expected).max() < 1e-2
 
 
 @amx_only
 @given(some=st.lists(st.integers(0, 299), min_size=1, max_size=300, unique=True).map(sorted))
 def test_matrix_instructions_give_a_row_the_same_bits_in_any_company(some):
-    computer, (weights,) = CpuExperts(2), experts(ml_dtypes.bfloat16, 160, 96, 1)
+    computer, (weights,) = CpuExperts(2, AMX), experts(ml_dtypes.bfloat16, 160, 96, 1)
     inputs = np.random.default_rng(2).standard_normal((300, 160)).astype(ml_dtypes.bfloat16)
     everything = rows_of(computer, inputs, np.arange(300), weights)
     found = rows_of(computer, inputs, np.array(some), weights)
@@ -111,7 +120,7 @@ def test_matrix_instructions_give_a_row_the_same_bits_in_any_company(some):
 
 
 @amx_only
-def test_matrix_instructions_leave_no_shapes_behind(threads):
+def test_matrix_instructions_leave_no_shapes_behind(computers):
     """XLA and others that use tiles in the same thread find them as they were."""
     weights = experts(ml_dtypes.bfloat16, 64, 64, 1)
     memory = np.zeros(128, np.uint8)
@@ -123,7 +132,7 @@ def test_matrix_instructions_leave_no_shapes_behind(threads):
 
     shapes(at)
     before = memory.copy()
-    rows_of(threads[1], np.ones((3, 64), ml_dtypes.bfloat16), np.arange(3), weights[0])
+    rows_of(computers(1, AMX), np.ones((3, 64), ml_dtypes.bfloat16), np.arange(3), weights[0])
     memory[:] = 1
     shapes(at)
     np.testing.assert_array_equal(
@@ -143,7 +152,7 @@ def test_silu_everywhere():
     np.testing.assert_allclose(found, x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64))), rtol=4e-7)
 
 
-def test_threads_share_the_experts_out_and_change_no_bit(threads, monkeypatch):
+def test_threads_share_the_experts_out_and_change_no_bit(computers, monkeypatch):
     monkeypatch.setattr(cpu, "SHARE_BYTES", 1)
     weights = experts(np.float32, 32, 48, 7)
     rng = np.random.default_rng(3)
@@ -151,7 +160,7 @@ def test_threads_share_the_experts_out_and_change_no_bit(threads, monkeypatch):
     inputs = rng.standard_normal((9, 32)).astype(np.float32)
     held = [InMemory.of(expert) for expert in weights]
     found = []
-    for computer in threads.values():
+    for computer in (computers(1, LOOPS), computers(3, LOOPS)):
         outputs = np.zeros((28, 32), np.float32)
         computer.compute(
             outputs, inputs, rows, rows.demand, lambda some: list(map(held.__getitem__, some)), WorkStats()
