@@ -65,9 +65,12 @@ class Field:
 
     Attributes:
         versions: of the peers' packages.
+
+    Raises:
+        ValueError: if somebody does not compute in `dtype`.
     """
 
-    def __init__(self, folder: Path, options: Options, threads: int, stack: contextlib.ExitStack):
+    def __init__(self, folder: Path, dtype: str, options: Options, threads: int, stack: contextlib.ExitStack):
         model = load(folder)
         self.vocabulary = model.config.vocab_size
         self.new_tokens = options.new_tokens
@@ -87,6 +90,11 @@ class Field:
         if options.hf_python is not None:
             self.hf = stack.enter_context(HFPeer(options.hf_python, folder, threads))
             self.versions |= self.hf.versions
+        dtypes = {"engine": str(model.bank.dtype)}
+        dtypes |= {
+            name: peer.dtype for name, peer in (("vllm", self.vllm), ("hf", self.hf)) if peer is not None
+        }
+        check_dtypes(dtypes, dtype)
 
     def race(self, prompts: np.ndarray, rounds: int) -> dict[str, Any]:
         """One batch."""
@@ -140,6 +148,13 @@ class Field:
             },
             "compiled_while_timed": sum(found.compiled for found in samples.values()),
         }
+
+
+def check_dtypes(found: dict[str, str], dtype: str) -> None:
+    """Raises ValueError if a runtime loaded the checkpoint in another dtype: it would run another model."""
+    for name, of in found.items():
+        if of != dtype:
+            raise ValueError(f"{name} computes in {of}; expected {dtype}, the checkpoint's dtype")
 
 
 def begin_peak(process: int) -> None:
@@ -227,7 +242,7 @@ def main(options: Options) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_peers_")))
             save(random_decoder(config), folder, dtype=dtype)
-            field = Field(folder, options, record["cores"], stack)
+            field = Field(folder, dtype, options, record["cores"], stack)
             record["versions"] |= field.versions
             for batch in options.batches:
                 began = time.perf_counter()

@@ -38,6 +38,7 @@ class HFPeer(PeerProcess):
     Attributes:
         versions: of torch and transformers there, and of accelerate if it is needed.
         places: where accelerate put the model's parts -> how many; empty without it.
+        dtype: of its weights.
 
     Raises:
         ValueError: if the process ends; what it said is on stderr.
@@ -54,6 +55,7 @@ class HFPeer(PeerProcess):
         )
         self.versions: dict[str, str] = self.first["versions"]
         self.places: dict[str, int] = self.first["places"]
+        self.dtype: str = self.first["dtype"]
 
     def run(
         self, prompts: Sequence[Sequence[int]], forced: Sequence[Sequence[int]], experts: str
@@ -124,7 +126,8 @@ def start(folder: str, threads: int, device_bytes: int | None = None) -> None:
         return {"prefill": prefill, "decode": decode / (given.shape[1] - 1), "tokens": tokens}
 
     places = Counter(map(str, getattr(model, "hf_device_map", {}).values()))
-    serve(answers, {"versions": versions, "places": places}, run)
+    dtype = str(model.dtype).removeprefix("torch.")
+    serve(answers, {"versions": versions, "places": places, "dtype": dtype}, run)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class VLLMPeer(PeerProcess):
 
     Attributes:
         versions: of vLLM and torch there.
+        dtype: that it computes in.
 
     Raises:
         ValueError: if the process ends; what it said is on stderr.
@@ -52,6 +53,7 @@ class VLLMPeer(PeerProcess):
             | preload,
         )
         self.versions: dict[str, str] = self.first["versions"]
+        self.dtype: str = self.first["dtype"]
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
         """Continues prompts greedily by `new_tokens` each.
@@ -91,6 +93,7 @@ def start(folder: str, rows: int, prompt_tokens: int, new_tokens: int) -> None:
     config = json.loads((Path(folder) / "config.json").read_text())
     engine = vllm.LLM(
         folder,
+        dtype=config["dtype"],  # left to itself, it computes a float32 checkpoint in 16 bits
         skip_tokenizer_init=True,
         max_model_len=positions,
         max_num_seqs=rows,
@@ -116,7 +119,9 @@ def start(folder: str, rows: int, prompt_tokens: int, new_tokens: int) -> None:
         decode = time.perf_counter() - began - prefill
         return {"prefill": prefill, "decode": decode / (new_tokens - 1), "tokens": tokens}
 
-    serve(answers, {"versions": {"vllm": vllm.__version__, "torch (vllm)": torch.__version__}}, run)
+    versions = {"vllm": vllm.__version__, "torch (vllm)": torch.__version__}
+    dtype = str(engine.model_config.dtype).removeprefix("torch.")
+    serve(answers, {"versions": versions, "dtype": dtype}, run)
 
 
 if __name__ == "__main__":

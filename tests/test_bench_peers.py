@@ -60,6 +60,12 @@ def test_rates_and_ratios_are_those_of_the_seconds():
     assert found["to_engine"]["decode"]["vllm"]["median"] == 3.0
 
 
+def test_everybody_computes_in_the_dtype_of_the_checkpoint():
+    bench_peers.check_dtypes({"engine": "float32", "vllm": "float32"}, "float32")
+    with pytest.raises(ValueError, match="vllm computes in bfloat16; expected float32"):
+        bench_peers.check_dtypes({"engine": "float32", "vllm": "bfloat16"}, "float32")
+
+
 def test_the_converter_of_llama_cpp_is_asked_for():
     with pytest.raises(SystemExit, match="--llama-bench and --llama-convert need each other"):
         bench_peers.main(bench_peers.Options(quick=True, llama_bench=Path("llama-batched-bench")))
