@@ -18,6 +18,12 @@ from layerscope_jax.scheduling.plan import ExpertId
 MATRICES = len(ExpertWeights._fields)
 ATTEMPTS = 3
 
+AHEAD_BYTES = 16 * 2**20
+"""Given to an accelerator's link before the first of it has arrived. A copy there costs some 200 us whatever
+its size, and waits for all that the device was given before it: one at a time, a link that carries 50 GB/s
+reached 9 with copies of 3 MiB, and stood still while the device computed (`benchmarks/bench_gpu_facts.py`).
+The price is that a demand load may wait for so many bytes of prefetches, a third of a millisecond there."""
+
 STANDSTILL_S = 60.0
 """A link on which no chunk has ended for so long after it was due stands still; no real chunk takes that."""
 
@@ -65,7 +71,8 @@ class Transfers:
 
     A chunk that has begun is finished. A prefetch chunk begins only when no demand waits and nothing else is
     on the link, so a demand load waits for at most one prefetch chunk. Demand chunks overlap by one, which
-    hides the start of each copy. A failed chunk is tried again; an expert whose copy fails for good is left
+    hides the start of each copy. On an accelerator, unless paced, chunks of either kind begin while fewer than
+    `AHEAD_BYTES` are on the link. A failed chunk is tried again; an expert whose copy fails for good is left
     where it was, and only whoever waits for it hears of it. No call waits without end for a copy that does
     not end.
 
@@ -75,6 +82,11 @@ class Transfers:
         bandwidth: bytes a second to pace copies to, or None. A paced chunk counts as arrived when its real
             copy is done and its time on a link of that rate has passed.
         copy: `(array, sharding) -> array`; `jax.device_put` outside of fault-injection tests.
+
+    Attributes:
+        stats: what the link did.
+        ahead: bytes on the link until which further chunks begin.
+        sharding: of what has arrived.
     """
 
     def __init__(
@@ -99,6 +111,7 @@ class Transfers:
         self._enough = 1  # arrivals worth waking the engine for
         self._closed = False
         self._on_link = 0  # chunks that have begun and not ended
+        self.ahead = 0 if bandwidth or device.platform == "cpu" else AHEAD_BYTES
         self._expected = 0.0  # when the link has news, if it moves
         self._busy_since = 0.0
         self._thread = threading.Thread(target=self._run, name="layerscope-link", daemon=True)
@@ -232,6 +245,7 @@ class Transfers:
 
     def _run(self) -> None:
         on_link: deque[_Chunk] = deque()
+        carried = 0  # bytes of those
         free = 0.0  # when the link, at its paced rate, is through with what it was given
         rested = True  # whether it has had nothing to do since it began the last chunk
         while True:
@@ -241,9 +255,10 @@ class Transfers:
                     self._changed.wait()
                 if self._closed and not on_link:
                     return
-                copy = None if self._closed else self._next(len(on_link))
+                copy = None if self._closed else self._next(len(on_link), carried)
             if copy is None:
                 # A link that turned out slower than the pace makes up for nothing later.
+                carried -= on_link[0].matrix.nbytes
                 free = max(free, self._finish(on_link.popleft()))
                 continue
             now = time.perf_counter()
@@ -251,6 +266,7 @@ class Transfers:
                 self._busy_since = now
             matrix = self.bank[copy.expert][copy.begun]
             copy.begun += 1
+            carried += matrix.nbytes
             # Within a busy spell the next chunk follows on the link's own clock, not on the time at which
             # this thread woke up: the average rate is the paced one.
             free = (max(free, now) if rested else free) + (
@@ -263,11 +279,15 @@ class Transfers:
             except Exception as error:
                 on_link.append(_Chunk(copy, matrix, error, free))
 
-    def _next(self, on_link: int) -> _Copy | None:
-        """The copy whose next matrix may begin now; None to wait for the link first."""
-        if self._demand and on_link < 2:
+    def _next(self, on_link: int, carried: int) -> _Copy | None:
+        """The copy whose next matrix may begin now, beside so many chunks and their bytes.
+
+        None to wait for the link first.
+        """
+        room = carried < self.ahead
+        if self._demand and (room or on_link < 2):
             queue = self._demand
-        elif self._prefetch and not self._demand and on_link == 0:
+        elif self._prefetch and not self._demand and (room or on_link == 0):
             queue = self._prefetch
         else:
             return None

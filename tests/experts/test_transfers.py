@@ -78,6 +78,21 @@ def test_prefetches_have_the_link_to_themselves_and_demands_overlap_by_one(bank,
     assert link.beside[6:] == [0] * 6
 
 
+def test_an_accelerator_is_given_several_chunks_ahead_and_a_demand_waits_for_those_alone(bank, start):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    assert transfers.ahead == 0  # of a CPU
+    transfers.ahead = 4 * CHUNK
+    transfers.submit([], [A, B])
+    link.until_begun(4)  # though none has ended
+    transfers.submit([C], [])
+    link.allow(100)
+    collect(transfers, [A, B, C])
+    assert link.begun[:4] == [(A, "gate"), (A, "up"), (A, "down"), (B, "gate")]
+    assert link.begun[4:] == [*((C, name) for name in NAMES), (B, "up"), (B, "down")]
+    assert max(link.beside) == 3
+
+
 def test_queued_prefetches_that_are_needed_now_are_moved_ahead(bank, start):
     link = Link(bank, gated=True)
     transfers = start(link)
