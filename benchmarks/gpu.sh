@@ -13,7 +13,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-parts=(tests facts real-deepseek real-qwen3 real-mixtral calibrate host-experts overhead simulator policies
+parts=(tests facts link real-deepseek real-qwen3 real-mixtral calibrate host-experts overhead simulator policies
     resident hf-offload)
 quick=()
 if [ "${1:-}" = --quick ]; then
@@ -57,6 +57,7 @@ run() { # PART
     case $1 in
     tests) limited "$python" -m pytest -n 0 -p no:benchmark -rs -m gpu tests/test_gpu.py ;;
     facts) bench benchmarks.bench_gpu_facts facts --pinned-limit "${XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB}GiB" ;;
+    link) bench benchmarks.bench_link link --links 5GB unpaced ;;
     real-deepseek) bench benchmarks.bench_real_sizes real_deepseek --models deepseek-v2-lite ;;
     real-qwen3) bench benchmarks.bench_real_sizes real_qwen3 --models qwen3-30b-a3b ;;
     real-mixtral) bench benchmarks.bench_real_sizes real_mixtral --models mixtral-8x7b ;;

@@ -159,8 +159,9 @@ class LayerByLayer:
         hidden, inputs, experts, weights, cache, expected = part(
             self._layers[layer], state, positions, cache, *forecast
         )
-        if expected is not None:
-            expected.copy_to_host_async()
+        for array in (experts, expected, None if self.device_experts.waits else inputs):
+            if array is not None:  # all on their way at once; the host's experts read the inputs
+                array.copy_to_host_async()
         # The only read-back of the layer; `jax.device_get` does the same, but through trees.
         chosen, expected = np.asarray(experts), None if expected is None else np.asarray(expected)
         self.meter.device_busy_s += time.perf_counter() - began

@@ -202,7 +202,7 @@ def test_gpu_sh_goes_on_after_a_failure(tmp_path):
     done = script("--quick", python=failing, folder=tmp_path)
     assert done.returncode == 1
     calls = [line for line in done.stdout.splitlines() if line.startswith("-m benchmarks")]
-    assert len(calls) == 9
+    assert len(calls) == 10
     assert all("--quick --json" in call for call in calls)
     states = dict(re.findall(r"^(\S+) +\d+ s  (.+)$", done.stdout, re.MULTILINE))
     assert states.pop("overhead") == "failed"

@@ -71,10 +71,10 @@ class Transfers:
 
     A chunk that has begun is finished. A prefetch chunk begins only when no demand waits and nothing else is
     on the link, so a demand load waits for at most one prefetch chunk. Demand chunks overlap by one, which
-    hides the start of each copy. On an accelerator, unless paced, chunks of either kind begin while fewer than
-    `AHEAD_BYTES` are on the link. A failed chunk is tried again; an expert whose copy fails for good is left
-    where it was, and only whoever waits for it hears of it. No call waits without end for a copy that does
-    not end.
+    hides the start of each copy. On an accelerator, unless paced, chunks of either kind begin while fewer
+    than `AHEAD_BYTES` are on the link. A failed chunk is tried again; an expert whose copy fails for good
+    is left where it was, and only whoever waits for it hears of it. No call waits without end for a copy
+    that does not end.
 
     Args:
         bank: where experts come from.
