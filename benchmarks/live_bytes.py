@@ -19,8 +19,8 @@ import numpy as np
 
 from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig
 from layerscope_jax import engine as engines
-from layerscope_jax.experts import amx
-from layerscope_jax.experts.cpu import AMX, CpuExperts
+from layerscope_jax.experts import amx, kernels
+from layerscope_jax.experts.cpu import AMX, LOOPS, CpuExperts
 from layerscope_jax.experts.executors import SharedExperts
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.scheduling.baselines import Resident
@@ -182,11 +182,13 @@ class Watch:
 
 def scratch_bytes(config: ModelConfig, cpu: CpuExperts, tokens: int) -> int:
     """Most that kernels need for an expert of so many tokens at most, in each thread."""
-    if cpu.kernel is not AMX:
-        return 0
-    sizes = np.minimum([amx.FEW_TILES * amx.TILE, amx.PIECE], tokens)
-    each = amx.scratch_bytes(np.zeros(2, int), sizes, config.hidden_size, config.expert_hidden)
-    return cpu.threads * (each + 64)
+    width, hidden = config.hidden_size, config.expert_hidden
+    if cpu.kernel is AMX:
+        sizes = np.minimum([amx.FEW_TILES * amx.TILE, amx.PIECE], tokens)
+        return cpu.threads * (amx.scratch_bytes(np.zeros(2, int), sizes, width, hidden) + 64)
+    if cpu.kernel is LOOPS:  # inputs, outputs, what is between them, and two rows of sums
+        return cpu.threads * min(tokens, LOOPS.most) * 4 * (2 * width + hidden + 2 * kernels.STRIDE)
+    return 0
 
 
 def watch(model: Model, config: OffloadConfig, call: Callable[[Engine], object]) -> Watch:
