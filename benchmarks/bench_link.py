@@ -274,18 +274,23 @@ def main(options: Options) -> dict[str, Any]:
         "overtaking": [],
         "overlap": [],
     }
+
+    def measured(kind: str, row: dict[str, Any]) -> None:
+        result[kind].append(row)
+        named = ", ".join(str(row[key]) for key in ("profile", "policy", "link") if key in row)
+        progress.print(f"measured {kind}: {named}", highlight=False)
+        if options.json is not None:  # whoever is cut short keeps what there is
+            harness.write_json(options.json, result)
+
     for policy in options.policies:
         for link in options.links:
-            result["bound"].append(bound_by_transfers(model, policy, link, options))
-            progress.print(f"measured {policy}, {link}")
+            measured("bound", bound_by_transfers(model, policy, link, options))
     for policy in options.overlapping:
-        result["overlap"].append(overlap(model, policy, options))
-        progress.print(f"measured parts of {policy}")
+        measured("overlap", overlap(model, policy, options))
     for profile in options.profiles:
         for link in options.links[-2:]:
             row = overtaking(bank_of(profile, options.quick), bandwidth(link), options.trials)
-            result["overtaking"].append({"profile": profile, "link": link} | row)
-            progress.print(f"measured overtaking, {profile}, {link}")
+            measured("overtaking", {"profile": profile, "link": link} | row)
     tables(result)
     return harness.finish(options, result)
 
