@@ -1,8 +1,9 @@
 """How close do experts on the CPU come to what its memory and its products can do?
 
-Experts of one shape, so many that no cache holds them, are computed once each: by loops of our own, by AMX
-where the CPU has it, and by XLA's products; the engine takes one of them for each dtype and number of tokens.
-Beside them: how fast the same threads read memory, and how fast a plain float32 product of that size is.
+Experts of one shape, so many that no cache holds them, are computed once each: by loops of our own, bfloat16
+by AMX or products of pairs where the CPU has them, and by XLA's products, which the engine does not take.
+Beside them, in the same rounds: how fast the same threads read memory, and how fast a plain float32 product
+of that size is.
 """
 
 from __future__ import annotations
@@ -51,19 +52,26 @@ def total(numbers: np.ndarray) -> float:
     return found
 
 
-def read_bandwidth(threads: int, megabytes: int, rounds: int) -> list[float]:
-    """GB/s at which so many threads add up an array that no cache holds."""
-    numbers = np.ones(megabytes * 250_000, np.float32)
-    parts = np.array_split(numbers, threads)
-    with ThreadPoolExecutor(threads) as pool:
+class Reading:
+    """Threads that add up an array that no cache holds."""
 
-        def read() -> float:
+    def __init__(self, threads: int, megabytes: int):
+        self._parts = np.array_split(np.ones(megabytes * 250_000, np.float32), threads)
+        self._pool = ThreadPoolExecutor(threads)
+        self.bytes = sum(part.nbytes for part in self._parts)
+
+    def __call__(self) -> None:
+        list(self._pool.map(total, self._parts))
+
+    def rates(self, rounds: int) -> list[float]:
+        """GB/s of each round."""
+        self()
+        found = []
+        for _ in range(rounds):
             began = time.perf_counter()
-            list(pool.map(total, parts))
-            return numbers.nbytes / (time.perf_counter() - began) / 1e9
-
-        read()
-        return [read() for _ in range(rounds)]
+            self()
+            found.append(self.bytes / (time.perf_counter() - began) / 1e9)
+        return found
 
 
 def random_experts(options: Options, dtype: str) -> list[ExpertWeights]:
@@ -77,8 +85,10 @@ def random_experts(options: Options, dtype: str) -> list[ExpertWeights]:
     return [ExpertWeights(matrix(*wide), matrix(*wide), matrix(*narrow)) for _ in range(options.experts)]
 
 
-def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens: int) -> dict[str, Any]:
-    """All ways and the plain product at one number of tokens an expert."""
+def cell(
+    options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens: int, read: Reading
+) -> dict[str, Any]:
+    """All ways, reading and the plain product at one number of tokens an expert."""
     count = len(weights)
     inputs = np.asarray(jnp.ones((tokens, options.width), dtype))
     rows = Assignments(np.tile(np.arange(count, dtype=np.int32), (tokens, 1)))
@@ -96,21 +106,21 @@ def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens:
         jax.block_until_ready([product(x, matrix) for matrix in matrices])
 
     kernel = cpu.kernel_of(inputs.dtype, options.width, options.hidden)
-    ways: dict[str, cpu.Kernel | None] = {"loops": cpu.LOOPS._replace(most=cpu.ANY), "xla": None}
-    if kernel is cpu.AMX:
-        ways["amx"] = kernel
+    assert kernel is not None
+    ways: dict[str, cpu.Kernel | None] = {"loops": cpu.LOOPS, kernel.name: kernel, "xla": None}
     computers = {name: CpuExperts(options.threads, way) for name, way in ways.items()}
     calls = {
         name: functools.partial(computer.compute, outputs, inputs, rows, range(count), chosen, WorkStats())
         for name, computer in computers.items()
     }
-    samples = harness.measure(calls | {"product": plain}, options.rounds)
+    samples = harness.measure(calls | {"product": plain, "read": read}, options.rounds)
     for computer in computers.values():
         computer.close()
     seconds = {name: found.parts["seconds"] for name, found in samples.items()}
     size = sum(matrix.nbytes for matrix in weights[0])
     flops = 6 * tokens * options.width * options.hidden
-    taken = kernel.name if kernel and tokens <= kernel.most else "xla"
+    taken = kernel.name
+    reading = [read.bytes / s / 1e9 for s in seconds["read"]]
     return {
         "dtype": dtype,
         "tokens": tokens,
@@ -118,18 +128,20 @@ def cell(options: Options, dtype: str, weights: Sequence[ExpertWeights], tokens:
         "ms": {name: harness.spread(1e3 * s / count for s in seconds[name]) for name in ways},
         "gb_per_s": {name: harness.spread(size * count / s / 1e9 for s in seconds[name]) for name in ways},
         "gflops": {name: harness.spread(flops * count / s / 1e9 for s in seconds[name]) for name in ways},
+        "read_gb_per_s": harness.spread(reading),
+        "taken_to_reading": harness.ratio([size * count / s / 1e9 for s in seconds[taken]], reading),
         "xla_to_taken": harness.ratio(seconds["xla"], seconds[taken]),
         "product_gflops": harness.spread(flops / 3 * len(matrices) / s / 1e9 for s in seconds["product"]),
     }
 
 
-def table(rows: Sequence[dict[str, Any]], bandwidth: float) -> None:
+def table(rows: Sequence[dict[str, Any]]) -> None:
     lines = []
     for row in rows:
         taken = row["taken"]
         ms = [
             f"{row['ms'][way]['median']:.2f} ({row['ms'][way]['p90']:.2f})" if way in row["ms"] else "-"
-            for way in ("loops", "amx", "xla")
+            for way in ("loops", "-" if taken == "loops" else taken, "xla")
         ]
         lines.append(
             (
@@ -138,7 +150,8 @@ def table(rows: Sequence[dict[str, Any]], bandwidth: float) -> None:
                 *ms,
                 f"{row['xla_to_taken']['median']:.2f}",
                 f"{row['gb_per_s'][taken]['median']:.1f}",
-                f"{row['gb_per_s'][taken]['median'] / bandwidth:.0%}",
+                f"{row['read_gb_per_s']['median']:.1f}",
+                f"{row['taken_to_reading']['median']:.0%}",
                 f"{row['gflops'][taken]['median'] / row['product_gflops']['median']:.0%}",
             )
         )
@@ -146,26 +159,27 @@ def table(rows: Sequence[dict[str, Any]], bandwidth: float) -> None:
         "dtype, tokens",
         "the engine takes",
         "loops, ms an expert (p90)",
-        "AMX",
+        "the taken",
         "XLA",
         "XLA / taken",
         "taken, GB/s",
-        "of reading",
+        "reading alone",
+        "of it",
         "of a plain product",
     )
-    harness.print_table(f"Experts on the CPU; reading alone: {bandwidth:.1f} GB/s", headings, lines)
+    harness.print_table("Experts on the CPU, medians", headings, lines)
 
 
 def main(options: Options) -> dict[str, Any]:
     if options.quick:
         options = replace(options, width=64, hidden=96, experts=4, tokens=(1, 4), rounds=1)
     record = harness.machine()
-    read = read_bandwidth(options.threads, 4 if options.quick else 800, options.rounds)
+    read = Reading(options.threads, 4 if options.quick else 800)
     rows = []
     with jax.default_device(jax.devices("cpu")[0]):  # also where there is an accelerator
         for dtype in DTYPES:
             weights = random_experts(options, dtype)
-            rows += [cell(options, dtype, weights, tokens) for tokens in options.tokens]
+            rows += [cell(options, dtype, weights, tokens, read) for tokens in options.tokens]
     result = {
         "benchmark": "host_experts",
         "quick": options.quick,
@@ -174,10 +188,9 @@ def main(options: Options) -> dict[str, Any]:
         "hidden": options.hidden,
         "experts": options.experts,
         "threads": options.threads,
-        "read_gb_per_s": harness.spread(read),
         "rows": rows,
     }
-    table(rows, result["read_gb_per_s"]["median"])
+    table(rows)
     return harness.finish(options, result)
 
 

@@ -27,7 +27,7 @@ from benchmarks.bench_policies import SHIPPED
 from benchmarks.random_models import random_decoder
 from benchmarks.stopwatch import Stopwatch
 from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig, layerwise, load, save
-from layerscope_jax.experts import amx, cpu
+from layerscope_jax.experts import amx, cpu, kernels
 from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.statistics import Meter
 
@@ -121,7 +121,7 @@ def timed_parts(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         (host, "compute", "around the experts"),
         (host, "start", starting),
         (runner.forecasts, "learn", "forecasts.learn"),
-        (cpu, "run_experts", lambda call: watch.timed(call, "experts", arithmetic=True)),
+        (kernels, "run_experts", lambda call: watch.timed(call, "experts", arithmetic=True)),
         (amx, "run_experts", lambda call: watch.timed(call, "experts", arithmetic=True)),
         (cpu, "grouped_rows", products),
     ]

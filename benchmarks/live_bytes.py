@@ -20,7 +20,7 @@ import numpy as np
 from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig
 from layerscope_jax import engine as engines
 from layerscope_jax.experts import amx, kernels
-from layerscope_jax.experts.cpu import AMX, LOOPS, CpuExperts
+from layerscope_jax.experts.cpu import AMX, CpuExperts
 from layerscope_jax.experts.executors import SharedExperts
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.scheduling.baselines import Resident
@@ -186,8 +186,8 @@ def scratch_bytes(config: ModelConfig, cpu: CpuExperts, tokens: int) -> int:
     if cpu.kernel is AMX:
         sizes = np.minimum([amx.FEW_TILES * amx.TILE, amx.PIECE], tokens)
         return cpu.threads * (amx.scratch_bytes(np.zeros(2, int), sizes, width, hidden) + 64)
-    if cpu.kernel is LOOPS:  # inputs, outputs, what is between them, and two rows of sums
-        return cpu.threads * min(tokens, LOOPS.most) * 4 * (2 * width + hidden + 2 * kernels.STRIDE)
+    if cpu.kernel is not None:  # inputs, what is between them and outputs, and two rows of sums
+        return cpu.threads * min(tokens, kernels.PIECE) * 4 * (width + hidden + 2 * kernels.STRIDE)
     return 0
 
 

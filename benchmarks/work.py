@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.bench_host_experts import read_bandwidth
+from benchmarks.bench_host_experts import Reading
 from layerscope_jax import ModelConfig
 from layerscope_jax.experts.compute import matmul
 from layerscope_jax.machine import cores
@@ -43,7 +43,7 @@ class Rates:
                 began = time.perf_counter()
                 jax.block_until_ready(product(one, one))
                 best = min(best, time.perf_counter() - began)
-        reading = read_bandwidth(cores(), 16 if quick else 256, 7)
+        reading = Reading(cores(), 16 if quick else 256).rates(7)
         return cls(2 * size**3 / best, 1e9 * max(reading))
 
 

@@ -81,8 +81,8 @@ class RunStats:
             None if not asked for. See `layerscope_jax.scheduling.bounds`.
         padding: computed expert rows that were padding, by all computed rows.
         dispatches: calls that computed experts, device and host together.
-        kernels: parts of these experts by what computed them: "amx" and "loops" (our own, on a CPU) and
-            "xla"; None where no expert was computed apart from its layer.
+        kernels: parts of these experts by what computed them: "amx", "pairs" and "loops" (our own, on
+            a CPU) and "xla"; None where no expert was computed apart from its layer.
     """
 
     policy: str

@@ -121,9 +121,9 @@ class Rehearsal(LayerByLayer):
         self.host_experts.cpu.compute(
             row, np.asarray(inputs), few, few.demand, lambda experts: [weights] * len(experts), WorkStats()
         )
+        if self.host_experts.cpu.kernel is not None:
+            return  # compiled by that
         local = jax.device_put(np.asarray(inputs), weights.arrays.gate.sharding)
-        kernel = self.host_experts.cpu.kernel
-        least = 1 if kernel is None else kernel.most + 1
-        for bucket, size in possible_groups(tokens, choices, self.model.config.num_experts, least):
+        for bucket, size in possible_groups(tokens, choices, self.model.config.num_experts):
             slots = np.full((size, bucket), chosen.size, np.int32)
             jax.block_until_ready(grouped_rows(local, slots, (weights.arrays,) * size, choices))

@@ -8,7 +8,6 @@ from exact_cases import RandomPolicy
 from helpers import PROFILE, PROMPTS, compiled, one_jit, random_model, spelling_model
 
 from layerscope_jax import Engine, OffloadConfig, Replay, layerwise
-from layerscope_jax.experts.cpu import FEW
 from layerscope_jax.experts.executors import DeviceExperts, grouped_ffn
 from layerscope_jax.experts.grouping import GROUP_SIZES, possible_groups
 
@@ -79,11 +78,11 @@ OTHERS = 16
 phases; empty caches and rows, on each device."""
 
 
-def rows_of_experts(model, batch, prompt_tokens, least=1):
+def rows_of_experts(model, batch, prompt_tokens):
     """Shapes of dispatches of both phases."""
     config = model.config
     return sum(
-        len(possible_groups(tokens, config.experts_per_token, config.num_experts, least))
+        len(possible_groups(tokens, config.experts_per_token, config.num_experts))
         for tokens in (batch * prompt_tokens, batch)
     )
 
@@ -114,9 +113,9 @@ def test_after_a_warm_up_the_whole_model_compiles_nothing(temperature):
 
 
 @pytest.mark.parametrize("policy", ["resident", "host-only", "lru", "auto", "random"])
-def test_after_a_warm_up_no_layer_compiles_anything(policy):
-    # Many rows an expert: on a CPU, the programs of XLA's products are only needed for those.
-    model = random_model(num_layers=2, hidden_size=28, num_experts=5, seed=3)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_after_a_warm_up_no_layer_compiles_anything(policy, dtype):
+    model = random_model(num_layers=2, hidden_size=28, num_experts=5, seed=3, dtype=dtype)
     config = OffloadConfig(
         device_budget=None if policy == "resident" else 6 * model.bank.expert_bytes,
         policy=RandomPolicy() if policy == "random" else policy,
@@ -126,7 +125,9 @@ def test_after_a_warm_up_no_layer_compiles_anything(policy):
     batch, length = 4, 40
     with Engine(model, config) as engine:
         found = engine.warmup(batch_size=batch, prompt_tokens=length, new_tokens=6)
-        assert found.programs <= 2 * rows_of_experts(model, batch, length, least=9) + OTHERS
+        # Where the device is a CPU, only float16 goes by XLA's products.
+        experts = 2 * rows_of_experts(model, batch, length) if dtype == jnp.float16 else 0
+        assert found.programs <= experts + OTHERS
         with compiling() as counted:
             for seed in range(3):
                 engine.generate(random_prompts(seed, batch, length), batch_size=batch, max_new_tokens=6)
@@ -146,8 +147,7 @@ def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch, policy):
     with Engine(model, config) as engine:
         found = engine.warmup(batch_size=batch, prompt_tokens=length, new_tokens=8)
         placing = sum((tokens * 4).bit_length() + 1 for tokens in (batch * length, batch))
-        host = rows_of_experts(model, batch, length, least=FEW + 1)
-        assert found.programs <= rows_of_experts(model, batch, length) + host + placing + OTHERS
+        assert found.programs <= rows_of_experts(model, batch, length) + placing + OTHERS
         with compiling() as counted:
             for seed in range(4):
                 engine.generate(random_prompts(seed, batch, length), batch_size=batch, max_new_tokens=8)

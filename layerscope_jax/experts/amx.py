@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from layerscope_jax.experts.kernels import pointer, rounded, silu, taken
+from layerscope_jax.experts.numbers import pointer, rounded, silu, taken
 from layerscope_jax.machine import cpu_features
 from layerscope_jax.njit import njit
 
@@ -244,7 +244,7 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
 
 @njit(cache=True, nogil=True)
 def activate(gates, ups, inner):
-    """A row of `silu(gates) * ups`; indices are unsigned, as the compiler likes them (`kernels.py`)."""
+    """A row of `silu(gates) * ups`. Of an index that may be negative the compiler makes no vectors."""
     for f in range(np.uint64(len(inner))):
         inner[f] = rounded(silu(gates[f]) * ups[f], inner)
 

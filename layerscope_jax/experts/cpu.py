@@ -1,6 +1,7 @@
-"""Experts computed by this machine's CPU, by the kernel that suits their shape and number of tokens.
+"""Experts computed by this machine's CPU, by the kernel that suits their shape.
 
-bfloat16 by AMX where the CPU has it; else few tokens by loops of our own, and many by XLA's products.
+float32 and bfloat16 by loops of our own: bfloat16 by AMX or by products of pairs where the CPU has them.
+Other types by XLA's products.
 """
 
 from __future__ import annotations
@@ -15,15 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerscope_jax.experts import amx
+from layerscope_jax.experts import amx, kernels, vectors
 from layerscope_jax.experts.compute import ExpertWeights, ffn
 from layerscope_jax.experts.grouping import Assignments, Group
-from layerscope_jax.experts.kernels import run_experts
 from layerscope_jax.experts.threads import Helpers
 from layerscope_jax.machine import cores
-
-FEW = 32
-"""Most tokens of an expert that `kernels` computes: for more, XLA's products are as fast."""
 
 SHARE_BYTES = 1 << 20
 """Bytes of weights that make waking another thread worth while: some 50 us of reading."""
@@ -39,38 +36,26 @@ class Kernel(NamedTuple):
 
     Attributes:
         name: as in the statistics.
-        most: tokens of an expert that it is taken for.
         piece: rows of an expert that it computes at a time.
+        words: what it takes bfloat16 for (`vectors.py`).
     """
 
     name: str
-    most: int
     piece: int
+    words: np.dtype = np.dtype(np.uint16)
 
 
-ANY = 1 << 30
-LOOPS, AMX = Kernel("loops", FEW, ANY), Kernel("amx", ANY, amx.PIECE)
+LOOPS, AMX = Kernel("loops", kernels.PIECE), Kernel("amx", amx.PIECE)
+PAIRS = Kernel("pairs", kernels.PIECE, np.dtype(np.int16))
 
 
 def kernel_of(dtype: np.dtype, width: int, hidden: int) -> Kernel | None:
-    """For experts [D, F] of a dtype, on this CPU. None: all are XLA's."""
+    """For experts [D, F] of a dtype, on this CPU. None: they are XLA's."""
     if amx.suits(dtype, width, hidden):
         return AMX
+    if vectors.suit_pairs(dtype, width, hidden):
+        return PAIRS
     return LOOPS if dtype in (np.float32, jnp.bfloat16) else None
-
-
-def split_by_tokens(rows: Assignments, experts: Iterable[int], most: int) -> tuple[list[int], list[int]]:
-    """Experts with at most so many tokens, and with more.
-
-    It hangs on an expert's own tokens alone, and so do its bits.
-    """
-    if max(rows.demand.values(), default=0) <= most:  # as in nearly every decode step
-        return list(experts), []
-    few: list[int] = []
-    many: list[int] = []
-    for expert in experts:
-        (few if rows.demand[expert] <= most else many).append(expert)
-    return few, many
 
 
 def expert_rows(
@@ -147,7 +132,7 @@ class CpuExperts:
 
     Args:
         threads: that share the experts of a call, the caller's own counted.
-        kernel: for experts that it suits; the others, or with None all, are computed by XLA.
+        kernel: that computes them; None: XLA.
     """
 
     def __init__(self, threads: int, kernel: Kernel | None):
@@ -178,19 +163,17 @@ class CpuExperts:
             weights: of some experts.
             stats: counts what is done.
         """
-        few, many = split_by_tokens(rows, experts, self.kernel.most if self.kernel else 0)
-        groups, parts = rows.groups(many) if many else [], []
-        if groups:
-            began = time.perf_counter()
-            local = jax.device_put(np.asarray(inputs), weights(many[:1])[0].arrays.gate.sharding)
-            for group in groups:
-                stats.count_group(group)
-                arrays = tuple(expert.arrays for expert in weights(group.experts))
-                parts.append(grouped_rows(local, group.slots, arrays, rows.choices))
-            stats.arithmetic_s += time.perf_counter() - began
-        if self.kernel and few:
-            self._by(self.kernel, outputs, inputs, rows, few, weights(few), stats)
+        if self.kernel is not None:
+            self._by(self.kernel, outputs, inputs, rows, list(experts), weights, stats)
+            return
         began = time.perf_counter()
+        groups, parts, local = rows.groups(experts), [], None
+        for group in groups:
+            stats.count_group(group)
+            arrays = tuple(expert.arrays for expert in weights(group.experts))
+            if local is None:
+                local = jax.device_put(np.asarray(inputs), arrays[0].gate.sharding)
+            parts.append(grouped_rows(local, group.slots, arrays, rows.choices))
         for group, part in zip(groups, parts, strict=True):
             outputs[group.slots.reshape(-1)] = part
         stats.arithmetic_s += time.perf_counter() - began
@@ -202,10 +185,13 @@ class CpuExperts:
         inputs: jax.Array | np.ndarray,
         rows: Assignments,
         experts: list[int],
-        weights: Sequence[InMemory],
+        weights: Callable[[Sequence[int]], Sequence[InMemory]],
         stats: WorkStats,
     ) -> None:
-        addresses = np.frombuffer(b"".join([expert.addresses for expert in weights]), np.int64).reshape(-1, 3)
+        if not experts:
+            return
+        held = weights(experts)
+        addresses = np.frombuffer(b"".join([expert.addresses for expert in held]), np.int64).reshape(-1, 3)
         index = np.array(experts)
         firsts, lasts = rows.starts[index], rows.ends[index]
         tokens = len(rows.order)
@@ -215,9 +201,9 @@ class CpuExperts:
         stats.by_kernel[kernel.name] += len(experts)
         if tokens > kernel.piece:
             addresses, firsts, lasts = pieces(addresses, firsts, lasts, kernel.piece)
-        width, hidden = weights[0].arrays.gate.shape
-        size = 3 * width * hidden * outputs.itemsize * len(weights)
-        words = outputs.view(np.uint16 if outputs.itemsize == 2 else outputs.dtype)
+        width, hidden = held[0].arrays.gate.shape
+        size = 3 * width * hidden * outputs.itemsize * len(held)
+        words = outputs.view(kernel.words) if outputs.itemsize == 2 else outputs
         begins = address(inputs)
         counter = np.zeros(1, np.int64)
         of_all = addresses, firsts, lasts, rows.order, rows.choices, begins, hidden, words
@@ -228,7 +214,7 @@ class CpuExperts:
             if kernel is AMX:
                 amx.run_experts(*of_all, address(counter), self._scratch(share, scratch))
             else:
-                run_experts(*of_all, address(counter))
+                kernels.run_experts(*of_all, address(counter))
 
         shares = min(self.threads, len(firsts), max(1, size // SHARE_BYTES))
         began = time.perf_counter()

@@ -132,14 +132,13 @@ class Assignments:
         return Group(tuple(chosen), slots, sum(len(piece) for _, piece in pieces))
 
 
-def possible_groups(tokens: int, choices: int, num_experts: int, least: int = 1) -> list[tuple[int, int]]:
+def possible_groups(tokens: int, choices: int, num_experts: int) -> list[tuple[int, int]]:
     """Shapes (row bucket, experts) of all dispatches that `Assignments.groups` can give: at most 21.
 
     Args:
         tokens: T, at most so many.
         choices: K.
         num_experts: E.
-        least: tokens that each of the experts has.
 
     >>> possible_groups(tokens=2, choices=2, num_experts=8)
     [(2, 1), (2, 4)]
@@ -147,8 +146,6 @@ def possible_groups(tokens: int, choices: int, num_experts: int, least: int = 1)
     found = []
     for bucket in [row_bucket(1 << power) for power in range(1, MAX_ROWS.bit_length())]:
         rows = 1 if bucket == MIN_ROWS else bucket // 2 + 1  # the fewest that it is taken for
-        if rows < least:  # an expert with a piece of so few rows has full pieces, or more rows in this one
-            rows = least if least <= bucket else rows + MAX_ROWS
         for size in reversed(GROUP_SIZES):
             pieces = filled(size)
             # Of full pieces an expert may have several, of all others one.

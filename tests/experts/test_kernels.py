@@ -9,16 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit
 
-from layerscope_jax.experts import amx, cpu
+from layerscope_jax.experts import amx, cpu, vectors
 from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, WorkStats, kernel_of
+from layerscope_jax.experts.cpu import AMX, LOOPS, PAIRS, CpuExperts, InMemory, WorkStats, kernel_of
 from layerscope_jax.experts.grouping import Assignments
-from layerscope_jax.experts.kernels import silu
+from layerscope_jax.experts.numbers import silu
 
 TYPES = {"float32": (np.float32, 2e-6), "bfloat16": (ml_dtypes.bfloat16, 1e-2)}
-
-
-LOOPS = cpu.LOOPS._replace(most=64)
 
 
 @pytest.fixture
@@ -59,48 +56,76 @@ def rows_of(computer, inputs, tokens, weights):
     return outputs[tokens]
 
 
-# Depths that four does not divide, fewer columns than a register, more than are summed at once.
-@pytest.mark.parametrize("shape", [(37, 29), (3, 5), (64, 96), (6, 4500)])
-@pytest.mark.parametrize("name", TYPES)
-def test_they_are_the_network(computers, name, shape):
-    dtype, tolerance = TYPES[name]
-    (weights,) = experts(dtype, *shape, 1)
-    inputs = np.random.default_rng(1).standard_normal((40, shape[0])).astype(dtype)
+def network(inputs, weights):
+    """The same rows in float64, rounded where the network rounds."""
     gate, up, down = (np.asarray(matrix, np.float64) for matrix in weights)
     x = inputs.astype(np.float64)
     inner = (x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)
-    expected = inner.astype(dtype).astype(np.float64) @ down
-    for count in (1, 2, 3, 4, 7, 15, 16, 40):
-        found = rows_of(computers(1, LOOPS), inputs, np.arange(count), weights).astype(np.float64)
+    return inner.astype(inputs.dtype).astype(np.float64) @ down
+
+
+# Sizes that are no multiples of what is added at once, less than that, more than are summed at once.
+SHAPES = [(37, 29), (3, 5), (64, 96), (6, 4500), (40, 100)]
+EVEN = [(32, 32), (96, 64), (64, 4128), (288, 544)]
+COUNTS = (1, 2, 3, 4, 7, 8, 15, 16, 40, 64, 65, 130)
+
+pairs_only = pytest.mark.skipif(
+    not vectors.suit_pairs(np.dtype(ml_dtypes.bfloat16), 32, 32), reason="this CPU has no AVX512_BF16"
+)
+WAYS = [
+    *[(name, LOOPS, shape) for name in TYPES for shape in SHAPES],
+    *[pytest.param("bfloat16", PAIRS, shape, marks=pairs_only) for shape in EVEN],
+]
+
+
+@pytest.mark.parametrize(("name", "kernel", "shape"), WAYS)
+def test_they_are_the_network(computers, name, kernel, shape):
+    dtype, tolerance = TYPES[name]
+    (weights,) = experts(dtype, *shape, 1)
+    inputs = np.random.default_rng(1).standard_normal((130, shape[0])).astype(dtype)
+    expected = network(inputs, weights)
+    for count in COUNTS:
+        found = rows_of(computers(1, kernel), inputs, np.arange(count), weights).astype(np.float64)
         error = np.abs(found - expected[:count]).max() / np.abs(expected).max()
         assert error < tolerance
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_a_row_has_the_same_bits_in_any_company(computers, name):
+@pytest.mark.parametrize(
+    ("name", "kernel", "shape"),
+    [
+        ("float32", LOOPS, (130, 300)),
+        ("bfloat16", LOOPS, (130, 300)),
+        pytest.param("bfloat16", PAIRS, (160, 96), marks=pairs_only),
+    ],
+)
+def test_a_row_has_the_same_bits_in_any_company(computers, name, kernel, shape):
     dtype, _ = TYPES[name]
-    (weights,) = experts(dtype, 130, 300, 1)
-    inputs = np.random.default_rng(2).standard_normal((40, 130)).astype(dtype)
-    alone = np.concatenate([rows_of(computers(1, LOOPS), inputs, np.array([t]), weights) for t in range(40)])
-    for count in (2, 3, 4, 5, 8, 13, 16, 33, 40):
-        some = np.sort(np.random.default_rng(count).permutation(40)[:count])
-        found = rows_of(computers(1, LOOPS), inputs, some, weights)
-        np.testing.assert_array_equal(bits(found), bits(alone[some]))
+    (weights,) = experts(dtype, *shape, 1)
+    inputs = np.random.default_rng(2).standard_normal((130, shape[0])).astype(dtype)
+    alone = [rows_of(computers(1, kernel), inputs, np.array([t]), weights) for t in range(130)]
+    for count in COUNTS:
+        some = np.sort(np.random.default_rng(count).permutation(130)[:count])
+        found = rows_of(computers(2, kernel), inputs, some, weights)
+        np.testing.assert_array_equal(bits(found), bits(np.concatenate(alone)[some]))
+
+
+def test_the_kernel_that_suits():
+    kinds = {"float32": {LOOPS}, "bfloat16": {LOOPS, PAIRS, AMX}, "float16": {None}}
+    for name, possible in kinds.items():
+        assert kernel_of(np.dtype(name), 64, 96) in possible
+    assert kernel_of(np.dtype("bfloat16"), 64, 100) is LOOPS  # neither pairs nor tiles without a rest
 
 
 amx_only = pytest.mark.skipif(not amx.available(), reason="this CPU has no AMX")
 
 
 @amx_only
-@pytest.mark.parametrize("shape", [(32, 32), (96, 64), (64, 4128), (288, 544)])
+@pytest.mark.parametrize("shape", EVEN)
 def test_matrix_instructions_are_the_network(computers, shape):
     assert kernel_of(np.dtype(ml_dtypes.bfloat16), *shape) is AMX
     (weights,) = experts(ml_dtypes.bfloat16, *shape, 1)
     inputs = np.random.default_rng(1).standard_normal((300, shape[0])).astype(ml_dtypes.bfloat16)
-    gate, up, down = (np.asarray(matrix, np.float64) for matrix in weights)
-    x = inputs.astype(np.float64)
-    inner = (x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)
-    expected = inner.astype(ml_dtypes.bfloat16).astype(np.float64) @ down
+    expected = network(inputs, weights)
     for count in (1, 2, 15, 16, 17, 33, 64, 65, 256, 257, 300):
         found = rows_of(computers(3, AMX), inputs, np.arange(count), weights).astype(np.float64)
         assert np.abs(found - expected[:count]).max() / np.abs(expected).max() < 1e-2
