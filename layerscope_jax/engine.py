@@ -21,6 +21,7 @@ from layerscope_jax.config import OffloadConfig, parse_bytes
 from layerscope_jax.detokenize import continuation
 from layerscope_jax.experts.cpu import WorkStats, default_threads
 from layerscope_jax.experts.executors import HostExperts
+from layerscope_jax.experts.inside import Inside
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, Transfers
 from layerscope_jax.forecasts import Forecasts
@@ -30,6 +31,7 @@ from layerscope_jax.machine import cpu_device
 from layerscope_jax.machine_profile import costs_of
 from layerscope_jax.prediction import make_predictor
 from layerscope_jax.progress import progress_bar
+from layerscope_jax.resident import ResidentOnCpu
 from layerscope_jax.scheduling.baselines import POLICIES, Resident
 from layerscope_jax.scheduling.bounds import lower_bound_ms
 from layerscope_jax.scheduling.costs import HardwareProfile
@@ -125,7 +127,8 @@ class Engine:
         on_cpu = self.device.platform == "cpu"
         host = HostExperts(bank, host_device or cpu_device(), threads, shares_inputs=on_cpu)
         transfers = Transfers(bank, self.device, bandwidth, copy)
-        self._close = weakref.finalize(self, _close, transfers, host)
+        rooms: list[Any] = [transfers, host]
+        self._close = weakref.finalize(self, _close, rooms)
         try:
             if profile is None and self.policy.uses_costs:
                 profile = calibration.measure(model, host, transfers, residency.slots)
@@ -135,7 +138,14 @@ class Engine:
             self._close()
             raise
         self._geometry, self._costs = geometry, profile
-        self.runner = LayerByLayer(model, self.policy, state, residency, transfers, host, forecasts)
+        one_jit = everything and config.numerics == "fast" and on_cpu
+        if one_jit and Inside.is_possible(host.cpu, bank.dtype):
+            rooms.append(Inside(host.cpu, bank.dtype, host.everything()))
+            self.runner = ResidentOnCpu(
+                model, self.policy, state, residency, transfers, host, forecasts, inside=rooms[-1]
+            )
+        else:
+            self.runner = LayerByLayer(model, self.policy, state, residency, transfers, host, forecasts)
         if everything:
             self.runner.preload()
 
@@ -345,7 +355,7 @@ class Engine:
         used_prefetches = meter.on_time + meter.late
         return RunStats(
             policy=self.policy.name,
-            mode="layers" if isinstance(runner, LayerByLayer) else "whole",
+            mode=runner.mode,
             budget_bytes=self.budget_bytes,
             peak_expert_bytes=peak,
             prompts=len(tokens),
@@ -393,6 +403,6 @@ def make_policy(policy: str | Policy) -> Policy:
     return policy
 
 
-def _close(transfers: Transfers, host: HostExperts) -> None:
-    transfers.close()
-    host.close()
+def _close(rooms: list[Any]) -> None:
+    for room in rooms:
+        room.close()

@@ -51,6 +51,8 @@ class LayerByLayer:
             their weights [T, K], if not None.
     """
 
+    mode = "layers"
+
     def __init__(
         self,
         model: Model,
@@ -332,6 +334,19 @@ class Programs(NamedTuple):
     finish: Callable
 
 
+def dense_parts(config: ModelConfig, dtype: np.dtype) -> tuple[Callable, Callable]:
+    """From their parameters: the dense part of a layer, and a decoder without layers."""
+    layer = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0), dtype=dtype))
+    layer_graph, _ = nnx.split(layer)
+    hollow = nnx.eval_shape(lambda: Decoder(replace(config, num_layers=0), rngs=nnx.Rngs(0), dtype=dtype))
+    ends_graph, ends_state = nnx.split(hollow)
+    empty: dict[str, Any] = {key: {} for key in ("layers", "experts") if key in nnx.to_pure_dict(ends_state)}
+    return (
+        lambda params: nnx.merge(layer_graph, params),
+        lambda params: nnx.merge(ends_graph, params | empty),
+    )
+
+
 @functools.lru_cache(maxsize=16)
 def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) -> Programs:
     """Embed; add the experts of the layer before, attend, route and forecast; add the last ones and finish.
@@ -339,23 +354,17 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
     Every layer shares them, and so do all engines of models of one shape: another policy or budget compiles
     nothing anew.
     """
-    abstract = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0), dtype=dtype))
-    layer_graph, _ = nnx.split(abstract)
-    hollow = nnx.eval_shape(lambda: Decoder(replace(config, num_layers=0), rngs=nnx.Rngs(0), dtype=dtype))
-    ends_graph, ends_state = nnx.split(hollow)
-    empty: dict[str, Any] = {key: {} for key in ("layers", "experts") if key in nnx.to_pure_dict(ends_state)}
+    layer_of, ends_of = dense_parts(config, dtype)
 
     @jax.jit
     def embed(ends, tokens, *others):
         # Whatever all layers read comes along: a copy to the device of its own takes as long as this does.
-        return nnx.merge(ends_graph, ends | empty).embed(tokens), *others
+        return ends_of(ends).embed(tokens), *others
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def attend_and_route(layer, state, positions, cache, forecast_params, number, counted):
         hidden = add_experts(*state)
-        hidden, inputs, routing, cache = nnx.merge(layer_graph, layer).attend_and_route(
-            hidden, positions, cache
-        )
+        hidden, inputs, routing, cache = layer_of(layer).attend_and_route(hidden, positions, cache)
         expected = None
         if predictor is not None:
             with jax.named_scope("forecast"):
@@ -369,7 +378,7 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
     def finish(ends, state, positions, last, sampling):
         hidden = add_experts(*state)
         rows = jnp.arange(hidden.shape[0])
-        logits = nnx.merge(ends_graph, ends | empty).next_logits(hidden, last)
+        logits = ends_of(ends).next_logits(hidden, last)
         return sample(logits, positions[rows, last] + 1, sampling), logits
 
     return Programs(embed, attend_and_route, finish)

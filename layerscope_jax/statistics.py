@@ -49,6 +49,12 @@ class Meter:
             self.foreseeable += len(seen.demand)
         self._forecast = seen.forecast[0] if seen.forecast else ()
 
+    def count_resident(self, layers: int, experts: int, tokens: int) -> None:
+        """Counts layers whose experts were all resident, and so many of them wanted."""
+        self.layers += layers
+        self.experts, self.expert_hits = self.experts + experts, self.expert_hits + experts
+        self.tokens, self.token_hits = self.tokens + tokens, self.token_hits + tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunStats:
@@ -56,7 +62,8 @@ class RunStats:
 
     Attributes:
         policy: what decided ("resident" where everything fits).
-        mode: "whole" (each step one jitted function) or "layers" (layer by layer).
+        mode: "whole" (each step one jitted function), "layers" (layer by layer) or "decode" (resident on a
+            CPU: decode steps are one jitted function).
         budget_bytes: device memory allowed for experts; every hit rate is at this budget.
         peak_expert_bytes: most ever taken by resident experts and copies on their way.
         prompts, prompt_tokens, new_tokens: how much was done.

@@ -15,6 +15,7 @@ from layerscope_jax.experts.executors import SharedExperts, grouped_ffn, place_r
 from layerscope_jax.experts.grouping import Assignments, next_power, possible_groups
 from layerscope_jax.layerwise import Between, LayerByLayer
 from layerscope_jax.models.layers import KVCache
+from layerscope_jax.resident import ResidentOnCpu
 from layerscope_jax.scheduling.baselines import HostOnly, Resident
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
 from layerscope_jax.whole import WholeModel
@@ -45,6 +46,15 @@ class Rehearsal(LayerByLayer):
             runner.host_experts,
             runner.forecasts,
         )
+        self._runner = runner
+
+    def step(self, tokens: np.ndarray, *others: Any) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+        if tokens.shape[1] > 1 or not isinstance(self._runner, ResidentOnCpu):
+            return super().step(tokens, *others)
+        found = self._runner.decode(tokens, *others)
+        found[0].block_until_ready()
+        self._runner.inside.take_counts()
+        return found
 
     def settle(self) -> None:
         self.device_experts.clear()  # the link is at work for somebody else

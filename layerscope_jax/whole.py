@@ -49,6 +49,8 @@ def empty_cache(
 class WholeModel:
     """Runs steps of a model whose experts are all on the device, stacked."""
 
+    mode = "whole"
+
     def __init__(self, model: Model):
         self.meter = Meter()
         graphdef, variables = nnx.split(model.whole())

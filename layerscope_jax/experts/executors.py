@@ -257,6 +257,13 @@ class HostExperts:
         self.cpu.compute(outputs, read, rows, experts, weights, self.stats)
         self.stats.busy_s += time.perf_counter() - began
 
+    def everything(self) -> list[list[InMemory]]:
+        """Every expert of every layer."""
+        return [
+            [self.weights(ExpertId(layer, expert)) for expert in range(len(experts))]
+            for layer, experts in enumerate(self.bank.layers)
+        ]
+
     def weights(self, expert: ExpertId) -> InMemory:
         """The bank's buffers as arrays of the host's CPU device.
 

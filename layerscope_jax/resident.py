@@ -1,0 +1,104 @@
+"""Everything resident on a CPU: a decode step is one jitted function, which calls our loops for experts."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from layerscope_jax.checkpoints import Model
+from layerscope_jax.config import ModelConfig
+from layerscope_jax.experts import inside
+from layerscope_jax.experts.compute import combine
+from layerscope_jax.experts.inside import Inside
+from layerscope_jax.layerwise import LayerByLayer, dense_parts
+from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.sampling import Sampling, sample
+
+
+class ResidentOnCpu(LayerByLayer):
+    """As `LayerByLayer` for prefills, and where plans or demand are to be recorded.
+
+    A prefill has so much arithmetic that Python between its layers does not count, and many shapes to
+    compile.
+    """
+
+    mode = "decode"
+
+    def __init__(self, model: Model, *others: Any, inside: Inside):
+        super().__init__(model, *others)
+        self.inside = inside
+        self._tables = [jax.device_put(table, model.device) for table in inside.tables]
+        self._decode = decode_program(model.config, model.bank.dtype, inside.target)
+
+    def step(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        caches: list[KVCache],
+        sampling: Sampling | None,
+    ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+        watched = self.record is not None or self.decoded is not None or self.tap is not None
+        layers = self.model.config.num_layers
+        if tokens.shape[1] > 1 or watched or len(caches) < layers:
+            return super().step(tokens, positions, last, caches, sampling)
+        began = time.perf_counter()
+        found, logits, caches = self.decode(tokens, positions, last, caches, sampling)
+        found.block_until_ready()
+        self.meter.device_busy_s += time.perf_counter() - began
+        self.steps += 1
+        experts, assignments = self.inside.take_counts()
+        self.meter.count_resident(layers, experts, assignments)
+        stats, kernel = self.device_experts.stats, self.host_experts.cpu.kernel
+        stats.count(experts, assignments, assignments)
+        assert kernel is not None
+        stats.by_kernel[kernel.name] += experts
+        return found, logits, caches
+
+    def decode(self, tokens: np.ndarray, *others: Any) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+        """The step alone: nothing is counted.
+
+        Raises:
+            ValueError: if the engine was closed.
+        """
+        self.inside.check_open()
+        positions, last, caches, sampling = others
+        return self._decode(
+            self._layers, self._ends, self._tables, tokens, positions, last, list(caches), sampling
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callable:
+    """The jitted step; engines of models of one shape share it."""
+    layer_of, ends_of = dense_parts(config, dtype)
+
+    @functools.partial(jax.jit, donate_argnames="caches")
+    def run(
+        layers: Sequence[Any],
+        ends: Any,
+        tables: Sequence[jax.Array],
+        tokens: jax.Array,
+        positions: jax.Array,
+        last: jax.Array,
+        caches: list[KVCache],
+        sampling: Sampling | None,
+    ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+        decoder = ends_of(ends)
+        hidden, active = decoder.embed(tokens), (positions != PAD_POSITION).reshape(-1)
+        found = []
+        for params, table, cache in zip(layers, tables, caches, strict=True):
+            hidden, inputs, routing, cache = layer_of(params).attend_and_route(hidden, positions, cache)
+            with jax.named_scope("experts"):
+                rows = inside.rows(target, inputs, routing.experts, active, table)
+                hidden = combine(hidden.reshape(inputs.shape), rows, routing.weights).reshape(hidden.shape)
+            found.append(cache)
+        logits = decoder.next_logits(hidden, last)
+        return sample(logits, positions[np.arange(len(tokens)), last] + 1, sampling), logits, found
+
+    return run

@@ -1,0 +1,78 @@
+"""Experts inside a jitted program: the rows that they have outside, whoever helps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerscope_jax.experts import cpu, inside
+from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, kernel_of
+from layerscope_jax.experts.grouping import Assignments
+from layerscope_jax.experts.inside import Inside
+
+EXPERTS = 9
+CASES = {
+    "float32": (np.float32, 44, 36),
+    "bfloat16": (ml_dtypes.bfloat16, 44, 36),
+    "even": (ml_dtypes.bfloat16, 64, 96),
+}
+
+rows = jax.jit(inside.rows, static_argnums=0)
+
+
+@functools.cache
+def made(case, threads):
+    """What computes outside, and inside, and the experts."""
+    dtype, width, hidden = CASES[case]
+    rng = np.random.default_rng(0)
+
+    def matrix(*shape):
+        return jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype))
+
+    held = [
+        InMemory.of(ExpertWeights(matrix(width, hidden), matrix(width, hidden), matrix(hidden, width)))
+        for _ in range(EXPERTS)
+    ]
+    computer = CpuExperts(threads, kernel_of(np.dtype(dtype), width, hidden))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "SHARE_BYTES", 1)  # else one thread would compute experts of this size
+        return computer, Inside(computer, np.dtype(dtype), [held]), held
+
+
+@given(tokens=st.integers(1, 150), choices=st.integers(1, 4), seed=st.integers(0, 99), data=st.data())
+@settings(deadline=None, max_examples=25)
+def test_rows_are_those_outside(tokens, choices, seed, data):
+    case, threads = data.draw(st.sampled_from(sorted(CASES))), data.draw(st.sampled_from([1, 3]))
+    outside, within, held = made(case, threads)
+    dtype, width, _ = CASES[case]
+    rng = np.random.default_rng(seed)
+    tokens = 1 << tokens.bit_length()  # few shapes to compile
+    active = rng.random(tokens) < 0.8
+    chosen = np.argsort(rng.random((tokens, EXPERTS)), 1)[:, :choices].astype(np.int32)
+    inputs = rng.standard_normal((tokens, width)).astype(dtype)
+    found = rows(within.target, jnp.asarray(inputs), chosen, active, within.tables[0])
+    assert found.shape == (tokens, choices, width)
+
+    sorted_rows = Assignments(chosen, active)
+    expected = np.zeros((tokens * choices + 1, width), dtype)
+    weights = lambda some: [held[expert] for expert in some]  # noqa: E731
+    outside.compute(expected, inputs, sorted_rows, sorted_rows.demand, weights, WorkStats())
+    np.testing.assert_array_equal(bits(np.asarray(found).reshape(-1, width)), bits(expected[:-1]))
+    assert within.take_counts() == (len(sorted_rows.demand), active.sum() * choices)
+    assert within.take_counts() == (0, 0)
+
+
+def test_after_the_end_it_says_so():
+    computer, _, held = made("float32", 3)
+    one = Inside(computer, np.dtype(np.float32), [held])
+    one.check_open()
+    one.close()
+    with pytest.raises(ValueError, match="make a new Engine"):
+        one.check_open()

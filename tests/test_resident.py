@@ -1,0 +1,94 @@
+"""Everything resident on a CPU: decode steps in one jitted function say what layers by themselves say."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import compiling, random_model
+
+from layerscope_jax import Engine, OffloadConfig, Request
+from layerscope_jax.resident import ResidentOnCpu
+
+SHAPES = {"float32": {}, "bfloat16": {"hidden_size": 64, "expert_hidden": 96}}
+
+
+def requests():
+    """Some end before the others, and others join."""
+    sizes = [(3, 9), (1, 2), (7, 5), (2, 12), (4, 1), (5, 6)]
+    return [
+        Request(prompt=[(7 * n + row) % 61 for n in range(size)], max_new_tokens=count, stop_tokens=())
+        for row, (size, count) in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_gives_the_tokens_of_layers(name):
+    model = random_model(dtype=jnp.dtype(name), **SHAPES[name])
+    found = []
+    for numerics in ("exact", "fast"):
+        with Engine(model, OffloadConfig(numerics=numerics)) as engine:
+            found.append(engine.generate(requests(), batch_size=3))
+    layers, fast = found
+    assert (layers.stats.mode, fast.stats.mode) == ("layers", "decode")
+    assert fast.tokens == layers.tokens
+    assert fast.stats.hit_rate == fast.stats.token_hit_rate == 1
+    assert fast.stats.kernels == layers.stats.kernels
+    assert fast.stats.padding == 0
+    # A prefill has a dispatch a layer, a decode step one in all.
+    assert fast.stats.dispatches < layers.stats.dispatches
+
+
+def test_it_counts_the_experts_of_layers():
+    model, counted = random_model(), []
+    for numerics in ("exact", "fast"):
+        with Engine(model, OffloadConfig(numerics=numerics)) as engine:
+            engine.generate(requests(), batch_size=3)
+            meter, stats = engine.runner.meter, engine.runner.device_experts.stats
+            work = stats.experts, stats.tokens, stats.rows
+            counted.append((meter.layers, meter.experts, meter.tokens, *work))
+    assert counted[0] == counted[1]
+
+
+def test_plans_and_a_tap_go_by_layers():
+    model = random_model()
+    with Engine(model) as engine:
+        assert isinstance(engine.runner, ResidentOnCpu)
+        plain = engine.generate(requests())
+        planned = engine.generate(requests(), record_plans=True)
+        assert planned.tokens == plain.tokens
+        assert not plain.plans
+        steps = {plan.step for plan in planned.plans}
+        assert len(planned.plans) == len(steps) * model.config.num_layers
+        assert len(steps) == max(len(answer) for answer in plain.tokens)
+        seen = []
+        engine.runner.tap = lambda layer, *others: seen.append(layer)
+        assert engine.generate(requests()).tokens == plain.tokens
+        assert seen[: model.config.num_layers] == list(range(model.config.num_layers))
+
+
+def test_a_closed_engine_says_so_in_the_middle_of_an_answer():
+    engine = Engine(random_model(), OffloadConfig(host_threads=3))
+    answer = engine.stream([[1, 2, 3]], max_new_tokens=9, stop_tokens=())
+    for _ in range(3):
+        next(answer)
+    engine.close()
+    with pytest.raises(ValueError, match="closed"):
+        list(answer)
+
+
+def test_sampled_tokens_are_those_of_layers():
+    model, found = random_model(), []
+    for numerics in ("exact", "fast"):
+        with Engine(model, OffloadConfig(numerics=numerics)) as engine:
+            settings = {"temperature": 0.9, "top_k": 20, "seed": 5, "stop_tokens": ()}
+            found.append(engine.generate([[1, 2], [3]], max_new_tokens=12, **settings).tokens)
+    assert found[0] == found[1]
+    assert len(np.unique(found[0])) > 3
+
+
+def test_after_a_warm_up_nothing_is_compiled():
+    with Engine(random_model(hidden_size=28, seed=3)) as engine:
+        engine.warmup(batch_size=3, prompt_tokens=18, new_tokens=4)
+        prompts = [[1] * 18, [2] * 5, [3]]
+        with compiling() as counted:
+            engine.generate(prompts, batch_size=3, max_new_tokens=4, stop_tokens=())
+        assert counted == [0]
