@@ -112,6 +112,15 @@ def test_after_a_warm_up_the_whole_model_compiles_nothing(temperature):
         )
 
 
+def test_after_a_warm_up_what_is_resident_compiles_nothing():
+    with Engine(random_model(hidden_size=28, seed=3)) as engine:
+        engine.warmup(batch_size=3, prompt_tokens=18, new_tokens=4)
+        prompts = [[1] * 18, [2] * 5, [3]]
+        with compiling() as counted:
+            engine.generate(prompts, batch_size=3, max_new_tokens=4, stop_tokens=())
+        assert counted == [0]
+
+
 @pytest.mark.parametrize("policy", ["resident", "host-only", "lru", "auto", "random"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_after_a_warm_up_no_layer_compiles_anything(policy, dtype):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import compiling, random_model
+from helpers import random_model
 
 from layerscope_jax import Engine, OffloadConfig, Request
 from layerscope_jax.resident import ResidentOnCpu
@@ -83,12 +83,3 @@ def test_sampled_tokens_are_those_of_layers():
             found.append(engine.generate([[1, 2], [3]], max_new_tokens=12, **settings).tokens)
     assert found[0] == found[1]
     assert len(np.unique(found[0])) > 3
-
-
-def test_after_a_warm_up_nothing_is_compiled():
-    with Engine(random_model(hidden_size=28, seed=3)) as engine:
-        engine.warmup(batch_size=3, prompt_tokens=18, new_tokens=4)
-        prompts = [[1] * 18, [2] * 5, [3]]
-        with compiling() as counted:
-            engine.generate(prompts, batch_size=3, max_new_tokens=4, stop_tokens=())
-        assert counted == [0]
