@@ -13,7 +13,7 @@ import numpy as np
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts import inside
-from layerscope_jax.experts.compute import combine
+from layerscope_jax.experts.compute import combine, products_by
 from layerscope_jax.experts.inside import Inside
 from layerscope_jax.layerwise import LayerByLayer, dense_parts
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
@@ -92,13 +92,15 @@ def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callabl
         decoder = ends_of(ends)
         hidden, active = decoder.embed(tokens), (positions != PAD_POSITION).reshape(-1)
         found = []
-        for params, table, cache in zip(layers, tables, caches, strict=True):
-            hidden, inputs, routing, cache = layer_of(params).attend_and_route(hidden, positions, cache)
-            with jax.named_scope("experts"):
-                rows = inside.rows(target, inputs, routing.experts, active, table)
-                hidden = combine(hidden.reshape(inputs.shape), rows, routing.weights).reshape(hidden.shape)
-            found.append(cache)
-        logits = decoder.next_logits(hidden, last)
+        with products_by(functools.partial(inside.product, tables[0])):
+            for params, table, cache in zip(layers, tables, caches, strict=True):
+                hidden, inputs, routing, cache = layer_of(params).attend_and_route(hidden, positions, cache)
+                with jax.named_scope("experts"):
+                    rows = inside.rows(target, inputs, routing.experts, active, table)
+                    flat = combine(hidden.reshape(inputs.shape), rows, routing.weights)
+                    hidden = flat.reshape(hidden.shape)
+                found.append(cache)
+            logits = decoder.next_logits(hidden, last)
         return sample(logits, positions[np.arange(len(tokens)), last] + 1, sampling), logits, found
 
     return run

@@ -7,7 +7,10 @@ nor the order in which experts finish can change a bit of the result.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -28,6 +31,24 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     Asking for float32 sums is also what keeps XLA off its slow bfloat16 path on CPUs.
     """
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+_product: ContextVar[Callable[[jax.Array, jax.Array], jax.Array]] = ContextVar("product", default=matmul)
+
+
+def dense(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`matmul` of `x` [..., K] with a layer's own weights [K, N], or what `products_by` put in its place."""
+    return _product.get()(x, w)
+
+
+@contextlib.contextmanager
+def products_by(product: Callable[[jax.Array, jax.Array], jax.Array]) -> Iterator[None]:
+    """While a program is traced within, its `dense` products are these."""
+    before = _product.set(product)
+    try:
+        yield
+    finally:
+        _product.reset(before)
 
 
 def ffn(x: jax.Array, weights: ExpertWeights) -> jax.Array:

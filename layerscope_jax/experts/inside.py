@@ -1,7 +1,7 @@
-"""Experts computed by our own loops inside a jitted program: a layer is no dispatch, no read-back, no Python.
+"""Our own loops inside a jitted program: a layer is no dispatch, no read-back, no Python.
 
-XLA calls a compiled function at the place of a layer's experts, by its foreign function interface (its binary
-form is stable, `xla/ffi/api/c_api.h`). Threads that wait at a semaphore, outside of Python, help it.
+XLA calls a compiled function at the place of a layer's experts, and at that of its products with weights, by
+its foreign function interface (its binary form is stable, `xla/ffi/api/c_api.h`). A crew of threads helps it.
 """
 
 from __future__ import annotations
@@ -10,27 +10,18 @@ import ctypes
 import functools
 import platform
 from collections.abc import Callable, Sequence
-from threading import Thread
 from typing import Any
 
 import jax
 import numpy as np
-from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
+from numba import carray, cfunc, types
 
-from layerscope_jax.experts import amx, kernels
-from layerscope_jax.experts import cpu as outside
-from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, Kernel
+from layerscope_jax.experts import crew, vectors
+from layerscope_jax.experts.compute import matmul
+from layerscope_jax.experts.cpu import CpuExperts, InMemory, Kernel
+from layerscope_jax.experts.crew import SEMAPHORE, SEMAPHORES, Crew, words_of, work_of
 from layerscope_jax.experts.numbers import pointer
-
-# What the threads of one engine share, int64: how many help, for how many bytes of weights each, whether they
-# are to end, experts and assignments computed so far; then one job, the arguments of `kernels.run_experts`;
-# then two semaphores for each helper.
-HELPERS, WORTH, ENDED, EXPERTS, TOKENS = range(5)
-COUNT, ADDRESSES, FIRSTS, LASTS, ORDER, LENGTH, CHOICES = range(5, 12)
-INPUTS, HIDDEN, OUTPUTS, ROWS, WIDTH, TAKEN = range(12, 18)
-SEMAPHORES, SEMAPHORE = 18, 4
+from layerscope_jax.njit import njit
 
 # Where in XLA's structures: a call's extension, arguments and results; a buffer's numbers and sizes; in the
 # extension that asks for the version of the interface, its kind and where to write the version.
@@ -39,35 +30,36 @@ KIND, METADATA, VERSION = 8, 24, 24
 ASKS_VERSION, MAJOR, MINOR = 1, 0, 1
 
 
-def semaphore(name: str) -> Any:
-    """One of libc's functions of a semaphore."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = builder.module.globals.get(name)
-        if function is None:
-            function = ir.Function(builder.module, ir.FunctionType(number, [byte]), name)
-        return builder.call(function, [builder.inttoptr(arguments[0], byte)])
-
-    return intrinsic(lambda typing, address: (types.int32(types.int64), build))
-
-
-post, wait = semaphore("sem_post"), semaphore("sem_wait")
-
-
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def long_at(address):
     return carray(pointer(address), 1, np.int64)[0]
 
 
-@njit(nogil=True)
-def buffer(buffers, index):
-    """Address of the numbers, and of the sizes, of one of a call's buffers."""
-    one = long_at(buffers + 8 * index)
+@njit(cache=True, nogil=True)
+def asks_version(call):
+    """Whether XLA only wants to know which version of the interface this is; tells it."""
+    extension = long_at(call + EXTENSION)
+    if extension == 0 or carray(pointer(extension + KIND), 1, np.int32)[0] != ASKS_VERSION:
+        return False
+    version = carray(pointer(long_at(extension + METADATA) + VERSION), 2, np.int32)
+    version[0], version[1] = MAJOR, MINOR
+    return True
+
+
+@njit(cache=True, nogil=True)
+def buffer(call, buffers, index):
+    """Address of the numbers, and of the sizes, of one of a call's arguments or results."""
+    one = long_at(long_at(call + buffers) + 8 * index)
     return long_at(one + DATA), long_at(one + SIZES)
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
+def pool_at(address):
+    helpers = long_at(address + 8 * crew.HELPERS)
+    return carray(pointer(address), SEMAPHORES + 2 * SEMAPHORE * helpers, np.int64)
+
+
+@njit(cache=True, nogil=True)
 def sort(experts, active, count, piece):
     """Slots by expert [A], as `Assignments`, and pieces of at most so many: [N] expert, first and last."""
     choices = experts.shape[1]
@@ -97,65 +89,27 @@ def sort(experts, active, count, piece):
     return order, whose, firsts, lasts
 
 
-def words_of(kernel: Kernel, dtype: np.dtype) -> Any:
-    """The type of the numbers that a kernel takes for those of `dtype`."""
-    return kernel.words.type if dtype.itemsize == 2 else np.float32
-
-
 @functools.cache
-def compiled(kernel: Kernel, dtype: Any) -> tuple[Any, Callable]:
-    """XLA's handler, and what a helper does until the end."""
-    piece, size, by_amx = kernel.piece, np.dtype(dtype).itemsize, kernel is AMX
-    run_loops, run_tiles, tiles_need = kernels.run_experts, amx.run_experts, amx.scratch_bytes
-    if by_amx:
+def work(kernel: Kernel, dtype: Any) -> Any:
+    return work_of(kernel, dtype)
 
-        @njit(nogil=True)
-        def run(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, counter):
-            memory = np.empty(tiles_need(firsts, lasts, outputs.shape[1], hidden) + 64, np.uint8)
-            scratch = (memory.ctypes.data + 63) // 64 * 64
-            run_tiles(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, counter, scratch)
-            memory[0] = 0  # Numba gives an array up after its last use
-    else:
-        run = run_loops
+
+def experts_handler(kernel: Kernel, dtype: Any) -> Any:
+    """Rows of experts: of inputs [T, D], choices [T, K], flags [T] and a table, into [T * K, D]."""
+    piece, size, share = kernel.piece, np.dtype(dtype).itemsize, work(kernel, dtype)
 
     @njit(nogil=True)
-    def work(pool):
-        """This thread's share of the job."""
-        count = pool[COUNT]
-        run(
-            carray(pointer(pool[ADDRESSES]), (count, 3), np.int64),
-            carray(pointer(pool[FIRSTS]), count, np.int64),
-            carray(pointer(pool[LASTS]), count, np.int64),
-            carray(pointer(pool[ORDER]), pool[LENGTH], np.int64),
-            pool[CHOICES],
-            pool[INPUTS],
-            pool[HIDDEN],
-            carray(pointer(pool[OUTPUTS]), (pool[ROWS], pool[WIDTH]), dtype),
-            pool.ctypes.data + 8 * TAKEN,
-        )
-
-    @njit("void(int64[::1], int64)", nogil=True)
-    def help_until_the_end(pool, number):
-        begin = pool.ctypes.data + 8 * (SEMAPHORES + 2 * SEMAPHORE * number)
-        while True:
-            while wait(begin) != 0:  # a signal came
-                pass
-            if pool[ENDED]:
-                break
-            work(pool)
-            post(begin + 8 * SEMAPHORE)
-
-    @njit(nogil=True)
-    def compute(arguments, results):
-        inputs, sizes = buffer(arguments, 0)
+    def compute(call):
+        inputs, sizes = buffer(call, ARGUMENTS, 0)
         width = long_at(sizes + 8)
-        chosen, sizes = buffer(arguments, 1)
+        chosen, sizes = buffer(call, ARGUMENTS, 1)
         tokens, choices = long_at(sizes), long_at(sizes + 8)
-        flags, _ = buffer(arguments, 2)
-        known, sizes = buffer(arguments, 3)
+        flags, _ = buffer(call, ARGUMENTS, 2)
+        known, sizes = buffer(call, ARGUMENTS, 3)
         count = (long_at(sizes) // 2 - 2) // 3
+        rows, _ = buffer(call, RESULTS, 0)
         table = carray(pointer(known), 2 + 3 * count, np.int64)
-        pool = carray(pointer(table[0]), SEMAPHORES + 2 * SEMAPHORE * long_at(table[0]), np.int64)
+        pool, hidden = pool_at(table[0]), table[1]
         active = carray(pointer(flags), tokens, np.uint8)
         experts = carray(pointer(chosen), (tokens, choices), np.int32)
         order, whose, firsts, lasts = sort(experts, active, count, piece)
@@ -164,46 +118,71 @@ def compiled(kernel: Kernel, dtype: Any) -> tuple[Any, Callable]:
             for matrix in range(3):
                 addresses[index, matrix] = table[2 + 3 * whose[index] + matrix]
             if index == 0 or whose[index] != whose[index - 1]:
-                pool[EXPERTS] += 1
-        pool[TOKENS] += len(order)
-        rows, _ = buffer(results, 0)
+                pool[crew.COUNTED] += 1
+        pool[crew.ASSIGNED] += len(order)
         outputs = carray(pointer(rows), (tokens * choices, width), dtype)
         for token in range(tokens):
             if not active[token]:  # nobody writes these
                 outputs[token * choices : (token + 1) * choices] = 0
-        pool[COUNT], pool[ADDRESSES], pool[FIRSTS] = len(firsts), addresses.ctypes.data, firsts.ctypes.data
-        pool[LASTS], pool[ORDER], pool[LENGTH] = lasts.ctypes.data, order.ctypes.data, len(order)
-        pool[CHOICES], pool[INPUTS], pool[HIDDEN] = choices, inputs, table[1]
-        pool[OUTPUTS], pool[ROWS], pool[WIDTH], pool[TAKEN] = rows, tokens * choices, width, 0
-        shares = min(len(firsts), 3 * width * table[1] * size * len(firsts) // pool[WORTH])
-        helpers = max(0, min(pool[HELPERS], shares - 1))
-        for number in range(helpers):
-            post(pool.ctypes.data + 8 * (SEMAPHORES + 2 * SEMAPHORE * number))
-        work(pool)
-        for number in range(helpers):
-            while wait(pool.ctypes.data + 8 * (SEMAPHORES + SEMAPHORE * (2 * number + 1))) != 0:
-                pass
-        # Numba gives an array up after its last use; the helpers had only their addresses.
-        pool[LENGTH] = len(addresses) + len(firsts) + len(lasts) + len(order)
+        job = np.zeros(crew.SIZE, np.int64)
+        job[crew.KIND], job[crew.PARTS], job[crew.INPUTS] = crew.EXPERTS, len(firsts), inputs
+        job[crew.WEIGHTS], job[crew.OUTPUTS] = addresses.ctypes.data, rows
+        job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = tokens * choices, hidden, width
+        job[crew.FIRSTS], job[crew.LASTS] = firsts.ctypes.data, lasts.ctypes.data
+        job[crew.ORDER], job[crew.LENGTH], job[crew.CHOICES] = order.ctypes.data, len(order), choices
+        helpers = crew.begin(pool, job, 3 * width * hidden * size * len(firsts))
+        share(job)
+        crew.end(pool, helpers)
+        # Numba gives an array up after its last use; the helpers had only addresses.
+        job[crew.LENGTH] = len(addresses) + len(firsts) + len(lasts) + len(order) + len(job)
 
-    @cfunc(types.int64(types.int64))
-    def handler(call):
-        extension = long_at(call + EXTENSION)
-        if extension != 0 and carray(pointer(extension + KIND), 1, np.int32)[0] == ASKS_VERSION:
-            version = carray(pointer(long_at(extension + METADATA) + VERSION), 2, np.int32)
-            version[0], version[1] = MAJOR, MINOR
-        else:
-            compute(long_at(call + ARGUMENTS), long_at(call + RESULTS))
-        return 0
+    return compute
 
-    return handler, help_until_the_end
+
+def product_handler(kind: int) -> Any:
+    """`x [M, K] @ weights [K, N]`, helped by a crew: the third argument is its address."""
+    size = 4 if kind == crew.FLOATS else 2
+    some = np.zeros(1, {crew.FLOATS: np.float32, crew.WIDENED: np.uint16, crew.PAIRS: np.int16}[kind])
+
+    @njit(nogil=True)
+    def compute(call):
+        x, sizes = buffer(call, ARGUMENTS, 0)
+        weights, matrix = buffer(call, ARGUMENTS, 1)
+        known, _ = buffer(call, ARGUMENTS, 2)
+        outputs, _ = buffer(call, RESULTS, 0)
+        pool = pool_at(long_at(known))
+        job = np.zeros(crew.SIZE, np.int64)
+        job[crew.KIND], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = kind, x, weights, outputs
+        depth, width = long_at(matrix), long_at(matrix + 8)
+        job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = long_at(sizes), depth, width
+        threads = max(1, min(pool[crew.HELPERS] + 1, depth * width * size // pool[crew.WORTH]))
+        columns = (width + threads - 1) // threads
+        job[crew.COLUMNS] = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
+        job[crew.PARTS] = (width + job[crew.COLUMNS] - 1) // job[crew.COLUMNS]
+        helpers = crew.begin(pool, job, depth * width * size)
+        crew.multiply(job, some)
+        crew.end(pool, helpers)
+        job[crew.KIND] = len(job)  # kept until here
+
+    return compute
+
+
+_handlers: list[Any] = []
+"""XLA knows their addresses alone."""
 
 
 @functools.cache
-def target(kernel: Kernel, dtype: Any) -> str | None:
-    """The name by which XLA knows the handler; None if it does not take it."""
-    name = f"layerscope_experts_{kernel.name}_{np.dtype(dtype).name}"
-    handler, _ = compiled(kernel, dtype)
+def target(name: str, make: Callable, *arguments: Any) -> str | None:
+    """Lets XLA know a handler by a name; None if it does not take it."""
+    compute = make(*arguments)
+
+    @cfunc(types.int64(types.int64))
+    def handler(call):
+        if not asks_version(call):
+            compute(call)
+        return 0
+
+    _handlers.append(handler)
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     try:
@@ -213,8 +192,13 @@ def target(kernel: Kernel, dtype: Any) -> str | None:
     return name
 
 
+def experts_target(kernel: Kernel, dtype: np.dtype) -> str | None:
+    words = words_of(kernel, dtype)
+    return target(f"layerscope_experts_{kernel.name}_{np.dtype(words).name}", experts_handler, kernel, words)
+
+
 class Inside:
-    """What a program needs to compute the experts of one model.
+    """What a program needs to compute the experts of one model, and to multiply with its other weights.
 
     Args:
         cpu: what would compute them outside: how, and by how many threads.
@@ -222,66 +206,39 @@ class Inside:
         layers: every expert of every layer.
 
     Attributes:
-        target: XLA's name for the function.
-        tables: [layer][2 * (2 + 3 E)] uint32, int64 in two words each: where the shared memory is, F, and
+        target: XLA's name for the function of experts.
+        tables: [layer][2 * (2 + 3 E)] uint32, int64 in two words each: where the crew's memory is, F, and
             where each matrix lies.
     """
 
     def __init__(self, cpu: CpuExperts, dtype: np.dtype, layers: Sequence[Sequence[InMemory]]):
         assert cpu.kernel is not None
-        words = words_of(cpu.kernel, dtype)
-        found = target(cpu.kernel, words)
+        found = experts_target(cpu.kernel, dtype)
         assert found is not None
         self.target = found
-        helpers = cpu.threads - 1
-        self._pool = np.zeros(SEMAPHORES + 2 * SEMAPHORE * helpers, np.int64)
-        self._pool[[HELPERS, WORTH]] = helpers, outside.SHARE_BYTES
-        first = self._pool.ctypes.data + 8 * SEMAPHORES
-        self._semaphores = [first + 8 * SEMAPHORE * index for index in range(2 * helpers)]
-        libc = ctypes.CDLL(None)
-        for one in self._semaphores:
-            libc.sem_init(ctypes.c_void_p(one), 0, 0)
+        self._crew = Crew(cpu.threads - 1, work(cpu.kernel, words_of(cpu.kernel, dtype)))
         self._layers = layers  # whose memory the tables name
         self.tables = []
         for experts in layers:
             addresses = np.frombuffer(b"".join(expert.addresses for expert in experts), np.int64)
             hidden = experts[0].arrays.gate.shape[1]
-            table = np.array([self._pool.ctypes.data, hidden, *addresses], np.int64)
+            table = np.array([self._crew.pool.ctypes.data, hidden, *addresses], np.int64)
             self.tables.append(table.view(np.uint32))
-        _, helping = compiled(cpu.kernel, words)
-        self._threads = [
-            Thread(target=helping, args=(self._pool, number), name=f"layerscope-inside_{number}", daemon=True)
-            for number in range(helpers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self.check_open, self.close = self._crew.check_open, self._crew.close
 
     @staticmethod
     def is_possible(cpu: CpuExperts, dtype: np.dtype) -> bool:
         """Whether this system and this version of XLA can."""
         if cpu.kernel is None or platform.system() != "Linux":
             return False
-        return target(cpu.kernel, words_of(cpu.kernel, dtype)) is not None
+        return experts_target(cpu.kernel, dtype) is not None
 
     def take_counts(self) -> tuple[int, int]:
         """Experts and assignments computed since the last time."""
-        found = int(self._pool[EXPERTS]), int(self._pool[TOKENS])
-        self._pool[[EXPERTS, TOKENS]] = 0
+        pool = self._crew.pool
+        found = int(pool[crew.COUNTED]), int(pool[crew.ASSIGNED])
+        pool[[crew.COUNTED, crew.ASSIGNED]] = 0
         return found
-
-    def check_open(self) -> None:
-        """Raises a ValueError if it was closed: nobody would help."""
-        if self._pool[ENDED]:
-            raise ValueError("the engine was closed, and the threads that compute with it; make a new Engine")
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._pool[ENDED] = 1
-        for one in self._semaphores[::2]:
-            ctypes.CDLL(None).sem_post(ctypes.c_void_p(one))
-        for thread in self._threads:
-            thread.join()
-        self._semaphores = []
 
 
 def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, table: jax.Array) -> jax.Array:
@@ -300,3 +257,21 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
     shape = jax.ShapeDtypeStruct((experts.size, inputs.shape[1]), inputs.dtype)
     found = jax.ffi.ffi_call(name, shape)(inputs, experts, active, table)
     return found.reshape(*experts.shape, -1)
+
+
+def product(table: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`compute.matmul` of x [..., K] and weights [K, N], inside a jitted program, with any layer's table."""
+    depth, width = weights.shape
+    if x.dtype == np.float32:
+        kind, name = crew.FLOATS, "float32"
+    elif vectors.suit_pairs(np.dtype(x.dtype), depth, width):
+        kind, name = crew.PAIRS, "int16"
+    else:
+        kind, name = crew.WIDENED, "uint16"
+    odd = depth % vectors.ROWS or width % vectors.COLUMNS or x.dtype != weights.dtype
+    found = None if odd else target(f"layerscope_product_{name}", product_handler, kind)
+    if found is None:
+        return matmul(x, weights)
+    flat = x.reshape(-1, depth)
+    shape = jax.ShapeDtypeStruct((len(flat), width), x.dtype)
+    return jax.ffi.ffi_call(found, shape)(flat, weights, table).reshape(*x.shape[:-1], width)

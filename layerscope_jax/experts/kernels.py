@@ -120,6 +120,23 @@ def swiglu(x, gate, up, down, outputs, slots):
 
 
 @njit(cache=True, nogil=True)
+def multiply(x, weights, outputs, first, last):
+    """`x [M, K] @ weights [K, N]` into the columns `first` to `last` of `outputs`, all of one type."""
+    for start in range(0, len(x), PIECE):
+        some = room(min(PIECE, len(x) - start), x.shape[1], outputs)
+        for m in range(len(some)):
+            for k in range(x.shape[1]):
+                some[m, k] = kept(widened(x[start + m, k]), outputs)
+        sums = np.empty((len(some), STRIDE), np.float32)
+        for begin in range(first, last, BLOCK):
+            end = min(begin + BLOCK, last)
+            sums[:, : end - begin] = 0
+            add_product(some, weights, begin, end, sums, outputs)
+            for m in range(len(some)):
+                round_row(sums[m], outputs[start + m, begin:end])
+
+
+@njit(cache=True, nogil=True)
 def activate(gates, ups, inner, kind):
     """A row of `silu(gates) * ups`. Of an index that may be negative the compiler makes no vectors."""
     for f in range(np.uint64(len(inner))):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layerscope_jax.config import ModelConfig
-from layerscope_jax.experts.compute import combine, matmul, stacked_ffn
+from layerscope_jax.experts.compute import combine, dense, matmul, stacked_ffn
 from layerscope_jax.models.layers import Attention, Experts, KVCache, RMSNorm, Router, Routing, normal
 
 
@@ -79,8 +79,10 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] hidden states after the last layer -> [..., V] float32."""
-        head = self.embedding[...].T if self.head is None else self.head[...]
-        return matmul(self.norm(hidden), head).astype(jnp.float32)
+        hidden = self.norm(hidden)
+        if self.head is None:  # only XLA multiplies with what is transposed without a copy
+            return matmul(hidden, self.embedding[...].T).astype(jnp.float32)
+        return dense(hidden, self.head[...]).astype(jnp.float32)
 
     def next_logits(self, hidden: jax.Array, last: jax.Array) -> jax.Array:
         """Of each row's token `last` [B] alone: hidden [B, S, D] after the last layer -> [B, V] float32."""

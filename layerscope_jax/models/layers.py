@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layerscope_jax.config import ModelConfig
-from layerscope_jax.experts.compute import ExpertWeights, matmul
+from layerscope_jax.experts.compute import ExpertWeights, dense, matmul
 
 PAD_POSITION = 2**30
 """Position of a padding token: no query reaches it as a key, and no cache has a row for it."""
@@ -67,7 +67,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.weight[...])
+        y = dense(x, self.weight[...])
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
@@ -182,7 +182,7 @@ class Router(nnx.Module):
 
     def __call__(self, x: jax.Array) -> Routing:
         """Routes `x` [T, D]."""
-        logits = matmul(x, self.weight[...]).astype(jnp.float32)
+        logits = dense(x, self.weight[...]).astype(jnp.float32)
         weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.experts_per_token)
         if self.config.normalize_top_k:
             weights /= weights.sum(-1, keepdims=True)

@@ -76,3 +76,36 @@ def test_after_the_end_it_says_so():
     one.close()
     with pytest.raises(ValueError, match="make a new Engine"):
         one.check_open()
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(64, 96), (32, 4160), (96, 32), (40, 100)])
+@pytest.mark.parametrize("case", ["even", "float32"])
+def test_products_are_those_of_xla(name, shape, case):
+    """Also where an engine's experts are of another type; (40, 100) is left to XLA."""
+    table = made(case, 3)[1].tables[0]
+    rng = np.random.default_rng(1)
+    weights = jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[0])).astype(name))
+    x = jnp.asarray(rng.standard_normal((5, 27, shape[0])).astype(name))
+    found = jax.jit(inside.product)(table, x, weights)
+    assert (found.shape, found.dtype) == ((5, 27, shape[1]), x.dtype)
+    exact = np.asarray(x, np.float64) @ np.asarray(weights, np.float64)
+    error = np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
+    assert error < {"float32": 1e-6, "bfloat16": 4e-3}[name]
+    alone = [np.asarray(jax.jit(inside.product)(table, x[:1, row : row + 1], weights)) for row in (0, 26)]
+    if shape[1] != 100:
+        np.testing.assert_array_equal(bits(np.concatenate(alone, 1)[0]), bits(np.asarray(found)[0, [0, 26]]))
+
+
+def test_products_at_the_same_time_do_not_mix():
+    """A crew helps one at a time; who comes meanwhile computes alone."""
+    table = made("float32", 3)[1].tables[0]
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((3, 64)).astype(np.float32))
+    many = [jnp.asarray(rng.standard_normal((64, 512)).astype(np.float32)) for _ in range(24)]
+    apart = jax.jit(lambda table, x, weights: inside.product(table, x, weights))
+    together = jax.jit(lambda table, x, many: [inside.product(table, x, weights) for weights in many])
+    expected = [np.asarray(apart(table, x, weights)) for weights in many]
+    for _ in range(5):
+        for found, wanted in zip(together(table, x, many), expected, strict=True):
+            np.testing.assert_array_equal(np.asarray(found), wanted)
