@@ -128,7 +128,7 @@ def add_at(typing: Any, address: Any, number: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def begin(pool, job, size):
-    """Gives a job of `size` bytes of weights to helpers: to how many; -1 where none is worth it or free."""
+    """Gives a job worth reading `size` bytes to helpers: to how many; -1 where none is worth it or free."""
     helpers = min(pool[HELPERS], job[PARTS] - 1, size // pool[WORTH] - 1)
     if helpers < 1:
         return -1

@@ -90,13 +90,13 @@ def sort(experts, active, count, piece):
 
 
 @functools.cache
-def work(kernel: Kernel, dtype: Any) -> Any:
+def work_by(kernel: Kernel, dtype: Any) -> Any:
     return work_of(kernel, dtype)
 
 
 def experts_handler(kernel: Kernel, dtype: Any) -> Any:
     """Rows of experts: of inputs [T, D], choices [T, K], flags [T] and a table, into [T * K, D]."""
-    piece, size, share = kernel.piece, np.dtype(dtype).itemsize, work(kernel, dtype)
+    piece, size, share = kernel.piece, np.dtype(dtype).itemsize, work_by(kernel, dtype)
 
     @njit(nogil=True)
     def compute(call):
@@ -155,11 +155,12 @@ def product_handler(kind: int) -> Any:
         job[crew.KIND], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = kind, x, weights, outputs
         depth, width = long_at(matrix), long_at(matrix + 8)
         job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = long_at(sizes), depth, width
-        threads = max(1, min(pool[crew.HELPERS] + 1, depth * width * size // pool[crew.WORTH]))
+        work = depth * width * size * max(1, long_at(sizes) // vectors.TOKENS)
+        threads = max(1, min(pool[crew.HELPERS] + 1, work // pool[crew.WORTH]))
         columns = (width + threads - 1) // threads
         job[crew.COLUMNS] = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
         job[crew.PARTS] = (width + job[crew.COLUMNS] - 1) // job[crew.COLUMNS]
-        helpers = crew.begin(pool, job, depth * width * size)
+        helpers = crew.begin(pool, job, work)
         crew.multiply(job, some)
         crew.end(pool, helpers)
         job[crew.KIND] = len(job)  # kept until here
@@ -216,7 +217,7 @@ class Inside:
         found = experts_target(cpu.kernel, dtype)
         assert found is not None
         self.target = found
-        self._crew = Crew(cpu.threads - 1, work(cpu.kernel, words_of(cpu.kernel, dtype)))
+        self._crew = Crew(cpu.threads - 1, work_by(cpu.kernel, words_of(cpu.kernel, dtype)))
         self._layers = layers  # whose memory the tables name
         self.tables = []
         for experts in layers:

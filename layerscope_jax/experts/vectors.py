@@ -32,6 +32,9 @@ LANES, ROWS = (16, 8) if WIDE else (8, 4)
 COLUMNS = 2 * LANES
 """Columns that are added at once."""
 
+TOKENS = 8
+"""Most at once: for so many, reading weights takes about as long as multiplying."""
+
 BYTE, WORD, INT, LONG = (ir.IntType(size) for size in (8, 16, 32, 64))
 NUMBERS, BITS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(INT, LANES)
 
