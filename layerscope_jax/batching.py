@@ -8,11 +8,11 @@ than the others makes every row as long, in memory and in what attention reads. 
 
 What runs beside a request changes no number that it is computed from, only the shapes of the products that
 it is a part of. Where experts run on a CPU, in float32 or bfloat16, a row has the same bits whatever the
-other rows are (`layerscope_jax.experts.cpu`); and stale keys weigh exactly nothing. Attention, router and
-head are XLA's, as are experts on an accelerator: another number of rows, width of prompts or length of a
-cache may round them differently. In float32 two greedy runs hardly ever part by that; in bfloat16, where
-two tokens often score nearly the same, they may. The same call has the same shapes, and so the same bits
-again.
+other rows are (`layerscope_jax.experts.cpu`), as do products with other weights in the decode steps of
+`layerscope_jax.resident`; and stale keys weigh exactly nothing. The rest of attention, router and head is
+XLA's, as are experts on an accelerator: another number of rows, width of prompts or length of a cache may
+round it differently. In float32 two greedy runs hardly ever part by that; in bfloat16, where two tokens
+often score nearly the same, they may. The same call has the same shapes, and so the same bits again.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ class WholeModel:
     def is_faster_on(device: jax.Device) -> bool:
         """Whether a step is faster so than layer by layer: not on a CPU.
 
-        There our own loops compute experts of few tokens where they lie, and nothing is copied to be stacked
-        (`benchmarks/bench_resident.py`).
+        There our own loops compute experts where they lie, and nothing is copied to be stacked (`resident`,
+        `benchmarks/bench_resident.py`).
         """
         return device.platform != "cpu"
 
