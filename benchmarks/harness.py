@@ -136,18 +136,24 @@ def run_engine(
     """Streams a continuation of every prompt, `new_tokens` long each, with nothing to stop it earlier.
 
     Returns:
-        parts: "total" seconds; "first", of each batch until its first tokens; "step", of each decode step.
+        parts: "total" seconds; "first", of each batch until all have their first tokens, which a long prefill
+            finds in several steps; "step", of each decode step.
         tokens: of each prompt.
     """
     tokens: list[list[int]] = [[] for _ in prompts]
     first: list[float] = []
     steps: list[float] = []
+    missing = [min(batch_size, len(prompts) - start) for start in range(0, len(prompts), batch_size)]
     last = began = time.perf_counter()
     for event in engine.stream(prompts, batch_size=batch_size, max_new_tokens=new_tokens, stop_tokens=()):
         tokens[event.request].append(event.token)
-        if event.request % batch_size == 0:  # a batch's first row comes first in every step
+        batch, row = divmod(event.request, batch_size)
+        if is_first := len(tokens[event.request]) == 1:
+            missing[batch] -= 1
+        # A batch's first row comes first in every step.
+        if (is_first and missing[batch] == 0) or (not is_first and row == 0):
             now = time.perf_counter()
-            (first if len(tokens[event.request]) == 1 else steps).append(now - last)
+            (first if is_first else steps).append(now - last)
             last = now
     return {"total": time.perf_counter() - began, "first": first, "step": steps}, tokens
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import random_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
@@ -17,7 +18,7 @@ from benchmarks.link_probes import never_empty
 from benchmarks.random_models import shapes
 from benchmarks.stopwatch import Stopwatch, Stretch
 from benchmarks.work import Rates, Step
-from layerscope_jax import ExpertId
+from layerscope_jax import Engine, ExpertId, OffloadConfig
 from layerscope_jax.experts.transfers import Transfers
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -122,3 +123,12 @@ def test_time_in_which_another_thread_computes_is_not_the_engines():
     watch.turns = [[Stretch("python", 0.0, 4.0, True), Stretch("waiting", 4.0, 10.0, True)]]
     watch.elsewhere = [(5.0, 8.0), (3.0, 6.0)]
     assert watch.parts(hidden="meanwhile") == [{"python": 3.0, "waiting": 2.0, "meanwhile": 5.0}]
+
+
+def test_a_batch_has_begun_when_all_its_prompts_have():
+    """Prompts of 64 tokens, two a prefill step: four of them need two steps, and then decode together."""
+    with Engine(random_model(), OffloadConfig(prefill_chunk=128)) as engine:
+        parts, tokens = harness.run_engine(engine, [[row] * 64 for row in range(4)], 4, 5)
+    assert [len(answer) for answer in tokens] == [5] * 4
+    assert (len(parts["first"]), len(parts["step"])) == (1, 4)
+    assert sum(parts["first"]) + sum(parts["step"]) <= parts["total"]
