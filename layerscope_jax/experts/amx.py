@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from layerscope_jax.experts.numbers import pointer, rounded, silu, taken
+from layerscope_jax.experts.numbers import pointer, round_row, rounded, silu, taken
 from layerscope_jax.machine import cpu_features
 from layerscope_jax.njit import njit
 
@@ -247,10 +247,3 @@ def activate(gates, ups, inner):
     """A row of `silu(gates) * ups`. Of an index that may be negative the compiler makes no vectors."""
     for f in range(np.uint64(len(inner))):
         inner[f] = rounded(silu(gates[f]) * ups[f], inner)
-
-
-@njit(cache=True, nogil=True)
-def round_row(sums, outputs):
-    """A row of sums as bfloat16."""
-    for d in range(np.uint64(len(outputs))):
-        outputs[d] = rounded(sums[d], outputs)

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from layerscope_jax.experts import amx, cpu, kernels
 from layerscope_jax.experts.cpu import AMX, Kernel
 from layerscope_jax.experts.numbers import pointer, taken
+from layerscope_jax.experts.vectors import BYTE, INT, external
 from layerscope_jax.njit import njit
 
 # Of all jobs: what is to be done, in how many parts, and how many were taken; then what it reads and writes.
@@ -43,11 +44,8 @@ def semaphore(name: str) -> Any:
     """One of libc's functions of a semaphore."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = builder.module.globals.get(name)
-        if function is None:
-            function = ir.Function(builder.module, ir.FunctionType(number, [byte]), name)
-        return builder.call(function, [builder.inttoptr(arguments[0], byte)])
+        place = builder.inttoptr(arguments[0], BYTE.as_pointer())
+        return builder.call(external(builder, name, INT, [place.type]), [place])
 
     return intrinsic(lambda typing, address: (types.int32(types.int64), build))
 

@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray, types
 from numba.extending import overload
 
-from layerscope_jax.experts.numbers import pointer, rounded, silu, taken, widened
+from layerscope_jax.experts.numbers import pointer, round_row, rounded, silu, taken, widened
 from layerscope_jax.experts.vectors import COLUMNS, ROWS, adding
 from layerscope_jax.njit import njit
 
@@ -141,13 +141,6 @@ def activate(gates, ups, inner, kind):
     """A row of `silu(gates) * ups`. Of an index that may be negative the compiler makes no vectors."""
     for f in range(np.uint64(len(inner))):
         inner[f] = kept(silu(gates[f]) * ups[f], kind)
-
-
-@njit(cache=True, nogil=True)
-def round_row(sums, outputs):
-    """A row of sums in the type of `outputs`."""
-    for d in range(np.uint64(len(outputs))):
-        outputs[d] = rounded(sums[d], outputs)
 
 
 @njit(cache=True, nogil=True)

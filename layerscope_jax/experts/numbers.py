@@ -1,4 +1,4 @@
-"""What compiled loops over experts are made of: addresses, numbers in bfloat16, `silu`."""
+"""What compiled loops over experts are made of: addresses, numbers in bfloat16 and their rounding, `silu`."""
 
 from __future__ import annotations
 
@@ -104,3 +104,10 @@ def silu(x):
     p = ((((P0 * r + P1) * r + P2) * r + P3) * r + P4) * r + P5
     power = float_of((bits_of(shifted) + np.uint32(127)) << np.uint32(23))
     return x / (ONE + (p * r * r + r + ONE) * power)
+
+
+@njit(cache=True, nogil=True)
+def round_row(sums, outputs):
+    """Sums in the type of `outputs`. Of an index that may be negative the compiler makes no vectors."""
+    for d in range(np.uint64(len(outputs))):
+        outputs[d] = rounded(sums[d], outputs)

@@ -95,7 +95,7 @@ def adding(tokens: int) -> Callable:
 
 
 def external(builder: Any, name: str, result: Any, kinds: list[Any]) -> Any:
-    """One of LLVM's own functions."""
+    """A function that LLVM or the process knows by its name."""
     found = builder.module.globals.get(name)
     return found or ir.Function(builder.module, ir.FunctionType(result, kinds), name)
 
