@@ -74,43 +74,84 @@ def multiply(job, kind):
         kernels.multiply(x, weights, outputs, first, min(first + job[COLUMNS], job[WIDTH]))
 
 
-def work_of(kernel: Kernel, dtype: Any) -> Any:
-    """A thread's share of any job, where experts are computed by this kernel, in numbers of this type."""
-    run_loops, run_tiles, tiles_need = kernels.run_experts, amx.run_experts, amx.scratch_bytes
-    floats, wide, pairs = np.zeros(1, np.float32), np.zeros(1, np.uint16), np.zeros(1, np.int16)
-    if kernel is AMX:
-
-        @njit(nogil=True)
-        def run(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, counter):
-            memory = np.empty(tiles_need(firsts, lasts, outputs.shape[1], hidden) + 64, np.uint8)
-            scratch = (memory.ctypes.data + 63) // 64 * 64
-            run_tiles(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, counter, scratch)
-            memory[0] = 0  # Numba gives an array up after its last use
+@njit(cache=True, nogil=True)
+def multiply_by_kind(job):
+    """A thread's share of a product."""
+    if job[KIND] == FLOATS:
+        multiply(job, np.zeros(1, np.float32))
+    elif job[KIND] == WIDENED:
+        multiply(job, np.zeros(1, np.uint16))
     else:
-        run = run_loops
+        multiply(job, np.zeros(1, np.int16))
 
-    @njit(nogil=True)
-    def work(job):
-        if job[KIND] == FLOATS:
-            multiply(job, floats)
-        elif job[KIND] == WIDENED:
-            multiply(job, wide)
-        elif job[KIND] == PAIRS:
-            multiply(job, pairs)
+
+@njit(cache=True, nogil=True)
+def experts_by_loops(job, kind):
+    """A thread's share of experts, by `kernels`, in numbers of the type of `kind`."""
+    kernels.run_experts(
+        carray(pointer(job[WEIGHTS]), (job[PARTS], 3), np.int64),
+        carray(pointer(job[FIRSTS]), job[PARTS], np.int64),
+        carray(pointer(job[LASTS]), job[PARTS], np.int64),
+        carray(pointer(job[ORDER]), job[LENGTH], np.int64),
+        job[CHOICES],
+        job[INPUTS],
+        job[DEPTH],
+        carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), kind.dtype),
+        job.ctypes.data + 8 * TAKEN,
+    )
+
+
+@njit(cache=True, nogil=True)
+def experts_by_tiles(job, kind):
+    """The same by `amx`."""
+    firsts = carray(pointer(job[FIRSTS]), job[PARTS], np.int64)
+    lasts = carray(pointer(job[LASTS]), job[PARTS], np.int64)
+    memory = np.empty(amx.scratch_bytes(firsts, lasts, job[WIDTH], job[DEPTH]) + 64, np.uint8)
+    amx.run_experts(
+        carray(pointer(job[WEIGHTS]), (job[PARTS], 3), np.int64),
+        firsts,
+        lasts,
+        carray(pointer(job[ORDER]), job[LENGTH], np.int64),
+        job[CHOICES],
+        job[INPUTS],
+        job[DEPTH],
+        carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), kind.dtype),
+        job.ctypes.data + 8 * TAKEN,
+        (memory.ctypes.data + 63) // 64 * 64,
+    )
+    memory[0] = 0  # Numba gives an array up after its last use
+
+
+@njit(cache=True, nogil=True)
+def help_by_loops(pool, number, kind):
+    """What a helper does until the end, where experts are computed by `kernels`."""
+    place = pool.ctypes.data + 8 * (SEMAPHORES + 2 * SEMAPHORE * number)
+    while True:
+        wait_for(place)
+        if pool[ENDED]:
+            break
+        job = carray(pointer(pool[JOB]), SIZE, np.int64)
+        if job[KIND] == EXPERTS:
+            experts_by_loops(job, kind)
         else:
-            run(
-                carray(pointer(job[WEIGHTS]), (job[PARTS], 3), np.int64),
-                carray(pointer(job[FIRSTS]), job[PARTS], np.int64),
-                carray(pointer(job[LASTS]), job[PARTS], np.int64),
-                carray(pointer(job[ORDER]), job[LENGTH], np.int64),
-                job[CHOICES],
-                job[INPUTS],
-                job[DEPTH],
-                carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), dtype),
-                job.ctypes.data + 8 * TAKEN,
-            )
+            multiply_by_kind(job)
+        post(place + 8 * SEMAPHORE)
 
-    return work
+
+@njit(cache=True, nogil=True)
+def help_by_tiles(pool, number, kind):
+    """The same by `amx`: apart, as other CPUs cannot even compile it."""
+    place = pool.ctypes.data + 8 * (SEMAPHORES + 2 * SEMAPHORE * number)
+    while True:
+        wait_for(place)
+        if pool[ENDED]:
+            break
+        job = carray(pointer(pool[JOB]), SIZE, np.int64)
+        if job[KIND] == EXPERTS:
+            experts_by_tiles(job, kind)
+        else:
+            multiply_by_kind(job)
+        post(place + 8 * SEMAPHORE)
 
 
 @intrinsic
@@ -153,13 +194,14 @@ class Crew:
 
     Args:
         count: beside whoever has the job.
-        work: `work_of` what they compute.
+        kernel: by which experts are computed.
+        kind: an array of the type of their numbers.
 
     Attributes:
         pool: what they share.
     """
 
-    def __init__(self, count: int, work: Any):
+    def __init__(self, count: int, kernel: Kernel, kind: np.ndarray):
         self.pool = np.zeros(SEMAPHORES + 2 * SEMAPHORE * count, np.int64)
         self.pool[[HELPERS, WORTH]] = count, cpu.SHARE_BYTES
         first = self.pool.ctypes.data + 8 * SEMAPHORES
@@ -167,18 +209,9 @@ class Crew:
         for one in self._semaphores:
             ctypes.CDLL(None).sem_init(ctypes.c_void_p(one), 0, 0)
 
-        @njit(nogil=True)
-        def help_until_the_end(pool, number):
-            place = pool.ctypes.data + 8 * (SEMAPHORES + 2 * SEMAPHORE * number)
-            while True:
-                wait_for(place)
-                if pool[ENDED]:
-                    break
-                work(carray(pointer(pool[JOB]), SIZE, np.int64))
-                post(place + 8 * SEMAPHORE)
-
+        helping = help_by_tiles if kernel is AMX else help_by_loops
         self._threads = [
-            Thread(target=help_until_the_end, args=(self.pool, n), name=f"layerscope-crew_{n}", daemon=True)
+            Thread(target=helping, args=(self.pool, n, kind), name=f"layerscope-crew_{n}", daemon=True)
             for n in range(count)
         ]
         for thread in self._threads:

@@ -18,8 +18,8 @@ from numba import carray, cfunc, types
 
 from layerscope_jax.experts import crew, vectors
 from layerscope_jax.experts.compute import matmul
-from layerscope_jax.experts.cpu import CpuExperts, InMemory, Kernel
-from layerscope_jax.experts.crew import SEMAPHORE, SEMAPHORES, Crew, words_of, work_of
+from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, Kernel
+from layerscope_jax.experts.crew import SEMAPHORE, SEMAPHORES, Crew, words_of
 from layerscope_jax.experts.numbers import pointer
 from layerscope_jax.njit import njit
 
@@ -89,83 +89,94 @@ def sort(experts, active, count, piece):
     return order, whose, firsts, lasts
 
 
-@functools.cache
-def work_by(kernel: Kernel, dtype: Any) -> Any:
-    return work_of(kernel, dtype)
+@njit(cache=True, nogil=True)
+def prepared(call, piece, kind):
+    """The job of a layer's experts: of inputs [T, D], choices [T, K], flags [T] and a table, into [T * K, D].
+
+    Returns:
+        pool: what the crew shares.
+        job: it, and the arrays that it names by their addresses.
+        size: bytes of the experts' weights.
+    """
+    inputs, sizes = buffer(call, ARGUMENTS, 0)
+    width = long_at(sizes + 8)
+    chosen, sizes = buffer(call, ARGUMENTS, 1)
+    tokens, choices = long_at(sizes), long_at(sizes + 8)
+    flags, _ = buffer(call, ARGUMENTS, 2)
+    known, sizes = buffer(call, ARGUMENTS, 3)
+    count = (long_at(sizes) // 2 - 2) // 3
+    rows, _ = buffer(call, RESULTS, 0)
+    table = carray(pointer(known), 2 + 3 * count, np.int64)
+    pool, hidden = pool_at(table[0]), table[1]
+    active = carray(pointer(flags), tokens, np.uint8)
+    experts = carray(pointer(chosen), (tokens, choices), np.int32)
+    order, whose, firsts, lasts = sort(experts, active, count, piece)
+    addresses = np.empty((len(whose), 3), np.int64)
+    for index in range(len(whose)):
+        for matrix in range(3):
+            addresses[index, matrix] = table[2 + 3 * whose[index] + matrix]
+        if index == 0 or whose[index] != whose[index - 1]:
+            pool[crew.COUNTED] += 1
+    pool[crew.ASSIGNED] += len(order)
+    outputs = carray(pointer(rows), (tokens * choices, width), kind.dtype)
+    for token in range(tokens):
+        if not active[token]:  # nobody writes these
+            outputs[token * choices : (token + 1) * choices] = 0
+    job = np.zeros(crew.SIZE, np.int64)
+    job[crew.KIND], job[crew.PARTS], job[crew.INPUTS] = crew.EXPERTS, len(firsts), inputs
+    job[crew.WEIGHTS], job[crew.OUTPUTS] = addresses.ctypes.data, rows
+    job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = tokens * choices, hidden, width
+    job[crew.FIRSTS], job[crew.LASTS] = firsts.ctypes.data, lasts.ctypes.data
+    job[crew.ORDER], job[crew.LENGTH], job[crew.CHOICES] = order.ctypes.data, len(order), choices
+    return pool, job, (addresses, firsts, lasts, order), 3 * width * hidden * kind.itemsize * len(firsts)
 
 
-def experts_handler(kernel: Kernel, dtype: Any) -> Any:
-    """Rows of experts: of inputs [T, D], choices [T, K], flags [T] and a table, into [T * K, D]."""
-    piece, size, share = kernel.piece, np.dtype(dtype).itemsize, work_by(kernel, dtype)
-
-    @njit(nogil=True)
-    def compute(call):
-        inputs, sizes = buffer(call, ARGUMENTS, 0)
-        width = long_at(sizes + 8)
-        chosen, sizes = buffer(call, ARGUMENTS, 1)
-        tokens, choices = long_at(sizes), long_at(sizes + 8)
-        flags, _ = buffer(call, ARGUMENTS, 2)
-        known, sizes = buffer(call, ARGUMENTS, 3)
-        count = (long_at(sizes) // 2 - 2) // 3
-        rows, _ = buffer(call, RESULTS, 0)
-        table = carray(pointer(known), 2 + 3 * count, np.int64)
-        pool, hidden = pool_at(table[0]), table[1]
-        active = carray(pointer(flags), tokens, np.uint8)
-        experts = carray(pointer(chosen), (tokens, choices), np.int32)
-        order, whose, firsts, lasts = sort(experts, active, count, piece)
-        addresses = np.empty((len(whose), 3), np.int64)
-        for index in range(len(whose)):
-            for matrix in range(3):
-                addresses[index, matrix] = table[2 + 3 * whose[index] + matrix]
-            if index == 0 or whose[index] != whose[index - 1]:
-                pool[crew.COUNTED] += 1
-        pool[crew.ASSIGNED] += len(order)
-        outputs = carray(pointer(rows), (tokens * choices, width), dtype)
-        for token in range(tokens):
-            if not active[token]:  # nobody writes these
-                outputs[token * choices : (token + 1) * choices] = 0
-        job = np.zeros(crew.SIZE, np.int64)
-        job[crew.KIND], job[crew.PARTS], job[crew.INPUTS] = crew.EXPERTS, len(firsts), inputs
-        job[crew.WEIGHTS], job[crew.OUTPUTS] = addresses.ctypes.data, rows
-        job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = tokens * choices, hidden, width
-        job[crew.FIRSTS], job[crew.LASTS] = firsts.ctypes.data, lasts.ctypes.data
-        job[crew.ORDER], job[crew.LENGTH], job[crew.CHOICES] = order.ctypes.data, len(order), choices
-        helpers = crew.begin(pool, job, 3 * width * hidden * size * len(firsts))
-        share(job)
-        crew.end(pool, helpers)
-        # Numba gives an array up after its last use; the helpers had only addresses.
-        job[crew.LENGTH] = len(addresses) + len(firsts) + len(lasts) + len(order) + len(job)
-
-    return compute
+@njit(cache=True, nogil=True)
+def experts_by_loops(call, piece, kind):
+    """Rows of experts by `kernels`."""
+    pool, job, named, size = prepared(call, piece, kind)
+    helpers = crew.begin(pool, job, size)
+    crew.experts_by_loops(job, kind)
+    crew.end(pool, helpers)
+    job[crew.LENGTH] = keep(named) + len(job)  # Numba gives an array up after its last use
 
 
-def product_handler(kind: int) -> Any:
+@njit(cache=True, nogil=True)
+def experts_by_tiles(call, piece, kind):
+    """The same by `amx`."""
+    pool, job, named, size = prepared(call, piece, kind)
+    helpers = crew.begin(pool, job, size)
+    crew.experts_by_tiles(job, kind)
+    crew.end(pool, helpers)
+    job[crew.LENGTH] = keep(named) + len(job)
+
+
+@njit(cache=True, nogil=True)
+def keep(named):
+    return len(named[0]) + len(named[1]) + len(named[2]) + len(named[3])
+
+
+@njit(cache=True, nogil=True)
+def multiply(call, number, kind):
     """`x [M, K] @ weights [K, N]`, helped by a crew: the third argument is its address."""
-    size = 4 if kind == crew.FLOATS else 2
-    some = np.zeros(1, {crew.FLOATS: np.float32, crew.WIDENED: np.uint16, crew.PAIRS: np.int16}[kind])
-
-    @njit(nogil=True)
-    def compute(call):
-        x, sizes = buffer(call, ARGUMENTS, 0)
-        weights, matrix = buffer(call, ARGUMENTS, 1)
-        known, _ = buffer(call, ARGUMENTS, 2)
-        outputs, _ = buffer(call, RESULTS, 0)
-        pool = pool_at(long_at(known))
-        job = np.zeros(crew.SIZE, np.int64)
-        job[crew.KIND], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = kind, x, weights, outputs
-        depth, width = long_at(matrix), long_at(matrix + 8)
-        job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = long_at(sizes), depth, width
-        work = depth * width * size * max(1, long_at(sizes) // vectors.TOKENS)
-        threads = max(1, min(pool[crew.HELPERS] + 1, work // pool[crew.WORTH]))
-        columns = (width + threads - 1) // threads
-        job[crew.COLUMNS] = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
-        job[crew.PARTS] = (width + job[crew.COLUMNS] - 1) // job[crew.COLUMNS]
-        helpers = crew.begin(pool, job, work)
-        crew.multiply(job, some)
-        crew.end(pool, helpers)
-        job[crew.KIND] = len(job)  # kept until here
-
-    return compute
+    x, sizes = buffer(call, ARGUMENTS, 0)
+    weights, matrix = buffer(call, ARGUMENTS, 1)
+    known, _ = buffer(call, ARGUMENTS, 2)
+    outputs, _ = buffer(call, RESULTS, 0)
+    pool = pool_at(long_at(known))
+    job = np.zeros(crew.SIZE, np.int64)
+    job[crew.KIND], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = number, x, weights, outputs
+    depth, width = long_at(matrix), long_at(matrix + 8)
+    job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = long_at(sizes), depth, width
+    work = depth * width * kind.itemsize * max(1, long_at(sizes) // vectors.TOKENS)
+    threads = max(1, min(pool[crew.HELPERS] + 1, work // pool[crew.WORTH]))
+    columns = (width + threads - 1) // threads
+    job[crew.COLUMNS] = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
+    job[crew.PARTS] = (width + job[crew.COLUMNS] - 1) // job[crew.COLUMNS]
+    helpers = crew.begin(pool, job, work)
+    crew.multiply(job, kind)
+    crew.end(pool, helpers)
+    job[crew.KIND] = len(job)  # kept until here
 
 
 _handlers: list[Any] = []
@@ -173,14 +184,14 @@ _handlers: list[Any] = []
 
 
 @functools.cache
-def target(name: str, make: Callable, *arguments: Any) -> str | None:
-    """Lets XLA know a handler by a name; None if it does not take it."""
-    compute = make(*arguments)
+def target(name: str, compute: Callable, number: int, words: Any) -> str | None:
+    """Lets XLA know a function of a call, a number and a kind by a name; None if it does not take it."""
+    kind = np.zeros(1, words)
 
     @cfunc(types.int64(types.int64))
     def handler(call):
         if not asks_version(call):
-            compute(call)
+            compute(call, number, kind)
         return 0
 
     _handlers.append(handler)
@@ -195,7 +206,8 @@ def target(name: str, make: Callable, *arguments: Any) -> str | None:
 
 def experts_target(kernel: Kernel, dtype: np.dtype) -> str | None:
     words = words_of(kernel, dtype)
-    return target(f"layerscope_experts_{kernel.name}_{np.dtype(words).name}", experts_handler, kernel, words)
+    compute = experts_by_tiles if kernel is AMX else experts_by_loops
+    return target(f"layerscope_experts_{kernel.name}_{np.dtype(words).name}", compute, kernel.piece, words)
 
 
 class Inside:
@@ -217,7 +229,7 @@ class Inside:
         found = experts_target(cpu.kernel, dtype)
         assert found is not None
         self.target = found
-        self._crew = Crew(cpu.threads - 1, work_by(cpu.kernel, words_of(cpu.kernel, dtype)))
+        self._crew = Crew(cpu.threads - 1, cpu.kernel, np.zeros(1, words_of(cpu.kernel, dtype)))
         self._layers = layers  # whose memory the tables name
         self.tables = []
         for experts in layers:
@@ -263,14 +275,15 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
 def product(table: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
     """`compute.matmul` of x [..., K] and weights [K, N], inside a jitted program, with any layer's table."""
     depth, width = weights.shape
+    words: Any
     if x.dtype == np.float32:
-        kind, name = crew.FLOATS, "float32"
+        kind, words = crew.FLOATS, np.float32
     elif vectors.suit_pairs(np.dtype(x.dtype), depth, width):
-        kind, name = crew.PAIRS, "int16"
+        kind, words = crew.PAIRS, np.int16
     else:
-        kind, name = crew.WIDENED, "uint16"
+        kind, words = crew.WIDENED, np.uint16
     odd = depth % vectors.ROWS or width % vectors.COLUMNS or x.dtype != weights.dtype
-    found = None if odd else target(f"layerscope_product_{name}", product_handler, kind)
+    found = None if odd else target(f"layerscope_product_{np.dtype(words).name}", multiply, kind, words)
     if found is None:
         return matmul(x, weights)
     flat = x.reshape(-1, depth)
