@@ -1,9 +1,9 @@
 """Experts on the CPU by compiled loops that read every weight once, in the order in which it lies.
 
 A matrix is streamed some rows at a time, whole rows, and added to the sums of all tokens, which stay in the
-cache (`vectors.py` has one step of it, and says how weights are multiplied). A row of the result has the same
-bits whatever other rows or experts are computed with it, and on whichever thread: its sums run over the
-matrix in one fixed order.
+cache (`vectors.py` has one step of it, and says how weights are multiplied); for many tokens strip by strip
+(`strips.py`). A row of the result has the same bits whatever other rows or experts are computed with it, and
+on whichever thread: its sums run over the matrix in one fixed order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numba import carray, types
 from numba.extending import overload
 
 from layerscope_jax.experts.numbers import pointer, round_row, rounded, silu, taken, widened
+from layerscope_jax.experts.strips import MANY, add_strips
 from layerscope_jax.experts.vectors import COLUMNS, ROWS, adding
 from layerscope_jax.njit import njit
 
@@ -66,19 +67,16 @@ def add_rest(x, weights, k, count, first, last, sums):
 
 
 @njit(cache=True, nogil=True)
-def add_product(x, weights, first, last, sums, kind):
-    """Adds `x [M, K] @ weights[:, first:last]` to `sums [M, STRIDE]`."""
-    tokens, depth = x.shape
+def add_rows(x, weights, high, first, last, sums, kind):
+    """As `add_strips`, whole rows after whole rows."""
     row, deep = weights.strides[0], x.strides[0]
-    high, columns = depth - depth % ROWS, last - first
-    wide = columns - columns % COLUMNS
     for k in range(0, high, ROWS):
         begin = weights.ctypes.data + row * k + weights.itemsize * first
         m, ahead = 0, ROWS * row
-        while m < tokens:
+        while m < len(x):
             here, inputs = sums.ctypes.data + FAR * m, x.ctypes.data + deep * m + x.itemsize * k
-            left = tokens - m
-            for c in range(0, wide, COLUMNS):
+            left = len(x) - m
+            for c in range(0, last - first, COLUMNS):
                 at, to = begin + weights.itemsize * c, here + 4 * c
                 if left >= 8:
                     add8(at, row, ahead, to, FAR, inputs, deep, kind)
@@ -90,10 +88,22 @@ def add_product(x, weights, first, last, sums, kind):
                     add1(at, row, ahead, to, FAR, inputs, deep, kind)
             m += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
             ahead = 0
-        if wide < columns:
-            add_rest(x, weights[:, first:last], k, ROWS, wide, columns, sums)
+
+
+@njit(cache=True, nogil=True)
+def add_product(x, weights, first, last, sums, kind):
+    """Adds `x [M, K] @ weights[:, first:last]` to `sums [M, STRIDE]`."""
+    tokens, depth = x.shape
+    high, columns = depth - depth % ROWS, last - first
+    wide = columns - columns % COLUMNS
+    if tokens >= MANY:
+        add_strips(x, weights, high, first, first + wide, sums, FAR, kind)
+    else:
+        add_rows(x, weights, high, first, first + wide, sums, kind)
     if high < depth:
-        add_rest(x, weights[:, first:last], high, depth - high, 0, columns, sums)
+        add_rest(x, weights[:, first:last], high, depth - high, 0, wide, sums)
+    if wide < columns:
+        add_rest(x, weights[:, first:last], 0, depth, wide, columns, sums)
 
 
 @njit(cache=True, nogil=True)

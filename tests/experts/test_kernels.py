@@ -65,9 +65,9 @@ def network(inputs, weights):
 
 
 # Sizes that are no multiples of what is added at once, less than that, more than are summed at once.
-SHAPES = [(37, 29), (3, 5), (64, 96), (6, 4500), (40, 100)]
+SHAPES = [(37, 29), (3, 5), (64, 96), (6, 4500), (40, 100), (597, 309)]
 EVEN = [(32, 32), (96, 64), (64, 4128), (288, 544)]
-COUNTS = (1, 2, 3, 4, 7, 8, 15, 16, 40, 64, 65, 130)
+COUNTS = (1, 2, 3, 4, 7, 8, 15, 16, 29, 40, 64, 65, 130)
 
 pairs_only = pytest.mark.skipif(
     not vectors.suit_pairs(np.dtype(ml_dtypes.bfloat16), 32, 32), reason="this CPU has no AVX512_BF16"
@@ -93,8 +93,8 @@ def test_they_are_the_network(computers, name, kernel, shape):
 @pytest.mark.parametrize(
     ("name", "kernel", "shape"),
     [
-        ("float32", LOOPS, (130, 300)),
-        ("bfloat16", LOOPS, (130, 300)),
+        ("float32", LOOPS, (302, 300)),
+        ("bfloat16", LOOPS, (302, 300)),
         pytest.param("bfloat16", PAIRS, (160, 96), marks=pairs_only),
     ],
 )

@@ -1,0 +1,221 @@
+"""A matrix times inputs of many tokens: strips of it stay in the nearest cache until all tokens had them.
+
+With few tokens reading takes the time, and a matrix is best read in whole rows (`kernels`). With many it is
+arithmetic: here the sums of some tokens stay in registers for all rows of a strip, and a weight, loaded once,
+is used for all of them. Sums run over the same rows in the same order, so that their bits are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from layerscope_jax.experts.vectors import (
+    BITS,
+    COLUMNS,
+    LANES,
+    LONG,
+    NUMBERS,
+    WIDE,
+    add_pairs,
+    add_product,
+    everywhere,
+    fetch,
+    plain,
+    widened,
+    woven,
+)
+from layerscope_jax.njit import njit
+
+MANY = 25
+"""Tokens from which on strips are faster than whole rows."""
+
+TOKENS = 12 if WIDE else 6
+"""Most tokens whose sums are in registers at once: two registers each, of 32 or 16."""
+
+DEEP = 4096 // COLUMNS
+"""Rows of a strip, which takes 16 KB: half of a first-level cache."""
+
+PANEL = 8
+"""Strips that are laid out at once, so that some neighbouring lines of each row are read together."""
+
+STRIP = (DEEP + 1) * COLUMNS
+"""Floats from one strip to the next: one row more, as caches confuse what lies a multiple of a page apart."""
+
+
+def repeat(builder: Any, times: Any, starts: list[Any], body: Callable) -> list[Any]:
+    """A loop of at least one turn, whose `body(turn, values)` gives the next turn's values; the last ones."""
+    before, after = builder.block, builder.append_basic_block("after")
+    loop = builder.append_basic_block("loop")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    turn = builder.phi(LONG)
+    values = [builder.phi(start.type) for start in starts]
+    found = body(turn, values)
+    following = builder.add(turn, LONG(1))
+    for phi, start, value in zip([turn, *values], [LONG(0), *starts], [following, *found], strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(value, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, times), loop, after)
+    builder.position_at_end(after)
+    return found
+
+
+def place(builder: Any, base: Any, number: Any, distance: Any, kind: Any) -> Any:
+    """Where the vector lies that is so many distances behind an address."""
+    at = builder.add(base, builder.mul(number, distance))
+    return builder.inttoptr(at, kind.as_pointer())
+
+
+def steps_high(kind: Any) -> int:
+    """Rows that are multiplied in one step (`vectors.py`)."""
+    return 2 if kind is types.int16 else 1
+
+
+@intrinsic
+def rows_of_step(typing: Any, kind: Any) -> Any:
+    """The same inside compiled functions, of an array's kind."""
+    high = steps_high(kind.dtype)
+    return types.int64(kind), lambda context, builder, signature, arguments: LONG(high)
+
+
+@intrinsic
+def lay_out(typing: Any, weights: Any, row: Any, steps: Any, panel: Any, strips: Any, kind: Any) -> Any:
+    """Writes strips as they are multiplied: two registers for each step.
+
+    Takes the first weight's address and the distance in bytes from one row to the next; steps; where the
+    first strip is to lie; strips. At last, an array of the kind.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        weights, row, steps, panel, strips, _ = arguments
+        kind = signature.args[-1].dtype
+        high, size = steps_high(kind), kind.bitwidth // 8
+
+        def step(turn: Any, _: list[Any]) -> list[Any]:
+            at = builder.add(weights, builder.mul(turn, builder.mul(row, LONG(high))))
+            to = builder.add(panel, builder.mul(turn, LONG(4 * COLUMNS)))
+
+            def strip(number: Any, _: list[Any]) -> list[Any]:
+                first = builder.add(at, builder.mul(number, LONG(size * COLUMNS)))
+                if high == 2:
+                    both = woven(builder, first, builder.add(first, row))
+                else:
+                    both = (widened if kind is types.uint16 else plain)(builder, first)
+                there = builder.add(to, builder.mul(number, LONG(4 * STRIP)))
+                for half, numbers in enumerate(both):
+                    where = place(builder, there, LONG(half), LONG(4 * LANES), numbers.type)
+                    builder.store(numbers, where, align=4 * LANES)
+                return []
+
+            repeat(builder, strips, [], strip)
+            return []
+
+        repeat(builder, steps, [], step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, kind), build
+
+
+@intrinsic
+def add_strip(
+    typing: Any,
+    strip: Any,
+    steps: Any,
+    ahead: Any,
+    row: Any,
+    sums: Any,
+    far: Any,
+    x: Any,
+    deep: Any,
+    tokens: Any,
+    kind: Any,
+) -> Any:
+    """Adds a strip, times inputs, to the sums of 1 to `TOKENS` tokens.
+
+    Takes the strip's address and its steps; of a strip to be asked for meanwhile, where it begins and the
+    distance in bytes from one step to the next; the addresses of the first sum and of the first input, each
+    with the distance to the next token's; tokens. At last, an array of the kind.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        strip, steps, ahead, row, sums, far, x, deep, tokens, _ = arguments
+        pairs = signature.args[-1].dtype is types.int16
+        add, numbers = (add_pairs, BITS) if pairs else (add_product, NUMBERS)
+
+        def add_tokens(count: int) -> None:
+            inputs = [builder.add(x, builder.mul(deep, LONG(token))) for token in range(count)]
+            places = [
+                place(builder, builder.add(sums, LONG(4 * half)), LONG(token), far, NUMBERS)
+                for token in range(count)
+                for half in (0, LANES)
+            ]
+
+            def step(turn: Any, totals: list[Any]) -> list[Any]:
+                fetch(builder, builder.add(ahead, builder.mul(turn, row)))
+                both = [
+                    builder.load(
+                        place(builder, builder.add(strip, LONG(4 * half)), turn, LONG(4 * COLUMNS), numbers),
+                        align=4 * LANES,
+                    )
+                    for half in (0, LANES)
+                ]
+                found = []
+                for token, one in enumerate(inputs):
+                    value = everywhere(builder, builder.add(one, builder.mul(turn, LONG(4))), numbers)
+                    found += [add(builder, both[half], value, totals[2 * token + half]) for half in (0, 1)]
+                return found
+
+            starts = [builder.load(where, align=4) for where in places]
+            for where, total in zip(places, repeat(builder, steps, starts, step), strict=True):
+                builder.store(total, where, align=4)
+
+        end = builder.append_basic_block("end")
+        cases = [builder.append_basic_block(f"tokens{count}") for count in range(1, TOKENS + 1)]
+        switch = builder.switch(tokens, cases[-1])
+        for count, case in enumerate(cases, 1):
+            switch.add_case(LONG(count), case)
+            builder.position_at_end(case)
+            add_tokens(count)
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9, kind), build
+
+
+@njit(cache=True, nogil=True)
+def add_strips(x, weights, high, first, last, sums, far, kind):
+    """Adds `x [M, :high] @ weights[:high, first:last]` to sums that lie `far` bytes from each other.
+
+    `high` and `last - first` are multiples of `vectors.ROWS` and `COLUMNS`.
+    """
+    tokens = len(x)
+    groups = (tokens + TOKENS - 1) // TOKENS
+    row, step, wide = weights.strides[0], rows_of_step(kind), PANEL * COLUMNS
+    room = np.empty(PANEL * STRIP + 16, np.float32)
+    panel = (room.ctypes.data + 63) // 64 * 64
+    some = np.empty((tokens, DEEP), x.dtype)  # inputs side by side: in `x` they may be pages apart
+    deep = some.strides[0]
+    for k in range(0, high, DEEP):
+        rows = min(DEEP, high - k)
+        for m in range(tokens):
+            some[m, :rows] = x[m, k : k + rows]
+        steps, begin = rows // step, weights.ctypes.data + row * k + weights.itemsize * first
+        for c in range(0, last - first, wide):
+            strips = min(PANEL, (last - first - c) // COLUMNS)
+            at = begin + weights.itemsize * c
+            lay_out(at, row, steps, panel, strips, kind)
+            ahead = at + weights.itemsize * wide if c + wide < last - first else begin + row * DEEP
+            for n in range(strips):
+                for group in range(groups):
+                    m, end = tokens * group // groups, tokens * (group + 1) // groups
+                    strip, to = panel + 4 * STRIP * n, sums.ctypes.data + far * m + 4 * (c + n * COLUMNS)
+                    inputs = some.ctypes.data + deep * m
+                    add_strip(strip, steps, ahead, row * step, to, far, inputs, deep, end - m, kind)
+                ahead += weights.itemsize * COLUMNS
+    room[0] = 0  # kept until here
