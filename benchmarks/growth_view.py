@@ -126,6 +126,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 as_work = [rates[0] * each / pace[0] for each in pace]
                 panel.plot(values, as_work, "--", color=f"C{number}", linewidth=0.6)
             panel.set_yscale("log")
+            low, high = panel.get_ylim()
+            if high < 4 * low:  # else what differs by noise alone would look like much
+                middle = (low * high) ** 0.5
+                panel.set_ylim(middle / 2, middle * 2)
             panel.set_title(axis, fontsize=9)
             panel.tick_params(labelsize=7)
     figure.legend(
