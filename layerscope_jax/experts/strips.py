@@ -199,23 +199,26 @@ def add_strips(x, weights, high, first, last, sums, far, kind):
     row, step, wide = weights.strides[0], rows_of_step(kind), PANEL * COLUMNS
     room = np.empty(PANEL * STRIP + 16, np.float32)
     panel = (room.ctypes.data + 63) // 64 * 64
-    some = np.empty((tokens, DEEP), x.dtype)  # inputs side by side: in `x` they may be pages apart
-    deep = some.strides[0]
-    for k in range(0, high, DEEP):
-        rows = min(DEEP, high - k)
-        for m in range(tokens):
-            some[m, :rows] = x[m, k : k + rows]
-        steps, begin = rows // step, weights.ctypes.data + row * k + weights.itemsize * first
-        for c in range(0, last - first, wide):
-            strips = min(PANEL, (last - first - c) // COLUMNS)
-            at = begin + weights.itemsize * c
+    blocks = (high + DEEP - 1) // DEEP
+    inputs = np.empty((blocks, tokens, DEEP), x.dtype)  # side by side: in `x` they may be pages apart
+    deep = inputs.strides[1]
+    for m in range(tokens):
+        for block in range(blocks):
+            k, end = block * DEEP, min((block + 1) * DEEP, high)
+            inputs[block, m, : end - k] = x[m, k:end]
+    begin = weights.ctypes.data + weights.itemsize * first
+    for c in range(0, last - first, wide):
+        strips = min(PANEL, (last - first - c) // COLUMNS)
+        for block in range(blocks):
+            steps = min(DEEP, high - block * DEEP) // step
+            at = begin + row * DEEP * block + weights.itemsize * c
             lay_out(at, row, steps, panel, strips, kind)
-            ahead = at + weights.itemsize * wide if c + wide < last - first else begin + row * DEEP
+            ahead = at + row * DEEP if block + 1 < blocks else begin + weights.itemsize * (c + wide)
             for n in range(strips):
                 for group in range(groups):
                     m, end = tokens * group // groups, tokens * (group + 1) // groups
                     strip, to = panel + 4 * STRIP * n, sums.ctypes.data + far * m + 4 * (c + n * COLUMNS)
-                    inputs = some.ctypes.data + deep * m
-                    add_strip(strip, steps, ahead, row * step, to, far, inputs, deep, end - m, kind)
+                    some = inputs.ctypes.data + inputs.strides[0] * block + deep * m
+                    add_strip(strip, steps, ahead, row * step, to, far, some, deep, end - m, kind)
                 ahead += weights.itemsize * COLUMNS
-    room[0] = 0  # kept until here
+    room[0] = inputs.size  # both kept until here

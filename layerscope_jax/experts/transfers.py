@@ -19,10 +19,11 @@ MATRICES = len(ExpertWeights._fields)
 ATTEMPTS = 3
 
 AHEAD_BYTES = 16 * 2**20
-"""Given to an accelerator's link before the first of it has arrived. A copy there costs some 200 us whatever
-its size, and waits for all that the device was given before it: one at a time, a link that carries 50 GB/s
-reached 9 with copies of 3 MiB, and stood still while the device computed (`benchmarks/bench_gpu_facts.py`).
-The price is that a demand load may wait for so many bytes of prefetches, a third of a millisecond there."""
+"""Given to an unpaced link before the first of it has arrived. A copy to an accelerator costs some 200 us
+whatever its size, and waits for all that the device was given before it: one at a time, a link that carries
+50 GB/s reached 9 with copies of 3 MiB, and stood still while the device computed
+(`benchmarks/bench_gpu_facts.py`). The price is that a demand load may wait for so many bytes of prefetches, a
+third of a millisecond there. Copies within main memory take long enough that prefetches go one by one."""
 
 STANDSTILL_S = 60.0
 """A link on which no chunk has ended for so long after it was due stands still; no real chunk takes that."""
@@ -71,10 +72,10 @@ class Transfers:
 
     A chunk that has begun is finished. A prefetch chunk begins only when no demand waits and nothing else is
     on the link, so a demand load waits for at most one prefetch chunk. Demand chunks overlap by one, which
-    hides the start of each copy. On an accelerator, unless paced, chunks of either kind begin while fewer
-    than `AHEAD_BYTES` are on the link. A failed chunk is tried again; an expert whose copy fails for good
-    is left where it was, and only whoever waits for it hears of it. No call waits without end for a copy
-    that does not end.
+    hides the start of each copy; unless the link is paced, they begin while fewer than `AHEAD_BYTES` are on
+    it, and on an accelerator prefetch chunks too. A failed chunk is tried again; an expert whose copy fails
+    for good is left where it was, and only whoever waits for it hears of it. No call waits without end for a
+    copy that does not end.
 
     Args:
         bank: where experts come from.
@@ -85,7 +86,7 @@ class Transfers:
 
     Attributes:
         stats: what the link did.
-        ahead: bytes on the link until which further chunks begin.
+        ahead, prefetch_ahead: bytes on the link until which chunks of demands begin, and of prefetches.
         sharding: of what has arrived.
     """
 
@@ -111,7 +112,8 @@ class Transfers:
         self._enough = 1  # arrivals worth waking the engine for
         self._closed = False
         self._on_link = 0  # chunks that have begun and not ended
-        self.ahead = 0 if bandwidth or device.platform == "cpu" else AHEAD_BYTES
+        self.ahead = 0 if bandwidth else AHEAD_BYTES
+        self.prefetch_ahead = 0 if device.platform == "cpu" else self.ahead
         self._expected = 0.0  # when the link has news, if it moves
         self._busy_since = 0.0
         self._thread = threading.Thread(target=self._run, name="layerscope-link", daemon=True)
@@ -284,10 +286,9 @@ class Transfers:
 
         None to wait for the link first.
         """
-        room = carried < self.ahead
-        if self._demand and (room or on_link < 2):
+        if self._demand and (on_link < 2 or carried < self.ahead):
             queue = self._demand
-        elif self._prefetch and not self._demand and (room or on_link == 0):
+        elif self._prefetch and not self._demand and (on_link == 0 or carried < self.prefetch_ahead):
             queue = self._prefetch
         else:
             return None

@@ -5,7 +5,7 @@ import pytest
 from helpers import in_time
 from links import random_bank
 
-from layerscope_jax.experts.transfers import Transfers
+from layerscope_jax.experts.transfers import AHEAD_BYTES, Transfers
 
 
 @pytest.fixture(scope="module")
@@ -15,12 +15,16 @@ def bank():
 
 @pytest.fixture
 def start(bank):
-    """Begins transfers over an injected link; ends them after the test."""
+    """Begins transfers over an injected link, given no more than a paced one; ends them after the test."""
     running = []
 
     def start(link, bandwidth=None):
-        running.append((Transfers(bank, jax.devices()[0], bandwidth, link), link))
-        return running[-1][0]
+        transfers = Transfers(bank, jax.devices()[0], bandwidth, link)
+        running.append((transfers, link))
+        assert transfers.ahead == (0 if bandwidth else AHEAD_BYTES)
+        assert transfers.prefetch_ahead == 0  # of a CPU
+        transfers.ahead = 0
+        return transfers
 
     yield start
     for transfers, link in running:

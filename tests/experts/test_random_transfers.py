@@ -36,7 +36,7 @@ def test_whatever_is_asked_for_in_whatever_order_and_fails(layers, seed, rate, c
         random_bank(), failing=lambda *_: rng.choice(["start", "end"]) if rng.random() < rate else None
     )
     transfers = Transfers(random_bank(), jax.devices()[0], None, link)
-    transfers.ahead = chunks * CHUNK
+    transfers.ahead = transfers.prefetch_ahead = chunks * CHUNK
     resident, coming = set(), set()
 
     def absorb():

@@ -78,11 +78,22 @@ def test_prefetches_have_the_link_to_themselves_and_demands_overlap_by_one(bank,
     assert link.beside[6:] == [0] * 6
 
 
+def test_demands_are_given_to_an_unpaced_link_several_at_a_time_and_prefetches_one_by_one(bank, start):
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.ahead = 4 * CHUNK
+    transfers.submit([A, B], [C])
+    link.until_begun(4)
+    link.allow(100)
+    collect(transfers, [A, B, C])
+    assert max(link.beside[:6]) == 3
+    assert link.beside[6:] == [0] * 3
+
+
 def test_an_accelerator_is_given_several_chunks_ahead_and_a_demand_waits_for_those_alone(bank, start):
     link = Link(bank, gated=True)
     transfers = start(link)
-    assert transfers.ahead == 0  # of a CPU
-    transfers.ahead = 4 * CHUNK
+    transfers.ahead = transfers.prefetch_ahead = 4 * CHUNK
     transfers.submit([], [A, B])
     link.until_begun(4)  # though none has ended
     transfers.submit([C], [])
