@@ -34,17 +34,19 @@ TRIAL = {"prefill": 1, "decode": 3}
 """Steps of a trial. In decode the first one clears what the way before left behind, and is not measured."""
 
 FIRST_WAIT, LONGEST_WAIT, LONGER = 16, 1024, 4
-"""Steps between trials: the wait grows by a factor with each that changes nothing."""
+"""Steps between rounds of trials: the wait grows by a factor with each that changes nothing and never falls,
+so that on a machine whose times jump about trials do not go on for ever."""
 
 SLACK = 0.15
-"""Part by which measured times may exceed the planned ones before other ways are tried."""
+"""Part by which measured times may differ from the planned ones before other ways are tried."""
 
 HOPELESS = 1.25
 """The host alone is not tried where, by the costs, it takes so many times what is measured now."""
 
 MARGIN, LAYER_MARGIN = 0.06, 0.45
 """Part of its time by which another way must be faster to be taken, by all layers and by one alone, if each
-was measured once; the more measurements, the less."""
+was measured once; the more measurements, the less. By one alone, each time too has to be less than all of
+the way it has."""
 
 SAMPLES = 5
 """Measurements of a layer's turn that are kept; their median counts, so that one stall decides nothing."""
@@ -116,7 +118,7 @@ class Guard:
     """PreSched, layer by layer as far as it pays: it is compared with itself with parts of it left out.
 
     PreSched says of each layer how long it will take. Where the clock agrees, its choice of all possible ways
-    is as good as its word. Where steps take longer, or longer than the host alone should, some are run in the
+    is as good as its word. Where it does not, or the host alone should take less, some steps are run in the
     other `WAYS` (the tokens are the same), and the measured time of each layer remembered; what is faster by
     a margin is taken. Trials become rare as long as they change nothing. Phases, and steps of other numbers
     of tokens, are watched apart.
@@ -241,7 +243,7 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
         if not watch.untried:
             chosen = choose(watch)
             same = bool((chosen == watch.chosen).all())
-            pause = min(LONGEST_WAIT, LONGER * watch.pause) if same else FIRST_WAIT
+            pause = min(LONGEST_WAIT, watch.pause * (LONGER if same else 1))
             return replace(watch, chosen=chosen, wait=pause, pause=pause)
     elif watch.wait > 1:
         return replace(watch, wait=watch.wait - 1)
@@ -250,11 +252,12 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
         if not forecasts:
             ways.remove(1)  # without a predictor it is the same as the first
         now = medians(watch.ms)[watch.chosen, np.arange(len(watch.chosen))].sum()
-        kept = now <= (1 + SLACK) * medians(watch.planned_ms).sum()
+        planned = medians(watch.planned_ms).sum()
+        kept = planned / (1 + SLACK) <= now <= (1 + SLACK) * planned
         if kept and now <= watch.alone_ms and not watch.chosen.any():
             pause = min(LONGEST_WAIT, LONGER * watch.pause)
             return replace(watch, wait=watch.pause, pause=pause)
-        if watch.alone_ms > HOPELESS * now:
+        if watch.alone_ms > HOPELESS * max(now, planned):  # costs that are too high are so for the host too
             ways.remove(len(WAYS) - 1)
         watch = replace(watch, untried=tuple(way for way in ways if (watch.chosen != way).any()))
         if not watch.untried:
@@ -273,7 +276,8 @@ def choose(watch: Watch) -> np.ndarray:
         chosen = np.full_like(chosen, best)
     best = known.argmin(0)
     faster = known[best, layers] < (1 - LAYER_MARGIN / samples[best, layers]) * known[chosen, layers]
-    return np.where(faster, best, chosen)
+    slowest = np.where(np.isinf(watch.ms), 0.0, watch.ms)[best, layers].max(-1)
+    return np.where(faster & (slowest < watch.ms[chosen, layers].min(-1)), best, chosen)
 
 
 def medians(samples: np.ndarray) -> np.ndarray:

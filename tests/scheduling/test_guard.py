@@ -1,7 +1,9 @@
 """The watch over PreSched: it leaves what keeps its word alone, and gives up what does not."""
 
 from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from policy_runs import SPLIT
 
@@ -59,6 +61,20 @@ def test_a_broken_promise_leads_to_the_fastest_way():
     assert ways[0] == "full"
     assert set(ways[-10:]) == {"host only"}
     assert not guard.wants_forecast(state)
+
+
+def test_costs_that_are_too_high_lead_to_the_fastest_way_too():
+    slow = {"full": 0.7, "no forecast": 0.7, "no transfers": 0.4}
+    ways, *_ = run(lambda way, planned: slow[way] * planned, steps=24)
+    assert set(ways[-10:]) == {"no transfers"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_times_that_jump_about_are_not_tried_for_ever(seed):
+    jumps = np.random.default_rng(seed)
+    ways, *_ = run(lambda way, planned: 100 * jumps.lognormal(0, 0.3), steps=600)
+    changes = sum(one != other for one, other in pairwise(ways[-900:]))
+    assert changes < 160  # of trials, and where layers go different ways
 
 
 def test_the_margin_keeps_what_is_hardly_slower():
