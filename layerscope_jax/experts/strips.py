@@ -37,6 +37,9 @@ MANY = 25
 TOKENS = 12 if WIDE else 6
 """Most tokens whose sums are in registers at once: two registers each, of 32 or 16."""
 
+FEWEST = MANY // -(-MANY // TOKENS)
+"""Least of them: from `MANY` on, tokens are shared out evenly."""
+
 DEEP = 4096 // COLUMNS
 """Rows of a strip, which takes 16 KB: half of a first-level cache."""
 
@@ -135,7 +138,7 @@ def add_strip(
     tokens: Any,
     kind: Any,
 ) -> Any:
-    """Adds a strip, times inputs, to the sums of 1 to `TOKENS` tokens.
+    """Adds a strip, times inputs, to the sums of `FEWEST` to `TOKENS` tokens.
 
     Takes the strip's address and its steps; of a strip to be asked for meanwhile, where it begins and the
     distance in bytes from one step to the next; the addresses of the first sum and of the first input, each
@@ -175,9 +178,10 @@ def add_strip(
                 builder.store(total, where, align=4)
 
         end = builder.append_basic_block("end")
-        cases = [builder.append_basic_block(f"tokens{count}") for count in range(1, TOKENS + 1)]
+        counts = range(FEWEST, TOKENS + 1)
+        cases = [builder.append_basic_block(f"tokens{count}") for count in counts]
         switch = builder.switch(tokens, cases[-1])
-        for count, case in enumerate(cases, 1):
+        for count, case in zip(counts, cases, strict=True):
             switch.add_case(LONG(count), case)
             builder.position_at_end(case)
             add_tokens(count)
@@ -192,7 +196,7 @@ def add_strip(
 def add_strips(x, weights, high, first, last, sums, far, kind):
     """Adds `x [M, :high] @ weights[:high, first:last]` to sums that lie `far` bytes from each other.
 
-    `high` and `last - first` are multiples of `vectors.ROWS` and `COLUMNS`.
+    M is at least `MANY`; `high` and `last - first` are multiples of `vectors.ROWS` and `COLUMNS`.
     """
     tokens = len(x)
     groups = (tokens + TOKENS - 1) // TOKENS

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit
 
-from layerscope_jax.experts import amx, cpu, vectors
+from layerscope_jax.experts import amx, cpu, strips, vectors
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import AMX, LOOPS, PAIRS, CpuExperts, InMemory, WorkStats, kernel_of
 from layerscope_jax.experts.grouping import Assignments
@@ -107,6 +107,13 @@ def test_a_row_has_the_same_bits_in_any_company(computers, name, kernel, shape):
         some = np.sort(np.random.default_rng(count).permutation(130)[:count])
         found = rows_of(computers(2, kernel), inputs, some, weights)
         np.testing.assert_array_equal(bits(found), bits(np.concatenate(alone)[some]))
+
+
+def test_tokens_are_shared_out_into_groups_that_are_compiled():
+    for tokens in range(strips.MANY, 500):
+        groups = -(-tokens // strips.TOKENS)
+        sizes = {tokens * (n + 1) // groups - tokens * n // groups for n in range(groups)}
+        assert sizes <= set(range(strips.FEWEST, strips.TOKENS + 1))
 
 
 def test_the_kernel_that_suits():
