@@ -252,9 +252,8 @@ def test_a_link_that_broke_is_not_tried_for_all_that_is_queued(model):
 
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
     with Engine(model, config, copy=broken) as engine:
-        engine.runner.transfers.ahead = (
-            0  # as where it is paced; else more begins before the first has failed
-        )
+        # As where it is paced: else more begins before the first has failed for good.
+        engine.runner.transfers.ahead = 0
         with pytest.raises(TransferError, match="failed 3 times: injected"):
             in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3))
         assert not engine.runner.residency.coming

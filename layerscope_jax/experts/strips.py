@@ -25,9 +25,9 @@ from layerscope_jax.experts.vectors import (
     add_product,
     everywhere,
     fetch,
-    plain,
-    widened,
-    woven,
+    loaded,
+    read,
+    rows_high,
 )
 from layerscope_jax.njit import njit
 
@@ -74,15 +74,10 @@ def place(builder: Any, base: Any, number: Any, distance: Any, kind: Any) -> Any
     return builder.inttoptr(at, kind.as_pointer())
 
 
-def steps_high(kind: Any) -> int:
-    """Rows that are multiplied in one step (`vectors.py`)."""
-    return 2 if kind is types.int16 else 1
-
-
 @intrinsic
 def rows_of_step(typing: Any, kind: Any) -> Any:
-    """The same inside compiled functions, of an array's kind."""
-    high = steps_high(kind.dtype)
+    """`rows_high` inside compiled functions, of an array of the kind."""
+    high = rows_high(kind.dtype)
     return types.int64(kind), lambda context, builder, signature, arguments: LONG(high)
 
 
@@ -97,7 +92,7 @@ def lay_out(typing: Any, weights: Any, row: Any, steps: Any, panel: Any, strips:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         weights, row, steps, panel, strips, _ = arguments
         kind = signature.args[-1].dtype
-        high, size = steps_high(kind), kind.bitwidth // 8
+        high, size = rows_high(kind), kind.bitwidth // 8
 
         def step(turn: Any, _: list[Any]) -> list[Any]:
             at = builder.add(weights, builder.mul(turn, builder.mul(row, LONG(high))))
@@ -105,10 +100,7 @@ def lay_out(typing: Any, weights: Any, row: Any, steps: Any, panel: Any, strips:
 
             def strip(number: Any, _: list[Any]) -> list[Any]:
                 first = builder.add(at, builder.mul(number, LONG(size * COLUMNS)))
-                if high == 2:
-                    both = woven(builder, first, builder.add(first, row))
-                else:
-                    both = (widened if kind is types.uint16 else plain)(builder, first)
+                both = loaded(builder, kind, [first, builder.add(first, row)][:high])
                 there = builder.add(to, builder.mul(number, LONG(4 * STRIP)))
                 for half, numbers in enumerate(both):
                     where = place(builder, there, LONG(half), LONG(4 * LANES), numbers.type)
@@ -160,11 +152,9 @@ def add_strip(
 
             def step(turn: Any, totals: list[Any]) -> list[Any]:
                 fetch(builder, builder.add(ahead, builder.mul(turn, row)))
+                at = builder.add(strip, builder.mul(turn, LONG(4 * COLUMNS)))
                 both = [
-                    builder.load(
-                        place(builder, builder.add(strip, LONG(4 * half)), turn, LONG(4 * COLUMNS), numbers),
-                        align=4 * LANES,
-                    )
+                    read(builder, builder.add(at, LONG(4 * half)), numbers, align=4 * LANES)
                     for half in (0, LANES)
                 ]
                 found = []

@@ -63,11 +63,8 @@ def adding(tokens: int) -> Callable:
         rows = [moved(weights, row, k) for k in range(ROWS)]
         for at in rows:
             fetch(builder, builder.add(at, ahead))
-        pairs = kind is types.int16
-        if pairs:
-            steps = [woven(builder, *rows[k : k + 2]) for k in range(0, ROWS, 2)]
-        else:
-            steps = [(widened if kind is types.uint16 else plain)(builder, at) for at in rows]
+        pairs, high = kind is types.int16, rows_high(kind)
+        steps = [loaded(builder, kind, rows[k : k + high]) for k in range(0, ROWS, high)]
         add = add_pairs if pairs else add_product
         for first in range(0, tokens, 2):  # four sums at a time, so that none waits for itself
             some = range(first, min(first + 2, tokens))
@@ -120,6 +117,18 @@ def everywhere(builder: Any, address: Any, kind: Any) -> Any:
     nothing = ir.Constant(kind, ir.Undefined)
     value = builder.insert_element(nothing, read(builder, address, kind.element, 4), INT(0))
     return shuffled(builder, value, nothing, [0] * LANES)
+
+
+def rows_high(kind: Any) -> int:
+    """Rows that are multiplied in one step."""
+    return 2 if kind is types.int16 else 1
+
+
+def loaded(builder: Any, kind: Any, rows: list[Any]) -> list[Any]:
+    """Two registers of weights: a step of so many rows."""
+    if kind is types.int16:
+        return woven(builder, *rows)
+    return (widened if kind is types.uint16 else plain)(builder, *rows)
 
 
 def plain(builder: Any, row: Any) -> list[Any]:

@@ -41,7 +41,7 @@ SLACK = 0.15
 """Part by which measured times may differ from the planned ones before other ways are tried."""
 
 HOPELESS = 1.25
-"""The host alone is not tried where, by the costs, it takes so many times what is measured now."""
+"""The host alone is not tried where, by the costs, it takes so many times what is measured, and planned."""
 
 MARGIN, LAYER_MARGIN = 0.06, 0.45
 """Part of its time by which another way must be faster to be taken, by all layers and by one alone, if each
