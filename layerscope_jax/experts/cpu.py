@@ -191,7 +191,8 @@ class CpuExperts:
         if not experts:
             return
         held = weights(experts)
-        addresses = np.frombuffer(b"".join([expert.addresses for expert in held]), np.int64).reshape(-1, 3)
+        addresses = np.frombuffer(bytearray().join([expert.addresses for expert in held]), np.int64)
+        addresses = addresses.reshape(-1, 3)
         index = np.array(experts)
         firsts, lasts = rows.starts[index], rows.ends[index]
         tokens = len(rows.order)

@@ -14,20 +14,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from numba import carray, cfunc, types
+from numba import carray, types
 
 from layerscope_jax.experts import crew, vectors
 from layerscope_jax.experts.compute import matmul
 from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, Kernel
-from layerscope_jax.experts.crew import SEMAPHORE, SEMAPHORES, Crew, words_of
+from layerscope_jax.experts.crew import SEMAPHORE, SEMAPHORES, Crew
 from layerscope_jax.experts.numbers import pointer
-from layerscope_jax.njit import njit
+from layerscope_jax.njit import cfunc, njit
 
 # Where in XLA's structures: a call's extension, arguments and results; a buffer's numbers and sizes; in the
 # extension that asks for the version of the interface, its kind and where to write the version.
 EXTENSION, ARGUMENTS, RESULTS, DATA, SIZES = 8, 72, 112, 24, 40
 KIND, METADATA, VERSION = 8, 24, 24
 ASKS_VERSION, MAJOR, MINOR = 1, 0, 1
+
+FACTS = 3
+"""Numbers of a table before its addresses (`Inside.tables`)."""
 
 
 @njit(cache=True, nogil=True)
@@ -72,7 +75,7 @@ def sort(experts, active, count, piece):
     for expert in range(count):
         pieces += (starts[expert + 1] + piece - 1) // piece
         starts[expert + 1] += starts[expert]
-    order, ends = np.empty(starts[count], np.int64), starts.copy()
+    order, ends = np.empty(starts[count], np.int32), starts.copy()
     for token in range(len(experts)):
         if active[token]:
             for choice in range(choices):
@@ -90,13 +93,13 @@ def sort(experts, active, count, piece):
 
 
 @njit(cache=True, nogil=True)
-def prepared(call, piece, kind):
-    """The job of a layer's experts: of inputs [T, D], choices [T, K], flags [T] and a table, into [T * K, D].
+def compute_experts(call, do, size):
+    """A layer's experts: of inputs [T, D], choices [T, K], flags [T] and a table, into [T * K, D].
 
-    Returns:
-        pool: what the crew shares.
-        job: it, and the arrays that it names by their addresses.
-        size: bytes of the experts' weights.
+    Args:
+        call: XLA's.
+        do: address of the function of a thread's share.
+        size: bytes of a number.
     """
     inputs, sizes = buffer(call, ARGUMENTS, 0)
     width = long_at(sizes + 8)
@@ -104,60 +107,37 @@ def prepared(call, piece, kind):
     tokens, choices = long_at(sizes), long_at(sizes + 8)
     flags, _ = buffer(call, ARGUMENTS, 2)
     known, sizes = buffer(call, ARGUMENTS, 3)
-    count = (long_at(sizes) // 2 - 2) // 3
+    count = (long_at(sizes) // 2 - FACTS) // 3
     rows, _ = buffer(call, RESULTS, 0)
-    table = carray(pointer(known), 2 + 3 * count, np.int64)
-    pool, hidden = pool_at(table[0]), table[1]
+    table = carray(pointer(known), FACTS + 3 * count, np.int64)
+    pool, hidden, piece = pool_at(table[0]), table[1], table[2]
     active = carray(pointer(flags), tokens, np.uint8)
-    experts = carray(pointer(chosen), (tokens, choices), np.int32)
-    order, whose, firsts, lasts = sort(experts, active, count, piece)
+    order, whose, firsts, lasts = sort(
+        carray(pointer(chosen), (tokens, choices), np.int32), active, count, piece
+    )
     addresses = np.empty((len(whose), 3), np.int64)
     for index in range(len(whose)):
         for matrix in range(3):
-            addresses[index, matrix] = table[2 + 3 * whose[index] + matrix]
+            addresses[index, matrix] = table[FACTS + 3 * whose[index] + matrix]
         if index == 0 or whose[index] != whose[index - 1]:
             pool[crew.COUNTED] += 1
     pool[crew.ASSIGNED] += len(order)
-    outputs = carray(pointer(rows), (tokens * choices, width), kind.dtype)
+    outputs = carray(pointer(rows), (tokens, choices * width * size), np.uint8)
     for token in range(tokens):
         if not active[token]:  # nobody writes these
-            outputs[token * choices : (token + 1) * choices] = 0
+            outputs[token] = 0
     job = np.zeros(crew.SIZE, np.int64)
-    job[crew.KIND], job[crew.PARTS], job[crew.INPUTS] = crew.EXPERTS, len(firsts), inputs
+    job[crew.DO], job[crew.PARTS], job[crew.INPUTS] = do, len(firsts), inputs
     job[crew.WEIGHTS], job[crew.OUTPUTS] = addresses.ctypes.data, rows
     job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = tokens * choices, hidden, width
     job[crew.FIRSTS], job[crew.LASTS] = firsts.ctypes.data, lasts.ctypes.data
     job[crew.ORDER], job[crew.LENGTH], job[crew.CHOICES] = order.ctypes.data, len(order), choices
-    return pool, job, (addresses, firsts, lasts, order), 3 * width * hidden * kind.itemsize * len(firsts)
+    crew.share_out(pool, job, 3 * width * hidden * size * len(firsts))
+    job[crew.LENGTH] = len(order) + len(addresses) + len(lasts)  # Numba gives an array up after its last use
 
 
 @njit(cache=True, nogil=True)
-def experts_by_loops(call, piece, kind):
-    """Rows of experts by `kernels`."""
-    pool, job, named, size = prepared(call, piece, kind)
-    helpers = crew.begin(pool, job, size)
-    crew.experts_by_loops(job, kind)
-    crew.end(pool, helpers)
-    job[crew.LENGTH] = keep(named) + len(job)  # Numba gives an array up after its last use
-
-
-@njit(cache=True, nogil=True)
-def experts_by_tiles(call, piece, kind):
-    """The same by `amx`."""
-    pool, job, named, size = prepared(call, piece, kind)
-    helpers = crew.begin(pool, job, size)
-    crew.experts_by_tiles(job, kind)
-    crew.end(pool, helpers)
-    job[crew.LENGTH] = keep(named) + len(job)
-
-
-@njit(cache=True, nogil=True)
-def keep(named):
-    return len(named[0]) + len(named[1]) + len(named[2]) + len(named[3])
-
-
-@njit(cache=True, nogil=True)
-def multiply(call, number, kind):
+def multiply(call, do, size):
     """`x [M, K] @ weights [K, N]`, helped by a crew: the third argument is its address."""
     x, sizes = buffer(call, ARGUMENTS, 0)
     weights, matrix = buffer(call, ARGUMENTS, 1)
@@ -165,18 +145,15 @@ def multiply(call, number, kind):
     outputs, _ = buffer(call, RESULTS, 0)
     pool = pool_at(long_at(known))
     job = np.zeros(crew.SIZE, np.int64)
-    job[crew.KIND], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = number, x, weights, outputs
+    job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = do, x, weights, outputs
     depth, width = long_at(matrix), long_at(matrix + 8)
     job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = long_at(sizes), depth, width
-    work = depth * width * kind.itemsize * max(1, long_at(sizes) // vectors.TOKENS)
+    work = depth * width * size * max(1, long_at(sizes) // vectors.TOKENS)
     threads = max(1, min(pool[crew.HELPERS] + 1, work // pool[crew.WORTH]))
     columns = (width + threads - 1) // threads
     job[crew.COLUMNS] = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
     job[crew.PARTS] = (width + job[crew.COLUMNS] - 1) // job[crew.COLUMNS]
-    helpers = crew.begin(pool, job, work)
-    crew.multiply(job, kind)
-    crew.end(pool, helpers)
-    job[crew.KIND] = len(job)  # kept until here
+    crew.share_out(pool, job, work)
 
 
 _handlers: list[Any] = []
@@ -184,14 +161,22 @@ _handlers: list[Any] = []
 
 
 @functools.cache
-def target(name: str, compute: Callable, number: int, words: Any) -> str | None:
-    """Lets XLA know a function of a call, a number and a kind by a name; None if it does not take it."""
-    kind = np.zeros(1, words)
+def target(name: str, compute: Callable, share: Callable[[Any], Any], words: Any) -> str | None:
+    """Lets XLA know a function under a name; None if it does not take it.
+
+    Args:
+        compute: of a call, the address of a function and the bytes of a number.
+        share: that function, of a thread's share, of numbers of a type.
+        words: the type.
+    """
+    do, size = share(words).address, np.dtype(words).itemsize
 
     @cfunc(types.int64(types.int64))
     def handler(call):
         if not asks_version(call):
-            compute(call, number, kind)
+            compute(
+                call, np.int64(do), np.int64(size)
+            )  # as they are, numba would compile it for each address
         return 0
 
     _handlers.append(handler)
@@ -205,9 +190,9 @@ def target(name: str, compute: Callable, number: int, words: Any) -> str | None:
 
 
 def experts_target(kernel: Kernel, dtype: np.dtype) -> str | None:
-    words = words_of(kernel, dtype)
-    compute = experts_by_tiles if kernel is AMX else experts_by_loops
-    return target(f"layerscope_experts_{kernel.name}_{np.dtype(words).name}", compute, kernel.piece, words)
+    words = kernel.words.type if dtype.itemsize == 2 else np.float32
+    share = crew.experts_by_tiles if kernel is AMX else crew.experts_by_loops
+    return target(f"layerscope_experts_{kernel.name}_{np.dtype(words).name}", compute_experts, share, words)
 
 
 class Inside:
@@ -220,8 +205,8 @@ class Inside:
 
     Attributes:
         target: XLA's name for the function of experts.
-        tables: [layer][2 * (2 + 3 E)] uint32, int64 in two words each: where the crew's memory is, F, and
-            where each matrix lies.
+        tables: [layer][2 * (FACTS + 3 E)] uint32, int64 in two words each: where the crew's memory is, F,
+            tokens of an expert at a time, and where each matrix lies.
     """
 
     def __init__(self, cpu: CpuExperts, dtype: np.dtype, layers: Sequence[Sequence[InMemory]]):
@@ -229,13 +214,13 @@ class Inside:
         found = experts_target(cpu.kernel, dtype)
         assert found is not None
         self.target = found
-        self._crew = Crew(cpu.threads - 1, cpu.kernel, np.zeros(1, words_of(cpu.kernel, dtype)))
+        self._crew = Crew(cpu.threads - 1)
         self._layers = layers  # whose memory the tables name
         self.tables = []
         for experts in layers:
             addresses = np.frombuffer(b"".join(expert.addresses for expert in experts), np.int64)
             hidden = experts[0].arrays.gate.shape[1]
-            table = np.array([self._crew.pool.ctypes.data, hidden, *addresses], np.int64)
+            table = np.array([self._crew.pool.ctypes.data, hidden, cpu.kernel.piece, *addresses], np.int64)
             self.tables.append(table.view(np.uint32))
         self.check_open, self.close = self._crew.check_open, self._crew.close
 
@@ -275,15 +260,13 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
 def product(table: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
     """`compute.matmul` of x [..., K] and weights [K, N], inside a jitted program, with any layer's table."""
     depth, width = weights.shape
-    words: Any
     if x.dtype == np.float32:
-        kind, words = crew.FLOATS, np.float32
-    elif vectors.suit_pairs(np.dtype(x.dtype), depth, width):
-        kind, words = crew.PAIRS, np.int16
+        words: Any = np.float32
     else:
-        kind, words = crew.WIDENED, np.uint16
+        words = np.int16 if vectors.suit_pairs(np.dtype(x.dtype), depth, width) else np.uint16
     odd = depth % vectors.ROWS or width % vectors.COLUMNS or x.dtype != weights.dtype
-    found = None if odd else target(f"layerscope_product_{np.dtype(words).name}", multiply, kind, words)
+    name = f"layerscope_product_{np.dtype(words).name}"
+    found = None if odd else target(name, multiply, crew.products, words)
     if found is None:
         return matmul(x, weights)
     flat = x.reshape(-1, depth)

@@ -199,7 +199,8 @@ def add_strips(x, weights, high, first, last, sums, far, kind):
     for m in range(tokens):
         for block in range(blocks):
             k, end = block * DEEP, min((block + 1) * DEEP, high)
-            inputs[block, m, : end - k] = x[m, k:end]
+            for j in range(k, end):  # as a slice, it would take seconds to compile a message of its shape
+                inputs[block, m, j - k] = x[m, j]
     begin = weights.ctypes.data + weights.itemsize * first
     for c in range(0, last - first, wide):
         strips = min(PANEL, (last - first - c) // COLUMNS)
