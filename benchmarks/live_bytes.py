@@ -10,7 +10,7 @@ import contextlib
 import gc
 import tracemalloc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -59,7 +59,8 @@ class Watch:
     Args:
         engine: one that copies by `copies`.
         copies: its link's.
-        others: bytes on the device and in RAM that were taken before, and not by the engine's model.
+        others: arrays that were there before and are not the engine's model's; held, so that none of them
+            goes meanwhile.
 
     Attributes:
         device: most bytes in the device's memory in each phase, prefills of newcomers under "prefill".
@@ -79,7 +80,7 @@ class Watch:
         counted: how often.
     """
 
-    def __init__(self, engine: Engine, copies: CountedCopies, others: tuple[int, int]):
+    def __init__(self, engine: Engine, copies: CountedCopies, others: list[jax.Array]):
         self.device = {"prefill": 0, "decode": 0}
         self.host = self.allocated = self.experts = self.joined = self.counted = 0
         self.moved = -copies.moved
@@ -87,7 +88,7 @@ class Watch:
         self.budget = engine.budget_bytes
         self.named: dict[str, int] = {}
         self.scratch = 0
-        self._copies, self._others = copies, others
+        self._copies, self._others = copies, {id(array): array for array in others}
         self.steps: list[tuple[int, int]] = []
         self._caches: list[int] = []  # bytes: the slots', then those of each group of newcomers
 
@@ -154,10 +155,10 @@ class Watch:
 
     def _count(self, engine: Engine) -> None:
         phase = "decode" if self.steps[-1][1] == 1 else "prefill"
-        on_device, in_ram = live_bytes(engine.device)
+        on_device, in_ram = live_bytes(engine.device, self._others)
         on_device += covered(spans(rows_of(engine)))
-        self.device[phase] = max(self.device[phase], on_device - self._others[0])
-        self.host = max(self.host, in_ram - self._others[1])
+        self.device[phase] = max(self.device[phase], on_device)
+        self.host = max(self.host, in_ram)
         self.experts = max(self.experts, self._copies.alive)
         self.counted += 1
 
@@ -197,11 +198,11 @@ def watch(model: Model, config: OffloadConfig, call: Callable[[Engine], object])
     What is allocated to compile would be counted too: let another engine of this config do the call before.
     """
     copies = CountedCopies()
-    gc.collect()  # what is freed meanwhile would be taken for the engine's frugality
-    on_device, in_ram = live_bytes(model.device)
-    own = covered(spans(jax.tree.leaves(model.dense))), covered(spans(jax.tree.leaves(model.bank.layers)))
+    gc.collect()
+    own = {id(array) for array in jax.tree.leaves((model.dense, model.bank.layers))}
+    others = [array for array in live_arrays(model.device) if id(array) not in own]
     with Engine(model, config, copy=copies) as engine:
-        found = Watch(engine, copies, (on_device - own[0], in_ram - own[1]))
+        found = Watch(engine, copies, others)
         with found.watching(engine):
             call(engine)
     del engine
@@ -261,14 +262,23 @@ def covered(parts: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def live_bytes(device: jax.Device) -> tuple[int, int]:
+def live_arrays(device: jax.Device) -> list[jax.Array]:
+    """All of JAX's, on the platform of `device` and on CPUs."""
+    return [array for platform in {device.platform, "cpu"} for array in jax.live_arrays(platform)]
+
+
+def live_bytes(device: jax.Device, without: Collection[int] = ()) -> tuple[int, int]:
     """Bytes of live arrays in the memory of `device`, the accelerator or what stands for it, and in RAM.
 
     What they share is in RAM.
+
+    Args:
+        device: of the engine.
+        without: `id`s of arrays that do not count.
     """
     here, elsewhere = [], []
-    for platform in {device.platform, "cpu"}:
-        for array in jax.live_arrays(platform):
+    for array in live_arrays(device):
+        if id(array) not in without:
             is_here = array.sharding.memory_kind == "device" and array.devices() == {device}
             (here if is_here else elsewhere).append(array)
     in_ram = spans(elsewhere)

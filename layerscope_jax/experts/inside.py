@@ -190,7 +190,7 @@ def target(name: str, compute: Callable, share: Callable[[Any], Any], words: Any
 
 
 def experts_target(kernel: Kernel, dtype: np.dtype) -> str | None:
-    words = kernel.words.type if dtype.itemsize == 2 else np.float32
+    words: Any = kernel.words.type if dtype.itemsize == 2 else np.float32
     share = crew.experts_by_tiles if kernel is AMX else crew.experts_by_loops
     return target(f"layerscope_experts_{kernel.name}_{np.dtype(words).name}", compute_experts, share, words)
 
