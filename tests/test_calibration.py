@@ -17,6 +17,8 @@ from layerscope_jax.experts.transfers import TransferError, Transfers
 from layerscope_jax.jobs import Jobs
 from layerscope_jax.machine_profile import MachineProfile
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SMALL = replace(
     TINY,
     num_experts=6,

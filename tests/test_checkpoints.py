@@ -20,6 +20,8 @@ from layerscope_jax.config import ModelConfig
 from layerscope_jax.models import Decoder
 from layerscope_jax.scheduling.plan import ExpertId
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(file.parent.name for file in GOLDEN.glob("*/golden.npz"))
 DTYPES = ["float32", "bfloat16", "float16"]

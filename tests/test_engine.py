@@ -13,6 +13,8 @@ from layerscope_jax.experts import transfers as transfers_module
 from layerscope_jax.experts.transfers import ATTEMPTS
 from layerscope_jax.scheduling.baselines import LRU, POLICIES, HostOnly, Resident
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module")
 def model():

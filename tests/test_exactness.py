@@ -225,7 +225,7 @@ def test_what_an_accelerator_runs_gives_the_same_tokens(monkeypatch, policy):
     with Engine(model, OffloadConfig(numerics="exact")) as engine:
         expected = engine.generate(prompts, max_new_tokens=9).tokens
     monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
-    config = OffloadConfig(device_budget=model.bank.num_experts * model.bank.expert_bytes, policy=policy)
-    with Engine(model, config) as engine:
+    budget = model.bank.num_experts * model.bank.expert_bytes
+    with Engine(model, OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)) as engine:
         assert isinstance(engine.runner.device_experts, DeviceExperts)
         assert engine.generate(prompts, max_new_tokens=9).tokens == expected

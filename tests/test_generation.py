@@ -22,6 +22,8 @@ from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request, loa
 from layerscope_jax.batching import batch_rows, bucket
 from layerscope_jax.detokenize import TextStream
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SNOWMAN = "☃"  # three bytes
 TOKENIZERS = {"bytes": byte_tokenizer(), "fallback": fallback_tokenizer()}
 

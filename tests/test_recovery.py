@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 import layerscope_jax
 from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @given(
     seed=st.integers(0, 2**32 - 1),
