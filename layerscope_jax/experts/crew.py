@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 from threading import Thread
 from typing import Any
 
@@ -16,7 +17,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from layerscope_jax.experts import amx, cpu, kernels
+from layerscope_jax.experts import amx, kernels
 from layerscope_jax.experts.numbers import pointer, taken
 from layerscope_jax.experts.vectors import BYTE, INT, LONG, external
 from layerscope_jax.njit import cfunc, njit
@@ -34,6 +35,14 @@ SIZE = 14
 HELPERS, WORTH, ENDED, BUSY, JOB, COUNTED, ASSIGNED, SEMAPHORES = range(8)
 SEMAPHORE = 4
 
+WORTH_BYTES = 1 << 18
+"""Bytes of weights that make another thread's help worth while: some 20 us of reading."""
+
+PATIENCE = 2000
+"""Looks at a semaphore before a thread sleeps, some 50 us: by then the next job has mostly come."""
+
+PAUSE = {"x86_64": "pause", "aarch64": "yield"}.get(platform.machine(), "")
+
 
 def semaphore(name: str) -> Any:
     """One of libc's functions of a semaphore."""
@@ -45,12 +54,28 @@ def semaphore(name: str) -> Any:
     return intrinsic(lambda typing, address: (types.int32(types.int64), build))
 
 
-post, wait = semaphore("sem_post"), semaphore("sem_wait")
+post, wait, try_wait = semaphore("sem_post"), semaphore("sem_wait"), semaphore("sem_trywait")
+
+
+@intrinsic
+def pause(typing: Any) -> Any:
+    """Tells the CPU that this thread only looks."""
+
+    def build(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(ir.InlineAsm(kind, PAUSE, "~{memory}", side_effect=True), [])
+        return context.get_dummy_value()
+
+    return types.void(), build
 
 
 @njit(cache=True, nogil=True)
 def wait_for(address):
-    """Until it was posted: a signal may come before."""
+    """Until it was posted; a signal may end a sleep before."""
+    for _ in range(PATIENCE):
+        if try_wait(address) == 0:
+            return
+        pause()
     while wait(address) != 0:
         pass
 
@@ -192,7 +217,7 @@ class Crew:
 
     def __init__(self, count: int):
         self.pool = np.zeros(SEMAPHORES + 2 * SEMAPHORE * count, np.int64)
-        self.pool[[HELPERS, WORTH]] = count, cpu.SHARE_BYTES
+        self.pool[[HELPERS, WORTH]] = count, WORTH_BYTES
         first = self.pool.ctypes.data + 8 * SEMAPHORES
         self._semaphores = [first + 8 * SEMAPHORE * index for index in range(2 * count)]
         for one in self._semaphores:

@@ -11,7 +11,7 @@ from helpers import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax.experts import cpu, inside
+from layerscope_jax.experts import crew, inside
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, kernel_of
 from layerscope_jax.experts.grouping import Assignments
@@ -42,7 +42,7 @@ def made(case, threads):
     ]
     computer = CpuExperts(threads, kernel_of(np.dtype(dtype), width, hidden))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "SHARE_BYTES", 1)  # else one thread would compute experts of this size
+        patch.setattr(crew, "WORTH_BYTES", 1)  # else one thread would compute experts of this size
         return computer, Inside(computer, np.dtype(dtype), [held]), held
 
 
