@@ -133,7 +133,8 @@ def compute_experts(call, do, size):
     job[crew.FIRSTS], job[crew.LASTS] = firsts.ctypes.data, lasts.ctypes.data
     job[crew.ORDER], job[crew.LENGTH], job[crew.CHOICES] = order.ctypes.data, len(order), choices
     crew.share_out(pool, job, 3 * width * hidden * size * len(firsts))
-    job[crew.LENGTH] = len(order) + len(addresses) + len(lasts)  # Numba gives an array up after its last use
+    # Numba gives an array up after its last use: this is theirs.
+    job[crew.LENGTH] = addresses.size + firsts.size + lasts.size + order.size
 
 
 @njit(cache=True, nogil=True)
@@ -174,9 +175,8 @@ def target(name: str, compute: Callable, share: Callable[[Any], Any], words: Any
     @cfunc(types.int64(types.int64))
     def handler(call):
         if not asks_version(call):
-            compute(
-                call, np.int64(do), np.int64(size)
-            )  # as they are, numba would compile it for each address
+            # Of constants as they are numba would make types, and compile all anew for each address.
+            compute(call, np.int64(do), np.int64(size))
         return 0
 
     _handlers.append(handler)
