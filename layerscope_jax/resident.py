@@ -13,10 +13,11 @@ import numpy as np
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts import inside
+from layerscope_jax.experts.attention import attention
 from layerscope_jax.experts.compute import combine, products_by
 from layerscope_jax.experts.inside import Inside
 from layerscope_jax.layerwise import LayerByLayer, dense_parts
-from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.models.layers import PAD_POSITION, KVCache, decoding_by
 from layerscope_jax.sampling import Sampling, sample
 
 
@@ -92,7 +93,8 @@ def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callabl
         decoder = ends_of(ends)
         hidden, active = decoder.embed(tokens), (positions != PAD_POSITION).reshape(-1)
         found = []
-        with products_by(functools.partial(inside.product, tables[0])):
+        by_us = functools.partial(inside.product, tables[0]), functools.partial(attention, tables[0])
+        with products_by(by_us[0]), decoding_by(by_us[1]):
             for params, table, cache in zip(layers, tables, caches, strict=True):
                 hidden, inputs, routing, cache = layer_of(params).attend_and_route(hidden, positions, cache)
                 with jax.named_scope("experts"):

@@ -1,4 +1,4 @@
-"""What compiled loops over experts are made of: addresses, numbers in bfloat16 and their rounding, `silu`."""
+"""What compiled loops are made of: addresses, numbers in bfloat16 and their rounding, `exp` and `silu`."""
 
 from __future__ import annotations
 
@@ -91,19 +91,24 @@ P3, P4, P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float3
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def silu(x):
-    """`x / (1 + e^-x)` of a float32, in steps that the compiler takes for many numbers at once."""
-    y = -x
-    if y < LOWEST:
-        y = LOWEST
-    if y > HIGHEST:
-        y = HIGHEST
-    shifted = y * LOG2_E + ROUND
+def exp(x):
+    """`e^x` of a float32, in steps that the compiler takes for many numbers at once."""
+    if x < LOWEST:
+        x = LOWEST
+    if x > HIGHEST:
+        x = HIGHEST
+    shifted = x * LOG2_E + ROUND
     n = shifted - ROUND
-    r = (y - n * LN2_HIGH) - n * LN2_LOW
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
     p = ((((P0 * r + P1) * r + P2) * r + P3) * r + P4) * r + P5
     power = float_of((bits_of(shifted) + np.uint32(127)) << np.uint32(23))
-    return x / (ONE + (p * r * r + r + ONE) * power)
+    return (p * r * r + r + ONE) * power
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def silu(x):
+    """`x / (1 + e^-x)` of a float32."""
+    return x / (ONE + exp(-x))
 
 
 @njit(cache=True, nogil=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -116,6 +119,22 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     return mixed.reshape(batch, length, -1)
 
 
+Decoding = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, "int | None"], jax.Array]
+"""`experts.attention.attention`, its table given."""
+
+_decoding: ContextVar[Decoding | None] = ContextVar("decoding", default=None)
+
+
+@contextlib.contextmanager
+def decoding_by(attention: Decoding) -> Iterator[None]:
+    """While a program of single tokens with caches is traced within, its attention is this."""
+    before = _decoding.set(attention)
+    try:
+        yield
+    finally:
+        _decoding.reset(before)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with grouped queries, optional QK norm, clipping, biases and sliding window."""
 
@@ -151,6 +170,8 @@ class Attention(nnx.Module):
                 cache.key.at[rows, :, :, positions].set(key.astype(kind), mode="drop"),
                 cache.value.at[rows, :, positions].set(value.astype(kind), mode="drop"),
             )
+            if (decode := _decoding.get()) is not None:
+                return self.o(decode(query, *cache, positions, config.sliding_window)), cache
             key_positions = jnp.arange(cache.key.shape[3])[None, None, :]
         back = positions[:, :, None] - key_positions  # [B, S, P] how far back each key lies
         mask = back >= 0

@@ -1,0 +1,159 @@
+"""Attention of a decode step inside a jitted program: each row reads the positions that it has, no others.
+
+XLA's products read caches as long as they may become, of all rows, and wake threads of their own for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numba import carray, types
+
+from layerscope_jax.experts import crew
+from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at, target
+from layerscope_jax.experts.numbers import exp, pointer, round_row, rounded, taken, widened
+from layerscope_jax.njit import cfunc, njit
+
+# Of a job of attention (`crew`): INPUTS are queries, WEIGHTS keys; ROWS are B, DEPTH is D_head, WIDTH P.
+VALUES, BOUNDS, HEADS, GROUPS = range(9, 13)
+
+CHUNK = 1024
+"""Positions whose keys all queries of a group see before the next ones are read."""
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def add_scaled(sums, row, factor):
+    """`sums += factor * row`. Of an index that may be negative the compiler makes no vectors."""
+    for index in range(np.uint64(len(row))):
+        sums[index] += factor * row[index]
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def weigh(scores, kind):
+    """Scores to their softmax, rounded to the type of `kind`."""
+    high = scores[0]
+    for score in scores:
+        high = max(high, score)
+    total = np.float32(0)
+    for index in range(np.uint64(len(scores))):
+        scores[index] = exp(scores[index] - high)
+    for share in scores:
+        total += share
+    for index in range(np.uint64(len(scores))):
+        scores[index] = widened(rounded(scores[index] / total, kind))
+
+
+@njit(cache=True, nogil=True)
+def attend_group(queries, keys, values, first, last, outputs):
+    """Queries [G, D] of one row see keys [D, P] and values [P, D] from `first` to `last`."""
+    groups, size = queries.shape
+    scores, sums = np.zeros((groups, last - first), np.float32), np.zeros((groups, size), np.float32)
+    scale = np.float32(1 / np.sqrt(size))
+    for start in range(first, last, CHUNK):
+        end = min(start + CHUNK, last)
+        for d in range(size):
+            for group in range(groups):
+                query = np.float32(widened(queries[group, d]))
+                add_scaled(scores[group, start - first : end - first], keys[d, start:end], query)
+    for group in range(groups):
+        for index in range(np.uint64(last - first)):
+            scores[group, index] *= scale
+        weigh(scores[group], outputs)
+    for position in range(first, last):
+        for group in range(groups):
+            add_scaled(sums[group], values[position], scores[group, position - first])
+    for group in range(groups):
+        round_row(sums[group], outputs[group])
+
+
+@functools.cache
+def rows(words: Any) -> Any:
+    """A C function: a thread's share of a job of attention, as of `crew.products`."""
+
+    @cfunc(types.void(types.int64), cache=True)
+    def attend_rows(address):
+        job = carray(pointer(address), crew.SIZE, np.int64)
+        count, size, length = job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH]
+        heads, groups = job[HEADS], job[GROUPS]
+        queries = carray(pointer(job[crew.INPUTS]), (count, heads, groups, size), words)
+        keys = carray(pointer(job[crew.WEIGHTS]), (count, heads, size, length), np.float32)
+        values = carray(pointer(job[VALUES]), (count, heads, length, size), np.float32)
+        outputs = carray(pointer(job[crew.OUTPUTS]), (count, heads, groups, size), words)
+        bounds = carray(pointer(job[BOUNDS]), (count, 2), np.int32)
+        while True:
+            part = taken(address + 8 * crew.TAKEN)
+            if part >= job[crew.PARTS]:
+                break
+            row, head = part // heads, part % heads
+            first, last = bounds[row, 0], bounds[row, 1]
+            if first < last:
+                attend_group(
+                    queries[row, head], keys[row, head], values[row, head], first, last, outputs[row, head]
+                )
+            else:
+                outputs[row, head] = 0
+
+    return attend_rows
+
+
+@njit(cache=True, nogil=True)
+def compute_attention(call, do, size):
+    """Of queries [B, H, D], keys, values, bounds [B, 2] and a table, into [B, H, D]; as `compute_experts`."""
+    queries, sizes = buffer(call, ARGUMENTS, 0)
+    count, heads = long_at(sizes), long_at(sizes + 8)
+    keys, cache = buffer(call, ARGUMENTS, 1)
+    values, _ = buffer(call, ARGUMENTS, 2)
+    bounds, _ = buffer(call, ARGUMENTS, 3)
+    known, _ = buffer(call, ARGUMENTS, 4)
+    outputs, _ = buffer(call, RESULTS, 0)
+    job = np.zeros(crew.SIZE, np.int64)
+    job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = do, queries, keys, outputs
+    job[VALUES], job[BOUNDS] = values, bounds
+    job[HEADS], job[crew.DEPTH], job[crew.WIDTH] = (
+        long_at(cache + 8),
+        long_at(cache + 16),
+        long_at(cache + 24),
+    )
+    job[crew.ROWS], job[GROUPS], job[crew.PARTS] = count, heads // job[HEADS], count * job[HEADS]
+    of = carray(pointer(bounds), (count, 2), np.int32)
+    positions = 0
+    for row in range(count):
+        positions += of[row, 1] - of[row, 0]
+    crew.share_out(pool_at(long_at(known)), job, 8 * positions * job[HEADS] * job[crew.DEPTH])
+
+
+def attention(
+    table: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """`layers.attend` of one token a row, inside a jitted program.
+
+    Args:
+        table: any layer's (`Inside`).
+        query: [B, 1, H, D_head] float32 or bfloat16.
+        key: [B, H_kv, D_head, P] float32.
+        value: [B, H_kv, P, D_head] float32.
+        positions: [B, 1] of the tokens, whose keys are there; those of rows without one are past all others.
+        window: positions that each sees at most, its own counted.
+
+    Returns:
+        [B, 1, H * D_head], zeros where a row has no token.
+    """
+    words: Any = np.float32 if query.dtype == np.float32 else np.uint16
+    name = target(f"layerscope_attention_{np.dtype(words).name}", compute_attention, rows, words)
+    assert name is not None  # as it took experts
+    length = key.shape[3]
+    last = jnp.where(positions < length, positions + 1, 0)
+    first = jnp.zeros_like(last) if window is None else jnp.maximum(last - window, 0)
+    bounds = jnp.concatenate([first, last], axis=1)
+    queries = query.reshape(len(query), *query.shape[2:])
+    shape = jax.ShapeDtypeStruct(queries.shape, query.dtype)
+    return jax.ffi.ffi_call(name, shape)(queries, key, value, bounds, table).reshape(*query.shape[:2], -1)
