@@ -4,15 +4,16 @@ A slot is a row of the running batch: of its caches and of each decode step. Whe
 wait are prefilled together, in small caches of their own; their keys and values are put into the free rows,
 and decoding goes on with all. The slots' caches keep one length for the whole call, that of the longest
 request there may be: so a call has one decode program. What it costs: one request that may become much longer
-than the others makes every row as long, in memory and in what XLA's attention reads. Give it a call of its own.
+than the others makes every row as long, in memory and in what XLA's attention reads. Give it a call of its
+own.
 
 What runs beside a request changes no number that it is computed from, only the shapes of the products that
 it is a part of. Where experts run on a CPU, in float32 or bfloat16, a row has the same bits whatever the
 other rows are (`layerscope_jax.experts.cpu`), as do attention and products with other weights in the decode
-steps of `layerscope_jax.resident`; and stale keys weigh exactly nothing. The rest is XLA's, all of a prefill but
-its experts, as are experts on an accelerator: another number of rows, width of prompts or length of a cache
-may round it differently. In float32 two greedy runs hardly ever part by that; in bfloat16, where two tokens
-often score nearly the same, they may. The same call has the same shapes, and so the same bits again.
+steps of `layerscope_jax.resident`; and stale keys weigh exactly nothing. The rest is XLA's, all of a prefill
+but its experts, as are experts on an accelerator: another number of rows, width of prompts or length of a
+cache may round it differently. In float32 two greedy runs hardly ever part by that; in bfloat16, where two
+tokens often score nearly the same, they may. The same call has the same shapes, and so the same bits again.
 """
 
 from __future__ import annotations
