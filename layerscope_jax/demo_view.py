@@ -109,9 +109,13 @@ def sentence(report: dict[str, Any]) -> str:
             f"({f'the link is paced to {link}/s' if link else 'the link is not paced'} and "
             f"{most['link_share']:.0%} busy) for {most['tokens_per_s']:.0f} tokens/s"
         )
-    for run in policies:
-        if run["forecast_recall"] is not None:
-            seen += f"; of the experts of each layer {run['predictor']} foresaw {run['forecast_recall']:.0%}"
+    foreseen = [
+        f"{run['forecast_recall']:.0%} by {run['predictor']} under {run['policy']}"
+        for run in policies
+        if run["forecast_recall"] is not None
+    ]
+    if foreseen:
+        seen += f"; of the experts of each layer were foreseen {', '.join(foreseen)}"
     if report["platform"] == "cpu":
         seen += (
             ". The device is played by a CPU here, so computing on the host looks better than beside an "
