@@ -93,8 +93,10 @@ def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callabl
         decoder = ends_of(ends)
         hidden, active = decoder.embed(tokens), (positions != PAD_POSITION).reshape(-1)
         found = []
-        by_us = functools.partial(inside.product, tables[0]), functools.partial(attention, tables[0])
-        with products_by(by_us[0]), decoding_by(by_us[1]):
+        with (
+            products_by(functools.partial(inside.product, tables[0])),
+            decoding_by(functools.partial(attention, tables[0])),
+        ):
             for params, table, cache in zip(layers, tables, caches, strict=True):
                 hidden, inputs, routing, cache = layer_of(params).attend_and_route(hidden, positions, cache)
                 with jax.named_scope("experts"):

@@ -57,7 +57,7 @@ def attend_group(queries, keys, values, first, last, outputs):
         end = min(start + CHUNK, last)
         for d in range(size):
             for group in range(groups):
-                query = np.float32(widened(queries[group, d]))
+                query = widened(queries[group, d])
                 add_scaled(scores[group, start - first : end - first], keys[d, start:end], query)
     for group in range(groups):
         for index in range(np.uint64(last - first)):

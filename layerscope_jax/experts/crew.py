@@ -39,7 +39,7 @@ WORTH_BYTES = 1 << 18
 """Bytes of weights that make another thread's help worth while: some 20 us of reading."""
 
 PATIENCE = 2000
-"""Looks at a semaphore before a thread sleeps, some 50 us: by then the next job has mostly come."""
+"""Looks at a semaphore before a thread sleeps, some 50 us on a Zen 3: a sleeper takes longer to wake."""
 
 PAUSE = {"x86_64": "pause", "aarch64": "yield"}.get(platform.machine(), "")
 
