@@ -32,7 +32,7 @@ def add_scaled(sums, row, factor):
         sums[index] += factor * row[index]
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
 def weigh(scores, kind):
     """Scores to their softmax, rounded to the type of `kind`."""
     high = scores[0]

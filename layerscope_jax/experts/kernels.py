@@ -1,25 +1,23 @@
 """Experts on the CPU by compiled loops that read every weight once, in the order in which it lies.
 
 A matrix is streamed some rows at a time, whole rows, and added to the sums of all tokens, which stay in the
-cache (`vectors.py` has one step of it, and says how weights are multiplied); for many tokens strip by strip
-(`strips.py`). A row of the result has the same bits whatever other rows or experts are computed with it, and
+cache (`vectors.py` has one step of it, and says how weights are multiplied); for many tokens panel by panel
+(`panels.py`). A row of the result has the same bits whatever other rows or experts are computed with it, and
 on whichever thread: its sums run over the matrix in one fixed order.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import carray, types
-from numba.extending import overload
+from numba import carray
 
-from layerscope_jax.experts.numbers import pointer, round_row, rounded, silu, taken, widened
-from layerscope_jax.experts.strips import MANY, add_strips
+from layerscope_jax.experts.numbers import activate, kept, pointer, room, round_row, taken, widened
+from layerscope_jax.experts.panels import multiply_many, swiglu_of_many
+from layerscope_jax.experts.strips import MANY
 from layerscope_jax.experts.vectors import COLUMNS, ROWS, adding
 from layerscope_jax.njit import njit
 
-PIECE = 64
+PIECE = 128
 """Most rows of an expert at a time, so that their sums stay in the cache."""
 
 BLOCK = 4096
@@ -34,27 +32,6 @@ FAR = 4 * STRIDE
 add1, add2, add4, add8 = (adding(tokens) for tokens in (1, 2, 4, 8))
 
 
-def kept(number: Any, kind: Any) -> Any:
-    """A float32 rounded to the type of `kind`, as products take it (`vectors.py`)."""
-
-
-@overload(kept, inline="always")
-def _kept(number, kind):
-    if kind.dtype is types.int16:
-        return lambda number, kind: rounded(number, kind)
-    return lambda number, kind: widened(rounded(number, kind))
-
-
-def room(tokens: int, width: int, kind: Any) -> Any:
-    """[tokens, width] of such numbers."""
-
-
-@overload(room)
-def _room(tokens, width, kind):
-    dtype = np.int16 if kind.dtype is types.int16 else np.float32
-    return lambda tokens, width, kind: np.empty((tokens, width), dtype)
-
-
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def add_rest(x, weights, k, count, first, last, sums):
     """Adds `count` rows, number by number."""
@@ -67,8 +44,17 @@ def add_rest(x, weights, k, count, first, last, sums):
 
 
 @njit(cache=True, nogil=True)
+def are_many(tokens, depth, columns):
+    """Whether a product is one for `panels`: many tokens, and a matrix without a rest."""
+    return tokens >= MANY and depth % ROWS == 0 and columns % COLUMNS == 0
+
+
+@njit(cache=True, nogil=True)
 def add_rows(x, weights, high, first, last, sums, kind):
-    """As `add_strips`, whole rows after whole rows."""
+    """Adds `x [M, :high] @ weights[:high, first:last]` to sums, whole rows after whole rows.
+
+    `high` and `last - first` are multiples of `vectors.ROWS` and `COLUMNS`.
+    """
     row, deep = weights.strides[0], x.strides[0]
     for k in range(0, high, ROWS):
         begin = weights.ctypes.data + row * k + weights.itemsize * first
@@ -93,13 +79,10 @@ def add_rows(x, weights, high, first, last, sums, kind):
 @njit(cache=True, nogil=True)
 def add_product(x, weights, first, last, sums, kind):
     """Adds `x [M, K] @ weights[:, first:last]` to `sums [M, STRIDE]`."""
-    tokens, depth = x.shape
+    depth = x.shape[1]
     high, columns = depth - depth % ROWS, last - first
     wide = columns - columns % COLUMNS
-    if tokens >= MANY:
-        add_strips(x, weights, high, first, first + wide, sums, FAR, kind)
-    else:
-        add_rows(x, weights, high, first, first + wide, sums, kind)
+    add_rows(x, weights, high, first, first + wide, sums, kind)
     if high < depth:
         add_rest(x, weights[:, first:last], high, depth - high, 0, wide, sums)
     if wide < columns:
@@ -111,6 +94,9 @@ def swiglu(x, gate, up, down, outputs, slots):
     """`(silu(x gate) * (x up)) down` of M rows, into the `slots` of `outputs`."""
     tokens, width = x.shape
     hidden = gate.shape[1]
+    if are_many(tokens, width, hidden) and are_many(tokens, hidden, width):
+        swiglu_of_many(x, gate, up, down, outputs, slots)
+        return
     inner = room(tokens, hidden, outputs)
     gates, ups = np.empty((tokens, STRIDE), np.float32), np.empty((tokens, STRIDE), np.float32)
     for first in range(0, hidden, BLOCK):
@@ -135,8 +121,11 @@ def multiply(x, weights, outputs, first, last):
     for start in range(0, len(x), PIECE):
         some = room(min(PIECE, len(x) - start), x.shape[1], outputs)
         for m in range(len(some)):
-            for k in range(x.shape[1]):
+            for k in range(np.uint64(x.shape[1])):
                 some[m, k] = kept(widened(x[start + m, k]), outputs)
+        if are_many(len(some), x.shape[1], last - first):
+            multiply_many(some, weights, outputs, start, first, last)
+            continue
         sums = np.empty((len(some), STRIDE), np.float32)
         for begin in range(first, last, BLOCK):
             end = min(begin + BLOCK, last)
@@ -144,13 +133,6 @@ def multiply(x, weights, outputs, first, last):
             add_product(some, weights, begin, end, sums, outputs)
             for m in range(len(some)):
                 round_row(sums[m], outputs[start + m, begin:end])
-
-
-@njit(cache=True, nogil=True)
-def activate(gates, ups, inner, kind):
-    """A row of `silu(gates) * ups`. Of an index that may be negative the compiler makes no vectors."""
-    for f in range(np.uint64(len(inner))):
-        inner[f] = kept(silu(gates[f]) * ups[f], kind)
 
 
 @njit(cache=True, nogil=True)
@@ -178,7 +160,7 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
         x = room(len(slots), width, outputs)
         for m in range(len(slots)):
             row = read[slots[m] // choices]
-            for d in range(width):
+            for d in range(np.uint64(width)):
                 x[m, d] = kept(widened(row[d]), outputs)
         gate = carray(pointer(addresses[expert, 0]), (width, hidden), outputs.dtype)
         up = carray(pointer(addresses[expert, 1]), (width, hidden), outputs.dtype)

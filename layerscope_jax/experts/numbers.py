@@ -105,7 +105,8 @@ def exp(x):
     return (p * r * r + r + ONE) * power
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+# With Python's way of dividing, which raises, the compiler makes no vectors.
+@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
 def silu(x):
     """`x / (1 + e^-x)` of a float32."""
     return x / (ONE + exp(-x))
@@ -116,3 +117,31 @@ def round_row(sums, outputs):
     """Sums in the type of `outputs`. Of an index that may be negative the compiler makes no vectors."""
     for d in range(np.uint64(len(outputs))):
         outputs[d] = rounded(sums[d], outputs)
+
+
+def kept(number: Any, kind: Any) -> Any:
+    """A float32 rounded to the type of `kind`, as products take it (`vectors.py`)."""
+
+
+@overload(kept, inline="always")
+def _kept(number, kind):
+    if kind.dtype is types.int16:
+        return lambda number, kind: rounded(number, kind)
+    return lambda number, kind: widened(rounded(number, kind))
+
+
+def room(tokens: int, width: int, kind: Any) -> Any:
+    """[tokens, width] of such numbers."""
+
+
+@overload(room)
+def _room(tokens, width, kind):
+    dtype = np.int16 if kind.dtype is types.int16 else np.float32
+    return lambda tokens, width, kind: np.empty((tokens, width), dtype)
+
+
+@njit(cache=True, nogil=True)
+def activate(gates, ups, inner, kind):
+    """A row of `silu(gates) * ups`. Of an index that may be negative the compiler makes no vectors."""
+    for f in range(np.uint64(len(inner))):
+        inner[f] = kept(silu(gates[f]) * ups[f], kind)

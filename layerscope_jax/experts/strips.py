@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
@@ -29,7 +28,6 @@ from layerscope_jax.experts.vectors import (
     read,
     rows_high,
 )
-from layerscope_jax.njit import njit
 
 MANY = 25
 """Tokens from which on strips are faster than whole rows."""
@@ -37,17 +35,23 @@ MANY = 25
 TOKENS = 12 if WIDE else 6
 """Most tokens whose sums are in registers at once: two registers each, of 32 or 16."""
 
-FEWEST = MANY // -(-MANY // TOKENS)
+FEWEST = min(tokens // -(-tokens // TOKENS) for tokens in range(MANY, MANY + TOKENS))
 """Least of them: from `MANY` on, tokens are shared out evenly."""
 
-DEEP = 4096 // COLUMNS
-"""Rows of a strip, which takes 16 KB: half of a first-level cache."""
+DEEP = 2048 // COLUMNS
+"""Steps of a strip, which takes 8 KB: a quarter of a first-level cache, whose other threads want some too."""
 
 PANEL = 8
 """Strips that are laid out at once, so that some neighbouring lines of each row are read together."""
 
 STRIP = (DEEP + 1) * COLUMNS
 """Floats from one strip to the next: one row more, as caches confuse what lies a multiple of a page apart."""
+
+APART = (PANEL + 1) * COLUMNS
+"""Floats from one token's sums of a panel to the next one's: one strip more, for the same reason."""
+
+LINE = 64
+"""Bytes that caches fetch at once."""
 
 
 def repeat(builder: Any, times: Any, starts: list[Any], body: Callable) -> list[Any]:
@@ -117,49 +121,57 @@ def lay_out(typing: Any, weights: Any, row: Any, steps: Any, panel: Any, strips:
 
 
 @intrinsic
-def add_strip(
-    typing: Any,
-    strip: Any,
-    steps: Any,
-    ahead: Any,
-    row: Any,
-    sums: Any,
-    far: Any,
-    x: Any,
-    deep: Any,
-    tokens: Any,
-    kind: Any,
-) -> Any:
+def ask(typing: Any, begin: Any, row: Any, rows: Any, lines: Any) -> Any:
+    """Asks for lines that lie side by side in each of some rows, whose distance in bytes is `row`."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        begin, row, rows, lines = arguments
+
+        def of_row(turn: Any, _: list[Any]) -> list[Any]:
+            at = builder.add(begin, builder.mul(turn, row))
+
+            def line(number: Any, _: list[Any]) -> list[Any]:
+                fetch(builder, builder.add(at, builder.mul(number, LONG(LINE))))
+                return []
+
+            return repeat(builder, lines, [], line)
+
+        repeat(builder, rows, [], of_row)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), build
+
+
+@intrinsic
+def add_strip(typing: Any, strip: Any, steps: Any, sums: Any, x: Any, tokens: Any, kind: Any) -> Any:
     """Adds a strip, times inputs, to the sums of `FEWEST` to `TOKENS` tokens.
 
-    Takes the strip's address and its steps; of a strip to be asked for meanwhile, where it begins and the
-    distance in bytes from one step to the next; the addresses of the first sum and of the first input, each
-    with the distance to the next token's; tokens. At last, an array of the kind.
+    Takes the strip's address and its steps; the addresses of the first sum, and of the inputs as `panels`
+    packs them; tokens. At last, an array of the kind.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        strip, steps, ahead, row, sums, far, x, deep, tokens, _ = arguments
+        strip, steps, sums, x, tokens, _ = arguments
         pairs = signature.args[-1].dtype is types.int16
         add, numbers = (add_pairs, BITS) if pairs else (add_product, NUMBERS)
 
         def add_tokens(count: int) -> None:
-            inputs = [builder.add(x, builder.mul(deep, LONG(token))) for token in range(count)]
             places = [
-                place(builder, builder.add(sums, LONG(4 * half)), LONG(token), far, NUMBERS)
+                place(builder, builder.add(sums, LONG(4 * half)), LONG(token), LONG(4 * APART), NUMBERS)
                 for token in range(count)
                 for half in (0, LANES)
             ]
 
             def step(turn: Any, totals: list[Any]) -> list[Any]:
-                fetch(builder, builder.add(ahead, builder.mul(turn, row)))
                 at = builder.add(strip, builder.mul(turn, LONG(4 * COLUMNS)))
+                one = builder.add(x, builder.mul(turn, LONG(4 * count)))
                 both = [
                     read(builder, builder.add(at, LONG(4 * half)), numbers, align=4 * LANES)
                     for half in (0, LANES)
                 ]
                 found = []
-                for token, one in enumerate(inputs):
-                    value = everywhere(builder, builder.add(one, builder.mul(turn, LONG(4))), numbers)
+                for token in range(count):
+                    value = everywhere(builder, builder.add(one, LONG(4 * token)), numbers)
                     found += [add(builder, both[half], value, totals[2 * token + half]) for half in (0, 1)]
                 return found
 
@@ -179,41 +191,4 @@ def add_strip(
         builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9, kind), build
-
-
-@njit(cache=True, nogil=True)
-def add_strips(x, weights, high, first, last, sums, far, kind):
-    """Adds `x [M, :high] @ weights[:high, first:last]` to sums that lie `far` bytes from each other.
-
-    M is at least `MANY`; `high` and `last - first` are multiples of `vectors.ROWS` and `COLUMNS`.
-    """
-    tokens = len(x)
-    groups = (tokens + TOKENS - 1) // TOKENS
-    row, step, wide = weights.strides[0], rows_of_step(kind), PANEL * COLUMNS
-    room = np.empty(PANEL * STRIP + 16, np.float32)
-    panel = (room.ctypes.data + 63) // 64 * 64
-    blocks = (high + DEEP - 1) // DEEP
-    inputs = np.empty((blocks, tokens, DEEP), x.dtype)  # side by side: in `x` they may be pages apart
-    deep = inputs.strides[1]
-    for m in range(tokens):
-        for block in range(blocks):
-            k, end = block * DEEP, min((block + 1) * DEEP, high)
-            for j in range(k, end):  # as a slice, it would take seconds to compile a message of its shape
-                inputs[block, m, j - k] = x[m, j]
-    begin = weights.ctypes.data + weights.itemsize * first
-    for c in range(0, last - first, wide):
-        strips = min(PANEL, (last - first - c) // COLUMNS)
-        for block in range(blocks):
-            steps = min(DEEP, high - block * DEEP) // step
-            at = begin + row * DEEP * block + weights.itemsize * c
-            lay_out(at, row, steps, panel, strips, kind)
-            ahead = at + row * DEEP if block + 1 < blocks else begin + weights.itemsize * (c + wide)
-            for n in range(strips):
-                for group in range(groups):
-                    m, end = tokens * group // groups, tokens * (group + 1) // groups
-                    strip, to = panel + 4 * STRIP * n, sums.ctypes.data + far * m + 4 * (c + n * COLUMNS)
-                    some = inputs.ctypes.data + inputs.strides[0] * block + deep * m
-                    add_strip(strip, steps, ahead, row * step, to, far, some, deep, end - m, kind)
-                ahead += weights.itemsize * COLUMNS
-    room[0] = inputs.size  # both kept until here
+    return types.void(*[types.int64] * 5, kind), build
