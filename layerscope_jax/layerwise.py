@@ -17,6 +17,7 @@ from flax import nnx
 
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
+from layerscope_jax.experts.attention import our_loops
 from layerscope_jax.experts.compute import combine
 from layerscope_jax.experts.cpu import WorkStats
 from layerscope_jax.experts.executors import HostExperts, SharedExperts, device_experts
@@ -49,6 +50,7 @@ class LayerByLayer:
         decoded: takes the demand of each layer of each decode step, if not None.
         tap: is given each layer's number, the inputs [T, D] of its experts, the chosen experts [T, K] and
             their weights [T, K], if not None.
+        table: with which dense products and attention go by our own loops (`Inside`), if not None.
     """
 
     mode = "layers"
@@ -76,6 +78,7 @@ class LayerByLayer:
         self.record: Callable[[LayerPlan], None] | None = None
         self.decoded: list[dict[int, int]] | None = None
         self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
+        self.table: jax.Array | None = None
         self._no_weights: dict[int, jax.Array] = {}
         self._settled = True  # whether the books agree with the link
         self._planned_at: float | None = None  # when the layer before was planned, within a step
@@ -129,7 +132,7 @@ class LayerByLayer:
                 state, caches[layer], began = self._layer(
                     layer, phase, state, positions, active, counted, caches[layer], began
                 )
-            found, logits = self._programs.finish(self._ends, state, positions, last, sampling)
+            found, logits = self._programs.finish(self._ends, state, positions, last, sampling, self.table)
         except BaseException:
             self._planned_at, self._last_ms = None, 0.0
             with suppress(TransferError):  # then the next step tries again
@@ -159,7 +162,7 @@ class LayerByLayer:
         else:
             part, forecast = self._attend_alone, (None, None, None)
         hidden, inputs, experts, weights, cache, expected = part(
-            self._layers[layer], state, positions, cache, *forecast
+            self._layers[layer], state, positions, cache, *forecast, self.table
         )
         for array in (experts, expected, None if self.device_experts.waits else inputs):
             if array is not None:  # all on their way at once; the host's experts read the inputs
@@ -362,9 +365,10 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
         return ends_of(ends).embed(tokens), *others
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def attend_and_route(layer, state, positions, cache, forecast_params, number, counted):
+    def attend_and_route(layer, state, positions, cache, forecast_params, number, counted, table):
         hidden = add_experts(*state)
-        hidden, inputs, routing, cache = layer_of(layer).attend_and_route(hidden, positions, cache)
+        with our_loops(table):
+            hidden, inputs, routing, cache = layer_of(layer).attend_and_route(hidden, positions, cache)
         expected = None
         if predictor is not None:
             with jax.named_scope("forecast"):
@@ -375,10 +379,11 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
         return hidden, inputs, routing.experts, routing.weights, cache, expected
 
     @jax.jit
-    def finish(ends, state, positions, last, sampling):
+    def finish(ends, state, positions, last, sampling, table):
         hidden = add_experts(*state)
         rows = jnp.arange(hidden.shape[0])
-        logits = ends_of(ends).next_logits(hidden, last)
+        with our_loops(table):
+            logits = ends_of(ends).next_logits(hidden, last)
         return sample(logits, positions[rows, last] + 1, sampling), logits
 
     return Programs(embed, attend_and_route, finish)

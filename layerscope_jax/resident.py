@@ -13,11 +13,11 @@ import numpy as np
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts import inside
-from layerscope_jax.experts.attention import attention
-from layerscope_jax.experts.compute import combine, products_by
+from layerscope_jax.experts.attention import our_loops
+from layerscope_jax.experts.compute import combine
 from layerscope_jax.experts.inside import Inside
 from layerscope_jax.layerwise import LayerByLayer, dense_parts
-from layerscope_jax.models.layers import PAD_POSITION, KVCache, decoding_by
+from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.sampling import Sampling, sample
 
 
@@ -34,6 +34,7 @@ class ResidentOnCpu(LayerByLayer):
         super().__init__(model, *others)
         self.inside = inside
         self._tables = [jax.device_put(table, model.device) for table in inside.tables]
+        self.table = self._tables[0]
         self._decode = decode_program(model.config, model.bank.dtype, inside.target)
 
     def step(
@@ -44,6 +45,7 @@ class ResidentOnCpu(LayerByLayer):
         caches: list[KVCache],
         sampling: Sampling | None,
     ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+        self.inside.check_open()
         watched = self.record is not None or self.decoded is not None or self.tap is not None
         layers = self.model.config.num_layers
         if tokens.shape[1] > 1 or watched or len(caches) < layers:
@@ -93,10 +95,7 @@ def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callabl
         decoder = ends_of(ends)
         hidden, active = decoder.embed(tokens), (positions != PAD_POSITION).reshape(-1)
         found = []
-        with (
-            products_by(functools.partial(inside.product, tables[0])),
-            decoding_by(functools.partial(attention, tables[0])),
-        ):
+        with our_loops(tables[0]):
             for params, table, cache in zip(layers, tables, caches, strict=True):
                 hidden, inputs, routing, cache = layer_of(params).attend_and_route(hidden, positions, cache)
                 with jax.named_scope("experts"):

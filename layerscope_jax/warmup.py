@@ -46,7 +46,7 @@ class Rehearsal(LayerByLayer):
             runner.host_experts,
             runner.forecasts,
         )
-        self._runner = runner
+        self._runner, self.table = runner, runner.table
 
     def step(self, tokens: np.ndarray, *others: Any) -> tuple[jax.Array, jax.Array, list[KVCache]]:
         if tokens.shape[1] > 1 or not isinstance(self._runner, ResidentOnCpu):
@@ -77,7 +77,7 @@ class Rehearsal(LayerByLayer):
             ways.append((self._programs.attend_and_route, (*self.forecasts.inputs(layer), counted)))
         for part, forecast in ways:
             hidden, inputs, experts, weights, cache, expected = part(
-                self._layers[layer], state, positions, cache, *forecast
+                self._layers[layer], state, positions, cache, *forecast, self.table
             )
         outputs: Any = self.device_experts.take(experts.size, hidden.shape[-1], hidden.dtype)
         if layer == 0:

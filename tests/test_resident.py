@@ -8,12 +8,12 @@ from helpers import random_model
 from layerscope_jax import Engine, OffloadConfig, Request
 from layerscope_jax.resident import ResidentOnCpu
 
-SHAPES = {"float32": {}, "bfloat16": {"hidden_size": 64, "expert_hidden": 96}}
+SHAPES = {"float32": {}, "bfloat16": {"hidden_size": 64, "expert_hidden": 96, "head_dim": 32}}
 
 
 def requests():
     """Some end before the others, and others join."""
-    sizes = [(3, 9), (1, 2), (7, 5), (2, 12), (4, 1), (5, 6)]
+    sizes = [(3, 9), (1, 2), (7, 5), (2, 12), (4, 1), (50, 6)]
     return [
         Request(prompt=[(7 * n + row) % 61 for n in range(size)], max_new_tokens=count, stop_tokens=())
         for row, (size, count) in enumerate(sizes)

@@ -1,11 +1,14 @@
-"""Attention of a decode step inside a jitted program: each row reads the positions that it has, no others.
+"""Attention inside a jitted program by our own loops: a decode step's here, others' in `prefill_attention`.
 
-XLA's products read caches as long as they may become, of all rows, and wake threads of their own for it.
+Each row reads the positions that it has, no others. XLA's products read caches as long as they may become, of
+all rows, and wake threads of their own for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,8 +17,12 @@ import numpy as np
 from numba import carray, types
 
 from layerscope_jax.experts import crew
-from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at, target
-from layerscope_jax.experts.numbers import exp, pointer, round_row, rounded, taken, widened
+from layerscope_jax.experts.compute import products_by
+from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at, product, target
+from layerscope_jax.experts.numbers import pointer, round_row, taken, weigh, widened
+from layerscope_jax.experts.prefill_attention import blocks, compute_attention_of_many
+from layerscope_jax.experts.vectors import COLUMNS
+from layerscope_jax.models.layers import attending_by
 from layerscope_jax.njit import cfunc, njit
 
 # Of a job of attention (`crew`): INPUTS are queries, WEIGHTS keys; ROWS are B, DEPTH is D_head, WIDTH P.
@@ -30,21 +37,6 @@ def add_scaled(sums, row, factor):
     """`sums += factor * row`. Of an index that may be negative the compiler makes no vectors."""
     for index in range(np.uint64(len(row))):
         sums[index] += factor * row[index]
-
-
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-def weigh(scores, kind):
-    """Scores to their softmax, rounded to the type of `kind`."""
-    high = scores[0]
-    for score in scores:
-        high = max(high, score)
-    total = np.float32(0)
-    for index in range(np.uint64(len(scores))):
-        scores[index] = exp(scores[index] - high)
-    for share in scores:
-        total += share
-    for index in range(np.uint64(len(scores))):
-        scores[index] = widened(rounded(scores[index] / total, kind))
 
 
 @njit(cache=True, nogil=True)
@@ -133,27 +125,47 @@ def attention(
     value: jax.Array,
     positions: jax.Array,
     window: int | None,
-) -> jax.Array:
-    """`layers.attend` of one token a row, inside a jitted program.
+) -> jax.Array | None:
+    """`layers.attend`, inside a jitted program.
 
     Args:
         table: any layer's (`Inside`).
-        query: [B, 1, H, D_head] float32 or bfloat16.
+        query: [B, S, H, D_head] float32 or bfloat16.
         key: [B, H_kv, D_head, P] float32.
         value: [B, H_kv, P, D_head] float32.
-        positions: [B, 1] of the tokens, whose keys are there; those of rows without one are past all others.
+        positions: [B, S] of the tokens, whose keys are there; those of none are past all others.
         window: positions that each sees at most, its own counted.
 
     Returns:
-        [B, 1, H * D_head], zeros where a row has no token.
+        [B, S, H * D_head], zeros where there is no token. None for several tokens in shapes with a rest,
+        which are XLA's.
     """
     words: Any = np.float32 if query.dtype == np.float32 else np.uint16
-    name = target(f"layerscope_attention_{np.dtype(words).name}", compute_attention, rows, words)
-    assert name is not None  # as it took experts
-    length = key.shape[3]
+    length, kind = key.shape[3], np.dtype(words).name
     last = jnp.where(positions < length, positions + 1, 0)
     first = jnp.zeros_like(last) if window is None else jnp.maximum(last - window, 0)
-    bounds = jnp.concatenate([first, last], axis=1)
-    queries = query.reshape(len(query), *query.shape[2:])
-    shape = jax.ShapeDtypeStruct(queries.shape, query.dtype)
-    return jax.ffi.ffi_call(name, shape)(queries, key, value, bounds, table).reshape(*query.shape[:2], -1)
+    bounds = jnp.stack([first, last], axis=-1)
+    if query.shape[1] == 1:
+        name = target(f"layerscope_attention_{kind}", compute_attention, rows, words)
+        query, bounds = query[:, 0], bounds[:, 0]
+    elif length % COLUMNS or query.shape[3] % COLUMNS:
+        return None
+    else:
+        name = target(f"layerscope_attention_of_many_{kind}", compute_attention_of_many, blocks, words)
+    assert name is not None  # as it took experts
+    shape = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    found = jax.ffi.ffi_call(name, shape)(query, key, value, bounds, table)
+    return found.reshape(*positions.shape, -1)
+
+
+@contextlib.contextmanager
+def our_loops(table: jax.Array | None) -> Iterator[None]:
+    """While a program is traced within, attention and products go by our own loops; without a table not."""
+    if table is None:
+        yield
+        return
+    with (
+        products_by(functools.partial(product, table)),
+        attending_by(functools.partial(attention, table)),
+    ):
+        yield

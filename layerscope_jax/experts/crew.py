@@ -25,8 +25,9 @@ from layerscope_jax.njit import cfunc, njit
 # Of all jobs: the address of a thread's share of it (`products`, `experts_by_loops`), how many parts there
 # are, and how many were taken; then what is read and written.
 DO, PARTS, TAKEN, INPUTS, WEIGHTS, OUTPUTS, ROWS, DEPTH, WIDTH = range(9)
-# Of a product: columns of a part. Of experts: as `kernels.run_experts`; WEIGHTS are addresses, DEPTH is F.
-COLUMNS = 9
+# Of a product: columns and rows of a part. Of experts: as `kernels.run_experts`; WEIGHTS are addresses, DEPTH
+# is F.
+COLUMNS, HEIGHT = 9, 10
 FIRSTS, LASTS, ORDER, LENGTH, CHOICES = range(9, 14)
 SIZE = 14
 
@@ -90,12 +91,14 @@ def products(words: Any) -> Any:
         x = carray(pointer(job[INPUTS]), (job[ROWS], job[DEPTH]), words)
         weights = carray(pointer(job[WEIGHTS]), (job[DEPTH], job[WIDTH]), words)
         outputs = carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), words)
+        beside = (job[WIDTH] + job[COLUMNS] - 1) // job[COLUMNS]
         while True:
             part = taken(address + 8 * TAKEN)
             if part >= job[PARTS]:
                 break
-            first = part * job[COLUMNS]
-            kernels.multiply(x, weights, outputs, first, min(first + job[COLUMNS], job[WIDTH]))
+            top, first = part // beside * job[HEIGHT], part % beside * job[COLUMNS]
+            end, last = min(top + job[HEIGHT], job[ROWS]), min(first + job[COLUMNS], job[WIDTH])
+            kernels.multiply(x[top:end], weights, outputs[top:end], first, last)
 
     return multiply
 

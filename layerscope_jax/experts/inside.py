@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from numba import carray, types
 
-from layerscope_jax.experts import crew, vectors
+from layerscope_jax.experts import crew, kernels, vectors
 from layerscope_jax.experts.compute import matmul
 from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, Kernel
 from layerscope_jax.experts.crew import SEMAPHORE, SEMAPHORES, Crew
@@ -147,13 +147,16 @@ def multiply(call, do, size):
     pool = pool_at(long_at(known))
     job = np.zeros(crew.SIZE, np.int64)
     job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = do, x, weights, outputs
-    depth, width = long_at(matrix), long_at(matrix + 8)
-    job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = long_at(sizes), depth, width
-    work = depth * width * size * max(1, long_at(sizes) // vectors.TOKENS)
+    rows, depth, width = long_at(sizes), long_at(matrix), long_at(matrix + 8)
+    job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = rows, depth, width
+    work = depth * width * size * max(1, rows // vectors.TOKENS)
     threads = max(1, min(pool[crew.HELPERS] + 1, work // pool[crew.WORTH]))
-    columns = (width + threads - 1) // threads
+    job[crew.HEIGHT], columns = rows, (width + threads - 1) // threads
+    if rows >= threads * kernels.PIECE:  # each thread has tokens enough to take all columns
+        job[crew.HEIGHT], columns = kernels.PIECE, width
     job[crew.COLUMNS] = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
-    job[crew.PARTS] = (width + job[crew.COLUMNS] - 1) // job[crew.COLUMNS]
+    beside = (width + job[crew.COLUMNS] - 1) // job[crew.COLUMNS]
+    job[crew.PARTS] = beside * ((rows + job[crew.HEIGHT] - 1) // job[crew.HEIGHT])
     crew.share_out(pool, job, work)
 
 

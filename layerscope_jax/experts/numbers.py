@@ -145,3 +145,36 @@ def activate(gates, ups, inner, kind):
     """A row of `silu(gates) * ups`. Of an index that may be negative the compiler makes no vectors."""
     for f in range(np.uint64(len(inner))):
         inner[f] = kept(silu(gates[f]) * ups[f], kind)
+
+
+LANES = 16
+"""Numbers that a sum or maximum of a row is spread over, so that the compiler makes vectors of it."""
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+def weigh(scores, kind):
+    """Scores to their softmax, rounded to the type of `kind`."""
+    count, part = np.uint64(len(scores)), np.empty(LANES, np.float32)
+    whole = count - count % np.uint64(LANES)
+    high = scores[0]
+    for index in range(whole, count):
+        high = max(high, scores[index])
+    part[:] = high
+    for start in range(np.uint64(0), whole, np.uint64(LANES)):
+        for lane in range(np.uint64(LANES)):
+            part[lane] = max(part[lane], scores[start + lane])
+    for lane in range(LANES):
+        high = max(high, part[lane])
+    for index in range(count):
+        scores[index] = exp(scores[index] - high)
+    total = np.float32(0)
+    for index in range(whole, count):
+        total += scores[index]
+    part[:] = 0
+    for start in range(np.uint64(0), whole, np.uint64(LANES)):
+        for lane in range(np.uint64(LANES)):
+            part[lane] += scores[start + lane]
+    for lane in range(LANES):
+        total += part[lane]
+    for index in range(count):
+        scores[index] = widened(rounded(scores[index] / total, kind))

@@ -119,20 +119,20 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     return mixed.reshape(batch, length, -1)
 
 
-Decoding = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, "int | None"], jax.Array]
+Attending = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, "int | None"], "jax.Array | None"]
 """`experts.attention.attention`, its table given."""
 
-_decoding: ContextVar[Decoding | None] = ContextVar("decoding", default=None)
+_attending: ContextVar[Attending | None] = ContextVar("attending", default=None)
 
 
 @contextlib.contextmanager
-def decoding_by(attention: Decoding) -> Iterator[None]:
-    """While a program of single tokens with caches is traced within, its attention is this."""
-    before = _decoding.set(attention)
+def attending_by(attention: Attending) -> Iterator[None]:
+    """While a program with caches is traced within, its attention is this, where this gives any."""
+    before = _attending.set(attention)
     try:
         yield
     finally:
-        _decoding.reset(before)
+        _attending.reset(before)
 
 
 class Attention(nnx.Module):
@@ -170,8 +170,10 @@ class Attention(nnx.Module):
                 cache.key.at[rows, :, :, positions].set(key.astype(kind), mode="drop"),
                 cache.value.at[rows, :, positions].set(value.astype(kind), mode="drop"),
             )
-            if (decode := _decoding.get()) is not None:
-                return self.o(decode(query, *cache, positions, config.sliding_window)), cache
+            if (attending := _attending.get()) is not None:
+                mixed = attending(query, *cache, positions, config.sliding_window)
+                if mixed is not None:
+                    return self.o(mixed), cache
             key_positions = jnp.arange(cache.key.shape[3])[None, None, :]
         back = positions[:, :, None] - key_positions  # [B, S, P] how far back each key lies
         mask = back >= 0

@@ -33,9 +33,9 @@ def table(threads):
     return made, jnp.asarray(made.tables[0])
 
 
-def drawn(rows, heads, groups, size, length, dtype, seed):
+def drawn(rows, heads, groups, size, length, dtype, seed, tokens=1):
     rng = np.random.default_rng(seed)
-    query = jnp.asarray(rng.standard_normal((rows, 1, heads * groups, size)), dtype)
+    query = jnp.asarray(rng.standard_normal((rows, tokens, heads * groups, size)), dtype)
     caches = [(rows, heads, size, length), (rows, heads, length, size)]
     # A cache holds numbers of the model's dtype, widened.
     key, value = (jnp.asarray(rng.standard_normal(shape), dtype).astype(jnp.float32) for shape in caches)
@@ -88,3 +88,40 @@ def test_rows_without_a_token_are_zeros_and_scores_may_be_large():
     expected = by_xla(100 * query, key, value, positions, None)
     np.testing.assert_array_equal(found[1], 0)
     np.testing.assert_allclose(found[::2], expected[::2], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "dtype", "window"),
+    [
+        (1, 1, 32, "float32", None),
+        (2, 3, 64, "float32", None),
+        (2, 3, 64, "bfloat16", None),
+        (1, 130, 32, "float32", 7),  # more queries of a token than a block
+        (2, 2, 160, "float32", 100),
+        (2, 1, 32, "bfloat16", 1),
+    ],
+)
+@given(threads=st.sampled_from([1, 3]), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=8)
+def test_many_tokens_are_what_xla_computes(heads, groups, size, dtype, window, threads, seed):
+    """Prompts of any length, padded, some of which begin behind what came before them."""
+    length, tokens = 192, 150
+    query, key, value = drawn(3, heads, groups, size, length, dtype, seed, tokens)
+    rng = np.random.default_rng(seed)
+    starts, counts = rng.integers(0, length - tokens, (3, 1)), rng.integers(0, tokens + 1, (3, 1))
+    index = np.arange(tokens)[None]
+    positions = np.where(index < counts, starts + index, PAD_POSITION).astype(np.int32)
+    _, known = table(threads)
+    found = np.asarray(ours(known, query, key, value, positions, window=window), np.float32)
+    expected = np.asarray(by_xla(query, key, value, positions, window), np.float32)
+    there = index < counts
+    np.testing.assert_allclose(found[there], expected[there], rtol=0, atol=TOLERANCE[dtype])
+    np.testing.assert_array_equal(found[~there], 0)
+    alone = ours(known, query[:1], key[:1], value[:1], positions[:1], window=window)
+    np.testing.assert_array_equal(bits(np.asarray(alone, np.float32)), bits(found[:1]))
+
+
+@pytest.mark.parametrize(("size", "length"), [(20, 64), (64, 40)])
+def test_many_tokens_in_shapes_with_a_rest_are_left_to_xla(size, length):
+    query, key, value = drawn(1, 1, 1, size, length, "float32", 0, tokens=5)
+    assert attention.attention(table(1)[1], query, key, value, jnp.arange(5)[None], None) is None
