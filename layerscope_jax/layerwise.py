@@ -365,7 +365,7 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
         return ends_of(ends).embed(tokens), *others
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def attend_and_route(layer, state, positions, cache, forecast_params, number, counted, table):
+    def attend_and_route(layer, state, positions, cache, forecast_params, number, counted, table=None):
         hidden = add_experts(*state)
         with our_loops(table):
             hidden, inputs, routing, cache = layer_of(layer).attend_and_route(hidden, positions, cache)
@@ -379,7 +379,7 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
         return hidden, inputs, routing.experts, routing.weights, cache, expected
 
     @jax.jit
-    def finish(ends, state, positions, last, sampling, table):
+    def finish(ends, state, positions, last, sampling, table=None):
         hidden = add_experts(*state)
         rows = jnp.arange(hidden.shape[0])
         with our_loops(table):
