@@ -18,7 +18,8 @@ from numba import carray, types
 
 from layerscope_jax.experts import crew
 from layerscope_jax.experts.compute import products_by
-from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at, product, target
+from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at, products, target
+from layerscope_jax.experts.kernels import BLOCK, STRIDE, add_product
 from layerscope_jax.experts.numbers import pointer, round_row, taken, weigh, widened
 from layerscope_jax.experts.prefill_attention import blocks, compute_attention_of_many
 from layerscope_jax.experts.vectors import COLUMNS
@@ -28,38 +29,43 @@ from layerscope_jax.njit import cfunc, njit
 # Of a job of attention (`crew`): INPUTS are queries, WEIGHTS keys; ROWS are B, DEPTH is D_head, WIDTH P.
 VALUES, BOUNDS, HEADS, GROUPS = range(9, 13)
 
-CHUNK = 1024
-"""Positions whose keys all queries of a group see before the next ones are read."""
-
-
-@njit(cache=True, nogil=True, fastmath={"contract"})
-def add_scaled(sums, row, factor):
-    """`sums += factor * row`. Of an index that may be negative the compiler makes no vectors."""
-    for index in range(np.uint64(len(row))):
-        sums[index] += factor * row[index]
-
 
 @njit(cache=True, nogil=True)
 def attend_group(queries, keys, values, first, last, outputs):
     """Queries [G, D] of one row see keys [D, P] and values [P, D] from `first` to `last`."""
     groups, size = queries.shape
-    scores, sums = np.zeros((groups, last - first), np.float32), np.zeros((groups, size), np.float32)
+    x = np.empty((groups, size), np.float32)
+    for group in range(groups):
+        for d in range(np.uint64(size)):
+            x[group, d] = widened(queries[group, d])
+    # To the edge of what is added at once: scores of a few positions more are computed, and not looked at.
+    until = min(first + (last - first + COLUMNS - 1) // COLUMNS * COLUMNS, keys.shape[1])
+    scores, sums = np.empty((groups, until - first), np.float32), np.empty((groups, STRIDE), np.float32)
     scale = np.float32(1 / np.sqrt(size))
-    for start in range(first, last, CHUNK):
-        end = min(start + CHUNK, last)
-        for d in range(size):
-            for group in range(groups):
-                query = widened(queries[group, d])
-                add_scaled(scores[group, start - first : end - first], keys[d, start:end], query)
-    for group in range(groups):
-        for index in range(np.uint64(last - first)):
-            scores[group, index] *= scale
-        weigh(scores[group], outputs)
-    for position in range(first, last):
+    for begin in range(first, until, BLOCK):
+        end = min(begin + BLOCK, until)
+        clear(sums, end - begin)
+        add_product(x, keys, begin, end, sums, keys)
         for group in range(groups):
-            add_scaled(sums[group], values[position], scores[group, position - first])
+            some = scores[group, begin - first : end - first]
+            for index in range(np.uint64(end - begin)):
+                some[index] = scale * sums[group, index]
+    scores = scores[:, : last - first]
     for group in range(groups):
-        round_row(sums[group], outputs[group])
+        weigh(scores[group], outputs)
+    for begin in range(0, size, BLOCK):
+        end = min(begin + BLOCK, size)
+        clear(sums, end - begin)
+        add_product(scores, values[first:last], begin, end, sums, values)
+        for group in range(groups):
+            round_row(sums[group], outputs[group, begin:end])
+
+
+@njit(cache=True, nogil=True)
+def clear(sums, columns):
+    for row in range(len(sums)):
+        for index in range(np.uint64(columns)):
+            sums[row, index] = 0
 
 
 @functools.cache
@@ -115,7 +121,8 @@ def compute_attention(call, do, size):
     positions = 0
     for row in range(count):
         positions += of[row, 1] - of[row, 0]
-    crew.share_out(pool_at(long_at(known)), job, 8 * positions * job[HEADS] * job[crew.DEPTH])
+    # Where queries share keys the arithmetic takes longer than reading, so it is what counts.
+    crew.share_out(pool_at(long_at(known)), job, 8 * positions * heads * job[crew.DEPTH])
 
 
 def attention(
@@ -165,7 +172,7 @@ def our_loops(table: jax.Array | None) -> Iterator[None]:
         yield
         return
     with (
-        products_by(functools.partial(product, table)),
+        products_by(functools.partial(products, table)),
         attending_by(functools.partial(attention, table)),
     ):
         yield

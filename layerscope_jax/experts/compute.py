@@ -33,22 +33,26 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-_product: ContextVar[Callable[[jax.Array, jax.Array], jax.Array]] = ContextVar("product", default=matmul)
+def matmuls(x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+    return [matmul(x, one) for one in weights]
 
 
-def dense(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`matmul` of `x` [..., K] with a layer's own weights [K, N], or what `products_by` put in its place."""
-    return _product.get()(x, w)
+_products: ContextVar[Callable[..., list[jax.Array]]] = ContextVar("products", default=matmuls)
+
+
+def dense(x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+    """`matmul` of `x` [..., K] with each of a layer's own weights [K, N], or what `products_by` set."""
+    return _products.get()(x, *weights)
 
 
 @contextlib.contextmanager
-def products_by(product: Callable[[jax.Array, jax.Array], jax.Array]) -> Iterator[None]:
+def products_by(products: Callable[..., list[jax.Array]]) -> Iterator[None]:
     """While a program is traced within, its `dense` products are these."""
-    before = _product.set(product)
+    before = _products.set(products)
     try:
         yield
     finally:
-        _product.reset(before)
+        _products.reset(before)
 
 
 def ffn(x: jax.Array, weights: ExpertWeights) -> jax.Array:

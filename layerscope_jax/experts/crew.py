@@ -25,9 +25,10 @@ from layerscope_jax.njit import cfunc, njit
 # Of all jobs: the address of a thread's share of it (`products`, `experts_by_loops`), how many parts there
 # are, and how many were taken; then what is read and written.
 DO, PARTS, TAKEN, INPUTS, WEIGHTS, OUTPUTS, ROWS, DEPTH, WIDTH = range(9)
-# Of a product: columns and rows of a part. Of experts: as `kernels.run_experts`; WEIGHTS are addresses, DEPTH
-# is F.
-COLUMNS, HEIGHT = 9, 10
+# Of products: columns and rows of a part, and how many parts these rows have; WEIGHTS are COUNT times an
+# address of weights, their columns and the address of the outputs.
+COLUMNS, HEIGHT, BESIDE, COUNT = range(9, 13)
+# Of experts: as `kernels.run_experts`; WEIGHTS are addresses, DEPTH is F.
 FIRSTS, LASTS, ORDER, LENGTH, CHOICES = range(9, 14)
 SIZE = 14
 
@@ -39,8 +40,8 @@ SEMAPHORE = 4
 WORTH_BYTES = 1 << 18
 """Bytes of weights that make another thread's help worth while: some 20 us of reading."""
 
-PATIENCE = 2000
-"""Looks at a semaphore before a thread sleeps, some 50 us on a Zen 3: a sleeper takes longer to wake."""
+PATIENCE = 6000
+"""Looks at a semaphore before a thread sleeps, some 150 us on a Zen 3: it is not to sleep within a step."""
 
 PAUSE = {"x86_64": "pause", "aarch64": "yield"}.get(platform.machine(), "")
 
@@ -83,21 +84,26 @@ def wait_for(address):
 
 @functools.cache
 def products(words: Any) -> Any:
-    """A C function: a thread's share of a product, in numbers of a type; for the address of a job."""
+    """A C function: a thread's share of products, in numbers of a type; for the address of a job."""
 
     @cfunc(types.void(types.int64), cache=True)
     def multiply(address):
         job = carray(pointer(address), SIZE, np.int64)
         x = carray(pointer(job[INPUTS]), (job[ROWS], job[DEPTH]), words)
-        weights = carray(pointer(job[WEIGHTS]), (job[DEPTH], job[WIDTH]), words)
-        outputs = carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), words)
-        beside = (job[WIDTH] + job[COLUMNS] - 1) // job[COLUMNS]
+        matrices = carray(pointer(job[WEIGHTS]), (job[COUNT], 3), np.int64)
         while True:
             part = taken(address + 8 * TAKEN)
             if part >= job[PARTS]:
                 break
-            top, first = part // beside * job[HEIGHT], part % beside * job[COLUMNS]
-            end, last = min(top + job[HEIGHT], job[ROWS]), min(first + job[COLUMNS], job[WIDTH])
+            top, first = part // job[BESIDE] * job[HEIGHT], part % job[BESIDE] * job[COLUMNS]
+            end, matrix = min(top + job[HEIGHT], job[ROWS]), 0
+            while first >= matrices[matrix, 1]:
+                first -= (matrices[matrix, 1] + job[COLUMNS] - 1) // job[COLUMNS] * job[COLUMNS]
+                matrix += 1
+            width = matrices[matrix, 1]
+            weights = carray(pointer(matrices[matrix, 0]), (job[DEPTH], width), words)
+            outputs = carray(pointer(matrices[matrix, 2]), (job[ROWS], width), words)
+            last = min(first + job[COLUMNS], width)
             kernels.multiply(x[top:end], weights, outputs[top:end], first, last)
 
     return multiply

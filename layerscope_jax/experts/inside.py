@@ -17,15 +17,16 @@ import numpy as np
 from numba import carray, types
 
 from layerscope_jax.experts import crew, kernels, vectors
-from layerscope_jax.experts.compute import matmul
+from layerscope_jax.experts.compute import matmuls
 from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, Kernel
 from layerscope_jax.experts.crew import SEMAPHORE, SEMAPHORES, Crew
 from layerscope_jax.experts.numbers import pointer
 from layerscope_jax.njit import cfunc, njit
 
-# Where in XLA's structures: a call's extension, arguments and results; a buffer's numbers and sizes; in the
-# extension that asks for the version of the interface, its kind and where to write the version.
-EXTENSION, ARGUMENTS, RESULTS, DATA, SIZES = 8, 72, 112, 24, 40
+# Where in XLA's structures: a call's extension, arguments, number of results and results; a buffer's numbers
+# and sizes; in the extension that asks for the version of the interface, its kind and where to write the
+# version.
+EXTENSION, ARGUMENTS, NUMBER, RESULTS, DATA, SIZES = 8, 72, 96, 112, 24, 40
 KIND, METADATA, VERSION = 8, 24, 24
 ASKS_VERSION, MAJOR, MINOR = 1, 0, 1
 
@@ -139,25 +140,34 @@ def compute_experts(call, do, size):
 
 @njit(cache=True, nogil=True)
 def multiply(call, do, size):
-    """`x [M, K] @ weights [K, N]`, helped by a crew: the third argument is its address."""
+    """`x [M, K] @ weights [K, N]` of some weights, helped by a crew: the last argument is its address."""
     x, sizes = buffer(call, ARGUMENTS, 0)
-    weights, matrix = buffer(call, ARGUMENTS, 1)
-    known, _ = buffer(call, ARGUMENTS, 2)
-    outputs, _ = buffer(call, RESULTS, 0)
+    count = long_at(call + NUMBER)
+    known, _ = buffer(call, ARGUMENTS, count + 1)
     pool = pool_at(long_at(known))
-    job = np.zeros(crew.SIZE, np.int64)
-    job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = do, x, weights, outputs
-    rows, depth, width = long_at(sizes), long_at(matrix), long_at(matrix + 8)
-    job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = rows, depth, width
-    work = depth * width * size * max(1, rows // vectors.TOKENS)
+    matrices, all_columns = np.empty((count, 3), np.int64), 0
+    for index in range(count):
+        matrices[index, 0], sizes_of = buffer(call, ARGUMENTS, index + 1)
+        matrices[index, 1] = long_at(sizes_of + 8)
+        matrices[index, 2], _ = buffer(call, RESULTS, index)
+        all_columns += matrices[index, 1]
+    rows, depth = long_at(sizes), long_at(sizes + 8)
+    work = depth * all_columns * size * max(1, rows // vectors.TOKENS)
     threads = max(1, min(pool[crew.HELPERS] + 1, work // pool[crew.WORTH]))
-    job[crew.HEIGHT], columns = rows, (width + threads - 1) // threads
+    height, columns = rows, (all_columns + threads - 1) // threads
     if rows >= threads * kernels.PIECE:  # each thread has tokens enough to take all columns
-        job[crew.HEIGHT], columns = kernels.PIECE, width
-    job[crew.COLUMNS] = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
-    beside = (width + job[crew.COLUMNS] - 1) // job[crew.COLUMNS]
-    job[crew.PARTS] = beside * ((rows + job[crew.HEIGHT] - 1) // job[crew.HEIGHT])
+        height, columns = kernels.PIECE, all_columns
+    columns = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
+    beside = 0
+    for index in range(count):
+        beside += (matrices[index, 1] + columns - 1) // columns
+    job = np.zeros(crew.SIZE, np.int64)
+    job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS] = do, x, matrices.ctypes.data
+    job[crew.ROWS], job[crew.DEPTH], job[crew.COUNT] = rows, depth, count
+    job[crew.COLUMNS], job[crew.HEIGHT], job[crew.BESIDE] = columns, height, beside
+    job[crew.PARTS] = beside * ((rows + height - 1) // height)
     crew.share_out(pool, job, work)
+    job[crew.COUNT] = matrices.size  # kept until here
 
 
 _handlers: list[Any] = []
@@ -260,18 +270,22 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
     return found.reshape(*experts.shape, -1)
 
 
-def product(table: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`compute.matmul` of x [..., K] and weights [K, N], inside a jitted program, with any layer's table."""
-    depth, width = weights.shape
+def products(table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+    """`compute.dense` of x [..., K] and weights [K, N], inside a jitted program, with any layer's table."""
+    depth, widths = x.shape[-1], [one.shape[1] for one in weights]
     if x.dtype == np.float32:
         words: Any = np.float32
     else:
-        words = np.int16 if vectors.suit_pairs(np.dtype(x.dtype), depth, width) else np.uint16
-    odd = depth % vectors.ROWS or width % vectors.COLUMNS or x.dtype != weights.dtype
-    name = f"layerscope_product_{np.dtype(words).name}"
-    found = None if odd else target(name, multiply, crew.products, words)
-    if found is None:
-        return matmul(x, weights)
+        pairs = all(vectors.suit_pairs(np.dtype(x.dtype), depth, width) for width in widths)
+        words = np.int16 if pairs else np.uint16
+    odd = depth % vectors.ROWS or any(width % vectors.COLUMNS for width in widths)
+    odd = odd or any(one.dtype != x.dtype for one in weights)
+    name = (
+        None if odd else target(f"layerscope_products_{np.dtype(words).name}", multiply, crew.products, words)
+    )
+    if name is None:
+        return matmuls(x, *weights)
     flat = x.reshape(-1, depth)
-    shape = jax.ShapeDtypeStruct((len(flat), width), x.dtype)
-    return jax.ffi.ffi_call(found, shape)(flat, weights, table).reshape(*x.shape[:-1], width)
+    shapes = [jax.ShapeDtypeStruct((len(flat), width), x.dtype) for width in widths]
+    found = jax.ffi.ffi_call(name, shapes)(flat, *weights, table)
+    return [one.reshape(*x.shape[:-1], -1) for one in found]

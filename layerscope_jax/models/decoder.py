@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
         hidden = self.norm(hidden)
         if self.head is None:  # only XLA multiplies with what is transposed without a copy
             return matmul(hidden, self.embedding[...].T).astype(jnp.float32)
-        return dense(hidden, self.head[...]).astype(jnp.float32)
+        return dense(hidden, self.head[...])[0].astype(jnp.float32)
 
     def next_logits(self, hidden: jax.Array, last: jax.Array) -> jax.Array:
         """Of each row's token `last` [B] alone: hidden [B, S, D] after the last layer -> [B, V] float32."""

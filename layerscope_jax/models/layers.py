@@ -70,8 +70,16 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = dense(x, self.weight[...])
-        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+        return project(x, self)[0]
+
+
+def project(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+    """What each of some makes of `x`, their products in one go."""
+    products = dense(x, *(linear.weight[...] for linear in linears))
+    return [
+        y if linear.bias is None else y + jnp.broadcast_to(linear.bias[...], y.shape)
+        for y, linear in zip(products, linears, strict=True)
+    ]
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -160,9 +168,10 @@ class Attention(nnx.Module):
         positions; positions past its end (`PAD_POSITION`) are dropped.
         """
         config = self.config
-        query = rotate(self._heads(self.q(hidden), self.q_norm), positions, config.rope_theta)
-        key = rotate(self._heads(self.k(hidden), self.k_norm), positions, config.rope_theta)
-        value = self._heads(self.v(hidden), None)
+        query, key, value = project(hidden, self.q, self.k, self.v)
+        query = rotate(self._heads(query, self.q_norm), positions, config.rope_theta)
+        key = rotate(self._heads(key, self.k_norm), positions, config.rope_theta)
+        value = self._heads(value, None)
         key_positions = positions[:, None, :]  # [B, 1, S]
         if cache is not None:
             rows, kind = jnp.arange(hidden.shape[0])[:, None], cache.key.dtype
@@ -205,7 +214,8 @@ class Router(nnx.Module):
 
     def __call__(self, x: jax.Array) -> Routing:
         """Routes `x` [T, D]."""
-        logits = dense(x, self.weight[...]).astype(jnp.float32)
+        (logits,) = dense(x, self.weight[...])
+        logits = logits.astype(jnp.float32)
         weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.experts_per_token)
         if self.config.normalize_top_k:
             weights /= weights.sum(-1, keepdims=True)
