@@ -1,4 +1,4 @@
-"""Everything resident on a CPU: a decode step is one jitted function, which calls our loops for experts."""
+"""Everything resident on a CPU: our loops compute all products, and a decode step is one jitted function."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from layerscope_jax.sampling import Sampling, sample
 
 
 class ResidentOnCpu(LayerByLayer):
-    """As `LayerByLayer` for prefills, and where plans or demand are to be recorded.
+    """As `LayerByLayer` for prefills, and where plans or demand are to be recorded, but for who multiplies.
 
     A prefill has so much arithmetic that Python between its layers does not count, and many shapes to
     compile.
