@@ -18,10 +18,11 @@ from numba import carray, types
 
 from layerscope_jax.experts import crew
 from layerscope_jax.experts.compute import products_by
-from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at, products, target
+from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at, target
 from layerscope_jax.experts.kernels import BLOCK, STRIDE, add_product
 from layerscope_jax.experts.numbers import pointer, round_row, taken, weigh, widened
 from layerscope_jax.experts.prefill_attention import blocks, compute_attention_of_many
+from layerscope_jax.experts.products import products
 from layerscope_jax.experts.vectors import COLUMNS
 from layerscope_jax.models.layers import attending_by
 from layerscope_jax.njit import cfunc, njit

@@ -1,7 +1,8 @@
 """Our own loops inside a jitted program: a layer is no dispatch, no read-back, no Python.
 
-XLA calls a compiled function at the place of a layer's experts, and at that of its products with weights, by
-its foreign function interface (its binary form is stable, `xla/ffi/api/c_api.h`). A crew of threads helps it.
+XLA calls a compiled function at the place of a layer's experts by its foreign function interface (its binary
+form is stable, `xla/ffi/api/c_api.h`), and in the same way at that of its other products and of its attention
+(`products.py`, `attention.py`). A crew of threads helps it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import jax
 import numpy as np
 from numba import carray, types
 
-from layerscope_jax.experts import crew, kernels, vectors
-from layerscope_jax.experts.compute import matmuls
+from layerscope_jax.experts import crew
 from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, Kernel
 from layerscope_jax.experts.crew import SEMAPHORE, SEMAPHORES, Crew
 from layerscope_jax.experts.numbers import pointer
@@ -138,38 +138,6 @@ def compute_experts(call, do, size):
     job[crew.LENGTH] = addresses.size + firsts.size + lasts.size + order.size
 
 
-@njit(cache=True, nogil=True)
-def multiply(call, do, size):
-    """`x [M, K] @ weights [K, N]` of some weights, helped by a crew: the last argument is its address."""
-    x, sizes = buffer(call, ARGUMENTS, 0)
-    count = long_at(call + NUMBER)
-    known, _ = buffer(call, ARGUMENTS, count + 1)
-    pool = pool_at(long_at(known))
-    matrices, all_columns = np.empty((count, 3), np.int64), 0
-    for index in range(count):
-        matrices[index, 0], sizes_of = buffer(call, ARGUMENTS, index + 1)
-        matrices[index, 1] = long_at(sizes_of + 8)
-        matrices[index, 2], _ = buffer(call, RESULTS, index)
-        all_columns += matrices[index, 1]
-    rows, depth = long_at(sizes), long_at(sizes + 8)
-    work = depth * all_columns * size * max(1, rows // vectors.TOKENS)
-    threads = max(1, min(pool[crew.HELPERS] + 1, work // pool[crew.WORTH]))
-    height, columns = rows, (all_columns + threads - 1) // threads
-    if rows >= threads * kernels.PIECE:  # each thread has tokens enough to take all columns
-        height, columns = kernels.PIECE, all_columns
-    columns = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
-    beside = 0
-    for index in range(count):
-        beside += (matrices[index, 1] + columns - 1) // columns
-    job = np.zeros(crew.SIZE, np.int64)
-    job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS] = do, x, matrices.ctypes.data
-    job[crew.ROWS], job[crew.DEPTH], job[crew.COUNT] = rows, depth, count
-    job[crew.COLUMNS], job[crew.HEIGHT], job[crew.BESIDE] = columns, height, beside
-    job[crew.PARTS] = beside * ((rows + height - 1) // height)
-    crew.share_out(pool, job, work)
-    job[crew.COUNT] = matrices.size  # kept until here
-
-
 _handlers: list[Any] = []
 """XLA knows their addresses alone."""
 
@@ -268,24 +236,3 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
     shape = jax.ShapeDtypeStruct((experts.size, inputs.shape[1]), inputs.dtype)
     found = jax.ffi.ffi_call(name, shape)(inputs, experts, active, table)
     return found.reshape(*experts.shape, -1)
-
-
-def products(table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-    """`compute.dense` of x [..., K] and weights [K, N], inside a jitted program, with any layer's table."""
-    depth, widths = x.shape[-1], [one.shape[1] for one in weights]
-    if x.dtype == np.float32:
-        words: Any = np.float32
-    else:
-        pairs = all(vectors.suit_pairs(np.dtype(x.dtype), depth, width) for width in widths)
-        words = np.int16 if pairs else np.uint16
-    odd = depth % vectors.ROWS or any(width % vectors.COLUMNS for width in widths)
-    odd = odd or any(one.dtype != x.dtype for one in weights)
-    name = (
-        None if odd else target(f"layerscope_products_{np.dtype(words).name}", multiply, crew.products, words)
-    )
-    if name is None:
-        return matmuls(x, *weights)
-    flat = x.reshape(-1, depth)
-    shapes = [jax.ShapeDtypeStruct((len(flat), width), x.dtype) for width in widths]
-    found = jax.ffi.ffi_call(name, shapes)(flat, *weights, table)
-    return [one.reshape(*x.shape[:-1], -1) for one in found]

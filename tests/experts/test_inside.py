@@ -16,6 +16,7 @@ from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, kernel_of
 from layerscope_jax.experts.grouping import Assignments
 from layerscope_jax.experts.inside import Inside
+from layerscope_jax.experts.products import products
 
 EXPERTS = 9
 CASES = {
@@ -87,12 +88,12 @@ def test_products_are_those_of_xla(name, shape, case):
     rng = np.random.default_rng(1)
     weights = jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[0])).astype(name))
     x = jnp.asarray(rng.standard_normal((5, 27, shape[0])).astype(name))
-    (found,) = jax.jit(inside.products)(table, x, weights)
+    (found,) = jax.jit(products)(table, x, weights)
     assert (found.shape, found.dtype) == ((5, 27, shape[1]), x.dtype)
     exact = np.asarray(x, np.float64) @ np.asarray(weights, np.float64)
     error = np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
     assert error < {"float32": 1e-6, "bfloat16": 4e-3}[name]
-    alone = [np.asarray(jax.jit(inside.products)(table, x[:1, row : row + 1], weights)[0]) for row in (0, 26)]
+    alone = [np.asarray(jax.jit(products)(table, x[:1, row : row + 1], weights)[0]) for row in (0, 26)]
     if shape[1] != 100:
         np.testing.assert_array_equal(bits(np.concatenate(alone, 1)[0]), bits(np.asarray(found)[0, [0, 26]]))
 
@@ -103,8 +104,8 @@ def test_products_at_the_same_time_do_not_mix():
     rng = np.random.default_rng(2)
     x = jnp.asarray(rng.standard_normal((3, 64)).astype(np.float32))
     many = [jnp.asarray(rng.standard_normal((64, 512)).astype(np.float32)) for _ in range(24)]
-    apart = jax.jit(lambda table, x, weights: inside.products(table, x, weights)[0])
-    together = jax.jit(lambda table, x, many: [inside.products(table, x, weights)[0] for weights in many])
+    apart = jax.jit(lambda table, x, weights: products(table, x, weights)[0])
+    together = jax.jit(lambda table, x, many: [products(table, x, weights)[0] for weights in many])
     expected = [np.asarray(apart(table, x, weights)) for weights in many]
     for _ in range(5):
         for found, wanted in zip(together(table, x, many), expected, strict=True):
@@ -118,9 +119,9 @@ def test_products_of_several_matrices_are_those_of_each(rows):
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.standard_normal((rows, 64)).astype(np.float32))
     many = [jnp.asarray(rng.standard_normal((64, width)).astype(np.float32)) for width in (544, 32, 160)]
-    together = jax.jit(inside.products)(table, x, *many)
+    together = jax.jit(products)(table, x, *many)
     for weights, found in zip(many, together, strict=True):
-        (expected,) = jax.jit(inside.products)(table, x, weights)
+        (expected,) = jax.jit(products)(table, x, weights)
         np.testing.assert_array_equal(bits(np.asarray(found)), bits(np.asarray(expected)))
         exact = np.asarray(x, np.float64) @ np.asarray(weights, np.float64)
         np.testing.assert_allclose(np.asarray(found), exact, rtol=0, atol=1e-4)
