@@ -67,8 +67,11 @@ def packed(x, ends, kind):
 
 @njit(cache=True, nogil=True)
 def panel_of(weights, first, last):
-    """The panel that begins at a column: its address, bytes from one row to the next, rows and strips."""
-    strips = min(PANEL, (last - first) // COLUMNS)
+    """The panel that begins at a column: its address, bytes from one row to the next, rows and strips.
+
+    Without strips where it would begin behind the last column.
+    """
+    strips = max(0, min(PANEL, (last - first) // COLUMNS))
     return weights.ctypes.data + weights.itemsize * first, weights.strides[0], weights.shape[0], strips
 
 
