@@ -39,7 +39,7 @@ def attend_group(queries, keys, values, first, last, outputs):
     for group in range(groups):
         for d in range(np.uint64(size)):
             x[group, d] = widened(queries[group, d])
-    # To the edge of what is added at once: scores of a few positions more are computed, and not looked at.
+    # To the edge of what is added at once: a few positions more are computed, and have a share of zero.
     until = min(first + (last - first + COLUMNS - 1) // COLUMNS * COLUMNS, keys.shape[1])
     scores, sums = np.empty((groups, until - first), np.float32), np.empty((groups, STRIDE), np.float32)
     scale = np.float32(1 / np.sqrt(size))
@@ -51,13 +51,14 @@ def attend_group(queries, keys, values, first, last, outputs):
             some = scores[group, begin - first : end - first]
             for index in range(np.uint64(end - begin)):
                 some[index] = scale * sums[group, index]
-    scores = scores[:, : last - first]
     for group in range(groups):
-        weigh(scores[group], outputs)
+        weigh(scores[group, : last - first], outputs)
+        for index in range(np.uint64(last - first), np.uint64(until - first)):
+            scores[group, index] = 0
     for begin in range(0, size, BLOCK):
         end = min(begin + BLOCK, size)
         clear(sums, end - begin)
-        add_product(scores, values[first:last], begin, end, sums, values)
+        add_product(scores, values[first:until], begin, end, sums, values)
         for group in range(groups):
             round_row(sums[group], outputs[group, begin:end])
 
