@@ -55,7 +55,7 @@ def python(code, **environment):
 def test_a_second_process_compiles_nothing_and_computes_the_same_bits(tmp_path):
     folder, programs, cached, logits = json.loads(python(GENERATE, XDG_CACHE_HOME=str(tmp_path)))
     assert Path(folder).is_relative_to(tmp_path / "layerscope_jax")
-    assert cached < programs / 2  # two engines may compile the same, each for itself
+    assert cached <= 1 < programs  # how a step ends may be the same program in both engines, each its own
     again = json.loads(python(GENERATE, XDG_CACHE_HOME=str(tmp_path)))
     assert again == [folder, programs, programs, logits]
 

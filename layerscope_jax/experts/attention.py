@@ -21,14 +21,18 @@ from layerscope_jax.experts.compute import products_by
 from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at, target
 from layerscope_jax.experts.kernels import BLOCK, STRIDE, add_product
 from layerscope_jax.experts.numbers import pointer, round_row, taken, weigh, widened
-from layerscope_jax.experts.prefill_attention import blocks, compute_attention_of_many
+from layerscope_jax.experts.prefill_attention import (
+    BOUNDS,
+    GROUPS,
+    HEADS,
+    VALUES,
+    blocks,
+    compute_attention_of_many,
+)
 from layerscope_jax.experts.products import products
 from layerscope_jax.experts.vectors import COLUMNS
 from layerscope_jax.models.layers import attending_by
 from layerscope_jax.njit import cfunc, njit
-
-# Of a job of attention (`crew`): INPUTS are queries, WEIGHTS keys; ROWS are B, DEPTH is D_head, WIDTH P.
-VALUES, BOUNDS, HEADS, GROUPS = range(9, 13)
 
 
 @njit(cache=True, nogil=True)

@@ -10,7 +10,7 @@ from helpers import bits, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax.experts import attention, crew
+from layerscope_jax.experts import attention, crew, kernels
 from layerscope_jax.experts.cpu import CpuExperts, InMemory, kernel_of
 from layerscope_jax.experts.inside import Inside
 from layerscope_jax.models.layers import PAD_POSITION, attend
@@ -74,9 +74,9 @@ def test_it_is_what_xla_computes(heads, groups, size, length, dtype, window, thr
     np.testing.assert_array_equal(bits(alone), bits(found[:1]))
 
 
-def test_more_positions_than_a_chunk():
-    query, key, value = drawn(1, 2, 2, 8, 2500, "float32", 0)
-    positions = np.array([[2400]], np.int32)
+def test_more_positions_than_are_summed_at_once():
+    query, key, value = drawn(1, 2, 2, 8, kernels.BLOCK + 500, "float32", 0)
+    positions = np.array([[kernels.BLOCK + 401]], np.int32)
     found = ours(table(3)[1], query, key, value, positions, window=None)
     np.testing.assert_allclose(found, by_xla(query, key, value, positions, None), rtol=0, atol=2e-6)
 
