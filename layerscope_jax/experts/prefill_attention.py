@@ -19,8 +19,8 @@ from layerscope_jax.experts.panels import WIDE, add_panel, lay_first, packed, pa
 from layerscope_jax.experts.strips import APART, COLUMNS, MANY
 from layerscope_jax.njit import cfunc, njit
 
-# Of a job of attention (`crew`), of one token a row too: INPUTS are queries, WEIGHTS keys; ROWS are B, DEPTH is
-# D_head, WIDTH P; TOKENS are S.
+# Of a job of attention (`crew`), of one token a row too: INPUTS are queries, WEIGHTS keys; ROWS are B, DEPTH
+# is D_head, WIDTH P; TOKENS are S.
 VALUES, BOUNDS, HEADS, GROUPS, TOKENS = range(9, 14)
 
 BLOCK = 128
