@@ -10,6 +10,7 @@ import pytest
 from helpers import in_time, random_model
 
 from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
+from layerscope_jax.layerwise import ARRIVALS
 
 PROMPTS = [[5, 6, 7], [3, 9, 27, 20, 60, 58, 52, 34, 41, 1, 3]]
 LAYERS, EXPERTS = 3, 8
@@ -156,3 +157,24 @@ def test_pad_rows_do_not_matter():
         alone = [engine.generate([prompt], max_new_tokens=4).tokens[0] for prompt in PROMPTS]
     assert pair == alone
     assert np.unique(pair).size > 1
+
+
+@pytest.mark.parametrize(("link", "most"), [(None, EXPERTS), ("1GB", ARRIVALS)])
+def test_a_layer_waits_for_all_its_loads_where_copying_is_the_cpus_work_else_for_a_few(link, most):
+    budget = EXPERTS * model().bank.expert_bytes
+    config = OffloadConfig(device_budget=budget, policy="on-demand", link_bandwidth=link)
+    prompt = list(range(1, 31))  # so many tokens that a layer needs all experts
+    with Engine(model(), config) as engine:
+        transfers, counts = engine.runner.transfers, []
+        wait = transfers.wait
+
+        def noted(wanted, count):
+            counts.append((len(wanted), count))
+            wait(wanted, count)
+
+        transfers.wait = noted
+        engine.generate([prompt], max_new_tokens=1)
+    assert counts[0] == (EXPERTS, most)
+    assert all(count == min(wanted, most) for wanted, count in counts)
+    if link is None:
+        assert len(counts) == LAYERS

@@ -23,7 +23,11 @@ AHEAD_BYTES = 16 * 2**20
 whatever its size, and waits for all that the device was given before it: one at a time, a link that carries
 50 GB/s reached 9 with copies of 3 MiB, and stood still while the device computed
 (`benchmarks/bench_gpu_facts.py`). The price is that a demand load may wait for so many bytes of prefetches, a
-third of a millisecond there. Copies within main memory take long enough that prefetches go one by one."""
+third of a millisecond there."""
+
+WITHIN_BYTES = 64 * 2**20
+"""The same of demands where copies are this CPU's own work (`Transfers.within`): JAX shares them out to its
+threads, and this one comes late to hand over more. Prefetches go one by one there, as each takes long."""
 
 STANDSTILL_S = 60.0
 """A link on which no chunk has ended for so long after it was due stands still; no real chunk takes that."""
@@ -73,7 +77,7 @@ class Transfers:
     A chunk that has begun is finished. A prefetch chunk begins only when no demand waits and nothing else is
     on the link, so a demand load waits for at most one prefetch chunk. Demand chunks overlap by one, which
     hides the start of each copy; unless the link is paced, they begin while fewer than `AHEAD_BYTES` are on
-    it, and on an accelerator prefetch chunks too. A failed chunk is tried again; an expert whose copy fails
+    it (within main memory `WITHIN_BYTES`), and on an accelerator prefetch chunks too. A failed chunk is tried again; an expert whose copy fails
     for good is left where it was, and only whoever waits for it hears of it. No call waits without end for a
     copy that does not end.
 
@@ -86,6 +90,7 @@ class Transfers:
 
     Attributes:
         stats: what the link did.
+        within: whether copies are unpaced and within main memory: they take the time of the CPU that computes.
         ahead, prefetch_ahead: bytes on the link until which chunks of demands begin, and of prefetches.
         sharding: of what has arrived.
     """
@@ -112,7 +117,8 @@ class Transfers:
         self._enough = 1  # arrivals worth waking the engine for
         self._closed = False
         self._on_link = 0  # chunks that have begun and not ended
-        self.ahead = 0 if bandwidth else AHEAD_BYTES
+        self.within = not bandwidth and device.platform == "cpu"
+        self.ahead = 0 if bandwidth else WITHIN_BYTES if self.within else AHEAD_BYTES
         self.prefetch_ahead = 0 if device.platform == "cpu" else self.ahead
         self._expected = 0.0  # when the link has news, if it moves
         self._busy_since = 0.0

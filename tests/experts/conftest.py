@@ -5,7 +5,7 @@ import pytest
 from helpers import in_time
 from links import random_bank
 
-from layerscope_jax.experts.transfers import AHEAD_BYTES, Transfers
+from layerscope_jax.experts.transfers import WITHIN_BYTES, Transfers
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def start(bank):
     def start(link, bandwidth=None):
         transfers = Transfers(bank, jax.devices()[0], bandwidth, link)
         running.append((transfers, link))
-        assert transfers.ahead == (0 if bandwidth else AHEAD_BYTES)
-        assert transfers.prefetch_ahead == 0  # of a CPU
+        assert transfers.ahead == (0 if bandwidth else WITHIN_BYTES)  # of a CPU
+        assert transfers.prefetch_ahead == 0
         transfers.ahead = 0
         return transfers
 
