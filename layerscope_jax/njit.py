@@ -12,6 +12,9 @@ import numba
 def njit(**options: Any) -> Callable[[Callable], Any]:
     """As `numba.njit`. What `cache=True` can keep nowhere is compiled in each process anew.
 
+    With `inline="always"` a function is compiled as a part of those that call it; otherwise for itself too,
+    and then optimised anew in each of them all the same.
+
     Numba keeps it beside the source, or where that is read-only in the user's cache folder (`NUMBA_CACHE_DIR`
     names another). Where neither can be written, as in some containers, it would refuse to go on.
     """

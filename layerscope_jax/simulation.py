@@ -232,9 +232,10 @@ class _Run:
         while missing:
             device = max(device, self.link.next_arrival(missing))
             self._absorb(device)
-            for copy in sorted(missing & resident):
+            found = missing & resident
+            for copy in sorted(found):
                 device += self._compute(copy, pace * self.costs.device_ms(demand[copy.expert]))
-            missing -= resident
+            missing -= found
         self.host_ms += host_ms
         self.now = max(device, self.now + host_ms)
 

@@ -132,17 +132,35 @@ class Batching:
             there = step < tokens - prompts
             yield self._starts[order[there]] + prompts[there] + step
 
-    def sums(self, phase: Phase, values: jax.Array) -> dict[int, np.ndarray]:
-        """Size -> [G, E] sums of `values` [N, E] over each of the batches of a phase."""
-        units = _batch_sum(values, jnp.asarray(self.prompts)) if phase == "prefill" else values
+    def sums(self, phase: Phase, *values: jax.Array) -> list[dict[int, np.ndarray]]:
+        """Of each of some values [N, E]: size -> [G, E] sums over each of the batches of a phase."""
+        return jax.device_get(_sums(values, *self._members[phase]))
+
+    @cached_property
+    def _members(self) -> dict[Phase, tuple[jax.Array | None, dict[int, jax.Array]]]:
+        """For each phase the rows of a unit, if it is not one row, and size -> [G, B] units of each batch."""
+        units: dict[Phase, jax.Array | None] = {"decode": None, "prefill": jnp.asarray(self.prompts)}
         return {
-            size: np.asarray(_batch_sum(units, jnp.asarray(batches.members)))
-            for (its_phase, size), batches in self.formed.items()
-            if its_phase == phase
+            phase: (
+                rows,
+                {
+                    size: jnp.asarray(batches.members)
+                    for (its_phase, size), batches in self.formed.items()
+                    if its_phase == phase
+                },
+            )
+            for phase, rows in units.items()
         }
 
 
-_batch_sum = jax.jit(batch_sum)
+@jax.jit
+def _sums(
+    values: tuple[jax.Array, ...], units: jax.Array | None, members: dict[int, jax.Array]
+) -> list[dict[int, jax.Array]]:
+    """In one call, as a scorecard needs thousands of them."""
+    if units is not None:
+        values = tuple(batch_sum(value, units) for value in values)
+    return [{size: batch_sum(value, rows) for size, rows in members.items()} for value in values]
 
 
 def cut(items: np.ndarray, size: int) -> Sequence[np.ndarray]:

@@ -155,7 +155,7 @@ def score(
     layers = rows.experts.shape[1]
     sums = {candidate.name: Sums.zeros(layers, len(horizons), groups) for candidate in candidates}
     member = jnp.asarray(batching.member)
-    some = np.linspace(0, len(rows) - 1, min(CALIBRATED_ROWS, len(rows))).astype(int)
+    some = jnp.asarray(np.linspace(0, len(rows) - 1, min(CALIBRATED_ROWS, len(rows))), jnp.int32)
     with bar(layers * len(candidates), progress) as advance:
         for layer in range(layers):
             true = truth(rows, layer, horizons)
@@ -170,13 +170,9 @@ def score(
                     probabilities, hot, absent = masked(probabilities, experts, known)
                     found = sums[candidate.name]
                     found.rows[layer, place] = row_sums(member, ranking, experts, known)
-                    found.bins[layer, place] = bin_sums(
-                        member[:, some], probabilities[some], hot[some], known[some]
-                    )
+                    found.bins[layer, place] = bin_sums(member, probabilities, hot, known, some)
                     for phase in ("decode", "prefill"):
-                        expected, none, counts = (
-                            batching.sums(phase, values) for values in (probabilities, absent, hot)
-                        )
+                        expected, none, counts = batching.sums(phase, probabilities, absent, hot)
                         for size in expected:
                             found.add(
                                 (layer, place),
@@ -206,10 +202,12 @@ def row_sums(member: jax.Array, ranking: jax.Array, experts: jax.Array, known: j
 
 
 @jax.jit
-def bin_sums(member: jax.Array, probabilities: jax.Array, hot: jax.Array, known: jax.Array) -> jax.Array:
-    """[groups, 10, 3] `metrics.reliability` summed over the rows."""
-    each = metrics.reliability(probabilities, hot) * known[:, None, None]
-    return jnp.einsum("gn,nbc->gbc", member, each, precision="highest")
+def bin_sums(
+    member: jax.Array, probabilities: jax.Array, hot: jax.Array, known: jax.Array, some: jax.Array
+) -> jax.Array:
+    """[groups, 10, 3] `metrics.reliability` summed over some of the rows."""
+    each = metrics.reliability(probabilities[some], hot[some]) * known[some, None, None]
+    return jnp.einsum("gn,nbc->gbc", member[:, some], each, precision="highest")
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from layerscope_jax.models.layers import attending_by
 from layerscope_jax.njit import cfunc, njit
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def attend_group(queries, keys, values, first, last, outputs):
     """Queries [G, D] of one row see keys [D, P] and values [P, D] from `first` to `last`."""
     groups, size = queries.shape
@@ -67,7 +67,7 @@ def attend_group(queries, keys, values, first, last, outputs):
             round_row(sums[group], outputs[group, begin:end])
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def clear(sums, columns):
     for row in range(len(sums)):
         for index in range(np.uint64(columns)):

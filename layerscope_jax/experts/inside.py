@@ -39,7 +39,7 @@ def long_at(address):
     return carray(pointer(address), 1, np.int64)[0]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def asks_version(call):
     """Whether XLA only wants to know which version of the interface this is; tells it."""
     extension = long_at(call + EXTENSION)
@@ -63,7 +63,7 @@ def pool_at(address):
     return carray(pointer(address), SEMAPHORES + 2 * SEMAPHORE * helpers, np.int64)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def sort(experts, active, count, piece):
     """Slots by expert [A], as `Assignments`, and pieces of at most so many: [N] expert, first and last."""
     choices = experts.shape[1]

@@ -33,12 +33,12 @@ add1, add2, add4, add8 = (adding(tokens) for tokens in (1, 2, 4, 8))
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def add_rest(x, weights, k, count, first, last, sums):
-    """Adds `count` rows, number by number."""
+def add_rest(x, weights, sums):
+    """Adds `x @ weights` number by number."""
     for m in range(len(x)):
-        for f in range(first, last):
+        for f in range(weights.shape[1]):
             total = sums[m, f]
-            for j in range(k, k + count):
+            for j in range(len(weights)):
                 total += widened(x[m, j]) * widened(weights[j, f])
             sums[m, f] = total
 
@@ -49,7 +49,7 @@ def are_many(tokens, depth, columns):
     return tokens >= MANY and depth % ROWS == 0 and columns % COLUMNS == 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def add_rows(x, weights, high, first, last, sums, kind):
     """Adds `x [M, :high] @ weights[:high, first:last]` to sums, whole rows after whole rows.
 
@@ -84,12 +84,12 @@ def add_product(x, weights, first, last, sums, kind):
     wide = columns - columns % COLUMNS
     add_rows(x, weights, high, first, first + wide, sums, kind)
     if high < depth:
-        add_rest(x, weights[:, first:last], high, depth - high, 0, wide, sums)
+        add_rest(x[:, high:], weights[high:, first : first + wide], sums[:, :wide])
     if wide < columns:
-        add_rest(x, weights[:, first:last], 0, depth, wide, columns, sums)
+        add_rest(x[:, 0:], weights[:, first + wide : last], sums[:, wide:columns])
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def swiglu(x, gate, up, down, outputs, slots):
     """`(silu(x gate) * (x up)) down` of M rows, into the `slots` of `outputs`."""
     tokens, width = x.shape

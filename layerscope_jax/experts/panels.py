@@ -65,7 +65,7 @@ def packed(x, ends, kind):
     return found
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def panel_of(weights, first, last):
     """The panel that begins at a column: its address, bytes from one row to the next, rows and strips.
 
@@ -75,7 +75,7 @@ def panel_of(weights, first, last):
     return weights.ctypes.data + weights.itemsize * first, weights.strides[0], weights.shape[0], strips
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def lay_first(panel, here, kind):
     """Lays out the first steps of a panel, which nothing went before."""
     begin, row, depth, strips = panel
@@ -134,7 +134,7 @@ def add_panel(inputs, ends, panel, after, here, there, sums, kind):
     return here, there
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def two_rooms():
     """Memory for two panels, and where they begin."""
     memory = np.empty(2 * PANEL * STRIP + LINE // 4, np.float32)
@@ -142,7 +142,7 @@ def two_rooms():
     return memory, here, here + 4 * PANEL * STRIP
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def swiglu_of_many(x, gate, up, down, outputs, slots):
     """`kernels.swiglu` of `MANY` tokens or more; sizes are multiples of `vectors.ROWS` and `COLUMNS`."""
     tokens, width = x.shape
@@ -172,7 +172,7 @@ def swiglu_of_many(x, gate, up, down, outputs, slots):
     memory[0] = 0  # kept until here
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def multiply_many(x, weights, outputs, start, first, last):
     """`x [M, K] @ weights [K, N]` into the columns `first` to `last` of `outputs`, from row `start` on."""
     ends, sums = shared_out(len(x)), np.empty((len(x), APART), np.float32)

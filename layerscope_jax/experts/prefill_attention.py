@@ -27,7 +27,7 @@ BLOCK = 128
 """Queries of a key head that are computed at once."""
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def seen(bounds, start, end):
     """The first and last position that tokens from `start` to `end` see, at the edges of strips."""
     first, last = 2**31 - 1, 0
@@ -37,7 +37,7 @@ def seen(bounds, start, end):
     return first // COLUMNS * COLUMNS, (last + COLUMNS - 1) // COLUMNS * COLUMNS
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def attend_block(queries, keys, values, bounds, start, end, head, groups, outputs):
     """Tokens from `start` to `end` see keys [D, P] and values [P, D] within their bounds [S, 2].
 
@@ -86,7 +86,7 @@ def attend_block(queries, keys, values, bounds, start, end, head, groups, output
     memory[0] = 0  # kept until here
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def weigh_within(scores, first, last, kind):
     """Scores to their softmax from `first` to `last`; zeros elsewhere."""
     if first < last:

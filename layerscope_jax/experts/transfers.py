@@ -77,9 +77,9 @@ class Transfers:
     A chunk that has begun is finished. A prefetch chunk begins only when no demand waits and nothing else is
     on the link, so a demand load waits for at most one prefetch chunk. Demand chunks overlap by one, which
     hides the start of each copy; unless the link is paced, they begin while fewer than `AHEAD_BYTES` are on
-    it (within main memory `WITHIN_BYTES`), and on an accelerator prefetch chunks too. A failed chunk is tried again; an expert whose copy fails
-    for good is left where it was, and only whoever waits for it hears of it. No call waits without end for a
-    copy that does not end.
+    it (within main memory `WITHIN_BYTES`), and on an accelerator prefetch chunks too. A failed chunk is tried
+    again; an expert whose copy fails for good is left where it was, and only whoever waits for it hears of
+    it. No call waits without end for a copy that does not end.
 
     Args:
         bank: where experts come from.
@@ -90,7 +90,8 @@ class Transfers:
 
     Attributes:
         stats: what the link did.
-        within: whether copies are unpaced and within main memory: they take the time of the CPU that computes.
+        within: whether copies are unpaced and within main memory: they take the time of the CPU that
+            computes.
         ahead, prefetch_ahead: bytes on the link until which chunks of demands begin, and of prefetches.
         sharding: of what has arrived.
     """

@@ -28,15 +28,15 @@ class OracleState:
         costs, geometry: of machine and model.
         wanted: for each turn (a layer of a step), the experts that the device should compute if it had them
             all, most tokens first.
-        next_turn: [S + 1, L, E] the first turn, from each step on, that an expert is wanted in; the number of
-            turns if there is none.
+        next_turn: [S + 1][L][E] the first turn, from each step on, that an expert is wanted in; the number of
+            turns if there is none. Lists, as numbers are taken out of them one by one.
         queue: what was put on the link, in order.
     """
 
     costs: HardwareProfile
     geometry: Geometry
     wanted: tuple[tuple[int, ...], ...]
-    next_turn: np.ndarray
+    next_turn: list[list[list[int]]]
     queue: tuple[ExpertId, ...] = ()
 
 
@@ -78,7 +78,7 @@ class Oracle:
             device = balance(at_once, demand, (), loads=len(demand)).device
             wanted.append(tuple(device))
             turns[step, layer, device] = turn
-        next_turn = np.minimum.accumulate(turns[::-1])[::-1]
+        next_turn = np.minimum.accumulate(turns[::-1])[::-1].tolist()
         return OracleState(costs, geometry, tuple(wanted), next_turn)
 
     def plan(self, state: OracleState, seen: Observation) -> tuple[OracleState, LayerPlan]:
@@ -118,8 +118,8 @@ class Oracle:
         """Residents that this layer does without, with their next turns, the farthest first."""
         this_step, next_step = state.next_turn[seen.step], state.next_turn[seen.step + 1]
         idle = [e for e in seen.resident if e.layer != seen.layer or e.expert not in seen.demand]
-        turns = [(e, int((this_step if e.layer > seen.layer else next_step)[e])) for e in idle]
-        return sorted(turns, key=lambda found: (-found[1], found[0]))
+        turns = [-(this_step if e.layer > seen.layer else next_step)[e.layer][e.expert] for e in idle]
+        return [(e, -turn) for turn, e in sorted(zip(turns, idle, strict=True))]
 
     def _prefetch(
         self,

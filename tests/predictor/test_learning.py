@@ -57,7 +57,7 @@ def run(finished, tmp_path):
 
 
 def config(trace, out, **changes):
-    given = {"look_ahead": 2, "epochs": 6, "batch": 64, "save_every": 7} | SMALL
+    given = {"look_ahead": 2, "epochs": 4, "batch": 64, "save_every": 20} | SMALL
     return TrainConfig(traces=trace.folder, out=out, **(given | changes))
 
 

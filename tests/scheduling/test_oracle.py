@@ -65,7 +65,7 @@ def test_no_harm_is_done_for_a_prefetch(seed, slots):
     run(counts, slots, costs, resident, policy, record=plans.append)
 
     def turn(expert, plan):
-        return known[plan.step + (expert.layer <= plan.layer)][expert]
+        return known[plan.step + (expert.layer <= plan.layer)][expert.layer][expert.expert]
 
     for plan in plans:
         # The first to leave made room for loads, which are needed now.
