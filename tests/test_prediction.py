@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixed_forecasts import Fixed, Noise
 from helpers import TINY, random_decoder, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,8 @@ from layerscope_jax import Engine, Geometry, Model, Observation, OffloadConfig
 from layerscope_jax.forecasts import Forecasts, counted_rows, expected_tokens
 from layerscope_jax.prediction import PREDICTORS, NextGate, Popularity, PreviousToken, make_predictor
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # bits are the business of test_exactness.py
+
 GEOMETRY = Geometry(num_layers=3, num_experts=8, experts_per_token=2, expert_bytes=1, slots=8)
 PROMPTS = [[5, 20, 7], [17], list(range(30, 44)), [9, 9, 9, 50, 3]]
 BUDGET = 10 * 3 * 4 * 32 * 20  # ten experts of the 24
@@ -19,38 +22,6 @@ BUDGET = 10 * 3 * 4 * 32 * 20  # ten experts of the 24
 
 def seen(layer, demand, step=0):
     return Observation(step=step, layer=layer, phase="decode", demand=demand, resident=(), in_flight=())
-
-
-class Fixed:
-    """Says the same of every token. The value is data: all of them share their programs."""
-
-    name = "fixed"
-    look_ahead = 2
-
-    def __init__(self, value):
-        self.value = value
-
-    def __eq__(self, other):
-        return type(self) is type(other)
-
-    def __hash__(self):
-        return hash(type(self))
-
-    def __str__(self):  # a test's name is the same in every process
-        return f"{type(self).__name__}({self.value})"
-
-    def bind(self, model):
-        shape = (self.look_ahead, 1, model.config.num_experts)
-        return [jnp.full(shape, self.value, jnp.float32)] * model.config.num_layers
-
-    def predict(self, params, inputs, experts, weights):
-        return jnp.broadcast_to(params, (self.look_ahead, inputs.shape[0], params.shape[2]))
-
-
-class Noise(Fixed):
-    def predict(self, params, inputs, experts, weights):
-        shape = (self.look_ahead, inputs.shape[0], params.shape[2])
-        return 5.0 * jax.random.normal(jax.random.key(experts[0, 0]), shape)
 
 
 def generated(model, **changes):
@@ -83,26 +54,6 @@ def test_no_token_depends_on_a_forecast(predictor, dtype):
     values = np.array([forecast for _, forecast in forecasts if forecast])
     assert np.isfinite(values).all()
     assert (values >= 0).all()
-
-
-def test_logits_have_the_same_bits_with_a_predictor_and_without():
-    """The forecast is computed inside the layer's own program, which it must not change."""
-    model, bits = random_model(), []
-    for predictor in (None, "gate", Noise(0.0)):
-        config = OffloadConfig(device_budget=BUDGET, policy="fate", numerics="exact", predictor=predictor)
-        with Engine(model, config) as engine:
-            step, found = engine.runner.step, []
-
-            def keeps(*inputs, step=step, found=found):
-                tokens, logits, caches = step(*inputs)
-                found.append(np.asarray(logits))
-                return tokens, logits, caches
-
-            engine.runner.step = keeps
-            engine.generate(PROMPTS, max_new_tokens=4)
-        bits.append(np.stack([logits.view(np.uint32) for logits in found]))
-    np.testing.assert_array_equal(bits[0], bits[1])
-    np.testing.assert_array_equal(bits[0], bits[2])
 
 
 def test_the_gate_foresees_all_where_nothing_comes_between():
