@@ -250,6 +250,10 @@ class Engine:
         """
         if not is_integer(prompt_tokens) or prompt_tokens < 1:
             raise ValueError(f"prompt_tokens must be a whole number, 1 or more, got {prompt_tokens!r}")
+        if prompt_tokens >= (context := self.model.config.max_positions):
+            raise ValueError(
+                f"prompt_tokens must be less than the model's context of {context}, got {prompt_tokens}"
+            )
         request = Request(
             prompt=[0] * prompt_tokens,
             max_new_tokens=new_tokens,

@@ -120,6 +120,6 @@ def read_documents(path: Path) -> list[Document]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{path}, line {number}: expected {{"id": ..., "text": ...}}, got {line[:60]!r}; '
-                "delete the file and build the corpus again"
+                "every line is to be one such JSON object"
             ) from error
     return documents
