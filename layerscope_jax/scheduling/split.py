@@ -9,6 +9,7 @@ import numpy as np
 
 from layerscope_jax.njit import njit
 from layerscope_jax.scheduling.costs import Curves, HardwareProfile, ms_of
+from layerscope_jax.scheduling.lowest import lowest
 
 
 class Split(NamedTuple):
@@ -94,7 +95,13 @@ def balance(
 @njit(cache=True, nogil=True)
 def ordered(experts: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Experts and their tokens, most tokens first; ties by number."""
-    order = np.argsort(experts - tokens * (experts.max() + 1)) if len(experts) else experts
+    number = 1
+    for expert in experts:
+        number = max(number, expert + 1)
+    keys = np.empty(len(experts))
+    for place in range(len(experts)):
+        keys[place] = experts[place] - tokens[place] * number
+    order = lowest(keys, len(keys))
     return experts[order], tokens[order]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from layerscope_jax.njit import njit
 from layerscope_jax.scheduling.costs import Curves, ms_of
+from layerscope_jax.scheduling.lowest import lowest
 from layerscope_jax.scheduling.split import ordered, share_out
 
 MEMORY = 512
@@ -107,10 +108,13 @@ def decide(
     wishes, saves = wish(books, turn, coming_saves) if turn.move else nothing()
     spare, worth = leaving(books, turn, coming_saves, experts, on_link) if turn.move else nothing()
 
+    # One by one: for an array into places of another numba compiles messages about shapes, for seconds.
     place = np.full(number, -1)
-    place[experts] = np.arange(len(experts))
+    for index in range(len(experts)):
+        place[experts[index]] = index
     arrival = np.full(len(experts), np.inf)
-    arrival[place[coming]] = coming_ms
+    for index in range(len(coming)):
+        arrival[place[coming[index]]] = coming_ms[index]
     resident = books.present[layer][experts] & ~on_link[layer * number + experts]
     device, load, host, device_ms, host_ms, moved = share_out(
         curves,
@@ -162,12 +166,12 @@ def decide(
     return experts[device], experts[host], experts[load], prefetch, evict
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def nothing() -> tuple[np.ndarray, np.ndarray]:
     return np.empty(0, np.int64), np.empty(0)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def remember(popularity: np.ndarray, experts: np.ndarray, tokens: np.ndarray, rows: float) -> None:
     """Changes a layer's mean tokens [E] by token of the step after its turn with so many `rows`."""
     weight = rows / (rows + MEMORY) if popularity.any() else 1.0
@@ -186,7 +190,7 @@ def saved_ms(curves: Curves, expected: np.ndarray, price: float) -> np.ndarray:
     return saves
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def device_price(curves: Curves, moved: int) -> float:
     """The price at which the host does as well with the busiest expert that the device gave away."""
     if not moved:
@@ -195,7 +199,7 @@ def device_price(curves: Curves, moved: int) -> float:
     return host_ms / (host_ms + ms_of(moved, curves.device))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def foresee(curves: Curves, books: Books, turn: Turn, forecast: np.ndarray) -> np.ndarray:
     """[W, E] what each expert of the coming layers saves; by their popularity where there is no forecast.
 
@@ -211,7 +215,7 @@ def foresee(curves: Curves, books: Books, turn: Turn, forecast: np.ndarray) -> n
     return saves
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def wish(books: Books, turn: Turn, saves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Absent experts of the coming layers, flat, and the ms that each saves, most first."""
     layers, number = books.present.shape
@@ -228,7 +232,7 @@ def wish(books: Books, turn: Turn, saves: np.ndarray) -> tuple[np.ndarray, np.nd
     return wishes[first], -losses[first]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def leaving(
     books: Books, turn: Turn, saves: np.ndarray, experts: np.ndarray, on_link: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -251,48 +255,7 @@ def leaving(
     return residents[first], worths[first]
 
 
-@njit(cache=True, nogil=True)
-def lowest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` lowest values, lowest first, ties by place. From the twelfth digit on all ties.
-
-    A heap of the lowest so far, highest on top: few of many are wanted, and most are looked at once. Value
-    and place are one integer, since comparing costs more than all else here.
-    """
-    size, bits = min(count, len(values)), 1
-    while len(values) >> bits:
-        bits += 1
-    heap = np.empty(size, np.int64)
-    keys = (values + 0.0).view(np.int64)  # rises with the value where that is not negative; -0.0 is not 0
-    for place in range(len(values)):
-        key = keys[place] ^ (keys[place] >> 63 & 0x7FFFFFFFFFFFFFFF)
-        key = (key >> bits << bits) | place
-        if place < size:
-            heap[place] = key
-            if place == size - 1:
-                for root in range(size // 2 - 1, -1, -1):
-                    sink(heap, size, root, heap[root])
-        elif size and key < heap[0]:
-            sink(heap, size, 0, key)
-    for last in range(size - 1, 0, -1):
-        key, heap[last] = heap[last], heap[0]
-        sink(heap, last, 0, key)
-    return heap & ((1 << bits) - 1)
-
-
-@njit(cache=True, nogil=True)
-def sink(heap: np.ndarray, size: int, root: int, key: int) -> None:
-    """Puts a key at a heap's `root`, or below it, where it belongs."""
-    child = 2 * root + 1
-    while child < size:
-        child += child + 1 < size and heap[child] < heap[child + 1]
-        if heap[child] <= key:
-            break
-        heap[root] = heap[child]
-        root, child = child, 2 * child + 1
-    heap[root] = key
-
-
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def link_price(saves: np.ndarray, worth: np.ndarray, free: int, fitting: int) -> float:
     """What a load must gain: what leaves for it, and the prefetch that it holds up."""
     price = 0.0 if free > 0 or not len(worth) else worth[0]
@@ -303,7 +266,7 @@ def link_price(saves: np.ndarray, worth: np.ndarray, free: int, fitting: int) ->
     return price
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def until_turn(span_ms: np.ndarray, layer: int, other_ms: float) -> np.ndarray:
     """[L] ms from the next plan until each layer's turn."""
     due, total = np.empty(len(span_ms)), 0.0

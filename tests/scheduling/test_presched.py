@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from policy_runs import Device, follow, geometry
 
 from layerscope_jax import ExpertId, Geometry, HardwareProfile, TimeTable
+from layerscope_jax.scheduling.lowest import lowest
 from layerscope_jax.scheduling.presched import PreSched
-from layerscope_jax.scheduling.weighing import lowest
 from layerscope_jax.simulation import Workload, simulate
 
 COSTS = HardwareProfile(
