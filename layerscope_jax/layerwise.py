@@ -197,7 +197,7 @@ class LayerByLayer:
         while missing:
             self._await(done, began)
             # A few at a time: the last few wait for each other a little, the rest cost fewer dispatches.
-            # Where the CPU that computes is at copying, nothing is gained by computing beside it.
+            # Where copying takes the same cores, nothing was gained by computing beside it (`NOTES.md`).
             few = len(missing) if self.transfers.within else min(len(missing), ARRIVALS)
             self.transfers.wait([ExpertId(layer, e) for e in missing], few)
             began = time.perf_counter()

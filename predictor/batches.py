@@ -134,30 +134,23 @@ class Batching:
 
     def sums(self, phase: Phase, *values: jax.Array) -> list[dict[int, np.ndarray]]:
         """Of each of some values [N, E]: size -> [G, E] sums over each of the batches of a phase."""
-        return jax.device_get(_sums(values, *self._members[phase]))
+        units = jnp.asarray(self.prompts) if phase == "prefill" else None
+        return jax.device_get(_sums(values, units, self._members[phase]))
 
     @cached_property
-    def _members(self) -> dict[Phase, tuple[jax.Array | None, dict[int, jax.Array]]]:
-        """For each phase the rows of a unit, if it is not one row, and size -> [G, B] units of each batch."""
-        units: dict[Phase, jax.Array | None] = {"decode": None, "prefill": jnp.asarray(self.prompts)}
-        return {
-            phase: (
-                rows,
-                {
-                    size: jnp.asarray(batches.members)
-                    for (its_phase, size), batches in self.formed.items()
-                    if its_phase == phase
-                },
-            )
-            for phase, rows in units.items()
-        }
+    def _members(self) -> dict[Phase, dict[int, jax.Array]]:
+        """Phase -> size -> [G, B] members of each batch, on the device."""
+        found: dict[Phase, dict[int, jax.Array]] = {"decode": {}, "prefill": {}}
+        for (phase, size), batches in self.formed.items():
+            found[phase][size] = jnp.asarray(batches.members)
+        return found
 
 
 @jax.jit
 def _sums(
     values: tuple[jax.Array, ...], units: jax.Array | None, members: dict[int, jax.Array]
 ) -> list[dict[int, jax.Array]]:
-    """In one call, as a scorecard needs thousands of them."""
+    """In one call, as a scorecard needs thousands of them; with `units` [U, M] members are of these."""
     if units is not None:
         values = tuple(batch_sum(value, units) for value in values)
     return [{size: batch_sum(value, rows) for size, rows in members.items()} for value in values]

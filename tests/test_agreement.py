@@ -10,8 +10,6 @@ from helpers import PROFILE, random_model
 from layerscope_jax import Engine, OffloadConfig, Request, layerwise, load
 from layerscope_jax.experts.executors import DeviceExperts
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")  # bits are the business of test_exactness.py
-
 GOLDEN = sorted(file.parent for file in (Path(__file__).parent / "golden").glob("*/golden.npz"))
 
 
@@ -34,6 +32,7 @@ def test_the_engine_agrees_with_hugging_face(folder):
     assert result.stats.peak_expert_bytes <= budget < model.bank.total_bytes
 
 
+@pytest.mark.usefixtures("quick_compiles")  # the tests above run what users run
 @pytest.mark.parametrize("policy", ["fiddler", "host-only", "lru"])
 def test_what_an_accelerator_runs_gives_the_same_tokens(monkeypatch, policy):
     """Rows that stay on the device, and the host's put among them."""

@@ -8,7 +8,7 @@ from helpers import random_model
 from layerscope_jax import Engine, OffloadConfig, Request
 from layerscope_jax.resident import ResidentOnCpu
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # bits are the business of test_exactness.py
 
 SHAPES = {"float32": {}, "bfloat16": {"hidden_size": 64, "expert_hidden": 96, "head_dim": 32}}
 

@@ -85,7 +85,7 @@ def add_product(x, weights, first, last, sums, kind):
     add_rows(x, weights, high, first, first + wide, sums, kind)
     if high < depth:
         add_rest(x[:, high:], weights[high:, first : first + wide], sums[:, :wide])
-    if wide < columns:
+    if wide < columns:  # all of x as a slice, the same kind of array as above: it compiles once
         add_rest(x[:, 0:], weights[:, first + wide : last], sums[:, wide:columns])
 
 

@@ -98,7 +98,7 @@ def ordered(experts: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.nda
     number = 1
     for expert in experts:
         number = max(number, expert + 1)
-    keys = np.empty(len(experts))
+    keys = np.empty(len(experts))  # whole numbers, far smaller than those that `lowest` takes for equal
     for place in range(len(experts)):
         keys[place] = experts[place] - tokens[place] * number
     order = lowest(keys, len(keys))

@@ -2,12 +2,13 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax import HardwareProfile, TimeTable
-from layerscope_jax.scheduling.split import balance
+from layerscope_jax.scheduling.split import balance, ordered
 
 COSTS = HardwareProfile(
     host_ms=TimeTable((1, 8), (1.0, 8.0)),
@@ -90,3 +91,12 @@ def test_a_load_must_gain_what_it_is_told_to():
     ]  # 16 ms on the host, then 8, then 5 on the device
     assert balance(COSTS, demand, (), loads=2, worth_ms=3.5).load == [0]
     assert balance(COSTS, demand, (), loads=2, worth_ms=8.1).load == []
+
+
+@given(st.dictionaries(st.integers(0, 511), st.integers(1, 2**20), max_size=64))
+@settings(deadline=None)
+def test_experts_are_ordered_by_tokens_and_number(demand):
+    experts, tokens = ordered(np.array([*demand], np.int64), np.array([*demand.values()], np.int64))
+    expected = sorted(demand, key=lambda expert: (-demand[expert], expert))
+    assert experts.tolist() == expected
+    assert tokens.tolist() == [demand[expert] for expert in expected]
