@@ -21,7 +21,6 @@ from layerscope_jax.config import OffloadConfig, parse_bytes
 from layerscope_jax.detokenize import continuation
 from layerscope_jax.experts.cpu import WorkStats, default_threads
 from layerscope_jax.experts.executors import HostExperts
-from layerscope_jax.experts.inside import Inside
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, Transfers
 from layerscope_jax.forecasts import Forecasts
@@ -138,14 +137,8 @@ class Engine:
             self._close()
             raise
         self._geometry, self._costs = geometry, profile
-        one_jit = everything and config.numerics == "fast" and on_cpu
-        if one_jit and Inside.is_possible(host.cpu, bank.dtype):
-            rooms.append(Inside(host.cpu, bank.dtype, host.everything()))
-            self.runner = ResidentOnCpu(
-                model, self.policy, state, residency, transfers, host, forecasts, inside=rooms[-1]
-            )
-        else:
-            self.runner = LayerByLayer(model, self.policy, state, residency, transfers, host, forecasts)
+        runner = ResidentOnCpu if everything and host.inside is not None else LayerByLayer
+        self.runner = runner(model, self.policy, state, residency, transfers, host, forecasts)
         if everything:
             self.runner.preload()
 

@@ -18,7 +18,7 @@ from flax import nnx
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.attention import our_loops
-from layerscope_jax.experts.compute import combine
+from layerscope_jax.experts.combining import combine
 from layerscope_jax.experts.cpu import WorkStats
 from layerscope_jax.experts.executors import HostExperts, SharedExperts, device_experts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
@@ -50,7 +50,8 @@ class LayerByLayer:
         decoded: takes the demand of each layer of each decode step, if not None.
         tap: is given each layer's number, the inputs [T, D] of its experts, the chosen experts [T, K] and
             their weights [T, K], if not None.
-        table: with which dense products and attention go by our own loops (`Inside`), if not None.
+        table: with which dense products and attention go by our own loops (`Inside`); None where they are
+            XLA's.
     """
 
     mode = "layers"
@@ -78,7 +79,8 @@ class LayerByLayer:
         self.record: Callable[[LayerPlan], None] | None = None
         self.decoded: list[dict[int, int]] | None = None
         self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
-        self.table: jax.Array | None = None
+        inside = host_experts.inside
+        self.table = None if inside is None else jax.device_put(inside.table, model.device)
         self._no_weights: dict[int, jax.Array] = {}
         self._settled = True  # whether the books agree with the link
         self._planned_at: float | None = None  # when the layer before was planned, within a step
@@ -368,7 +370,7 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def attend_and_route(layer, state, positions, cache, forecast_params, number, counted, table=None):
-        hidden = add_experts(*state)
+        hidden = add_experts(*state, table)
         with our_loops(table):
             hidden, inputs, routing, cache = layer_of(layer).attend_and_route(hidden, positions, cache)
         expected = None
@@ -382,7 +384,7 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
 
     @jax.jit
     def finish(ends, state, positions, last, sampling, table=None):
-        hidden = add_experts(*state)
+        hidden = add_experts(*state, table)
         rows = jnp.arange(hidden.shape[0])
         with our_loops(table):
             logits = ends_of(ends).next_logits(hidden, last)
@@ -391,8 +393,8 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
     return Programs(embed, attend_and_route, finish)
 
 
-def add_experts(hidden: jax.Array, outputs: jax.Array, weights: jax.Array) -> jax.Array:
+def add_experts(
+    hidden: jax.Array, outputs: jax.Array, weights: jax.Array, table: jax.Array | None
+) -> jax.Array:
     """[B, S, D] with the rows of `Between` added."""
-    tokens, choices = weights.shape
-    parts = outputs[:-1].reshape(tokens, choices, -1)
-    return combine(hidden.reshape(tokens, -1), parts, weights).reshape(hidden.shape)
+    return combine(table, hidden.reshape(len(weights), -1), outputs, weights).reshape(hidden.shape)

@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts import inside
 from layerscope_jax.experts.attention import our_loops
-from layerscope_jax.experts.compute import combine
-from layerscope_jax.experts.inside import Inside
-from layerscope_jax.layerwise import LayerByLayer, dense_parts
+from layerscope_jax.layerwise import LayerByLayer, add_experts, dense_parts
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.sampling import Sampling, sample
 
@@ -30,11 +29,13 @@ class ResidentOnCpu(LayerByLayer):
 
     mode = "decode"
 
-    def __init__(self, model: Model, *others: Any, inside: Inside):
+    def __init__(self, model: Model, *others: Any):
         super().__init__(model, *others)
+        inside = self.host_experts.inside
+        assert inside is not None
         self.inside = inside
-        self._tables = [jax.device_put(table, model.device) for table in inside.tables]
-        self.table = self._tables[0]
+        self._experts = self.host_experts.everything()  # whose memory the tables name
+        self._tables = [jax.device_put(inside.table_of(layer), model.device) for layer in self._experts]
         self._decode = decode_program(model.config, model.bank.dtype, inside.target)
 
     def step(
@@ -72,7 +73,15 @@ class ResidentOnCpu(LayerByLayer):
         self.inside.check_open()
         positions, last, caches, sampling = others
         return self._decode(
-            self._layers, self._ends, self._tables, tokens, positions, last, list(caches), sampling
+            self._layers,
+            self._ends,
+            self.table,
+            self._tables,
+            tokens,
+            positions,
+            last,
+            list(caches),
+            sampling,
         )
 
 
@@ -85,6 +94,7 @@ def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callabl
     def run(
         layers: Sequence[Any],
         ends: Any,
+        table: jax.Array,
         tables: Sequence[jax.Array],
         tokens: jax.Array,
         positions: jax.Array,
@@ -94,15 +104,20 @@ def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callabl
     ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
         decoder = ends_of(ends)
         hidden, active = decoder.embed(tokens), (positions != PAD_POSITION).reshape(-1)
+        choices = (len(tokens), config.experts_per_token)
+        # As one layer a program begins: with no experts' rows yet.
+        rows = jnp.zeros((choices[0] * choices[1], hidden.shape[-1]), hidden.dtype)
+        weights = jnp.zeros(choices, jnp.float32)
         found = []
-        with our_loops(tables[0]):
-            for params, table, cache in zip(layers, tables, caches, strict=True):
+        with our_loops(table):
+            for params, lies, cache in zip(layers, tables, caches, strict=True):
+                hidden = add_experts(hidden, rows, weights, table)
                 hidden, inputs, routing, cache = layer_of(params).attend_and_route(hidden, positions, cache)
                 with jax.named_scope("experts"):
-                    rows = inside.rows(target, inputs, routing.experts, active, table)
-                    flat = combine(hidden.reshape(inputs.shape), rows, routing.weights)
-                    hidden = flat.reshape(hidden.shape)
+                    rows = inside.rows(target, inputs, routing.experts, active, lies)
+                weights = routing.weights
                 found.append(cache)
+            hidden = add_experts(hidden, rows, weights, table)
             logits = decoder.next_logits(hidden, last)
         return sample(logits, positions[np.arange(len(tokens)), last] + 1, sampling), logits, found
 

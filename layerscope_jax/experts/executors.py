@@ -20,6 +20,7 @@ from layerscope_jax.experts.bank import ExpertBank
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, expert_rows, kernel_of
 from layerscope_jax.experts.grouping import Assignments, next_power
+from layerscope_jax.experts.inside import Inside
 from layerscope_jax.scheduling.plan import ExpertId
 
 SIZES = 2
@@ -211,6 +212,8 @@ class HostExperts:
 
     Attributes:
         cpu: what computes.
+        inside: with which programs on a CPU go through the same loops; None where they cannot, or where
+            the device is an accelerator.
     """
 
     def __init__(self, bank: ExpertBank, device: jax.Device, threads: int, shares_inputs: bool = False):
@@ -221,6 +224,8 @@ class HostExperts:
         self._closed = False
         self._shares_inputs = shares_inputs
         self.cpu = CpuExperts(threads, kernel_of(bank.dtype, *bank.layers[0][0].gate.shape))
+        possible = shares_inputs and Inside.is_possible(self.cpu, bank.dtype)
+        self.inside = Inside(self.cpu, bank.dtype) if possible else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
 
     def start(
@@ -239,6 +244,8 @@ class HostExperts:
         self._closed = True
         self._thread.shutdown(cancel_futures=True)
         self.cpu.close()
+        if self.inside is not None:
+            self.inside.close()
 
     def compute(
         self, outputs: np.ndarray, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]

@@ -31,7 +31,7 @@ KIND, METADATA, VERSION = 8, 24, 24
 ASKS_VERSION, MAJOR, MINOR = 1, 0, 1
 
 FACTS = 3
-"""Numbers of a table before its addresses (`Inside.tables`)."""
+"""Numbers of a layer's table before its addresses (`Inside.table_of`)."""
 
 
 @njit(cache=True, nogil=True)
@@ -177,32 +177,26 @@ def experts_target(kernel: Kernel, dtype: np.dtype) -> str | None:
 
 
 class Inside:
-    """What a program needs to compute the experts of one model, and to multiply with its other weights.
+    """What a program needs to compute with our own loops: a crew of threads, and where a model's experts lie.
 
     Args:
-        cpu: what would compute them outside: how, and by how many threads.
+        cpu: what would compute experts outside: how, and by how many threads.
         dtype: of the experts.
-        layers: every expert of every layer.
 
     Attributes:
         target: XLA's name for the function of experts.
-        tables: [layer][2 * (FACTS + 3 E)] uint32, int64 in two words each: where the crew's memory is, F,
-            tokens of an expert at a time, and where each matrix lies.
+        table: [2] uint32, an int64 in two words: where the crew's memory is. It is all that products and
+            attention need.
     """
 
-    def __init__(self, cpu: CpuExperts, dtype: np.dtype, layers: Sequence[Sequence[InMemory]]):
+    def __init__(self, cpu: CpuExperts, dtype: np.dtype):
         assert cpu.kernel is not None
         found = experts_target(cpu.kernel, dtype)
         assert found is not None
         self.target = found
+        self._piece = cpu.kernel.piece
         self._crew = Crew(cpu.threads - 1)
-        self._layers = layers  # whose memory the tables name
-        self.tables = []
-        for experts in layers:
-            addresses = np.frombuffer(b"".join(expert.addresses for expert in experts), np.int64)
-            hidden = experts[0].arrays.gate.shape[1]
-            table = np.array([self._crew.pool.ctypes.data, hidden, cpu.kernel.piece, *addresses], np.int64)
-            self.tables.append(table.view(np.uint32))
+        self.table = np.array([self._crew.pool.ctypes.data], np.int64).view(np.uint32)
         self.check_open, self.close = self._crew.check_open, self._crew.close
 
     @staticmethod
@@ -211,6 +205,18 @@ class Inside:
         if cpu.kernel is None or platform.system() != "Linux":
             return False
         return experts_target(cpu.kernel, dtype) is not None
+
+    def table_of(self, experts: Sequence[InMemory]) -> np.ndarray:
+        """[2 * (FACTS + 3 E)] uint32 for a layer: `table`, then F, tokens of an expert at a time, and where
+        each matrix lies.
+
+        Args:
+            experts: of the layer; their memory must outlive every program that is given the table.
+        """
+        addresses = np.frombuffer(b"".join(expert.addresses for expert in experts), np.int64)
+        hidden = experts[0].arrays.gate.shape[1]
+        facts = [self._crew.pool.ctypes.data, hidden, self._piece]
+        return np.array([*facts, *addresses], np.int64).view(np.uint32)
 
     def take_counts(self) -> tuple[int, int]:
         """Experts and assignments computed since the last time."""
@@ -228,11 +234,10 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
         inputs: [T, D].
         experts: [T, K] int32.
         active: [T] bool: the rows of the others are zeros.
-        table: of the layer.
+        table: of the layer (`Inside.table_of`).
 
     Returns:
-        [T, K, D].
+        [T * K, D].
     """
     shape = jax.ShapeDtypeStruct((experts.size, inputs.shape[1]), inputs.dtype)
-    found = jax.ffi.ffi_call(name, shape)(inputs, experts, active, table)
-    return found.reshape(*experts.shape, -1)
+    return jax.ffi.ffi_call(name, shape)(inputs, experts, active, table)
