@@ -127,7 +127,7 @@ def race(
 
 def config_of(policy: str, model: Model, options: Options) -> OffloadConfig:
     if policy == RESIDENT:
-        return OffloadConfig()
+        return OffloadConfig(numerics="fast")
     budget = model.bank.total_bytes * options.budget // 100
     return OffloadConfig(device_budget=budget, policy=policy, link_bandwidth=options.link)
 

@@ -33,7 +33,7 @@ from benchmarks.hf_peer import HFPeer
 from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.random_models import random_decoder, shapes
 from benchmarks.vllm_peer import VLLMPeer
-from layerscope_jax import Engine, load, save
+from layerscope_jax import Engine, OffloadConfig, load, save
 
 SHAPE = "mixtral-444m"
 PARTS = ("prefill", "decode")
@@ -75,7 +75,7 @@ class Field:
         self.vocabulary = model.config.vocab_size
         self.new_tokens = options.new_tokens
         self.versions: dict[str, str] = {}
-        self.engine = stack.enter_context(Engine(model))
+        self.engine = stack.enter_context(Engine(model, OffloadConfig(numerics="fast")))
         self.llama: LlamaCpp | None = None
         self.vllm: VLLMPeer | None = None
         self.hf: HFPeer | None = None

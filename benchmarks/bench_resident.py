@@ -24,7 +24,7 @@ from benchmarks import harness
 from benchmarks.hf_peer import EXPERTS, HFPeer, find_python
 from benchmarks.jitted_loop import JittedLoop
 from benchmarks.random_models import random_decoder, shapes
-from layerscope_jax import Engine, load, save
+from layerscope_jax import Engine, OffloadConfig, load, save
 from layerscope_jax.batching import batch_rows
 
 PARTS = ("prefill", "decode")
@@ -178,7 +178,7 @@ def main(options: Options) -> dict[str, Any]:
                 if python is not None:
                     peer = stack.enter_context(HFPeer(python, folder, threads))
                     record["versions"] |= peer.versions
-                engine = stack.enter_context(Engine(model))
+                engine = stack.enter_context(Engine(model, OffloadConfig(numerics="fast")))
                 loop = JittedLoop(model)
                 for batch in batches:
                     ids = np.random.default_rng(batch).integers(0, model.config.vocab_size, (batch, width))

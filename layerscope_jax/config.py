@@ -127,10 +127,11 @@ class OffloadConfig:
         link_bandwidth: bytes a second ("500MB") that copies to the device are paced to, or None for as fast
             as they go. The copies are real either way: it lets a machine without a slow link be measured as
             if it had one.
-        numerics: "fast" runs each step as one jitted function when every expert is resident on an
-            accelerator; "exact" always goes layer by layer, so that logits are bit for bit the same under
-            every budget, policy and plan (on one backend). On a CPU layer by layer is the faster way in any
-            case, and the two are the same.
+        numerics: "exact": logits are bit for bit the same under every budget, policy and plan, as long as one
+            backend computes. "fast" differs where everything is resident on an accelerator: each step is
+            one jitted function there, several times as fast, which XLA fuses in its own way, so that
+            logits agree to rounding and two tokens that score nearly the same may change places. On a CPU
+            the two are the same.
         profile: times of this machine, for policies that weigh costs: a file that `layerscope calibrate`
             wrote, a `MachineProfile` (both refused if they are of another machine or model) or bare times;
             measured roughly when needed if None.
@@ -150,7 +151,7 @@ class OffloadConfig:
     device_budget: str | int | None = None
     policy: str | Policy = "auto"
     link_bandwidth: str | int | None = None
-    numerics: Literal["fast", "exact"] = "fast"
+    numerics: Literal["exact", "fast"] = "exact"
     profile: HardwareProfile | MachineProfile | str | Path | None = field(default=None, repr=False)
     predictor: str | Predictor | History | None = field(default=None, repr=False)
     host_threads: int | None = None
@@ -161,8 +162,8 @@ class OffloadConfig:
             parse_bytes(self.device_budget, "device_budget")
         if self.link_bandwidth is not None and parse_bytes(self.link_bandwidth, "link_bandwidth") == 0:
             raise ValueError("link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
-        if self.numerics not in ("fast", "exact"):
-            raise ValueError(f"numerics must be 'fast' or 'exact', got {self.numerics!r}")
+        if self.numerics not in ("exact", "fast"):
+            raise ValueError(f"numerics must be 'exact' or 'fast', got {self.numerics!r}")
         if self.host_threads is not None and self.host_threads < 1:
             raise ValueError(f"host_threads must be 1 or more, got {self.host_threads}")
         if self.prefill_chunk < 16:

@@ -77,11 +77,11 @@ def verdict(report: dict[str, Any]) -> Text:
     if not report["exact"]:
         layers = (run for run in runs if run["mode"] == "layers")
         others = ", ".join(run["policy"] for run in layers if not run["same_tokens"])
-        same = Text(f"Other tokens than everything resident, layer by layer: {others}. ", style="red")
+        same = Text(f"Other tokens than everything resident: {others}. ", style="red")
     elif all(run["same_tokens"] for run in runs):
         same = Text(f"All {len(runs)} runs gave the same {tokens} tokens. ", style="green")
     else:
-        same = Text(f"All runs layer by layer gave the same {tokens} tokens; ", style="green")
+        same = Text(f"All runs gave the same {tokens} tokens; ", style="green")
         same += Text("one jit rounds differently and gave some others. ")
     late = [run["policy"] for run in runs if run["programs_compiled"]]
     how = "Each was warmed up first: no compilation is in the figures."

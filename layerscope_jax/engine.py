@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections import deque
@@ -39,6 +40,8 @@ from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Policy
 from layerscope_jax.statistics import RunStats
 from layerscope_jax.warmup import rehearsal
 from layerscope_jax.whole import WholeModel, new_caches
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -113,6 +116,12 @@ class Engine:
             self.policy: Policy = Resident()
             self.runner = WholeModel(model)
             return
+        if everything and WholeModel.is_faster_on(self.device):
+            logger.warning(
+                "every expert fits on %s: OffloadConfig(numerics='fast') runs a step as one program "
+                "there, several times as fast; its logits agree with those of other budgets to rounding",
+                self.device,
+            )
         self.policy = Resident() if everything else policy
         residency = Residency(self.budget_bytes, bank.expert_bytes)
         geometry = Geometry(

@@ -1,4 +1,4 @@
-"""Everything resident on a CPU: our loops compute all products, and a decode step is one jitted function."""
+"""Everything resident on a CPU: a decode step is one jitted function, with the bits of layers by themselves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from layerscope_jax.sampling import Sampling, sample
 
 
 class ResidentOnCpu(LayerByLayer):
-    """As `LayerByLayer` for prefills, and where plans or demand are to be recorded, but for who multiplies.
+    """As `LayerByLayer` for prefills, and where plans or demand are to be recorded.
 
     A prefill has so much arithmetic that Python between its layers does not count, and many shapes to
     compile.

@@ -90,6 +90,8 @@ def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) 
         noise = rng.standard_normal(shape)
         if path[-1] == "scale":
             values = 1 + 0.1 * noise
+        elif path[-1] == "bias":
+            values = 0.1 * noise
         else:
             inputs = shape[-1] if path[-1] == "embedding" else shape[-2]
             values = noise / np.sqrt(inputs) * (2 if "router" in path else 1)

@@ -21,7 +21,7 @@ def test_the_engine_agrees_with_hugging_face(folder):
     requests = [Request(prompt=row, max_new_tokens=64) for row in rows]
     requests += [Request(prompt=row[: len(row) // 2], max_new_tokens=1) for row in rows]
     budget = (model.bank.num_experts + 3) * model.bank.expert_bytes
-    with Engine(model, OffloadConfig(device_budget=budget, policy="lru", numerics="exact")) as engine:
+    with Engine(model, OffloadConfig(device_budget=budget, policy="lru")) as engine:
         logits = tap(engine)
         result = engine.generate(requests)
     row = np.tile(np.arange(len(rows)), 2)
@@ -38,7 +38,7 @@ def test_what_an_accelerator_runs_gives_the_same_tokens(monkeypatch, policy):
     """Rows that stay on the device, and the host's put among them."""
     model = random_model(num_layers=3, seed=12)
     prompts = [[1, 2, 3], list(range(16))]
-    with Engine(model, OffloadConfig(numerics="exact")) as engine:
+    with Engine(model) as engine:
         expected = engine.generate(prompts, max_new_tokens=9).tokens
     monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
     budget = model.bank.num_experts * model.bank.expert_bytes

@@ -31,8 +31,8 @@ def compiling():
 def test_generating_again_compiles_nothing(model, policy):
     config = {
         "host-only": OffloadConfig(device_budget=0, policy="host-only"),
-        "resident": OffloadConfig(numerics="exact"),
-        "whole": OffloadConfig(),
+        "resident": OffloadConfig(),
+        "whole": OffloadConfig(numerics="fast"),
     }[policy]
     with one_jit(policy == "whole"), Engine(model, config) as engine:
         first = engine.generate(PROMPTS, max_new_tokens=10)
@@ -42,7 +42,9 @@ def test_generating_again_compiles_nothing(model, policy):
 
 
 @pytest.mark.parametrize(
-    "config", [OffloadConfig(device_budget=0, policy="host-only"), OffloadConfig()], ids=["layers", "whole"]
+    "config",
+    [OffloadConfig(device_budget=0, policy="host-only"), OffloadConfig(numerics="fast")],
+    ids=["layers", "whole"],
 )
 def test_another_engine_of_the_model_compiles_nothing(model, config):
     with one_jit():
@@ -96,7 +98,7 @@ def random_prompts(seed, batch, prompt_tokens):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_after_a_warm_up_the_whole_model_compiles_nothing(temperature):
     model = random_model(num_layers=2, hidden_size=20, num_heads=2, head_dim=10, num_kv_heads=1)
-    with one_jit(), Engine(model) as engine:
+    with one_jit(), Engine(model, OffloadConfig(numerics="fast")) as engine:
         found = engine.warmup(batch_size=3, prompt_tokens=18, new_tokens=4, sampled=temperature > 0)
         # A prefill and a decode step; empty caches of two lengths and what is in them; rows put into slots;
         # settings of sampling are arrays of two types. Small programs may be there from another test.
@@ -128,7 +130,6 @@ def test_after_a_warm_up_no_layer_compiles_anything(policy, dtype):
     config = OffloadConfig(
         device_budget=None if policy == "resident" else 6 * model.bank.expert_bytes,
         policy=RandomPolicy() if policy == "random" else policy,
-        numerics="exact",
         profile=PROFILE,
     )
     batch, length = 4, 40

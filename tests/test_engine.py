@@ -38,7 +38,7 @@ def layers(model):
         ({"device_budget": True}, "device_budget must be a size"),
         ({"link_bandwidth": "fast"}, "link_bandwidth must be a size"),
         ({"link_bandwidth": 0}, "link_bandwidth must be more than 0"),
-        ({"numerics": "exactly"}, "numerics must be 'fast' or 'exact', got 'exactly'"),
+        ({"numerics": "exactly"}, "numerics must be 'exact' or 'fast', got 'exactly'"),
         ({"host_threads": 0}, "host_threads must be 1 or more, got 0"),
         (
             {"policy": "lru", "device_budget": "10 KB"},
@@ -61,7 +61,7 @@ def test_bad_configurations_are_refused(model, config, message):
 
 
 def test_statistics_of_a_resident_model(model):
-    with one_jit(), Engine(model) as engine:
+    with one_jit(), Engine(model, OffloadConfig(numerics="fast")) as engine:
         result = engine.generate(PROMPTS, max_new_tokens=5)
     stats = result.stats
     assert (stats.policy, stats.mode) == ("resident", "whole")
@@ -74,7 +74,7 @@ def test_statistics_of_a_resident_model(model):
     assert 0 < stats.ttft_s < stats.total_s
     assert 0 < stats.device_share <= 1
 
-    with Engine(model, OffloadConfig(numerics="exact")) as engine:
+    with Engine(model) as engine:
         exact = engine.generate(PROMPTS, max_new_tokens=5)
     assert exact.tokens == result.tokens
     assert (exact.stats.policy, exact.stats.mode) == ("resident", "layers")
@@ -151,8 +151,15 @@ def test_everything_fits_without_a_budget(model, policy, numerics):
         with one_jit(accelerator), Engine(model, OffloadConfig(policy=policy, numerics=numerics)) as engine:
             stats = engine.generate(PROMPTS, max_new_tokens=2).stats
         assert (stats.policy, stats.hit_rate, stats.bytes_moved) == ("resident", 1, 0)
-        fast = "whole" if accelerator else "decode"
-        assert stats.mode == (fast if numerics == "fast" else "layers")
+        assert stats.mode == ("whole" if accelerator and numerics == "fast" else "decode")
+
+
+def test_an_accelerator_that_holds_everything_is_told_of_the_faster_way(model, caplog):
+    for numerics, accelerator in [("exact", True), ("fast", True), ("exact", False)]:
+        caplog.clear()
+        with one_jit(accelerator):
+            Engine(model, OffloadConfig(numerics=numerics)).close()
+        assert ("numerics='fast'" in caplog.text) == (accelerator and numerics == "exact")
 
 
 @pytest.mark.parametrize("policy", ["host-only", HostOnly(), LRU()], ids=["host-only", "HostOnly()", "LRU()"])
@@ -175,11 +182,11 @@ def test_it_runs_on_the_models_device(tmp_path, numerics):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"numerics": "exact"}, {"policy": "host-only"}, {"policy": "lru", "device_budget": "60KiB"}],
+    [{"numerics": "fast"}, {}, {"policy": "host-only"}, {"policy": "lru", "device_budget": "60KiB"}],
     ids=["whole", "resident", "host-only", "lru"],
 )
 def test_a_closed_engine_says_so(model, config):
-    with one_jit(not config):
+    with one_jit("numerics" in config):
         engine = Engine(model, OffloadConfig(**config))
     stream = engine.stream([[1]], max_new_tokens=5)
     next(stream)
@@ -227,7 +234,7 @@ def interrupting(engine, monkeypatch, call=1):
 
 def test_an_interrupt_waits_for_no_queued_copies(model, monkeypatch):
     """On a link on which a layer's experts take a minute."""
-    expected = Engine(model, OffloadConfig(numerics="exact")).generate(PROMPTS, max_new_tokens=3).tokens
+    expected = Engine(model).generate(PROMPTS, max_new_tokens=3).tokens
     config = OffloadConfig(
         device_budget=9 * model.bank.expert_bytes, policy="lru", link_bandwidth=model.bank.expert_bytes // 8
     )
@@ -263,7 +270,7 @@ def test_a_link_that_broke_is_not_tried_for_all_that_is_queued(model):
 
 
 def test_an_interrupt_while_queueing_hangs_nobody(model, monkeypatch):
-    expected = Engine(model, OffloadConfig(numerics="exact")).generate(PROMPTS, max_new_tokens=3).tokens
+    expected = Engine(model).generate(PROMPTS, max_new_tokens=3).tokens
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
     with Engine(model, config) as engine:
         queue = engine.runner.transfers._changed
@@ -281,7 +288,7 @@ def test_an_interrupt_while_queueing_hangs_nobody(model, monkeypatch):
 
 def test_a_copy_that_does_not_end_is_an_error_and_keeps_its_room(model, monkeypatch):
     """Also after an interrupt; once it has ended, the engine is fit again."""
-    expected = Engine(model, OffloadConfig(numerics="exact")).generate(PROMPTS, max_new_tokens=3).tokens
+    expected = Engine(model).generate(PROMPTS, max_new_tokens=3).tokens
     monkeypatch.setattr(transfers_module, "STANDSTILL_S", 0.2)
     monkeypatch.setattr(transfers_module, "GRACE_S", 0.2)
     ends = threading.Event()

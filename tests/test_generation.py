@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def whole(model):
-    with one_jit(), Engine(model) as engine:
+    with one_jit(), Engine(model, OffloadConfig(numerics="fast")) as engine:
         yield engine
 
 

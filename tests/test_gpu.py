@@ -46,7 +46,7 @@ def model():
 @pytest.fixture(scope="module")
 def resident(model):
     """Tokens and logits with everything resident, layer by layer."""
-    with Engine(model, OffloadConfig(numerics="exact")) as engine:
+    with Engine(model) as engine:
         assert isinstance(engine.runner, LayerByLayer)
         logits = tap(engine)
         tokens = engine.generate(PROMPTS, max_new_tokens=STEPS, stop_tokens=()).tokens
@@ -165,7 +165,6 @@ def test_after_a_warm_up_nothing_is_compiled(policy, width):
     config = OffloadConfig(
         device_budget=None if policy == "resident" else 6 * model.bank.expert_bytes,
         policy=RandomPolicy() if policy == "random" else policy,
-        numerics="exact",
     )
     rng = np.random.default_rng(0)
     with Engine(model, config) as engine:

@@ -69,7 +69,7 @@ def start(prefetch, failing=()):
     """An engine whose link stands still until a layer waits for it."""
     policy, gate = Ahead(prefetch), Gate(model().bank, failing)
     budget = len(prefetch) * model().bank.expert_bytes
-    engine = Engine(model(), OffloadConfig(device_budget=budget, policy=policy, numerics="exact"), copy=gate)
+    engine = Engine(model(), OffloadConfig(device_budget=budget, policy=policy), copy=gate)
     wait = engine.runner.transfers.wait
 
     def opening(*arguments):

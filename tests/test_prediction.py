@@ -26,7 +26,7 @@ def seen(layer, demand, step=0):
 
 def generated(model, **changes):
     """Tokens, the plans, the forecasts that the policy saw, and the statistics."""
-    config = OffloadConfig(device_budget=BUDGET, **({"policy": "fate", "numerics": "exact"} | changes))
+    config = OffloadConfig(device_budget=BUDGET, **({"policy": "fate"} | changes))
     with Engine(model, config) as engine:
         policy, forecasts = engine.runner.policy, []
 
@@ -47,7 +47,7 @@ def generated(model, **changes):
 )
 def test_no_token_depends_on_a_forecast(predictor, dtype):
     model = random_model(dtype=jnp.dtype(dtype))
-    with Engine(model, OffloadConfig(numerics="exact")) as engine:
+    with Engine(model) as engine:
         oracle = engine.generate(PROMPTS, max_new_tokens=6).tokens
     result, forecasts = generated(model, predictor=predictor)
     assert result.tokens == oracle
@@ -174,7 +174,7 @@ def test_what_is_no_predictor_is_refused():
 
 def test_a_resident_model_forecasts_nothing():
     model = random_model()
-    with Engine(model, OffloadConfig(numerics="exact", predictor="gate")) as engine:
+    with Engine(model, OffloadConfig(predictor="gate")) as engine:
         assert engine.generate(PROMPTS, max_new_tokens=2).stats.predictor is None
     forecasts = Forecasts(None, model, GEOMETRY)
     assert forecasts.read(0, None, 4) == ()

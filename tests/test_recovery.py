@@ -29,7 +29,6 @@ def test_an_engine_recovers_from_a_link_that_broke(seed, slots, policy, at):
     config = OffloadConfig(
         device_budget=slots * model.bank.expert_bytes,
         policy=RandomPolicy(seed, device=1.0, restless=0.9) if policy == "random" else policy,
-        numerics="exact",
     )
     with Engine(model, config, copy=copies) as engine:
         runner = engine.runner
@@ -69,9 +68,7 @@ def test_an_engine_recovers_from_a_link_that_broke(seed, slots, policy, at):
 @pytest.mark.parametrize("what", [KeyboardInterrupt, MemoryError])
 def test_an_engine_recovers_from_an_interruption(where, what, monkeypatch):
     model, batches, steps = case("bfloat16")
-    config = OffloadConfig(
-        device_budget=9 * model.bank.expert_bytes, policy=RandomPolicy(3), numerics="exact"
-    )
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=RandomPolicy(3))
     with Engine(model, config) as engine:
         room, name = where.split(".")
         owner = getattr(engine.runner, room)
@@ -104,7 +101,7 @@ def test_a_bad_plan_is_refused_and_does_no_harm():
             return state, plan
 
     policy = Wrong(3)
-    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=policy, numerics="exact")
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=policy)
     with Engine(model, config) as engine:
         with pytest.raises(ValueError, match="no such expert"):
             in_time(lambda: engine.generate(batches[0], max_new_tokens=steps))

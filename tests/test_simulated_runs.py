@@ -51,7 +51,7 @@ def test_the_engine_and_its_simulation_decide_alike(name):
     model = random_model(dtype=jnp.bfloat16, seed=1)
     layers, experts, slots = model.config.num_layers, model.config.num_experts, 10
     policy = Listener(POLICIES[name]())
-    options = OffloadConfig(device_budget=slots * model.bank.expert_bytes, policy=policy, numerics="exact")
+    options = OffloadConfig(device_budget=slots * model.bank.expert_bytes, policy=policy)
     with Engine(model, options) as engine:
         result = engine.generate(PROMPTS, max_new_tokens=4, record_plans=True)
     counts = np.zeros((len(policy.demand) // layers, layers, experts), int)

@@ -1,8 +1,8 @@
 """The sum over a token's experts inside a jitted program, by a loop of our own.
 
-XLA computes such a sum anew in each place that reads it, together with what is done there, and so rounds it as
-that place demands. Between two calls of ours it sees the same arithmetic in every program that goes through a
-layer: so the whole step in one program has the bits of one layer a program.
+XLA computes such a sum anew wherever it is read, together with what is done there, and so may round it
+otherwise in one program than in another. What lies between two calls of ours is the same in all programs that
+go through a layer: so a whole step in one program has the bits of one layer a program.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ PIECE = 64
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def add_choices(hidden, rows, weights, sums, outputs):
-    """Of a token: hidden [D] and the sum of its experts' rows [K, D], each times its weight, into outputs [D].
+    """Adds to a token's hidden state [D] its experts' rows [K, D], each times its weight; into outputs [D].
 
-    The sum is of float32, in the order of the choices, and rounded once; `sums` [D] is room for it.
+    The sum of rows is kept in float32, in the order of the choices, and rounded once; `sums` [D] is its room.
     """
     width = np.uint64(len(hidden))
     for d in range(width):
@@ -83,9 +83,7 @@ def compute_sums(call, do, size):
     crew.share_out(pool_at(long_at(known)), job, work)
 
 
-def combine(
-    table: jax.Array | None, hidden: jax.Array, outputs: jax.Array, weights: jax.Array
-) -> jax.Array:
+def combine(table: jax.Array | None, hidden: jax.Array, outputs: jax.Array, weights: jax.Array) -> jax.Array:
     """`compute.combine`, inside a jitted program.
 
     Args:

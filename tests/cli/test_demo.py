@@ -84,7 +84,7 @@ def test_other_tokens_end_in_1(report, monkeypatch, capsys):
     monkeypatch.setattr(demo, "compare", lambda *_, **__: report | {"exact": False, "runs": runs})
     monkeypatch.setattr(cli, "open_model", lambda *_: None)
     assert cli.main(["demo"]) == 1
-    assert "layer by layer: lru." in capsys.readouterr().out
+    assert "everything resident: lru." in capsys.readouterr().out
     assert cli.main(["demo", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["exact"] is False
 

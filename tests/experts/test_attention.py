@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import bits, random_model
+from helpers import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax.experts import attention, crew, kernels
-from layerscope_jax.experts.cpu import CpuExperts, InMemory, kernel_of
+from layerscope_jax.experts.cpu import CpuExperts, kernel_of
 from layerscope_jax.experts.inside import Inside
 from layerscope_jax.models.layers import PAD_POSITION, attend
 
@@ -23,14 +23,11 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 @functools.cache
 def table(threads):
     """A crew of so many, one of them the caller."""
-    bank = random_model().bank
-    width, hidden = 32, 20
-    held = [InMemory.of(bank[expert]) for expert in list(bank)[: bank.num_experts]]
-    computer = CpuExperts(threads, kernel_of(np.dtype(np.float32), width, hidden))
+    computer = CpuExperts(threads, kernel_of(np.dtype(np.float32), 32, 20))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crew, "WORTH_BYTES", 1)
-        made = Inside(computer, np.dtype(np.float32), [held])
-    return made, jnp.asarray(made.tables[0])
+        made = Inside(computer, np.dtype(np.float32))
+    return made, jnp.asarray(made.table)
 
 
 def drawn(rows, heads, groups, size, length, dtype, seed, tokens=1):

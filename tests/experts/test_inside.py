@@ -44,7 +44,7 @@ def made(case, threads):
     computer = CpuExperts(threads, kernel_of(np.dtype(dtype), width, hidden))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crew, "WORTH_BYTES", 1)  # else one thread would compute experts of this size
-        return computer, Inside(computer, np.dtype(dtype), [held]), held
+        return computer, Inside(computer, np.dtype(dtype)), held
 
 
 @given(tokens=st.integers(1, 150), choices=st.integers(1, 4), seed=st.integers(0, 99), data=st.data())
@@ -58,21 +58,21 @@ def test_rows_are_those_outside(tokens, choices, seed, data):
     active = rng.random(tokens) < 0.8
     chosen = np.argsort(rng.random((tokens, EXPERTS)), 1)[:, :choices].astype(np.int32)
     inputs = rng.standard_normal((tokens, width)).astype(dtype)
-    found = rows(within.target, jnp.asarray(inputs), chosen, active, within.tables[0])
-    assert found.shape == (tokens, choices, width)
+    found = rows(within.target, jnp.asarray(inputs), chosen, active, within.table_of(held))
+    assert found.shape == (tokens * choices, width)
 
     sorted_rows = Assignments(chosen, active)
     expected = np.zeros((tokens * choices + 1, width), dtype)
     weights = lambda some: [held[expert] for expert in some]  # noqa: E731
     outside.compute(expected, inputs, sorted_rows, sorted_rows.demand, weights, WorkStats())
-    np.testing.assert_array_equal(bits(np.asarray(found).reshape(-1, width)), bits(expected[:-1]))
+    np.testing.assert_array_equal(bits(np.asarray(found)), bits(expected[:-1]))
     assert within.take_counts() == (len(sorted_rows.demand), active.sum() * choices)
     assert within.take_counts() == (0, 0)
 
 
 def test_after_the_end_it_says_so():
-    computer, _, held = made("float32", 3)
-    one = Inside(computer, np.dtype(np.float32), [held])
+    computer, _, _ = made("float32", 3)
+    one = Inside(computer, np.dtype(np.float32))
     one.check_open()
     one.close()
     with pytest.raises(ValueError, match="make a new Engine"):
@@ -84,7 +84,7 @@ def test_after_the_end_it_says_so():
 @pytest.mark.parametrize("case", ["even", "float32"])
 def test_products_are_those_of_xla(name, shape, case):
     """Also where an engine's experts are of another type; (40, 100) is left to XLA."""
-    table = made(case, 3)[1].tables[0]
+    table = made(case, 3)[1].table
     rng = np.random.default_rng(1)
     weights = jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[0])).astype(name))
     x = jnp.asarray(rng.standard_normal((5, 27, shape[0])).astype(name))
@@ -100,7 +100,7 @@ def test_products_are_those_of_xla(name, shape, case):
 
 def test_products_at_the_same_time_do_not_mix():
     """A crew helps one at a time; who comes meanwhile computes alone."""
-    table = made("float32", 3)[1].tables[0]
+    table = made("float32", 3)[1].table
     rng = np.random.default_rng(2)
     x = jnp.asarray(rng.standard_normal((3, 64)).astype(np.float32))
     many = [jnp.asarray(rng.standard_normal((64, 512)).astype(np.float32)) for _ in range(24)]
@@ -115,7 +115,7 @@ def test_products_at_the_same_time_do_not_mix():
 @pytest.mark.parametrize("rows", [1, 40, 600])
 def test_products_of_several_matrices_are_those_of_each(rows):
     """One job, shared out by columns or, where there are many rows, by these."""
-    table = made("float32", 3)[1].tables[0]
+    table = made("float32", 3)[1].table
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.standard_normal((rows, 64)).astype(np.float32))
     many = [jnp.asarray(rng.standard_normal((64, width)).astype(np.float32)) for width in (544, 32, 160)]

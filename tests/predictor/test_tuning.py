@@ -180,13 +180,13 @@ def llapor_of(model):
 def test_an_engine_teaches_it_and_gives_the_same_tokens():
     model = random_model()
     prompts = [list(range(3, 40)), list(range(11, 30)), [7] * 25]
-    with Engine(model, OffloadConfig(numerics="exact")) as engine:
+    with Engine(model) as engine:
         oracle = engine.generate(prompts, max_new_tokens=24).tokens
     online = Online(llapor_of(model), replace(CONFIG, threshold=0.0, steps=4))
     with pytest.raises(ValueError, match="no engine has used this predictor"):
         online.finish()
     budget = model.bank.total_bytes // 2
-    config = OffloadConfig(device_budget=budget, policy="fate", numerics="exact", predictor=online)
+    config = OffloadConfig(device_budget=budget, policy="fate", predictor=online)
     with Engine(model, config) as engine:
         for _ in range(5):
             # It keeps up however slow the machine is: steps that it has no time for are left out.
