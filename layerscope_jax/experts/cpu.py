@@ -6,7 +6,9 @@ Other types by XLA's products.
 
 from __future__ import annotations
 
+import functools
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numba import types
 
+from layerscope_jax import target
 from layerscope_jax.experts import amx, kernels, vectors
 from layerscope_jax.experts.compute import ExpertWeights, ffn
 from layerscope_jax.experts.grouping import Assignments, Group
@@ -49,13 +53,47 @@ LOOPS, AMX = Kernel("loops", kernels.PIECE), Kernel("amx", amx.PIECE)
 PAIRS = Kernel("pairs", kernels.PIECE, np.dtype(np.int16))
 
 
+COMPILED = {"loops": kernels.run_experts, "pairs": kernels.run_experts, "amx": amx.run_experts}
+"""What numba compiles for each kernel."""
+
+
 def kernel_of(dtype: np.dtype, width: int, hidden: int) -> Kernel | None:
-    """For experts [D, F] of a dtype, on this CPU. None: they are XLA's."""
-    if amx.suits(dtype, width, hidden):
-        return AMX
+    """For experts [D, F] of a dtype, on this CPU, compiled for it. None: they are XLA's."""
+    suitable = [LOOPS] if dtype in (np.float32, jnp.bfloat16) else []
     if vectors.suit_pairs(dtype, width, hidden):
-        return PAIRS
-    return LOOPS if dtype in (np.float32, jnp.bfloat16) else None
+        suitable.insert(0, PAIRS)
+    if amx.suits(dtype, width, hidden):
+        suitable.insert(0, AMX)
+    return next((kernel for kernel in suitable if compiles(kernel, dtype)), None)
+
+
+@functools.cache
+def compiles(kernel: Kernel, dtype: np.dtype) -> bool:
+    """Whether numba can compile a kernel for experts of a dtype, which it then has; says so if it cannot."""
+    reason = target.refusal()
+    if reason is None:
+        words = types.float32 if dtype.itemsize == 4 else types.int16 if kernel is PAIRS else types.uint16
+        whole, number = types.int64[::1], types.int64
+        signature = [types.int64[:, ::1], whole, whole, types.int32[::1], number, number, number]
+        signature += [words[:, ::1], number] + [number] * (kernel is AMX)
+        try:
+            COMPILED[kernel.name].compile(tuple(signature))
+            return True
+        except Exception as error:  # whatever numba and LLVM raise
+            reason = f"{type(error).__name__}: {error}"
+    say_it_is_slower(reason)
+    return False
+
+
+@functools.cache
+def say_it_is_slower(reason: str) -> None:
+    """Warns once that something of our own does not compute experts."""
+    warnings.warn(
+        f"a kernel of our own cannot be compiled, so that experts are computed more slowly, by another or "
+        f"by XLA (`RunStats.kernels` says by which): {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def expert_rows(
