@@ -13,7 +13,7 @@ import pytest
 from helpers import in_time
 
 import layerscope_jax
-from layerscope_jax import kernel_cache
+from layerscope_jax import cli, kernel_cache
 from layerscope_jax.njit import njit
 
 PACKAGE = Path(layerscope_jax.__file__).parent
@@ -255,6 +255,18 @@ def test_it_is_said_where_nothing_can_be_kept(monkeypatch, folder, caplog):
         assert tripled()(2) == 6
     (record,) = caplog.records
     assert "NUMBA_CACHE_DIR" in record.getMessage()
+
+
+def test_the_command_line_prints_it(monkeypatch, capsys):
+    def run(self):
+        logging.getLogger("layerscope_jax").info("compiling %s", "kernels")
+        return 0
+
+    monkeypatch.setattr(cli.Generate, "run", run)
+    assert cli.main(["generate", "absent", "--prompt=x"]) == 0
+    assert capsys.readouterr() == ("", "compiling kernels\n")
+    logging.getLogger("layerscope_jax").info("nobody asked")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_folders_are_named_by_sources_and_target(monkeypatch, tmp_path):
