@@ -89,8 +89,8 @@ def compiles(kernel: Kernel, dtype: np.dtype) -> bool:
 def say_it_is_slower(reason: str) -> None:
     """Warns once that something of our own does not compute experts."""
     warnings.warn(
-        f"a kernel of our own cannot be compiled, so that experts are computed more slowly, by another or "
-        f"by XLA (`RunStats.kernels` says by which): {reason}",
+        "a kernel of our own cannot be compiled or called, so that another or XLA computes in its place, more "
+        f"slowly (`RunStats.kernels` says which computed experts): {reason}",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -149,7 +149,18 @@ class InMemory(NamedTuple):
 
     @classmethod
     def of(cls, arrays: ExpertWeights) -> InMemory:
-        """Waits until the matrices are there."""
+        """Waits until the matrices are there.
+
+        Raises:
+            ValueError: if they are not those of an expert, of one dtype, in this machine's memory.
+        """
+        gate, up, down = arrays
+        same = gate.ndim == 2 and gate.shape == up.shape == down.shape[::-1]
+        if not same or not gate.dtype == up.dtype == down.dtype:
+            found = ", ".join(f"{matrix.dtype}{list(matrix.shape)}" for matrix in arrays)
+            raise ValueError(f"an expert is gate [D, F], up [D, F] and down [F, D] of one dtype, got {found}")
+        if any(device.platform != "cpu" for matrix in arrays for device in matrix.devices()):
+            raise ValueError(f"expected an expert on a CPU device, got one on {gate.sharding}")
         jax.block_until_ready(arrays)
         addresses = np.array([matrix.unsafe_buffer_pointer() for matrix in arrays], np.int64)
         return cls(arrays, addresses.tobytes())
@@ -229,6 +240,8 @@ class CpuExperts:
         if not experts:
             return
         held = weights(experts)
+        width, hidden = held[0].arrays.gate.shape
+        check(outputs, inputs, rows, held[0].arrays.gate)
         addresses = np.frombuffer(bytearray().join([expert.addresses for expert in held]), np.int64)
         addresses = addresses.reshape(-1, 3)
         index = np.array(experts)
@@ -240,7 +253,6 @@ class CpuExperts:
         stats.by_kernel[kernel.name] += len(experts)
         if tokens > kernel.piece:
             addresses, firsts, lasts = pieces(addresses, firsts, lasts, kernel.piece)
-        width, hidden = held[0].arrays.gate.shape
         size = 3 * width * hidden * outputs.itemsize * len(held)
         words = outputs.view(kernel.words) if outputs.itemsize == 2 else outputs
         begins = address(inputs)
@@ -265,6 +277,30 @@ class CpuExperts:
         if self._kept[share].nbytes < size + 64:
             self._kept[share] = np.empty(size + 64, np.uint8)
         return -(-self._kept[share].ctypes.data // 64) * 64
+
+
+def check(
+    outputs: np.ndarray, inputs: jax.Array | np.ndarray, rows: Assignments, gate: jax.Array
+) -> None:
+    """Before loops go by addresses alone.
+
+    Raises:
+        ValueError: if arrays do not fit each other, or do not lie row after row.
+    """
+    width = gate.shape[0]
+    if (
+        outputs.shape == (rows.total + 1, width)
+        and inputs.shape == (rows.total // rows.choices, width)
+        and outputs.dtype == inputs.dtype == gate.dtype
+        and outputs.flags.carray
+        and (isinstance(inputs, jax.Array) or inputs.flags.c_contiguous)
+    ):
+        return
+    raise ValueError(
+        f"expected inputs [{rows.total // rows.choices}, {width}] and outputs [{rows.total + 1}, {width}] of "
+        f"{gate.dtype}, row after row, got {inputs.dtype}{list(inputs.shape)} and "
+        f"{outputs.dtype}{list(outputs.shape)}"
+    )
 
 
 def pieces(

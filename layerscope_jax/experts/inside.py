@@ -10,25 +10,37 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from llvmlite import ir
 from numba import carray, types
+from numba.extending import intrinsic
 
 from layerscope_jax.experts import crew
-from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, Kernel
+from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, Kernel, say_it_is_slower
 from layerscope_jax.experts.crew import SEMAPHORE, SEMAPHORES, Crew
 from layerscope_jax.experts.numbers import pointer
 from layerscope_jax.njit import cfunc, njit
 
-# Where in XLA's structures: a call's extension, arguments, number of results and results; a buffer's numbers
-# and sizes; in the extension that asks for the version of the interface, its kind and where to write the
-# version.
-EXTENSION, ARGUMENTS, NUMBER, RESULTS, DATA, SIZES = 8, 72, 96, 112, 24, 40
+# Where in XLA's structures: a call's extension, interface, arguments and results, of both their number, the
+# kind of each and the size of the structure that lies within the call; a buffer's size as a structure, type,
+# numbers, rank and sizes; in the interface, how errors are made; in the extension that asks for the version
+# of the interface, its kind and where to write the version.
+EXTENSION, INTERFACE, ARGUMENTS, NUMBER, RESULTS = 8, 16, 72, 96, 112
+ARGUMENTS_PART, ARGUMENTS_NUMBER, ARGUMENTS_KINDS, RESULTS_PART, RESULTS_KINDS = 40, 56, 64, 80, 104
+PART, BUFFER = 40, 48
+TYPE, DATA, RANK, SIZES = 16, 24, 32, 40
+MAKES_ERROR = 48
 KIND, METADATA, VERSION = 8, 24, 24
 ASKS_VERSION, MAJOR, MINOR = 1, 0, 1
+IS_BUFFER, INVALID_ARGUMENT = 1, 3
+FLAG, INT32, UINT32, FLOAT32, BFLOAT16 = 1, 4, 8, 11, 16
 
 FACTS = 3
 """Numbers of a table before its addresses (`Inside.tables`)."""
@@ -55,6 +67,105 @@ def buffer(call, buffers, index):
     """Address of the numbers, and of the sizes, of one of a call's arguments or results."""
     one = long_at(long_at(call + buffers) + 8 * index)
     return long_at(one + DATA), long_at(one + SIZES)
+
+
+@njit(cache=True, nogil=True)
+def int_at(address):
+    return carray(pointer(address), 1, np.int32)[0]
+
+
+@njit(cache=True, nogil=True)
+def is_of(one, kind, rank):
+    """Whether a buffer has numbers of a type, and as many sizes."""
+    return int_at(one + TYPE) == kind and long_at(one + RANK) == rank
+
+
+@njit(cache=True, nogil=True)
+def fits(call, kind):
+    """Whether a call is one: inputs of a type first, a table last, and results of the type.
+
+    Nothing of a buffer but its description is read.
+    """
+    if long_at(call + ARGUMENTS_PART) != PART or long_at(call + RESULTS_PART) != PART:
+        return False
+    number, results = long_at(call + ARGUMENTS_NUMBER), long_at(call + NUMBER)
+    if number < 3 or results < 1:
+        return False
+    for index in range(number + results):
+        begin, kinds = (ARGUMENTS, ARGUMENTS_KINDS) if index < number else (RESULTS, RESULTS_KINDS)
+        at = index if index < number else index - number
+        if int_at(long_at(call + kinds) + 4 * at) != IS_BUFFER:
+            return False
+        one = long_at(long_at(call + begin) + 8 * at)
+        if long_at(one) < BUFFER:
+            return False
+        if index == number - 1:
+            if not is_of(one, UINT32, 1) or long_at(long_at(one + SIZES)) < 2 * FACTS:
+                return False
+        elif (index == 0 or index >= number) and (int_at(one + TYPE) != kind or long_at(one + RANK) < 2):
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True)
+def fit_experts(call):
+    """Whether a call that `fits` is one of `compute_experts`, and no choice an expert that is not there."""
+    if long_at(call + ARGUMENTS_NUMBER) != 4 or long_at(call + NUMBER) != 1:
+        return False
+    buffers = long_at(call + ARGUMENTS)
+    inputs, chosen, flags = long_at(buffers), long_at(buffers + 8), long_at(buffers + 16)
+    rows = long_at(long_at(call + RESULTS))
+    if long_at(inputs + RANK) != 2 or long_at(rows + RANK) != 2:
+        return False
+    if not is_of(chosen, INT32, 2) or not is_of(flags, FLAG, 1):
+        return False
+    of_inputs, of_chosen, of_rows = long_at(inputs + SIZES), long_at(chosen + SIZES), long_at(rows + SIZES)
+    tokens, choices = long_at(of_inputs), long_at(of_chosen + 8)
+    words = long_at(long_at(long_at(buffers + 24) + SIZES))
+    if words % 2 != 0 or (words // 2 - FACTS) % 3 != 0:
+        return False
+    if long_at(of_chosen) != tokens or long_at(long_at(flags + SIZES)) != tokens:
+        return False
+    if long_at(of_rows) != tokens * choices or long_at(of_rows + 8) != long_at(of_inputs + 8):
+        return False
+    count = (words // 2 - FACTS) // 3
+    numbers = carray(pointer(long_at(chosen + DATA)), tokens * choices, np.int32)
+    return are_within(numbers, count)
+
+
+@njit(cache=True, nogil=True)
+def are_within(numbers, count):
+    """Whether all numbers are less than `count`, and none is negative."""
+    low = high = np.int32(0)
+    for number in numbers:
+        low, high = min(low, number), max(high, number)
+    return low >= 0 and high < count
+
+
+@njit(cache=True, nogil=True)
+def any_call(call):
+    return True
+
+
+@intrinsic
+def ask_at(typing: Any, function: Any, argument: Any) -> Any:
+    """What the C function at an address answers to an address."""
+
+    def build(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.IntType(64), [ir.IntType(64)])
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+
+    return types.int64(types.int64, types.int64), build
+
+
+@njit(cache=True, nogil=True)
+def refuse(call, message):
+    """An error of XLA's for a call, with the text at an address."""
+    request = np.zeros(4, np.int64)
+    request[0], request[2], request[3] = 32, message, INVALID_ARGUMENT
+    found = ask_at(long_at(long_at(call + INTERFACE) + MAKES_ERROR), request.ctypes.data)
+    request[0] = 0  # kept until here
+    return found
 
 
 @njit(cache=True, nogil=True)
@@ -139,41 +250,85 @@ def compute_experts(call, do, size):
 
 
 _handlers: list[Any] = []
-"""XLA knows their addresses alone."""
+"""Compiled functions and texts: XLA, or they, know their addresses alone."""
 
 
 @functools.cache
-def target(name: str, compute: Callable, share: Callable[[Any], Any], words: Any) -> str | None:
-    """Lets XLA know a function under a name; None if it does not take it.
+def target(
+    name: str,
+    compute: Callable,
+    share: Callable[[Any], Any],
+    words: Any,
+    accepts: Callable = any_call,
+) -> str | None:
+    """Lets XLA know a function under a name; None if it does not take it, or if it cannot be compiled.
 
     Args:
         compute: of a call, the address of a function and the bytes of a number.
         share: that function, of a thread's share, of numbers of a type.
         words: the type.
+        accepts: whether a call that `fits` has the arguments that `compute` reads. XLA gets an error for
+            one that does not.
     """
-    do, size = share(words).address, np.dtype(words).itemsize
+    if not is_known(interface()):
+        return None
+    text = ctypes.create_string_buffer(f"{name}: arguments of other types, ranks or sizes than it takes".encode())
+    message, kind = ctypes.addressof(text), FLOAT32 if words == np.float32 else BFLOAT16
+    try:
+        do, size = share(words).address, np.dtype(words).itemsize
 
-    @cfunc(types.int64(types.int64))
-    def handler(call):
-        if not asks_version(call):
+        @cfunc(types.int64(types.int64))
+        def handler(call):
+            if asks_version(call):
+                return np.int64(0)
+            if not fits(call, kind) or not accepts(call):
+                return refuse(call, np.int64(message))
             # Of constants as they are numba would make types, and compile all anew for each address.
             compute(call, np.int64(do), np.int64(size))
-        return 0
+            return np.int64(0)
 
-    _handlers.append(handler)
+    except Exception as error:  # whatever numba and LLVM raise
+        say_it_is_slower(f"{name}: {type(error).__name__}: {error}")
+        return None
+    _handlers.extend([handler, text])
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     try:
         jax.ffi.register_ffi_target(name, capsule(handler.address, b"xla._CUSTOM_CALL_TARGET", None), "cpu")
-    except (RuntimeError, ValueError):  # another version of the interface
+    except (RuntimeError, ValueError) as error:  # another version of the interface
+        say_it_is_slower(f"XLA does not take {name}: {error}")
         return None
     return name
+
+
+@functools.cache
+def interface() -> tuple[int, int] | None:
+    """Version of XLA's foreign function interface, by the header that comes with it; None without one."""
+    try:
+        text = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
+    except (OSError, AttributeError):
+        return None
+    found = [re.search(rf"^#define XLA_FFI_API_{part} (\d+)", text, re.MULTILINE) for part in ("MAJOR", "MINOR")]
+    numbers = [int(one[1]) for one in found if one is not None]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
+
+
+def is_known(version: tuple[int, int] | None) -> bool:
+    """Whether XLA's structures are those read here; says so if not.
+
+    A minor version adds to them. Without a header XLA is asked when it takes a function.
+    """
+    if version is None or (version[0] == MAJOR and version[1] >= MINOR):
+        return True
+    say_it_is_slower(f"XLA's interface is of version {version}, where {(MAJOR, MINOR)} or a later minor one is known")
+    return False
 
 
 def experts_target(kernel: Kernel, dtype: np.dtype) -> str | None:
     words: Any = kernel.words.type if dtype.itemsize == 2 else np.float32
     share = crew.experts_by_tiles if kernel is AMX else crew.experts_by_loops
-    return target(f"layerscope_experts_{kernel.name}_{np.dtype(words).name}", compute_experts, share, words)
+    name = f"layerscope_experts_{kernel.name}_{np.dtype(words).name}"
+    return target(name, compute_experts, share, words, fit_experts)
 
 
 class Inside:
@@ -232,7 +387,19 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
 
     Returns:
         [T, K, D].
+
+    Raises:
+        ValueError: for arguments of other shapes or types.
     """
+    tokens = len(inputs)
+    kinds = [(inputs, 2, jnp.float32 if name.endswith("float32") else jnp.bfloat16)]
+    kinds += [(experts, 2, jnp.int32), (active, 1, jnp.bool_), (table, 1, jnp.uint32)]
+    fit = all(one.ndim == rank and one.dtype == dtype for one, rank, dtype in kinds)
+    if not fit or not len(experts) == len(active) == tokens or (len(table) // 2 - FACTS) % 3:
+        found = ", ".join(f"{one.dtype}{list(one.shape)}" for one, *_ in kinds)
+        raise ValueError(
+            f"{name} takes inputs [T, D], experts int32 [T, K], active bool [T] and a table of `Inside`, got {found}"
+        )
     shape = jax.ShapeDtypeStruct((experts.size, inputs.shape[1]), inputs.dtype)
     found = jax.ffi.ffi_call(name, shape)(inputs, experts, active, table)
     return found.reshape(*experts.shape, -1)
