@@ -126,7 +126,7 @@ def is_whole(program: bytes) -> bool:
 
 
 def prune(folders: list[Path], most: int) -> None:
-    """Removes the programs that were used longest ago, until those in some folders take at most so many bytes.
+    """Removes the programs that were used longest ago, until the rest takes at most so many bytes.
 
     Of the folders, the first stays; others go when nothing is left in them.
     """

@@ -225,7 +225,7 @@ def touch(folder: Path) -> None:
 
 @functools.cache
 def prune(folder: Path) -> None:
-    """Removes, once a process, the folders beside this one that were used longest ago, and what was not finished."""
+    """Removes, once a process, the folders beside this one used longest ago, and what was not finished."""
     with suppress(OSError):
         beside = sorted(folder.parent.glob("kernels-*"), key=used, reverse=True)
         for old in [one for one in beside if one != folder][KEPT - 1 :]:

@@ -1,4 +1,4 @@
-"""Numba's decorators, with a cache of our own (`kernel_cache`), on machines where nothing can be written too."""
+"""Numba's decorators, with a cache of our own (`kernel_cache`)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def cfunc(signature: Any, *, cache: bool = False, **options: Any) -> Callable[[C
     def decorate(function: Callable) -> Any:
         if not cache:
             return numba.cfunc(signature, **options)(function)
-        made = ccallback.CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+        made: Any = ccallback.CFunc(
+            function, sigutils.normalize_signature(signature), locals={}, options=options
+        )
         made._cache = KernelCache(function)
         made.compile()
         return made

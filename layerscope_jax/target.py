@@ -1,4 +1,4 @@
-"""What numba compiles for, which is not always this CPU: its settings, and the instructions that it may use."""
+"""What numba compiles for, which is not always this CPU: its settings, and instructions that it may use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def of_host() -> frozenset[str]:
 
 
 def told() -> frozenset[str] | None:
-    """The instructions that `NUMBA_CPU_FEATURES` names; none for `NUMBA_CPU_NAME=generic`; None if neither is set."""
+    """The instructions that `NUMBA_CPU_FEATURES` names, none of a generic CPU; None if neither is told."""
     features = config.CPU_FEATURES
     if features is None:
         return None

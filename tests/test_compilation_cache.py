@@ -74,7 +74,7 @@ print(programs.programs - programs.cached)
 
 
 def test_programs_that_were_cut_off_are_compiled_anew_and_kept(tmp_path):
-    """A full disk, or whoever was killed, leaves such: JAX alone warns in every process, and never mends it."""
+    """A full disk, or whoever was killed, leaves such: JAX warns in every process, and never mends it."""
     assert int(python(SMALL, XDG_CACHE_HOME=str(tmp_path))) > 0
     programs = sorted(tmp_path.rglob("*-cache"))
     for number, program in enumerate(programs):
@@ -143,7 +143,9 @@ def program(folder, name, size, used):
 
 
 def test_what_was_used_longest_ago_makes_room(settings, tmp_path):
-    old, newer, newest = (program(tmp_path, name, 1000, used) for name, used in zip("bca", (1, 2, 3), strict=True))
+    old, newer, newest = (
+        program(tmp_path, name, 1000, used) for name, used in zip("bca", (1, 2, 3), strict=True)
+    )
     (tmp_path / "notes.txt").write_text("not JAX's")
     use_compilation_cache(tmp_path, max_size="2KB")
     assert not old.exists()

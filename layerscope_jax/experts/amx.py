@@ -42,7 +42,7 @@ def suits(dtype: np.dtype, width: int, hidden: int) -> bool:
 
 @functools.cache
 def available() -> bool:
-    """Whether numba may compile the instructions, and Linux lets this process use them, which it must ask for."""
+    """Whether numba may compile the instructions, and Linux lets this process use them if asked."""
     if platform.system() != "Linux" or not {"amx-tile", "amx-bf16"} <= features():
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18

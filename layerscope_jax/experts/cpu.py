@@ -89,8 +89,8 @@ def compiles(kernel: Kernel, dtype: np.dtype) -> bool:
 def say_it_is_slower(reason: str) -> None:
     """Warns once that something of our own does not compute experts."""
     warnings.warn(
-        "a kernel of our own cannot be compiled or called, so that another or XLA computes in its place, more "
-        f"slowly (`RunStats.kernels` says which computed experts): {reason}",
+        "a kernel of our own cannot be compiled or called, so that another or XLA computes in its place, "
+        f"more slowly (`RunStats.kernels` says which computed experts): {reason}",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -279,9 +279,7 @@ class CpuExperts:
         return -(-self._kept[share].ctypes.data // 64) * 64
 
 
-def check(
-    outputs: np.ndarray, inputs: jax.Array | np.ndarray, rows: Assignments, gate: jax.Array
-) -> None:
+def check(outputs: np.ndarray, inputs: jax.Array | np.ndarray, rows: Assignments, gate: jax.Array) -> None:
     """Before loops go by addresses alone.
 
     Raises:

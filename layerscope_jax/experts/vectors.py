@@ -43,7 +43,7 @@ binding.initialize_native_asmparser()
 
 @functools.cache
 def suit_pairs(dtype: np.dtype, width: int, hidden: int) -> bool:
-    """Whether experts [width, hidden] can be multiplied in pairs, without a rest, by what numba compiles here."""
+    """Whether experts [width, hidden] can be multiplied in pairs, without a rest, as numba compiles here."""
     able = WIDE and {"avx512bw", "avx512bf16"} <= features()
     return able and dtype.name == "bfloat16" and width % COLUMNS == 0 == hidden % COLUMNS
 

@@ -30,9 +30,7 @@ def python(code, root=PACKAGE.parent, **environment):
     """What a process prints; it may say nothing else, and no warning."""
     known = os.environ | {"PYTHONPATH": str(root)} | environment
     command = [sys.executable, "-W", "error", "-c", code]
-    done = in_time(
-        lambda: subprocess.run(command, env=known, cwd=root, capture_output=True, text=True), 300
-    )
+    done = in_time(lambda: subprocess.run(command, env=known, cwd=root, capture_output=True, text=True), 300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
@@ -99,7 +97,9 @@ def test_an_edit_of_what_another_file_takes_in_is_seen(tmp_path):
 
 
 def test_without_a_place_for_it_everything_is_compiled_all_the_same():
-    code = "from layerscope_jax.scheduling.lowest import lowest; import numpy as np; print(lowest(np.eye(2)[0], 1))"
+    code = (
+        "from layerscope_jax.scheduling.lowest import lowest\nprint(lowest(__import__('numpy').eye(2)[0], 1))"
+    )
     assert python(code, NUMBA_CACHE_DIR=os.devnull) == "[1]\n"
 
 
