@@ -122,12 +122,20 @@ class KernelCache:
     def _key(self, signature: Any) -> tuple[str, ...]:
         """What tells a form from others in a folder: whose it is, of which types, and what it closes over."""
         code = self._function.__code__
-        cells = tuple(cell.cell_contents for cell in self._function.__closure__ or ())
+        cells = tuple(named(cell.cell_contents) for cell in self._function.__closure__ or ())
         closed = hashlib.sha256(code.co_code + (dumps(cells) if cells else b"")).hexdigest()
         return self._name(), str(code.co_firstlineno), repr(signature), closed
 
     def _file(self, key: tuple[str, ...]) -> str:
         return f"{self._name()}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}{SUFFIX}"
+
+
+def named(value: Any) -> Any:
+    """What is closed over; of a compiled function, which is another in each process, where it is defined."""
+    function = getattr(value, "py_func", None)
+    if function is None:
+        return value
+    return function.__module__, function.__qualname__, function.__code__.co_firstlineno
 
 
 def read(file: Path, key: tuple[str, ...], context: Any) -> Any:

@@ -133,6 +133,36 @@ _handlers: list[Any] = []
 
 
 @functools.cache
+def entry(compute: Callable, accepts: Callable) -> Any:
+    """A C function: what a function that XLA knows does with a call, given the rest of `target`'s facts.
+
+    It knows no address, and so is kept from process to process.
+    """
+
+    @cfunc(types.int64(*[types.int64] * 5), cache=True)
+    def enter(call, do, size, kind, message):
+        if asks_version(call):
+            return np.int64(0)
+        if not fits(call, kind) or not accepts(call):
+            return refuse(call, message)
+        compute(call, do, size)
+        return np.int64(0)
+
+    return enter
+
+
+@intrinsic
+def enter_at(typing: Any, function: Any, call: Any, do: Any, size: Any, kind: Any, message: Any) -> Any:
+    """What an `entry` at an address answers."""
+
+    def build(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.IntType(64), [ir.IntType(64)] * 5)
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+
+    return types.int64(*[types.int64] * 6), build
+
+
+@functools.cache
 def target(
     name: str,
     compute: Callable,
@@ -157,16 +187,13 @@ def target(
     message, kind = ctypes.addressof(text), FLOAT32 if words == np.float32 else BFLOAT16
     try:
         do, size = share(words).address, np.dtype(words).itemsize
+        enter = entry(compute, accepts).address
 
         @cfunc(types.int64(types.int64))
-        def handler(call):
-            if asks_version(call):
-                return np.int64(0)
-            if not fits(call, kind) or not accepts(call):
-                return refuse(call, np.int64(message))
-            # Of constants as they are numba would make types, and compile all anew for each address.
-            compute(call, np.int64(do), np.int64(size))
-            return np.int64(0)
+        def handler(call):  # compiled in each process, for the addresses in it
+            return enter_at(
+                np.int64(enter), call, np.int64(do), np.int64(size), np.int64(kind), np.int64(message)
+            )
 
     except Exception as error:  # whatever numba and LLVM raise
         say_it_is_slower(f"{name}: {type(error).__name__}: {error}")

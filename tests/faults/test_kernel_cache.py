@@ -124,6 +124,14 @@ def tripled(by=3):
     return triple
 
 
+def calling(inner):
+    @njit(cache=True)
+    def outer(x):
+        return inner(x)
+
+    return outer
+
+
 def hits(kernel):
     return sum(kernel.stats.cache_hits.values())
 
@@ -169,6 +177,14 @@ def test_types_and_what_is_closed_over_are_told_apart(folder):
     for by, x, expected in ((3, 2, 6), (3, 0.5, 1.5), (4, 2, 8)):
         kernel = tripled(by)
         assert (kernel(x), hits(kernel)) == (expected, 1)
+
+
+def test_functions_that_are_closed_over_are_known_again(folder):
+    """Numba gives each one a name of its own in every process."""
+    for expected in (0, 1):
+        kernel = tripled()
+        outer = calling(kernel)
+        assert (outer(2), hits(outer)) == (6, expected)
 
 
 def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch):
