@@ -28,6 +28,7 @@ from layerscope_jax.cli_options import (
     LinkBandwidth,
     PolicyName,
     folder_of,
+    heard,
     open_model,
     say,
 )
@@ -330,7 +331,8 @@ def main(args: Sequence[str] | None = None) -> int:
     with suppress(OSError, RuntimeError):  # no home, or a read-only one: each run compiles anew
         use_compilation_cache()
     try:
-        return command.run()
+        with heard():
+            return command.run()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the output has gone: end quietly, also when Python flushes it

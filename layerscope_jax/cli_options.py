@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,3 +53,24 @@ def open_model(checkpoint: str, dtype: str | None = None) -> Model:
 def say(text: str) -> None:
     """Prints to stderr."""
     print(text, file=sys.stderr)
+
+
+class Aloud(logging.Handler):
+    """Prints to stderr what the library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Within, what the library says of its work is printed."""
+    logger, handler = logging.getLogger("layerscope_jax"), Aloud()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

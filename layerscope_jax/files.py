@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,6 +28,23 @@ def read_json(file: Path, remedy: str = "download it again") -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def user_cache() -> Path:
+    """This user's folder for what the package can make anew; it need not be there.
+
+    Raises:
+        RuntimeError: if the user has no home.
+    """
+    home = Path.home()
+    if sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    else:
+        named = os.environ.get("XDG_CACHE_HOME", "")
+        base = Path(named) if os.path.isabs(named) else home / ".cache"  # as its specification says
+    return base / "layerscope_jax"
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:

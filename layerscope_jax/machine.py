@@ -17,6 +17,9 @@ MOST_BYTES = 256 * 2**20
 
 READS = 5
 
+UNKNOWN_BYTES = 2**32
+"""What a machine that does not tell is taken to have."""
+
 
 def describe(device: jax.Device) -> dict[str, Any]:
     """The parts that costs depend on.
@@ -28,7 +31,7 @@ def describe(device: jax.Device) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": cores(),
         "device": device.device_kind,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
     }
 
 
@@ -75,7 +78,15 @@ def free_bytes() -> int:
     available = _field("/proc/meminfo", "MemAvailable")
     if available is not None:
         return int(available.split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # a guess where none can be had
+    return (memory_bytes() or UNKNOWN_BYTES) // 2  # a guess where none can be had
+
+
+def memory_bytes() -> int | None:
+    """Host memory in all; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no such call, other systems not these names
+        return None
 
 
 def device_free_bytes(device: jax.Device) -> int | None:

@@ -1,33 +1,46 @@
-"""Numba's decorators, on machines where nothing can be written too."""
+"""Numba's decorators, with a cache of our own (`kernel_cache`)."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import numba
+from numba.core import ccallback, sigutils
+
+from layerscope_jax import target
+from layerscope_jax.kernel_cache import KernelCache
 
 
-def njit(**options: Any) -> Callable[[Callable], Any]:
-    """As `numba.njit`. What `cache=True` can keep nowhere is compiled in each process anew.
+def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable], Any]:
+    """As `numba.njit`. Where nothing can be compiled (`target.refusal`) a function stays as it is.
 
     With `inline="always"` a function is compiled as a part of those that call it; otherwise for itself too,
     and then optimised anew in each of them all the same.
-
-    Numba keeps it beside the source, or where that is read-only in the user's cache folder (`NUMBA_CACHE_DIR`
-    names another). Where neither can be written, as in some containers, it would refuse to go on.
     """
-    return functools.partial(decorated, numba.njit, options)
+
+    def decorate(function: Callable) -> Any:
+        if target.refusal() is not None:
+            return function
+        made = numba.njit(**options)(function)
+        if cache:
+            made._cache = KernelCache(function)  # where numba looks for its own; one that does not has none
+        return made
+
+    return decorate
 
 
-def cfunc(signature: Any, **options: Any) -> Callable[[Callable], Any]:
+def cfunc(signature: Any, *, cache: bool = False, **options: Any) -> Callable[[Callable], Any]:
     """As `numba.cfunc`, in the same way."""
-    return functools.partial(decorated, functools.partial(numba.cfunc, signature), options)
 
+    def decorate(function: Callable) -> Any:
+        if not cache:
+            return numba.cfunc(signature, **options)(function)
+        made: Any = ccallback.CFunc(
+            function, sigutils.normalize_signature(signature), locals={}, options=options
+        )
+        made._cache = KernelCache(function)
+        made.compile()
+        return made
 
-def decorated(decorator: Callable, options: dict[str, Any], function: Callable) -> Any:
-    try:
-        return decorator(**options)(function)
-    except RuntimeError:  # there is no place for a cache
-        return decorator(**{**options, "cache": False})(function)
+    return decorate

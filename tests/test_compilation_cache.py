@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import jax
@@ -60,10 +61,27 @@ def test_a_second_process_compiles_nothing_and_computes_the_same_bits(tmp_path):
     assert again == [folder, programs, programs, logits]
 
 
-def test_without_a_place_for_its_cache_numba_compiles_all_the_same():
-    code = "from layerscope_jax.scheduling.costs import ms_of; print(type(ms_of._cache).__name__)"
-    # The only locator that it then has is one for notebooks.
-    assert python(code, NUMBA_CACHE_LOCATOR_CLASSES="IPythonCacheLocator") == "NullCache\n"
+SMALL = """
+import jax
+from layerscope_jax import use_compilation_cache
+from layerscope_jax.compilations import counted
+
+use_compilation_cache()
+with counted() as programs:
+    jax.jit(lambda x: 2 * x)(3.0).block_until_ready()
+print(programs.programs - programs.cached)
+"""
+
+
+def test_programs_that_were_cut_off_are_compiled_anew_and_kept(tmp_path):
+    """A full disk, or whoever was killed, leaves such: JAX warns in every process, and never mends it."""
+    assert int(python(SMALL, XDG_CACHE_HOME=str(tmp_path))) > 0
+    programs = sorted(tmp_path.rglob("*-cache"))
+    for number, program in enumerate(programs):
+        program.write_bytes(program.read_bytes()[: program.stat().st_size // 2 * (number % 2)])
+    assert int(python(SMALL, XDG_CACHE_HOME=str(tmp_path))) > 0
+    assert sorted(tmp_path.rglob("*-cache")) == programs
+    assert int(python(SMALL, XDG_CACHE_HOME=str(tmp_path))) == 0
 
 
 @pytest.fixture
@@ -73,11 +91,12 @@ def settings():
         "jax_enable_compilation_cache",
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
+        "jax_compilation_cache_max_size",
     )
     before = {name: jax.config.values[name] for name in names}
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", None)
-    yield lambda: [jax.config.values[name] for name in names[1:]]
+    yield lambda: [jax.config.values[name] for name in names[1:3]]
     for name, value in before.items():
         jax.config.update(name, value)
 
@@ -112,6 +131,71 @@ def test_a_folder_that_cannot_be_had_is_refused_and_nothing_set(settings, tmp_pa
     with pytest.raises(OSError, match="file"):
         use_compilation_cache(tmp_path / "file" / "cache")
     assert settings() == before
+
+
+def program(folder, name, size, used):
+    """A file of JAX's, so many bytes large, used at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}-cache"
+    file.write_bytes(zlib.compress(b"")[:size].ljust(size, b"0"))
+    os.utime(file, (used, used))
+    return file
+
+
+def test_what_was_used_longest_ago_makes_room(settings, tmp_path):
+    old, newer, newest = (
+        program(tmp_path, name, 1000, used) for name, used in zip("bca", (1, 2, 3), strict=True)
+    )
+    (tmp_path / "notes.txt").write_text("not JAX's")
+    use_compilation_cache(tmp_path, max_size="2KB")
+    assert not old.exists()
+    assert newer.exists()
+    assert newest.exists()
+    jax.config.update("jax_compilation_cache_dir", None)
+    use_compilation_cache(tmp_path, max_size=0)
+    assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", compilations.CHECKED}
+
+
+def test_programs_of_other_kinds_of_cpu_count_too(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(compilations, "default_folder", lambda: tmp_path / "this")
+    ours, gone, left = (
+        program(tmp_path / kind, "a", 1000, used) for kind, used in (("this", 1), ("other", 2), ("third", 3))
+    )
+    os.utime(ours, (9, 9))
+    kernels = tmp_path / "kernels-0" / "f.kernel"
+    kernels.parent.mkdir()
+    kernels.write_bytes(b"ours")
+    use_compilation_cache(max_size=2000)
+    assert ours.exists()
+    assert left.exists()
+    assert kernels.exists()
+    assert not gone.parent.exists()
+
+
+def test_a_bound_of_jax_own_stays(settings, tmp_path):
+    old = program(tmp_path, "a", 1000, 1)
+    jax.config.update("jax_compilation_cache_max_size", 10)
+    use_compilation_cache(tmp_path, max_size=0)
+    assert old.exists()
+
+
+def test_only_what_is_new_is_looked_at(settings, tmp_path):
+    whole, cut = program(tmp_path, "a", 100, 1), tmp_path / "b-cache"
+    compilations.discard_damaged(tmp_path)
+    assert whole.exists()
+    cut.write_bytes(zlib.compress(os.urandom(1000))[:500])
+    compilations.discard_damaged(tmp_path)
+    assert not cut.exists()
+    cut.write_bytes(b"")
+    os.utime(cut, (1, 1))
+    compilations.discard_damaged(tmp_path)
+    assert cut.exists()
+
+
+def test_what_is_no_size_is_refused(settings, tmp_path):
+    with pytest.raises(ValueError, match="max_size must be a size such as"):
+        use_compilation_cache(tmp_path / "cache", max_size="much")
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="folders of other systems")

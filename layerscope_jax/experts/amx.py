@@ -19,8 +19,8 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from layerscope_jax.experts.numbers import pointer, round_row, rounded, silu, taken
-from layerscope_jax.machine import cpu_features
 from layerscope_jax.njit import njit
+from layerscope_jax.target import features
 
 TILE, DEPTH = 16, 32
 """Rows and columns of a tile of sums; inputs of a row that one instruction takes."""
@@ -42,8 +42,8 @@ def suits(dtype: np.dtype, width: int, hidden: int) -> bool:
 
 @functools.cache
 def available() -> bool:
-    """Whether this CPU has the instructions and Linux lets this process use them, which it must ask for."""
-    if platform.system() != "Linux" or not {"amx_tile", "amx_bf16"} <= set(cpu_features().split()):
+    """Whether numba may compile the instructions, and Linux lets this process use them if asked."""
+    if platform.system() != "Linux" or not {"amx-tile", "amx-bf16"} <= features():
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0

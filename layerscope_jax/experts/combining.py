@@ -15,7 +15,22 @@ import numpy as np
 from numba import carray, types
 
 from layerscope_jax.experts import compute, crew
-from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at, target
+from layerscope_jax.experts.foreign import (
+    ARGUMENTS,
+    ARGUMENTS_NUMBER,
+    FLOAT32,
+    NUMBER,
+    RANK,
+    RESULTS,
+    SIZES,
+    TYPE,
+    buffer,
+    int_at,
+    is_of,
+    long_at,
+    target,
+)
+from layerscope_jax.experts.inside import pool_at
 from layerscope_jax.experts.numbers import pointer, rounded, taken, widened
 from layerscope_jax.njit import cfunc, njit
 
@@ -67,6 +82,27 @@ def tokens(words: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
+def fit_sums(call):
+    """Whether a call that `fits` is one of `compute_sums`."""
+    if long_at(call + ARGUMENTS_NUMBER) != 4 or long_at(call + NUMBER) != 1:
+        return False
+    buffers = long_at(call + ARGUMENTS)
+    hidden, rows, weights = long_at(buffers), long_at(buffers + 8), long_at(buffers + 16)
+    outputs = long_at(long_at(call + RESULTS))
+    if long_at(hidden + RANK) != 2 or long_at(outputs + RANK) != 2 or not is_of(weights, FLOAT32, 2):
+        return False
+    if not is_of(rows, int_at(hidden + TYPE), 2):
+        return False
+    of_hidden, of_rows, of_weights = long_at(hidden + SIZES), long_at(rows + SIZES), long_at(weights + SIZES)
+    tokens, width, of_outputs = long_at(of_hidden), long_at(of_hidden + 8), long_at(outputs + SIZES)
+    if long_at(of_outputs) != tokens or long_at(of_outputs + 8) != width:
+        return False
+    if long_at(of_weights) != tokens or long_at(of_rows + 8) != width:
+        return False
+    return long_at(of_rows) >= tokens * long_at(of_weights + 8)
+
+
+@njit(cache=True, nogil=True)
 def compute_sums(call, do, size):
     """Of hidden [T, D], experts' rows [T * K or more, D], weights [T, K] and a table, into [T, D]."""
     hidden, sizes = buffer(call, ARGUMENTS, 0)
@@ -100,7 +136,7 @@ def combine(table: jax.Array | None, hidden: jax.Array, outputs: jax.Array, weig
         rows = outputs[: count * choices].reshape(count, choices, -1)
         return compute.combine(hidden, rows, weights)
     words: Any = np.float32 if hidden.dtype == np.float32 else np.uint16
-    name = target(f"layerscope_sums_{np.dtype(words).name}", compute_sums, tokens, words)
+    name = target(f"layerscope_sums_{np.dtype(words).name}", compute_sums, tokens, words, fit_sums)
     assert name is not None  # as it took experts
     shape = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
     return jax.ffi.ffi_call(name, shape)(hidden, outputs, weights, table)

@@ -6,7 +6,9 @@ Other types by XLA's products.
 
 from __future__ import annotations
 
+import functools
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numba import types
 
+from layerscope_jax import target
 from layerscope_jax.experts import amx, kernels, vectors
 from layerscope_jax.experts.compute import ExpertWeights, ffn
 from layerscope_jax.experts.grouping import Assignments, Group
@@ -49,13 +53,47 @@ LOOPS, AMX = Kernel("loops", kernels.PIECE), Kernel("amx", amx.PIECE)
 PAIRS = Kernel("pairs", kernels.PIECE, np.dtype(np.int16))
 
 
+COMPILED = {"loops": kernels.run_experts, "pairs": kernels.run_experts, "amx": amx.run_experts}
+"""What numba compiles for each kernel."""
+
+
 def kernel_of(dtype: np.dtype, width: int, hidden: int) -> Kernel | None:
-    """For experts [D, F] of a dtype, on this CPU. None: they are XLA's."""
-    if amx.suits(dtype, width, hidden):
-        return AMX
+    """For experts [D, F] of a dtype, on this CPU, compiled for it. None: they are XLA's."""
+    suitable = [LOOPS] if dtype in (np.float32, jnp.bfloat16) else []
     if vectors.suit_pairs(dtype, width, hidden):
-        return PAIRS
-    return LOOPS if dtype in (np.float32, jnp.bfloat16) else None
+        suitable.insert(0, PAIRS)
+    if amx.suits(dtype, width, hidden):
+        suitable.insert(0, AMX)
+    return next((kernel for kernel in suitable if compiles(kernel, dtype)), None)
+
+
+@functools.cache
+def compiles(kernel: Kernel, dtype: np.dtype) -> bool:
+    """Whether numba can compile a kernel for experts of a dtype, which it then has; says so if it cannot."""
+    reason = target.refusal()
+    if reason is None:
+        words = types.float32 if dtype.itemsize == 4 else types.int16 if kernel is PAIRS else types.uint16
+        whole, number = types.int64[::1], types.int64
+        signature = [types.int64[:, ::1], whole, whole, types.int32[::1], number, number, number]
+        signature += [words[:, ::1], number] + [number] * (kernel is AMX)
+        try:
+            COMPILED[kernel.name].compile(tuple(signature))
+            return True
+        except Exception as error:  # whatever numba and LLVM raise
+            reason = f"{type(error).__name__}: {error}"
+    say_it_is_slower(reason)
+    return False
+
+
+@functools.cache
+def say_it_is_slower(reason: str) -> None:
+    """Warns once that something of our own does not compute experts."""
+    warnings.warn(
+        "a kernel of our own cannot be compiled or called, so that another or XLA computes in its place, "
+        f"more slowly (`RunStats.kernels` says which computed experts): {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def expert_rows(
@@ -111,7 +149,18 @@ class InMemory(NamedTuple):
 
     @classmethod
     def of(cls, arrays: ExpertWeights) -> InMemory:
-        """Waits until the matrices are there."""
+        """Waits until the matrices are there.
+
+        Raises:
+            ValueError: if they are not those of an expert, of one dtype, in this machine's memory.
+        """
+        gate, up, down = arrays
+        same = gate.ndim == 2 and gate.shape == up.shape == down.shape[::-1]
+        if not same or not gate.dtype == up.dtype == down.dtype:
+            found = ", ".join(f"{matrix.dtype}{list(matrix.shape)}" for matrix in arrays)
+            raise ValueError(f"an expert is gate [D, F], up [D, F] and down [F, D] of one dtype, got {found}")
+        if any(device.platform != "cpu" for matrix in arrays for device in matrix.devices()):
+            raise ValueError(f"expected an expert on a CPU device, got one on {gate.sharding}")
         jax.block_until_ready(arrays)
         addresses = np.array([matrix.unsafe_buffer_pointer() for matrix in arrays], np.int64)
         return cls(arrays, addresses.tobytes())
@@ -191,6 +240,8 @@ class CpuExperts:
         if not experts:
             return
         held = weights(experts)
+        width, hidden = held[0].arrays.gate.shape
+        check(outputs, inputs, rows, held[0].arrays.gate)
         addresses = np.frombuffer(bytearray().join([expert.addresses for expert in held]), np.int64)
         addresses = addresses.reshape(-1, 3)
         index = np.array(experts)
@@ -202,7 +253,6 @@ class CpuExperts:
         stats.by_kernel[kernel.name] += len(experts)
         if tokens > kernel.piece:
             addresses, firsts, lasts = pieces(addresses, firsts, lasts, kernel.piece)
-        width, hidden = held[0].arrays.gate.shape
         size = 3 * width * hidden * outputs.itemsize * len(held)
         words = outputs.view(kernel.words) if outputs.itemsize == 2 else outputs
         begins = address(inputs)
@@ -227,6 +277,28 @@ class CpuExperts:
         if self._kept[share].nbytes < size + 64:
             self._kept[share] = np.empty(size + 64, np.uint8)
         return -(-self._kept[share].ctypes.data // 64) * 64
+
+
+def check(outputs: np.ndarray, inputs: jax.Array | np.ndarray, rows: Assignments, gate: jax.Array) -> None:
+    """Before loops go by addresses alone.
+
+    Raises:
+        ValueError: if arrays do not fit each other, or do not lie row after row.
+    """
+    width = gate.shape[0]
+    if (
+        outputs.shape == (rows.total + 1, width)
+        and inputs.shape == (rows.total // rows.choices, width)
+        and outputs.dtype == inputs.dtype == gate.dtype
+        and outputs.flags.carray
+        and (isinstance(inputs, jax.Array) or inputs.flags.c_contiguous)
+    ):
+        return
+    raise ValueError(
+        f"expected inputs [{rows.total // rows.choices}, {width}] and outputs [{rows.total + 1}, {width}] of "
+        f"{gate.dtype}, row after row, got {inputs.dtype}{list(inputs.shape)} and "
+        f"{outputs.dtype}{list(outputs.shape)}"
+    )
 
 
 def pieces(

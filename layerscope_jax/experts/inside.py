@@ -1,60 +1,78 @@
 """Our own loops inside a jitted program: a layer is no dispatch, no read-back, no Python.
 
-XLA calls a compiled function at the place of a layer's experts by its foreign function interface (its binary
-form is stable, `xla/ffi/api/c_api.h`), and in the same way at that of its other products and of its attention
-(`products.py`, `attention.py`). A crew of threads helps it.
+XLA calls a compiled function at the place of a layer's experts (`foreign.py`), and in the same way at that of
+its other products and of its attention (`products.py`, `attention.py`). A crew of threads helps it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from numba import carray, types
+from numba import carray
 
 from layerscope_jax.experts import crew
 from layerscope_jax.experts.cpu import AMX, CpuExperts, InMemory, Kernel
 from layerscope_jax.experts.crew import SEMAPHORE, SEMAPHORES, Crew
+from layerscope_jax.experts.foreign import (
+    ARGUMENTS,
+    ARGUMENTS_NUMBER,
+    DATA,
+    FLAG,
+    INT32,
+    NUMBER,
+    RANK,
+    RESULTS,
+    SIZES,
+    buffer,
+    is_of,
+    long_at,
+    target,
+)
 from layerscope_jax.experts.numbers import pointer
-from layerscope_jax.njit import cfunc, njit
-
-# Where in XLA's structures: a call's extension, arguments, number of results and results; a buffer's numbers
-# and sizes; in the extension that asks for the version of the interface, its kind and where to write the
-# version.
-EXTENSION, ARGUMENTS, NUMBER, RESULTS, DATA, SIZES = 8, 72, 96, 112, 24, 40
-KIND, METADATA, VERSION = 8, 24, 24
-ASKS_VERSION, MAJOR, MINOR = 1, 0, 1
+from layerscope_jax.njit import njit
 
 FACTS = 3
 """Numbers of a layer's table before its addresses (`Inside.table_of`)."""
 
 
 @njit(cache=True, nogil=True)
-def long_at(address):
-    return carray(pointer(address), 1, np.int64)[0]
-
-
-@njit(cache=True, nogil=True, inline="always")
-def asks_version(call):
-    """Whether XLA only wants to know which version of the interface this is; tells it."""
-    extension = long_at(call + EXTENSION)
-    if extension == 0 or carray(pointer(extension + KIND), 1, np.int32)[0] != ASKS_VERSION:
+def fit_experts(call):
+    """Whether a call that `fits` is one of `compute_experts`, and no choice an expert that is not there."""
+    if long_at(call + ARGUMENTS_NUMBER) != 4 or long_at(call + NUMBER) != 1:
         return False
-    version = carray(pointer(long_at(extension + METADATA) + VERSION), 2, np.int32)
-    version[0], version[1] = MAJOR, MINOR
-    return True
+    buffers = long_at(call + ARGUMENTS)
+    inputs, chosen, flags = long_at(buffers), long_at(buffers + 8), long_at(buffers + 16)
+    rows = long_at(long_at(call + RESULTS))
+    if long_at(inputs + RANK) != 2 or long_at(rows + RANK) != 2:
+        return False
+    if not is_of(chosen, INT32, 2) or not is_of(flags, FLAG, 1):
+        return False
+    of_inputs, of_chosen, of_rows = long_at(inputs + SIZES), long_at(chosen + SIZES), long_at(rows + SIZES)
+    tokens, choices = long_at(of_inputs), long_at(of_chosen + 8)
+    words = long_at(long_at(long_at(buffers + 24) + SIZES))
+    if words < 2 * FACTS or (words - 2 * FACTS) % 6 != 0:
+        return False
+    if long_at(of_chosen) != tokens or long_at(long_at(flags + SIZES)) != tokens:
+        return False
+    if long_at(of_rows) != tokens * choices or long_at(of_rows + 8) != long_at(of_inputs + 8):
+        return False
+    count = (words // 2 - FACTS) // 3
+    numbers = carray(pointer(long_at(chosen + DATA)), tokens * choices, np.int32)
+    return are_within(numbers, count)
 
 
 @njit(cache=True, nogil=True)
-def buffer(call, buffers, index):
-    """Address of the numbers, and of the sizes, of one of a call's arguments or results."""
-    one = long_at(long_at(call + buffers) + 8 * index)
-    return long_at(one + DATA), long_at(one + SIZES)
+def are_within(numbers, count):
+    """Whether all numbers are less than `count`, and none is negative."""
+    low = high = np.int32(0)
+    for number in numbers:
+        low, high = min(low, number), max(high, number)
+    return low >= 0 and high < count
 
 
 @njit(cache=True, nogil=True)
@@ -138,42 +156,11 @@ def compute_experts(call, do, size):
     job[crew.LENGTH] = addresses.size + firsts.size + lasts.size + order.size
 
 
-_handlers: list[Any] = []
-"""XLA knows their addresses alone."""
-
-
-@functools.cache
-def target(name: str, compute: Callable, share: Callable[[Any], Any], words: Any) -> str | None:
-    """Lets XLA know a function under a name; None if it does not take it.
-
-    Args:
-        compute: of a call, the address of a function and the bytes of a number.
-        share: that function, of a thread's share, of numbers of a type.
-        words: the type.
-    """
-    do, size = share(words).address, np.dtype(words).itemsize
-
-    @cfunc(types.int64(types.int64))
-    def handler(call):
-        if not asks_version(call):
-            # Of constants as they are numba would make types, and compile all anew for each address.
-            compute(call, np.int64(do), np.int64(size))
-        return 0
-
-    _handlers.append(handler)
-    capsule = ctypes.pythonapi.PyCapsule_New
-    capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    try:
-        jax.ffi.register_ffi_target(name, capsule(handler.address, b"xla._CUSTOM_CALL_TARGET", None), "cpu")
-    except (RuntimeError, ValueError):  # another version of the interface
-        return None
-    return name
-
-
 def experts_target(kernel: Kernel, dtype: np.dtype) -> str | None:
     words: Any = kernel.words.type if dtype.itemsize == 2 else np.float32
     share = crew.experts_by_tiles if kernel is AMX else crew.experts_by_loops
-    return target(f"layerscope_experts_{kernel.name}_{np.dtype(words).name}", compute_experts, share, words)
+    name = f"layerscope_experts_{kernel.name}_{np.dtype(words).name}"
+    return target(name, compute_experts, share, words, fit_experts)
 
 
 class Inside:
@@ -238,6 +225,19 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
 
     Returns:
         [T * K, D].
+
+    Raises:
+        ValueError: for arguments of other shapes or types.
     """
+    tokens = len(inputs)
+    kinds = [(inputs, 2, jnp.float32 if name.endswith("float32") else jnp.bfloat16)]
+    kinds += [(experts, 2, jnp.int32), (active, 1, jnp.bool_), (table, 1, jnp.uint32)]
+    fit = all(one.ndim == rank and one.dtype == dtype for one, rank, dtype in kinds)
+    numbers, rest = divmod(len(table) - 2 * FACTS, 6) if fit else (0, 0)
+    if numbers < 1 or rest or not len(experts) == len(active) == tokens:
+        got = ", ".join(f"{one.dtype}{list(one.shape)}" for one, *_ in kinds)
+        raise ValueError(
+            f"{name} takes inputs [T, D], experts int32 [T, K], active bool [T] and a table, got {got}"
+        )
     shape = jax.ShapeDtypeStruct((experts.size, inputs.shape[1]), inputs.dtype)
     return jax.ffi.ffi_call(name, shape)(inputs, experts, active, table)

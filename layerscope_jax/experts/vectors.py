@@ -23,9 +23,9 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from layerscope_jax.machine import cpu_features
+from layerscope_jax.target import features
 
-WIDE = "avx512f" in cpu_features().split()
+WIDE = "avx512f" in features()
 LANES, ROWS = (16, 8) if WIDE else (8, 4)
 """Numbers in a register, and rows of a matrix that are added at once."""
 
@@ -43,8 +43,8 @@ binding.initialize_native_asmparser()
 
 @functools.cache
 def suit_pairs(dtype: np.dtype, width: int, hidden: int) -> bool:
-    """Whether experts [width, hidden] can be multiplied in pairs, without a rest, on this CPU."""
-    able = WIDE and {"avx512bw", "avx512_bf16"} <= set(cpu_features().split())
+    """Whether experts [width, hidden] can be multiplied in pairs, without a rest, as numba compiles here."""
+    able = WIDE and {"avx512bw", "avx512bf16"} <= features()
     return able and dtype.name == "bfloat16" and width % COLUMNS == 0 == hidden % COLUMNS
 
 

@@ -1,0 +1,232 @@
+"""Loops that go by addresses write what they are to write, and not one byte beside it."""
+
+import functools
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerscope_jax.experts import amx, attention, crew, prefill_attention, vectors
+from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.experts.cpu import AMX, LOOPS, PAIRS, CpuExperts, InMemory, WorkStats
+from layerscope_jax.experts.grouping import Assignments
+
+AROUND = 4096
+"""Bytes before and behind what may be written."""
+
+CANARY = np.frombuffer(b"\xa5", np.uint8)[0]
+
+
+class Guarded:
+    """Arrays with bytes around them that nobody may write to."""
+
+    def __init__(self):
+        self._memories = []
+
+    def array(self, shape, dtype):
+        """Not a number to begin with, so that it is seen what was not written."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = np.full(size + 2 * AROUND + 64, CANARY, np.uint8)
+        begin = AROUND + -(memory.ctypes.data + AROUND) % 64
+        self._memories.append((memory, begin, size))
+        found = memory[begin : begin + size].view(dtype).reshape(shape)
+        found[...] = np.nan
+        return found
+
+    def check(self):
+        for memory, begin, size in self._memories:
+            assert (memory[:begin] == CANARY).all()
+            assert (memory[begin + size :] == CANARY).all()
+
+
+@functools.cache
+def computer(kernel):
+    return CpuExperts(2, kernel)
+
+
+def numbers(rng, shape, dtype):
+    return (rng.standard_normal(shape) / 4).astype(dtype)
+
+
+pairs = vectors.suit_pairs(np.dtype(ml_dtypes.bfloat16), 32, 32)
+KERNELS = [(LOOPS, np.float32, 1), (LOOPS, ml_dtypes.bfloat16, 1)]
+KERNELS += [(PAIRS, ml_dtypes.bfloat16, 32)] if pairs else []
+KERNELS += [(AMX, ml_dtypes.bfloat16, 32)] if amx.available() else []
+
+
+@given(data=st.data(), tokens=st.integers(1, 70), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_experts(data, tokens, seed):
+    kernel, dtype, step = data.draw(st.sampled_from(KERNELS), "kernel")
+    width, hidden = (step * data.draw(st.integers(1, 160 // step if step > 1 else 100)) for _ in range(2))
+    rng, guarded = np.random.default_rng(seed), Guarded()
+    shapes = ((width, hidden), (width, hidden), (hidden, width))
+    held = [
+        InMemory.of(ExpertWeights(*(jnp.asarray(numbers(rng, shape, dtype)) for shape in shapes)))
+        for _ in range(3)
+    ]
+    choices = data.draw(st.integers(1, 3))
+    chosen = np.argsort(rng.random((tokens, 3)), 1)[:, :choices].astype(np.int32)
+    rows = Assignments(chosen, rng.random(tokens) < 0.9)
+    some = [one for one in rows.demand if rng.random() < 0.8]
+    outputs = guarded.array((tokens * choices + 1, width), dtype)
+    inputs = numbers(rng, (tokens, width), dtype)
+    computer(kernel).compute(
+        outputs, inputs, rows, some, lambda experts: [held[one] for one in experts], WorkStats()
+    )
+    guarded.check()
+    written = np.zeros(tokens * choices + 1, bool)
+    for one in some:
+        written[rows.slots(one)] = True
+    assert np.isfinite(outputs[written].astype(np.float32)).all()
+    assert np.isnan(outputs[~written].astype(np.float32)).all()
+
+
+def job(**fields):
+    """Of `crew`: its numbers, and the addresses of its arrays."""
+    made = np.zeros(crew.SIZE, np.int64)
+    for name, value in fields.items():
+        place = getattr(crew, name, None)
+        place = getattr(prefill_attention, name) if place is None else place
+        made[place] = value.ctypes.data if isinstance(value, np.ndarray) else value
+    return made
+
+
+WORDS = {"float32": np.float32, "uint16": np.uint16, "int16": np.int16}
+
+
+@given(
+    words=st.sampled_from(["float32", "uint16", *(["int16"] if pairs else [])]),
+    rows=st.integers(1, 300),
+    steps=st.integers(1, 20),
+    widths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    columns=st.integers(1, 4),
+    height=st.integers(1, 300),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_products(words, rows, steps, widths, columns, height, seed):
+    rng, guarded = np.random.default_rng(seed), Guarded()
+    dtype = np.float32 if words == "float32" else ml_dtypes.bfloat16
+    depth = vectors.COLUMNS * steps if words == "int16" else vectors.ROWS * steps
+    columns *= vectors.COLUMNS
+    x = numbers(rng, (rows, depth), dtype)
+    matrices, held, found, beside = np.empty((len(widths), 3), np.int64), [], [], 0
+    for index, width in enumerate(vectors.COLUMNS * width for width in widths):
+        held.append(numbers(rng, (depth, width), dtype))
+        found.append(guarded.array((rows, width), dtype))
+        matrices[index] = held[-1].ctypes.data, width, found[-1].ctypes.data
+        beside += -(-width // columns)
+    work = job(
+        PARTS=beside * -(-rows // height),
+        INPUTS=x,
+        WEIGHTS=matrices,
+        ROWS=rows,
+        DEPTH=depth,
+        COUNT=len(widths),
+        COLUMNS=columns,
+        HEIGHT=height,
+        BESIDE=beside,
+    )
+    crew.products(WORDS[words]).ctypes(work.ctypes.data)
+    guarded.check()
+    for weights, outputs in zip(held, found, strict=True):
+        exact = x.astype(np.float64) @ weights.astype(np.float64)
+        np.testing.assert_allclose(outputs.astype(np.float64), exact, rtol=2e-2, atol=2e-2)
+
+
+def cache(rng, rows, heads, size, length):
+    return numbers(rng, (rows, heads, size, length), np.float32), numbers(
+        rng, (rows, heads, length, size), np.float32
+    )
+
+
+@given(
+    words=st.sampled_from(["float32", "uint16"]),
+    rows=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    groups=st.integers(1, 5),
+    size=st.integers(1, 70),
+    length=st.integers(1, 200),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_attention_of_one_token_a_row(words, rows, heads, groups, size, length, seed):
+    rng, guarded = np.random.default_rng(seed), Guarded()
+    dtype = np.float32 if words == "float32" else ml_dtypes.bfloat16
+    keys, values = cache(rng, rows, heads, size, length)
+    queries = numbers(rng, (rows, heads * groups, size), dtype)
+    outputs = guarded.array(queries.shape, dtype)
+    bounds = np.sort(rng.integers(0, length + 1, (rows, 2)).astype(np.int32), 1)
+    work = job(
+        PARTS=rows * heads,
+        INPUTS=queries,
+        WEIGHTS=keys,
+        OUTPUTS=outputs,
+        ROWS=rows,
+        DEPTH=size,
+        WIDTH=length,
+        VALUES=values,
+        BOUNDS=bounds,
+        HEADS=heads,
+        GROUPS=groups,
+    )
+    attention.rows(WORDS[words]).ctypes(work.ctypes.data)
+    guarded.check()
+    assert np.isfinite(outputs.astype(np.float32)).all()
+
+
+@given(
+    words=st.sampled_from(["float32", "uint16"]),
+    rows=st.integers(1, 2),
+    tokens=st.integers(1, 60),
+    heads=st.integers(1, 2),
+    groups=st.integers(1, 5),
+    size=st.integers(1, 3),
+    length=st.integers(1, 8),
+    window=st.integers(1, 300),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_attention_of_many_tokens_a_row(words, rows, tokens, heads, groups, size, length, window, seed):
+    rng, guarded = np.random.default_rng(seed), Guarded()
+    dtype = np.float32 if words == "float32" else ml_dtypes.bfloat16
+    size, length = size * vectors.COLUMNS, length * vectors.COLUMNS
+    keys, values = cache(rng, rows, heads, size, length)
+    queries = numbers(rng, (rows, tokens, heads * groups, size), dtype)
+    outputs = guarded.array(queries.shape, dtype)
+    last = np.minimum(np.arange(tokens) + 1 + rng.integers(0, length, (rows, 1)), length)
+    last = np.where(rng.random(last.shape) < 0.2, 0, last)  # some are none
+    bounds = np.stack([np.maximum(last - window, 0), last], -1).astype(np.int32)
+    blocks = -(-tokens // max(1, prefill_attention.BLOCK // groups))
+    work = job(
+        PARTS=rows * heads * blocks,
+        INPUTS=queries,
+        WEIGHTS=keys,
+        OUTPUTS=outputs,
+        ROWS=rows,
+        DEPTH=size,
+        WIDTH=length,
+        VALUES=values,
+        BOUNDS=bounds,
+        HEADS=heads,
+        GROUPS=groups,
+        TOKENS=tokens,
+    )
+    prefill_attention.blocks(WORDS[words]).ctypes(work.ctypes.data)
+    guarded.check()
+    assert np.isfinite(outputs.astype(np.float32)).all()
+
+
+def test_a_byte_beside_is_seen():
+    guarded = Guarded()
+    found = guarded.array((3, 5), np.float32)
+    guarded.check()
+    memory = guarded._memories[0][0]
+    begin = found.ctypes.data - memory.ctypes.data
+    memory[begin + found.nbytes] = 0
+    with pytest.raises(AssertionError):
+        guarded.check()

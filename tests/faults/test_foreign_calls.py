@@ -1,0 +1,200 @@
+"""What reads memory by addresses is given only what it takes: all else is refused in words."""
+
+import functools
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from layerscope_jax.experts import cpu, crew, foreign, inside
+from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.experts.cpu import LOOPS, CpuExperts, InMemory, WorkStats
+from layerscope_jax.experts.grouping import Assignments
+from layerscope_jax.experts.inside import Inside
+from layerscope_jax.experts.products import multiply
+
+WIDTH, HIDDEN, EXPERTS = 44, 36, 3
+
+
+def expert(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    shapes = (WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)
+    return ExpertWeights(*(jnp.asarray(rng.standard_normal(shape).astype(dtype)) for shape in shapes))
+
+
+@pytest.fixture(scope="module")
+def within():
+    computer = CpuExperts(1, LOOPS)
+    held = [InMemory.of(expert()) for _ in range(EXPERTS)]
+    made = Inside(computer, np.dtype(np.float32), [held])
+    yield made
+    made.close()
+    computer.close()
+
+
+def arguments(within, **changes):
+    table = within.tables[0]
+    known = {
+        "inputs": np.ones((4, WIDTH), np.float32),
+        "experts": np.array([[0, 1], [2, 0], [1, 2], [0, 2]], np.int32),
+        "active": np.array([True, True, False, True]),
+        "table": np.asarray(table),
+    }
+    return [jnp.asarray(value) for value in (known | changes).values()]
+
+
+WRONG = {
+    "inputs of another type": {"inputs": np.ones((4, WIDTH), ml_dtypes.bfloat16)},
+    "inputs of another rank": {"inputs": np.ones((4, WIDTH, 1), np.float32)},
+    "fewer inputs": {"inputs": np.ones((3, WIDTH), np.float32)},
+    "experts of another type": {"experts": np.zeros((4, 2), np.float32)},
+    "experts of another rank": {"experts": np.zeros(8, np.int32)},
+    "flags of another type": {"active": np.ones(4, np.int32)},
+    "fewer flags": {"active": np.ones(3, bool)},
+    "a table of another type": {"table": np.zeros(24, np.int32)},
+    "a table of another rank": {"table": np.zeros((2, 12), np.uint32)},
+    "an odd table": {"table": np.zeros(2 * (inside.FACTS + 3 * EXPERTS) + 2, np.uint32)},
+    "no table": {"table": np.zeros(1, np.uint32)},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
+def test_a_call_with_other_arguments_is_refused_as_it_is_traced_and_as_it_is_made(within, changes):
+    values = arguments(within, **changes)
+    with pytest.raises(ValueError, match="takes inputs"):
+        jax.jit(inside.rows, static_argnums=0)(within.target, *values)
+    call = jax.ffi.ffi_call(within.target, jax.ShapeDtypeStruct((8, WIDTH), np.float32))
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*layerscope_experts_loops_float32"
+    ):
+        jax.block_until_ready(call(*values))
+
+
+@pytest.mark.parametrize("number", [-1, EXPERTS, 2**31 - 1, -(2**31)])
+def test_an_expert_that_is_not_there_is_refused(within, number):
+    values = arguments(within, experts=np.array([[0, 1], [2, 0], [1, number], [0, 2]], np.int32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        jax.block_until_ready(inside.rows(within.target, *values))
+
+
+def test_other_numbers_and_results_are_refused(within):
+    good = arguments(within)
+    for shapes, values in [
+        (jax.ShapeDtypeStruct((7, WIDTH), np.float32), good),
+        (jax.ShapeDtypeStruct((8, WIDTH - 1), np.float32), good),
+        (jax.ShapeDtypeStruct((8, WIDTH), jnp.bfloat16), good),
+        ([jax.ShapeDtypeStruct((8, WIDTH), np.float32)] * 2, good),
+        (jax.ShapeDtypeStruct((8, WIDTH), np.float32), [*good[:3], *good[2:]]),
+        (jax.ShapeDtypeStruct((8, WIDTH), np.float32), good[:1]),
+    ]:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+            jax.block_until_ready(jax.ffi.ffi_call(within.target, shapes)(*values))
+    found = inside.rows(within.target, *good)  # and a right one is done
+    assert found.shape == (4, 2, WIDTH)
+    assert not np.asarray(found)[2].any()
+
+
+def test_products_of_another_type_are_refused(within):
+    name = inside.target("layerscope_products_float32", multiply, crew.products, np.float32)
+    table = jnp.asarray(within.tables[0])
+    x, weights = jnp.ones((3, 32), jnp.bfloat16), jnp.ones((32, 32), jnp.bfloat16)
+    call = jax.ffi.ffi_call(name, [jax.ShapeDtypeStruct((3, 32), jnp.bfloat16)])
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*layerscope_products_float32"):
+        jax.block_until_ready(call(x, weights, table))
+
+
+@pytest.mark.parametrize(
+    "matrices",
+    [
+        expert()._replace(down=jnp.ones((WIDTH, HIDDEN))),
+        expert()._replace(up=jnp.ones((WIDTH, HIDDEN + 1))),
+        expert()._replace(up=jnp.ones((WIDTH, HIDDEN), jnp.bfloat16)),
+        ExpertWeights(*(jnp.ones((2, 2, 2)) for _ in range(3))),
+    ],
+)
+def test_matrices_that_are_no_expert_are_refused(matrices):
+    with pytest.raises(ValueError, match=r"an expert is gate \[D, F\]"):
+        InMemory.of(matrices)
+
+
+def strided(shape):
+    return np.zeros((shape[0], 2 * shape[1]), np.float32)[:, ::2]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs"),
+    [
+        (np.zeros((3, WIDTH), np.float32), np.zeros((3, WIDTH), np.float32)),
+        (np.zeros((4, WIDTH - 1), np.float32), np.zeros((3, WIDTH), np.float32)),
+        (np.zeros((4, WIDTH), np.float32), np.zeros((2, WIDTH), np.float32)),
+        (np.zeros((4, WIDTH), np.float32), np.zeros((3, WIDTH), ml_dtypes.bfloat16)),
+        (np.zeros((4, WIDTH), np.float64), np.zeros((3, WIDTH), np.float64)),
+        (strided((4, WIDTH)), np.zeros((3, WIDTH), np.float32)),
+        (np.zeros((4, WIDTH), np.float32), strided((3, WIDTH))),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(outputs, inputs):
+    computer, held = CpuExperts(1, LOOPS), InMemory.of(expert())
+    rows = Assignments(np.zeros((3, 1), np.int32))
+    with pytest.raises(ValueError, match="row after row, got"):
+        computer.compute(outputs, inputs, rows, [0], lambda _: [held], WorkStats())
+    computer.close()
+
+
+@pytest.fixture
+def afresh(monkeypatch):
+    """As in a new process; XLA keeps the functions that it knows."""
+    monkeypatch.setattr(inside, "target", functools.cache(inside.target.__wrapped__))
+    once = (foreign.interface, cpu.say_it_is_slower)
+    for one in once:
+        one.cache_clear()
+    yield
+    for one in once:
+        one.cache_clear()
+
+
+def test_the_version_that_comes_with_jax_is_known(afresh):
+    major, minor = foreign.interface()
+    assert major == foreign.MAJOR
+    assert minor >= foreign.MINOR
+
+
+@pytest.mark.parametrize("version", [(1, 0), (0, 0)])
+def test_another_version_is_left_to_xla_with_one_warning(afresh, monkeypatch, version):
+    monkeypatch.setattr(foreign, "interface", lambda: version)
+    computer = CpuExperts(1, LOOPS)
+    with pytest.warns(
+        RuntimeWarning, match=rf"interface is of version \({version[0]}, {version[1]}\)"
+    ) as said:
+        found = [Inside.is_possible(computer, np.dtype(np.float32)) for _ in range(2)]
+    assert found == [False, False]
+    assert len(said) == 1
+    computer.close()
+
+
+def test_the_header_tells_the_version(afresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
+    assert foreign.interface() is None
+    foreign.interface.cache_clear()
+    header = Path(tmp_path, "xla", "ffi", "api", "c_api.h")
+    header.parent.mkdir(parents=True)
+    header.write_text("#define XLA_FFI_API_MAJOR 3\n#define XLA_FFI_API_MINOR 14\n")
+    assert foreign.interface() == (3, 14)
+
+
+def test_what_fails_to_compile_is_left_to_xla(afresh, monkeypatch):
+    def broken(words):
+        raise RuntimeError("LLVM gave up")
+
+    monkeypatch.setattr(crew, "experts_by_loops", broken)
+    computer = CpuExperts(1, LOOPS)
+    with pytest.warns(RuntimeWarning, match="layerscope_experts_loops_float32: RuntimeError: LLVM gave up"):
+        assert not Inside.is_possible(computer, np.dtype(np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not Inside.is_possible(computer, np.dtype(np.float32))
+    computer.close()

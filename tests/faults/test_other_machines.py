@@ -1,0 +1,184 @@
+"""Other systems, other CPUs, and numba told to compile for others: right, if slower, or said in words."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import in_time, random_model
+
+from layerscope_jax import Engine, OffloadConfig, machine, target
+from layerscope_jax.experts import cpu
+from layerscope_jax.experts.cpu import AMX, LOOPS, kernel_of
+
+ROOT = Path(__file__).parents[2]
+
+GENERATE = """
+import sys, warnings
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_disable_most_optimizations", True)
+import jax.numpy as jnp, numpy as np
+{before}
+import json
+from helpers import random_model
+from layerscope_jax import Engine, OffloadConfig
+found = []
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for name in {names}:
+        model = random_model(num_layers=2, hidden_size=64, expert_hidden=32, dtype=jnp.dtype(name))
+        with Engine(model, OffloadConfig({config})) as engine:
+            result = engine.generate([[1, 2, 3], [9] * 30], max_new_tokens=4)
+        found.append([result.tokens, result.stats.kernels])
+print(json.dumps([found, [str(one.message) for one in said if one.category is RuntimeWarning]]))
+"""
+
+
+def generated(names, config="", before="", **environment):
+    """Tokens and kernels of small models in a process that is told of another machine; and its warnings."""
+    code = GENERATE.format(names=names, config=config, before=before)
+    known = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])} | environment
+    done = in_time(
+        lambda: subprocess.run([sys.executable, "-c", code], env=known, capture_output=True, text=True), 300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def expected(name, config):
+    model = random_model(num_layers=2, hidden_size=64, expert_hidden=32, dtype=jnp.dtype(name))
+    with Engine(model, config) as engine:
+        return engine.generate([[1, 2, 3], [9] * 30], max_new_tokens=4).tokens
+
+
+ON_HOST = OffloadConfig(device_budget=0, policy="host-only")
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_for_any_cpu_plain_loops_are_compiled():
+    names = ["float32", "bfloat16"]
+    found, said = generated(names, "device_budget=0, policy='host-only'", NUMBA_CPU_NAME="generic")
+    assert said == []
+    assert [kernels for _, kernels in found] == [{"loops": 1.0, "xla": 0.0}] * 2
+    assert [tokens for tokens, _ in found] == [expected(name, ON_HOST) for name in names]
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_where_nothing_can_be_compiled_xla_computes():
+    found, said = generated(["float32"], NUMBA_DISABLE_JIT="1")
+    assert found == [[expected("float32", OffloadConfig()), {"xla": 1}]]
+    (message,) = said
+    assert "NUMBA_DISABLE_JIT is set" in message
+
+
+ELSEWHERE = """
+import builtins, ctypes, os, pathlib, platform
+import numba, optax, flax.nnx, tokenizers, safetensors
+
+def refuse(*_):
+    raise TypeError("not on this system")
+
+whole = pathlib.Path.read_text
+def read_text(self, *others, **named):
+    if str(self).startswith("/proc/"):
+        raise FileNotFoundError(str(self))
+    return whole(self, *others, **named)
+
+platform.system, platform.machine = lambda: "Windows", lambda: "ARM64"
+ctypes.CDLL = refuse
+pathlib.Path.read_text = read_text
+for name in ("sysconf", "sched_getaffinity"):
+    if hasattr(os, name):
+        delattr(os, name)
+"""
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_on_other_systems_it_computes_layer_by_layer():
+    """Where there are no semaphores of Linux, no /proc, no sysconf: what of that can be made up."""
+    before = ELSEWHERE + "from layerscope_jax import machine\n"
+    before += "machine.describe(jax.devices()[0]), machine.free_bytes(), machine.cpu_name()\n"
+    ((tokens, _),), said = generated(["float32"], before=before)
+    assert said == []
+    assert tokens == expected("float32", OffloadConfig())
+
+
+def test_memory_that_is_not_told_is_not_known(monkeypatch):
+    monkeypatch.setattr(machine, "_field", lambda file, name: None)
+    monkeypatch.setattr(os, "sysconf", lambda name: (_ for _ in ()).throw(ValueError("unrecognized name")))
+    assert machine.memory_bytes() is None
+    assert machine.free_bytes() == machine.UNKNOWN_BYTES // 2
+
+
+@pytest.fixture
+def afresh():
+    """What was found out of numba is found out again."""
+    once = (target.features, target.of_host, target.refusal, cpu.compiles, cpu.say_it_is_slower)
+    for one in once:
+        one.cache_clear()
+    yield
+    for one in once:
+        one.cache_clear()
+
+
+def test_instructions_are_those_that_numba_may_use(afresh, monkeypatch):
+    host = target.of_host()
+    assert target.features() == host
+    for settings, expected in [
+        ({"CPU_FEATURES": ""}, frozenset()),
+        ({"CPU_FEATURES": "+sse2,-avx,+" + min(target.lacking())}, {"sse2"} & host),
+        ({"ENABLE_AVX": 0}, {name for name in host if not name.startswith("avx")}),
+    ]:
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setattr(target.config, name, value)
+            target.features.cache_clear()
+            assert target.features() == expected
+
+
+def test_instructions_that_this_cpu_lacks_are_refused(afresh, monkeypatch):
+    lacking = min(target.lacking())
+    monkeypatch.setattr(target.config, "CPU_FEATURES", f"+sse2,+nosuch,+{lacking}")
+    with pytest.warns(RuntimeWarning, match=f"NUMBA_CPU_FEATURES names {lacking}, which this CPU lacks"):
+        assert kernel_of(np.dtype(np.float32), 64, 64) is None
+
+
+class Broken:
+    """A kernel that LLVM cannot compile."""
+
+    def compile(self, signature):
+        raise RuntimeError("LLVM gave up")
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_what_fails_to_compile_is_left_to_xla_with_one_warning(afresh, monkeypatch):
+    tokens = expected("float32", ON_HOST)
+    for name in cpu.COMPILED:
+        monkeypatch.setitem(cpu.COMPILED, name, Broken())
+    cpu.compiles.cache_clear()
+    model = random_model(num_layers=2, hidden_size=64, expert_hidden=32, dtype=jnp.float32)
+    with (
+        pytest.warns(RuntimeWarning, match="RuntimeError: LLVM gave up") as said,
+        Engine(model, ON_HOST) as engine,
+    ):
+        result = engine.generate([[1, 2, 3], [9] * 30], max_new_tokens=4)
+    assert len(said) == 1
+    assert (result.tokens, result.stats.kernels) == (tokens, {"xla": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernel_of(np.dtype(jnp.bfloat16), 64, 64) is None  # and says nothing more
+
+
+def test_the_next_kernel_takes_over(afresh, monkeypatch):
+    monkeypatch.setattr(cpu.amx, "suits", lambda *_: True)
+    monkeypatch.setitem(cpu.COMPILED, "amx", Broken())
+    monkeypatch.setitem(cpu.COMPILED, "pairs", Broken())
+    with pytest.warns(RuntimeWarning, match="gave up"):
+        assert kernel_of(np.dtype(jnp.bfloat16), 64, 64) is LOOPS
+    assert not cpu.compiles(AMX, np.dtype(jnp.bfloat16))
