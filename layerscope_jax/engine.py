@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from layerscope_jax.experts.cpu import WorkStats, default_threads
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.inside import Inside
 from layerscope_jax.experts.residency import Residency
+from layerscope_jax.experts.rooms import Rooms
 from layerscope_jax.experts.transfers import LinkStats, Transfers
 from layerscope_jax.forecasts import Forecasts
 from layerscope_jax.generation import Request, Result, Token, encode_prompts, is_integer, make_requests
@@ -80,7 +80,7 @@ class Engine:
         host_device: jax.Device | None = None,
         copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
     ):
-        self._closed = False
+        self._rooms = Rooms(self)
         self._costs: HardwareProfile | None = None
         self.model = model
         self.config = config = config or OffloadConfig()
@@ -125,29 +125,25 @@ class Engine:
         )
         threads = config.host_threads or default_threads(self.device)
         on_cpu = self.device.platform == "cpu"
-        host = HostExperts(bank, host_device or cpu_device(), threads, shares_inputs=on_cpu)
-        transfers = Transfers(bank, self.device, bandwidth, copy)
-        rooms: list[Any] = [transfers, host]
-        self._close = weakref.finalize(self, _close, rooms)
-        try:
+        with self._rooms.opening():
+            host = self._rooms.add(
+                HostExperts(bank, host_device or cpu_device(), threads, shares_inputs=on_cpu)
+            )
+            transfers = self._rooms.add(Transfers(bank, self.device, bandwidth, copy))
             if profile is None and self.policy.uses_costs:
                 profile = calibration.measure(model, host, transfers, residency.slots)
             state = self.policy.init(geometry, profile)
             forecasts = Forecasts(None if everything else predictor, model, geometry)
-        except BaseException:
-            self._close()
-            raise
-        self._geometry, self._costs = geometry, profile
-        one_jit = everything and config.numerics == "fast" and on_cpu
-        if one_jit and Inside.is_possible(host.cpu, bank.dtype):
-            rooms.append(Inside(host.cpu, bank.dtype, host.everything()))
-            self.runner = ResidentOnCpu(
-                model, self.policy, state, residency, transfers, host, forecasts, inside=rooms[-1]
-            )
-        else:
-            self.runner = LayerByLayer(model, self.policy, state, residency, transfers, host, forecasts)
-        if everything:
-            self.runner.preload()
+            self._geometry, self._costs = geometry, profile
+            parts = (model, self.policy, state, residency, transfers, host, forecasts)
+            one_jit = everything and config.numerics == "fast" and on_cpu
+            if one_jit and Inside.is_possible(host.cpu, bank.dtype):
+                inside = self._rooms.add(Inside(host.cpu, bank.dtype, host.everything()))
+                self.runner = ResidentOnCpu(*parts, inside=inside)
+            else:
+                self.runner = LayerByLayer(*parts)
+            if everything:
+                self.runner.preload()
 
     def generate(
         self,
@@ -262,8 +258,8 @@ class Engine:
         )
         runner = self.runner
         with counted() as found:
-            self.runner = rehearsal(runner)
             try:
+                self.runner = rehearsal(runner)
                 batch = self._stream([request] * batch_size, batch_size, Times())
                 deque(islice(batch, 2 * batch_size), maxlen=0)  # a prefill and a decode step
             finally:
@@ -271,10 +267,8 @@ class Engine:
         return found
 
     def close(self) -> None:
-        """Ends the engine's threads; it generates no more."""
-        self._closed = True
-        if isinstance(self.runner, LayerByLayer):
-            self._close()
+        """Ends the engine's threads, after the step that another thread may be at; it generates no more."""
+        self._rooms.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -302,7 +296,7 @@ class Engine:
     def _run(self, running: list[Running], batch_size: int, times: Times) -> Iterator[Token]:
         if isinstance(self.runner, LayerByLayer):
             self.runner.steps = 0
-        yield from Batch(
+        batch = Batch(
             running,
             batch_size,
             self._step,
@@ -312,13 +306,19 @@ class Engine:
             self.model.tokenizer,
             times,
         ).run()
+        while True:
+            with self._rooms.step:  # whoever closes the engine meanwhile waits for the end of it
+                event = next(batch, None)
+            if event is None:
+                return
+            yield event
 
     def _step(self, *inputs: Any) -> Any:
         self._check_open()  # a stream may outlive its engine
         return self.runner.step(*inputs)
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._rooms.closed:
             raise ValueError("the engine was closed; make a new Engine to generate more")
 
     def _share_of_bound(self, decode_s: float) -> float | None:
@@ -405,8 +405,3 @@ def make_policy(policy: str | Policy) -> Policy:
             f"{', '.join(parts)}, got {policy!r}{hint}"
         )
     return policy
-
-
-def _close(rooms: list[Any]) -> None:
-    for room in rooms:
-        room.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from layerscope_jax.experts.bank import ExpertBank
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, expert_rows, kernel_of
 from layerscope_jax.experts.grouping import Assignments, next_power
+from layerscope_jax.experts.threads import Helpers, Job
 from layerscope_jax.scheduling.plan import ExpertId
 
 SIZES = 2
@@ -221,11 +221,11 @@ class HostExperts:
         self._closed = False
         self._shares_inputs = shares_inputs
         self.cpu = CpuExperts(threads, kernel_of(bank.dtype, *bank.layers[0][0].gate.shape))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
+        self._thread = Helpers(1, "layerscope-host")
 
     def start(
         self, outputs: np.ndarray, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
-    ) -> Future[None]:
+    ) -> Job:
         """Begins to compute experts of `layer` into `outputs`, as `CpuExperts.compute` does.
 
         Raises:
@@ -233,11 +233,17 @@ class HostExperts:
         """
         if self._closed:
             raise ValueError("the host executor was closed with its engine; make a new Engine")
-        return self._thread.submit(self.compute, outputs, layer, inputs, rows, experts)
+        return self._thread.start(lambda _: self.compute(outputs, layer, inputs, rows, experts))
+
+    def rest(self) -> BaseException | None:
+        """Waits until nothing is computed any more; gives what went wrong in what it waited for."""
+        failure = self._thread.rest()
+        self.cpu.rest()
+        return failure
 
     def close(self) -> None:
         self._closed = True
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.close()
         self.cpu.close()
 
     def compute(
