@@ -134,6 +134,7 @@ class LayerByLayer:
                     layer, phase, state, positions, active, counted, caches[layer], began
                 )
             found, logits = self._programs.finish(self._ends, state, positions, last, sampling, self.table)
+            found.block_until_ready()  # the caller reads it next in any case
         except BaseException as error:
             self._planned_at, self._last_ms = None, 0.0
             with suppress(TransferError):  # then the next step tries again
@@ -143,7 +144,6 @@ class LayerByLayer:
                 self.settle()
             raise
         self._settled = True
-        found.block_until_ready()  # the caller reads it next in any case
         self._last_ms, self._planned_at = self._elapsed_ms(), None
         self.meter.device_busy_s += time.perf_counter() - began
         self.steps += 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from threading import Thread, current_thread
 
 
@@ -128,6 +129,9 @@ class Helpers:
         job, failure = self._job, None
         if job is not None:
             failure = job.give_up()
+            with suppress(Empty):  # parts that were given up
+                while not self._closed:
+                    self._calls.get_nowait()
             self._job = None
         return failure
 
