@@ -53,9 +53,9 @@ class Engine:
         model: from `layerscope_jax.load`.
         config: budget, policy, numerics; the default keeps everything resident.
         device: the accelerator; None for the one that the model was loaded onto, and no other may be named.
-        host_device: the JAX CPU device that computes experts beside it. If None: the last CPU device, which
-            on a machine without accelerator is another one than `device` where JAX has two
-            (`jax.config.update("jax_num_cpu_devices", 2)` before its first use).
+        host_device: the JAX CPU device that computes experts on the host; None for the last one. Without an
+            accelerator it takes turns with `device`, also where JAX has several CPU devices: the cores are
+            the same.
         copy: how one array is put on the device; another than `jax.device_put` only to inject faults.
 
     Raises:

@@ -204,8 +204,7 @@ class HostExperts:
 
     Args:
         bank: the host tier.
-        device: the JAX CPU device to compute on; another one than the device tier's, if that is a CPU too,
-            so that the two do not queue behind each other.
+        device: the JAX CPU device to compute on.
         threads: that compute.
         shares_inputs: whether inputs come in arrays of this machine's memory, not of an accelerator's.
 

@@ -110,6 +110,7 @@ def test_who_waits_for_a_thread_that_has_ended_hears_of_it_at_once(broken, call)
         assert ended(caught.value)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_an_engine_whose_links_thread_has_ended_says_so(monkeypatch):
     model, broken = random_model(num_layers=2), []
     finish = Transfers._finish
@@ -120,7 +121,7 @@ def test_an_engine_whose_links_thread_has_ended_says_so(monkeypatch):
         return finish(self, chunk)
 
     monkeypatch.setattr(Transfers, "_finish", failing)
-    config = OffloadConfig(device_budget=8 * model.bank.expert_bytes, policy="lru")
+    config = OffloadConfig(device_budget=8 * model.bank.expert_bytes, policy="on-demand")
     with Engine(model, config) as engine:
         in_time(lambda: engine.generate([[1, 2]], max_new_tokens=2))
         broken.append(True)
