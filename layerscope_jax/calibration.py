@@ -6,16 +6,15 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from layerscope_jax import machine
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.experts.executors import HostExperts
+from layerscope_jax.experts.threads import Helpers
 from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.jobs import LAYERS, Job, Jobs
 from layerscope_jax.prediction import Predictor
@@ -64,7 +63,11 @@ def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -
         transfers: the link, idle.
         slots: experts that the budget has room for.
     """
-    together, alone = costs(Jobs(model, host, transfers, slots), ROUGH, [True, False])
+    jobs = Jobs(model, host, transfers, slots)
+    try:
+        together, alone = costs(jobs, ROUGH, [True, False])
+    finally:
+        jobs.close()
     return replace(together, alone=alone)
 
 
@@ -177,28 +180,30 @@ def warm_up(job: Job) -> None:
 @contextmanager
 def busy(jobs: Iterable[Job]) -> Iterator[None]:
     """Does each job over and over, on a thread of its own; all have begun when this is entered."""
+    jobs = list(jobs)
+    if not jobs:
+        yield
+        return
     ended = threading.Event()
+    begun = [threading.Event() for _ in jobs]
 
-    def run(job: Job, begun: threading.Event) -> None:
+    def run(number: int) -> None:
         try:
             for round in itertools.count():
-                job(round)
-                begun.set()
+                jobs[number](round)
+                begun[number].set()
                 if ended.is_set():
                     break
         finally:
-            begun.set()
+            begun[number].set()
 
-    threads: list[Any] = []
-    jobs = list(jobs)
-    with ThreadPoolExecutor(len(jobs) + 1, thread_name_prefix="layerscope-busy") as pool:
-        try:
-            for job in jobs:
-                begun = threading.Event()
-                threads.append(pool.submit(run, job, begun))
-                begun.wait()
-            yield
-        finally:
-            ended.set()
-    for thread in threads:
-        thread.result()  # what went wrong there
+    helpers = Helpers(len(jobs), "layerscope-busy")
+    try:
+        done = helpers.start(run, range(len(jobs)))
+        for event in begun:
+            event.wait()
+        yield
+    finally:
+        ended.set()
+        helpers.close()
+    done.result()  # what went wrong there

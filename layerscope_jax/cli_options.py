@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 from tyro.conf import Positional, arg
 
 from layerscope_jax import demo
@@ -43,10 +42,7 @@ def folder_of(checkpoint: str) -> Path:
 
 
 def open_model(checkpoint: str, dtype: str | None = None) -> Model:
-    """Loads a checkpoint, or the shipped one; a lone CPU is made two, one for the accelerator."""
-    if jax.config.values["jax_num_cpu_devices"] < 0:
-        with suppress(RuntimeError):  # JAX has been used before: its devices are what they are
-            jax.config.update("jax_num_cpu_devices", 2)
+    """Loads a checkpoint, or the shipped one."""
     return load(folder_of(checkpoint), dtype=dtype)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from layerscope_jax.detokenize import continuation
 from layerscope_jax.experts.cpu import WorkStats, default_threads
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.residency import Residency
+from layerscope_jax.experts.rooms import Rooms
 from layerscope_jax.experts.transfers import LinkStats, Transfers
 from layerscope_jax.forecasts import Forecasts
 from layerscope_jax.generation import Request, Result, Token, encode_prompts, is_integer, make_requests
@@ -55,9 +55,9 @@ class Engine:
         model: from `layerscope_jax.load`.
         config: budget, policy, numerics; the default keeps everything resident.
         device: the accelerator; None for the one that the model was loaded onto, and no other may be named.
-        host_device: the JAX CPU device that computes experts beside it. If None: the last CPU device, which
-            on a machine without accelerator is another one than `device` where JAX has two
-            (`jax.config.update("jax_num_cpu_devices", 2)` before its first use).
+        host_device: the JAX CPU device that computes experts on the host; None for the last one. Without an
+            accelerator it takes turns with `device`, also where JAX has several CPU devices: the cores are
+            the same.
         copy: how one array is put on the device; another than `jax.device_put` only to inject faults.
 
     Raises:
@@ -82,7 +82,7 @@ class Engine:
         host_device: jax.Device | None = None,
         copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
     ):
-        self._closed = False
+        self._rooms = Rooms(self)
         self._costs: HardwareProfile | None = None
         self.model = model
         self.config = config = config or OffloadConfig()
@@ -133,23 +133,20 @@ class Engine:
         )
         threads = config.host_threads or default_threads(self.device)
         on_cpu = self.device.platform == "cpu"
-        host = HostExperts(bank, host_device or cpu_device(), threads, shares_inputs=on_cpu)
-        transfers = Transfers(bank, self.device, bandwidth, copy)
-        rooms: list[Any] = [transfers, host]
-        self._close = weakref.finalize(self, _close, rooms)
-        try:
+        with self._rooms.opening():
+            host = self._rooms.add(
+                HostExperts(bank, host_device or cpu_device(), threads, shares_inputs=on_cpu)
+            )
+            transfers = self._rooms.add(Transfers(bank, self.device, bandwidth, copy))
             if profile is None and self.policy.uses_costs:
                 profile = calibration.measure(model, host, transfers, residency.slots)
             state = self.policy.init(geometry, profile)
             forecasts = Forecasts(None if everything else predictor, model, geometry)
-        except BaseException:
-            self._close()
-            raise
-        self._geometry, self._costs = geometry, profile
-        runner = ResidentOnCpu if everything and host.inside is not None else LayerByLayer
-        self.runner = runner(model, self.policy, state, residency, transfers, host, forecasts)
-        if everything:
-            self.runner.preload()
+            self._geometry, self._costs = geometry, profile
+            runner = ResidentOnCpu if everything and host.inside is not None else LayerByLayer
+            self.runner = runner(model, self.policy, state, residency, transfers, host, forecasts)
+            if everything:
+                self.runner.preload()
 
     def generate(
         self,
@@ -264,8 +261,8 @@ class Engine:
         )
         runner = self.runner
         with counted() as found:
-            self.runner = rehearsal(runner)
             try:
+                self.runner = rehearsal(runner)
                 batch = self._stream([request] * batch_size, batch_size, Times())
                 deque(islice(batch, 2 * batch_size), maxlen=0)  # a prefill and a decode step
             finally:
@@ -273,10 +270,8 @@ class Engine:
         return found
 
     def close(self) -> None:
-        """Ends the engine's threads; it generates no more."""
-        self._closed = True
-        if isinstance(self.runner, LayerByLayer):
-            self._close()
+        """Ends the engine's threads, after the step that another thread may be at; it generates no more."""
+        self._rooms.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -304,7 +299,7 @@ class Engine:
     def _run(self, running: list[Running], batch_size: int, times: Times) -> Iterator[Token]:
         if isinstance(self.runner, LayerByLayer):
             self.runner.steps = 0
-        yield from Batch(
+        batch = Batch(
             running,
             batch_size,
             self._step,
@@ -314,13 +309,19 @@ class Engine:
             self.model.tokenizer,
             times,
         ).run()
+        while True:
+            with self._rooms.step:  # whoever closes the engine meanwhile waits for the end of it
+                event = next(batch, None)
+            if event is None:
+                return
+            yield event
 
     def _step(self, *inputs: Any) -> Any:
         self._check_open()  # a stream may outlive its engine
         return self.runner.step(*inputs)
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._rooms.closed:
             raise ValueError("the engine was closed; make a new Engine to generate more")
 
     def _share_of_bound(self, decode_s: float) -> float | None:
@@ -407,8 +408,3 @@ def make_policy(policy: str | Policy) -> Policy:
             f"{', '.join(parts)}, got {policy!r}{hint}"
         )
     return policy
-
-
-def _close(rooms: list[Any]) -> None:
-    for room in rooms:
-        room.close()

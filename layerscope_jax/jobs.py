@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.checkpoints import Model
+from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.experts.cpu import CpuExperts
 from layerscope_jax.experts.executors import HostExperts, device_experts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
-from layerscope_jax.experts.transfers import Transfers
+from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
 from layerscope_jax.forecasts import Forecasts
 from layerscope_jax.layerwise import ARRIVALS, LayerByLayer
 from layerscope_jax.prediction import Predictor
@@ -58,7 +60,10 @@ class Jobs:
     def __init__(self, model: Model, host: HostExperts, transfers: Transfers, slots: int):
         self.model = model
         self._host, self._transfers = host, transfers
-        self._device = device_experts(model.device, host.cpu)
+        # Where the device is this machine's CPU, its threads are others than the host's: a job of the one may
+        # run beside a job of the other, and `CpuExperts` takes one caller at a time.
+        self._cpu = CpuExperts(host.cpu.threads, host.cpu.kernel)
+        self._device = device_experts(model.device, self._cpu)
         self.computed = min(GROUP_SIZES[0], model.bank.num_experts)
         self.resident = min(self.computed, max(1, slots // 2, slots - ARRIVALS))
         self.arriving = min(self.computed, max(1, slots - self.resident))
@@ -184,9 +189,14 @@ class Jobs:
         """Takes the resident experts off the device."""
         self._weights = []
 
+    def close(self) -> None:
+        """Ends threads of its own, and does what `clear` does."""
+        self.clear()
+        self._cpu.close()
+
     def _outputs(self, inputs: jax.Array, rows: Assignments) -> Any:
         """[T * K + 1, D] to write rows to, no other job's: two may run at once."""
-        own = device_experts(self.model.device, self._host.cpu)
+        own = device_experts(self.model.device, self._cpu)
         return own.take(rows.total, inputs.shape[1], inputs.dtype)
 
     def _routed(self, experts: int, tokens: int, first: int = 0) -> tuple[jax.Array, Assignments]:
@@ -199,14 +209,31 @@ class Jobs:
 class NoCopies:
     """The link of an engine that loads nothing, while copies of a job are on the real one."""
 
+    within = True
+
     def __init__(self, sharding: jax.sharding.Sharding):
         self.sharding = sharding
+        self.stats = LinkStats()
 
-    def arrivals(self) -> tuple[dict, list]:
+    def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId]) -> None:
+        asked = [*load, *prefetch]
+        if asked:
+            raise RuntimeError(f"nothing is to be copied here, but {asked} were asked for")
+
+    def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
+        return []
+
+    def arrivals(self) -> tuple[dict[ExpertId, ExpertWeights], list[ExpertId]]:
         return {}, []
 
-    def submit(self, load: Any, prefetch: Any) -> None:
+    def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:
+        raise TransferError(f"nothing is copied here, but {sorted(wanted)} are waited for")
+
+    def rest(self) -> None:
         pass
 
-    def drop(self, stale: Any) -> list:
-        return []
+    def cancel(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,11 +17,13 @@ from flax import nnx
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.attention import our_loops
-from layerscope_jax.experts.combining import combine
+from layerscope_jax.experts.combining import add_experts
+from layerscope_jax.experts.compute import finish_all
 from layerscope_jax.experts.cpu import WorkStats
 from layerscope_jax.experts.executors import HostExperts, SharedExperts, device_experts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
+from layerscope_jax.experts.threads import Job
 from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
 from layerscope_jax.forecasts import Forecasts, counted_rows, expected_tokens
 from layerscope_jax.models.decoder import Decoder, DecoderLayer
@@ -82,7 +83,7 @@ class LayerByLayer:
         inside = host_experts.inside
         self.table = None if inside is None else jax.device_put(inside.table, model.device)
         self._no_weights: dict[int, jax.Array] = {}
-        self._settled = True  # whether the books agree with the link
+        self._settled = True  # whether all threads are idle, and the books agree with the link
         self._planned_at: float | None = None  # when the layer before was planned, within a step
         self._last_ms = 0.0  # from the plan of the step's last layer to its end
         dense = model.dense
@@ -91,6 +92,7 @@ class LayerByLayer:
         self._programs = programs(model.config, model.bank.dtype, forecasts.in_layer)
         self._attend_alone = programs(model.config, model.bank.dtype, None).attend_and_route
         self._wants_forecast = getattr(policy, "wants_forecast", lambda state: True)
+        self._awaits_link = getattr(policy, "awaits_link", None)
 
     def step(
         self,
@@ -135,13 +137,16 @@ class LayerByLayer:
                     layer, phase, state, positions, active, counted, caches[layer], began
                 )
             found, logits = self._programs.finish(self._ends, state, positions, last, sampling, self.table)
-        except BaseException:
+            found.block_until_ready()  # the caller reads it next in any case
+        except BaseException as error:
             self._planned_at, self._last_ms = None, 0.0
             with suppress(TransferError):  # then the next step tries again
+                other = self.host_experts.rest()
+                if other is not None and other is not error:
+                    error.add_note(f"meanwhile the host's experts failed: {other!r}")
                 self.settle()
             raise
         self._settled = True
-        found.block_until_ready()  # the caller reads it next in any case
         self._last_ms, self._planned_at = self._elapsed_ms(), None
         self.meter.device_busy_s += time.perf_counter() - began
         self.steps += 1
@@ -178,7 +183,7 @@ class LayerByLayer:
 
         seen, plan = self._decide(layer, phase, rows, expected)
         outputs: Any = self.device_experts.take(rows.total, hidden.shape[-1], hidden.dtype)
-        host: Future[None] | None = None
+        host: Job | None = None
         found: Any = None
         if plan.host:
             found = self.device_experts.host_rows(outputs)
@@ -243,6 +248,9 @@ class LayerByLayer:
             forecast=self.forecasts.read(layer, expected, sum(rows.demand.values())),
             elapsed_ms=self._elapsed_ms(),
         )
+        if self._awaits_link is not None and self._awaits_link(self.state, seen):
+            self.transfers.rest()
+            self._absorb()
         state, plan = self.policy.plan(self.state, seen)
         check_plan(plan, seen, residency.slots, self.model.bank)
         self.state = state
@@ -285,11 +293,14 @@ class LayerByLayer:
             self.meter.device_busy_s += time.perf_counter() - began
 
     def settle(self) -> None:
-        """After a failure: stops the link and lets the books agree with it.
+        """After a failure: all threads come to rest, and the books agree with the link.
 
         Raises:
             TransferError: if a copy does not end; its room stays reserved.
         """
+        self.host_experts.rest()
+        if self.device_experts.waits:
+            finish_all(self.transfers.sharding)  # they may be at our own loops, in memory that we hold
         self.device_experts.clear()
         self.transfers.cancel()
         self._absorb()
@@ -391,10 +402,3 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
         return sample(logits, positions[rows, last] + 1, sampling), logits
 
     return Programs(embed, attend_and_route, finish)
-
-
-def add_experts(
-    hidden: jax.Array, outputs: jax.Array, weights: jax.Array, table: jax.Array | None
-) -> jax.Array:
-    """[B, S, D] with the rows of `Between` added."""
-    return combine(table, hidden.reshape(len(weights), -1), outputs, weights).reshape(hidden.shape)

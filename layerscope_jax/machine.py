@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from layerscope_jax.experts.threads import Helpers
 
 MOST_BYTES = 256 * 2**20
 """Read to measure the memory: more than most caches hold."""
@@ -106,11 +107,14 @@ def read_bytes_per_s() -> float:
     part = min(MOST_BYTES, free_bytes() // 8) // threads // 4
     parts = [np.ones(part, np.float32) for _ in range(threads)]
     times = []
-    with ThreadPoolExecutor(threads) as pool:
+    helpers = Helpers(threads - 1, "layerscope-read")
+    try:
         for _ in range(READS):
             began = time.perf_counter()
-            list(pool.map(lambda values: values.dot(values), parts))
+            helpers.run(lambda number: parts[number].dot(parts[number]), threads)
             times.append(time.perf_counter() - began)
+    finally:
+        helpers.close()
     return 4 * part * threads / min(times)
 
 

@@ -71,6 +71,7 @@ def calibrate(
     on_cpu = model.device.platform == "cpu"
     host = HostExperts(bank, cpu_device(), default_threads(model.device), shares_inputs=on_cpu)
     transfers = Transfers(bank, model.device, pace)
+    jobs: Jobs | None = None
     try:
         jobs = Jobs(model, host, transfers, len(list(bank)) if slots is None else slots)
         alone, together = costs(jobs, points, list(WAYS.values()), NextGate())
@@ -90,8 +91,9 @@ def calibrate(
                 "device_free_bytes": free["device"],
             },
         }
-        jobs.clear()
     finally:
+        if jobs is not None:
+            jobs.close()
         transfers.close()
         host.close()
     details["seconds"] = round(time.perf_counter() - began, 1)

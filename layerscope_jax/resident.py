@@ -1,10 +1,11 @@
-"""Everything resident on a CPU: a decode step is one jitted function, with the bits of layers by themselves."""
+"""Everything resident on a CPU: a decode step is one jitted function, with the bits of single layers."""
 
 from __future__ import annotations
 
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts import inside
 from layerscope_jax.experts.attention import our_loops
-from layerscope_jax.layerwise import LayerByLayer, add_experts, dense_parts
+from layerscope_jax.experts.combining import add_experts
+from layerscope_jax.experts.transfers import TransferError
+from layerscope_jax.layerwise import LayerByLayer, dense_parts
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.sampling import Sampling, sample
 
@@ -51,9 +54,18 @@ class ResidentOnCpu(LayerByLayer):
         layers = self.model.config.num_layers
         if tokens.shape[1] > 1 or watched or len(caches) < layers:
             return super().step(tokens, positions, last, caches, sampling)
+        if not self._settled:
+            self.settle()
+        self._settled = False
         began = time.perf_counter()
-        found, logits, caches = self.decode(tokens, positions, last, caches, sampling)
-        found.block_until_ready()
+        try:
+            found, logits, caches = self.decode(tokens, positions, last, caches, sampling)
+            found.block_until_ready()
+        except BaseException:
+            with suppress(TransferError):  # then the next step tries again
+                self.settle()
+            raise
+        self._settled = True
         self.meter.device_busy_s += time.perf_counter() - began
         self.steps += 1
         experts, assignments = self.inside.take_counts()
@@ -63,6 +75,10 @@ class ResidentOnCpu(LayerByLayer):
         assert kernel is not None
         stats.by_kernel[kernel.name] += experts
         return found, logits, caches
+
+    def settle(self) -> None:
+        super().settle()
+        self.inside.take_counts()  # of a step that nobody will count
 
     def decode(self, tokens: np.ndarray, *others: Any) -> tuple[jax.Array, jax.Array, list[KVCache]]:
         """The step alone: nothing is counted.

@@ -251,9 +251,14 @@ class _Run:
         return took
 
     def _decide(self, seen: Observation) -> LayerPlan:
-        books, link, now = self.books, self.link, self.now
-        self._absorb(now)
-        self.planned = now
+        books, link = self.books, self.link
+        self._absorb(self.now)
+        self.planned = self.now
+        awaits_link = getattr(self.policy, "awaits_link", None)
+        if awaits_link is not None and awaits_link(self.state, seen):
+            self.now = link.rest(self.now)
+            self._absorb(self.now)  # `seen` looks at the books
+        now = self.now
         self.state, plan = self.policy.plan(self.state, seen)
         check_plan(plan, seen, books.slots, self.known)
         self.meter.count(seen, books.idle_prefetches)

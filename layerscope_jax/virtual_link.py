@@ -96,6 +96,13 @@ class Link:
             del self._arrived[expert]
         return found
 
+    def rest(self, now: float) -> float:
+        """When nothing is on the link any more or waits for it, if nothing is submitted before."""
+        self._run(now)
+        while self._left:
+            self._run(self._free)
+        return max(self._free, now)
+
     def next_arrival(self, wanted: Collection[ExpertId]) -> float:
         """When the first of them will be there, if nothing is submitted before.
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from layerscope_jax.experts.compute import finish_all
 from layerscope_jax.experts.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.experts.executors import SharedExperts, grouped_ffn, place_rows
 from layerscope_jax.experts.grouping import Assignments, next_power, possible_groups
@@ -49,15 +50,27 @@ class Rehearsal(LayerByLayer):
         self._runner, self.table = runner, runner.table
 
     def step(self, tokens: np.ndarray, *others: Any) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+        if not self._runner._settled:
+            self._runner.settle()
         if tokens.shape[1] > 1 or not isinstance(self._runner, ResidentOnCpu):
             return super().step(tokens, *others)
-        found = self._runner.decode(tokens, *others)
-        found[0].block_until_ready()
-        self._runner.inside.take_counts()
+        try:
+            found = self._runner.decode(tokens, *others)
+            found[0].block_until_ready()
+        except BaseException:
+            self.settle()
+            raise
+        finally:
+            self._runner.inside.take_counts()
         return found
 
     def settle(self) -> None:
-        self.device_experts.clear()  # the link is at work for somebody else
+        """As of any runner, but for the link, which is at work for somebody else."""
+        self.host_experts.rest()
+        if self.device_experts.waits:
+            finish_all(self.transfers.sharding)
+        self.device_experts.clear()
+        self._settled = True
 
     def _layer(
         self,

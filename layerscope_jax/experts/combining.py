@@ -140,3 +140,10 @@ def combine(table: jax.Array | None, hidden: jax.Array, outputs: jax.Array, weig
     assert name is not None  # as it took experts
     shape = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
     return jax.ffi.ffi_call(name, shape)(hidden, outputs, weights, table)
+
+
+def add_experts(
+    hidden: jax.Array, outputs: jax.Array, weights: jax.Array, table: jax.Array | None
+) -> jax.Array:
+    """Hidden states [B, S, D] with the experts' rows added; see `combine`."""
+    return combine(table, hidden.reshape(len(weights), -1), outputs, weights).reshape(hidden.shape)

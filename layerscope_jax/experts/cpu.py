@@ -177,7 +177,7 @@ def address(array: jax.Array | np.ndarray) -> int:
 class CpuExperts:
     """Computes rows of experts whose weights are in this machine's memory.
 
-    XLA's products run on the CPU device that an expert's arrays are on.
+    XLA's products run on the CPU device that an expert's arrays are on. One caller at a time.
 
     Args:
         threads: that share the experts of a call, the caller's own counted.
@@ -189,6 +189,10 @@ class CpuExperts:
         self.kernel = kernel
         self._kept = [np.empty(0, np.uint8)] * threads
         self._helpers = Helpers(threads - 1)
+
+    def rest(self) -> None:
+        """Waits until nothing is computed any more, whatever interrupted `compute`."""
+        self._helpers.rest()
 
     def close(self) -> None:
         self._helpers.close()

@@ -214,6 +214,18 @@ def share_out(pool, job, size):
     job[TAKEN] = len(job)  # kept until here
 
 
+@njit(cache=True, nogil=True)
+def retire(pool):
+    """Ends the helpers' time: waits for the job that has them, and lets no other have them any more."""
+    busy = pool.ctypes.data + 8 * BUSY
+    while pool[ENDED] == 0:
+        if add_at(busy, 1) == 0:
+            pool[ENDED] = 1
+        else:
+            add_at(busy, -1)
+            pause()
+
+
 class Crew:
     """Threads that help until they are closed.
 
@@ -245,8 +257,8 @@ class Crew:
             raise ValueError("the engine was closed, and the threads that compute with it; make a new Engine")
 
     def close(self) -> None:
-        """Ends the threads."""
-        self.pool[ENDED] = 1
+        """Ends the threads, after the job that they are at. May be called again."""
+        retire(self.pool)  # in one call, which no interrupt divides
         for one in self._semaphores[::2]:
             ctypes.CDLL(None).sem_post(ctypes.c_void_p(one))
         for thread in self._threads:

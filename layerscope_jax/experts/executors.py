@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, expert_rows, kernel_of
 from layerscope_jax.experts.grouping import Assignments, next_power
 from layerscope_jax.experts.inside import Inside
+from layerscope_jax.experts.threads import Helpers, Job
 from layerscope_jax.scheduling.plan import ExpertId
 
 SIZES = 2
@@ -205,8 +205,7 @@ class HostExperts:
 
     Args:
         bank: the host tier.
-        device: the JAX CPU device to compute on; another one than the device tier's, if that is a CPU too,
-            so that the two do not queue behind each other.
+        device: the JAX CPU device to compute on.
         threads: that compute.
         shares_inputs: whether inputs come in arrays of this machine's memory, not of an accelerator's.
 
@@ -226,11 +225,11 @@ class HostExperts:
         self.cpu = CpuExperts(threads, kernel_of(bank.dtype, *bank.layers[0][0].gate.shape))
         possible = shares_inputs and Inside.is_possible(self.cpu, bank.dtype)
         self.inside = Inside(self.cpu, bank.dtype) if possible else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
+        self._thread = Helpers(1, "layerscope-host")
 
     def start(
         self, outputs: np.ndarray, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
-    ) -> Future[None]:
+    ) -> Job:
         """Begins to compute experts of `layer` into `outputs`, as `CpuExperts.compute` does.
 
         Raises:
@@ -238,11 +237,17 @@ class HostExperts:
         """
         if self._closed:
             raise ValueError("the host executor was closed with its engine; make a new Engine")
-        return self._thread.submit(self.compute, outputs, layer, inputs, rows, experts)
+        return self._thread.start(lambda _: self.compute(outputs, layer, inputs, rows, experts))
+
+    def rest(self) -> BaseException | None:
+        """Waits until nothing is computed any more; gives what went wrong in what it waited for."""
+        failure = self._thread.rest()
+        self.cpu.rest()
+        return failure
 
     def close(self) -> None:
         self._closed = True
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.close()
         self.cpu.close()
         if self.inside is not None:
             self.inside.close()

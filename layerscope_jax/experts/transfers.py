@@ -67,7 +67,7 @@ class _Chunk(NamedTuple):
 
     copy: _Copy
     matrix: jax.Array
-    outcome: jax.Array | Exception  # what starting the copy gave
+    outcome: jax.Array | BaseException  # what starting the copy gave
     due: float  # when a link of the paced rate has carried it
 
 
@@ -79,7 +79,7 @@ class Transfers:
     hides the start of each copy; unless the link is paced, they begin while fewer than `AHEAD_BYTES` are on
     it (within main memory `WITHIN_BYTES`), and on an accelerator prefetch chunks too. A failed chunk is tried
     again; an expert whose copy fails for good is left where it was, and only whoever waits for it hears of
-    it. No call waits without end for a copy that does not end.
+    it. No call waits without end for a copy that does not end, nor for a link whose thread has ended.
 
     Args:
         bank: where experts come from.
@@ -113,10 +113,11 @@ class Transfers:
         self._prefetch: deque[_Copy] = deque()
         self._begun: dict[ExpertId, _Copy] = {}
         self._arrived: dict[ExpertId, ExpertWeights] = {}
-        self._failed: dict[ExpertId, Exception] = {}  # those that somebody waits for
+        self._failed: dict[ExpertId, BaseException] = {}  # those that somebody waits for
         self._lost: list[ExpertId] = []  # those that nobody waits for
         self._enough = 1  # arrivals worth waking the engine for
         self._closed = False
+        self._broken: BaseException | None = None  # what ended the link's thread before its time
         self._on_link = 0  # chunks that have begun and not ended
         self.within = not bandwidth and device.platform == "cpu"
         self.ahead = 0 if bandwidth else WITHIN_BYTES if self.within else AHEAD_BYTES
@@ -135,6 +136,7 @@ class Transfers:
 
         Raises:
             ValueError: if the bank has no such expert; nothing is queued then.
+            TransferError: if the link's thread has ended, as all that wait here do too.
         """
         load, prefetch = list(load), list(prefetch)
         if not (load or prefetch):
@@ -143,6 +145,7 @@ class Transfers:
         if unknown:
             raise ValueError(f"the model has no experts (layer, expert) {unknown} to copy")
         with self._changed:
+            self._check_thread()
             self._expected = max(self._expected, time.perf_counter())
             for expert in load:
                 copy = self._begun.get(expert) or next(
@@ -224,7 +227,7 @@ class Transfers:
             for copies in (self._demand, self._prefetch, self._begun, self._failed):
                 copies.clear()
             began = time.perf_counter()
-            while not self._closed and self._on_link:
+            while not self._closed and (self._on_link or self._broken):
                 self._await_news(began, GRACE_S)
 
     def close(self) -> None:
@@ -235,13 +238,20 @@ class Transfers:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(GRACE_S)
+        if threading.current_thread() is not self._thread:  # which may be the one that collects garbage
+            self._thread.join(GRACE_S)
 
     def _idle(self) -> bool:
         return not (self._demand or self._prefetch or self._on_link)
 
+    def _check_thread(self) -> None:
+        if self._broken is not None:
+            what = f"the link's thread has ended ({self._broken!r}); make a new Engine"
+            raise TransferError(what) from self._broken
+
     def _await_news(self, since: float, patience: float) -> None:
         """Waits for a change of the link, for `patience` seconds after `since`."""
+        self._check_thread()
         left = since + patience - time.perf_counter()
         if left <= 0:
             raise TransferError(
@@ -253,6 +263,14 @@ class Transfers:
     # ---- the link's thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._carry()
+        except BaseException as error:  # a fault of ours: whoever waits is to hear of it
+            with self._changed:
+                self._broken = error
+                self._changed.notify_all()
+
+    def _carry(self) -> None:
         on_link: deque[_Chunk] = deque()
         carried = 0  # bytes of those
         free = 0.0  # when the link, at its paced rate, is through with what it was given
@@ -264,8 +282,8 @@ class Transfers:
                     self._changed.wait()
                 if self._closed and not on_link:
                     return
-                copy = None if self._closed else self._next(len(on_link), carried)
-            if copy is None:
+                begun = None if self._closed else self._next(len(on_link), carried)
+            if begun is None:
                 # A link that turned out slower than the pace makes up for nothing later.
                 carried -= on_link[0].matrix.nbytes
                 free = max(free, self._finish(on_link.popleft()))
@@ -273,8 +291,7 @@ class Transfers:
             now = time.perf_counter()
             if not on_link:
                 self._busy_since = now
-            matrix = self.bank[copy.expert][copy.begun]
-            copy.begun += 1
+            matrix = begun[1]
             carried += matrix.nbytes
             # Within a busy spell the next chunk follows on the link's own clock, not on the time at which
             # this thread woke up: the average rate is the paced one.
@@ -283,15 +300,12 @@ class Transfers:
             )
             rested = False
             self._expected = max(now, free)
-            try:
-                on_link.append(_Chunk(copy, matrix, self._copy(matrix, self.sharding), free))
-            except Exception as error:
-                on_link.append(_Chunk(copy, matrix, error, free))
+            on_link.append(_Chunk(*begun, self._start(matrix), free))
 
-    def _next(self, on_link: int, carried: int) -> _Copy | None:
-        """The copy whose next matrix may begin now, beside so many chunks and their bytes.
+    def _next(self, on_link: int, carried: int) -> tuple[_Copy, jax.Array] | None:
+        """Begins the next matrix that may begin beside so many chunks and their bytes; None to wait first.
 
-        None to wait for the link first.
+        Choosing and beginning are one step under the lock: what has been chosen is not dropped any more.
         """
         if self._demand and (on_link < 2 or carried < self.ahead):
             queue = self._demand
@@ -300,18 +314,27 @@ class Transfers:
         else:
             return None
         copy = queue[0]
+        matrix = self.bank[copy.expert][copy.begun]
+        copy.begun += 1
         self._on_link += 1
         self._begun[copy.expert] = copy
-        if copy.begun == MATRICES - 1:
+        if copy.begun == MATRICES:
             queue.popleft()
-        return copy
+        return copy, matrix
+
+    def _start(self, matrix: jax.Array) -> jax.Array | BaseException:
+        """A copy that has begun, or why it has not."""
+        try:
+            return self._copy(matrix, self.sharding)
+        except BaseException as error:
+            return error
 
     def _finish(self, chunk: _Chunk) -> float:
         """Waits until a chunk is across; hands the expert over with its last one. Returns when it was."""
         copy = chunk.copy
         try:
             array = self._settle(chunk)
-        except Exception as error:
+        except BaseException as error:
             with self._changed:
                 self._fail(copy, error)
                 self._ended()
@@ -352,21 +375,18 @@ class Transfers:
         outcome = chunk.outcome
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                if isinstance(outcome, Exception):
+                if isinstance(outcome, BaseException):
                     raise outcome
                 return outcome.block_until_ready()
-            except Exception:
+            except BaseException:
                 if attempt == ATTEMPTS or not self._wanted(chunk.copy):
                     raise
                 self.stats.retries += 1
                 self._expected = max(self._expected, time.perf_counter())
-                try:
-                    outcome = self._copy(chunk.matrix, self.sharding)
-                except Exception as error:
-                    outcome = error
+                outcome = self._start(chunk.matrix)
         raise AssertionError("unreachable")
 
-    def _fail(self, copy: _Copy, error: Exception) -> None:
+    def _fail(self, copy: _Copy, error: BaseException) -> None:
         if self._begun.get(copy.expert) is not copy:
             return  # another chunk of this copy failed before, or it was given up
         del self._begun[copy.expert]

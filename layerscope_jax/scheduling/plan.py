@@ -117,6 +117,9 @@ class Policy(Protocol):
 
     The state is the policy's own; the engine only hands it from one call to the next.
 
+    A class may have `awaits_link(state, seen)` too: whether this layer is to be planned only when nothing is
+    on its way any more; what is seen then has come. For policies whose plans are made already, as `Replay`'s.
+
     Attributes:
         name: as in statistics and tables.
         uses_costs: whether `init` needs a measured `HardwareProfile`.
@@ -231,7 +234,9 @@ class Replay:
     those of the recording. What is computed where is repeated always. What moves is repeated as far as the
     device holds what it held then: what is there is not copied again, and where room is short, experts that
     the layer does not need leave. So a replay from the same residency (the first call of a new engine, of a
-    recording of such a call) gives equal plans, provided that prefetches arrive as they did.
+    recording of such a call) gives equal plans, provided that prefetches arrive as they did. Where one is
+    late that had made room by now, the layer waits for it: how fast copies are never decides whether there is
+    room.
 
     >>> plan = LayerPlan(step=0, layer=0, device=(2,), load=(ExpertId(0, 2),))
     >>> seen = Observation(step=0, layer=0, phase="prefill", demand={2: 1}, resident=(), in_flight=())
@@ -255,6 +260,15 @@ class Replay:
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> int:
         return geometry.slots
+
+    def awaits_link(self, state: int, seen: Observation) -> bool:
+        """Whether something is on its way that is to leave, or that there is no room beside."""
+        recorded = self.plans.get((seen.step, seen.layer))
+        if recorded is None or not seen.in_flight:
+            return False
+        coming = set(seen.in_flight)
+        needed = {ExpertId(seen.layer, expert) for expert in recorded.device}
+        return len(coming | needed) > state or not coming.isdisjoint(recorded.evict)
 
     def plan(self, state: int, seen: Observation) -> tuple[int, LayerPlan]:
         recorded = self.plans.get((seen.step, seen.layer))

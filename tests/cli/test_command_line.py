@@ -36,11 +36,3 @@ def test_no_traceback():
     assert done.stderr == (
         "error: nowhere: expected a folder with config.json and safetensors files, found none\n"
     )
-
-
-@pytest.mark.parametrize(("first", "devices"), [("pass", 2), ("jax.devices()", 1)])
-def test_makes_a_host_device_where_it_still_can(tiny, first, devices):
-    program = f"import jax; from layerscope_jax.cli import open_model; {first}; open_model({str(tiny)!r})"
-    program += "; print(len(jax.devices('cpu')))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == (f"{devices}\n", "")

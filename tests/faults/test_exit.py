@@ -1,0 +1,90 @@
+"""However a process ends while engines are open, it ends: by its own exit code, and with nothing to say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
+BEGIN = """
+import tempfile
+kept = tempfile.TemporaryDirectory()  # has its turn at exit by `weakref`, before JAX is imported
+import atexit, sys, threading
+sys.path[:0] = [{tests!r}, {root!r}]
+from helpers import random_model
+import layerscope_jax as ls
+
+model = random_model(num_layers=2)
+resident = ls.OffloadConfig()
+within = ls.OffloadConfig(device_budget=8 * model.bank.expert_bytes, policy="lru", host_threads=2)
+begun, ending, done = threading.Event(), threading.Event(), []
+
+def generate(engine):
+    return engine.generate([[5, 6, 7]], max_new_tokens=4).tokens
+
+def slowly(engine):
+    # The second step begins before the interpreter ends, and goes on when it does.
+    atexit.register(ending.set)
+    step, steps = engine.runner.step, []
+    def slow(*inputs):
+        steps.append(None)
+        if len(steps) == 2:
+            begun.set()
+            waited_for()
+        return step(*inputs)
+    engine.runner.step = slow
+    done.append(generate(engine))
+    generate(engine)
+"""
+
+CASES = {
+    "engines left open, also by a thread, and a stream in the middle": """
+def work():
+    global engine
+    engine = ls.Engine(model, within)
+    generate(engine)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+other = ls.Engine(model, resident)
+generate(other)
+stream = ls.Engine(model, within).stream([[5, 6, 7]], max_new_tokens=4)
+next(stream)
+sys.exit(3)
+""",
+    "threads that generate, and make an engine, when the main one ends": """
+waited_for = threading.main_thread().join
+def work():
+    slowly(ls.Engine(model, within))
+    costly = ls.OffloadConfig(device_budget=within.device_budget, policy="fiddler")
+    generate(ls.Engine(model, costly))
+    print("done")
+threading.Thread(target=work).start()
+begun.wait()
+""",
+    "daemon threads that generate": """
+waited_for = ending.wait
+for config in (within, resident):
+    begun.clear()
+    threading.Thread(target=lambda: slowly(ls.Engine(model, config)), daemon=True).start()
+    begun.wait()
+sys.exit(3)
+""",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_process_ends_by_its_own_code_and_says_nothing(name):
+    program = BEGIN.format(tests=str(TESTS), root=str(TESTS.parent)) + CASES[name]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
+    )
+    expected = (0, "done\n", "") if "main one" in name else (3, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == expected
