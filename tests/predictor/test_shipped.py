@@ -37,7 +37,7 @@ def test_in_the_engine_it_foresees_more_than_the_routers(model):
     recall, tokens = {}, {}
     for name, which in (("gate", "gate"), ("llapor", predictor.shipped())):
         config = OffloadConfig(
-            device_budget=model.bank.total_bytes // 4, policy="fate", predictor=which, numerics="exact"
+            device_budget=model.bank.total_bytes * 2 // 3, policy="fate", predictor=which, numerics="exact"
         )
         with Engine(model, config) as engine:
             result = engine.generate(prompts, max_new_tokens=6)
