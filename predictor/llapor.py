@@ -231,6 +231,13 @@ class LLaPor:
                 f"{folder}: pca.mean has shape {mean} in {WEIGHTS}, but {CONFIG} is of one with "
                 f"({layers}, {width}); copy both again"
             )
+        most = sum(name.endswith(".outer.bias") for name in arrays)
+        deeper = [name for name, group in settings.groups.items() if group.blocks > most]
+        if deeper:
+            raise ValueError(
+                f"{folder}: {WEIGHTS} is missing blocks of the networks {', '.join(deeper)} that {CONFIG} "
+                "tells of; copy both again"
+            )
         variance = arrays.get("pca.variance", arrays["pca.mean"]).shape
         hidden = variance[-1] if len(variance) == 2 else 1
         found = stacks(model, hidden, look_ahead, settings.groups)

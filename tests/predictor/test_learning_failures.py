@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 from helpers import in_time, random_model
-from test_device_bytes import PROMPTS, config, llapor_of
+from synthetic import llapor_of
+from test_device_bytes import PROMPTS, config
 
 from layerscope_jax import Engine
 from predictor.online import BACKLOG, LearningError, Online
@@ -179,7 +180,8 @@ def test_a_program_that_closes_nothing_ends_well():
         import sys
         sys.path[:0] = ["tests", "tests/predictor"]
         from helpers import random_model
-        from test_device_bytes import PROMPTS, config, llapor_of
+        from synthetic import llapor_of
+        from test_device_bytes import PROMPTS, config
         from layerscope_jax import Engine
         from predictor.online import Online
         model = random_model()
