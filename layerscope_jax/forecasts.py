@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -126,7 +125,7 @@ class Forecasts:
         if expected is not None:
             return expected.tolist()
         if self._history is not None:
-            return self._sane(self._history.expected(self._state, layer, tokens))
+            return self._sane(self._history.expected(self._state, layer, tokens), tokens)
         return ()
 
     def learn(
@@ -143,8 +142,8 @@ class Forecasts:
         if self._observe is not None:
             self._observe(seen.layer, inputs, experts, weights, active, seen.phase)
 
-    def _sane(self, expected: Forecast) -> Forecast:
-        """What is no number of tokens counts as none.
+    def _sane(self, expected: Forecast, tokens: int) -> Forecast:
+        """What is no number of tokens counts as none, and more than there are as all.
 
         Raises:
             ValueError: if there is not a number for each expert.
@@ -152,9 +151,10 @@ class Forecasts:
         try:
             if any(len(row) != self._experts for row in expected):
                 raise TypeError
-            if all(math.isfinite(sum(row)) and min(row) >= 0 for row in expected):
+            if all(min(row) >= 0 and sum(row) <= 2 * tokens for row in expected):  # nor NaN
                 return expected
-            return np.maximum(np.nan_to_num(np.array(expected, float), posinf=0.0, neginf=0.0), 0.0).tolist()
+            known = np.nan_to_num(np.array(expected, float), posinf=0.0, neginf=0.0)
+            return np.clip(known, 0.0, float(tokens)).tolist()
         except (TypeError, ValueError):
             raise ValueError(
                 f"predictor {self.name!r}: expected() must give lists of {self._experts} expected tokens, "
