@@ -29,7 +29,7 @@ from layerscope_jax.models.decoder import Decoder, DecoderLayer
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.prediction import Predictor
 from layerscope_jax.sampling import Sampling, sample
-from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, Policy, check_plan
+from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, Policy, ask, check_plan
 from layerscope_jax.statistics import Meter
 
 ARRIVALS = GROUP_SIZES[1]
@@ -114,7 +114,7 @@ class LayerByLayer:
 
         Raises:
             TransferError: if an expert that is needed on the device could not be copied there.
-            ValueError: if the policy's plan is not one (see `check_plan`).
+            ValueError: if the policy's plan is not one (see `check_plan`). What it raises passes through.
         """
         phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
         active = (positions != PAD_POSITION).reshape(-1)
@@ -241,8 +241,8 @@ class LayerByLayer:
             forecast=self.forecasts.read(layer, expected, sum(rows.demand.values())),
             elapsed_ms=self._elapsed_ms(),
         )
-        state, plan = self.policy.plan(self.state, seen)
-        check_plan(plan, seen, residency.slots, self.model.bank)
+        state, plan = ask(self.policy, self.state, seen)
+        check_plan(plan, seen, residency.slots, self.model.bank, self.policy.name)
         self.state = state
         if self.decoded is not None and phase == "decode":
             self.decoded.append(rows.demand)

@@ -18,6 +18,7 @@ from layerscope_jax.scheduling.plan import (
     Observation,
     Phase,
     Policy,
+    ask,
     check_plan,
 )
 from layerscope_jax.statistics import Meter
@@ -254,8 +255,9 @@ class _Run:
         books, link, now = self.books, self.link, self.now
         self._absorb(now)
         self.planned = now
-        self.state, plan = self.policy.plan(self.state, seen)
-        check_plan(plan, seen, books.slots, self.known)
+        state, plan = ask(self.policy, self.state, seen)
+        check_plan(plan, seen, books.slots, self.known, self.policy.name)
+        self.state = state
         self.meter.count(seen, books.idle_prefetches)
         if self.record is not None:
             self.record(plan)
