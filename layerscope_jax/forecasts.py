@@ -149,6 +149,8 @@ class Forecasts:
             ValueError: if there is not a number for each expert.
         """
         try:
+            if type(expected) is not list:  # such as an array, whose truth is not one
+                expected = np.array(expected, float).tolist()
             if any(len(row) != self._experts for row in expected):
                 raise TypeError
             if all(min(row) >= 0 and sum(row) <= 2 * tokens for row in expected):  # nor NaN
