@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerscope_jax import machine
 from layerscope_jax.files import read_json, replace_files
-from layerscope_jax.records import Fields, readable
+from layerscope_jax.records import Fields, is_file, readable
 from layerscope_jax.safetensors_io import dtype_named
 from layerscope_jax.scheduling.costs import MOST_MS, NOTHING, HardwareProfile, TimeTable, is_time
 from layerscope_jax.scheduling.plan import Geometry
@@ -294,14 +294,6 @@ def costs_of(
         )
     profile.check(model, link_bandwidth)
     return profile.costs
-
-
-def is_file(path: Path) -> bool:
-    """Also of names that no file can have."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def costs_json(costs: HardwareProfile) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 MOST = {int: 2**53, float: 1e9}
@@ -79,3 +80,11 @@ def readable(value: Any, indent: int = 0) -> str:
     inner, outer = "  " * (indent + 1), "  " * indent
     lines = [f"{inner}{json.dumps(key)}: {readable(item, indent + 1)}" for key, item in value.items()]
     return "{\n" + ",\n".join(lines) + f"\n{outer}}}"
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; also of names that none can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
