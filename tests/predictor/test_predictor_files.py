@@ -10,7 +10,10 @@ from safetensors.numpy import load_file, save_file
 from synthetic import untrained, write_trace
 
 import predictor
+from predictor import fitted
 from predictor.llapor import LLaPor
+from predictor.pca import Basis
+from predictor.routers import Routers
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +194,55 @@ def test_arrays_of_other_shapes_are_named(folder, name, shape):
 def test_the_shipped_one_has_checksums():
     with warnings.catch_warnings(action="error"):
         predictor.shipped()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 4
+    file.write_bytes(content)
+
+
+def change(name, array):
+    def spoil(file):
+        save_file(load_file(file) | {name: array}, file)
+
+    return spoil
+
+
+@pytest.mark.parametrize("spoil", [cut, flip, change("share", np.ones(3))], ids=["cut", "flipped", "changed"])
+def test_damaged_baselines_are_refused(tmp_path, spoil):
+    file = tmp_path / fitted.FILE
+    file.write_bytes((predictor.SHIPPED / fitted.FILE).read_bytes())
+    fitted._read(file)
+    spoil(file)
+    with pytest.raises(
+        ValueError, match=r"baselines\.safetensors: expected fitted baselines, got .*; delete it"
+    ):
+        fitted._read(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil"),
+    [
+        (Basis, cut),
+        (Basis, change("mean", np.ones((4, 9), np.float32))),
+        (Basis, change("mean", np.array(1, np.float32))),
+        (Basis, change("variance", np.full((4, 8), np.nan, np.float32))),
+        (Basis, change("components", np.ones((4, 8, 0), np.float32))),
+        (Routers, cut),
+        (Routers, change("scale", np.ones((4, 9), np.float32))),
+        (Routers, change("weight", np.full((4, 8, 8), np.inf, np.float32))),
+        (Routers, change("other", np.ones(1))),
+    ],
+)
+def test_damaged_parts_of_a_trace_are_refused(made, tmp_path, kind, spoil):
+    kind.load(made.parent / "trace").save(tmp_path)
+    kind.load(tmp_path)
+    (file,) = tmp_path.iterdir()
+    spoil(file)
+    with pytest.raises(ValueError, match=rf"{file.name}: expected .*; record it anew"):
+        kind.load(tmp_path)
