@@ -151,7 +151,7 @@ class Trace:
             )
         header = read_header(folder / HEADER)
         chunks: list[Chunk] = []
-        complete, known = False, set()
+        complete, known = False, dict[bytes, int]()
         for number, line in enumerate(finished_lines(folder / INDEX)):
             try:
                 entry = json.loads(line)
@@ -162,11 +162,9 @@ class Trace:
                     continue
                 passages = tuple(read_passage(passage) for passage in entry["passages"])
                 files = read_files(entry["files"], header, sum(passage.tokens for passage in passages))
-                for passage in passages:
-                    place = (passage.domain, passage.document, passage.start)
-                    if place in known:
-                        raise ValueError(f"the passage {place} a second time")
-                    known.add(place)
+                if line in known:
+                    raise ValueError(f"line {known[line]} a second time")
+                known[line] = number + 1
                 chunks.append(Chunk(folder, len(chunks), passages, files, header))
             except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise ValueError(
