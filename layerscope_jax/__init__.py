@@ -20,9 +20,8 @@ from layerscope_jax.scheduling.plan import (
     Observation,
     Policy,
     Replay,
-    load_plans,
-    save_plans,
 )
+from layerscope_jax.scheduling.plan_files import load_plans, save_plans
 from layerscope_jax.statistics import RunStats
 
 __all__ = [

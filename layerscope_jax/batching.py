@@ -10,8 +10,8 @@ own.
 What runs beside a request changes no number that it is computed from, only the shapes of the products that
 it is a part of. Where experts run on a CPU, in float32 or bfloat16, a row has the same bits whatever the
 other rows are (`layerscope_jax.experts.cpu`), as do attention, sums over experts and products with other
-weights there, where their sizes suit our loops (`layerscope_jax.experts.inside`); and stale keys weigh exactly
-nothing. The rest is XLA's, as are experts on an accelerator: another number of rows, width of prompts or
+weights there, where their sizes suit our loops (`layerscope_jax.experts.inside`). Stale keys weigh nothing.
+The rest is XLA's, as are experts on an accelerator: another number of rows, width of prompts or
 length of a cache may round it differently. In float32 two greedy runs hardly ever part by that; in bfloat16,
 where two tokens often score nearly the same, they may. The same call has the same shapes, and so the same
 bits again.

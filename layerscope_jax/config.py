@@ -118,8 +118,8 @@ class OffloadConfig:
     """How experts are placed, moved and computed.
 
     Attributes:
-        device_budget: bytes of device memory for experts, copies on their way counted: "2GiB", an int, or
-            None for as much as all experts take (everything resident).
+        device_budget: bytes of device memory for experts, copies on their way and what the predictor keeps
+            there counted: "2GiB", an int, or None for as much as all experts take (everything resident).
         policy: a name from `layerscope_jax.POLICIES`, or a `Policy` object. "auto" is PreSched, watched by
             the clock and cut back where it does not pay on this machine. Where the budget holds every expert
             there is nothing to decide and all are resident, whatever the name; only "host-only" and
@@ -137,7 +137,8 @@ class OffloadConfig:
             measured roughly when needed if None.
         predictor: what forecasts the experts of coming layers, for policies that prefetch: a name from
             `layerscope_jax.PREDICTORS`, a loaded one (`predictor.load(folder)`), or None: nothing, but the
-            next layers' routers ("gate") for policy "auto". No token depends on it. Where every expert is
+            next layers' routers ("gate") for policy "auto". No token depends on it. What a trained one keeps
+            on the device is taken off `device_budget`; the others keep nothing. Where every expert is
             resident none is run.
         host_threads: threads that compute experts on this machine's CPU. If None: as many as there are cores,
             less one where there is an accelerator, which another thread feeds.

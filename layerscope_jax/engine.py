@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -61,8 +62,8 @@ class Engine:
         copy: how one array is put on the device; another than `jax.device_put` only to inject faults.
 
     Raises:
-        ValueError: if the policy is unknown, the budget too small for it, the profile another machine's or
-            model's, or the model on another device.
+        ValueError: if the policy is unknown, the budget too small for it and what the predictor keeps on the
+            device, the profile or predictor another machine's or model's, or the model on another device.
 
     Example::
 
@@ -123,13 +124,12 @@ class Engine:
                 self.device,
             )
         self.policy = Resident() if everything else policy
-        residency = Residency(self.budget_bytes, bank.expert_bytes)
         geometry = Geometry(
             num_layers=model.config.num_layers,
             num_experts=model.config.num_experts,
             experts_per_token=model.config.experts_per_token,
             expert_bytes=bank.expert_bytes,
-            slots=residency.slots,
+            slots=self.budget_bytes // bank.expert_bytes,
         )
         threads = config.host_threads or default_threads(self.device)
         on_cpu = self.device.platform == "cpu"
@@ -138,10 +138,13 @@ class Engine:
                 HostExperts(bank, host_device or cpu_device(), threads, shares_inputs=on_cpu)
             )
             transfers = self._rooms.add(Transfers(bank, self.device, bandwidth, copy))
+            forecasts = self._rooms.add(Forecasts(None if everything else predictor, model, geometry))
+            # What the predictor keeps on the device comes first; experts have the rest.
+            residency = Residency(forecasts.beside(self.budget_bytes), bank.expert_bytes)
+            geometry = replace(geometry, slots=residency.slots)
             if profile is None and self.policy.uses_costs:
                 profile = calibration.measure(model, host, transfers, residency.slots)
-            state = self.policy.init(geometry, profile)
-            forecasts = Forecasts(None if everything else predictor, model, geometry)
+            state = forecasts.explained(self.budget_bytes, lambda: self.policy.init(geometry, profile))
             self._geometry, self._costs = geometry, profile
             runner = ResidentOnCpu if everything and host.inside is not None else LayerByLayer
             self.runner = runner(model, self.policy, state, residency, transfers, host, forecasts)
@@ -286,6 +289,8 @@ class Engine:
     def _stream(self, requests: Sequence[Request], batch_size: int, times: Times) -> Iterator[Token]:
         """Refuses bad input at once; the rest happens as tokens are asked for."""
         self._check_open()
+        if isinstance(self.runner, LayerByLayer):
+            self.runner.forecasts.check()
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         prompts = self._encode(requests)
@@ -365,6 +370,7 @@ class Engine:
             mode=runner.mode,
             budget_bytes=self.budget_bytes,
             peak_expert_bytes=peak,
+            predictor_bytes=runner.forecasts.kept_bytes if isinstance(runner, LayerByLayer) else 0,
             prompts=len(tokens),
             prompt_tokens=times.prompt_tokens,
             new_tokens=new_tokens,

@@ -51,8 +51,14 @@ class ModelIdentity:
         Raises:
             ValueError: with what is missing or of another type.
         """
+        if not isinstance(record, Mapping):
+            raise ValueError(f"expected a model as an object, got {str(record)[:40]!r}")
         kinds = {field.name: str if field.name in ("family", "routers") else int for field in fields(cls)}
-        wrong = [name for name, kind in kinds.items() if type(record.get(name)) is not kind]
+        wrong = [
+            name
+            for name, kind in kinds.items()
+            if type(record.get(name)) is not kind or (kind is int and not 1 <= record[name] < 2**31)
+        ]
         if wrong:
             raise ValueError(f"expected a model's {', '.join(kinds)}; missing or damaged: {', '.join(wrong)}")
         return cls(**{name: record[name] for name in kinds})

@@ -30,7 +30,7 @@ from layerscope_jax.models.decoder import Decoder, DecoderLayer
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.prediction import Predictor
 from layerscope_jax.sampling import Sampling, sample
-from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, Policy, check_plan
+from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, Policy, ask, check_plan
 from layerscope_jax.statistics import Meter
 
 ARRIVALS = GROUP_SIZES[1]
@@ -118,7 +118,7 @@ class LayerByLayer:
 
         Raises:
             TransferError: if an expert that is needed on the device could not be copied there.
-            ValueError: if the policy's plan is not one (see `check_plan`).
+            ValueError: if the policy's plan is not one (see `check_plan`). What it raises passes through.
         """
         phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
         active = (positions != PAD_POSITION).reshape(-1)
@@ -251,8 +251,8 @@ class LayerByLayer:
         if self._awaits_link is not None and self._awaits_link(self.state, seen):
             self.transfers.rest()
             self._absorb()
-        state, plan = self.policy.plan(self.state, seen)
-        check_plan(plan, seen, residency.slots, self.model.bank)
+        state, plan = ask(self.policy, self.state, seen)
+        check_plan(plan, seen, residency.slots, self.model.bank, self.policy.name)
         self.state = state
         if self.decoded is not None and phase == "decode":
             self.decoded.append(rows.demand)
@@ -381,7 +381,7 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def attend_and_route(layer, state, positions, cache, forecast_params, number, counted, table=None):
-        hidden = add_experts(*state, table)
+        hidden = add_experts(state.hidden, state.outputs, state.weights, table)
         with our_loops(table):
             hidden, inputs, routing, cache = layer_of(layer).attend_and_route(hidden, positions, cache)
         expected = None
@@ -395,7 +395,7 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
 
     @jax.jit
     def finish(ends, state, positions, last, sampling, table=None):
-        hidden = add_experts(*state, table)
+        hidden = add_experts(state.hidden, state.outputs, state.weights, table)
         rows = jnp.arange(hidden.shape[0])
         with our_loops(table):
             logits = ends_of(ends).next_logits(hidden, last)

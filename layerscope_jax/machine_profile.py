@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from layerscope_jax import machine
 from layerscope_jax.files import read_json, replace_files
-from layerscope_jax.records import Fields, readable
+from layerscope_jax.records import Fields, is_file, readable
 from layerscope_jax.safetensors_io import dtype_named
-from layerscope_jax.scheduling.costs import NOTHING, HardwareProfile, TimeTable
+from layerscope_jax.scheduling.costs import MOST_MS, NOTHING, HardwareProfile, TimeTable, is_time
 from layerscope_jax.scheduling.plan import Geometry
 
 if TYPE_CHECKING:
@@ -21,6 +20,12 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 PUBLISHED = Path(__file__).parent / "profiles"
+
+HEAD = ("format", "name", "source", "model", "machine", "versions", "slots", "routing", "link_bandwidth")
+COSTS = ("host_ms", "device_ms", "layer_ms", "forecast_ms", "transfer_ms", "host_start_ms")
+
+MOST_EXPERTS = 2**24
+"""Of all layers: sixteen million, a thousand times those of any model."""
 
 LINKS = {"pcie3-x8": 2.0, "pcie4-x16": 0.5, "pcie5-x16": 0.25}
 """Other links for published profiles: the time of a transfer by its time over PCIe 3 x16."""
@@ -111,10 +116,10 @@ class MachineProfile:
         if str(name_or_path) in names():
             profile = cls._read(PUBLISHED / f"{base}.json")
             return profile if not link else profile._over(link)
-        if not Path(name_or_path).is_file():
+        if not is_file(Path(name_or_path)):
             raise ValueError(
                 f"profile must be a file that `layerscope calibrate` wrote or one of {', '.join(names())}; "
-                f"got {str(name_or_path)!r}"
+                f"got {str(name_or_path)[:200]!r}"
             )
         return cls._read(Path(name_or_path))
 
@@ -132,12 +137,17 @@ class MachineProfile:
         Raises:
             ValueError: with every field that is missing or not as it should be.
         """
-        if record.get("format") != FORMAT:
-            raise ValueError(f"expected a profile of format {FORMAT}, got {record.get('format')!r}")
+        if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+            got = record.get("format") if isinstance(record, Mapping) else record
+            raise ValueError(f"expected a profile of format {FORMAT}, got {str(got)[:40]}")
         found = Fields(record)
         costs = found.of("costs", dict) or {}
         shape, where = found.of("model", dict) or {}, found.of("machine", dict) or {}
         numbers = [f.name for f in fields(ModelShape) if f.name != "dtype"]
+        found.only((*HEAD, "costs", "details"))
+        found.only((*numbers, "dtype"), shape, "model.")
+        found.only(MACHINE, where, "machine.")
+        found.only((*COSTS, "alone"), costs, "costs.")
         profile: dict[str, Any] = dict(
             name=found.of("name", str),
             model={name: found.of(name, int, shape, "model.") for name in numbers}
@@ -158,6 +168,7 @@ class MachineProfile:
         others: dict[str, Any] = {}
         if "alone" in costs:
             alone = found.of("alone", dict, costs, "costs.") or {}
+            found.only(COSTS, alone, "costs.alone.")
             others = {
                 name: found.read(f"costs.alone.{name}", partial(read_table, alone, name)) for name in tables
             }
@@ -166,6 +177,7 @@ class MachineProfile:
         start_ms = found.read("costs.host_start_ms", partial(read_start, costs))
         if not found.wrong:
             found.read("model", lambda: dtype_named(profile["model"]["dtype"]))
+            found.read("model", partial(check_size, profile["model"]))
         if found.wrong:
             raise ValueError(f"{'; '.join(found.wrong)}; calibrate again or correct the file")
         profile["model"] = ModelShape(**profile["model"])
@@ -215,7 +227,7 @@ class MachineProfile:
         """
         here, shape = machine.describe(model.device), asdict(ModelShape.of(model))
         compared = [
-            *((name, self.machine[name], here[name]) for name in DECISIVE),
+            *((name, self.machine.get(name), here[name]) for name in DECISIVE),
             *((f"model.{name}", theirs, shape[name]) for name, theirs in asdict(self.model).items()),
             ("link_bandwidth", self.link_bandwidth, link_bandwidth),
         ]
@@ -275,6 +287,11 @@ def costs_of(
         return profile
     if isinstance(profile, str | Path):
         profile = MachineProfile.load(profile)
+    if not isinstance(profile, MachineProfile):
+        raise ValueError(
+            "profile must be a file that `layerscope calibrate` wrote, a MachineProfile or a "
+            f"HardwareProfile, got {str(profile)[:80]!r}"
+        )
     profile.check(model, link_bandwidth)
     return profile.costs
 
@@ -294,6 +311,19 @@ def costs_json(costs: HardwareProfile) -> dict[str, Any]:
     return record if costs.alone is None else record | {"alone": costs_json(costs.alone)}
 
 
+def check_size(model: Mapping[str, Any]) -> None:
+    """Refuses numbers of layers and experts that no table of them could be made for.
+
+    Raises:
+        ValueError: if there are too many, or more are chosen than there are.
+    """
+    if model["layers"] * model["experts"] > MOST_EXPERTS or model["experts_per_token"] > model["experts"]:
+        raise ValueError(
+            f"expected layers * experts of at most {MOST_EXPERTS:,} and no more experts_per_token than "
+            f"experts, got {model['layers']}, {model['experts']} and {model['experts_per_token']}"
+        )
+
+
 def read_start(costs: Mapping[str, Any]) -> float:
     """`host_start_ms` of `costs`, which published ones leave out: 0.
 
@@ -301,8 +331,8 @@ def read_start(costs: Mapping[str, Any]) -> float:
         ValueError: if it is no time.
     """
     found = costs.get("host_start_ms", 0.0)
-    if type(found) not in (int, float) or not (math.isfinite(found) and found >= 0):
-        raise ValueError(f"expected a time of 0 or more, got {str(found)[:40]!r}")
+    if not is_time(found):
+        raise ValueError(f"expected a time in 0..{MOST_MS:g} ms, got {str(found)[:40]!r}")
     return float(found)
 
 
@@ -316,7 +346,4 @@ def read_table(costs: Mapping[str, Any], name: str) -> TimeTable:
         return NOTHING
     if name not in costs:
         raise ValueError("is missing")
-    table = TimeTable.from_json(costs[name])
-    if min(table.tokens) < 1 or not all(math.isfinite(ms) and ms >= 0 for ms in table.ms):
-        raise ValueError(f"expected counts over 0 and times of 0 or more, got {str(costs[name])[:80]}")
-    return table
+    return TimeTable.from_json(costs[name])

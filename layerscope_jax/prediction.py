@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,12 @@ class Predictor(Protocol):
     Past the last layer the look-ahead goes on into the first layers of the next step. Forecasts decide when
     things move, never what is computed: a wrong one costs time alone.
 
-    It is hashable: engines with equal predictors share compiled programs. One with `observe(layer, inputs,
-    experts, weights, active, phase)` is shown what became of each layer.
+    It is hashable: engines with equal predictors share compiled programs, which are kept for the next engine
+    and the predictor with them. So one with weights should say what is equal, or leave it to an attribute
+    `architecture`, without weights and hashable, whose `predict` is called in its place. One with
+    `observe(layer, inputs, experts, weights, active, phase)` is shown what became of each layer; one with
+    `attach(model)` gives each engine a learner of its own, with `params` (as of `bind`), `observe`, `check`
+    and `close`.
 
     Attributes:
         name: as in statistics and tables.
@@ -41,6 +45,8 @@ class Predictor(Protocol):
 
     def bind(self, model: Model) -> Sequence[Any]:
         """What each layer of `model` is forecast with: a pytree of arrays on the device for each.
+
+        What they take there, but for the model's own arrays, is taken off the device budget.
 
         Raises:
             ValueError: if the predictor was made for another model, with what differs.
@@ -90,23 +96,53 @@ class NextGate:
     look_ahead: int = LOOK_AHEAD
     name = "gate"
 
-    def bind(self, model: Model) -> list[jax.Array]:
-        """[W, D, E] of each layer."""
+    def bind(self, model: Model) -> list[RoutersAhead]:
+        """Nothing is copied: the arrays are the model's own, but for one number a layer."""
         layers = [model.dense["layers"][index] for index in range(model.config.num_layers)]
-        weight = np.stack([np.asarray(layer["router"]["weight"], np.float32) for layer in layers])
-        scale = np.stack([np.asarray(layer["moe_norm"]["scale"], np.float32) for layer in layers])
-        return [
-            jax.device_put(routers_ahead(weight, scale, layer, self.look_ahead), model.device)
-            for layer in range(len(layers))
-        ]
+        counts = [jax.device_put(np.int32(count), model.device) for count in range(self.look_ahead + 1)]
+        found = []
+        for number, layer in enumerate(layers):
+            ahead = layers[number + 1 : number + 1 + self.look_ahead]
+            rest = self.look_ahead - len(ahead)
+            found.append(
+                RoutersAhead(
+                    own=layer["moe_norm"]["scale"],
+                    # All layers share a program, so all have as many; what stands in is not looked at.
+                    scales=tuple(each["moe_norm"]["scale"] for each in [*ahead, *[layer] * rest]),
+                    weights=tuple(each["router"]["weight"] for each in [*ahead, *[layer] * rest]),
+                    known=counts[len(ahead)],
+                )
+            )
+        return found
 
     def predict(
-        self, params: jax.Array, inputs: jax.Array, experts: jax.Array, weights: jax.Array
+        self, params: RoutersAhead, inputs: jax.Array, experts: jax.Array, weights: jax.Array
     ) -> jax.Array:
         """`min(1, K softmax)`, zero where there is no router to ask."""
-        logits = jnp.einsum("td,wde->wte", inputs.astype(jnp.float32), params)
-        shares = jnp.minimum(1.0, experts.shape[1] * jax.nn.softmax(logits, -1))
-        return jnp.where(jnp.any(params != 0, (1, 2))[:, None, None], shares, 0.0)
+        own = params.own.astype(jnp.float32)
+        plain = inputs.astype(jnp.float32) / jnp.where(jnp.abs(own) > 1e-6, own, 1.0)[None]
+        logits = [
+            (plain * scale.astype(jnp.float32)[None]) @ weight.astype(jnp.float32)
+            for scale, weight in zip(params.scales, params.weights, strict=True)
+        ]
+        shares = jnp.minimum(1.0, experts.shape[1] * jax.nn.softmax(jnp.stack(logits), -1))
+        known = jnp.arange(self.look_ahead, dtype=jnp.int32) < params.known
+        return jnp.where(known[:, None, None], shares, 0.0)
+
+
+class RoutersAhead(NamedTuple):
+    """What `NextGate` forecasts with in one layer.
+
+    Attributes:
+        own: [D] scale of the norm before the layer's own router.
+        scales, weights: W of [D] and [D, E], of the next layers.
+        known: [] how many of them there are; the rest stand in.
+    """
+
+    own: jax.Array
+    scales: tuple[jax.Array, ...]
+    weights: tuple[jax.Array, ...]
+    known: jax.Array
 
 
 def routers_ahead(weight: np.ndarray, scale: np.ndarray, layer: int, look_ahead: int) -> np.ndarray:
@@ -208,7 +244,7 @@ def make_predictor(predictor: str | Predictor | History) -> Predictor | History:
     """A predictor from its name, or the object itself.
 
     Raises:
-        ValueError: with the names there are.
+        ValueError: with the names there are, or with what is missing.
     """
     if isinstance(predictor, str):
         if predictor not in PREDICTORS:
@@ -222,4 +258,14 @@ def make_predictor(predictor: str | Predictor | History) -> Predictor | History:
             f"predictor must be a name or an object with bind and predict, or init, update and expected, got "
             f"{predictor!r}"
         )
+    if isinstance(predictor, type):
+        raise ValueError(f"predictor must be an object, got the class {predictor.__name__}: make one of it")
+    try:
+        if hasattr(predictor, "predict"):
+            hash(getattr(predictor, "architecture", predictor))
+    except TypeError:
+        raise ValueError(
+            f"predictor {type(predictor).__name__} must be hashable, as engines with equal predictors share "
+            "programs (of a dataclass, say frozen=True or eq=False)"
+        ) from None
     return predictor

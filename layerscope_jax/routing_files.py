@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from layerscope_jax.files import replace_files
+from layerscope_jax.records import is_file
 
 FORMAT = 1
 MOST_EXPERTS = 256  # that a byte can name
@@ -35,13 +36,14 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises:
         ValueError: if it is none, or arrays are missing or not known, all of them named.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(
-            f"{path}: expected a file of recorded routing, found none; benchmarks/record_routing.py makes one"
+            f"{str(path)[:200]}: expected a file of recorded routing, found none; "
+            "benchmarks/record_routing.py makes one"
         )
     try:
         # Opened here, for np.load forgets to close what is broken.
-        with path.open("rb") as file, np.load(file) as opened:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as opened:
             arrays = {name: opened[name] for name in opened.files}
     except Exception as error:  # of numpy, zipfile and zlib: nothing narrower has them all
         raise ValueError(f"{path}: expected an .npz file, got {error!r}; copy it again") from None
@@ -53,8 +55,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(f"{path}: {'; '.join(found)}; copy it again")
     try:
         header = json.loads(str(arrays.pop("header")))
-    except ValueError as error:
-        raise ValueError(f"{path}: header: expected JSON, got {error}; copy it again") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: header: expected JSON, got {str(error)[:200]}; copy it again") from None
     return header, arrays
 
 
@@ -78,20 +80,28 @@ def problems(header: Any, arrays: Mapping[str, np.ndarray]) -> list[str]:
     """Everything that does not fit together; `arrays` has all that a file must have, by their names there."""
     try:
         version = header["format"]
-        layers, experts, choices = (
-            int(header["geometry"][name]) for name in ("layers", "experts", "choices")
-        )
-        domains = [str(name) for name in header["domains"]]
-    except (KeyError, TypeError, ValueError) as error:
+        geometry = [header["geometry"][name] for name in ("layers", "experts", "choices")]
+        domains = header["domains"]
+        if not isinstance(domains, list | tuple) or not all(isinstance(name, str) for name in domains):
+            raise TypeError(f"domains {str(domains)[:40]}")
+        if not all(type(number) is int for number in geometry):
+            raise TypeError(f"geometry {str(geometry)[:80]}")
+        layers, experts, choices = geometry
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         return [f"header: expected format, geometry (layers, experts, choices) and domains, got {error!r}"]
+    others = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if others:
+        return [f"{name}: expected an array, got {type(arrays[name]).__name__}" for name in sorted(others)]
     if version != FORMAT:
-        return [f"header: expected format {FORMAT}, got {version!r}"]
+        return [f"header: expected format {FORMAT}, got {str(version)[:40]}"]
     if not (1 <= choices <= experts <= MOST_EXPERTS and layers >= 1):
         return [
             f"header: expected layers of 1 or more and 1 <= choices <= experts <= {MOST_EXPERTS}, got "
             f"{layers} layers, {choices} choices, {experts} experts"
         ]
     requests = len(domains)
+    if not requests:
+        return ["header: expected the domain of each request, got none"]
     steps = arrays["decode_experts"].shape[0] if arrays["decode_experts"].ndim else 0
     prompt = arrays["prefill_experts"].shape[1] if arrays["prefill_experts"].ndim > 1 else 0
     # None may be anything but 0.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from layerscope_jax.scheduling.plan import (
     Observation,
     Phase,
     Policy,
+    ask,
     check_plan,
 )
 from layerscope_jax.statistics import Meter
@@ -137,18 +138,32 @@ def hottest(counts: np.ndarray, slots: int) -> list[ExpertId]:
 def _check(workload: Workload, geometry: Geometry) -> None:
     """Refuses what no engine would run: another geometry, or a layer that nobody asks anything of."""
     layers, experts = geometry.num_layers, geometry.num_experts
-    shape = workload.counts.shape
+    if workload.phase not in get_args(Phase):
+        raise ValueError(
+            f"phase must be one of {', '.join(get_args(Phase))}, got {str(workload.phase)[:40]!r}"
+        )
+    shape = _numbers(workload.counts, "counts", np.integer).shape
     if len(shape) != 3 or shape[1:] != (layers, experts):
         raise ValueError(f"expected counts [S, {layers}, {experts}] of the geometry, got {list(shape)}")
     if not workload.counts.any(axis=2).all():
         raise ValueError("expected tokens in every layer of every step, got a layer without")
     if workload.forecasts is not None:
-        found = workload.forecasts.shape
+        found = _numbers(workload.forecasts, "forecasts", np.number).shape
         if len(found) != 4 or found[:2] != shape[:2] or found[3] != experts:
             raise ValueError(
                 f"expected forecasts [{shape[0]}, {layers}, W, {experts}] for counts {list(shape)}, "
                 f"got {list(found)}"
             )
+
+
+def _numbers(array: Any, name: str, kind: type) -> np.ndarray:
+    """Refuses what are no counts of tokens."""
+    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, kind):
+        got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"{name} must be an array of {'whole ' * (kind is np.integer)}numbers, got {got}")
+    if array.size and not (array.min() >= 0 and array.max() < np.inf):  # nor NaN
+        raise ValueError(f"{name} must be 0 or more and finite, got {array.min()}..{array.max()}")
+    return array
 
 
 class _Run:
@@ -259,8 +274,9 @@ class _Run:
             self.now = link.rest(self.now)
             self._absorb(self.now)  # `seen` looks at the books
         now = self.now
-        self.state, plan = self.policy.plan(self.state, seen)
-        check_plan(plan, seen, books.slots, self.known)
+        state, plan = ask(self.policy, self.state, seen)
+        check_plan(plan, seen, books.slots, self.known, self.policy.name)
+        self.state = state
         self.meter.count(seen, books.idle_prefetches)
         if self.record is not None:
             self.record(plan)

@@ -64,8 +64,9 @@ class RunStats:
         policy: what decided ("resident" where everything fits).
         mode: "whole" (each step one jitted function), "layers" (layer by layer) or "decode" (resident on a
             CPU: decode steps are one jitted function).
-        budget_bytes: device memory allowed for experts; every hit rate is at this budget.
+        budget_bytes: device memory allowed for experts and predictor; every hit rate is at this budget.
         peak_expert_bytes: most ever taken by resident experts and copies on their way.
+        predictor_bytes: what the predictor kept on the device, taken off the budget before any expert.
         prompts, prompt_tokens, new_tokens: how much was done.
         total_s: wall time of the call.
         ttft_s: time to first token, mean over requests: each from the start of the call, so that waiting for
@@ -96,6 +97,7 @@ class RunStats:
     mode: str
     budget_bytes: int
     peak_expert_bytes: int
+    predictor_bytes: int
     prompts: int
     prompt_tokens: int
     new_tokens: int

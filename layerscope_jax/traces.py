@@ -16,57 +16,17 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from layerscope_jax.files import read_json, replace_files
-from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.files import replace_files
+from layerscope_jax.trace_index import Passage, TraceHeader, layout, read_files, read_header, read_passage
 
-FORMAT = 1
 HEADER, INDEX = "trace.json", "chunks.jsonl"
 ROUTING = ("tokens", "experts", "weights")
-
-Split = Literal["train", "heldout"]
-
-
-class Passage(NamedTuple):
-    """Consecutive tokens of one document that were run as one request.
-
-    Attributes:
-        domain, document: where they are from.
-        split: whether predictors may be trained on the document.
-        start: index of the first token in the document.
-        prompt: how many of them are the prompt, read in prefill; each later one is a decode step.
-        tokens: how many they are.
-    """
-
-    domain: str
-    document: str
-    split: Split
-    start: int
-    prompt: int
-    tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceHeader:
-    """What a trace holds.
-
-    Attributes:
-        model: whose routing.
-        hidden: P, the width of the recorded hidden states; 0 for none.
-        settings: how it was made, compared as a whole before a trace is gone on with.
-    """
-
-    model: ModelIdentity
-    hidden: int
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT} | asdict(self)
 
 
 @dataclass(frozen=True)
@@ -77,6 +37,7 @@ class Chunk:
     number: int
     passages: tuple[Passage, ...]
     files: Mapping[str, tuple[int, int]]  # array -> bytes, CRC-32
+    header: TraceHeader
 
     @property
     def rows(self) -> int:
@@ -86,7 +47,7 @@ class Chunk:
         """One array, mapped: nothing is read until it is looked at.
 
         Raises:
-            ValueError: if it was not recorded, or its file is missing or cut off.
+            ValueError: if it was not recorded, or its file is missing, cut off or not what the index says.
         """
         if array not in self.files:
             raise ValueError(f"{self.folder}: expected {array} to be recorded, got {', '.join(self.files)}")
@@ -97,10 +58,20 @@ class Chunk:
                 f"{path}: expected {size:,} bytes, got {'no file' if found is None else f'{found:,}'}; "
                 "copy it again, or record the trace anew"
             )
-        return np.load(path, mmap_mode="r")
+        shape, dtype = layout(self.header, self.rows)[array]
+        try:  # never by `np.load`, which reads other things too
+            mapped = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:  # of NumPy, ast and mmap: nothing narrower has them all
+            raise ValueError(f"{path}: expected an array, got {error}; copy it again") from None
+        if mapped.shape != shape or mapped.dtype != dtype:
+            raise ValueError(
+                f"{path}: expected {np.dtype(dtype)} {shape} by the index, got {mapped.dtype} "
+                f"{mapped.shape}; copy it again"
+            )
+        return mapped
 
     def verify(self) -> None:
-        """Compares every file with its checksum.
+        """Compares every file with its checksum, and the chosen experts with those that there are.
 
         Raises:
             ValueError: naming the files that are damaged.
@@ -112,6 +83,11 @@ class Chunk:
                 damaged.append(self._path(array).name)
         if damaged:
             raise ValueError(f"{self.folder}: damaged (checksums differ): {', '.join(damaged)}; copy again")
+        most, known = int(self.map("experts").max(initial=0)), self.header.model.num_experts
+        if most >= known:
+            raise ValueError(
+                f"{self._path('experts')}: expected experts 0..{known - 1}, got {most}; record it anew"
+            )
 
     def _path(self, array: str) -> Path:
         return self.folder / f"{self.number:05d}.{array}.npy"
@@ -173,31 +149,27 @@ class Trace:
             raise ValueError(
                 f"{folder}: expected a trace ({HEADER}), found none; `layerscope trace` records one"
             )
-        record = read_json(folder / HEADER)
-        if record.get("format") != FORMAT:
-            raise ValueError(
-                f"{folder}: expected trace format {FORMAT}, got {record.get('format')!r}; record it anew"
-            )
-        try:
-            header = TraceHeader(
-                model=ModelIdentity.from_json(record["model"]),
-                hidden=int(record["hidden"]),
-                settings=dict(record["settings"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{folder / HEADER}: expected the head of a trace, got {error!r}") from None
-        chunks, complete = [], False
+        header = read_header(folder / HEADER)
+        chunks: list[Chunk] = []
+        complete, known = False, dict[bytes, int]()
         for number, line in enumerate(finished_lines(folder / INDEX)):
             try:
                 entry = json.loads(line)
+                if not isinstance(entry, dict):
+                    raise TypeError(f"{str(entry)[:40]!r}")
                 complete = complete or "complete" in entry
-                if "complete" not in entry:
-                    passages = tuple(Passage(*passage) for passage in entry["passages"])
-                    files = {name: (int(size), int(crc)) for name, (size, crc) in entry["files"].items()}
-                    chunks.append(Chunk(folder, number, passages, files))
-            except (KeyError, TypeError, ValueError) as error:
+                if "complete" in entry:
+                    continue
+                passages = tuple(read_passage(passage) for passage in entry["passages"])
+                files = read_files(entry["files"], header, sum(passage.tokens for passage in passages))
+                if line in known:
+                    raise ValueError(f"line {known[line]} a second time")
+                known[line] = number + 1
+                chunks.append(Chunk(folder, len(chunks), passages, files, header))
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise ValueError(
-                    f"{folder / INDEX}, line {number + 1}: expected a chunk, got {error!r}; record it anew"
+                    f"{folder / INDEX}, line {number + 1}: expected a chunk, got {repr(error)[:300]}; "
+                    "copy it again, or record the trace anew"
                 ) from None
         return cls(folder, header, tuple(chunks), complete)
 
@@ -269,27 +241,24 @@ class TraceWriter:
         Raises:
             ValueError: if a hidden state is not finite, or the chunk cannot be written; nothing of it stays.
         """
-        rows, model = sum(passage.tokens for passage in passages), self.header.model
-        places = (rows, model.num_layers, model.experts_per_token)
-        shapes: dict[str, tuple[int, ...]] = {"tokens": (rows,), "experts": places, "weights": places}
+        rows = sum(passage.tokens for passage in passages)
+        wanted = layout(self.header, rows)
         if self.header.hidden:
-            shapes["hidden"] = (rows, model.num_layers, self.header.hidden)
             finite = np.isfinite(arrays["hidden"]).all((0, 2))
             if not finite.all():
                 raise ValueError(
                     f"hidden states of layers {np.flatnonzero(~finite).tolist()} are not finite; the model "
                     "or its dtype is at fault (try float32)"
                 )
+        shapes = {name: shape for name, (shape, _) in wanted.items()}
         found = {name: array.shape for name, array in arrays.items()}
         assert found == shapes, (found, shapes)
-        small = np.uint8 if model.num_experts <= 256 else np.uint16
-        dtypes = {"tokens": np.int32, "experts": small, "weights": np.float16, "hidden": np.float16}
         sums: dict[str, tuple[int, int]] = {}
 
         def writer(name: str, array: np.ndarray):
             def write(file: Path) -> None:
                 with file.open("wb") as opened:  # a file, for np.save adds .npy to a name
-                    np.save(opened, np.ascontiguousarray(array, dtypes[name]))
+                    np.save(opened, np.ascontiguousarray(array, wanted[name][1]))
                     opened.flush()
                     os.fsync(opened.fileno())
                 sums[name] = (file.stat().st_size, checksum(file))
@@ -324,8 +293,15 @@ class TraceWriter:
 
 
 def finished_lines(path: Path) -> list[bytes]:
-    """The lines of a file that is still written to: what comes after the last line end is not one yet."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    """The lines of a file that is still written to: what comes after the last line end is not one yet.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise ValueError(f"{path}: expected the index of a trace, got {error}; copy it again") from None
 
 
 def checksum(path: Path) -> int:

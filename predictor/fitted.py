@@ -19,6 +19,7 @@ from predictor.dataset import for_training, load_rows
 from predictor.linear import LinearParams, first_linear, fit
 from predictor.pca import Basis
 from predictor.routers import Routers
+from predictor.settings import checksums
 
 FILE = "baselines.safetensors"
 LEARNED = ("weight", "bias", "gain")
@@ -41,7 +42,9 @@ class Fitted:
     def save(self, folder: Path) -> None:
         """Writes the file: the map in float16, without what a trace holds as well."""
         arrays = {name: getattr(self.linear, name).astype(np.float16) for name in LEARNED}
-        content = safetensors_bytes(arrays | {"share": self.share}, {"made": json.dumps(self.made)})
+        arrays["share"] = self.share
+        metadata = {"made": json.dumps(self.made), "checksums": json.dumps(checksums(arrays))}
+        content = safetensors_bytes(arrays, metadata)
         replace_files(folder, {FILE: lambda file: file.write_bytes(content)})
 
 
@@ -70,8 +73,13 @@ def load_or_fit(
         # Passages are taken whole, so that fewer rows than asked for may be all that fit.
         fewer = 1.01 * found.get("rows", 0) < min(tokens, there)
         if not differing and not fewer:
+            if arrays["share"].shape != (model.num_layers, model.num_experts):
+                raise ValueError(f"{folder / FILE}: share has shape {arrays['share'].shape}; delete it")
             linear = first_linear(model, basis, routers, horizons, arrays["share"])
             learned = {name: arrays[name].astype(np.float32) for name in LEARNED}
+            wrong = [name for name in LEARNED if learned[name].shape != getattr(linear, name).shape]
+            if wrong:
+                raise ValueError(f"{folder / FILE}: {', '.join(wrong)} of other shapes; delete it")
             return Fitted(arrays["share"], replace(linear, **learned), found)
     else:
         differing = []
@@ -108,6 +116,14 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     try:
         with safe_open(file, "numpy") as opened:
             arrays = {name: opened.get_tensor(name) for name in (*LEARNED, "share")}
-            return arrays, json.loads((opened.metadata() or {})["made"])
+            metadata = opened.metadata() or {}
+        made = json.loads(metadata["made"])
+        if not isinstance(made, dict) or type(made.get("rows")) is not int:
+            raise TypeError(f"{str(made)[:80]}")
+        sums = checksums(arrays)
+        kept = json.loads(metadata["checksums"]) if "checksums" in metadata else sums
+        if kept != sums or not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("arrays that are damaged")
+        return arrays, made
     except Exception as error:  # safetensors raises nothing narrower
         raise ValueError(f"{file}: expected fitted baselines, got {error!r}; delete it") from None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
@@ -19,14 +21,13 @@ from safetensors.numpy import save as safetensors_bytes
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.files import read_json, replace_files
 from layerscope_jax.identity import ModelIdentity
-from predictor.network import GroupConfig
-from predictor.packing import packed, unpacked
+from predictor.packing import Matrix, packed, unpacked, widened
 from predictor.pca import Basis
 from predictor.routers import Routers
+from predictor.settings import Settings, checksums
 from predictor.step import Params, Stack, first_params, input_scale, layer_logits, priors, stacks
 
 CONFIG, WEIGHTS = "predictor.json", "predictor.safetensors"
-FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,16 @@ class LayerParams:
     """What one layer's forecast is computed with; a pytree.
 
     Attributes:
-        mean, components: [D] and [D, P] of the PCA.
+        mean, components: [D] and [D, P] of the PCA, these in 8 bits.
         scale: [] of the reduced hidden state.
         prior: of the routers, see `predictor.routers.Routers.reduced`.
-        network: pure dict of the layer's `LayerNetwork`.
+        network: pure dict of the layer's `LayerNetwork`, its matrices in 8 bits: as on disk, for what is kept
+            on the device is taken off the budget of the experts.
         group: name of its group; not an array.
     """
 
     mean: jax.Array
-    components: jax.Array
+    components: Matrix
     scale: jax.Array
     prior: tuple[jax.Array, jax.Array]
     network: Any
@@ -52,9 +54,43 @@ class LayerParams:
 jax.tree_util.register_dataclass(LayerParams, ["mean", "components", "scale", "prior", "network"], ["group"])
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """How forecasts are computed, without the numbers: predictors with equal ones share their programs.
+
+    Attributes:
+        look_ahead: W.
+        groups: the components P that each group of layers reads, and its network.
+    """
+
+    look_ahead: int
+    groups: tuple[tuple[str, int, nnx.GraphDef], ...]
+
+    name = "llapor"
+
+    def predict(
+        self, params: LayerParams, inputs: jax.Array, experts: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """Probabilities [W, T, E]; see `layerscope_jax.prediction.Predictor`."""
+        hidden = (inputs.astype(jnp.float32) - params.mean[None]) @ params.components.wide()
+        return self.predict_reduced(params, hidden, experts, weights)
+
+    def predict_reduced(
+        self, params: LayerParams, hidden: jax.Array, experts: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """As `predict`, from hidden states [T, P] that are reduced already, as traces hold them."""
+        _, components, graphdef = next(group for group in self.groups if group[0] == params.group)
+        network = nnx.merge(graphdef, widened(params.network))
+        hidden = hidden[:, :components].astype(jnp.float32)
+        logits = layer_logits(network, hidden, experts, weights, params.prior, params.scale)
+        return jax.nn.sigmoid(logits).swapaxes(0, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class LLaPor:
     """A `layerscope_jax.prediction.Predictor` of the experts of the next W layers.
+
+    Two are equal that forecast by the same programs, whatever they have learned.
 
     Attributes:
         model: whose experts it predicts.
@@ -94,40 +130,56 @@ class LLaPor:
 
     def params(self, routers: Routers, device: jax.Device | None = None) -> list[LayerParams]:
         """As `bind`, given the model's routers alone."""
-        found: list[LayerParams] = []
+        return list(self.layers(routers, device))
+
+    def layers(self, routers: Routers, device: jax.Device | None = None) -> Iterator[LayerParams]:
+        """The same layer by layer, each on the device when it is asked for.
+
+        Raises:
+            ValueError: if a parameter is not finite.
+        """
+        broken = [name for name, array in self._arrays().items() if not np.isfinite(array).all()]
+        if broken:
+            raise ValueError(f"this predictor's {', '.join(broken)[:400]} are not finite; train it again")
+        components = Matrix.of(self.basis.components)
         prior = priors(routers, self.basis, self.stacks, self.look_ahead)
         scale = input_scale(self.basis)
         put = functools.partial(jax.device_put, device=device)
         for name, stack in self.stacks.items():
+            network = jax.tree.map(small, self.network[name])
             for index, layer in enumerate(stack.layers):
                 matrix, offset = (put(part[index]) for part in prior[name])
-                layer_params = LayerParams(
+                yield LayerParams(
                     mean=put(self.basis.mean[layer]),
-                    components=put(self.basis.components[layer, :, : stack.components]),
+                    components=Matrix(*(put(part[layer, :, : stack.components]) for part in components)),
                     scale=put(scale[layer]),
                     prior=(matrix, offset),
-                    network=jax.tree.map(lambda leaf, i=index: put(leaf[i]), self.network[name]),
+                    network=jax.tree.map(lambda leaf, i=index: put(leaf[i]), network),
                     group=name,
                 )
-                found.append(layer_params)
-        return found
+
+    @functools.cached_property
+    def architecture(self) -> Architecture:
+        groups = [(name, stack.components, stack.graphdef) for name, stack in self.stacks.items()]
+        return Architecture(self.look_ahead, tuple(groups))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LLaPor) and self.architecture == other.architecture
+
+    def __hash__(self) -> int:
+        return hash(self.architecture)
 
     def predict(
         self, params: LayerParams, inputs: jax.Array, experts: jax.Array, weights: jax.Array
     ) -> jax.Array:
         """Probabilities [W, T, E]; see `layerscope_jax.prediction.Predictor`."""
-        hidden = (inputs.astype(jnp.float32) - params.mean[None]) @ params.components
-        return self.predict_reduced(params, hidden, experts, weights)
+        return self.architecture.predict(params, inputs, experts, weights)
 
     def predict_reduced(
         self, params: LayerParams, hidden: jax.Array, experts: jax.Array, weights: jax.Array
     ) -> jax.Array:
         """As `predict`, from hidden states [T, P] that are reduced already, as traces hold them."""
-        stack = self.stacks[params.group]
-        network = nnx.merge(stack.graphdef, params.network)
-        hidden = hidden[:, : stack.components].astype(jnp.float32)
-        logits = layer_logits(network, hidden, experts, weights, params.prior, params.scale)
-        return jax.nn.sigmoid(logits).swapaxes(0, 1)
+        return self.architecture.predict_reduced(params, hidden, experts, weights)
 
     def save(self, folder: str | Path) -> None:
         """Writes `predictor.json` and `predictor.safetensors` (see `predictor.packing`), whole or not at all.
@@ -135,14 +187,13 @@ class LLaPor:
         Raises:
             ValueError: if a parameter is not finite in float16, or the folder cannot be written.
         """
-        settings = {
-            "format": FORMAT,
-            "model": self.model.to_json(),
-            "look_ahead": self.look_ahead,
-            "groups": {name: asdict(stack.config) for name, stack in self.stacks.items()},
-        }
-        content = safetensors_bytes(packed(self._arrays()))
-        text = json.dumps(settings, indent=1) + "\n"
+        arrays = packed(self._arrays())
+        groups = {name: stack.config for name, stack in self.stacks.items()}
+        settings = Settings(
+            model=self.model, look_ahead=self.look_ahead, groups=groups, checksums=checksums(arrays)
+        )
+        content = safetensors_bytes(arrays)
+        text = json.dumps(settings.to_json(), indent=1) + "\n"
         replace_files(
             Path(folder),
             {
@@ -157,7 +208,7 @@ class LLaPor:
 
         Raises:
             ValueError: if the folder holds no predictor, one of another format or a damaged one; all wrong
-                tensors are named.
+                settings, or all wrong tensors, are named.
         """
         folder = Path(folder)
         if not (folder / CONFIG).exists():
@@ -165,29 +216,33 @@ class LLaPor:
                 f"{folder}: expected a trained predictor ({CONFIG}), found none; "
                 "`python -m predictor.train` makes one"
             )
-        settings = read_json(folder / CONFIG)
+        settings = Settings.from_json(read_json(folder / CONFIG, "copy it again"), folder / CONFIG)
+        kept = _read(folder / WEIGHTS, settings.checksums)
         try:
-            if settings["format"] != FORMAT:
-                raise ValueError(
-                    f"{folder / CONFIG}: expected format {FORMAT}, got {settings['format']}; train it again: "
-                    "networks of other formats have other shapes"
-                )
-            model = ModelIdentity.from_json(settings["model"])
-            look_ahead = int(settings["look_ahead"])
-            groups: Any = {name: GroupConfig(**group) for name, group in settings["groups"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / CONFIG}: expected a predictor's settings, got {error!r}") from None
-        try:
-            arrays = unpacked(load_file(folder / WEIGHTS))
-        except Exception as error:  # safetensors raises nothing narrower
+            arrays = unpacked(kept)
+        except ValueError as error:
+            raise ValueError(f"{folder / WEIGHTS}: {error}; copy it again") from None
+        model, look_ahead = settings.model, settings.look_ahead
+        layers, width = model.num_layers, model.hidden_size
+        # First what bounds all else: how much is built below goes by these numbers.
+        mean = arrays["pca.mean"].shape if "pca.mean" in arrays else None
+        if mean != (layers, width):
             raise ValueError(
-                f"{folder / WEIGHTS}: expected safetensors, got {error}; copy it again"
-            ) from None
-        hidden = arrays["pca.variance"].shape[-1] if "pca.variance" in arrays else 1
-        found = stacks(model, hidden, look_ahead, groups)
+                f"{folder}: pca.mean has shape {mean} in {WEIGHTS}, but {CONFIG} is of one with "
+                f"({layers}, {width}); copy both again"
+            )
+        most = sum(name.endswith(".outer.bias") for name in arrays)
+        deeper = [name for name, group in settings.groups.items() if group.blocks > most]
+        if deeper:
+            raise ValueError(
+                f"{folder}: {WEIGHTS} is missing blocks of the networks {', '.join(deeper)} that {CONFIG} "
+                "tells of; copy both again"
+            )
+        variance = arrays.get("pca.variance", arrays["pca.mean"]).shape
+        hidden = variance[-1] if len(variance) == 2 else 1
+        found = stacks(model, hidden, look_ahead, settings.groups)
         shapes = jax.eval_shape(lambda: first_params(model, found, look_ahead, 0))
         wanted = {_dotted(path): leaf.shape for path, leaf in flatten_dict(shapes).items()}
-        layers, width = model.num_layers, model.hidden_size
         wanted |= {
             "pca.mean": (layers, width),
             "pca.components": (layers, width, hidden),
@@ -202,13 +257,45 @@ class LLaPor:
         ]
         if problems:
             raise ValueError(f"{folder / WEIGHTS}: {'; '.join(sorted(problems))}; copy it again")
-        network = unflatten_dict({path: jnp.asarray(arrays[_dotted(path)]) for path in flatten_dict(shapes)})
+        broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+        if broken:
+            raise ValueError(f"{folder / WEIGHTS}: {', '.join(sorted(broken))} not finite; train it again")
+        network = unflatten_dict({path: arrays[_dotted(path)] for path in flatten_dict(shapes)})
         basis = Basis(**{name: arrays[f"pca.{name}"] for name in ("mean", "components", "variance")})
         return cls(model, look_ahead, basis, found, network)
 
     def _arrays(self) -> dict[str, Any]:
         named = {_dotted(path): leaf for path, leaf in flatten_dict(self.network).items()}
         return named | {f"pca.{name}": array for name, array in vars(self.basis).items()}
+
+
+def _read(file: Path, sums: Mapping[str, int] | None) -> dict[str, np.ndarray]:
+    """The arrays of a file, compared with their checksums.
+
+    Raises:
+        ValueError: if it cannot be read, naming the arrays that are damaged.
+    """
+    try:
+        kept = load_file(file)
+    except Exception as error:  # safetensors raises nothing narrower
+        raise ValueError(f"{file}: expected safetensors, got {error}; copy it again") from None
+    if sums is None:
+        warnings.warn(
+            f"{file}: has no checksums, so damage would not be noticed; `save` it again to add them",
+            stacklevel=3,
+        )
+        return kept
+    there = checksums(kept)
+    damaged = sorted(name for name in sums.keys() | there.keys() if sums.get(name) != there.get(name))
+    if damaged:
+        raise ValueError(f"{file}: damaged (checksums differ): {', '.join(damaged)[:400]}; copy it again")
+    return kept
+
+
+def small(array: Any) -> Matrix | np.ndarray:
+    """What is kept on the device of a parameter [L, ...]: a matrix in 8 bits, the rest as it is."""
+    array = np.asarray(array)
+    return Matrix.of(array) if array.ndim == 3 else array
 
 
 def _dotted(path: tuple) -> str:

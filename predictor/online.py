@@ -1,7 +1,9 @@
-"""A predictor that learns on while an engine uses it, off the critical path."""
+"""A predictor that learns on while engines use it, off the critical path."""
 
 from __future__ import annotations
 
+import threading
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -11,8 +13,9 @@ import numpy as np
 
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.machine import cpu_device
 from layerscope_jax.scheduling.plan import Phase
-from predictor.llapor import LayerParams, LLaPor
+from predictor.llapor import Architecture, LayerParams, LLaPor
 from predictor.pca import reduce
 from predictor.routers import Routers
 from predictor.step import Batch
@@ -21,26 +24,38 @@ from predictor.tuning import Tuner, TuningConfig
 MOST_ROWS = 256  # of a step: what a long prefill has more is left out
 BACKLOG = 4  # steps that may wait for the thread; while it is busy longer, steps are left out
 
+Seen = list[tuple[jax.Array, np.ndarray, jax.Array]]
+"""Of each layer of a step: the inputs [T, D], the chosen experts and their weights [T, K]."""
+
+
+class LearningError(RuntimeError):
+    """The thread that learns has failed; forecasts stay as they were, and tokens are right."""
+
 
 class Online:
-    """A `layerscope_jax.prediction.Predictor`: LLaPor, tuned on what the engine sees.
+    """A `layerscope_jax.prediction.Predictor`: LLaPor, tuned on what engines see.
 
-    The engine hands over what each layer saw, which costs it nothing; a thread of its own reads it back, and
-    tunes when it is needed. What it learns replaces the engine's parameters layer by layer. Since forecasts
-    decide when things move and never what is computed, no token can change by it.
+    An engine hands over what each layer saw, which costs it nothing; a thread reads it back, and tunes on
+    this machine's CPU when it is needed. What it learns replaces the engine's parameters layer by layer.
+    Since forecasts decide when things move and never what is computed, no token can change by it. Several
+    engines of the model may use one; the thread ends with the last of them, after what it was given is
+    learned, and begins anew with the next.
+
+    Should the thread fail, it stops learning and the engines go on. The next call of `generate` warns of it;
+    `finish` and `close`, and the engine's `close` if nobody was told before, raise it.
 
     Args:
         llapor: what is tuned; itself it stays as it is.
         config: when and how.
 
     Attributes:
-        tuner: the window, the looks at it, and the predictor as it is now.
+        tuner: the window, the looks at it, and the predictor as it is now; None before an engine has used it.
 
     Example::
 
         online = predictor.Online(predictor.load("build/predictor"))
-        engine = layerscope_jax.Engine(model, layerscope_jax.OffloadConfig(predictor=online))
-        engine.generate(prompts)
+        with layerscope_jax.Engine(model, layerscope_jax.OffloadConfig(predictor=online)) as engine:
+            engine.generate(prompts)
         online.finish().save("build/tuned")
     """
 
@@ -50,26 +65,198 @@ class Online:
         self.look_ahead = llapor.look_ahead
         self.tuner: Tuner | None = None
         self._first, self._config = llapor, config
-        self._bound: list[LayerParams] = []
-        self._seen: list[tuple[jax.Array, np.ndarray, jax.Array]] = []
-        self._last: Batch | None = None  # the last step, whose next tokens are not known yet
-        self._decoded = np.zeros(0, bool)  # what was active in the step before, if that was a decode step
+        self._routers: Routers | None = None
+        self._learners: weakref.WeakSet[Learner] = weakref.WeakSet()
         self._work: list[Future[None]] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-tuning")
+        self._thread: ThreadPoolExecutor | None = None
+        self._lock = threading.RLock()  # of all of these
+        self._failure: BaseException | None = None
+        self._told = False
+        self._at_work = 0  # the thread's number
+
+    @property
+    def architecture(self) -> Architecture:
+        return self._first.architecture
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Online) and self.architecture == other.architecture
+
+    def __hash__(self) -> int:
+        return hash((Online, self.architecture))
+
+    def attach(self, model: Model) -> Learner:
+        """What one engine forecasts with and hands over; its `close` ends that.
+
+        Raises:
+            ValueError: if the predictor was trained for another model, with what differs.
+        """
+        ModelIdentity.of(model).check(self._first.model, "this predictor")
+        with self._lock:
+            if self.tuner is None or self._routers is None:
+                self._routers = Routers.of(model)
+                with jax.default_device(cpu_device()):  # the device is for forecasts and experts
+                    self.tuner = Tuner(self._first, self._routers, self._config)
+            params = self.tuner.llapor.params(self._routers, model.device)
+            learner = Learner(self, params, model.device)
+            self._learners.add(learner)
+            return learner
 
     def bind(self, model: Model) -> list[LayerParams]:
-        """As `LLaPor.bind`; entries of the list are replaced when a tuning is accepted."""
-        ModelIdentity.of(model).check(self._first.model, "this predictor")
-        self._routers, self._device = Routers.of(model), model.device
-        if self.tuner is None:
-            self.tuner = Tuner(self._first, self._routers, self._config)
-        self._bound = self.tuner.llapor.params(self._routers, self._device)
-        return self._bound
+        """As `LLaPor.bind`, of what is learned so far; an engine calls `attach`."""
+        return self._llapor.bind(model)
 
     def predict(
         self, params: LayerParams, inputs: jax.Array, experts: jax.Array, weights: jax.Array
     ) -> jax.Array:
         return self._first.predict(params, inputs, experts, weights)
+
+    def finish(self) -> LLaPor:
+        """Waits until what was seen is learned; returns the predictor as it is then.
+
+        Raises:
+            ValueError: if no engine has used it.
+            LearningError: if learning has failed; `tuner.llapor` is what was learned before.
+        """
+        self._wait()
+        self._raise()
+        if self.tuner is None:
+            raise ValueError(
+                "no engine has used this predictor yet: give it to one as OffloadConfig(predictor=)"
+            )
+        return self.tuner.llapor
+
+    def close(self) -> None:
+        """Ends the thread after what was seen is learned; engines go on with what it learned.
+
+        Raises:
+            LearningError: if learning has failed.
+        """
+        for learner in list(self._learners):
+            learner.leave()
+        self._end()
+        self._raise()
+
+    def __enter__(self) -> Online:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except LearningError:
+            if kind is None:  # else there is something worse to say
+                raise
+
+    @property
+    def failure(self) -> str | None:
+        """What ended learning, in words; None while all is well."""
+        if self._failure is None:
+            return None
+        return (
+            f"learning from the traffic has stopped: {type(self._failure).__name__}: {self._failure}; "
+            "forecasts stay as they were, and tokens are right; use a new Online to learn on"
+        )
+
+    def take_failure(self) -> str | None:
+        """`failure`, if nobody was told of it yet."""
+        with self._lock:
+            told, self._told = self._told, self._told or self._failure is not None
+        return None if told else self.failure
+
+    @property
+    def _llapor(self) -> LLaPor:
+        return self._first if self.tuner is None else self.tuner.llapor
+
+    def _raise(self) -> None:
+        if self._failure is not None:
+            self._told = True
+            raise LearningError(self.failure) from self._failure
+
+    def _wait(self) -> None:
+        with self._lock:
+            work = list(self._work)
+        for each in work:
+            each.result()  # raises nothing: `_guarded` keeps what went wrong
+
+    def _submit(self, learner: Learner, seen: Seen, rows: np.ndarray, follows: bool) -> bool:
+        """Gives the thread a step to learn from; whether it has time for it."""
+        with self._lock:
+            self._work = [work for work in self._work if not work.done()]
+            if self._failure is not None or len(self._work) >= BACKLOG or learner not in self._learners:
+                return False
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-tuning")
+            self._work.append(self._thread.submit(self._guarded, learner, seen, rows, follows))
+        return True
+
+    def _leave(self, learner: Learner) -> None:
+        """An engine is done; with the last one the thread ends."""
+        with self._lock:
+            self._learners.discard(learner)
+            last = not self._learners
+        if last:
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if (
+            thread is not None
+        ):  # an engine may be collected by its own learning thread, which cannot wait for it
+            thread.shutdown(wait=threading.get_ident() != self._at_work)
+
+    def _guarded(self, learner: Learner, seen: Seen, rows: np.ndarray, follows: bool) -> None:
+        self._at_work = threading.get_ident()
+        if self._failure is not None:
+            return
+        try:
+            with jax.default_device(cpu_device()):
+                self._learn(learner, seen, rows, follows)
+        except BaseException as error:  # its caller has long gone on
+            self._failure = error
+
+    def _learn(self, learner: Learner, seen: Seen, rows: np.ndarray, follows: bool) -> None:
+        """Learns from `rows` of a step; whether it has the next tokens of the step before, row by row."""
+        assert self.tuner is not None
+        assert self._routers is not None
+        basis = self.tuner.llapor.basis
+        hidden = np.stack([np.asarray(inputs[rows], np.float32) for inputs, _, _ in seen], 1)
+        experts = np.stack([experts[rows] for _, experts, _ in seen], 1)
+        reduced = reduce(jnp.asarray(hidden), jnp.asarray(basis.mean), jnp.asarray(basis.components))
+        here = Batch(
+            hidden=np.asarray(reduced, np.float16),
+            experts=experts,
+            weights=np.stack([np.asarray(weights)[rows] for _, _, weights in seen], 1).astype(np.float16),
+            following=experts,
+            has_next=np.zeros(len(rows), bool),
+        )
+        last, learner.last = learner.last, here
+        if last is not None:
+            if follows:
+                last = replace(last, following=here.experts, has_next=np.ones(len(rows), bool))
+            if self.tuner.feed(last):
+                with self._lock:
+                    learners = list(self._learners)
+                    for each in learners:
+                        layers = self.tuner.llapor.layers(self._routers, each.device)
+                        for layer, params in enumerate(layers):  # one layer's are there twice for a moment
+                            each.params[layer] = params
+
+
+class Learner:
+    """What one engine has of an `Online`.
+
+    Attributes:
+        params: what each layer is forecast with; replaced where it lies when a tuning is accepted.
+        device: where they lie.
+        last: the last step learned from, whose next tokens are not known yet.
+    """
+
+    def __init__(self, online: Online, params: list[LayerParams], device: jax.Device):
+        self.params, self.device = params, device
+        self.last: Batch | None = None
+        self._online = online
+        self._seen: Seen = []
+        self._decoded = np.zeros(0, bool)  # what was active in the step before, if that was a decode step
 
     def observe(
         self,
@@ -92,53 +279,31 @@ class Online:
         if layer == 0:
             self._seen.clear()
         self._seen.append((inputs, experts, weights))
-        if len(self._seen) < self._first.model.num_layers:
+        if len(self._seen) < len(self.params):
             return
         seen, self._seen = self._seen, []
         # Between two decode steps of the same rows nobody joined: that would have taken a prefill.
         follows = phase == "decode" and np.array_equal(active, self._decoded)
-        self._work = [work for work in self._work if not work.done()]
-        taken = len(self._work) < BACKLOG
+        rows = np.flatnonzero(active)[:MOST_ROWS]
+        taken = self._online._submit(self, seen, rows, follows)
         self._decoded = active if phase == "decode" and taken else np.zeros(0, bool)
-        if taken:
-            rows = np.flatnonzero(active)[:MOST_ROWS]
-            self._work.append(self._thread.submit(self._learn, seen, rows, follows))
 
-    def finish(self) -> LLaPor:
-        """Waits until what was seen is learned; returns the predictor as it is then.
+    def check(self) -> str | None:
+        """What went wrong, once."""
+        return self._online.take_failure()
+
+    def leave(self) -> None:
+        """Hands nothing over any more, and waits for nothing."""
+        with self._online._lock:
+            self._online._learners.discard(self)
+
+    def close(self) -> None:
+        """Ends with the engine.
 
         Raises:
-            ValueError: if no engine has used it.
+            LearningError: if learning has failed, and nobody was told.
         """
-        for work in self._work:
-            work.result()
-        self._work.clear()
-        if self.tuner is None:
-            raise ValueError(
-                "no engine has used this predictor yet: give it to one as OffloadConfig(predictor=)"
-            )
-        return self.tuner.llapor
-
-    def _learn(
-        self, seen: list[tuple[jax.Array, np.ndarray, jax.Array]], rows: np.ndarray, follows: bool
-    ) -> None:
-        """Learns from `rows` of a step; whether it has the next tokens of the step before, row by row."""
-        assert self.tuner is not None
-        basis = self.tuner.llapor.basis
-        hidden = jnp.stack([inputs[rows] for inputs, _, _ in seen], 1)
-        experts = np.stack([experts[rows] for _, experts, _ in seen], 1)
-        reduced = reduce(hidden, jnp.asarray(basis.mean), jnp.asarray(basis.components))
-        here = Batch(
-            hidden=np.asarray(reduced, np.float16),
-            experts=experts,
-            weights=np.stack([np.asarray(weights)[rows] for _, _, weights in seen], 1).astype(np.float16),
-            following=experts,
-            has_next=np.zeros(len(rows), bool),
-        )
-        last, self._last = self._last, here
-        if last is not None:
-            if follows:
-                last = replace(last, following=here.experts, has_next=np.ones(len(rows), bool))
-            if self.tuner.feed(last):
-                for layer, params in enumerate(self.tuner.llapor.params(self._routers, self._device)):
-                    self._bound[layer] = params
+        self._online._leave(self)
+        failure = self._online.take_failure()
+        if failure is not None:
+            raise LearningError(failure) from self._online._failure

@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 SCALE = ".scale"
 LARGEST = 127
+
+
+class Matrix(NamedTuple):
+    """A matrix in 8 bits, or a stack of them; a pytree.
+
+    Attributes:
+        values: [..., rows, columns] int8.
+        scale: [..., 1, columns] float32, what each column is multiplied with.
+    """
+
+    values: Any
+    scale: Any
+
+    @classmethod
+    def of(cls, exact: np.ndarray) -> Matrix:
+        """Rounds float32 matrices [..., rows, columns] to 127 steps on either side of zero."""
+        exact = np.asarray(exact, np.float32)
+        scale = np.abs(exact).max(-2, keepdims=True) / LARGEST
+        return cls(np.round(exact / np.where(scale > 0, scale, 1)).astype(np.int8), scale)
+
+    def wide(self) -> jax.Array:
+        """In float32 again; jittable."""
+        return self.values.astype(jnp.float32) * self.scale
+
+
+def widened(tree: Any) -> Any:
+    """A pytree with its `Matrix` nodes as float32 arrays; jittable."""
+    is_matrix = lambda node: isinstance(node, Matrix)  # noqa: E731
+    return jax.tree.map(lambda node: node.wide() if is_matrix(node) else node, tree, is_leaf=is_matrix)
 
 
 def packed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -32,12 +64,8 @@ def packed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise ValueError(f"parameters are not finite in float16: {', '.join(broken)}; train it again")
     kept: dict[str, np.ndarray] = {}
     for name, array in half.items():
-        if array.ndim == 3:
-            exact = np.asarray(arrays[name], np.float32)
-            # Float16 has few digits left for numbers as small as a scale can be.
-            scale = np.abs(exact).max(1, keepdims=True) / LARGEST
-            kept[name] = np.round(exact / np.where(scale > 0, scale, 1)).astype(np.int8)
-            kept[name + SCALE] = scale
+        if array.ndim == 3:  # from the exact one: float16 has few digits for numbers as small as a scale
+            kept[name], kept[name + SCALE] = Matrix.of(arrays[name])
         else:
             kept[name] = array
     return kept
@@ -58,5 +86,6 @@ def unpacked(kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             scale = kept.get(name + SCALE)
             if scale is None or scale.shape != (array.shape[0], 1, array.shape[2]):
                 raise ValueError(f"{name} without a scale for each of its columns")
-            found[name] *= scale
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named where it is read
+                found[name] *= scale
     return found

@@ -42,7 +42,14 @@ class Basis:
         """Raises ValueError if the folder has none, or a damaged one."""
         try:
             kept = load_file(folder / FILE)
-            return cls(**{field.name: kept[field.name] for field in fields(cls)})
+            mean, components, variance = (kept[field.name] for field in fields(cls))
+            layers, hidden = mean.shape
+            width = variance.shape[-1]
+            if components.shape != (layers, hidden, width) or variance.shape != (layers, width) or not width:
+                raise ValueError(f"shapes {[array.shape for array in (mean, components, variance)]}")
+            if not all(np.isfinite(array).all() for array in (mean, components, variance)):
+                raise ValueError("numbers that are not finite")
+            return cls(mean, components, variance)
         except Exception as error:  # safetensors raises nothing narrower
             raise ValueError(f"{folder / FILE}: expected a PCA basis, got {error}; record it anew") from None
 

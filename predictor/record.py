@@ -21,7 +21,8 @@ from layerscope_jax.engine import Engine
 from layerscope_jax.identity import ModelIdentity
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.models.layers import PAD_POSITION
-from layerscope_jax.traces import Passage, Split, Trace, TraceHeader, TraceWriter
+from layerscope_jax.trace_index import Passage, Split, TraceHeader
+from layerscope_jax.traces import Trace, TraceWriter
 from layerscope_jax.training.documents import Document, heldout_ids, read_documents, stable_hash
 from layerscope_jax.whole import new_caches
 from predictor.pca import Basis, Moments, reduce

@@ -26,10 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from layerscope_jax.files import read_json, replace_files
 from layerscope_jax.traces import Passage, Trace
 from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
-from predictor.llapor import FORMAT, LLaPor
+from predictor.llapor import LLaPor
 from predictor.network import GroupConfig
 from predictor.pca import Basis
 from predictor.routers import Routers
+from predictor.settings import FORMAT
 from predictor.step import Batch, first_params, input_scale, make_steps, optimizer, priors, stacks
 
 VALIDATION_ROWS, VALIDATION_SHARE = 8192, 16

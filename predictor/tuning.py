@@ -109,7 +109,9 @@ class Tuner:
     """
 
     def __init__(self, llapor: LLaPor, routers: Routers, config: TuningConfig | None = None):
-        self.llapor = self._first = llapor
+        # At work they lie where JAX computes, and nowhere else: a loaded one's are NumPy's.
+        network = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), llapor.network)
+        self.llapor = self._first = llapor = replace(llapor, network=network)
         self.config = config = config or TuningConfig()
         self.looks: deque[Look] = deque(maxlen=1000)
         self._blocks: deque[Batch] = deque(maxlen=config.window // CHECK_EVERY)

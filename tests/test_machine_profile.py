@@ -200,3 +200,77 @@ class TestInAnEngine:
     def test_another_pace_is_refused(self, own, model):
         with pytest.raises(ValueError, match="link_bandwidth None there, 1000000 here"):
             Engine(model, replace(self.config(model, own), link_bandwidth="1MB"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("costs.host_ms.ms", [1e308, 1e308]),
+        ("costs.host_ms.ms", [float("inf"), 1.0]),
+        ("costs.host_ms.ms", [float("nan"), 1.0]),
+        ("costs.host_ms.ms", ["1", "2"]),
+        ("costs.host_ms.ms", [True, False]),
+        ("costs.host_ms.ms", [1.0, -1.0]),
+        ("costs.host_ms.ms", [10**400, 1.0]),
+        ("costs.host_ms.ms", [[1.0], [2.0]]),
+        ("costs.host_ms.ms", "12"),
+        ("costs.host_ms.tokens", [64, 1]),
+        ("costs.host_ms.tokens", [1, 10**12]),
+        ("costs.host_ms.tokens", [0, 4]),
+        ("costs.host_ms.tokens", [1.0, 4.0]),
+        ("costs.host_ms.tokens", {"1": 1}),
+        ("costs.host_ms.tokens", list(range(1, 2000))),
+        ("costs.host_ms.seconds", [1.0]),
+        ("costs.host_ms", [1, 2]),
+        ("costs.transfer_ms", 1e308),
+        ("costs.transfer_ms", 10**400),
+        ("costs.transfer_ms", "2"),
+        ("costs.transfer_ms", float("inf")),
+        ("costs.host_start_ms", 10**400),
+        ("costs.host_start_ms", True),
+        ("costs.transferms", 2.0),
+        ("costs.alone", {"transfer_ms": 1.0}),
+        ("costs.alone", {"alone": {}}),
+        ("model.layers", 10**400),
+        ("model.layers", 10**9),
+        ("model.experts_per_token", 9),
+        ("model.hidden", -3),
+        ("model.head", 3),
+        ("machine.gpu", "fast"),
+        ("slots", 10**400),
+        ("slots", 0.5),
+        ("speed", 3),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_numbers_that_no_machine_has_are_refused_by_field(own, tmp_path, path, value):
+    record = json.loads(json.dumps(own.to_json()))
+    edit(record, path, value)
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="calibrate again or correct the file") as refused:
+        MachineProfile.load(file)
+    part = path if path.count(".") < 2 else path.rpartition(".")[0]
+    assert part.rpartition(".")[0] in str(refused.value)
+    assert part.rpartition(".")[2] in str(refused.value)
+
+
+@pytest.mark.parametrize("record", [None, [], 7, "profile", {"format": "1" * 9999}], ids=lambda r: str(r)[:9])
+def test_what_is_no_profile_is_refused(record):
+    with pytest.raises(ValueError, match="expected a profile of format 1") as refused:
+        MachineProfile.from_json(record)
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "../../etc/passwd\0", "profiles", "qwen3-30b-a3b@../x", "/"])
+def test_names_that_no_file_has_are_refused(name):
+    with pytest.raises(ValueError, match="profile must be a file that `layerscope calibrate` wrote"):
+        MachineProfile.load(name)
+
+
+@pytest.mark.parametrize("profile", [3, {"host_ms": 1}, object()], ids=["number", "record", "object"])
+def test_an_engine_refuses_what_is_no_profile(model, profile):
+    with pytest.raises(ValueError, match=r"profile must be a file .* a MachineProfile or a HardwareProfile"):
+        Engine(
+            model, OffloadConfig(device_budget=10 * model.bank.expert_bytes, policy="auto", profile=profile)
+        )

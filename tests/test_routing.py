@@ -1,6 +1,8 @@
 """Recorded routing: what is counted and forecast, against loops; files that are damaged are named."""
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +198,99 @@ def test_what_is_shipped_is_whole(path: Path):
         for name in ("llapor", "previous-token")
     }
     assert errors["llapor"] < errors["previous-token"]
+
+
+def header(**changes):
+    record = {"format": 1, "geometry": {"layers": L, "experts": E, "choices": K}, "domains": ["verse"] * R}
+    return json.dumps(record | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "header: expected JSON, got .*recursion"),
+        (header(domains="verse"), "domains verse"),
+        (header(domains=[1, 2, 3, 4]), "domains"),
+        (header(domains=[]), "expected the domain of each request, got none"),
+        (header(geometry={"layers": L, "experts": 1e400, "choices": K}), "geometry"),
+        (header(geometry={"layers": str(L), "experts": E, "choices": K}), "geometry"),
+        (header(geometry={"layers": L, "experts": E + 0.5, "choices": K}), "geometry"),
+        (
+            header(geometry={"layers": 10**9, "experts": E, "choices": K}),
+            r"expected shape \(any, 4, 1000000000",
+        ),
+        (header(geometry={"layers": -1, "experts": E, "choices": K}), "expected layers of 1 or more"),
+        (header(geometry=[1, 2, 3]), "header: expected format, geometry"),
+        (header(format="x" * 999), "expected format 1, got x"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_header_of_other_kinds_is_refused(routing, tmp_path, text, message):
+    path = tmp_path / "file.npz"
+    routing.save(path)
+    damaged(path, header=np.array(text))
+    with pytest.raises(ValueError, match=message) as refused:
+        Routing.load(path)
+    assert str(refused.value).startswith(str(path))
+    assert len(str(refused.value)) < 900
+
+
+class Bomb:
+    """Leaves a file behind if anybody unpickles it."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "array", "in the archive", "cut off", "folder", "empty"])
+def test_no_archive_of_arrays_is_refused_and_nothing_unpickled(routing, tmp_path, kind):
+    path, went_off = tmp_path / "file.npz", tmp_path / "went off"
+    routing.save(path)
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(went_off)))
+    elif kind == "array":
+        with path.open("wb") as file:
+            np.save(file, routing.decode_experts)
+    elif kind == "in the archive":
+        damaged(path, decode_experts=np.array([Bomb(went_off)], object))
+    elif kind == "cut off":
+        path.write_bytes(path.read_bytes()[:-40])
+    else:
+        path.unlink()
+        path.mkdir() if kind == "folder" else path.touch()
+    with pytest.raises(ValueError, match=r"expected (an \.npz file|a file of recorded routing)") as refused:
+        Routing.load(path)
+    assert str(path) in str(refused.value)
+    assert not went_off.exists()
+
+
+def test_a_name_that_no_file_has_is_refused():
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(ValueError, match="expected a file of recorded routing, found none"):
+            Routing.load(name)
+
+
+@pytest.mark.parametrize("lengths", [[-1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 2**62]], ids=str)
+def test_lengths_out_of_range_are_refused(routing, tmp_path, lengths):
+    path = tmp_path / "file.npz"
+    routing.save(path)
+    damaged(path, prefill_lengths=np.array(lengths))
+    with pytest.raises(ValueError, match=r"prefill_lengths: expected 1\.\."):
+        Routing.load(path)
+
+
+def test_negative_and_wide_experts_are_refused(routing, tmp_path):
+    for dtype in (np.int8, np.int64, np.float32, bool):
+        path = tmp_path / "file.npz"
+        routing.save(path)
+        damaged(path, decode_experts=routing.decode_experts.astype(dtype))
+        with pytest.raises(ValueError, match="decode_experts: expected uint8"):
+            Routing.load(path)
+
+
+def test_what_is_no_array_is_refused(routing):
+    with pytest.raises(ValueError, match="decode_experts: expected an array, got list"):
+        replace(routing, decode_experts=[[1]])

@@ -2,7 +2,10 @@
 
 import errno
 import json
+import pickle
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,3 +186,173 @@ def test_what_is_no_trace_is_refused(folder, spoil, message):
     spoil(folder)
     with pytest.raises(ValueError, match=message):
         Trace.open(folder)
+
+
+def index(folder):
+    return [json.loads(line) for line in (folder / INDEX).read_text().splitlines()]
+
+
+def write_index(folder, entries):
+    (folder / INDEX).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def refusal(call):
+    with pytest.raises(ValueError, match=r".") as refused:
+        call()
+    return str(refused.value)
+
+
+def npy(header):
+    """An array's file that says `header` of itself, as long as the recorded one."""
+    text = header.encode()
+    text += b" " * (-(10 + len(text) + 1) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000,), }",
+        "{'descr': '<i4', 'fortran_order': False, 'shape': (-10,), }",
+        "{'descr': '<i4', 'fortran_order': False, 'shape': (9,), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (10,), }",
+        "{'descr': '>i4', 'fortran_order': False, 'shape': (10,), }",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (10,), }",
+        "{'descr': '<i4', 'fortran_order': False, 'shape': 10, }",
+        "{'descr': '<i4', 'shape': (10,), }",
+        "{'descr': '<i4', 'fortran_order': False, 'shape': (10,)",
+        "[" * 9000,
+        "\xff\xfe",
+    ],
+    ids=lambda header: header[-24:],
+)
+def test_an_array_whose_head_lies_is_refused(folder, header):
+    path = folder / "00000.tokens.npy"
+    size = path.stat().st_size
+    content = npy(header)[:size]
+    path.write_bytes(content + bytes(size - len(content)))
+    message = refusal(lambda: Trace.open(folder).chunks[0].map("tokens"))
+    assert message.startswith(f"{path}: expected ")
+    assert message.endswith("copy it again")
+
+
+class Bomb:
+    """Leaves a file behind if anybody unpickles it."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "object array", "npz"])
+def test_nothing_is_unpickled(folder, tmp_path, kind):
+    path, went_off = folder / "00000.experts.npy", tmp_path / "went off"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(went_off)))
+    else:
+        with path.open("wb") as file:
+            array = np.array([Bomb(went_off)], object)
+            np.save(file, array, allow_pickle=True) if kind == "object array" else np.savez(file, array)
+    entries = index(folder)
+    size = 4096  # as the index would say it
+    path.write_bytes(path.read_bytes() + bytes(size - path.stat().st_size))
+    entries[0]["files"]["experts"][0] = size
+    write_index(folder, entries)
+    assert refusal(lambda: Trace.open(folder).chunks[0].map("experts")).startswith(
+        f"{path}: expected an array"
+    )
+    assert not went_off.exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda entry: entry["files"].pop("weights"), "instead of tokens, experts, weights, hidden"),
+        (lambda entry: entry["files"].update({"../../x": [1, 2]}), "instead of tokens"),
+        (lambda entry: entry["files"].update(tokens=[-1, 2]), "no size and CRC-32 of tokens"),
+        (lambda entry: entry["files"].update(tokens=["4", 2]), "no size and CRC-32 of tokens"),
+        (lambda entry: entry["files"].update(tokens=[168, 2**40]), "no size and CRC-32 of tokens"),
+        (lambda entry: entry["files"].update(tokens=7), "TypeError"),
+        (lambda entry: entry.update(files=[]), "AttributeError"),
+        (lambda entry: entry["passages"][0].pop(), "TypeError"),
+        (lambda entry: entry["passages"].append(entry["passages"][0]), "no size .* 16 rows"),
+        (lambda entry: entry["passages"][0].__setitem__(5, 10**12), "no passage|no size"),
+        (lambda entry: entry["passages"][0].__setitem__(5, -6), "no passage"),
+        (lambda entry: entry["passages"][0].__setitem__(5, 0), "no passage"),
+        (lambda entry: entry["passages"][0].__setitem__(5, float("inf")), "no passage"),
+        (lambda entry: entry["passages"][0].__setitem__(4, 7), "no passage"),
+        (lambda entry: entry["passages"][0].__setitem__(3, "0"), "no passage"),
+        (lambda entry: entry["passages"][0].__setitem__(2, "both"), "no passage"),
+        (lambda entry: entry["passages"][0].__setitem__(0, None), "no passage"),
+    ],
+)
+def test_a_damaged_index_is_refused_by_line(folder, spoil, message):
+    entries = index(folder)
+    spoil(entries[1])
+    write_index(folder, entries)
+    found = refusal(lambda: Trace.open(folder))
+    assert found.startswith(f"{folder / INDEX}, line 2: expected a chunk, got ")
+    assert re.search(message, found)
+
+
+def test_a_chunk_that_is_there_twice_is_refused(folder):
+    entries = index(folder)
+    write_index(folder, [*entries, entries[0]])
+    message = refusal(lambda: Trace.open(folder))
+    assert "line 3: expected a chunk" in message
+    assert "line 1 a second time" in message
+
+
+def test_a_chunk_that_is_missing_is_named(folder):
+    for file in folder.glob("00001.*"):
+        file.unlink()
+    assert "00001.tokens.npy: expected" in refusal(lambda: Trace.open(folder).chunks[1].verify())
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"\xff\xfe{\x00", b"7", b"null", b"", b"{'a': 1}"], ids=len)
+def test_a_line_that_is_no_json_is_refused(folder, line):
+    with (folder / INDEX).open("ab") as file:
+        file.write(line + b"\n")
+    assert "line 3: expected a chunk" in refusal(lambda: Trace.open(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden", -1),
+        ("hidden", 17),
+        ("hidden", "5"),
+        ("hidden", float("inf")),
+        ("settings", [1]),
+        ("model", None),
+        ("model", MODEL.to_json() | {"num_experts": 10**30}),
+        ("model", MODEL.to_json() | {"num_layers": 0}),
+    ],
+)
+def test_a_head_that_is_none_is_refused(folder, name, value):
+    record = json.loads((folder / "trace.json").read_text())
+    (folder / "trace.json").write_text(json.dumps(record | {name: value}))
+    assert refusal(lambda: Trace.open(folder)).startswith(
+        f"{folder / 'trace.json'}: expected the head of a trace"
+    )
+
+
+def test_experts_that_the_model_has_not_are_found(folder):
+    """Where a file and its checksum agree, but another model wrote them."""
+    path = folder / "00000.experts.npy"
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(bytes([E]))
+    entries = index(folder)
+    entries[0]["files"]["experts"][1] = traces.checksum(path)
+    write_index(folder, entries)
+    message = refusal(lambda: Trace.open(folder).chunks[0].verify())
+    assert f"expected experts 0..{E - 1}, got {E}" in message
+
+
+def test_an_index_that_is_a_folder_is_refused(folder):
+    (folder / INDEX).unlink()
+    (folder / INDEX).mkdir()
+    assert "expected the index of a trace" in refusal(lambda: Trace.open(folder))

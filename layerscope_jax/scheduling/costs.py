@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from layerscope_jax.njit import njit
+
+MOST_MS = 1e9
+"""Longest time that is one, eleven days: beyond it, and sums of it, there is no machine, but an overflow."""
+
+MOST_TOKENS = 2**20
+"""Largest count in a table; curves are as long."""
 
 KNOWN = 1024
 """Token counts up to here are looked up; policies ask for thousands of times within a step."""
@@ -21,7 +28,7 @@ class TimeTable:
     """Time by token count, interpolated linearly between measured points and beyond the last one.
 
     Attributes:
-        tokens: measured counts, rising.
+        tokens: measured counts, rising, 1 or more.
         ms: milliseconds at each.
 
     >>> TimeTable((1, 4), (1.0, 2.5))(2)
@@ -32,14 +39,22 @@ class TimeTable:
     ms: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if (
-            len(self.tokens) != len(self.ms)
-            or not self.tokens
-            or list(self.tokens) != sorted(set(self.tokens))
+        tokens, ms = self.tokens, self.ms
+        if not (
+            all(isinstance(part, Sequence) and not isinstance(part, str | bytes) for part in (tokens, ms))
+            and len(tokens) == len(ms) > 0
+            and all(isinstance(n, Integral) and type(n) is not bool and 1 <= n <= MOST_TOKENS for n in tokens)
+            and list(tokens) == sorted(set(tokens))
         ):
             raise ValueError(
-                f"a time table takes rising token counts with one time each, got {self.tokens}, {self.ms}"
+                "a time table takes rising token counts with one time each, whole numbers in "
+                f"1..{MOST_TOKENS}, got {str(tokens)[:80]}, {str(ms)[:80]}"
             )
+        wrong = [time for time in ms if not is_time(time)]
+        if wrong:
+            raise ValueError(f"a time table takes times in 0..{MOST_MS:g} ms, got {str(wrong)[:80]}")
+        object.__setattr__(self, "tokens", tuple(int(count) for count in tokens))
+        object.__setattr__(self, "ms", tuple(float(time) for time in ms))
 
     def __call__(self, tokens: int) -> float:
         return self.known[tokens] if 0 < tokens <= KNOWN else self._interpolated(tokens)
@@ -82,16 +97,17 @@ class TimeTable:
         Raises:
             ValueError: if it is something else.
         """
-        try:
-            tokens, ms = record["tokens"], record["ms"]
-            if not all(type(count) is int for count in tokens):
-                raise TypeError
-            return cls(tuple(tokens), tuple(float(time) for time in ms))
-        except (KeyError, TypeError):
+        if not isinstance(record, Mapping) or record.keys() != {"tokens", "ms"}:
             raise ValueError(
                 'expected a time table such as {"tokens": [1, 4], "ms": [0.2, 0.5]}, '
                 f"got {str(record)[:80]}"
-            ) from None
+            )
+        return cls(record["tokens"], record["ms"])
+
+
+def is_time(value: Any) -> bool:
+    """Whether it is a number of milliseconds that something could take."""
+    return isinstance(value, Real) and type(value) is not bool and bool(0 <= value <= MOST_MS)  # type: ignore
 
 
 NOTHING = TimeTable((1,), (0.0,))
@@ -108,13 +124,15 @@ class Curves(NamedTuple):
 def ms_of(tokens: float, curve: np.ndarray) -> float:
     """The time of so many tokens, which may be expected ones, on a curve that goes straight on at its end.
 
-    Below one token it is one's time by the chance that it comes.
+    Below one token it is one's time by the chance that it comes; of what is no number of tokens it is 0.
 
     >>> curve = TimeTable((1, 4), (1.0, 2.5)).curve
     >>> ms_of(0.3, curve), ms_of(2.0, curve), ms_of(3.5, curve)
     (0.3, 1.5, 2.25)
     """
-    whole = min(int(tokens), len(curve) - 2)
+    if not tokens > 0:  # nor a number
+        return 0.0
+    whole = int(min(tokens, len(curve) - 2.0))
     return curve[whole] + (tokens - whole) * (curve[whole + 1] - curve[whole])
 
 
@@ -142,6 +160,25 @@ class HardwareProfile:
     host_start_ms: float = 0.0
     source: str
     alone: HardwareProfile | None = None
+
+    def __post_init__(self) -> None:
+        tables = ("host_ms", "device_ms", "layer_ms", "forecast_ms")
+        wrong = [
+            f"{name} must be a TimeTable, got {str(getattr(self, name))[:40]!r}"
+            for name in tables
+            if not isinstance(getattr(self, name), TimeTable)
+        ]
+        wrong += [
+            f"{name} must be a time in 0..{MOST_MS:g} ms, got {str(getattr(self, name))[:40]!r}"
+            for name in ("transfer_ms", "host_start_ms")
+            if not is_time(getattr(self, name))
+        ]
+        if not isinstance(self.source, str):
+            wrong.append(f"source must be text, got {str(self.source)[:40]!r}")
+        if self.alone is not None and not isinstance(self.alone, HardwareProfile):
+            wrong.append(f"alone must be a HardwareProfile or None, got {str(self.alone)[:40]!r}")
+        if wrong:
+            raise ValueError(f"a HardwareProfile's {'; '.join(wrong)}")
 
     @cached_property
     def curves(self) -> Curves:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.costs import MOST_MS, HardwareProfile
 from layerscope_jax.scheduling.demand import answer
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Observation
 from layerscope_jax.scheduling.presched import PreSched, PreSchedState
@@ -196,6 +196,7 @@ class Guard:
             watch = replace(watch, alone_ms=experts_ms + len(demands) * costs.layer_ms(tokens))
         if watch.trial is not None and watch.left == TRIAL[state.key[0]] > 1:
             return watch  # the first step of a trial
+        took = np.minimum(np.where(np.isfinite(took), took, 0.0), MOST_MS)  # a clock that jumped says nothing
         layers = np.flatnonzero(took > 0)
         ways, took, ms, planned_ms = ways[layers], took[layers], watch.ms.copy(), watch.planned_ms.copy()
         ms[ways, layers] = np.column_stack([took, watch.ms[ways, layers, :-1]])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
-from layerscope_jax.files import replace_files
+import numpy as np
+
 from layerscope_jax.scheduling.costs import HardwareProfile
 
 Phase = Literal["prefill", "decode"]
+
+MOST = 2**31 - 1
+"""Largest number of a step, a layer or an expert in a file of plans."""
 
 
 class ExpertId(NamedTuple):
@@ -91,21 +93,40 @@ class LayerPlan:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> LayerPlan:
-        def numbers(values: Any) -> tuple[int, ...]:
-            if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
-                raise TypeError(f"expected whole numbers, got {values!r}")
+    def from_json(cls, record: Any) -> LayerPlan:
+        """Reads what `to_json` gave.
+
+        Raises:
+            ValueError: if it is something else, with what was expected.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(record, dict) or record.keys() != set(names):
+            raise ValueError(f"expected an object with {', '.join(names)}")
+
+        def numbers(values: Any, what: str) -> tuple[int, ...]:
+            if not isinstance(values, list | tuple):
+                raise ValueError(f"{what} must be a list, got {str(values)[:40]!r}")
+            wrong = [value for value in values if type(value) is not int or not 0 <= value <= MOST]
+            if wrong:
+                raise ValueError(f"{what} must hold whole numbers in 0..{MOST}, got {str(wrong[0])[:40]!r}")
             return tuple(values)
 
         def ids(key: str) -> tuple[ExpertId, ...]:
-            return tuple(ExpertId(*numbers(pair)) for pair in record[key])
+            pairs = record[key]
+            if not isinstance(pairs, list | tuple) or not all(
+                isinstance(pair, list | tuple) for pair in pairs
+            ):
+                raise ValueError(f"{key} must be a list of [layer, expert], got {str(pairs)[:40]!r}")
+            if any(len(pair) != 2 for pair in pairs):
+                raise ValueError(f"{key} must be a list of [layer, expert], got {str(pairs)[:40]!r}")
+            return tuple(ExpertId(*numbers(pair, key)) for pair in pairs)
 
-        step, layer = numbers([record["step"], record["layer"]])
+        step, layer = numbers([record["step"], record["layer"]], "step and layer")
         return cls(
             step=step,
             layer=layer,
-            device=numbers(record["device"]),
-            host=numbers(record["host"]),
+            device=numbers(record["device"], "device"),
+            host=numbers(record["host"], "host"),
             evict=ids("evict"),
             load=ids("load"),
             prefetch=ids("prefetch"),
@@ -135,8 +156,32 @@ class Policy(Protocol):
         """Decides one layer of one step."""
 
 
+def ask(policy: Policy, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
+    """What a policy answers: its new state and its plan, which `check_plan` has still to look at.
+
+    Raises:
+        ValueError: if it answers something else. What the policy itself raises passes through, with a note
+            that says where.
+    """
+    try:
+        answer = policy.plan(state, seen)
+    except Exception as error:
+        error.add_note(f"in plan() of policy {policy.name!r}, for step {seen.step}, layer {seen.layer}")
+        raise
+    if type(answer) is not tuple or len(answer) != 2 or not isinstance(answer[1], LayerPlan):
+        raise ValueError(
+            f"plan() of policy {policy.name!r} must give (state, LayerPlan), got {str(answer)[:80]!r} for "
+            f"step {seen.step}, layer {seen.layer}"
+        )
+    return answer
+
+
 def check_plan(
-    plan: LayerPlan, seen: Observation, slots: int, known: Container[ExpertId] | None = None
+    plan: LayerPlan,
+    seen: Observation,
+    slots: int,
+    known: Container[ExpertId] | None = None,
+    policy: str | None = None,
 ) -> None:
     """Refuses a plan that could not give the right output or would not fit.
 
@@ -145,14 +190,30 @@ def check_plan(
         seen: what it answers.
         slots: how many experts the device budget holds.
         known: the experts that there are; None skips that check.
+        policy: whose plan it is, for messages.
 
     Raises:
-        ValueError: if an active expert is not computed exactly once, a device expert is neither resident nor
-            loaded, something needed or absent is evicted, something present or unknown is copied, an expert
-            is named twice, or more than `slots` experts would be on the device or on their way.
+        ValueError: if it holds other things than experts, an active expert is not computed exactly once, a
+            device expert is neither resident nor loaded, something needed or absent is evicted, something
+            present or unknown is copied, an expert is named twice, or more than `slots` experts would be on
+            the device or on their way.
     """
     where = f"plan for step {plan.step}, layer {plan.layer}"
+    if policy is not None:
+        where += f", by policy {policy!r}"
+    try:
+        _check(plan, seen, slots, known, where)
+    except (TypeError, AttributeError) as error:  # of what cannot be in a set, or is none
+        raise ValueError(f"{where}: {EXPECTED}, got {str(plan)[:200]}") from error
 
+
+WHOLE = frozenset([int, *(np.dtype(code).type for code in "bhilqBHILQ")])
+EXPECTED = "expected tuples of expert numbers (device, host) and of ExpertIds (evict, load, prefetch)"
+
+
+def _check(
+    plan: LayerPlan, seen: Observation, slots: int, known: Container[ExpertId] | None, where: str
+) -> None:
     def refuse(what: str, experts: Iterable) -> None:
         found = sorted(experts)
         if found:
@@ -161,6 +222,8 @@ def check_plan(
     if (plan.step, plan.layer) != (seen.step, seen.layer):
         raise ValueError(f"{where} was given for step {seen.step}, layer {seen.layer}")
     chosen = {*plan.device, *plan.host}
+    if not {*map(type, plan.device), *map(type, plan.host)} <= WHOLE:  # 1.0 and True are equal to 1
+        raise TypeError
     if chosen != seen.demand.keys():
         refuse("active experts computed nowhere", seen.demand.keys() - chosen)
         refuse("experts computed without demand", chosen - seen.demand.keys())
@@ -175,6 +238,8 @@ def check_plan(
         refuse("computed on the device, but neither present nor loaded", [ExpertId(layer, e) for e in absent])
         if len(resident) + len(in_flight) <= slots:
             return
+    if not all(type(e) is ExpertId for e in (*plan.evict, *plan.load, *plan.prefetch)):
+        raise TypeError
     evicted, loaded, prefetched = set(plan.evict), set(plan.load), set(plan.prefetch)
     device = {ExpertId(layer, e) for e in plan.device}
 
@@ -197,34 +262,6 @@ def check_plan(
     needed = len(seen.resident) + len(seen.in_flight) - len(evicted) + len(loaded) + len(prefetched)
     if needed > slots:
         raise ValueError(f"{where}: needs room for {needed} experts, the budget holds {slots}")
-
-
-def save_plans(plans: Iterable[LayerPlan], path: str | Path) -> None:
-    """Writes plans as JSON lines, whole or not at all."""
-    path = Path(path)
-
-    def write(file: Path) -> None:
-        with file.open("w") as lines:
-            lines.writelines(json.dumps(plan.to_json()) + "\n" for plan in plans)
-
-    replace_files(path.parent, {path.name: write})
-
-
-def load_plans(path: str | Path) -> list[LayerPlan]:
-    """Reads plans written by `save_plans`.
-
-    Raises:
-        ValueError: naming the line that is not a plan.
-    """
-    plans = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        try:
-            plans.append(LayerPlan.from_json(json.loads(line)))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected a plan as `save_plans` writes it, got {line[:80]!r}"
-            ) from error
-    return plans
 
 
 class Replay:
@@ -259,6 +296,16 @@ class Replay:
             )
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> int:
+        for plan in self.plans.values():
+            moved = (*plan.evict, *plan.load, *plan.prefetch)
+            layers = [plan.layer, *(expert.layer for expert in moved)]
+            experts = [*plan.device, *plan.host, *(expert.expert for expert in moved)]
+            if max(layers) >= geometry.num_layers or max(experts, default=0) >= geometry.num_experts:
+                raise ValueError(
+                    f"the recorded plans are of another model: that for step {plan.step}, layer {plan.layer} "
+                    f"has layer {max(layers)} and expert {max(experts, default=0)}, this model's are "
+                    f"0..{geometry.num_layers - 1} and 0..{geometry.num_experts - 1}"
+                )
         return geometry.slots
 
     def awaits_link(self, state: int, seen: Observation) -> bool:

@@ -38,7 +38,7 @@ def test_predictors_have_names_or_folders(tiny, name, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_shipped_model_brings_its_own(tiny):
-    assert cli.open_predictor(None, "shipped").model == predictor.shipped().model
-    assert cli.open_predictor(None, str(tiny)) is None
-    assert cli.open_predictor("gate", "shipped") == "gate"
+def test_the_shipped_predictor_has_a_name():
+    assert cli.open_predictor("shipped").model == predictor.shipped().model
+    assert cli.open_predictor(None) is None
+    assert cli.open_predictor("gate") == "gate"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from layerscope_jax import Model
 from layerscope_jax.identity import ModelIdentity
 from layerscope_jax.traces import Passage, Trace, TraceHeader, TraceWriter
 from predictor.llapor import LLaPor
@@ -100,3 +101,13 @@ def untrained(trace: Trace, look_ahead: int = 2, seed: int = 0) -> LLaPor:
     found = stacks(trace.header.model, WIDTH, look_ahead, SMALL)
     params = first_params(trace.header.model, found, look_ahead, seed)
     return LLaPor(trace.header.model, look_ahead, Basis.load(trace.folder), found, params)
+
+
+def llapor_of(model: Model) -> LLaPor:
+    """An untrained predictor of a model, whose PCA leaves hidden states as they are."""
+    identity = ModelIdentity.of(model)
+    layers, width = identity.num_layers, identity.hidden_size
+    eye = np.broadcast_to(np.eye(width, dtype=np.float32), (layers, width, width)).copy()
+    basis = Basis(np.zeros((layers, width), np.float32), eye, np.ones((layers, width), np.float32))
+    found = stacks(identity, width, 2, SMALL)
+    return LLaPor(identity, 2, basis, found, first_params(identity, found, 2, 0))

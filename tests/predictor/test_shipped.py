@@ -36,7 +36,8 @@ def test_in_the_engine_it_foresees_more_than_the_routers(model):
     prompts = [row["prompt"] for row in read_demo_prompts()][:4]
     recall, tokens = {}, {}
     for name, which in (("gate", "gate"), ("llapor", predictor.shipped())):
-        config = OffloadConfig(device_budget=model.bank.total_bytes // 4, policy="fate", predictor=which)
+        budget = model.bank.total_bytes * 2 // 3
+        config = OffloadConfig(device_budget=budget, policy="fate", predictor=which)
         with Engine(model, config) as engine:
             result = engine.generate(prompts, max_new_tokens=6)
         recall[name], tokens[name] = result.stats.forecast_recall, result.tokens

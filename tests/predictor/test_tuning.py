@@ -6,16 +6,13 @@ import jax
 import numpy as np
 import pytest
 from helpers import random_model
-from synthetic import SMALL, untrained, write_trace
+from synthetic import llapor_of, untrained, write_trace
 
 from layerscope_jax import Engine, OffloadConfig, Request
-from layerscope_jax.identity import ModelIdentity
 from predictor.dataset import for_training, load_rows
 from predictor.llapor import LLaPor
 from predictor.online import Online
-from predictor.pca import Basis
 from predictor.routers import Routers
-from predictor.step import first_params, stacks
 from predictor.train import batch_of
 from predictor.tuning import CHECK_EVERY, Tuner, TuningConfig, part
 
@@ -168,15 +165,6 @@ def test_settings_out_of_range_are_refused(changes, message):
         TuningConfig(**changes)
 
 
-def llapor_of(model):
-    identity = ModelIdentity.of(model)
-    layers, width = identity.num_layers, identity.hidden_size
-    eye = np.broadcast_to(np.eye(width, dtype=np.float32), (layers, width, width)).copy()
-    basis = Basis(np.zeros((layers, width), np.float32), eye, np.ones((layers, width), np.float32))
-    found = stacks(identity, width, 2, SMALL)
-    return LLaPor(identity, 2, basis, found, first_params(identity, found, 2, 0))
-
-
 def test_an_engine_teaches_it_and_gives_the_same_tokens():
     model = random_model()
     prompts = [list(range(3, 40)), list(range(11, 30)), [7] * 25]
@@ -205,7 +193,9 @@ def test_next_tokens_are_those_of_the_same_requests(monkeypatch):
     """Not of a newcomer in a freed slot, nor of the next chunk of a prompt."""
     model, linked = random_model(), []
     online = Online(llapor_of(model))
-    monkeypatch.setattr(online, "_learn", lambda seen, rows, follows: linked.append((len(rows), follows)))
+    monkeypatch.setattr(
+        online, "_learn", lambda learner, seen, rows, follows: linked.append((len(rows), follows))
+    )
     config = OffloadConfig(
         device_budget=model.bank.total_bytes // 2, policy="fate", predictor=online, prefill_chunk=16
     )

@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax import ExpertId, LayerPlan, Observation, Replay, load_plans, save_plans
-from layerscope_jax.scheduling.plan import check_plan
+from layerscope_jax import ExpertId, Geometry, LayerPlan, Observation, Replay, load_plans, save_plans
+from layerscope_jax.scheduling.plan import ask, check_plan
 
 R, S, T, X = ExpertId(1, 0), ExpertId(1, 3), ExpertId(1, 5), ExpertId(0, 4)
 SEEN = Observation(
@@ -95,7 +97,8 @@ plans = st.builds(
 )
 
 
-@given(st.lists(plans, max_size=5))
+@given(st.lists(plans, min_size=1, max_size=5, unique_by=lambda plan: (plan.step, plan.layer)))
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_plans_survive_the_disk(tmp_path_factory, recorded):
     file = tmp_path_factory.mktemp("plans") / "plans.jsonl"
     save_plans(recorded, file)
@@ -146,6 +149,136 @@ def test_a_broken_file_is_refused_by_line(tmp_path, line):
     file.write_text(json.dumps(RECORD) + "\n" + line + "\n" + json.dumps(RECORD) + "\n")
     with pytest.raises(ValueError, match=r"plans\.jsonl, line 2: expected a plan as `save_plans` writes it"):
         load_plans(file)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (json.dumps(RECORD | {"step": -1}), "step and layer must hold whole numbers in 0.."),
+        (json.dumps(RECORD | {"layer": 2**31}), "step and layer must hold whole numbers in 0.."),
+        (json.dumps(RECORD | {"device": [-1]}), "device must hold whole numbers"),
+        (json.dumps(RECORD | {"device": [10**30]}), "device must hold whole numbers"),
+        (json.dumps(RECORD | {"host": [True]}), "host must hold whole numbers"),
+        (json.dumps(RECORD | {"prefetch": [[0, -1]]}), "prefetch must hold whole numbers"),
+        (json.dumps(RECORD | {"evict": [[1, 2, 3]]}), r"evict must be a list of \[layer, expert\]"),
+        (json.dumps(RECORD | {"evict": {"0": 1}}), r"evict must be a list of \[layer, expert\]"),
+        (json.dumps(RECORD | {"hots": []}), "expected an object with step, layer"),
+        (json.dumps(RECORD | {"layer": 1, "step": 2}), "step 2, layer 1 was decided in line 1"),
+        (json.dumps({key: float("inf") for key in RECORD}), "step and layer must hold"),
+        ("[" * 100_000, "recursion"),
+        ("1" * 5000, "limit"),
+        ("\udcff\udcfe", "Expecting value"),
+        ("\udcff", "decode"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_what_a_line_must_be_is_said(tmp_path, line, reason):
+    file = tmp_path / "plans.jsonl"
+    file.write_bytes(f"{json.dumps(RECORD)}\n{line}\n".encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"plans\.jsonl, line 2: expected a plan .*{reason}") as refused:
+        load_plans(file)
+    assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "content", [None, "folder", b"", b"\n", b"\x80\x03pickle", b"\xff\xfe{\x00}\x00"], ids=str
+)
+def test_files_that_hold_no_plans_are_refused(tmp_path, content):
+    file = tmp_path / "plans.jsonl"
+    if content == "folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"plans\.jsonl(, line 1)?: expected a (file of plans|plan)"):
+        load_plans(file)
+
+
+def test_a_name_that_no_file_has_is_refused():
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(ValueError, match="expected a file of plans"):
+            load_plans(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "folder", "file/plans.jsonl"])
+def test_plans_are_not_saved_to_what_is_no_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"is a folder|cannot write to file"):
+        save_plans([GOOD], name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    "plan", [None, replace(GOOD, device=("0",)), replace(GOOD, step=-1), replace(GOOD, load=(7,))], ids=str
+)
+def test_what_could_not_be_read_again_is_not_saved(tmp_path, plan):
+    with pytest.raises(ValueError, match="plan 2 cannot be kept"):
+        save_plans([replace(GOOD, step=1), plan], tmp_path / "plans.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numpy_numbers_are_saved_as_numbers(tmp_path):
+    save_plans([replace(GOOD, host=(np.int64(2),))], tmp_path / "plans.jsonl")
+    assert load_plans(tmp_path / "plans.jsonl") == [GOOD]
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts"), [(2, 8), (1, 8), (3, 5), (3, 1)], ids=lambda number: str(number)
+)
+def test_plans_of_another_model_are_refused(layers, experts):
+    def shape(layers, experts):
+        return Geometry(
+            num_layers=layers, num_experts=experts, experts_per_token=1, expert_bytes=1, slots=SLOTS
+        )
+
+    assert Replay([GOOD]).init(shape(3, 6), None) == SLOTS
+    with pytest.raises(ValueError, match=r"plans are of another model: that for step 2, layer 1 has layer 2"):
+        Replay([GOOD]).init(shape(layers, experts), None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": None},
+        {"device": ("0", "3", "5")},
+        {"device": (0.0, 3.0, 5.0)},
+        {"host": (True, 2)},
+        {"host": ([2],)},
+        {"host": 2},
+        {"evict": ((0, 4),)},
+        {"evict": (4,)},
+        {"load": ([1, 5],)},
+        {"load": None},
+        {"prefetch": ("2.0",)},
+        {"prefetch": ExpertId(2, 0)},
+    ],
+    ids=str,
+)
+def test_junk_in_a_plan_is_refused_with_the_policy(changes):
+    with pytest.raises(ValueError, match=r"plan for step 2, layer 1, by policy 'mine': ") as refused:
+        check_plan(replace(GOOD, **changes), SEEN, SLOTS, MODEL, "mine")
+    assert "expert" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "answer", [None, 7, GOOD, (1,), (1, None), (1, 2, 3), (1, {"step": 2}), "ab"], ids=str
+)
+def test_what_is_no_answer_is_refused(answer):
+    policy = SimpleNamespace(name="mine", plan=lambda state, seen: answer)
+    with pytest.raises(
+        ValueError, match=r"policy 'mine' must give \(state, LayerPlan\), got .* step 2, layer 1"
+    ):
+        ask(policy, None, SEEN)
+
+
+def test_what_a_policy_raises_says_where():
+    def plan(state, seen):
+        raise ZeroDivisionError("its own")
+
+    with pytest.raises(ZeroDivisionError, match="its own") as raised:
+        ask(SimpleNamespace(name="mine", plan=plan), None, SEEN)
+    assert raised.value.__notes__ == ["in plan() of policy 'mine', for step 2, layer 1"]
 
 
 def test_replay_repeats_what_was_decided():

@@ -1,0 +1,149 @@
+"""What a predictor's folder says of it in words and numbers, read field by field."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerscope_jax.identity import ModelIdentity
+from predictor.network import GroupConfig, group_layers
+
+FORMAT = 3
+GROUPS = ("input", "middle", "output")
+MOST_AHEAD, MOST_BLOCKS, MOST_WIDE = 256, 256, 2**20
+"""Far beyond any use; a number past it is damage, and would take all memory before any array is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `predictor.json` holds.
+
+    Attributes:
+        model: whose experts are predicted.
+        look_ahead: W.
+        groups: the networks, by group.
+        checksums: CRC-32 of each array as it lies in the file beside it; None in old folders.
+    """
+
+    model: ModelIdentity
+    look_ahead: int
+    groups: Mapping[str, GroupConfig]
+    checksums: Mapping[str, int] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": self.model.to_json(),
+            "look_ahead": self.look_ahead,
+            "groups": {name: asdict(group) for name, group in self.groups.items()},
+            "checksums": self.checksums,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], where: Path) -> Settings:
+        """Reads what `to_json` gave.
+
+        Args:
+            record: a JSON object.
+            where: its file, for messages.
+
+        Raises:
+            ValueError: with every field that is not as it should be.
+        """
+        if record.get("format") != FORMAT:
+            raise ValueError(
+                f"{where}: expected format {FORMAT}, got {str(record.get('format'))[:40]}; train it again: "
+                "networks of other formats have other shapes"
+            )
+        wrong: list[str] = []
+        model = None
+        try:
+            model = ModelIdentity.from_json(_object(record, "model"))
+        except ValueError as error:
+            wrong.append(f"model: {error}")
+        look_ahead = record.get("look_ahead")
+        if not _whole(look_ahead, 1, MOST_AHEAD):
+            wrong.append(f"look_ahead must be a whole number in 1..{MOST_AHEAD}, got {_shown(look_ahead)}")
+        groups = {}
+        described = _object(record, "groups")
+        for name in described.keys() - set(GROUPS):
+            wrong.append(f"groups.{_shown(name)} is not one of {', '.join(GROUPS)}")
+        for name in [name for name in GROUPS if name in described]:
+            settings = described[name]
+            found = _wrong_group(settings)
+            wrong += [f"groups.{name}{problem}" for problem in found]
+            if not found:
+                groups[name] = GroupConfig(**settings)
+        if model is not None:
+            wrong += [f"groups.{name} is missing" for name in _needed(model) if name not in described]
+        sums = record.get("checksums")
+        if sums is not None and not (
+            isinstance(sums, dict) and all(_whole(value, 0, 2**32 - 1) for value in sums.values())
+        ):
+            wrong.append(f"checksums must be a CRC-32 by array, got {_shown(sums)}")
+        if wrong or model is None or not isinstance(look_ahead, int):
+            raise ValueError(
+                f"{where}: expected a predictor's settings; {'; '.join(wrong)}; copy it again, or train anew"
+            )
+        return cls(model=model, look_ahead=look_ahead, groups=groups, checksums=sums)
+
+
+def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """CRC-32 of the bytes of each array.
+
+    >>> checksums({"bias": np.array([1, 2], np.int8)})
+    {'bias': 3066839698}
+    """
+    return {name: zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes()) for name in sorted(arrays)}
+
+
+def _needed(model: ModelIdentity) -> list[str]:
+    """The groups that have layers in this model."""
+    return [name for name, layers in group_layers(model.num_layers).items() if layers]
+
+
+def _wrong_group(settings: Any) -> list[str]:
+    """What is wrong with the settings of a network, each with its name before it."""
+    if not isinstance(settings, dict):
+        return [f" must be an object, got {_shown(settings)}"]
+    rules: dict[str, tuple[str, Any]] = {
+        "components": (f"a whole number in 1..{MOST_WIDE}", lambda value: _whole(value, 1, MOST_WIDE)),
+        "width": (f"a whole number in 1..{MOST_WIDE}", lambda value: _whole(value, 1, MOST_WIDE)),
+        "blocks": (f"a whole number in 0..{MOST_BLOCKS}", lambda value: _whole(value, 0, MOST_BLOCKS)),
+        "gated": ("true or false", lambda value: type(value) is bool),
+        "dropout": ("a number in 0..1, less than 1", lambda value: _number(value) and 0 <= value < 1),
+        "noise": ("a number of 0 or more", lambda value: _number(value) and value >= 0),
+        "learning_rate": ("a number over 0", lambda value: _number(value) and value > 0),
+        "weight_decay": ("a number of 0 or more", lambda value: _number(value) and value >= 0),
+    }
+    assert rules.keys() == {field.name for field in fields(GroupConfig)}
+    found = [f".{_shown(name)} is not expected" for name in settings.keys() - rules.keys()]
+    for name, (what, fits) in rules.items():
+        if name not in settings:
+            found.append(f".{name} is missing")
+        elif not fits(settings[name]):
+            found.append(f".{name} must be {what}, got {_shown(settings[name])}")
+    return found
+
+
+def _object(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = record.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
