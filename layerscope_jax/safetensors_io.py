@@ -8,7 +8,6 @@ bytes with the length of a JSON header, the header (dtype, shape and place of ea
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +131,6 @@ def write_tensors(
             array = np.ascontiguousarray(value(name), dtype)
             assert array.shape == shape, (name, array.shape, shape)
             opened.write(array.view(np.uint8).data)
-        opened.flush()
-        os.fsync(opened.fileno())
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
