@@ -132,10 +132,11 @@ def write_text(file: Path, text: str) -> None:
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Writes files into a folder under temporary names, and renames them once all are complete and on disk.
 
-    Whoever opens one of the files meanwhile finds the old one or the new one, whole. A failure or an interrupt
-    leaves all of the old ones or, once the last is renamed, all of the new ones. For more than one file no
-    file system promises as much of a kill or a power cut: between two of the renames, which take microseconds,
-    it leaves some files new and some old, and the old ones of those beside them under names that end in ".old".
+    Whoever opens one of the files meanwhile finds the old one or the new one, whole. A failure or an
+    interrupt leaves all of the old ones or, once the last is renamed, all of the new ones. For more than one
+    file no file system promises as much of a kill or a power cut: between two of the renames, which take
+    microseconds, it leaves some files new and some old; the old ones of those then lie beside them, under
+    names that end in ".old".
 
     Args:
         folder: made if needed.
