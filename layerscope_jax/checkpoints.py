@@ -34,6 +34,7 @@ from layerscope_jax.safetensors_io import (
     stored_tensors,
     write_tensors,
 )
+from layerscope_jax.tokenizer_files import read_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
@@ -138,7 +139,14 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
         }
         names = naming.expert_names()
         bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix], True), device)
-    return Model(config, naming.graphdef, unflatten_dict(dense), bank, _tokenizer(folder), folder)
+    return Model(
+        config,
+        naming.graphdef,
+        unflatten_dict(dense),
+        bank,
+        read_tokenizer(folder, config.vocab_size),
+        folder,
+    )
 
 
 def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None) -> None:
@@ -247,16 +255,6 @@ def _common_dtype(folder: Path, stored: Iterable[StoredTensor], raw: Mapping[str
             f"got {', '.join(sorted(codes))} and {named!r}; choose one with dtype="
         )
     return dtype_named(named)
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        return None
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{file}: expected a tokenizer, got {error}; download it again") from None
 
 
 @contextmanager
