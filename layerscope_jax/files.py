@@ -63,17 +63,25 @@ def parse_json(content: bytes) -> Any:
         raise ValueError(
             f"expected UTF-8, got the byte 0x{content[error.start]:02x} at {error.start}; save it as UTF-8"
         ) from None
+    odd: list[float] = []  # numbers that are none; looked for only where there are some
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            odd.append(value)
+        return value
+
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object, parse_float=number, parse_constant=number)
     except RecursionError:
         raise ValueError("expected JSON nested a few levels deep, got hundreds or more") from None
     except ValueError as error:
         if "int_max_str_digits" in str(error) or "integer string conversion" in str(error):
             raise ValueError("expected numbers of ordinary length, got one of thousands of digits") from None
         raise
-    for where, number in _numbers(value):
-        if not math.isfinite(number):
-            raise ValueError(f"{where}: expected a finite number, got {number}")
+    if odd:
+        where, found = next((where, found) for where, found in _numbers(value) if not math.isfinite(found))
+        raise ValueError(f"{where}: expected a finite number, got {found}")
     return value
 
 
