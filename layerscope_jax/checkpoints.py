@@ -125,10 +125,19 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
     target = dtype_named(dtype) if dtype is not None else _common_dtype(folder, stored.values(), raw)
 
     with _progress(sum(tensor.size for tensor in stored.values())) as advance:
+        buffer = np.empty(0, np.uint8)
 
         def read(name: str, transposed: bool) -> np.ndarray:
-            array = cast(stored[name].read(), target, name)
-            advance(stored[name].size)
+            nonlocal buffer
+            tensor = stored[name]
+            # What JAX transposes it copies, and is done before the next is read: new memory for each would
+            # take the system as long as reading does. What lies as it must JAX may take over.
+            reused = transposed and len(tensor.shape) == 2 and min(tensor.shape) > 1
+            if reused and buffer.size != tensor.size:
+                buffer = np.empty(0, np.uint8)  # gone before there is another
+                buffer = np.empty(tensor.size, np.uint8)
+            array = cast(tensor.read(buffer if reused else None), target, name)
+            advance(tensor.size)
             # JAX transposes on its way several times faster than NumPy would first.
             return array.T if transposed else array
 

@@ -48,13 +48,16 @@ class StoredTensor:
     size: int
     state: tuple[int, ...]
 
-    def read(self) -> np.ndarray:
+    def read(self, buffer: np.ndarray | None = None) -> np.ndarray:
         """Its values in its own dtype, one of `DTYPES`.
+
+        Args:
+            buffer: of as many bytes, to hold them; None for a new one.
 
         Raises:
             ValueError: if the file cannot be read, or is no longer the one that its header was read of.
         """
-        buffer = np.empty(self.size, np.uint8)
+        buffer = np.empty(self.size, np.uint8) if buffer is None else buffer
         self.read_into(buffer)
         return buffer.view(DTYPES[self.dtype]).reshape(self.shape)
 
@@ -67,7 +70,7 @@ class StoredTensor:
         try:
             with self.file.open("rb", buffering=0) as opened:
                 opened.seek(self.start + offset)
-                left = memoryview(buffer)
+                left = buffer.data
                 while left and (count := opened.readinto(left)):
                     left = left[count:]
                 unchanged = _state(opened.fileno()) == self.state
@@ -84,11 +87,10 @@ def equal(one: StoredTensor, other: StoredTensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     for offset in range(0, one.size, PIECE):
-        pieces = []
-        for tensor in (one, other):
-            pieces.append(np.empty(min(PIECE, tensor.size - offset), np.uint8))
-            tensor.read_into(pieces[-1], offset)
-        if not np.array_equal(*pieces):
+        ours, theirs = (np.empty(min(PIECE, one.size - offset), np.uint8) for _ in range(2))
+        one.read_into(ours, offset)
+        other.read_into(theirs, offset)
+        if not np.array_equal(ours, theirs):
             return False
     return True
 

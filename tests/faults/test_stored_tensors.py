@@ -4,6 +4,7 @@ import json
 import os
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -383,3 +384,19 @@ def test_files_that_may_not_be_read_are_named(folder, monkeypatch, name):
     monkeypatch.setattr(type(folder), "open", refused)
     with pytest.raises(ValueError, match=rf"{name}: expected a file that can be read, got Permission denied"):
         load(folder)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_matrices_of_one_row_keep_their_numbers(tmp_path, dtype):
+    """They lie the same when turned, so that JAX may take over the memory that others are read into."""
+    config = ModelConfig(**vars(CONFIG) | {"num_experts": 1, "experts_per_token": 1, "expert_hidden": 1})
+    decoder = random_decoder(config)
+    save(decoder, tmp_path)
+    model = load(tmp_path, dtype=dtype)
+    kind = jnp.dtype(dtype or "float32")
+    for layer in range(2):
+        expected = decoder.layers[layer].router.weight[...].astype(kind)
+        np.testing.assert_array_equal(model.dense["layers"][layer]["router"]["weight"], expected)
+        for matrix in ("gate", "up", "down"):
+            expected = getattr(decoder.experts[layer], matrix)[...][0].astype(kind)
+            np.testing.assert_array_equal(getattr(model.bank.layers[layer][0], matrix), expected)
