@@ -223,7 +223,6 @@ def finish(options: Common, result: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes a result, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    from layerscope_jax.files import write_text
+
+    write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")

@@ -230,7 +230,7 @@ class Batch:
         events = []
         for row, running, token in zip(free, group, new, strict=False):
             self._slots[row] = running
-            running.text = None if self._tokenizer is None else TextStream(self._tokenizer)
+            running.text = None if self._tokenizer is None else TextStream(self._tokenizer, running.prompt)
             self._times.prompt_tokens += len(running.prompt)
             self._times.first_token_s.append(took)
             events.append(self._enter(row, running, token))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +21,22 @@ from tokenizers import Tokenizer
 
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.bank import ExpertBank, device_sharding
-from layerscope_jax.files import read_json, replace_files
-from layerscope_jax.models import FAMILIES, Decoder, ExpertParam, config_from_hf
-from layerscope_jax.models.naming import Naming, is_transposed
+from layerscope_jax.files import is_there, read_json, replace_files
+from layerscope_jax.models import FAMILIES, Decoder, ExpertParam, config_from_hf, with_generation
+from layerscope_jax.models.naming import Naming, check_sizes, is_transposed
 from layerscope_jax.safetensors_io import (
     DTYPES,
     SINGLE,
     StoredTensor,
     cast,
     dtype_named,
+    equal,
     stored_tensors,
     write_tensors,
 )
+from layerscope_jax.tokenizer_files import read_tokenizer
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
 
 
@@ -102,29 +106,38 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
         dtype: "float32", "bfloat16" or "float16" to convert to; None keeps what the checkpoint has.
         device: where the dense parameters go, and beside which the experts lie; None for the default device.
 
+    Warns:
+        UserWarning: of files and tensors that are passed over, and of a head that is not the embedding though
+            the config says so.
+
     Raises:
         ValueError: if the folder is incomplete, damaged or not supported; all wrong tensors are named.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with config.json and safetensors files, found none")
-    raw = read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    try:
-        config = config_from_hf(raw, read_json(generation) if generation.exists() else None)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    stored = stored_tensors(folder)
+    config, raw = _read_config(folder)
+    config, stored = _with_head(config, stored_tensors(folder))
+    check_sizes(config, folder, stored)
     naming = Naming.of(config)
     naming.check(folder, stored)
     stored = {name: stored[name] for name in naming.shapes}
     target = dtype_named(dtype) if dtype is not None else _common_dtype(folder, stored.values(), raw)
 
     with _progress(sum(tensor.size for tensor in stored.values())) as advance:
+        buffer = np.empty(0, np.uint8)
 
         def read(name: str, transposed: bool) -> np.ndarray:
-            array = cast(stored[name].read(), target, name)
-            advance(stored[name].size)
+            nonlocal buffer
+            tensor = stored[name]
+            # What JAX transposes it copies, and is done before the next is read: new memory for each would
+            # take the system as long as reading does. What lies as it must JAX may take over.
+            reused = transposed and len(tensor.shape) == 2 and min(tensor.shape) > 1
+            if reused and buffer.size != tensor.size:
+                buffer = np.empty(0, np.uint8)  # gone before there is another
+                buffer = np.empty(tensor.size, np.uint8)
+            array = cast(tensor.read(buffer if reused else None), target, name)
+            advance(tensor.size)
             # JAX transposes on its way several times faster than NumPy would first.
             return array.T if transposed else array
 
@@ -135,7 +148,14 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
         }
         names = naming.expert_names()
         bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix], True), device)
-    return Model(config, naming.graphdef, unflatten_dict(dense), bank, _tokenizer(folder), folder)
+    return Model(
+        config,
+        naming.graphdef,
+        unflatten_dict(dense),
+        bank,
+        read_tokenizer(folder, config.vocab_size),
+        folder,
+    )
 
 
 def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None) -> None:
@@ -197,6 +217,41 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return dict(sorted((settings | named).items()))
 
 
+def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The shape that a folder's configs give, and what `config.json` says."""
+    file, generation = folder / "config.json", folder / "generation_config.json"
+    raw = read_json(file)
+    try:
+        config = config_from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if is_there(generation):
+        settings = read_json(generation)
+        try:
+            config = with_generation(config, settings)
+        except ValueError as error:
+            raise ValueError(f"{generation}: {error}") from None
+    return config, raw
+
+
+def _with_head(
+    config: ModelConfig, stored: Mapping[str, StoredTensor]
+) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
+    """Ties head and embedding as transformers does: only if they are not two different tensors."""
+    if not config.tie_embeddings or HEAD not in stored:
+        return config, stored
+    if EMBEDDING not in stored:
+        return config, {**stored, EMBEDDING: stored[HEAD]}
+    if equal(stored[HEAD], stored[EMBEDDING]):
+        return config, stored
+    warnings.warn(
+        f"{stored[HEAD].file.parent}: config.json says tie_word_embeddings, but {HEAD} and {EMBEDDING} "
+        "differ; both are used, as by transformers",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tie_embeddings=False), stored
+
+
 def _common_dtype(folder: Path, stored: Iterable[StoredTensor], raw: Mapping[str, Any]) -> np.dtype:
     """The dtype that all tensors have; where they differ, the one that `config.json` names."""
     codes = {tensor.dtype for tensor in stored}
@@ -209,16 +264,6 @@ def _common_dtype(folder: Path, stored: Iterable[StoredTensor], raw: Mapping[str
             f"got {', '.join(sorted(codes))} and {named!r}; choose one with dtype="
         )
     return dtype_named(named)
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        return None
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{file}: expected a tokenizer, got {error}; download it again") from None
 
 
 @contextmanager

@@ -36,13 +36,15 @@ def complete(
         bound: as of `Engine.generate`.
     """
     tokens: list[list[int]] = [[] for _ in rows]
+    pieces: list[list[str]] = [[] for _ in rows]
 
     def receive(event: Token) -> None:
         found = tokens[event.request]
         found.append(event.token)
+        pieces[event.request].append(event.text)
         on_token(event)
         if event.finish is not None:
-            on_row(rows[event.request], engine.text(found, event.finish), found, event.finish)
+            on_row(rows[event.request], "".join(pieces[event.request]), found, event.finish)
 
     requests = [row.request for row in rows]
     result = engine.generate(

@@ -1,4 +1,8 @@
-"""From token ids to text, as a whole (`continuation`) or piece by piece (`TextStream`)."""
+"""From token ids to text, as a whole (`continuation`) or piece by piece (`TextStream`).
+
+New tokens are decoded behind the last ones of their prompt, and what those say is taken away again: a decoder
+may drop the space that a text begins with, and a character may begin in the prompt and end in what follows.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,40 @@ CONTEXT = 4
 """A character has four bytes at most: the latest tokens that its first byte must be among."""
 
 
-def continuation(tokenizer: Tokenizer, tokens: Sequence[int], finish: str) -> str:
-    """The text of a request's new tokens, the one that stopped it left out."""
-    return tokenizer.decode(tokens[:-1] if finish == "stop" else tokens)
+def continuation(tokenizer: Tokenizer, tokens: Sequence[int], finish: str, prompt: Sequence[int] = ()) -> str:
+    """The text of a request's new tokens behind its prompt's, the one that stopped it left out."""
+    tail = tail_of(tokenizer, prompt)
+    text = tokenizer.decode([*tail, *(tokens[:-1] if finish == "stop" else tokens)])
+    return text[_shared(tokenizer.decode(tail), text) :]
+
+
+def tail_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt that have a part in how the next ones decode.
+
+    Special ones have none. Byte tokens are decoded together, so a run of them counts from its beginning.
+    """
+    tail: list[int] = []
+    for token in reversed(prompt):
+        if len(tail) >= CONTEXT and not _is_byte(tokenizer.id_to_token(tail[-1])):
+            break
+        if tokenizer.id_to_token(token) is not None and not is_special(tokenizer, token):
+            tail.append(token)
+    return tail[::-1]
+
+
+def is_special(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether a token is no text, unless one asks for special tokens too."""
+    return not tokenizer.decode([token]) and bool(tokenizer.decode([token], skip_special_tokens=False))
+
+
+def _is_byte(name: str | None) -> bool:
+    return name is not None and len(name) == 6 and name.startswith("<0x")
+
+
+def _shared(before: str, text: str) -> int:
+    """How much of what a prompt's tail says stays as it is once more tokens follow."""
+    pairs = zip(before, text, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(before), len(text)))
 
 
 class TextStream:
@@ -24,24 +59,41 @@ class TextStream:
     Text that the next token may still change is held back: a character that is not whole yet, and a run of
     byte tokens ("<0xE2>" and the like), which is decoded together, so that one wrong byte spoils those before
     it. Each time only the latest tokens are decoded; all of them once, at the end.
+
+    Args:
+        tokenizer: of the model.
+        prompt: token ids that the text follows.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self.tokenizer = tokenizer
-        self._window: list[int] = []  # the latest tokens: some whose text is out, then those being held back
-        self._shown = 0  # characters of the window's text that are out
+        self._tail = tail_of(tokenizer, prompt)
+        self._before: str | None = tokenizer.decode(
+            self._tail
+        )  # what of it is no text of ours; None: behind us
+        self._window = list(
+            self._tail
+        )  # the latest tokens: some whose text is out, then those being held back
+        self._added = 0  # to the window, while it holds the prompt's tail
+        self._shown = 0  # characters of the window's text that are out, or the prompt's
         self._length = 0  # characters that are out in all
 
     def add(self, token: int) -> str:
         """What a token adds to the text; "" while nothing is certain."""
         name = self.tokenizer.id_to_token(token)
-        if name is None or self._is_special(token):
+        if name is None or is_special(self.tokenizer, token):
             return ""
         self._window.append(token)
-        if len(name) == 6 and name.startswith("<0x"):
+        self._added += 1
+        if _is_byte(name):
             return ""
         text = self.tokenizer.decode(self._window)
         certain = text.removesuffix(UNFINISHED)
+        if self._before is not None:
+            self._shown = _shared(self._before, certain)
+            if len(certain) <= self._shown and self._added < CONTEXT:
+                return ""  # the first characters may still be the prompt's last
+            self._before = None
         piece = certain[self._shown :]
         # Decoding may treat what comes first in another way, so some tokens before the next ones are kept.
         self._window = self._window[-CONTEXT:]
@@ -51,9 +103,4 @@ class TextStream:
 
     def end(self, tokens: Sequence[int], finish: str) -> str:
         """The rest of the text of all tokens: what was held back, as it decodes without a successor."""
-        return continuation(self.tokenizer, tokens, finish)[self._length :]
-
-    def _is_special(self, token: int) -> bool:
-        return not self.tokenizer.decode([token]) and bool(
-            self.tokenizer.decode([token], skip_special_tokens=False)
-        )
+        return continuation(self.tokenizer, tokens, finish, self._tail)[self._length :]

@@ -194,17 +194,19 @@ class Engine:
         self.runner.reset()
         times = Times()
         tokens: list[list[int]] = [[] for _ in requests]
+        pieces: list[list[str]] = [[] for _ in requests]
         finish = [""] * len(requests)
         began = time.perf_counter()
         with progress_bar(requests) if progress else nullcontext(lambda event: None) as advance:
             for event in self._stream(requests, batch_size, times):
                 tokens[event.request].append(event.token)
+                pieces[event.request].append(event.text)
                 finish[event.request] = event.finish or ""
                 advance(event)
                 on_token(event)
         total_s = time.perf_counter() - began
         return Result(
-            texts=[self.text(found, why) for found, why in zip(tokens, finish, strict=True)],
+            texts=list(map("".join, pieces)),
             tokens=tokens,
             finish=finish,
             stats=self._stats(times, tokens, total_s),
@@ -341,11 +343,11 @@ class Engine:
         least_ms = lower_bound_ms(counts, each.tolist(), self._geometry, self._costs.alone or self._costs)
         return least_ms / (1e3 * decode_s)
 
-    def text(self, tokens: list[int], finish: str) -> str:
-        """The text of new tokens that ended as `finish` says: a last "stop" token is no part of it."""
+    def text(self, tokens: list[int], finish: str, prompt: Sequence[int] = ()) -> str:
+        """The text of new tokens behind a prompt's; a last token that ended it ("stop") is no part of it."""
         if self.model.tokenizer is None:
             return ""
-        return continuation(self.model.tokenizer, tokens, finish)
+        return continuation(self.model.tokenizer, tokens, finish, prompt)
 
     def _stats(self, times: Times, tokens: list[list[int]], total_s: float) -> RunStats:
         runner, meter = self.runner, self.runner.meter

@@ -8,9 +8,15 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
+
+from layerscope_jax.experts.compute import ExpertWeights
 
 if TYPE_CHECKING:
     from layerscope_jax.checkpoints import Model
+
+ALL_OF = 1024
+"""Numbers of an array that count in `weights_digest`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,3 +85,27 @@ class ModelIdentity:
         ]
         if differing:
             raise ValueError(f"{what} belongs to another model: {'; '.join(differing)}")
+
+
+def weights_digest(model: Model) -> str:
+    """Of every array of a model, the same whatever dtype holds its numbers without loss.
+
+    All of a small array counts, and evenly spaced numbers of a large one.
+    """
+    found = hashlib.blake2b(digest_size=8)
+
+    def count(name: str, array: np.ndarray) -> None:
+        found.update(f"{name} {array.shape}".encode())
+        flat = array.reshape(-1)
+        if flat.size > ALL_OF:
+            flat = flat[np.linspace(0, flat.size - 1, ALL_OF).astype(np.int64)]
+        found.update(flat.astype(np.float32).tobytes())
+
+    for path, leaf in sorted(
+        (".".join(map(str, path)), leaf) for path, leaf in flatten_dict(model.dense).items()
+    ):
+        count(path, np.asarray(leaf))
+    for expert in model.bank:
+        for name, view in zip(ExpertWeights._fields, model.bank.views(expert), strict=True):
+            count(f"{expert} {name}", view)
+    return found.hexdigest()

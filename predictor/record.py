@@ -18,7 +18,7 @@ from layerscope_jax.batching import batch_rows
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
-from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.identity import ModelIdentity, weights_digest
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.trace_index import Passage, Split, TraceHeader
@@ -111,6 +111,7 @@ def record(model: Model, config: RecordConfig) -> Trace:
         hidden=min(config.hidden, model.config.hidden_size),
         settings={
             "text": digest(domains),
+            "weights": weights_digest(model),
             "dtype": str(np.dtype(model.bank.dtype)),
             "heldout_domains": list(config.heldout_domains),
             "train_tokens": config.train_tokens,

@@ -180,7 +180,8 @@ def test_pieces_of_text_join_to_the_text(
     ids = ids[: len(ids) - cut] + specials if text else specials
     with Engine(model, OffloadConfig(policy="host-only")) as engine:
         monkeypatch.setattr(engine, "runner", Dictation([ids]))
-        events = list(engine.stream(["x"], max_new_tokens=len(ids), stop_tokens=[EOS]))
+        # Behind a prompt without text, so that a text's beginning is one here too.
+        events = list(engine.stream([[PAD]], max_new_tokens=len(ids), stop_tokens=[EOS]))
         assert [event.token for event in events] == ids
         joined = "".join(event.text for event in events)
         assert events[-1].finish == finish

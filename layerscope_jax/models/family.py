@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerscope_jax.config import ModelConfig
+from layerscope_jax.models.config_keys import HARMLESS, NEUTRAL
 
 REQUIRED: Any = object()  # the default of a setting that must be given
+
+UNKNOWN = "unknown key, which may change what the model computes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +62,34 @@ BIASES = {
 }
 
 
+MOST = 2**31 - 1
+"""The largest size of a config: what is counted in 32 bits."""
+
+MOST_POSITIONS = 2**30
+"""The longest context: past it lies `PAD_POSITION`."""
+
+LARGEST = 3e38
+"""About the largest number of float32, in which a model's numbers are computed with."""
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _positive(value: Any) -> bool:
-    return (_whole(value) or isinstance(value, float)) and value > 0
+    return (_whole(value) or isinstance(value, float)) and 0 < value < LARGEST  # which NaN is not
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut short.
+
+    >>> shown("a" * 1000)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
+    """
+    if _whole(value) and abs(value) >= 10**60:
+        return f"a whole number of more than 60 digits{' below 0' * (value < 0)}"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class ConfigReader:
@@ -80,30 +105,35 @@ class ConfigReader:
     (1, 1)
     >>> reader.check()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: missing: num_experts (or num_local_experts); num_hidden_layers: expected a whole number, ...
+    ValueError: missing: num_experts (or num_local_experts); num_hidden_layers: expected a whole number ...
     """
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
         self.missing: list[str] = []
         self.problems: list[str] = []
+        self._read_keys: set[str] = set()
 
-    def integer(self, *keys: str, default: Any = REQUIRED) -> Any:
+    def integer(self, *keys: str, default: Any = REQUIRED, most: int = MOST) -> Any:
         """A positive whole number, or `default`."""
-        return self._read(keys, default, lambda v: _whole(v) and v > 0, "a whole number, at least 1", 1)
+        what = f"a whole number from 1 to {most}"
+        return self._read(keys, default, lambda v: _whole(v) and 0 < v <= most, what, 1)
 
     def number(self, *keys: str, default: Any = REQUIRED) -> Any:
         """A positive number, or `default`."""
-        return self._read(keys, default, _positive, "a number above 0", 1.0)
+        return self._read(keys, default, _positive, "a finite number above 0", 1.0)
 
     def flag(self, *keys: str, default: bool) -> bool:
         return self._read(keys, default, lambda value: isinstance(value, bool), "true or false", False)
 
     def expect(self, key: str, supported: Any, why: str) -> None:
         """Objects to any other value than `supported` (or none at all) of a setting."""
+        self._read_keys.add(key)
         value = self.config.get(key)
-        if value is not None and value != supported:
-            self.problems.append(f"{key}: expected {supported!r}, got {value!r}; {why}")
+        same = value == supported and (type(value) is bool) == (type(supported) is bool)
+        if value is not None and not same:
+            expected = "null" if supported is None else repr(supported)
+            self.problems.append(f"{key}: expected {expected}, got {shown(value)}; {why}")
 
     def rope_theta(self, default: float) -> float:
         """Base of the rotary embedding, wherever this config's age puts it."""
@@ -112,31 +142,58 @@ class ConfigReader:
         name = "rope_scaling" if self.config.get("rope_scaling") else "rope_parameters"
         rope = self.config.get(name) or {}
         if not isinstance(rope, Mapping):
-            self.problems.append(f"{name}: expected an object or null, got {rope!r}")
+            self.problems.append(f"{name}: expected an object or null, got {shown(rope)}")
             rope = {}
+        self._read_keys |= {"rope_scaling", "rope_parameters", "rope_theta"}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             self.problems.append(
-                f"{name}: expected rope_type 'default', got {kind!r}; scaled rotation is not supported"
+                f"{name}: expected rope_type 'default', got {shown(kind)}; scaled rotation is not supported"
             )
-        theta = rope.get("rope_theta") or self.config.get("rope_theta")
+        for key, value in rope.items():
+            neutral = NEUTRAL.get(key)
+            if key not in ("rope_type", "type", "rope_theta") and value not in (None, neutral):
+                self.problems.append(f"{name}.{key}: {UNKNOWN}, got {shown(value)}")
+        theta = next(
+            (v for v in (rope.get("rope_theta"), self.config.get("rope_theta")) if v is not None), None
+        )
         if theta is not None and not _positive(theta):
-            self.problems.append(f"rope_theta: expected a number above 0, got {theta!r}")
+            self.problems.append(f"rope_theta: expected a finite number above 0, got {shown(theta)}")
             theta = None
         return default if theta is None else float(theta)
 
-    def stop_tokens(self) -> tuple[int, ...]:
-        """`eos_token_id`: an id, a list of them, or null."""
+    def stop_tokens(self, vocab_size: int) -> tuple[int, ...]:
+        """`eos_token_id`: an id of the vocabulary, a list of them, or null."""
+        self._read_keys.add("eos_token_id")
         given = self.config.get("eos_token_id")
         ids = [] if given is None else given if isinstance(given, list) else [given]
-        if not all(map(_whole, ids)):
-            self.problems.append(f"eos_token_id: expected a token id, a list of them or null, got {given!r}")
+        if not all(_whole(token) and 0 <= token < vocab_size for token in ids):
+            self.problems.append(
+                f"eos_token_id: expected a token id from 0 to {vocab_size - 1} (vocab_size {vocab_size}), a "
+                f"list of them or null, got {shown(given)}"
+            )
             return ()
         return tuple(ids)
+
+    def layer_types(self, sliding_window: int | None) -> None:
+        """Objects to layers that attend in another way than `sliding_window` says of all."""
+        self._read_keys.add("layer_types")
+        kind = "full_attention" if sliding_window is None else "sliding_attention"
+        given = self.config.get("layer_types")
+        if given is not None and (not isinstance(given, list) or any(item != kind for item in given)):
+            self.problems.append(
+                f"layer_types: expected {kind!r} for every layer, got {shown(given)}; other layers are not "
+                "supported"
+            )
 
     def shared(self, *, theta: float, norm_eps: float, max_positions: int) -> dict[str, Any]:
         """The settings that every family here has, given the class defaults in which they differ."""
         self.expect("hidden_act", "silu", "other activations are not supported")
+        self.expect(
+            "quantization_config", None, "quantized weights are not supported: take the original ones"
+        )
+        for key, value in NEUTRAL.items():
+            self.expect(key, value, "other values are not supported")
         heads = self.integer("num_attention_heads")
         hidden = self.integer("hidden_size")
         head_dim = self.integer("head_dim", default=max(1, hidden // heads))
@@ -144,8 +201,11 @@ class ConfigReader:
             self.problems.append(
                 f"head_dim: expected an even number (it is rotated in pairs), got {head_dim}"
             )
+        wrong = len(self.missing + self.problems)
+        vocab_size = self.integer("vocab_size")
+        tokens = vocab_size if len(self.missing + self.problems) == wrong else MOST
         return {
-            "vocab_size": self.integer("vocab_size"),
+            "vocab_size": vocab_size,
             "hidden_size": hidden,
             "num_layers": self.integer("num_hidden_layers"),
             "num_heads": heads,
@@ -153,14 +213,26 @@ class ConfigReader:
             "num_experts": self.integer("num_experts", "num_local_experts"),
             "experts_per_token": self.integer("num_experts_per_tok"),
             "rope_theta": self.rope_theta(theta),
-            "max_positions": self.integer("max_position_embeddings", default=max_positions),
+            "max_positions": self.integer(
+                "max_position_embeddings", default=max_positions, most=MOST_POSITIONS
+            ),
             "norm_eps": self.number("rms_norm_eps", default=norm_eps),
             "tie_embeddings": self.flag("tie_word_embeddings", default=False),
-            "stop_tokens": self.stop_tokens(),
+            "stop_tokens": self.stop_tokens(tokens),
         }
 
-    def check(self) -> None:
-        """Raises ValueError if anything was missing or wrong."""
+    def check(self, *harmless: str) -> None:
+        """Raises ValueError if anything was missing or wrong, or if a key has a value that nobody asked for.
+
+        Args:
+            harmless: keys that change no logit of this family, beside those of `HARMLESS`.
+        """
+        known = HARMLESS | self._read_keys | set(harmless)
+        self.problems += [
+            f"{key}: {UNKNOWN}, got {shown(value)}"
+            for key, value in self.config.items()
+            if key not in known and value is not None
+        ]
         missing = [f"missing: {', '.join(self.missing)}"] if self.missing else []
         if missing or self.problems:
             raise ValueError("; ".join(missing + self.problems))
@@ -168,13 +240,14 @@ class ConfigReader:
     def _read(
         self, keys: tuple[str, ...], default: Any, valid: Callable[[Any], bool], what: str, stand_in: Any
     ) -> Any:
+        self._read_keys |= set(keys)
         for key in keys:
             value = self.config.get(key)
             if value is None:
                 continue
             if valid(value):
                 return value
-            self.problems.append(f"{key}: expected {what}, got {value!r}")
+            self.problems.append(f"{key}: expected {what}, got {shown(value)}")
             return stand_in
         if default is REQUIRED:
             others = f" (or {', '.join(keys[1:])})" if keys[1:] else ""

@@ -19,7 +19,10 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         "expert_hidden": reader.integer("intermediate_size"),
         "sliding_window": reader.integer("sliding_window", default=None),
     }
-    reader.check()
+    reader.expect("attention_bias", False, "Mixtral's projections have no biases")
+    reader.layer_types(settings["sliding_window"])
+    # HF's class always normalises.
+    reader.check("norm_topk_prob")
     return ModelConfig(family="mixtral", normalize_top_k=True, **shared, **settings)
 
 

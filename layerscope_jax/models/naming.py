@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from layerscope_jax.models.registry import FAMILIES
 from layerscope_jax.safetensors_io import DTYPES, StoredTensor
 from layerscope_jax.scheduling.plan import ExpertId
 
+LAYER = re.compile(r"model\.layers\.(\d+)\.")  # of a tensor's name
 LISTED = 100  # wrong tensors that an error spells out
 
 ParameterPath = tuple[str | int, ...]
@@ -112,6 +114,48 @@ class Naming:
     def expert_names(self) -> dict[tuple[ExpertId, str], str]:
         """The expert and its matrix -> tensor name."""
         return {matrix: name for name, matrix in self.experts.items()}
+
+
+def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+    """Holds a config's sizes against a few tensors, before a decoder of those sizes is made of it.
+
+    `Naming.of` takes as long as there are layers and experts, be they a million.
+
+    Raises:
+        ValueError: naming each size that the tensors do not have.
+    """
+    family = FAMILIES[config.family]
+    names = {dotted: name.format(layer=0) for name, dotted in family.weights.items()}
+    layer = "layers.{layer}."
+    hidden, size = config.hidden_size, config.head_dim
+    rows = {  # name -> its rows and columns, and the settings that say so
+        names["embedding"]: ((config.vocab_size, hidden), "vocab_size, hidden_size"),
+        names[layer + "attention.q.weight"]: (
+            (config.num_heads * size, hidden),
+            "num_attention_heads * head_dim, hidden_size",
+        ),
+        names[layer + "attention.k.weight"]: (
+            (config.num_kv_heads * size, hidden),
+            "num_key_value_heads * head_dim, hidden_size",
+        ),
+        names[layer + "router.weight"]: ((config.num_experts, hidden), "num_experts, hidden_size"),
+    }
+    wrong = []
+    for name, (shape, settings) in rows.items():
+        found = stored[name].shape if name in stored else None
+        if found != shape:
+            got = "found no such tensor" if found is None else f"found {list(found)}"
+            wrong.append(f"{name}: expected shape {list(shape)} ({settings}), {got}")
+    layers = {match[1] for name in stored if (match := LAYER.match(name))}
+    if len(layers) < config.num_layers:
+        wrong.append(
+            f"num_hidden_layers: expected {config.num_layers} layers, found tensors of {len(layers)}"
+        )
+    if wrong:
+        raise ValueError(
+            f"{folder}: the tensors are not of the sizes that config.json gives; check that both belong to "
+            "one model and are complete:\n  " + "\n  ".join(wrong)
+        )
 
 
 def is_transposed(path: ParameterPath) -> bool:

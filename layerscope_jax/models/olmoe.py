@@ -21,7 +21,9 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     }
     # HF's class norms all heads together at this width, whatever `head_dim` says.
     reader.expect("head_dim", shared["hidden_size"] // shared["num_heads"], "OLMoE's heads share hidden_size")
-    reader.check()
+    reader.layer_types(None)
+    # HF's class does not read a window.
+    reader.check("sliding_window")
     return ModelConfig(family="olmoe", qk_norm="all", **shared, **settings)
 
 

@@ -9,6 +9,13 @@ from layerscope_jax.config import ModelConfig
 from layerscope_jax.models.family import BIASES, QK_NORMS, WEIGHTS, ConfigReader, Family, write_shared
 from layerscope_jax.models.olmoe import OLMOE
 
+NEUTRAL = {
+    "qkv_bias": False,
+    "shared_expert_intermediate_size": 0,
+    "use_qk_norm": True,
+}
+"""Keys that some published configs have, and that HF's class does not read."""
+
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     reader = ConfigReader(config)
@@ -26,7 +33,11 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         "attention_bias": reader.flag("attention_bias", default=False),
         "sliding_window": window,
     }
-    reader.check()
+    for key, value in NEUTRAL.items():
+        reader.expect(key, value, "other values are not supported")
+    reader.layer_types(window)
+    # Of layers without experts, of which there are none; and two that HF's class does not read here.
+    reader.check("intermediate_size", "max_window_layers", "sliding_window")
     return ModelConfig(family="qwen3_moe", qk_norm="head", **shared, **settings)
 
 

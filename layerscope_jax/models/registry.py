@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from layerscope_jax.config import ModelConfig
-from layerscope_jax.models.family import Family
+from layerscope_jax.models.family import ConfigReader, Family, shown
 from layerscope_jax.models.mixtral import MIXTRAL
 from layerscope_jax.models.olmoe import OLMOE
 from layerscope_jax.models.qwen3_moe import QWEN3_MOE
@@ -31,26 +32,40 @@ def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | No
     ValueError: expected one of the architectures OlmoeForCausalLM, ...
     """
     family = _family_of(config)
-    if generation is not None and "eos_token_id" in generation:
-        config = {**config, "eos_token_id": generation["eos_token_id"]}
     try:
-        return family.read_config(config)
+        found = family.read_config(config)
     except ValueError as error:
         raise ValueError(f"cannot use this config of {family.architecture}: {error}") from None
+    return found if generation is None else with_generation(found, generation)
+
+
+def with_generation(config: ModelConfig, generation: Mapping[str, Any]) -> ModelConfig:
+    """The shape with the end tokens of a `generation_config.json`, if that says anything of them.
+
+    Raises:
+        ValueError: if they are no tokens of the vocabulary.
+    """
+    if "eos_token_id" not in generation:
+        return config
+    reader = ConfigReader(generation)
+    stop_tokens = reader.stop_tokens(config.vocab_size)
+    if reader.problems:
+        raise ValueError("; ".join(reader.problems))
+    return replace(config, stop_tokens=stop_tokens)
 
 
 def _family_of(config: Mapping[str, Any]) -> Family:
     """By `architectures`, or by `model_type` where there are none."""
     architectures = config.get("architectures")
     if not isinstance(architectures, list | None):
-        raise ValueError(f"architectures: expected a list of names, got {architectures!r}")
+        raise ValueError(f"architectures: expected a list of names, got {shown(architectures)}")
     for family in FAMILIES.values():
         if family.architecture in (architectures or ()):
             return family
         if not architectures and family.model_type == config.get("model_type"):
             return family
     supported = ", ".join(family.architecture for family in FAMILIES.values())
-    found = f"{architectures!r} (model_type {config.get('model_type')!r})"
+    found = f"{shown(architectures)} (model_type {shown(config.get('model_type'))})"
     raise ValueError(
         f"expected one of the architectures {supported}, got {found}; other models are not supported"
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from layerscope_jax.files import write_text
 
 MIN_CHARS = 500
 HELDOUT_SHARE = 0.05
@@ -90,13 +91,6 @@ def heldout_ids(ids: Sequence[str]) -> set[str]:
 def stable_hash(name: str) -> float:
     """Return a number in [0, 1) that hangs on `name` alone (Python's own `hash` changes with every run)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) / 2**48
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in one step: an interrupted run leaves no half-written file behind."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:

@@ -11,9 +11,8 @@ delete `--out` after fetching a changed corpus.
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,8 @@ import numpy as np
 import tyro
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from layerscope_jax.files import replace_files
 
 from .corpus import HELDOUT_DOMAINS, TRAIN_DOMAINS
 from .documents import Document, heldout_ids, read_documents, stable_hash, write_text
@@ -119,14 +120,24 @@ def write_packed(
     folder: Path, domain: str, documents: Sequence[Document], ids: np.ndarray, offsets: np.ndarray
 ) -> None:
     """Write the three files of one domain, the ids last: where they stand, the other two do."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{domain}.npy").unlink(missing_ok=True)
-    write_text(folder / f"{domain}.ids.json", json.dumps([document.id for document in documents]))
-    for name, array in ((f"{domain}.offsets.npy", offsets), (f"{domain}.npy", ids)):
-        unfinished = folder / f"{name}.unfinished"
-        with unfinished.open("wb") as file:  # a file, for np.save adds .npy to a name
-            np.save(file, array)
-        os.replace(unfinished, folder / name)
+
+    def writer(array: np.ndarray) -> Callable[[Path], object]:
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # a file, for np.save adds .npy to a name
+                np.save(file, array)
+
+        return write
+
+    names = json.dumps([document.id for document in documents])
+    replace_files(
+        folder,
+        {
+            f"{domain}.ids.json": lambda file: file.write_text(names, encoding="utf-8"),
+            f"{domain}.offsets.npy": writer(offsets),
+            f"{domain}.npy": writer(ids),
+        },
+    )
 
 
 def is_packed(folder: Path, domain: str, documents: Sequence[Document]) -> bool:

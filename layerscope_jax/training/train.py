@@ -6,7 +6,6 @@ The defaults made the shipped model. A killed run goes on from its last Orbax ch
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layerscope_jax.config import ModelConfig
+from layerscope_jax.files import read_json, write_text
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.layers import Routing
 from layerscope_jax.training.data import PackedTokens
@@ -166,7 +166,7 @@ def train(config: TrainConfig) -> Params:
     """
     train_tokens = PackedTokens.open(config.tokens / "train")
     heldout_tokens = PackedTokens.open(config.tokens / "heldout")
-    vocab_size = len(json.loads((config.tokens / "tokenizer.json").read_text())["model"]["vocab"])
+    vocab_size = len(read_json(config.tokens / "tokenizer.json")["model"]["vocab"])
     config.out.mkdir(parents=True, exist_ok=True)
     check_same_run(config)
 
@@ -223,15 +223,13 @@ def check_same_run(config: TrainConfig) -> None:
     }
     file = config.out / "run.json"
     if file.exists():
-        earlier = json.loads(file.read_text())
+        earlier = read_json(file, "remove it")
         differing = {key: (earlier.get(key), now) for key, now in settings.items() if earlier.get(key) != now}
         if differing:
             listed = ", ".join(f"{key}: {was} then, {now} now" for key, (was, now) in differing.items())
             raise ValueError(f"{config.out} holds another run ({listed}); use its settings or another --out")
         return
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=1))
-    os.replace(temporary, file)
+    write_text(file, json.dumps(settings, indent=1))
 
 
 def main() -> None:
