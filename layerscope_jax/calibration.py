@@ -17,6 +17,7 @@ from layerscope_jax import machine
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.transfers import Transfers
+from layerscope_jax.jax_settings import settle_thread
 from layerscope_jax.jobs import LAYERS, Job, Jobs
 from layerscope_jax.prediction import Predictor
 from layerscope_jax.scheduling.costs import NOTHING, HardwareProfile, TimeTable
@@ -191,7 +192,8 @@ def busy(jobs: Iterable[Job]) -> Iterator[None]:
 
     threads: list[Any] = []
     jobs = list(jobs)
-    with ThreadPoolExecutor(len(jobs) + 1, thread_name_prefix="layerscope-busy") as pool:
+    count = len(jobs) + 1
+    with ThreadPoolExecutor(count, "layerscope-busy", initializer=settle_thread) as pool:
         try:
             for job in jobs:
                 begun = threading.Event()

@@ -20,6 +20,7 @@ from layerscope_jax.experts.bank import ExpertBank
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats, expert_rows, kernel_of
 from layerscope_jax.experts.grouping import Assignments, next_power
+from layerscope_jax.jax_settings import settle_thread
 from layerscope_jax.scheduling.plan import ExpertId
 
 SIZES = 2
@@ -221,7 +222,7 @@ class HostExperts:
         self._closed = False
         self._shares_inputs = shares_inputs
         self.cpu = CpuExperts(threads, kernel_of(bank.dtype, *bank.layers[0][0].gate.shape))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerscope-host", initializer=settle_thread)
 
     def start(
         self, outputs: np.ndarray, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]

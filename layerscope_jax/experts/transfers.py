@@ -13,6 +13,7 @@ import jax
 
 from layerscope_jax.experts.bank import ExpertBank, device_sharding
 from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.jax_settings import settle_thread
 from layerscope_jax.scheduling.plan import ExpertId
 
 MATRICES = len(ExpertWeights._fields)
@@ -253,6 +254,7 @@ class Transfers:
     # ---- the link's thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        settle_thread()
         on_link: deque[_Chunk] = deque()
         carried = 0  # bytes of those
         free = 0.0  # when the link, at its paced rate, is through with what it was given
