@@ -140,7 +140,9 @@ def test_tokens_and_bits_are_the_same(engine, expected, name):
         np.testing.assert_array_equal(found, right)
 
 
-@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.parametrize(
+    "name", ["with x64", "no jit", "nans", "strict guard", "with device", "with mesh", "with abstract mesh"]
+)
 def test_an_engine_may_be_made_under_them(kind, expected, name):
     """And used under them, and afterwards."""
     with one_jit(kind == "whole"):
