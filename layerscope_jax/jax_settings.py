@@ -53,6 +53,11 @@ def own_settings() -> AbstractContextManager:
     return _all_of(changed) if changed else _NOTHING
 
 
+def random_key(seed: int) -> jax.Array:
+    """A key of our own kind, whatever kind JAX makes by default."""
+    return jax.random.key(seed, impl=PRNG)
+
+
 def without_mesh() -> AbstractContextManager:
     context: Any = jax.set_mesh(None)  # type: ignore[arg-type]
     return context

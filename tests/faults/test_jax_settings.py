@@ -1,14 +1,17 @@
 """No setting of JAX's that a caller makes has a part in what an engine computes."""
 
+import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import PROMPTS, bits, one_jit, spelling_model
+from flax import nnx
+from helpers import PROMPTS, bits, compiled, one_jit, spelling_model
 
-from layerscope_jax import Engine, OffloadConfig, Request
-from layerscope_jax.jax_settings import OURS, own_settings
+from layerscope_jax import Engine, OffloadConfig, Request, jax_settings
+from layerscope_jax.jax_settings import OURS, own_settings, random_key
 from layerscope_jax.sampling import Sampling, sample
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -167,8 +170,6 @@ def test_a_stream_leaves_the_callers_settings_alone(engine):
 
 
 def test_nothing_is_compiled_anew_under_them(engine, expected):
-    from helpers import compiled
-
     before = len(compiled)
     with jax.enable_x64(True), jax.default_matmul_precision("bfloat16"), jax.debug_nans(True):
         engine.generate(REQUESTS)
@@ -179,6 +180,23 @@ def test_settings_as_they_should_be_are_left_alone():
     inner = own_settings()
     with inner:
         assert own_settings() is inner  # there is nothing to do
+
+
+def test_initial_weights_and_dropout_are_of_our_own_kind_of_keys():
+    """Those that training begins with: the same as ever."""
+    with CONTEXTS["rbg"]():
+        keys = random_key(5), nnx.Rngs(random_key(5)).params()
+        numbers = [np.asarray(jax.random.normal(key, (4,))) for key in keys]
+    expected = [np.asarray(jax.random.normal(key, (4,))) for key in (jax.random.key(5), nnx.Rngs(5).params())]
+    np.testing.assert_array_equal(numbers, expected)
+
+
+@pytest.mark.parametrize("folder", ["layerscope_jax", "predictor"])
+def test_whoever_makes_a_key_names_its_kind(folder):
+    made = re.compile(r"random\.(key|PRNGKey)\((?!seed, impl=)")
+    for file in (Path(jax_settings.__file__).parents[1] / folder).rglob("*.py"):
+        code = "\n".join(line.partition("#")[0] for line in file.read_text().splitlines())
+        assert not made.search(code), file
 
 
 @pytest.mark.parametrize("name", ["rbg", "seeds offset", "gumbel"])
