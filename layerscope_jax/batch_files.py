@@ -112,8 +112,10 @@ def check_prompts(rows: Iterable[Row], model: Model) -> None:
             raise ValueError(f"{row.where}: {str(error).replace('prompt 0', 'the prompt')}") from None
 
 
-def completion(row: Row, text: str, tokens: Sequence[int], finish: str, model: str) -> bytes:
-    """The line of a finished row; `model` says what generated it.
+def completion(
+    row: Row, text: str, tokens: Sequence[int], finish: str, model: str, error: str | None = None
+) -> bytes:
+    """The line of a finished row; `model` says what generated it, `error` what went wrong, if anything did.
 
     >>> row = Row(3, Request(prompt="a", seed=5), "")
     >>> line = json.loads(completion(row, "b", [7], "length", "1b06093c6a5c"))
@@ -127,6 +129,7 @@ def completion(row: Row, text: str, tokens: Sequence[int], finish: str, model: s
         "settings": _settings(row.request),
         "model": model,
     }
+    content |= {} if error is None else {"error": error}
     return _head(row) + b", " + json.dumps(content, ensure_ascii=False).encode()[1:] + b"\n"
 
 
@@ -150,7 +153,8 @@ class Completions:
     """A file that completions are appended to; a context manager.
 
     Opening it shows at once whether it can be written, and cuts off an unfinished last line. A file that it
-    made and never wrote to is not left behind.
+    made and never wrote to is not left behind. A row that ended with an error is done: the same checkpoint
+    and settings would end it so again.
 
     Args:
         file: the file; made if it is not there, in a folder that is.
@@ -159,6 +163,7 @@ class Completions:
 
     Attributes:
         done: ids that it has already.
+        failed: those of them that ended with an error.
 
     Raises:
         ValueError: if it cannot be written, or holds something else than completions of `rows` by `model`.
@@ -167,6 +172,7 @@ class Completions:
     def __init__(self, file: Path, rows: Iterable[Row], model: str):
         self.path, self.model = file, model
         self.done: set[str | int] = set()
+        self.failed: set[str | int] = set()
         self._made = not file.exists()
         try:
             self._file = file.open("ab", buffering=0)
@@ -230,6 +236,8 @@ class Completions:
                     f"got {', '.join(changed)}; go on with those of the file, or choose another file"
                 )
             self.done.add(known.id)
+            if found["finish"] == "error":
+                self.failed.add(known.id)
         if not torn:
             return
         # Only what one of these prompts' lines begins with may be cut off: it might be another file.

@@ -7,6 +7,8 @@ request there may be: so a call has one decode program. What it costs: one reque
 than the others makes every row as long, in memory and in what XLA's attention reads. Give it a call of its
 own.
 
+A request whose logits are not finite ends with an error; rows are apart, so the others go on.
+
 What runs beside a request changes no number that it is computed from, only the shapes of the products that
 it is a part of. Where experts run on a CPU, in float32 or bfloat16, a row has the same bits whatever the
 other rows are (`layerscope_jax.experts.cpu`), as do attention, sums over experts and products with other
@@ -36,7 +38,8 @@ from layerscope_jax.detokenize import TextStream
 from layerscope_jax.experts.grouping import next_power
 from layerscope_jax.generation import Request, Token
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
-from layerscope_jax.sampling import Sampling
+from layerscope_jax.sampling import NO_TOKEN, Sampling
+from layerscope_jax.statistics import Times
 
 Step = Callable[..., tuple[jax.Array, jax.Array, list[KVCache]]]
 
@@ -46,22 +49,6 @@ MIN_WIDTH = 16
 PREFILL_STEPS = 4.0
 """What a prefill costs however few it is for, in decode steps. About so for the shipped model on a CPU; with
 half or double of it, `joining` loses some 6% more than it must."""
-
-
-@dataclass
-class Times:
-    """Measured while generating.
-
-    Attributes:
-        prompt_tokens: of the requests that were prefilled.
-        first_token_s: of each request: from the start of the call, so waiting for a slot counts.
-        decode_s: of each decode step, in which every running request gets one token. Prefills between decode
-            steps are in none of them.
-    """
-
-    prompt_tokens: int = 0
-    first_token_s: list[float] = field(default_factory=list)
-    decode_s: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -119,6 +106,7 @@ class Batch:
         stop_tokens: end a request that has none of its own.
         tokenizer: None if there is to be no text.
         times: what is measured is added to it.
+        why_not_finite: says why a step found no token for somebody.
     """
 
     def __init__(
@@ -131,11 +119,13 @@ class Batch:
         stop_tokens: Sequence[int],
         tokenizer: Tokenizer | None,
         times: Times,
+        why_not_finite: Callable[[], str] = lambda: "the logits hold NaN or infinity",
     ):
         self._waiting = deque(requests)
         self._slots: list[Running | None] = [None] * min(slots, len(requests))
         self._step, self._new_caches, self._chunk = step, new_caches, prefill_chunk
         self._stop_tokens, self._tokenizer, self._times = stop_tokens, tokenizer, times
+        self._why_not_finite = why_not_finite
         # Tokens so far and requests that ended, for the mean length of an answer; no more than what they may.
         self._made = self._finished = 0
         self._mean_room = sum(running.room for running in requests) / len(requests)
@@ -149,16 +139,16 @@ class Batch:
         self._caches: list[KVCache] = []
         self._began = self._ended = 0.0  # of the call, and of the last step
 
-    def run(self) -> Iterator[Token]:
-        """Generates until all have ended; a step's tokens come in the order of the slots."""
+    def run(self) -> Iterator[list[Token]]:
+        """Generates until all have ended, a step each time; its tokens come in the order of the slots."""
         self._began = time.perf_counter()
         self._caches = self._new_caches(len(self._tokens), self._length)
         while self._waiting or any(self._slots):
             yield from self._admit()
             if any(self._slots):
-                yield from self._decode()
+                yield self._decode()
 
-    def _admit(self) -> Iterator[Token]:
+    def _admit(self) -> Iterator[list[Token]]:
         """Gives free slots to those who wait, where enough are free.
 
         Beside requests that run, newcomers join by powers of two: a prefill has no rows of padding then.
@@ -174,7 +164,7 @@ class Batch:
             group = self._next_group(most)
             for _ in group:
                 self._waiting.popleft()
-            yield from self._prefill(group, free)
+            yield self._prefill(group, free)
             began = True
         if began:
             self._sampling = self._sampling_of(self._slots, len(self._tokens))
@@ -252,7 +242,10 @@ class Batch:
 
     def _enter(self, row: int, running: Running, token: int) -> Token:
         """Enters the new token of the request at `row`, and frees the row if it was its last."""
-        event = advance(running, token, self._stop_tokens)
+        if token == NO_TOKEN:
+            event = fail(running, self._why_not_finite())
+        else:
+            event = advance(running, token, self._stop_tokens)
         self._made += 1
         if running.finish is None:
             self._tokens[row] = token
@@ -312,3 +305,10 @@ def advance(running: Running, token: int, stop_tokens: Sequence[int]) -> Token:
         if running.finish is not None:
             piece += running.text.end(running.tokens, running.finish)
     return Token(running.index, token, piece, running.finish)
+
+
+def fail(running: Running, error: str) -> Token:
+    """Ends a request that has no further token, and says why."""
+    running.finish = "error"
+    piece = "" if running.text is None else running.text.end(running.tokens, running.finish)
+    return Token(running.index, NO_TOKEN, piece, running.finish, error)

@@ -115,8 +115,8 @@ class Generate:
         arg(
             metavar="FILE",
             help='Where a line {"id", "prompt", "text", "tokens", "finish", "settings", "model"} goes as '
-            "soon as a prompt is complete; a file left half done is gone on with, if checkpoint and settings "
-            "are the same. Without it they go to the standard output.",
+            'soon as a prompt is complete, with an "error" where it could not be; a file left half done is '
+            "gone on with, if checkpoint and settings are the same. Without it they go to standard output.",
         ),
     ] = None
     device_budget: DeviceBudget = None
@@ -174,19 +174,21 @@ class Generate:
         make_policy(self.policy)
         rows = self._rows()
         if self.out is None:
-            self._complete(rows, config, None)
-            return 0
+            return 1 if self._complete(rows, config, None) else 0
         with Completions(self.out, rows, self._model()) as file:
             left = [row for row in rows if row.id not in file.done]
+            failed = len(file.failed)
             if file.done:
                 say(f"{self.out} has {len(file.done)} of {len(rows)} completions already")
             try:
                 if left:
-                    self._complete(left, config, file)
+                    failed += self._complete(left, config, file)
             except KeyboardInterrupt:
                 say(f"interrupted; the same command goes on with {self.out}")
                 raise
-        return 0
+        if file.failed:
+            say(f"{len(file.failed)} of the completions in {self.out} had ended with an error before")
+        return 1 if failed else 0
 
     def _model(self) -> str:
         """What is to generate, for the lines of completions."""
@@ -211,13 +213,14 @@ class Generate:
             raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another")
         return read_prompts(self.prompts, settings)
 
-    def _complete(self, rows: list[Row], config: OffloadConfig, file: Completions | None) -> None:
+    def _complete(self, rows: list[Row], config: OffloadConfig, file: Completions | None) -> int:
+        """Returns how many ended with an error."""
         model = open_model(self.checkpoint, self.dtype)
         check_prompts(rows, model)
         name = self._model()
 
-        def write(row: Row, text: str, tokens: list[int], finish: str) -> None:
-            line = completion(row, text, tokens, finish, name)
+        def write(row: Row, text: str, tokens: list[int], finish: str, error: str | None = None) -> None:
+            line = completion(row, text, tokens, finish, name, error)
             if file is not None:
                 file.write(line)
             else:
@@ -226,7 +229,7 @@ class Generate:
 
         live = file is None and self.prompts is None
         with Engine(model, config) as engine:
-            stats = complete(
+            result = complete(
                 engine,
                 rows,
                 batch_size=self.batch_size,
@@ -236,7 +239,11 @@ class Generate:
                 progress=file is not None or not sys.stdout.isatty(),
                 bound=self.bound,
             )
-        say(summary(stats, model.bank.total_bytes))
+        say(summary(result.stats, model.bank.total_bytes))
+        for sentence in dict.fromkeys(result.errors.values()):
+            count = sum(error == sentence for error in result.errors.values())
+            say(f"error: {count} of {len(rows)} prompts could not be completed: {sentence}")
+        return len(result.errors)
 
 
 @dataclass(frozen=True, kw_only=True)

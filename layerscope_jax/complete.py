@@ -10,7 +10,7 @@ from rich.text import Text
 
 from layerscope_jax.batch_files import Row
 from layerscope_jax.engine import Engine
-from layerscope_jax.generation import Token
+from layerscope_jax.generation import Result, Token
 from layerscope_jax.statistics import RunStats
 
 
@@ -20,10 +20,10 @@ def complete(
     *,
     batch_size: int,
     on_token: Callable[[Token], object] = lambda event: None,
-    on_row: Callable[[Row, str, list[int], str], object] = lambda *completed: None,
+    on_row: Callable[[Row, str, list[int], str, str | None], object] = lambda *completed: None,
     progress: bool = False,
     bound: bool = False,
-) -> RunStats:
+) -> Result:
     """Generates for every row.
 
     Args:
@@ -31,7 +31,8 @@ def complete(
         rows: what is to be done.
         batch_size: how many run at once.
         on_token: is given each token; its `request` is an index into `rows`.
-        on_row: is given each row as soon as it is complete, as (row, text, tokens, finish).
+        on_row: is given each row as soon as it is complete, as (row, text, tokens, finish, error): the last
+            is None, or the sentence on what went wrong.
         progress: whether to show a bar on stderr.
         bound: as of `Engine.generate`.
     """
@@ -40,17 +41,16 @@ def complete(
 
     def receive(event: Token) -> None:
         found = tokens[event.request]
-        found.append(event.token)
+        if event.error is None:
+            found.append(event.token)
         pieces[event.request].append(event.text)
         on_token(event)
         if event.finish is not None:
-            on_row(rows[event.request], "".join(pieces[event.request]), found, event.finish)
+            text = "".join(pieces[event.request])
+            on_row(rows[event.request], text, found, event.finish, event.error)
 
     requests = [row.request for row in rows]
-    result = engine.generate(
-        requests, batch_size=batch_size, progress=progress, on_token=receive, bound=bound
-    )
-    return result.stats
+    return engine.generate(requests, batch_size=batch_size, progress=progress, on_token=receive, bound=bound)
 
 
 class Live:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from layerscope_jax.scheduling.baselines import make_policy
+from layerscope_jax.scheduling.costs import HardwareProfile
 
 if TYPE_CHECKING:
     from layerscope_jax.machine_profile import MachineProfile
     from layerscope_jax.prediction import History, Predictor
-    from layerscope_jax.scheduling.costs import HardwareProfile
     from layerscope_jax.scheduling.plan import Policy
 
 _UNITS = {"": 1, "B": 1} | {
@@ -19,6 +24,11 @@ _UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT")
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def parse_bytes(size: str | int, what: str = "size") -> int:
@@ -36,8 +46,8 @@ def parse_bytes(size: str | int, what: str = "size") -> int:
     (1610612736, 2000000, 4096)
     """
     found = -1
-    if isinstance(size, int) and not isinstance(size, bool):
-        found = size
+    if is_integer(size):
+        found = int(size)
     elif isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
         if match is not None and match[2] in _UNITS:
@@ -46,6 +56,18 @@ def parse_bytes(size: str | int, what: str = "size") -> int:
         raise ValueError(f"{what} must be a size such as '8GiB', '500 MB' or a number of bytes, got {size!r}")
     if found >= 2**63:
         raise ValueError(f"{what} must be less than 2**63 bytes, got {str(size)[:40]}")
+    return found
+
+
+def parse_pace(link_bandwidth: str | int) -> int:
+    """Bytes a second, more than none.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found = parse_bytes(link_bandwidth, "link_bandwidth")
+    if found == 0:
+        raise ValueError("link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
     return found
 
 
@@ -159,13 +181,36 @@ class OffloadConfig:
     prefill_chunk: int = 4096
 
     def __post_init__(self) -> None:
+        # Not before they are needed: both know of models, which are made of this file.
+        from layerscope_jax.machine_profile import MachineProfile
+        from layerscope_jax.prediction import make_predictor
+
+        problems = []
+
+        def check(call: Callable[..., object], *arguments: Any) -> None:
+            try:
+                call(*arguments)
+            except ValueError as error:
+                problems.append(str(error))
+
+        def expect(name: str, fits: bool, expected: str) -> None:
+            if not fits:
+                problems.append(f"{name} must be {expected}, got {repr(getattr(self, name))[:60]}")
+
         if self.device_budget is not None:
-            parse_bytes(self.device_budget, "device_budget")
-        if self.link_bandwidth is not None and parse_bytes(self.link_bandwidth, "link_bandwidth") == 0:
-            raise ValueError("link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
-        if self.numerics not in ("exact", "fast"):
-            raise ValueError(f"numerics must be 'exact' or 'fast', got {self.numerics!r}")
-        if self.host_threads is not None and self.host_threads < 1:
-            raise ValueError(f"host_threads must be 1 or more, got {self.host_threads}")
-        if self.prefill_chunk < 16:
-            raise ValueError(f"prefill_chunk must be 16 tokens or more, got {self.prefill_chunk}")
+            check(parse_bytes, self.device_budget, "device_budget")
+        check(make_policy, self.policy)
+        if self.link_bandwidth is not None:
+            check(parse_pace, self.link_bandwidth)
+        numerics, profile, threads = self.numerics, self.profile, self.host_threads
+        expect("numerics", isinstance(numerics, str) and numerics in ("exact", "fast"), "'exact' or 'fast'")
+        known = isinstance(profile, HardwareProfile | MachineProfile | str | Path)
+        expect("profile", profile is None or known, "a file, a MachineProfile, a HardwareProfile or None")
+        if self.predictor is not None:
+            check(make_predictor, self.predictor)
+        counted = threads is None or (is_integer(threads) and threads >= 1)
+        expect("host_threads", counted, "1 or more")
+        chunk = self.prefill_chunk
+        expect("prefill_chunk", is_integer(chunk) and chunk >= 16, "16 tokens or more")
+        if problems:
+            raise ValueError("; ".join(problems))

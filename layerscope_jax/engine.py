@@ -4,43 +4,45 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import jax
-import numpy as np
 
 from layerscope_jax import calibration
-from layerscope_jax.batching import Batch, Running, Times
+from layerscope_jax.accounts import Account, count_for, run_stats, share_of_bound
+from layerscope_jax.batching import Batch, Running
 from layerscope_jax.checkpoints import Model
+from layerscope_jax.checks import check_options, check_parts
 from layerscope_jax.compilations import Compilations, counted
-from layerscope_jax.config import OffloadConfig, parse_bytes
+from layerscope_jax.config import OffloadConfig, is_integer, parse_bytes
 from layerscope_jax.detokenize import continuation
-from layerscope_jax.experts.cpu import WorkStats, default_threads
+from layerscope_jax.experts.cpu import default_threads
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.rooms import Rooms
-from layerscope_jax.experts.transfers import LinkStats, Transfers
+from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.forecasts import Forecasts
-from layerscope_jax.generation import Request, Result, Token, encode_prompts, is_integer, make_requests
+from layerscope_jax.generation import Request, Result, Token, encode_prompts, make_requests
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.machine import cpu_device
 from layerscope_jax.machine_profile import costs_of
+from layerscope_jax.non_finite import why_not_finite
 from layerscope_jax.prediction import make_predictor
 from layerscope_jax.progress import progress_bar
 from layerscope_jax.resident import ResidentOnCpu
-from layerscope_jax.scheduling.baselines import POLICIES, Resident
-from layerscope_jax.scheduling.bounds import lower_bound_ms
+from layerscope_jax.scheduling.baselines import Resident, make_policy
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.guard import Guard
-from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Policy
-from layerscope_jax.statistics import RunStats
-from layerscope_jax.warmup import rehearsal
+from layerscope_jax.scheduling.plan import Geometry, Policy
+from layerscope_jax.statistics import RunStats, Times
+from layerscope_jax.turns import Turns
+from layerscope_jax.warmup import batch_of, rehearsal
 from layerscope_jax.whole import WholeModel, new_caches
+
+Turn = Callable[[], AbstractContextManager]
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,13 @@ class Engine:
     """Generates with a model whose experts live in host memory, within a budget of device memory.
 
     Whatever the budget and the policy, the tokens are the same; only the time differs. An engine keeps what
-    is resident from one call to the next. It is a context manager; leaving it ends its threads. One call at a
-    time: it is not made to be called from several threads at once.
+    is resident from one call to the next. It is a context manager; leaving it ends its threads.
+
+    Several threads may call one engine: they take turns. A call of `generate` is one turn, unless it is given
+    `on_token`; then, and with streams, each step is, so that calls may go on beside and within each other.
+    Tokens, plans and counts are each call's own. No setting of JAX's that a caller has made, in a `with`
+    statement or for the process, has a part in the tokens. In forks of the process, and in functions that JAX
+    traces, there can be no engine: both are refused.
 
     Args:
         model: from `layerscope_jax.load`.
@@ -83,17 +90,25 @@ class Engine:
         host_device: jax.Device | None = None,
         copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
     ):
+        check_parts(model, config, device, host_device, copy)
         self._rooms = Rooms(self)
+        self._turns = Turns(self._rooms.step)
         self._costs: HardwareProfile | None = None
+        self._error: str | None = None  # why logits were not finite, once they were
         self.model = model
-        self.config = config = config or OffloadConfig()
+        self.config = config or OffloadConfig()
         self.device = device or model.device
         if self.device != model.device:
             raise ValueError(
                 f"device must be the model's own, {model.device}, got {self.device}; "
                 "load the model with device= for another"
             )
-        bank = model.bank
+        with self._turns.turn():
+            self._build(host_device, copy)
+
+    def _build(self, host_device: jax.Device | None, copy: Callable[..., jax.Array]) -> None:
+        """Makes the rooms, and the runner that goes through them."""
+        model, config, bank = self.model, self.config, self.model.bank
         self.budget_bytes = (
             bank.total_bytes
             if config.device_budget is None
@@ -157,7 +172,7 @@ class Engine:
         *,
         batch_size: int = 32,
         progress: bool = False,
-        on_token: Callable[[Token], object] = lambda event: None,
+        on_token: Callable[[Token], object] | None = None,
         record_plans: bool = False,
         bound: bool = False,
         **settings: Any,
@@ -169,58 +184,67 @@ class Engine:
             batch_size: how many run at once. When some end, waiting ones take their slots while the others
                 go on (see `layerscope_jax.batching`).
             progress: whether to show a bar on stderr.
-            on_token: is given each token when it is known.
+            on_token: is given each token when it is known. It may use the engine itself; what it raises ends
+                the call.
             record_plans: whether to keep every layer's decision in the result.
             bound: whether to say which share of the least possible time the decode steps reached, by this
                 machine's costs; takes some seconds more.
             **settings: of `Request`, for prompts that are not one: max_new_tokens, temperature, top_k, top_p,
-                seed, stop_tokens.
+                seed, stop_tokens. There must be such a prompt.
 
         Raises:
-            ValueError: for settings out of range, for an empty or too long prompt, naming each, if the engine
-                was closed, and if a bound is asked for where no costs are known.
+            ValueError: for settings out of range or unknown, for an empty or too long prompt, naming each, if
+                the engine was closed, if a bound is asked for where no costs are known, and where there can
+                be no engine (see above).
             TransferError: if an expert could not be copied to the device.
         """
+        self._turns.check()
         requests = make_requests(prompts, settings)
+        check_options(on_token, progress=progress, record_plans=record_plans, bound=bound)
         if bound and self._costs is None:
             raise ValueError(
                 "a bound needs the costs of this machine: give OffloadConfig(profile=) what `layerscope "
                 "calibrate` measured, or a policy that weighs costs; and a budget with something to decide"
             )
-        plans: list[LayerPlan] = []
-        if isinstance(self.runner, LayerByLayer):
-            self.runner.record = plans.append if record_plans else None
-            self.runner.decoded = [] if bound else None
-        self.runner.reset()
-        times = Times()
-        tokens: list[list[int]] = [[] for _ in requests]
+        running = self._running(requests, batch_size)
+        account, times = Account([] if record_plans else None, [] if bound else None), Times()
+        errors: dict[int, str] = {}
         pieces: list[list[str]] = [[] for _ in requests]
-        finish = [""] * len(requests)
-        began = time.perf_counter()
-        with progress_bar(requests) if progress else nullcontext(lambda event: None) as advance:
-            for event in self._stream(requests, batch_size, times):
-                tokens[event.request].append(event.token)
-                pieces[event.request].append(event.text)
-                finish[event.request] = event.finish or ""
-                advance(event)
-                on_token(event)
-        total_s = time.perf_counter() - began
+        whole: Turn = self._turns.turn
+        each: Turn = nullcontext
+        if on_token is not None:  # which may call anybody, who may wait for a turn
+            whole, each = each, whole
+        with whole():
+            began = time.perf_counter()
+            with progress_bar(requests) if progress else nullcontext(lambda event: None) as advance:
+                for event in self._run(running, int(batch_size), account, times, each):
+                    pieces[event.request].append(event.text)
+                    if event.error is not None:
+                        errors[event.request] = event.error
+                    advance(event)
+                    if on_token is not None:
+                        on_token(event)
+            total_s = time.perf_counter() - began
+            with each():
+                count_for(self.runner, None)
+                stats = self._stats(account, times, running, total_s)
+        tokens, finish = [one.tokens for one in running], [one.finish or "" for one in running]
         return Result(
             texts=list(map("".join, pieces)),
             tokens=tokens,
             finish=finish,
-            stats=self._stats(times, tokens, total_s),
-            plans=plans,
+            stats=stats,
+            errors=errors,
+            plans=account.plans or [],
         )
 
     def stream(
         self, prompts: Sequence[str | Sequence[int] | Request], *, batch_size: int = 32, **settings: Any
     ) -> Iterator[Token]:
         """As `generate`, but yields each `Token` when it is known; bad input is refused at once."""
-        requests = make_requests(prompts, settings)
-        if isinstance(self.runner, LayerByLayer):
-            self.runner.record = self.runner.decoded = None
-        return self._stream(requests, batch_size, Times())
+        self._turns.check()
+        running = self._running(make_requests(prompts, settings), batch_size)
+        return self._run(running, int(batch_size), Account(), Times(), self._turns.turn)
 
     def warmup(
         self, *, prompt_tokens: int, batch_size: int = 32, new_tokens: int = 64, sampled: bool = False
@@ -252,30 +276,17 @@ class Engine:
         Raises:
             ValueError: for sizes that the model or `generate` does not take, or if the engine was closed.
         """
-        if not is_integer(prompt_tokens) or prompt_tokens < 1:
-            raise ValueError(f"prompt_tokens must be a whole number, 1 or more, got {prompt_tokens!r}")
-        if prompt_tokens >= (context := self.model.config.max_positions):
-            raise ValueError(
-                f"prompt_tokens must be less than the model's context of {context}, got {prompt_tokens}"
-            )
-        request = Request(
-            prompt=[0] * prompt_tokens,
-            max_new_tokens=new_tokens,
-            temperature=float(sampled),
-            stop_tokens=(),
-        )
-        runner = self.runner
-        with counted() as found:
-            try:
-                self.runner = rehearsal(runner)
-                batch = self._stream([request] * batch_size, batch_size, Times())
-                deque(islice(batch, 2 * batch_size), maxlen=0)  # a prefill and a decode step
-            finally:
-                self.runner = runner
+        requests = batch_of(self.model.config, prompt_tokens, batch_size, new_tokens, sampled)
+        running = self._running(requests, batch_size)
+        with self._turns.turn(), counted() as found:
+            steps = self._batch(running, int(batch_size), Times(), rehearsal(self.runner).step).run()
+            made = 0  # tokens: of all prefills, and of a decode step
+            while made < 2 * batch_size and (events := next(steps, None)) is not None:
+                made += len(events)
         return found
 
     def close(self) -> None:
-        """Ends the engine's threads, after the step that another thread may be at; it generates no more."""
+        """Ends the engine's threads; it generates no more. A step that another thread is at is waited for."""
         self._rooms.close()
 
     def __enter__(self) -> Engine:
@@ -288,60 +299,66 @@ class Engine:
         config = self.model.config
         return encode_prompts(requests, self.model.tokenizer, config.max_positions, config.vocab_size)
 
-    def _stream(self, requests: Sequence[Request], batch_size: int, times: Times) -> Iterator[Token]:
-        """Refuses bad input at once; the rest happens as tokens are asked for."""
+    def _running(self, requests: Sequence[Request], batch_size: int) -> list[Running]:
+        """The requests, as they are before their first step; refuses what no step can do."""
         self._check_open()
         if isinstance(self.runner, LayerByLayer):
             self.runner.forecasts.check()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        if not is_integer(batch_size) or batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {repr(batch_size)[:60]}")
         prompts = self._encode(requests)
         room = [self.model.config.max_positions - len(prompt) for prompt in prompts]
-        running = [
+        return [
             Running(index, request, prompt, min(request.max_new_tokens, left))
             for index, (request, prompt, left) in enumerate(zip(requests, prompts, room, strict=True))
         ]
-        return self._run(running, batch_size, times)
 
-    def _run(self, running: list[Running], batch_size: int, times: Times) -> Iterator[Token]:
-        if isinstance(self.runner, LayerByLayer):
-            self.runner.steps = 0
-        batch = Batch(
+    def _run(
+        self,
+        running: list[Running],
+        batch_size: int,
+        account: Account,
+        times: Times,
+        turn: Turn,
+    ) -> Iterator[Token]:
+        """Generates; `turn` is taken for each step, and given up before its tokens are."""
+
+        def step(*inputs: Any) -> Any:
+            return self.runner.step(*inputs)
+
+        steps = self._batch(running, batch_size, times, step).run()
+        while True:
+            with turn():
+                self._check_open()  # a stream may outlive its engine
+                count_for(self.runner, account)
+                events = next(steps, None)
+            if events is None:
+                return
+            yield from events
+
+    def _batch(
+        self, running: list[Running], batch_size: int, times: Times, step: Callable[..., Any]
+    ) -> Batch:
+        return Batch(
             running,
             batch_size,
-            self._step,
+            step,
             lambda rows, length: new_caches(self.model, rows, length, self.device),
             self.config.prefill_chunk,
             self.model.config.stop_tokens,
             self.model.tokenizer,
             times,
-        ).run()
-        while True:
-            with self._rooms.step:  # whoever closes the engine meanwhile waits for the end of it
-                event = next(batch, None)
-            if event is None:
-                return
-            yield event
+            self._why_not_finite,
+        )
 
-    def _step(self, *inputs: Any) -> Any:
-        self._check_open()  # a stream may outlive its engine
-        return self.runner.step(*inputs)
+    def _why_not_finite(self) -> str:
+        if self._error is None:  # looking through all weights takes as long as reading them
+            self._error = why_not_finite(self.model)
+        return self._error
 
     def _check_open(self) -> None:
         if self._rooms.closed:
             raise ValueError("the engine was closed; make a new Engine to generate more")
-
-    def _share_of_bound(self, decode_s: float) -> float | None:
-        demand = self.runner.decoded if isinstance(self.runner, LayerByLayer) else None
-        if not demand or self._costs is None:
-            return None
-        layers, experts = self._geometry.num_layers, self._geometry.num_experts
-        counts = np.zeros((len(demand) // layers, layers, experts), int)
-        for turn, tokens in enumerate(demand):
-            counts[turn // layers, turn % layers, list(tokens)] = list(tokens.values())
-        each = counts[:, 0].sum(1) // self._geometry.experts_per_token
-        least_ms = lower_bound_ms(counts, each.tolist(), self._geometry, self._costs.alone or self._costs)
-        return least_ms / (1e3 * decode_s)
 
     def text(self, tokens: list[int], finish: str, prompt: Sequence[int] = ()) -> str:
         """The text of new tokens behind a prompt's; a last token that ended it ("stop") is no part of it."""
@@ -349,70 +366,26 @@ class Engine:
             return ""
         return continuation(self.model.tokenizer, tokens, finish, prompt)
 
-    def _stats(self, times: Times, tokens: list[list[int]], total_s: float) -> RunStats:
-        runner, meter = self.runner, self.runner.meter
-        new_tokens = sum(map(len, tokens))
-        link, host, device = LinkStats(), WorkStats(), WorkStats()
-        peak, wasted, ways = self.model.bank.total_bytes, 0, None
+    def _stats(self, account: Account, times: Times, running: Sequence[Running], total_s: float) -> RunStats:
+        runner, share = self.runner, None
+        if account.decoded and self._costs is not None:
+            share = share_of_bound(account.decoded, self._geometry, self._costs, sum(times.decode_s))
+        known: dict[str, Any] = {"predictor": None, "ways": None, "share_of_bound": share}
+        peak = self.model.bank.total_bytes
         if isinstance(runner, LayerByLayer):
-            link, host, device = (
-                runner.transfers.stats,
-                runner.host_experts.stats,
-                runner.device_experts.stats,
-            )
-            peak, wasted = runner.residency.peak_bytes, runner.residency.unused_prefetch_bytes()
+            known["predictor"], peak = runner.forecasts.name, account.peak_bytes
             if isinstance(self.policy, Guard):
-                ways = self.policy.report(runner.state)
-        rows = host.rows + device.rows
-        experts = host.experts + device.experts
-        kernels = {name: n / experts for name, n in (host.by_kernel + device.by_kernel).items()}
-        used_prefetches = meter.on_time + meter.late
-        return RunStats(
+                known["ways"] = self.policy.report(runner.state)
+        return run_stats(
+            account,
+            times,
+            sum(len(one.tokens) for one in running),
+            total_s,
             policy=self.policy.name,
             mode=runner.mode,
             budget_bytes=self.budget_bytes,
             peak_expert_bytes=peak,
             predictor_bytes=runner.forecasts.kept_bytes if isinstance(runner, LayerByLayer) else 0,
-            prompts=len(tokens),
-            prompt_tokens=times.prompt_tokens,
-            new_tokens=new_tokens,
-            total_s=total_s,
-            ttft_s=float(np.mean(times.first_token_s)) if times.first_token_s else 0.0,
-            tpot_s=float(np.mean(times.decode_s)) if times.decode_s else 0.0,
-            tokens_per_s=new_tokens / total_s,
-            device_share=meter.device_busy_s / total_s,
-            host_share=host.busy_s / total_s,
-            link_share=link.busy_s / total_s,
-            hit_rate=meter.expert_hits / meter.experts if meter.experts else 1.0,
-            token_hit_rate=meter.token_hits / meter.tokens if meter.tokens else 1.0,
-            bytes_demand=link.demand_bytes,
-            bytes_prefetch=link.prefetch_bytes,
-            bytes_moved=link.demand_bytes + link.prefetch_bytes,
-            bytes_wasted=wasted,
-            predictor=runner.forecasts.name if isinstance(runner, LayerByLayer) else None,
-            forecast_recall=meter.foreseen / meter.foreseeable if meter.foreseeable else None,
-            prefetch_on_time=meter.on_time / used_prefetches if used_prefetches else None,
-            ways=ways,
-            share_of_bound=self._share_of_bound(sum(times.decode_s)),
-            padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
-            dispatches=host.dispatches + device.dispatches,
-            kernels=kernels | {"xla": 1 - sum(kernels.values())} if experts else None,
+            prompts=len(running),
+            **known,
         )
-
-
-def make_policy(policy: str | Policy) -> Policy:
-    """A policy from its name, or the object itself.
-
-    Raises:
-        ValueError: with the names there are, if it is neither.
-    """
-    if isinstance(policy, str) and policy in POLICIES:
-        return POLICIES[policy]()
-    parts = ("name", "uses_costs", "init", "plan")
-    if isinstance(policy, str | type) or not all(hasattr(policy, part) for part in parts):
-        hint = "; make an object of the class" if isinstance(policy, type) else ""
-        raise ValueError(
-            f"policy must be one of {', '.join(sorted(POLICIES))} or a Policy object, with "
-            f"{', '.join(parts)}, got {policy!r}{hint}"
-        )
-    return policy

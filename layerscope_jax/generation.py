@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from layerscope_jax.config import is_integer
 from layerscope_jax.scheduling.plan import LayerPlan
 from layerscope_jax.statistics import RunStats
 
@@ -56,17 +59,15 @@ class Request:
             raise ValueError("; ".join(problems))
 
 
-def is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def is_number(value: Any) -> bool:
     return is_integer(value) or isinstance(value, float | np.floating)
 
 
 def are_ids(value: Any) -> bool:
-    """Whether it holds whole numbers and can be read more than once."""
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+    """Whether it holds whole numbers, in an order, and can be read more than once."""
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and (value.dtype.kind in "iu" or not value.size)
+    if not is_list(value):
         return False
     try:
         return all(not isinstance(token, bool) and operator.index(token) is not None for token in value)
@@ -74,9 +75,18 @@ def are_ids(value: Any) -> bool:
         return False
 
 
+def is_list(value: Any) -> bool:
+    """Whether it holds things in an order that can be gone through more than once; a text is none."""
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | bytearray | Mapping | Set)
+
+
 def is_text(value: str) -> bool:
     """Whether all of it are characters: half a surrogate pair, which may stand for a wrong byte, is none."""
-    return not any("\ud800" <= char <= "\udfff" for char in value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -85,15 +95,18 @@ class Token:
 
     Attributes:
         request: index of its prompt.
-        token: its id.
+        token: its id; -1, which is no token, with an error.
         text: what it adds to the text; empty while a later token may still change it, or without a tokenizer.
-        finish: None, or why the request ended with it: "stop" or "length".
+        finish: None, or why the request ended with it: "stop", "length", or "error" where the logits held NaN
+            or infinity.
+        error: with an error, a sentence on its cause.
     """
 
     request: int
     token: int
     text: str
     finish: str | None
+    error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +116,9 @@ class Result:
     Attributes:
         texts: continuations ("" without a tokenizer), stop tokens left out.
         tokens: their ids, a stop token included.
-        finish: "stop" or "length" each.
+        finish: "stop", "length" or "error" each; after an error texts and tokens are those before it.
         stats: of the whole call.
+        errors: what went wrong, by the index of the prompt: a sentence for each "error".
         plans: every layer's decision, if asked for; none where all is resident and a step is one function.
     """
 
@@ -112,6 +126,7 @@ class Result:
     tokens: list[list[int]]
     finish: list[str]
     stats: RunStats
+    errors: dict[int, str] = field(default_factory=dict)
     plans: list[LayerPlan] = field(default_factory=list, repr=False)
 
 
@@ -121,10 +136,12 @@ def encode_prompts(
     """Token ids of every prompt.
 
     Raises:
-        ValueError: naming every prompt that is empty, too long, no text or outside the vocabulary.
+        ValueError: naming every prompt that is empty, too long, no text or outside the vocabulary, as its
+            stop tokens may be.
     """
     prompts, problems = [], []
     for index, request in enumerate(requests):
+        ids: list[int] | None
         if isinstance(request.prompt, str):
             if tokenizer is None:
                 raise ValueError(
@@ -136,23 +153,47 @@ def encode_prompts(
                     "UTF-8), which is no character"
                 )
                 continue
-            ids = tokenizer.encode(request.prompt).ids
+            ids = encode_within(tokenizer, request.prompt, max_positions)
+            count = f"more than {max_positions}" if ids is None else str(len(ids))
         else:
-            ids = [operator.index(token) for token in request.prompt]
-        outside = [token for token in ids if not 0 <= token < vocab_size]
-        if not ids:
-            problems.append(f"prompt {index} is empty; it needs at least one token")
-        if len(ids) >= max_positions:
+            count = str(len(request.prompt))
+            too_many = len(request.prompt) >= max_positions  # they need not be looked at one by one
+            ids = None if too_many else [operator.index(token) for token in request.prompt]
+        if ids is None or len(ids) >= max_positions:
             problems.append(
-                f"prompt {index} has {len(ids)} tokens; the model's context holds {max_positions} "
+                f"prompt {index} has {count} tokens; the model's context holds {max_positions} "
                 "with at least one new one: shorten it"
             )
-        if outside:
-            problems.append(f"prompt {index} has ids outside 0..{vocab_size - 1}: {outside[:5]}")
+            continue
+        if not ids:
+            problems.append(f"prompt {index} is empty; it needs at least one token")
+        for what, tokens in (("ids", ids), ("stop_tokens", request.stop_tokens or ())):
+            outside = [int(token) for token in tokens if not 0 <= token < vocab_size]
+            if outside:
+                problems.append(f"prompt {index} has {what} outside 0..{vocab_size - 1}: {outside[:5]}")
         prompts.append(ids)
     if problems:
         raise ValueError("; ".join(problems))
     return prompts
+
+
+MARGIN = 1024
+"""Tokens by which cutting a text may raise their number, and far more: only those at the cut can change."""
+
+
+def encode_within(tokenizer: Tokenizer, text: str, most: int) -> list[int] | None:
+    """Token ids of a text, or None where they are certainly more than `most`.
+
+    A text that is far too long is not tokenised whole, which takes minutes and gigabytes: only more and more
+    of its beginning, until that alone has twice the tokens that there may be. What a tokenizer makes of long
+    runs of spaces, or drops, is so counted as it counts it.
+    """
+    size = 16 * (most + MARGIN)
+    while size < len(text):
+        if len(tokenizer.encode(text[:size]).ids) > 2 * most + MARGIN:
+            return None
+        size *= 4
+    return tokenizer.encode(text).ids
 
 
 def make_requests(
@@ -160,16 +201,60 @@ def make_requests(
 ) -> list[Request]:
     """One `Request` a prompt.
 
+    Args:
+        prompts: as of `Engine.generate`.
+        settings: for those that are no `Request`s.
+
     Raises:
-        ValueError: if there is no prompt, or something else was given than a list of prompts.
+        ValueError: if there is no prompt, or something else was given than a list of prompts; for settings
+            that there are not, and for any if all prompts are `Request`s, which have their own.
     """
-    if isinstance(prompts, str | bytes | Request) or not isinstance(prompts, Collection):
-        raise ValueError(f"prompts must be a list of prompts, got {str(prompts)[:40]!r}; put it in a list")
+    named = [setting.name for setting in fields(Request) if setting.name != "prompt"]
+    unknown = []
+    for name in settings:
+        if name not in named:
+            near = difflib.get_close_matches(name, named, 1)
+            unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if unknown:
+        raise ValueError(f"expected settings among {', '.join(named)}, got {', '.join(unknown)}")
+    if isinstance(prompts, Request) or not is_list(prompts):
+        raise ValueError(
+            f"prompts must be a list of prompts, got {str(prompts)[:40]!r}{kind_of(prompts)}; "
+            "put it in a list"
+        )
+    if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 0:
+        raise ValueError(f"prompts must be a list of prompts, got the number {prompts}; put it in a list")
     if not len(prompts):
         raise ValueError("prompts must hold at least one prompt, got an empty list")
-    if any(isinstance(prompt, int | np.integer) for prompt in prompts):
+    if any(isinstance(prompt, int | np.integer) or getattr(prompt, "ndim", 1) == 0 for prompt in prompts):
         raise ValueError(
             f"prompts must be a list of prompts, each text or a list of token ids, got {str(prompts)[:40]}; "
             "put the ids of a lone prompt in a list of their own"
         )
-    return [p if isinstance(p, Request) else Request(prompt=p, **settings) for p in prompts]
+    if settings and all(isinstance(prompt, Request) for prompt in prompts):
+        raise ValueError(
+            f"{', '.join(settings)} cannot be given beside prompts that are all Requests, whose own settings "
+            "are used; set it in each Request"
+        )
+    Request(prompt="", **settings)  # what is wrong with these is no prompt's fault
+    return [
+        prompt if isinstance(prompt, Request) else _request(index, prompt, settings)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def kind_of(value: Any) -> str:
+    """What is wrong with a collection that is no list, in words; nothing to say of others."""
+    if isinstance(value, Mapping):
+        return ", a dict, whose keys are no list"
+    return ", a set, which has no order" if isinstance(value, Set) else ""
+
+
+def _request(index: int, prompt: Any, settings: dict[str, Any]) -> Request:
+    if isinstance(prompt, jax.Array) and not isinstance(prompt, jax.core.Tracer):
+        prompt = np.asarray(prompt)
+    if not (isinstance(prompt, str) or are_ids(prompt)):
+        raise ValueError(
+            f"prompt {index} must be text, a list of token ids or a Request, got {repr(prompt)[:60]}"
+        )
+    return Request(prompt=prompt, **settings)

@@ -19,12 +19,11 @@ from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.attention import our_loops
 from layerscope_jax.experts.combining import add_experts
 from layerscope_jax.experts.compute import finish_all
-from layerscope_jax.experts.cpu import WorkStats
 from layerscope_jax.experts.executors import HostExperts, SharedExperts, device_experts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.threads import Job
-from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
+from layerscope_jax.experts.transfers import TransferError, Transfers
 from layerscope_jax.forecasts import Forecasts, counted_rows, expected_tokens
 from layerscope_jax.models.decoder import Decoder, DecoderLayer
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
@@ -47,6 +46,7 @@ class LayerByLayer:
         forecasts: what is expected of the coming layers.
 
     Attributes:
+        account: of the call that it counts for (`layerscope_jax.accounts`).
         record: is given every plan, if not None.
         decoded: takes the demand of each layer of each decode step, if not None.
         tap: is given each layer's number, the inputs [T, D] of its experts, the chosen experts [T, K] and
@@ -76,6 +76,7 @@ class LayerByLayer:
         self.host_experts = host_experts
         self.forecasts = forecasts
         self.meter = Meter()
+        self.account: Any = None
         self.steps = 0
         self.record: Callable[[LayerPlan], None] | None = None
         self.decoded: list[dict[int, int]] | None = None
@@ -320,14 +321,6 @@ class LayerByLayer:
             else:
                 copied = jax.device_put(self.model.bank[expert], self.transfers.sharding)
                 self.residency.arrive(expert, jax.block_until_ready(copied))
-
-    def reset(self) -> None:
-        """Begins the statistics anew; what is resident stays."""
-        self.meter = Meter()
-        self.transfers.stats = LinkStats()
-        self.device_experts.stats = WorkStats()
-        self.host_experts.stats = WorkStats()
-        self.residency.reset()
 
 
 class Between(NamedTuple):

@@ -7,6 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layerscope_jax.jax_settings import PRNG
+
+NO_TOKEN = -1
+"""Stands for the token of a row whose logits are no numbers to choose by."""
+
 
 class Sampling(NamedTuple):
     """How each row of a batch picks its tokens."""
@@ -30,7 +35,9 @@ def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) -
         sampling: None if every row is greedy: skips the sort.
 
     Returns:
-        [B] int32; the likeliest token where the temperature is 0, the lowest id among equals.
+        [B] int32; the likeliest token where the temperature is 0, the lowest id among equals. `NO_TOKEN`
+        where a row's largest logit is not finite: where there is NaN or plus infinity, or nothing else than
+        minus infinity.
 
     >>> logits = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
     >>> sample(logits, jnp.array([4]), None)
@@ -39,6 +46,13 @@ def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) -
     >>> sample(logits, jnp.array([4]), row)  # only the likeliest is left
     Array([0], dtype=int32)
     """
+    # Behind a barrier this is not fused with what made the logits, whose bits must not change by it.
+    best = jax.lax.optimization_barrier(logits).max(axis=-1)  # NaN where there is one
+    return jnp.where(jnp.isfinite(best), _pick(logits, positions, sampling), NO_TOKEN)
+
+
+def _pick(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) -> jax.Array:
+    """As `sample`, where there are numbers to choose by."""
     greedy = jax.lax.top_k(logits, 1)[1][:, 0]  # as `argmax`, which takes up to four times as long on CPUs
     if sampling is None:
         return greedy
@@ -54,8 +68,11 @@ def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) -
     ranked = jnp.where((before < sampling.top_p[:, None]) | (rank == 0), ranked, -jnp.inf)
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), position)
-        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+        # What `jax.random.key(seed)` is, but for settings that choose another kind of keys or add to seeds.
+        key = jax.random.wrap_key_data(jnp.stack([jnp.zeros_like(seed), seed]), impl=PRNG)
+        return jax.random.gumbel(
+            jax.random.fold_in(key, position), logits.shape[-1:], jnp.float32, mode="low"
+        )
 
     drawn = jnp.take_along_axis(jax.vmap(noise)(sampling.seed, positions), token, axis=-1)
     best = jnp.argmax(ranked + drawn, axis=-1, keepdims=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from layerscope_jax.scheduling.plan import ExpertId, Observation
@@ -54,6 +54,22 @@ class Meter:
         self.layers += layers
         self.experts, self.expert_hits = self.experts + experts, self.expert_hits + experts
         self.tokens, self.token_hits = self.tokens + tokens, self.token_hits + tokens
+
+
+@dataclass
+class Times:
+    """Measured while generating.
+
+    Attributes:
+        prompt_tokens: of the requests that were prefilled.
+        first_token_s: of each request: from the start of the call, so waiting for a slot counts.
+        decode_s: of each decode step, in which every running request gets one token. Prefills between decode
+            steps are in none of them.
+    """
+
+    prompt_tokens: int = 0
+    first_token_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

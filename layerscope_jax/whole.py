@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,7 @@ class WholeModel:
 
     def __init__(self, model: Model):
         self.meter = Meter()
+        self.account: Any = None
         graphdef, variables = nnx.split(model.whole())
         self.params = nnx.to_pure_dict(variables)
         self.run = program(graphdef)
@@ -80,10 +82,6 @@ class WholeModel:
         found[0].block_until_ready()
         self.meter.device_busy_s += time.perf_counter() - began
         return found
-
-    def reset(self) -> None:
-        """Begins the statistics anew."""
-        self.meter = Meter()
 
 
 @functools.lru_cache(maxsize=16)

@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.jax_settings import random_key
 from predictor.network import (
     GroupConfig,
     LayerNetwork,
@@ -68,7 +69,7 @@ def first_params(model: ModelIdentity, found: Mapping[str, Stack], look_ahead: i
     """Drawn layer by layer, each from a seed of its own."""
 
     def draw(stack: Stack, layer: int) -> Any:
-        rngs = nnx.Rngs(seed * 1009 + layer)
+        rngs = nnx.Rngs(random_key(seed * 1009 + layer))
         network = LayerNetwork(stack.components, model.num_experts, look_ahead, stack.config, rngs)
         return nnx.to_pure_dict(nnx.split(network)[1])
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layerscope_jax.files import read_json, replace_files
+from layerscope_jax.jax_settings import random_key
 from layerscope_jax.traces import Passage, Trace
 from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
 from predictor.llapor import LLaPor
@@ -179,7 +180,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
             order = np.random.default_rng((config.seed, at.epoch)).permutation(len(rows))
             for index in range(at.step - at.epoch * steps_an_epoch, steps_an_epoch):
                 picked = np.sort(order[index * config.batch : (index + 1) * config.batch])
-                key = jax.random.fold_in(jax.random.key(config.seed), at.step)
+                key = jax.random.fold_in(random_key(config.seed), at.step)
                 params, state, value = train_step(params, state, batch_of(rows, picked), key)
                 at.step += 1
                 if at.step % 10 == 0:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from layerscope_jax.jax_settings import random_key
 from predictor.llapor import LLaPor
 from predictor.routers import Routers
 from predictor.step import Batch, input_scale, make_steps, priors
@@ -203,7 +204,7 @@ class Tuner:
         state[-1].hyperparams["learning_rate"] = jnp.float32(self._rate)
         for _ in range(self.config.steps):
             picked = self._rng.integers(len(rows.has_next), size=self.config.batch)
-            key = jax.random.key(int(self._rng.integers(2**31)))
+            key = random_key(int(self._rng.integers(2**31)))
             params, state, _ = self._train(params, state, part(rows, picked), key)
         return params
 

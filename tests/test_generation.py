@@ -56,6 +56,7 @@ class Dictation:
 
     def __init__(self, rows):
         self.rows, self.said = rows, -1
+        self.account = self.meter = None
 
     def step(self, tokens, positions, last, caches, sampling):
         self.said += 1
@@ -91,9 +92,10 @@ def test_texts_and_their_ids_are_the_same_prompt(engine, model):
 def test_each_request_has_its_own_length(engine):
     long = engine.generate([PROMPTS[0]] * 4, max_new_tokens=9).tokens[0]
     requests = [Request(prompt=PROMPTS[0], max_new_tokens=count) for count in (1, 9, 2, 5)]
-    result = engine.generate(requests, max_new_tokens=7)  # settings are for prompts that are no requests
-    assert result.tokens == [long[:1], long, long[:2], long[:5]]
-    assert result.stats.new_tokens == 17
+    # Settings are for prompts that are no requests.
+    result = engine.generate([*requests, PROMPTS[0]], max_new_tokens=7)
+    assert result.tokens == [long[:1], long, long[:2], long[:5], long[:7]]
+    assert result.stats.new_tokens == 24
 
 
 def test_a_stop_token_ends_its_own_request(engine):
@@ -303,9 +305,9 @@ def test_sampling_with_one_choice_is_greedy(layers, settings):
         (b"Call me", "list of prompts"),
         (5, "list of prompts, got '5'"),
         ((prompt for prompt in [[1]]), "list of prompts, got '<generator.*put it in a list"),
-        ([None], "prompt must be text or a list of token ids, got None"),
-        ([[1.5]], r"prompt must be text or a list of token ids, got \[1.5\]"),
-        ([b"ab"], "prompt must be text or a list of token ids, got b'ab'"),
+        ([None], "prompt 0 must be text, a list of token ids or a Request, got None"),
+        ([[1], [1.5]], r"prompt 1 must be text, a list of token ids or a Request, got \[1.5\]"),
+        ([b"ab"], "prompt 0 must be text, a list of token ids or a Request, got b'ab'"),
         (["a", "a\udcffb"], "prompt 1 holds half a surrogate pair.*a byte that is not UTF-8"),
         ([[]], "prompt 0 is empty"),
         ([[1], ""], "prompt 1 is empty"),

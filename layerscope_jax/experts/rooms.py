@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ class Rooms:
 
     def __init__(self, engine: object):
         self.closed = False
+        self._process = os.getpid()
         self.step = threading.RLock()
         self._rooms: list[Room] = []
         # At exit by `atexit` itself, in the reverse order of registering: JAX has registered before. When
@@ -68,6 +70,8 @@ class Rooms:
             BaseException: the first that closing a room ended with.
         """
         self.closed = True
+        if os.getpid() != self._process:  # a fork has none of the threads
+            return
         failures = []
         entered = self.step.acquire(timeout=PATIENCE_S)
         try:
@@ -84,5 +88,7 @@ class Rooms:
                 self.step.release()
 
     def _exit(self) -> None:
+        if os.getpid() != self._process:
+            return
         self.step.acquire(timeout=PATIENCE_S)  # for good: no other thread begins a step any more
         self.close()

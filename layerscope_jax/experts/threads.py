@@ -7,6 +7,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread
 
+from layerscope_jax.jax_settings import settle_thread
+
 
 class Job:
     """Parts of a call, by number, for threads to take.
@@ -145,6 +147,7 @@ class Helpers:
                 thread.join()
 
     def _serve(self) -> None:
+        settle_thread()
         while (part := self._calls.get()) is not None:
             part[0].do(part[1])
             del part  # and the arrays that it holds: a thread that waits at exit must not be their last owner

@@ -13,6 +13,7 @@ import jax
 
 from layerscope_jax.experts.bank import ExpertBank, device_sharding
 from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.jax_settings import settle_thread
 from layerscope_jax.scheduling.plan import ExpertId
 
 MATRICES = len(ExpertWeights._fields)
@@ -263,6 +264,7 @@ class Transfers:
     # ---- the link's thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        settle_thread()
         try:
             self._carry()
         except BaseException as error:  # a fault of ours: whoever waits is to hear of it

@@ -8,7 +8,7 @@ from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.demand import busiest_first, need_a_layer, present
 from layerscope_jax.scheduling.guard import Guard
 from layerscope_jax.scheduling.hybrid import BandwidthSplit, Fiddler
-from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation, Policy
 from layerscope_jax.scheduling.prefetching import Fate, Klotski, ProMoE
 from layerscope_jax.scheduling.presched import PreSched
 from layerscope_jax.scheduling.presched_paper import PaperPreSched
@@ -94,3 +94,21 @@ FORECASTING = frozenset(
     policy.name for policy in (HybriMoE, DALI, Fate, ProMoE, Klotski, PaperPreSched, PreSched, Guard)
 )
 """Those that make use of a predictor."""
+
+
+def make_policy(policy: str | Policy) -> Policy:
+    """A policy from its name, or the object itself.
+
+    Raises:
+        ValueError: with the names there are, if it is neither.
+    """
+    if isinstance(policy, str) and policy in POLICIES:
+        return POLICIES[policy]()
+    parts = ("name", "uses_costs", "init", "plan")
+    if isinstance(policy, str | type) or not all(hasattr(policy, part) for part in parts):
+        hint = "; make an object of the class" if isinstance(policy, type) else ""
+        raise ValueError(
+            f"policy must be one of {', '.join(sorted(POLICIES))} or a Policy object, with "
+            f"{', '.join(parts)}, got {policy!r}{hint}"
+        )
+    return policy

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.files import read_json, write_text
+from layerscope_jax.jax_settings import random_key
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.layers import Routing
 from layerscope_jax.training.data import PackedTokens
@@ -170,7 +171,7 @@ def train(config: TrainConfig) -> Params:
     config.out.mkdir(parents=True, exist_ok=True)
     check_same_run(config)
 
-    model = Decoder(config.model_config(vocab_size), rngs=nnx.Rngs(config.seed))
+    model = Decoder(config.model_config(vocab_size), rngs=nnx.Rngs(random_key(config.seed)))
     graphdef, variables = nnx.split(model)
     params = nnx.to_pure_dict(variables)
     update = optimizer(config)

@@ -1,0 +1,79 @@
+"""JAX's settings under which an engine computes: its own, whatever its caller's are.
+
+Tokens are not to hang on a setting that a caller made for something else, in a `with` statement or for the
+whole process: another type of numbers, other products, other randomness, another mesh. So each turn of an
+engine changes those back that are not as they should be, for its own thread and its own time. How strictly
+types and ranks are promoted stays the caller's: the engine leaves none to be promoted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from operator import attrgetter
+from typing import Any
+
+import jax
+
+PRNG = "threefry2x32"
+"""The implementation of random numbers, by JAX's name: whoever makes a key names it."""
+
+GUARDED = "jax_transfer_guard_host_to_device", "jax_transfer_guard_device_to_host"
+
+OURS: dict[str, tuple[tuple[Any, ...], Callable[[], AbstractContextManager]]] = {
+    "jax_enable_x64": ((False,), lambda: jax.enable_x64(False)),
+    "jax_disable_jit": ((False,), lambda: jax.disable_jit(False)),
+    "jax_debug_nans": ((False,), lambda: jax.debug_nans(False)),
+    "jax_debug_infs": ((False,), lambda: jax.debug_infs(False)),
+    "jax_default_matmul_precision": ((None,), lambda: jax.default_matmul_precision(None)),
+    "jax_default_device": ((None,), lambda: jax.default_device(None)),
+    "jax_threefry_partitionable": ((True,), lambda: jax.threefry_partitionable(True)),
+    GUARDED[0]: ((None, "allow"), lambda: jax.transfer_guard("allow")),
+    GUARDED[1]: ((None, "allow"), lambda: jax.transfer_guard("allow")),
+}
+"""Settings that numbers, or whether there are any, hang on: values that leave all as it should be, and how to
+get there."""
+
+_values = attrgetter(*OURS)
+_ALLOWED = [allowed for allowed, _ in OURS.values()]
+_NOTHING = nullcontext()
+_of_thread = threading.local()
+
+
+def own_settings() -> AbstractContextManager:
+    """Within, on this thread, nothing hangs on the caller's settings; costs little where they are as ours."""
+    changed = [
+        change
+        for value, allowed, (_, change) in zip(_values(jax.config), _ALLOWED, OURS.values(), strict=True)
+        if value not in allowed
+    ]
+    if not jax.sharding.get_abstract_mesh().empty or not jax.sharding.get_mesh().empty:
+        changed.append(without_mesh)
+    return _all_of(changed) if changed else _NOTHING
+
+
+def random_key(seed: int) -> jax.Array:
+    """A key of our own kind, whatever kind JAX makes by default."""
+    return jax.random.key(seed, impl=PRNG)
+
+
+def without_mesh() -> AbstractContextManager:
+    context: Any = jax.set_mesh(None)  # type: ignore[arg-type]
+    return context
+
+
+def settle_thread() -> None:
+    """Gives the thread that calls, one of ours, these settings for all its life."""
+    _of_thread.settings = _all_of([change for _, change in OURS.values()])
+
+
+def _all_of(changes: list[Callable[[], AbstractContextManager]]) -> ExitStack:
+    stack = ExitStack()
+    try:
+        for change in changes:
+            stack.enter_context(change())
+    except BaseException:
+        stack.close()
+        raise
+    return stack

@@ -1,0 +1,277 @@
+"""One engine, several callers: threads, streams in turns, and calls from within a call."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from helpers import PROMPTS, in_time, one_jit, spelling_model
+
+from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+KINDS = ["resident", "host-only", "lru", "auto", "whole"]
+
+
+def config_of(kind, model):
+    budget = 9 * model.bank.expert_bytes
+    return {
+        "resident": OffloadConfig(),
+        "whole": OffloadConfig(),
+        "host-only": OffloadConfig(policy="host-only"),
+        "lru": OffloadConfig(policy="lru", device_budget=budget),
+        "auto": OffloadConfig(device_budget=budget),
+    }[kind]
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """One of each kind, made when it is first asked for."""
+    made = {}
+
+    def engine(kind):
+        if kind not in made:
+            with one_jit(kind == "whole"):
+                made[kind] = Engine(spelling_model(), config_of(kind, spelling_model()))
+        return made[kind]
+
+    yield engine
+    for one in made.values():
+        one.close()
+
+
+@pytest.fixture(params=KINDS)
+def engine(request, engines):
+    return engines(request.param)
+
+
+CALLS = [PROMPTS[:2], PROMPTS[2:], PROMPTS[1:3], PROMPTS]
+
+
+def meeting(engine, monkeypatch, parties):
+    """Whoever comes into a step waits there for others to come in too, for a while; says who ever met."""
+    step, inside, met = engine.runner.step, [], []
+    arrived = threading.Semaphore(0)
+
+    def waiting(*inputs):
+        inside.append(threading.get_ident())
+        if len(inside) < parties:
+            arrived.acquire(timeout=0.05)  # nobody comes where calls take turns
+        else:
+            arrived.release()
+        met.append(len(set(inside)))
+        try:
+            return step(*inputs)
+        finally:
+            inside.remove(threading.get_ident())
+
+    monkeypatch.setattr(engine.runner, "step", waiting)
+    return met
+
+
+def test_threads_take_turns(engine, monkeypatch):
+    expected = [engine.generate(prompts, max_new_tokens=4) for prompts in CALLS]
+    met = meeting(engine, monkeypatch, 2)
+    with ThreadPoolExecutor(len(CALLS)) as pool:
+        calls = [
+            pool.submit(engine.generate, prompts, max_new_tokens=4, record_plans=True) for prompts in CALLS
+        ]
+        results = [in_time(call.result) for call in calls]
+    assert [result.tokens for result in results] == [result.tokens for result in expected]
+    assert set(met) == {1}
+    for result, alone in zip(results, expected, strict=True):
+        assert result.stats.prompt_tokens == alone.stats.prompt_tokens
+        steps = [plan.step for plan in result.plans]
+        if steps:
+            assert steps == [step for step in range(4) for _ in range(2)]
+        assert result.stats.device_share < 1.1
+        assert result.stats.token_hit_rate <= 1
+
+
+def test_streams_of_several_threads_take_turns(engine, monkeypatch):
+    expected = [engine.generate(prompts, max_new_tokens=4).tokens for prompts in CALLS]
+    met = meeting(engine, monkeypatch, 2)
+
+    def read(prompts):
+        tokens = [[] for _ in prompts]
+        for event in engine.stream(prompts, max_new_tokens=4):
+            tokens[event.request].append(event.token)
+        return tokens
+
+    with ThreadPoolExecutor(len(CALLS)) as pool:
+        assert in_time(lambda: list(pool.map(read, CALLS))) == expected
+    assert set(met) == {1}
+
+
+def test_two_streams_are_read_in_turns_by_two_threads(engine):
+    expected = engine.generate(PROMPTS[:2], max_new_tokens=5, batch_size=1).tokens
+    streams = [engine.stream([prompt], max_new_tokens=5, batch_size=1) for prompt in PROMPTS[:2]]
+    tokens = [[], []]
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for _ in range(5):
+            for pool, stream, found in zip((one, other), streams, tokens, strict=True):
+                found.append(pool.submit(next, stream).result(60).token)
+    assert tokens == expected
+
+
+def test_steps_are_each_streams_own():
+    """Recorded plans can be replayed by two streams in turns: their steps are not counted together."""
+    model = spelling_model()
+    budget = OffloadConfig(policy="lru", device_budget=9 * model.bank.expert_bytes)
+    with Engine(model, budget) as engine:
+        recorded = engine.generate(PROMPTS[:1], max_new_tokens=4, record_plans=True)
+    again = OffloadConfig(policy=Replay(recorded.plans), device_budget=budget.device_budget)
+    with Engine(model, again) as engine:
+        first, second = (engine.stream(PROMPTS[:1], max_new_tokens=4) for _ in range(2))
+        tokens = [(a.token, b.token) for a, b in zip(first, second, strict=True)]
+    assert [list(each) for each in zip(*tokens, strict=True)] == recorded.tokens * 2
+
+
+def test_generate_while_a_stream_is_held(engine):
+    expected = engine.generate(PROMPTS, max_new_tokens=5).tokens
+    stream = engine.stream(PROMPTS[:2], max_new_tokens=5, batch_size=2)
+    first = next(stream)
+    result = in_time(lambda: engine.generate(PROMPTS, max_new_tokens=5, record_plans=True))
+    assert result.tokens == expected
+    assert result.stats.prompt_tokens == 23
+    tokens = [[], []]
+    for event in [first, *stream]:
+        tokens[event.request].append(event.token)
+    assert tokens == engine.generate(PROMPTS[:2], max_new_tokens=5).tokens
+
+
+def test_generate_from_within_on_token(engine):
+    """By the same thread, by another that this one waits for, and a stream's steps too."""
+    alone = engine.generate(PROMPTS[:2], max_new_tokens=4, record_plans=True)
+    other = engine.generate(PROMPTS[2:], max_new_tokens=3, record_plans=True)
+    stream = engine.stream(PROMPTS[:1], max_new_tokens=9)
+    inner = []
+
+    def on_token(event):
+        def call():
+            return engine.generate(PROMPTS[2:], max_new_tokens=3, record_plans=True)
+
+        if event.request == 0 and len(inner) < 3:
+            inner.append(call())
+            with ThreadPoolExecutor(1) as pool:
+                inner.append(pool.submit(call).result(60))
+            next(stream)
+
+    result = in_time(
+        lambda: engine.generate(PROMPTS[:2], max_new_tokens=4, record_plans=True, on_token=on_token)
+    )
+    assert result.tokens == alone.tokens
+    assert len(inner) == 4
+    for found, expected in [(result, alone), *((each, other) for each in inner)]:
+        assert found.tokens == expected.tokens
+        assert [(p.step, p.layer) for p in found.plans] == [(p.step, p.layer) for p in expected.plans]
+        assert found.stats.prompt_tokens == expected.stats.prompt_tokens
+        assert found.stats.new_tokens == expected.stats.new_tokens
+        assert (found.stats.kernels is None) == (expected.stats.kernels is None)
+
+
+def test_counts_are_each_calls_own(engines):
+    """Experts computed in a call are its own, whatever is called from within it."""
+    engine = engines("host-only")
+    alone, nested = [], []
+
+    def experts(result):
+        return sum(len(plan.host) for plan in result.plans), result.stats.dispatches
+
+    prompts = {"max_new_tokens": 4, "record_plans": True}
+    alone = [engine.generate(PROMPTS[:2], **prompts), engine.generate(PROMPTS[2:], **prompts)]
+
+    def on_token(event):
+        if not nested:
+            nested.append(engine.generate(PROMPTS[2:], **prompts))
+
+    outer = engine.generate(PROMPTS[:2], on_token=on_token, **prompts)
+    assert [experts(outer), experts(nested[0])] == [experts(each) for each in alone]
+
+
+def test_warmup_beside_a_call_and_within_one(engine):
+    expected = engine.generate(PROMPTS[:2], max_new_tokens=4).tokens
+
+    def on_token(event):
+        engine.warmup(batch_size=2, prompt_tokens=14, new_tokens=4)
+
+    assert (
+        in_time(lambda: engine.generate(PROMPTS[:2], max_new_tokens=4, on_token=on_token)).tokens == expected
+    )
+    runner = engine.runner
+    with ThreadPoolExecutor(2) as pool:
+        warm = pool.submit(engine.warmup, batch_size=2, prompt_tokens=14, new_tokens=4)
+        call = pool.submit(engine.generate, PROMPTS[:2], max_new_tokens=4)
+        warm.result(60)
+        assert call.result(60).tokens == expected
+    assert engine.runner is runner
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"), [("resident", "generate"), ("whole", "stream"), ("lru", "generate"), ("lru", "stream")]
+)
+def test_closing_while_another_thread_generates(kind, call, monkeypatch):
+    """The step goes on to its end, the call is told, and nobody hangs."""
+    model = spelling_model()
+    with one_jit(kind == "whole"):
+        engine = Engine(model, config_of(kind, model))
+    step, begun, closing = engine.runner.step, threading.Event(), threading.Event()
+
+    def slow(*inputs):
+        begun.set()
+        assert closing.wait(60)
+        return step(*inputs)
+
+    monkeypatch.setattr(engine.runner, "step", slow)
+    with ThreadPoolExecutor(2) as pool:
+        calls = {"stream": lambda: list(engine.stream(PROMPTS)), "generate": lambda: engine.generate(PROMPTS)}
+        running = pool.submit(calls[call])
+        assert begun.wait(60)
+        ended = pool.submit(engine.close)
+        while not engine._closed:
+            pass
+        closing.set()
+        with pytest.raises(ValueError, match="the engine was closed; make a new Engine"):
+            running.result(60)
+        ended.result(60)
+
+
+def test_an_exception_of_on_token_passes_through(engine):
+    expected = engine.generate(PROMPTS, max_new_tokens=4).tokens
+
+    class Mine(Exception):
+        pass
+
+    def on_token(event):
+        raise Mine("mine")
+
+    for _ in range(2):
+        with pytest.raises(Mine, match=r"^mine$"):
+            engine.generate(PROMPTS, max_new_tokens=4, on_token=on_token)
+        assert engine.generate(PROMPTS, max_new_tokens=4).tokens == expected
+    with ThreadPoolExecutor(1) as pool:  # no turn was kept
+        assert pool.submit(engine.generate, PROMPTS, max_new_tokens=4).result(60).tokens == expected
+
+
+def test_a_policy_that_generates_is_refused():
+    model = spelling_model()
+    engines = []
+
+    class Calling(POLICIES["lru"]):
+        def plan(self, state, seen):
+            engines[0].generate([[1]], max_new_tokens=1)
+
+    config = OffloadConfig(policy=Calling(), device_budget=9 * model.bank.expert_bytes)
+    with Engine(model, config) as engine:
+        engines.append(engine)
+        with pytest.raises(ValueError, match=r"in the midst of a step.*a policy"):
+            in_time(lambda: engine.generate([[1]], max_new_tokens=1))
+
+
+def test_requests_of_two_threads_keep_their_seeds(engines):
+    engine = engines("resident")
+    requests = [Request(prompt=prompt, temperature=1.0, seed=5, max_new_tokens=4) for prompt in PROMPTS]
+    expected = [engine.generate([request]).tokens for request in requests]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda request: engine.generate([request]).tokens, requests))
+    assert found == expected
