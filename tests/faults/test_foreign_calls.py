@@ -30,14 +30,15 @@ def expert(dtype=np.float32):
 def within():
     computer = CpuExperts(1, LOOPS)
     held = [InMemory.of(expert()) for _ in range(EXPERTS)]
-    made = Inside(computer, np.dtype(np.float32), [held])
+    made = Inside(computer, np.dtype(np.float32))
+    made.held = held
     yield made
     made.close()
     computer.close()
 
 
 def arguments(within, **changes):
-    table = within.tables[0]
+    table = within.table_of(within.held)
     known = {
         "inputs": np.ones((4, WIDTH), np.float32),
         "experts": np.array([[0, 1], [2, 0], [1, 2], [0, 2]], np.int32),
@@ -100,7 +101,7 @@ def test_other_numbers_and_results_are_refused(within):
 
 def test_products_of_another_type_are_refused(within):
     name = inside.target("layerscope_products_float32", multiply, crew.products, np.float32)
-    table = jnp.asarray(within.tables[0])
+    table = jnp.asarray(within.table_of(within.held))
     x, weights = jnp.ones((3, 32), jnp.bfloat16), jnp.ones((32, 32), jnp.bfloat16)
     call = jax.ffi.ffi_call(name, [jax.ShapeDtypeStruct((3, 32), jnp.bfloat16)])
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*layerscope_products_float32"):
