@@ -45,7 +45,7 @@ def generated(names, config="", before="", **environment):
     code = GENERATE.format(names=names, config=config, before=before)
     known = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])} | environment
     done = in_time(
-        lambda: subprocess.run([sys.executable, "-c", code], env=known, capture_output=True, text=True), 300
+        lambda: subprocess.run([sys.executable, "-c", code], env=known, capture_output=True, text=True), 600
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
