@@ -178,7 +178,7 @@ def test_closed_helpers_say_so():
     assert helpers.rest() is None
 
 
-@njit
+@njit(nogil=True)
 def let_go(pool):
     """As a program that had the helpers does: others may look at the same number meanwhile."""
     add_at(pool.ctypes.data + 8 * BUSY, -1)
