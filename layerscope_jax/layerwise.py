@@ -142,8 +142,7 @@ class LayerByLayer:
         except BaseException as error:
             self._planned_at, self._last_ms = None, 0.0
             with suppress(TransferError):  # then the next step tries again
-                other = self.host_experts.rest()
-                if other is not None and other is not error:
+                if (other := self.host_experts.rest()) not in (None, error):
                     error.add_note(f"meanwhile the host's experts failed: {other!r}")
                 self.settle()
             raise

@@ -305,10 +305,8 @@ class Transfers:
             on_link.append(_Chunk(*begun, self._start(matrix), free))
 
     def _next(self, on_link: int, carried: int) -> tuple[_Copy, jax.Array] | None:
-        """Begins the next matrix that may begin beside so many chunks and their bytes; None to wait first.
-
-        Choosing and beginning are one step under the lock: what has been chosen is not dropped any more.
-        """
+        """Begins the next matrix that may begin beside so many chunks and their bytes; None to wait first."""
+        # Choosing and beginning are one step under the lock: what has been chosen is not dropped any more.
         if self._demand and (on_link < 2 or carried < self.ahead):
             queue = self._demand
         elif self._prefetch and not self._demand and (on_link == 0 or carried < self.prefetch_ahead):

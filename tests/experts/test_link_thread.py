@@ -67,13 +67,16 @@ class Odd:
 @pytest.fixture
 def broken(bank):
     """A link whose thread ends unexpectedly, once it is allowed to."""
-    gate = threading.Event()
+    gate, begun = threading.Event(), threading.Event()
 
     def copy(array, sharding):
+        begun.set()
         assert gate.wait(60)
         return Odd()
 
     transfers = Transfers(bank, jax.devices()[0], None, copy)
+    transfers.submit([A], [B])
+    assert begun.wait(60)
     yield transfers, gate
     gate.set()
     in_time(transfers.close)
@@ -88,7 +91,6 @@ def ended(cause):
 @pytest.mark.parametrize("call", ["wait", "rest", "cancel"])
 def test_who_waits_for_a_thread_that_has_ended_hears_of_it_at_once(broken, call):
     transfers, gate = broken
-    transfers.submit([A], [B])
     outcome, waiting = [], threading.Event()
 
     def wait():
