@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from layerscope_jax.files import read_json, replace_files
+from layerscope_jax.files import parse_json, read_json, replace_files
 from layerscope_jax.identity import ModelIdentity
 
 FORMAT = 1
@@ -189,7 +189,7 @@ class Trace:
         chunks, complete = [], False
         for number, line in enumerate(finished_lines(folder / INDEX)):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 complete = complete or "complete" in entry
                 if "complete" not in entry:
                     passages = tuple(Passage(*passage) for passage in entry["passages"])

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from layerscope_jax.files import replace_files
+from layerscope_jax.files import parse_json, replace_files
 from layerscope_jax.traces import Trace
 from predictor.baselines import Popularity
 from predictor.dataset import for_training, load_rows
@@ -108,6 +108,6 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     try:
         with safe_open(file, "numpy") as opened:
             arrays = {name: opened.get_tensor(name) for name in (*LEARNED, "share")}
-            return arrays, json.loads((opened.metadata() or {})["made"])
+            return arrays, parse_json((opened.metadata() or {})["made"].encode())
     except Exception as error:  # safetensors raises nothing narrower
         raise ValueError(f"{file}: expected fitted baselines, got {error!r}; delete it") from None
