@@ -81,8 +81,8 @@ def parse_json(content: bytes) -> Any:
             raise ValueError("expected numbers of ordinary length, got one of thousands of digits") from None
         raise
     if odd:
-        where, bad = next(item for item in _numbers(value) if not math.isfinite(item[1]))
-        raise ValueError(f"{where}: expected a finite number, got {bad}")
+        where, infinite = next(item for item in _numbers(value) if not math.isfinite(item[1]))
+        raise ValueError(f"{where}: expected a finite number, got {infinite}")
     return value
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from layerscope_jax.files import replace_files
+from layerscope_jax.files import parse_json, replace_files
 from layerscope_jax.records import is_file
 
 FORMAT = 1
@@ -54,9 +54,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if found:
         raise ValueError(f"{path}: {'; '.join(found)}; copy it again")
     try:
-        header = json.loads(str(arrays.pop("header")))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: header: expected JSON, got {str(error)[:200]}; copy it again") from None
+        header = parse_json(str(arrays.pop("header")).encode())
+    except ValueError as error:
+        raise ValueError(f"{path}: header: expected JSON, got {error}; copy it again") from None
     return header, arrays
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from layerscope_jax.files import replace_files
+from layerscope_jax.files import parse_json, replace_files
 from layerscope_jax.trace_index import Passage, TraceHeader, layout, read_files, read_header, read_passage
 
 HEADER, INDEX = "trace.json", "chunks.jsonl"
@@ -154,7 +154,7 @@ class Trace:
         complete, known = False, dict[bytes, int]()
         for number, line in enumerate(finished_lines(folder / INDEX)):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if not isinstance(entry, dict):
                     raise TypeError(f"{str(entry)[:40]!r}")
                 complete = complete or "complete" in entry

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from layerscope_jax.files import replace_files
+from layerscope_jax.files import parse_json, replace_files
 from layerscope_jax.traces import Trace
 from predictor.baselines import Popularity
 from predictor.dataset import for_training, load_rows
@@ -117,11 +117,11 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         with safe_open(file, "numpy") as opened:
             arrays = {name: opened.get_tensor(name) for name in (*LEARNED, "share")}
             metadata = opened.metadata() or {}
-        made = json.loads(metadata["made"])
+        made = parse_json(metadata["made"].encode())
         if not isinstance(made, dict) or type(made.get("rows")) is not int:
             raise TypeError(f"{str(made)[:80]}")
         sums = checksums(arrays)
-        kept = json.loads(metadata["checksums"]) if "checksums" in metadata else sums
+        kept = parse_json(metadata["checksums"].encode()) if "checksums" in metadata else sums
         if kept != sums or not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError("arrays that are damaged")
         return arrays, made

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerscope_jax.files import write_text
+from layerscope_jax.files import parse_json, write_text
 
 MIN_CHARS = 500
 HELDOUT_SHARE = 0.05
@@ -109,7 +109,7 @@ def read_documents(path: Path) -> list[Document]:
     # not splitlines(): texts may hold U+2028 and its like, which it would take for line ends
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
-            fields = json.loads(line)
+            fields = parse_json(line.encode())
             documents.append(Document(id=fields["id"], text=fields["text"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

@@ -225,3 +225,17 @@ def test_a_link_to_nowhere_is_said(tmp_path):
         files.is_there(tmp_path / "there")
     assert not files.is_there(tmp_path / "nothing")
     assert files.is_there(tmp_path)
+
+
+def test_lines_of_a_trace_are_read_as_strictly(tmp_path):
+    from layerscope_jax.identity import ModelIdentity
+    from layerscope_jax.traces import INDEX, Trace, TraceHeader, TraceWriter
+
+    model = ModelIdentity(
+        family="olmoe", num_layers=1, hidden_size=2, num_experts=2, experts_per_token=1, routers="0"
+    )
+    TraceWriter(tmp_path, TraceHeader(model=model, hidden=0))
+    for line in (b"[" * 100_000, b'{"passages": NaN}', b"\xff"):
+        (tmp_path / INDEX).write_bytes(line + b"\n")
+        with pytest.raises(ValueError, match="line 1: expected a chunk"):
+            Trace.open(tmp_path)
