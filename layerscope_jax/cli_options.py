@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,10 +12,15 @@ from tyro.conf import Positional, arg
 
 from layerscope_jax import demo
 from layerscope_jax.checkpoints import Model, load
+from layerscope_jax.exits import REFUSED, code_of, described
+from layerscope_jax.locks import locked, made
+from layerscope_jax.machine_profile import MachineProfile
+from layerscope_jax.prediction import PREDICTORS, Predictor
 from layerscope_jax.scheduling.baselines import POLICIES
 
 SHIPPED = "shipped"
 POLICY_NAMES = ", ".join(sorted(POLICIES))
+PREDICTOR_HELP = f"One of {', '.join(sorted(PREDICTORS))}, or the folder of a trained one."
 
 Checkpoint = Annotated[
     Positional[str],
@@ -48,6 +53,52 @@ def open_model(checkpoint: str, dtype: str | None = None) -> Model:
     return load(folder_of(checkpoint), dtype=dtype)
 
 
-def say(text: str) -> None:
-    """Prints to stderr."""
-    print(text, file=sys.stderr)
+def open_predictor(predictor: str | None, checkpoint: str) -> Predictor | str | None:
+    """A predictor from its name or folder; without either, the one that comes with the shipped model."""
+    if predictor in PREDICTORS:
+        return predictor
+    import predictor as trained  # not before it is needed: it brings Optax along
+
+    if predictor is not None:
+        with option("--predictor"):
+            return trained.load(predictor)
+    return trained.shipped() if checkpoint == SHIPPED else None
+
+
+def open_profile(profile: str | None) -> MachineProfile | None:
+    """The profile in a file or of a name, if there is to be one."""
+    if profile is None:
+        return None
+    with option("--profile"):
+        return MachineProfile.load(profile)
+
+
+@contextmanager
+def option(name: str) -> Iterator[None]:
+    """Puts the name of an option before what is wrong with its value.
+
+    Raises:
+        ValueError: with that.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if code_of(error) != REFUSED:
+            raise
+        raise ValueError(f"{name}: {described(error)}") from error
+
+
+@contextmanager
+def writing(name: str, file: Path) -> Iterator[None]:
+    """Keeps other runs away from the file that an option names, in a folder that is made if needed.
+
+    Raises:
+        ValueError: if it cannot be written, which shows here before anything is computed.
+    """
+    with ExitStack() as stack:
+        with option(name):
+            if file.is_dir():
+                raise ValueError(f"expected a file, got the folder {file}")
+            stack.enter_context(made(file.resolve().parent))
+            stack.enter_context(locked(file))
+        yield

@@ -25,6 +25,7 @@ from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
 from layerscope_jax.forecasts import Forecasts, counted_rows, expected_tokens
+from layerscope_jax.interrupts import check
 from layerscope_jax.models.decoder import Decoder, DecoderLayer
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.prediction import Predictor
@@ -129,6 +130,7 @@ class LayerByLayer:
         try:
             state, positions, counted = self._begin(tokens, positions, counted)
             for layer in range(len(caches)):
+                check()
                 state, caches[layer], began = self._layer(
                     layer, phase, state, positions, active, counted, caches[layer], began
                 )

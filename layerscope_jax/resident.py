@@ -16,6 +16,7 @@ from layerscope_jax.experts import inside
 from layerscope_jax.experts.attention import our_loops
 from layerscope_jax.experts.compute import combine
 from layerscope_jax.experts.inside import Inside
+from layerscope_jax.interrupts import check
 from layerscope_jax.layerwise import LayerByLayer, dense_parts
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.sampling import Sampling, sample
@@ -46,6 +47,7 @@ class ResidentOnCpu(LayerByLayer):
         sampling: Sampling | None,
     ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
         self.inside.check_open()
+        check()
         watched = self.record is not None or self.decoded is not None or self.tap is not None
         layers = self.model.config.num_layers
         if tokens.shape[1] > 1 or watched or len(caches) < layers:

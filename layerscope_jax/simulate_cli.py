@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,8 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import arg
 
-from layerscope_jax import comparison_view
+from layerscope_jax import comparison_view, exits
+from layerscope_jax.cli_options import option, writing
 from layerscope_jax.comparison import simulate_profile
 from layerscope_jax.config import parse_bytes
 from layerscope_jax.files import replace_files
@@ -71,11 +73,16 @@ class Simulate:
 
     def run(self) -> int:
         """Returns the exit code."""
-        if self.json is not None and self.json.is_dir():
-            raise ValueError(f"--json must be a file, got the folder {self.json}")
-        profile = MachineProfile.load(self.profile)
+        exits.need_output()
+        with option("--profile"):
+            profile = MachineProfile.load(self.profile)
         if profile.slots is None and self.budget is None:
             raise ValueError(f"the profile {self.profile} says no budget of its own: give --budget")
+        with nullcontext() if self.json is None else writing("--json", self.json):
+            self._simulate(profile)
+        return 0
+
+    def _simulate(self, profile: MachineProfile) -> None:
         found = simulate_profile(
             profile,
             self.trace,
@@ -92,7 +99,6 @@ class Simulate:
                 self.json.parent, {self.json.name: lambda file: file.write_text(text, encoding="utf-8")}
             )
             print(f"The rows are in {self.json}")
-        return 0
 
 
 def experts_of(budget: str, expert_bytes: int) -> int:

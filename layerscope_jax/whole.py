@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from layerscope_jax.checkpoints import Model
+from layerscope_jax.interrupts import check
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.layers import KVCache
 from layerscope_jax.sampling import Sampling, sample
@@ -75,6 +76,7 @@ class WholeModel:
         sampling: Sampling | None,
     ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
         """One forward pass; see `LayerByLayer.step`."""
+        check()
         began = time.perf_counter()
         found = self.run(self.params, tokens, positions, last, caches, sampling)
         found[0].block_until_ready()
