@@ -27,8 +27,13 @@ def run(module: str) -> NoReturn:
 
     from layerscope_jax import exits
 
+    def call(args: list[str]) -> int | None:
+        main = import_module(module).main
+        interrupts.begin()
+        return main()
+
     try:
-        code = exits.run(lambda args: import_module(module).main())
+        code = exits.run(call)
     finally:
         interrupts.close()
     sys.exit(code)

@@ -12,6 +12,7 @@ library `check` does nothing, and the program's own handler stays.
 
 from __future__ import annotations
 
+import _thread  # for `threading` takes its time, before which the handler is to be there
 import os
 import signal
 import sys
@@ -29,9 +30,10 @@ PLAIN = "interrupted"
 CLEAR = "\r\x1b[2K\x1b[?25h"  # on a terminal: no bar in this line, and the cursor that it hid is back
 
 _noted = False
-_closing = False  # the command is done, and only the process is left to end
+_busy = False  # else there is nothing that could be left half done
 _line = PLAIN
-_untold = [True]  # until somebody takes it out, which one thread alone can
+_told = False
+_telling = _thread.allocate_lock()
 
 
 def check() -> None:
@@ -67,20 +69,30 @@ def install() -> None:
         leave()
 
 
+def begin() -> None:
+    """From now on a command is at work; before, while it is imported, Ctrl-C ends the process at once."""
+    global _busy
+    _busy = True
+
+
 def close() -> None:
-    """Lets Ctrl-C end the process at once, now that the command is done; also one that came before."""
-    global _closing
-    _closing = True
+    """Lets Ctrl-C end the process at once again, now that the command is done; also one that came before."""
+    global _busy
+    _busy = False
     if _noted:
         leave()
 
 
 def tell() -> None:
-    """Says once on stderr that the command was interrupted."""
-    try:
-        _untold.pop()
-    except IndexError:
-        return
+    """Says once on stderr that the command was interrupted; when it returns, that was said."""
+    global _told
+    with _telling:
+        if not _told:
+            _say()
+        _told = True
+
+
+def _say() -> None:
     with suppress(OSError, ValueError, AttributeError):  # nobody is there to be told
         try:
             number = sys.stderr.fileno()
@@ -112,14 +124,12 @@ def _takes(number: int) -> bool:
 def _note(signum: int, frame: object) -> None:
     global _noted
     _noted = True
-    if _closing:
-        leave()
 
 
 def _watch(woken: socket.socket) -> None:
     """Ends the process some time after the first Ctrl-C, or at the second."""
     came = 0
-    while came < 2 and not (came and _closing):
+    while came < (2 if _busy else 1):
         woken.settimeout(PATIENCE_S if came else None)
         try:
             signals = woken.recv(64)
