@@ -104,7 +104,8 @@ def _row(content: Any, number: int, defaults: dict[str, Any], where: str) -> Row
         if key in SETTINGS:
             settings[key] = value
         elif key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, 1, cutoff=0.5)
+            begun = [known for known in KEYS if len(key) > 2 and known.startswith(key)]
+            near = begun or difflib.get_close_matches(key, KEYS, 1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(KEYS)}."
             raise ValueError(f"unknown key {shortened(key)}; {hint} What is your own goes under {NOTES!r}")
     return Row(name, Request(prompt=prompt, **settings), where)

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from layerscope_jax import interrupts
 
@@ -22,6 +23,8 @@ EXIT_CODES = (
 
 OURS = ("layerscope_jax", "predictor")
 OUTPUT = "standard output"
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EPIPE)
+"""What no other file's name would help against."""
 
 
 def run(command: Callable[[list[str]], int | None], args: Sequence[str] | None = None) -> int:
@@ -90,8 +93,7 @@ def is_deliberate(error: BaseException) -> bool:
 def code_of(error: Exception) -> int:
     """Whose matter it is: of who gave the input, of the machine, or a fault of ours."""
     if isinstance(error, OSError):
-        theirs = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-        return REFUSED if isinstance(error, theirs) else FAILED
+        return FAILED if error.filename in (None, OUTPUT) or error.errno in MACHINE else REFUSED
     if isinstance(error, ValueError) and is_deliberate(error):
         return REFUSED
     if isinstance(error, MemoryError):
@@ -121,15 +123,11 @@ def _outcome(call: Callable[[], int | None], debug: bool) -> int:
     except KeyboardInterrupt:
         interrupts.tell()
         return interrupts.INTERRUPTED
-    except OSError as error:
-        found = error
-        if error.filename is None:
-            try:
-                _flush()
-            except OSError as stuck:
-                found = stuck
-        return FAILED if isinstance(found, BrokenPipeError) else _explain(found, debug)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename == OUTPUT:
+            _give_output_up()
+        if isinstance(error, BrokenPipeError):  # whoever read the output has gone: nothing is to be said
+            return FAILED
         return _explain(error, debug)
 
 
@@ -147,32 +145,52 @@ def _explain(error: Exception, debug: bool) -> int:
 
 
 def _flush() -> None:
-    """Writes what was printed.
+    sys.stdout.flush()
 
-    Raises:
-        OSError: naming the standard output. What could not be written is dropped: Python would try again in
-            the end.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OSError(error.errno, error.strerror, OUTPUT) from None
+
+def _give_output_up() -> None:
+    """Drops what is left to be written, which Python would try again in the end."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 @contextmanager
 def _output() -> Iterator[None]:
-    """Makes the standard output take any letter, and refuse in words where there is none."""
+    """Makes the standard output take any letter, and name itself where it takes nothing."""
     before = sys.stdout
-    if isinstance(before, io.TextIOWrapper):  # no letter that a terminal lacks may end a run
-        before.reconfigure(errors="backslashreplace")
     if before is None:
         sys.stdout = _Closed()
+    elif isinstance(before, io.TextIOWrapper):
+        errors = "backslashreplace"  # no letter that a terminal lacks may end a run
+        buffer: Any = before.buffer  # where Python buffers nothing, the file itself
+        if isinstance(getattr(buffer, "raw", buffer), io.FileIO):
+            before.flush()
+            named = _Named(before.fileno(), "w", closefd=False)
+            sys.stdout = io.TextIOWrapper(
+                named if isinstance(buffer, io.FileIO) else io.BufferedWriter(named),  # type: ignore[arg-type]
+                encoding=before.encoding,
+                errors=errors,
+                line_buffering=before.line_buffering,
+                write_through=before.write_through,
+            )
+        else:
+            before.reconfigure(errors=errors)
     try:
         yield
     finally:
         sys.stdout = before
+
+
+class _Named(io.FileIO):
+    """The standard output, whose errors say so."""
+
+    def write(self, data: Any) -> Any:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, OUTPUT) from None
 
 
 class _Closed(io.TextIOBase):

@@ -22,7 +22,11 @@ def read_json(file: Path, remedy: str = "download it again") -> dict:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file}: expected this file, found none; is the download complete?") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{file}: expected a file of JSON, got {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"{file}: expected JSON, got some that is nested too deep; {remedy}") from None
+    except ValueError as error:
         raise ValueError(f"{file}: expected JSON, got {error}; {remedy}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")

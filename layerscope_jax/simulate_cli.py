@@ -17,7 +17,7 @@ from layerscope_jax.comparison import simulate_profile
 from layerscope_jax.config import parse_bytes
 from layerscope_jax.files import replace_files
 from layerscope_jax.machine_profile import MachineProfile
-from layerscope_jax.routing import DERIVED
+from layerscope_jax.routing import DERIVED, Routing
 from layerscope_jax.simulated_policies import BATCHES, SIMULATED
 
 ALL = "all"
@@ -82,10 +82,16 @@ class Simulate:
             self._simulate(profile)
         return 0
 
+    def _routing(self) -> Routing | None:
+        if self.trace is None:
+            return None
+        with option("--trace"):
+            return Routing.load(self.trace)
+
     def _simulate(self, profile: MachineProfile) -> None:
         found = simulate_profile(
             profile,
-            self.trace,
+            self._routing(),
             batches=self.batch,
             slots=None if self.budget is None else experts_of(self.budget, profile.model.expert_bytes),
             policies=SIMULATED if ALL in self.policy else self.policy,

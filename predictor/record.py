@@ -153,6 +153,8 @@ def read_domains(files: Iterable[Path]) -> dict[str, list[Document]]:
             raise ValueError(
                 f"text: {path}: expected UTF-8 text, got {error.reason} at {error.start}"
             ) from None
+        except ValueError as error:  # it names the file and the line
+            raise ValueError(f"text: {error}") from None
     return domains
 
 

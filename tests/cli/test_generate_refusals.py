@@ -63,11 +63,27 @@ def test_refusals(tiny, capsys, args, message):
         ('{"prompt": "x"}\n\n{"prompt": ""}\n', ":3: the prompt is empty; it needs at least one token"),
         ('{"prompt": [600]}\n', ":1: the prompt has ids outside 0..599: [600]"),
         ("\n", ': expected lines {"prompt": ...}, found none'),
+        ('{"prompt": "x", "stop": ["a"]}\n', ":1: unknown key 'stop'; did you mean 'stop_tokens'?"),
+        ('{"prompt": "x", "min_p": 0.1}\n', ":1: unknown key 'min_p'; "),
+        ('{"prompt": "x", "n": 2}\n', ":1: unknown key 'n'; there are id, prompt, max_new_tokens, "),
+        ('{"prompt": "x", "note": "y"}\n', ":1: unknown key 'note'; "),
+        ('{"prompt": "x", "": "y"}\n', ":1: unknown key ''; "),
+        ('{"prompt": "x", "prompt": "y"}\n', ":1: expected each key once, got 'prompt' twice"),
+        ('{"prompt": "x"}\n{"prompt": ' + "[" * 100_000 + "\n", ":2: expected a JSON object"),
+        ('{"prompt": "x", "temperature": NaN}\n', ":1: expected JSON, which has no NaN"),
+        ('{"prompt": "x", "metadata": -Infinity}\n', ":1: expected JSON, which has no -Infinity"),
+        ('{"prompt": "x", "temperature": 1e999}\n', ":1: temperature must be a number from 0"),
+        (f'{{"prompt": "x", "seed": 1{"0" * 5000}}}\n', ":1: "),
+        (f'{{"prompt": [1{"0" * 4000}]}}\n', ":1: the prompt has ids outside 0..599"),
+        ('{"prompt": {"role": "user"}}\n', ":1: prompt must be text or a list of token ids, got {'role'"),
+        ('{"prompt": "\ufeff"}\n'.encode("utf-16"), ":1: expected text in UTF-8, got UTF-16"),
+        ('{"prompt": "x"}\n'.encode("utf-16-le"), ":1: expected text in UTF-8, got UTF-16"),
+        (b'{"prompt": "x"}\n{"prompt": "\xff"}\n', ":2: expected text in UTF-8, got byte 0xff at 12"),
     ],
 )
 def test_bad_lines(tiny, tmp_path, capsys, lines, message):
     file, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
-    file.write_text(lines)
+    file.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
     said = refusal(capsys, "generate", tiny, f"--prompts={file}", f"--out={out}")
     assert said.removeprefix("--prompts: ").startswith(f"{file}{message}")
     assert list(tmp_path.iterdir()) == [file]
