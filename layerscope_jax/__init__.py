@@ -108,8 +108,11 @@ if not TYPE_CHECKING:  # with it any name would do
             found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
             globals()[name] = found
             return found
-        # Modules are there without an import of their own, as when all were imported at once.
+        # Modules are there without an import of their own, as if all had been imported at once.
         if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            for module in _CONTENTS:
+                if module.startswith(f"{name}."):
+                    import_module(f"{__name__}.{module}")
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
