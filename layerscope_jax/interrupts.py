@@ -27,7 +27,7 @@ PATIENCE_S = 1.5
 
 INTERRUPTED = 130  # exit code, as of shells
 PLAIN = "interrupted"
-CLEAR = "\r\x1b[2K\x1b[?25h"  # on a terminal: no bar in this line, and the cursor that it hid is back
+FRESH = "\x1b[?25h\n"  # on a terminal: the cursor that a bar hid, and a line of its own
 
 _noted = False
 _busy = False  # else there is nothing that could be left half done
@@ -99,10 +99,10 @@ def _say() -> None:
         except OSError:  # it is kept in memory
             print(_line, file=sys.stderr)
         else:
-            clear = CLEAR if os.isatty(number) else ""
+            fresh = FRESH if os.isatty(number) else ""
             if _takes(number):
                 # Past Python's buffer, which another thread may be at.
-                os.write(number, f"{clear}{_line}\n".encode(errors="backslashreplace"))
+                os.write(number, f"{fresh}{_line}\n".encode(errors="backslashreplace"))
 
 
 def leave() -> None:

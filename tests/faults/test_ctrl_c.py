@@ -7,8 +7,10 @@ import sys
 import time
 
 import pytest
+from helpers import TINY, random_model
 
-from layerscope_jax import interrupts
+from layerscope_jax import Engine, OffloadConfig, interrupts
+from layerscope_jax.whole import WholeModel
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals as POSIX has them")
 
@@ -144,7 +146,7 @@ def test_the_cursor_comes_back():
         pass
     assert process.wait(timeout=60) == 130
     assert b"\x1b[?25l" in said  # it was hidden
-    assert said.rpartition(b"\x1b[?25l")[2].endswith(b"\x1b[?25hinterrupted\r\n")
+    assert said.rpartition(b"\x1b[?25l")[2].endswith(b"\x1b[?25h\r\ninterrupted\r\n")
     process.stdout.close()
     os.close(ours)
 
@@ -163,28 +165,27 @@ def test_a_library_leaves_the_handler_alone():
     assert (out.splitlines()[-1], said) == ("same", "")
 
 
+@pytest.mark.parametrize(("numerics", "whole"), [("fast", False), ("fast", True), ("exact", False)])
+def test_no_step_begins(numerics, whole, monkeypatch):
+    """Whatever runs it."""
+    monkeypatch.setattr(WholeModel, "is_faster_on", lambda device: whole)
+    with Engine(random_model(TINY), OffloadConfig(numerics=numerics)) as engine:
+        stream = engine.stream([[1]], max_new_tokens=3)
+        monkeypatch.setattr(interrupts, "_noted", True)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+
+
 @pytest.mark.usefixtures("quick_compiles")
-def test_steps_look(monkeypatch):
-    """Between two layers, and before a step, whatever runs it."""
-    from helpers import TINY, random_model
+def test_the_next_layer_does_not_begin(monkeypatch):
+    with Engine(random_model(TINY), OffloadConfig(numerics="exact")) as engine:
+        layers = []
 
-    from layerscope_jax import Engine, OffloadConfig, Request
-    from layerscope_jax.whole import WholeModel
+        def pressed(layer, *_):
+            layers.append(layer)
+            monkeypatch.setattr(interrupts, "_noted", layer == 1)
 
-    model = random_model(TINY)
-    request = Request(prompt=[1, 2], max_new_tokens=3)
-    for config, whole in (
-        (OffloadConfig(), False),
-        (OffloadConfig(numerics="exact"), False),
-        (OffloadConfig(), True),
-    ):
-        monkeypatch.setattr(WholeModel, "is_faster_on", lambda device, whole=whole: whole)
-        with Engine(model, config) as engine:
-            seen = []
-            stream = engine.stream([request])
-            seen.append(next(stream))
-            with monkeypatch.context() as patch:
-                patch.setattr(interrupts, "_noted", True)
-                with pytest.raises(KeyboardInterrupt):
-                    next(stream)
-            assert engine.generate([request]).tokens[0][0] == seen[0].token
+        engine.runner.tap = pressed
+        with pytest.raises(KeyboardInterrupt):
+            next(engine.stream([[1]], max_new_tokens=3))
+        assert layers == [0, 1]
