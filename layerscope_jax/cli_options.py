@@ -95,10 +95,12 @@ def writing(name: str, file: Path) -> Iterator[None]:
     Raises:
         ValueError: if it cannot be written, which shows here before anything is computed.
     """
+    with option(name):
+        is_folder = file.is_dir()  # of a name that is too long nothing can be asked
+    if is_folder:
+        raise ValueError(f"{name} must be a file, got the folder {file}")
     with ExitStack() as stack:
         with option(name):
-            if file.is_dir():
-                raise ValueError(f"expected a file, got the folder {file}")
             stack.enter_context(made(file.resolve().parent))
             stack.enter_context(locked(file))
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -98,6 +98,8 @@ class Simulate:
             predictor=self.predictor,
             progress=True,
         )
+        if self.trace is not None:
+            found = replace(found, routing=str(self.trace))
         comparison_view.show(found, Console(highlight=False))
         if self.json is not None:
             text = json.dumps(found.to_json(), indent=1) + "\n"

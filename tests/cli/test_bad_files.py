@@ -104,7 +104,7 @@ def test_places_to_write(command, kind, tiny, tmp_path, capsys):
     before = listing(tmp_path)
     said = refusal(capsys, *command)
     if command[0] != "trace":
-        assert said.startswith("--json: " if command[0] == "simulate" else "--out: ")
+        assert said.startswith("--json" if command[0] == "simulate" else "--out")
     assert str(tmp_path / "place") in said or "xxx: File name too long" in said
     assert listing(tmp_path) == before
 
