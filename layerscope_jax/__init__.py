@@ -1,28 +1,67 @@
-"""Run mixture-of-experts language models whose experts do not fit on the accelerator."""
+"""Run mixture-of-experts language models whose experts do not fit on the accelerator.
 
-from layerscope_jax.checkpoints import Model, load, save
-from layerscope_jax.comparison import simulate_profile
-from layerscope_jax.compilations import use_compilation_cache
-from layerscope_jax.config import ModelConfig, OffloadConfig, parse_bytes
-from layerscope_jax.engine import Engine
-from layerscope_jax.experts.bank import ExpertBank
-from layerscope_jax.experts.transfers import TransferError
-from layerscope_jax.generation import Request, Result, Token
-from layerscope_jax.machine_profile import MachineProfile
-from layerscope_jax.models import Decoder, ExpertParam
-from layerscope_jax.prediction import PREDICTORS, History, Predictor
-from layerscope_jax.scheduling.baselines import POLICIES
-from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
-from layerscope_jax.scheduling.plan import (
-    ExpertId,
-    Geometry,
-    LayerPlan,
-    Observation,
-    Policy,
-    Replay,
-)
-from layerscope_jax.scheduling.plan_files import load_plans, save_plans
-from layerscope_jax.statistics import RunStats
+Names are imported when they are first asked for, so that a command can see to Ctrl-C before it imports JAX.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerscope_jax.checkpoints import Model, load, save
+    from layerscope_jax.comparison import simulate_profile
+    from layerscope_jax.compilations import use_compilation_cache
+    from layerscope_jax.config import ModelConfig, OffloadConfig, parse_bytes
+    from layerscope_jax.engine import Engine
+    from layerscope_jax.experts.bank import ExpertBank
+    from layerscope_jax.experts.transfers import TransferError
+    from layerscope_jax.generation import Request, Result, Token
+    from layerscope_jax.machine_profile import MachineProfile
+    from layerscope_jax.models import Decoder, ExpertParam
+    from layerscope_jax.prediction import PREDICTORS, History, Predictor
+    from layerscope_jax.scheduling.baselines import POLICIES
+    from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
+    from layerscope_jax.scheduling.plan import (
+        ExpertId,
+        Geometry,
+        LayerPlan,
+        Observation,
+        Policy,
+        Replay,
+    )
+    from layerscope_jax.scheduling.plan_files import load_plans, save_plans
+    from layerscope_jax.statistics import RunStats
+
+_CONTENTS = {
+    "checkpoints": ("Model", "load", "save"),
+    "comparison": ("simulate_profile",),
+    "compilations": ("use_compilation_cache",),
+    "config": ("ModelConfig", "OffloadConfig", "parse_bytes"),
+    "engine": ("Engine",),
+    "experts.bank": ("ExpertBank",),
+    "experts.transfers": ("TransferError",),
+    "generation": ("Request", "Result", "Token"),
+    "machine_profile": ("MachineProfile",),
+    "models": ("Decoder", "ExpertParam"),
+    "prediction": ("PREDICTORS", "History", "Predictor"),
+    "scheduling.baselines": ("POLICIES",),
+    "scheduling.costs": ("HardwareProfile", "TimeTable"),
+    "scheduling.plan": (
+        "ExpertId",
+        "Geometry",
+        "LayerPlan",
+        "Observation",
+        "Policy",
+        "Replay",
+    ),
+    "scheduling.plan_files": ("load_plans", "save_plans"),
+    "statistics": ("RunStats",),
+}
+"""Module -> what it gives; the same as the imports above, which type checkers and editors read."""
+
+_MODULE_OF = {name: module for module, names in _CONTENTS.items() for name in names}
 
 __all__ = [
     "POLICIES",
@@ -58,3 +97,23 @@ __all__ = [
     "simulate_profile",
     "use_compilation_cache",
 ]
+
+
+if not TYPE_CHECKING:  # with it any name would do
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULE_OF:
+            found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+            globals()[name] = found
+            return found
+        # Modules are there without an import of their own, as if all had been imported at once.
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            for module in _CONTENTS:
+                if module.startswith(f"{name}."):
+                    import_module(f"{__name__}.{module}")
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

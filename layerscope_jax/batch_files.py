@@ -6,20 +6,29 @@ left unfinished is cut off.
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerscope_jax.checkpoints import Model
 from layerscope_jax.generation import Request, encode_prompts, is_integer, is_text
+from layerscope_jax.locks import locked
 
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop_tokens")
 """What a row may say of itself, and what a completion tells of how it was made."""
+
+NOTES = "metadata"
+"""The key of what a row holds for its owner alone."""
+
+KEYS = ("id", "prompt", *SETTINGS, NOTES)
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,8 @@ class Row:
 def read_prompts(file: Path, defaults: dict[str, Any]) -> list[Row]:
     """The prompts in a file of lines `{"prompt": text or [token ids], "id": ..., "temperature": ...}`.
 
-    Without an id a row has its number, counted from 0. Keys other than an id, a prompt and the settings of
-    `Request` are left alone; one that is nearly a setting is refused.
+    Without an id a row has its number, counted from 0. Its "metadata" may be anything, and is not looked at;
+    other keys than these, an id, a prompt and the settings of `Request` are refused.
 
     Args:
         file: the file; blank lines are passed over.
@@ -51,9 +60,12 @@ def read_prompts(file: Path, defaults: dict[str, Any]) -> list[Row]:
         ValueError: naming the line that is wrong and what was expected.
     """
     try:
-        lines = file.read_bytes().split(b"\n")  # not splitlines(): a text may hold U+2028 and its like
+        content = read_whole(file).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ValueError(f"{file}: expected a file of prompts, got {error.strerror}") from None
+    lines = content.split(b"\n")  # not splitlines(): a text may hold U+2028 and its like
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in lines[0]:
+        raise ValueError(f"{file}:1: expected text in UTF-8, got UTF-16 or no text; save the file as UTF-8")
     rows: list[Row] = []
     seen: dict[str | int, str] = {}
     for number, line in enumerate(lines, 1):
@@ -61,9 +73,7 @@ def read_prompts(file: Path, defaults: dict[str, Any]) -> list[Row]:
             continue
         where = f"{file}:{number}"
         try:
-            row = _row(json.loads(line), len(rows), defaults, where)
-        except json.JSONDecodeError as error:
-            raise ValueError(f'{where}: expected a JSON object {{"prompt": ...}}, got {error}') from None
+            row = _row(parsed(line), len(rows), defaults, where)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if row.id in seen:
@@ -93,9 +103,65 @@ def _row(content: Any, number: int, defaults: dict[str, Any], where: str) -> Row
     for key, value in content.items():
         if key in SETTINGS:
             settings[key] = value
-        elif near := difflib.get_close_matches(key, SETTINGS, 1, cutoff=0.75):
-            raise ValueError(f"unknown key {key!r}; did you mean {near[0]!r}?")
+        elif key not in KEYS:
+            begun = [known for known in KEYS if len(key) > 2 and known.startswith(key)]
+            near = begun or difflib.get_close_matches(key, KEYS, 1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(KEYS)}."
+            raise ValueError(f"unknown key {shortened(key)}; {hint} What is your own goes under {NOTES!r}")
     return Row(name, Request(prompt=prompt, **settings), where)
+
+
+def parsed(line: bytes) -> Any:
+    """The JSON in a line.
+
+    Raises:
+        ValueError: if it is none, in UTF-8 and as the standard has it: no NaN, no key twice.
+    """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"expected JSON, which has no {name}; leave the key out, or give a number")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise ValueError(f"expected each key once, got {shortened(twice)} twice")
+        return found
+
+    try:
+        return json.loads(line.decode(), parse_constant=refuse, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'expected a JSON object {{"prompt": ...}}, got {error}') from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected text in UTF-8, got byte 0x{line[error.start]:02x} at {error.start}"
+        ) from None
+    except RecursionError:
+        raise ValueError('expected a JSON object {"prompt": ...}, got one that is nested too deep') from None
+
+
+def read_whole(file: Path) -> bytes:
+    """The content of a file, or of a pipe that somebody writes to.
+
+    Raises:
+        OSError: if it cannot be read; of a pipe without a writer too, which would be waited for in vain.
+    """
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(file, os.O_RDONLY | flags), "rb") as opened:
+        if stat.S_ISDIR(os.fstat(opened.fileno()).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISFIFO(os.fstat(opened.fileno()).st_mode):
+            return opened.read()
+        os.set_blocking(opened.fileno(), True)
+        if content := opened.read():
+            return content
+    raise OSError(errno.EPIPE, "a pipe that nobody writes to")
+
+
+def shortened(value: Any) -> str:
+    """A value for messages."""
+    return repr(value)[:60]
 
 
 def check_prompts(rows: Iterable[Row], model: Model) -> None:
@@ -152,9 +218,9 @@ def shown(line: bytes) -> str:
 class Completions:
     """A file that completions are appended to; a context manager.
 
-    Opening it shows at once whether it can be written, and cuts off an unfinished last line. A file that it
-    made and never wrote to is not left behind. A row that ended with an error is done: the same checkpoint
-    and settings would end it so again.
+    Opening it shows at once whether it can be written, and cuts off an unfinished last line. Until it is left
+    no other run can open it. A file that it made and never wrote to is not left behind. A row that ended with
+    an error is done: the same checkpoint and settings would end it so again.
 
     Args:
         file: the file; made if it is not there, in a folder that is.
@@ -166,35 +232,35 @@ class Completions:
         failed: those of them that ended with an error.
 
     Raises:
-        ValueError: if it cannot be written, or holds something else than completions of `rows` by `model`.
+        ValueError: if it cannot be written, another run is at it, or it holds something else than completions
+            of `rows` by `model`.
     """
 
     def __init__(self, file: Path, rows: Iterable[Row], model: str):
         self.path, self.model = file, model
         self.done: set[str | int] = set()
         self.failed: set[str | int] = set()
-        self._made = not file.exists()
-        try:
-            self._file = file.open("ab", buffering=0)
-        except OSError as error:
-            raise ValueError(
-                f"cannot write to {file}: {error.strerror}; choose a file in a folder that is there and yours"
-            ) from None
-        if file.is_file():  # else a device, which has no past
+        with ExitStack() as stack:
+            if not file.is_dir():
+                stack.enter_context(locked(file))
+            self._made = not file.exists()
             try:
+                self._file = stack.enter_context(file.open("ab", buffering=0))
+            except OSError as error:
+                raise ValueError(
+                    f"cannot write to {file}: {error.strerror}; choose a file in a folder that is there "
+                    "and yours"
+                ) from None
+            stack.callback(self._drop_if_unused)
+            if file.is_file():  # else a device, which has no past
                 self._resume({row.id: row for row in rows})
-            except BaseException:
-                self._file.close()
-                raise
+            self._open = stack.pop_all()
 
     def __enter__(self) -> Completions:
         return self
 
     def __exit__(self, *_: object) -> None:
-        unused = self._made and not os.fstat(self._file.fileno()).st_size
-        self._file.close()
-        if unused:
-            self.path.unlink()
+        self._open.close()
 
     def write(self, line: bytes) -> None:
         """Appends one line, whole or not at all.
@@ -212,6 +278,11 @@ class Completions:
                 self._file.truncate(before)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
+    def _drop_if_unused(self) -> None:
+        if self._made and not os.fstat(self._file.fileno()).st_size:
+            with suppress(OSError):  # Windows removes no open file
+                self.path.unlink()
+
     def _resume(self, rows: dict[str | int, Row]) -> None:
         *lines, torn = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
@@ -223,7 +294,7 @@ class Completions:
                 if not same or {"text", "tokens", "finish"} - found.keys():
                     raise ValueError
                 was = {**found["settings"], "model": found["model"]}
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(
                     f"{self.path}:{number}: expected a completion of one of these prompts, got "
                     f"{shown(line)}; the file belongs to other prompts: choose another"

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from rich.console import Console
 from tyro.conf import arg
 
-from layerscope_jax import profile_view
-from layerscope_jax.cli_options import Checkpoint, Dtype, LinkBandwidth, open_model, say
+from layerscope_jax import exits, profile_view
+from layerscope_jax.cli_options import Checkpoint, Dtype, LinkBandwidth, open_model, writing
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.profiling import calibrate
 
@@ -33,14 +33,14 @@ class Calibrate:
 
     def run(self) -> int:
         """Returns the exit code."""
-        if self.out.is_dir():
-            raise ValueError(f"--out must be a file, got the folder {self.out}")
+        exits.need_output()
         sizes: dict[str, Any] = {"device_budget": self.device_budget, "link_bandwidth": self.link_bandwidth}
         OffloadConfig(**sizes)  # refuses what is no size, before a model is loaded
-        model = open_model(self.checkpoint, self.dtype)
-        say("measuring; other work on this machine would end up in the figures")
-        profile = calibrate(model, **sizes)
-        profile.save(self.out)
+        with writing("--out", self.out):
+            model = open_model(self.checkpoint, self.dtype)
+            exits.say("measuring; other work on this machine would end up in the figures")
+            profile = calibrate(model, **sizes)
+            profile.save(self.out)
         profile_view.show(profile, Console(highlight=False))
         print(f"The profile is in {self.out}")
         return 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from layerscope_jax.entry import layerscope
+
+    layerscope()
+
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +19,12 @@ import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg, subcommand
 
-from layerscope_jax import demo, demo_view
+from layerscope_jax import demo, demo_view, exits, interrupts
 from layerscope_jax.batch_files import Completions, Row, check_prompts, completion, read_prompts
 from layerscope_jax.calibrate_cli import Calibrate
 from layerscope_jax.cli_options import (
     POLICY_NAMES,
+    PREDICTOR_HELP,
     SHIPPED,
     Checkpoint,
     DeviceBudget,
@@ -30,19 +34,19 @@ from layerscope_jax.cli_options import (
     folder_of,
     heard,
     open_model,
-    say,
+    open_predictor,
+    open_profile,
+    option,
 )
 from layerscope_jax.compilations import use_compilation_cache
 from layerscope_jax.complete import Live, complete, summary
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
+from layerscope_jax.exits import say
 from layerscope_jax.fingerprint import fingerprint
 from layerscope_jax.generation import Request
-from layerscope_jax.machine_profile import MachineProfile
-from layerscope_jax.prediction import PREDICTORS, Predictor
 from layerscope_jax.simulate_cli import Simulate
-
-PREDICTOR_HELP = f"One of {', '.join(sorted(PREDICTORS))}, the folder of a trained one, or 'shipped'."
+from layerscope_jax.trace_cli import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,9 @@ class Demo:
 
     def run(self) -> int:
         """Returns the exit code."""
-        model = open_model(self.checkpoint)
+        exits.need_output()
+        with option("--checkpoint"):
+            model = open_model(self.checkpoint)
         report = demo.compare(
             model,
             demo.read_demo_prompts(),
@@ -106,8 +112,8 @@ class Generate:
         arg(
             metavar="FILE",
             help='Many prompts: JSON lines {"prompt": text or [token ids]}, each with an "id" (else its '
-            "number, from 0) and settings of its own (max_new_tokens, temperature, top_k, top_p, seed, "
-            "stop_tokens).",
+            "number, from 0), settings of its own (max_new_tokens, temperature, top_k, top_p, seed, "
+            'stop_tokens) and, if you like, "metadata" of any kind, which is not looked at.',
         ),
     ] = None
     out: Annotated[
@@ -116,7 +122,8 @@ class Generate:
             metavar="FILE",
             help='Where a line {"id", "prompt", "text", "tokens", "finish", "settings", "model"} goes as '
             'soon as a prompt is complete, with an "error" where it could not be; a file left half done is '
-            "gone on with, if checkpoint and settings are the same. Without it they go to standard output.",
+            "gone on with, if checkpoint and settings are the same. Meanwhile FILE.lock keeps other runs "
+            "away. Without --out they go to standard output.",
         ),
     ] = None
     device_budget: DeviceBudget = None
@@ -169,26 +176,27 @@ class Generate:
             link_bandwidth=self.link_bandwidth,
             numerics=self.numerics,
             predictor=open_predictor(self.predictor),
-            profile=None if self.profile is None else MachineProfile.load(self.profile),
+            profile=open_profile(self.profile),
         )
         make_policy(self.policy)
         rows = self._rows()
         if self.out is None:
-            return 1 if self._complete(rows, config, None) else 0
-        with Completions(self.out, rows, self._model()) as file:
+            exits.need_output()
+            return exits.FAILED if self._complete(rows, config, None) else exits.DONE
+        model = self._model()
+        with option("--out"):
+            completions = Completions(self.out, rows, model)
+        interrupts.promise(f"interrupted; the same command goes on with {self.out}")
+        with completions as file:
             left = [row for row in rows if row.id not in file.done]
             failed = len(file.failed)
             if file.done:
                 say(f"{self.out} has {len(file.done)} of {len(rows)} completions already")
-            try:
-                if left:
-                    failed += self._complete(left, config, file)
-            except KeyboardInterrupt:
-                say(f"interrupted; the same command goes on with {self.out}")
-                raise
+            if left:
+                failed += self._complete(left, config, file)
         if file.failed:
             say(f"{len(file.failed)} of the completions in {self.out} had ended with an error before")
-        return 1 if failed else 0
+        return exits.FAILED if failed else exits.DONE
 
     def _model(self) -> str:
         """What is to generate, for the lines of completions."""
@@ -211,7 +219,8 @@ class Generate:
             ]
         if self.out is not None and self.out.resolve() == self.prompts.resolve():
             raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another")
-        return read_prompts(self.prompts, settings)
+        with option("--prompts"):
+            return read_prompts(self.prompts, settings)
 
     def _complete(self, rows: list[Row], config: OffloadConfig, file: Completions | None) -> int:
         """Returns how many ended with an error."""
@@ -239,6 +248,7 @@ class Generate:
                 progress=file is not None or not sys.stdout.isatty(),
                 bound=self.bound,
             )
+        interrupts.check()  # nothing more is said if it was interrupted in the end
         say(summary(result.stats, model.bank.total_bytes))
         for sentence in dict.fromkeys(result.errors.values()):
             count = sum(error == sentence for error in result.errors.values())
@@ -246,80 +256,12 @@ class Generate:
         return len(result.errors)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """Record which experts a model chooses on real text, and the hidden states that they are chosen by.
-
-    A predictor is trained on what is recorded: `python -m predictor.train`.
-    """
-
-    checkpoint: Checkpoint
-    text: Annotated[
-        tuple[Path, ...],
-        arg(
-            metavar="FILE ...",
-            help='JSON lines {"id", "text"}, whose domain is the name of the file, or plain texts, each a '
-            "document of the domain named as its folder.",
-        ),
-    ]
-    out: Annotated[Path, arg(metavar="FOLDER", help="For the trace; one that was cut off is gone on with.")]
-    heldout_domains: Annotated[
-        tuple[str, ...],
-        arg(metavar="DOMAIN ...", help="Domains that no predictor may be trained on, only measured."),
-    ] = ()
-    train_tokens: Annotated[int, arg(help="At most so many of each domain, to train on.")] = 100_000
-    heldout_tokens: Annotated[int, arg(help="At most so many of each domain, to measure on.")] = 10_000
-    length: Annotated[int, arg(help="Tokens of a passage; at most what the model's context holds.")] = 256
-    prompt: Annotated[float, arg(help="Share of a passage that is its prompt, before decode steps.")] = 0.5
-    hidden: Annotated[int, arg(help="Components that hidden states are reduced to; 0 records none.")] = 512
-    batch_size: Annotated[int, arg(help="Passages that run at once.")] = 16
-    device_budget: DeviceBudget = None
-    policy: PolicyName = "lru"
-    dtype: Dtype = None
-    seed: Annotated[int, arg(help="Of the choice and order of passages.")] = 0
-
-    def run(self) -> int:
-        """Returns the exit code."""
-        from predictor.record import RecordConfig, record
-
-        make_policy(self.policy)
-        config = RecordConfig(
-            text=self.text,
-            out=self.out,
-            heldout_domains=self.heldout_domains,
-            train_tokens=self.train_tokens,
-            heldout_tokens=self.heldout_tokens,
-            length=self.length,
-            prompt=self.prompt,
-            hidden=self.hidden,
-            batch_size=self.batch_size,
-            offload=OffloadConfig(device_budget=self.device_budget, policy=self.policy),
-            seed=self.seed,
-        )
-        trace = record(open_model(self.checkpoint, self.dtype), config)
-        passages = sum(len(chunk.passages) for chunk in trace.chunks)
-        say(f"{trace.folder} holds {trace.rows:,} tokens of {passages:,} passages")
-        return 0
-
-
-def open_predictor(predictor: str | None) -> Predictor | str | None:
-    """A predictor from its name or folder, "shipped" being the one that comes with the shipped model.
-
-    That one is not taken without being asked for: on the device it takes a third of what all experts of so
-    small a model do, and they make better use of the room.
-    """
-    if predictor is None or predictor in PREDICTORS:
-        return predictor
-    import predictor as trained  # not before it is needed: it brings Optax along
-
-    return trained.shipped() if predictor == SHIPPED else trained.load(predictor)
-
-
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs `layerscope` and returns its exit code: 2 with one line on stderr for input that it refuses."""
-    args = sys.argv[1:] if args is None else list(args)
-    if isinstance(sys.stdout, TextIOWrapper):  # no letter that a terminal lacks may end a run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """Runs `layerscope` and returns its exit code; see `layerscope_jax.exits`."""
+    return exits.run(_run, args)
+
+
+def _run(args: list[str]) -> int:
     if args == ["--version"]:
         print(", ".join(f"{name} {number}" for name, number in demo.versions().items()))
         return 0
@@ -332,35 +274,14 @@ def main(args: Sequence[str] | None = None) -> int:
         prog="layerscope",
         description=(
             "Run mixture-of-experts language models whose experts do not fit on the accelerator. "
-            "`layerscope --version` tells the versions."
+            "`layerscope --version` tells the versions; with --debug, before or after a command, the "
+            f"traceback is shown of whatever goes wrong. {exits.EXIT_CODES}"
         ),
         args=args or ["--help"],
         config=(FlagCreatePairsOff,),
     )
     with suppress(OSError, RuntimeError):  # no home, or a read-only one: each run compiles anew
         use_compilation_cache()
-    try:
-        with heard():
-            return command.run()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read the output has gone: end quietly, also when Python flushes it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: JAX's, and of copies
-        say("error: " + " ".join(described(error).split()))
-        return 2
-
-
-def described(error: Exception) -> str:
-    """What went wrong, without the number that OSError puts before it; for lack of memory, what to change."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    what = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else str(error)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
-        return f"out of memory: {what or 'none is left'}; give a smaller --device-budget or --batch-size"
-    return what or type(error).__name__
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.check()  # one that came while all this was imported
+    with heard():
+        return command.run()

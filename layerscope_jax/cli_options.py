@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,10 +12,15 @@ from tyro.conf import Positional, arg
 
 from layerscope_jax import demo
 from layerscope_jax.checkpoints import Model, load
+from layerscope_jax.exits import REFUSED, code_of, described, say
+from layerscope_jax.locks import locked, made
+from layerscope_jax.machine_profile import MachineProfile
+from layerscope_jax.prediction import PREDICTORS, Predictor
 from layerscope_jax.scheduling.baselines import POLICIES
 
 SHIPPED = "shipped"
 POLICY_NAMES = ", ".join(sorted(POLICIES))
+PREDICTOR_HELP = f"One of {', '.join(sorted(PREDICTORS))}, the folder of a trained one, or 'shipped'."
 
 Checkpoint = Annotated[
     Positional[str],
@@ -46,11 +50,6 @@ def open_model(checkpoint: str, dtype: str | None = None) -> Model:
     return load(folder_of(checkpoint), dtype=dtype)
 
 
-def say(text: str) -> None:
-    """Prints to stderr."""
-    print(text, file=sys.stderr)
-
-
 class Aloud(logging.Handler):
     """Prints to stderr what the library logs."""
 
@@ -70,3 +69,58 @@ def heard() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def open_predictor(predictor: str | None) -> Predictor | str | None:
+    """A predictor from its name or folder, "shipped" being the one that comes with the shipped model.
+
+    That one is not taken without being asked for: on the device it takes a third of what all experts of so
+    small a model do, and they make better use of the room.
+    """
+    if predictor is None or predictor in PREDICTORS:
+        return predictor
+    import predictor as trained  # not before it is needed: it brings Optax along
+
+    with option("--predictor"):
+        return trained.shipped() if predictor == SHIPPED else trained.load(predictor)
+
+
+def open_profile(profile: str | None) -> MachineProfile | None:
+    """The profile in a file or of a name, if there is to be one."""
+    if profile is None:
+        return None
+    with option("--profile"):
+        return MachineProfile.load(profile)
+
+
+@contextmanager
+def option(name: str) -> Iterator[None]:
+    """Puts the name of an option before what is wrong with its value.
+
+    Raises:
+        ValueError: with that.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if code_of(error) != REFUSED:
+            raise
+        raise ValueError(f"{name}: {described(error)}") from error
+
+
+@contextmanager
+def writing(name: str, file: Path) -> Iterator[None]:
+    """Keeps other runs away from the file that an option names, in a folder that is made if needed.
+
+    Raises:
+        ValueError: if it cannot be written, which shows here before anything is computed.
+    """
+    with option(name):
+        is_folder = file.is_dir()  # of a name that is too long nothing can be asked
+    if is_folder:
+        raise ValueError(f"{name} must be a file, got the folder {file}")
+    with ExitStack() as stack:
+        with option(name):
+            stack.enter_context(made(file.resolve().parent))
+            stack.enter_context(locked(file))
+        yield

@@ -25,6 +25,7 @@ from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.threads import Job
 from layerscope_jax.experts.transfers import TransferError, Transfers
 from layerscope_jax.forecasts import Forecasts, counted_rows, expected_tokens
+from layerscope_jax.interrupts import check
 from layerscope_jax.models.decoder import Decoder, DecoderLayer
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.prediction import Predictor
@@ -134,6 +135,7 @@ class LayerByLayer:
         try:
             state, positions, counted = self._begin(tokens, positions, counted)
             for layer in range(len(caches)):
+                check()
                 state, caches[layer], began = self._layer(
                     layer, phase, state, positions, active, counted, caches[layer], began
                 )

@@ -18,6 +18,7 @@ from layerscope_jax.experts import inside
 from layerscope_jax.experts.attention import our_loops
 from layerscope_jax.experts.combining import add_experts
 from layerscope_jax.experts.transfers import TransferError
+from layerscope_jax.interrupts import check
 from layerscope_jax.layerwise import LayerByLayer, dense_parts
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.sampling import Sampling, sample
@@ -50,6 +51,7 @@ class ResidentOnCpu(LayerByLayer):
         sampling: Sampling | None,
     ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
         self.inside.check_open()
+        check()
         watched = self.record is not None or self.decoded is not None or self.tap is not None
         layers = self.model.config.num_layers
         if tokens.shape[1] > 1 or watched or len(caches) < layers:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
 from tyro.conf import arg
 
-from layerscope_jax import comparison_view
+from layerscope_jax import comparison_view, exits
+from layerscope_jax.cli_options import option, writing
 from layerscope_jax.comparison import simulate_profile
 from layerscope_jax.config import parse_bytes
 from layerscope_jax.files import replace_files
 from layerscope_jax.machine_profile import MachineProfile
-from layerscope_jax.routing import DERIVED
+from layerscope_jax.routing import DERIVED, Routing
 from layerscope_jax.simulated_policies import BATCHES, SIMULATED
 
 ALL = "all"
@@ -71,20 +73,33 @@ class Simulate:
 
     def run(self) -> int:
         """Returns the exit code."""
-        if self.json is not None and self.json.is_dir():
-            raise ValueError(f"--json must be a file, got the folder {self.json}")
-        profile = MachineProfile.load(self.profile)
+        exits.need_output()
+        with option("--profile"):
+            profile = MachineProfile.load(self.profile)
         if profile.slots is None and self.budget is None:
             raise ValueError(f"the profile {self.profile} says no budget of its own: give --budget")
+        with nullcontext() if self.json is None else writing("--json", self.json):
+            self._simulate(profile)
+        return 0
+
+    def _routing(self) -> Routing | None:
+        if self.trace is None:
+            return None
+        with option("--trace"):
+            return Routing.load(self.trace)
+
+    def _simulate(self, profile: MachineProfile) -> None:
         found = simulate_profile(
             profile,
-            self.trace,
+            self._routing(),
             batches=self.batch,
             slots=None if self.budget is None else experts_of(self.budget, profile.model.expert_bytes),
             policies=SIMULATED if ALL in self.policy else self.policy,
             predictor=self.predictor,
             progress=True,
         )
+        if self.trace is not None:
+            found = replace(found, routing=str(self.trace))
         comparison_view.show(found, Console(highlight=False))
         if self.json is not None:
             text = json.dumps(found.to_json(), indent=1) + "\n"
@@ -92,7 +107,6 @@ class Simulate:
                 self.json.parent, {self.json.name: lambda file: file.write_text(text, encoding="utf-8")}
             )
             print(f"The rows are in {self.json}")
-        return 0
 
 
 def experts_of(budget: str, expert_bytes: int) -> int:

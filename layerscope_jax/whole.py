@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from layerscope_jax.checkpoints import Model
+from layerscope_jax.interrupts import check
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.layers import KVCache
 from layerscope_jax.sampling import Sampling, sample
@@ -77,6 +78,7 @@ class WholeModel:
         sampling: Sampling | None,
     ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
         """One forward pass; see `LayerByLayer.step`."""
+        check()
         began = time.perf_counter()
         found = self.run(self.params, tokens, positions, last, caches, sampling)
         found[0].block_until_ready()

@@ -6,8 +6,12 @@ of each.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from layerscope_jax.entry import run
+
+    run("predictor.excerpt")
+
 import shutil
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from layerscope_jax import exits
+from layerscope_jax.locks import locked_folder
 from layerscope_jax.traces import Trace, TraceWriter
 from predictor import pca, routers
 
@@ -65,28 +71,26 @@ def excerpt(config: ExcerptConfig) -> Trace:
             f"{config.traces}: expected {config.passages} held-out passages of {config.tokens} tokens or "
             f"more in each domain, got too few ({', '.join(short) or 'none at all'}); ask for fewer"
         )
-    writer = TraceWriter(
-        config.out, replace(trace.header, settings=trace.header.settings | {"excerpt": config.tokens})
-    )
-    if writer.done:
-        raise ValueError(f"{config.out} holds a trace already; choose another folder")
-    for name in (pca.FILE, routers.FILE):
-        if (trace.folder / name).exists():
-            shutil.copyfile(trace.folder / name, config.out / name)
-    writer.write(kept, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    writer.finish()
+    with locked_folder(config.out):
+        writer = TraceWriter(
+            config.out, replace(trace.header, settings=trace.header.settings | {"excerpt": config.tokens})
+        )
+        if writer.done:
+            raise ValueError(f"{config.out} holds a trace already; choose another folder")
+        for name in (pca.FILE, routers.FILE):
+            if (trace.folder / name).exists():
+                shutil.copyfile(trace.folder / name, config.out / name)
+        writer.write(kept, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        writer.finish()
     return Trace.open(config.out)
 
 
 def main() -> None:
-    """Runs the command line; exits with 2 and a message for a trace that does not serve."""
-    try:
-        found = excerpt(tyro.cli(ExcerptConfig, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"{found.folder} holds {found.rows:,} rows")
+    """Runs the command line; see `layerscope_jax.exits`."""
 
+    def run(args: list[str]) -> None:
+        exits.need_output()
+        found = excerpt(tyro.cli(ExcerptConfig, description=__doc__, args=args))
+        print(f"{found.folder} holds {found.rows:,} rows")
 
-if __name__ == "__main__":
-    main()
+    exits.end(run)

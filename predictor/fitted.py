@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from layerscope_jax.files import parse_json, replace_files
+from layerscope_jax.locks import locked
 from layerscope_jax.traces import Trace
 from predictor.baselines import Popularity
 from predictor.dataset import for_training, load_rows
@@ -61,7 +62,7 @@ def load_or_fit(
         progress: whether a bar is shown.
 
     Raises:
-        ValueError: if there is neither such a file nor a training row.
+        ValueError: if there is neither such a file nor a training row, or another run is fitting.
     """
     basis, routers, model = Basis.load(trace.folder), Routers.load(trace.folder), trace.header.model
     made = {"model": model.to_json(), "pca": digest(basis), "horizons": list(horizons)}
@@ -89,11 +90,12 @@ def load_or_fit(
             f"popularity and the linear map need training rows, but {trace.folder} has none and "
             f"{folder / FILE} {why}; score with the trace that the predictor was trained on"
         )
-    rows = load_rows(trace, for_training, most=tokens, what="passages to fit the baselines to")
-    share = Popularity.count(rows.experts, model.num_experts)
-    first = first_linear(model, basis, routers, horizons, share)
-    fitted = Fitted(share, fit(first, rows, horizons, progress=progress), made | {"rows": len(rows)})
-    fitted.save(folder)
+    with locked(folder / FILE):
+        rows = load_rows(trace, for_training, most=tokens, what="passages to fit the baselines to")
+        share = Popularity.count(rows.experts, model.num_experts)
+        first = first_linear(model, basis, routers, horizons, share)
+        fitted = Fitted(share, fit(first, rows, horizons, progress=progress), made | {"rows": len(rows)})
+        fitted.save(folder)
     return fitted
 
 

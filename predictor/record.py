@@ -20,6 +20,7 @@ from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
 from layerscope_jax.identity import ModelIdentity, weights_digest
 from layerscope_jax.layerwise import LayerByLayer
+from layerscope_jax.locks import locked_folder
 from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.trace_index import Passage, Split, TraceHeader
 from layerscope_jax.traces import Trace, TraceWriter
@@ -94,7 +95,7 @@ def record(model: Model, config: RecordConfig) -> Trace:
     the document's own tokens.
 
     Raises:
-        ValueError: for text that cannot be read, or a folder with another trace.
+        ValueError: for text that cannot be read, or a folder with another trace or that another run is at.
     """
     if model.tokenizer is None:
         raise ValueError("recording from text needs a tokenizer.json beside the model's weights, found none")
@@ -122,14 +123,15 @@ def record(model: Model, config: RecordConfig) -> Trace:
             "seed": config.seed,
         },
     )
-    writer = TraceWriter(config.out, header)
-    Routers.of(model).save(config.out)
-    if writer.done != [passage for passage, _ in passages[: len(writer.done)]]:
-        raise ValueError(f"{config.out} holds a trace of other passages; choose another folder")
-    if not writer.complete:
-        with Engine(model, _layer_by_layer(config.offload)) as engine:
-            _record(Tap(engine), passages, config, writer)
-        writer.finish()
+    with locked_folder(config.out):
+        writer = TraceWriter(config.out, header)
+        Routers.of(model).save(config.out)
+        if writer.done != [passage for passage, _ in passages[: len(writer.done)]]:
+            raise ValueError(f"{config.out} holds a trace of other passages; choose another folder")
+        if not writer.complete:
+            with Engine(model, _layer_by_layer(config.offload)) as engine:
+                _record(Tap(engine), passages, config, writer)
+            writer.finish()
     return Trace.open(config.out)
 
 
@@ -148,9 +150,13 @@ def read_domains(files: Iterable[Path]) -> dict[str, list[Document]]:
                 text = path.read_text(encoding="utf-8")
                 domains.setdefault(path.absolute().parent.name, []).append(Document(id=str(path), text=text))
         except OSError as error:
-            raise ValueError(f"{path}: expected a file of text, got {error.strerror}") from None
+            raise ValueError(f"text: {path}: expected a file of text, got {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: expected UTF-8 text, got {error.reason} at {error.start}") from None
+            raise ValueError(
+                f"text: {path}: expected UTF-8 text, got {error.reason} at {error.start}"
+            ) from None
+        except ValueError as error:  # it names the file and the line
+            raise ValueError(f"text: {error}") from None
     return domains
 
 

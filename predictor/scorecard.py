@@ -6,8 +6,14 @@ are of all rows, the rest of batches of them; see `predictor.batches`.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from layerscope_jax.entry import run
+
+    run("predictor.scorecard")
+
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from layerscope_jax import exits, interrupts
+from layerscope_jax.cli_options import writing
 from layerscope_jax.files import replace_files
 from layerscope_jax.traces import Trace
 from predictor import SHIPPED, metrics
@@ -160,6 +168,7 @@ def score(
         for layer in range(layers):
             true = truth(rows, layer, horizons)
             for number, candidate in enumerate(candidates):
+                interrupts.check()
                 advance(layer * len(candidates) + number, f"layer {layer}, {candidate.name}")
                 forecast = candidate.forecast(rows, layer)
                 for place in range(len(horizons)):
@@ -211,22 +220,19 @@ def bin_sums(
 
 
 def main() -> None:
-    """Runs the command line; exits with 2 and a message for input that does not serve."""
-    try:
-        config = tyro.cli(ScoreConfig, description=__doc__)
-        if config.plots is not None:
-            need_matplotlib()  # before the work, not after it
+    """Runs the command line; see `layerscope_jax.exits`."""
+    exits.end(lambda args: _run(tyro.cli(ScoreConfig, description=__doc__, args=args)))
+
+
+def _run(config: ScoreConfig) -> None:
+    exits.need_output()
+    if config.plots is not None:
+        need_matplotlib()  # before the work, not after it
+    with nullcontext() if config.json is None else writing("--json", config.json):
         result = scorecard(config)
         show(result, Console(width=None if sys.stdout.isatty() else 120))
         if config.json is not None:
             text = json.dumps(result, allow_nan=False) + "\n"
             replace_files(config.json.parent, {config.json.name: lambda file: file.write_text(text)})
-        if config.plots is not None:
-            draw(result, config.plots)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    main()
+    if config.plots is not None:
+        draw(result, config.plots)

@@ -6,8 +6,12 @@ A killed run goes on from its last Orbax checkpoint when started again. `--out` 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from layerscope_jax.entry import run
+
+    run("predictor.train")
+
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +27,10 @@ from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from layerscope_jax import exits, interrupts
 from layerscope_jax.files import read_json, replace_files
 from layerscope_jax.jax_settings import random_key
+from layerscope_jax.locks import locked_folder
 from layerscope_jax.traces import Passage, Trace
 from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
 from predictor.llapor import LLaPor
@@ -107,7 +113,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
     """Trains, resuming where `config.out` stands; writes the predictor there and returns it.
 
     Raises:
-        ValueError: if the traces do not serve, or `config.out` holds another run.
+        ValueError: if the traces do not serve, or `config.out` holds another run or another one is at it.
     """
     trace = Trace.open(config.traces)
     model = trace.header.model
@@ -121,8 +127,13 @@ def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
         raise ValueError(
             f"leave_out must name domains of {config.traces} ({', '.join(sorted(known))}), got {unknown}"
         )
-    config.out.mkdir(parents=True, exist_ok=True)
-    check_same_run(config, trace)
+    with locked_folder(config.out):
+        check_same_run(config, trace)
+        return _train(config, trace, progress)
+
+
+def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
+    model = trace.header.model
     basis, routers = Basis.load(trace.folder), Routers.load(trace.folder)
 
     def rows_of(split: Callable[[Passage], bool], most: int, what: str) -> Rows:
@@ -179,6 +190,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
         while not at.done:
             order = np.random.default_rng((config.seed, at.epoch)).permutation(len(rows))
             for index in range(at.step - at.epoch * steps_an_epoch, steps_an_epoch):
+                interrupts.check()
                 picked = np.sort(order[index * config.batch : (index + 1) * config.batch])
                 key = jax.random.fold_in(random_key(config.seed), at.step)
                 params, state, value = train_step(params, state, batch_of(rows, picked), key)
@@ -290,13 +302,11 @@ def bar(steps: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
 
 
 def main() -> None:
-    """Runs the command line; exits with 2 and a message for traces that do not serve."""
-    try:
-        train(tyro.cli(TrainConfig, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """Runs the command line; see `layerscope_jax.exits`."""
 
+    def run(args: list[str]) -> None:
+        config = tyro.cli(TrainConfig, description=__doc__, args=args)
+        interrupts.promise(f"interrupted; the same command goes on with {config.out}")
+        train(config)
 
-if __name__ == "__main__":
-    main()
+    exits.end(run)

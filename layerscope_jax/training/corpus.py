@@ -8,6 +8,11 @@ A domain whose file is there already is left alone: delete the file to fetch it 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from layerscope_jax.entry import run
+
+    run("layerscope_jax.training.corpus")
+
 import json
 import platform
 import re
@@ -22,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from layerscope_jax import exits
+from layerscope_jax.locks import locked_folder
 
 from . import readers
 from .documents import MIN_CHARS, Document, read_documents, write_documents, write_text
@@ -222,13 +230,10 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 and a message if a fetch fails or `--out` is unwritable."""
-    options = tyro.cli(Options, args=args)
-    try:
-        build(options.out)
-    except (ValueError, OSError) as error:
-        print(f"corpus: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
+    def run(args: list[str]) -> None:
+        options = tyro.cli(Options, args=args)
+        with locked_folder(options.out):
+            build(options.out)
 
-if __name__ == "__main__":
-    main()
+    exits.end(run, args)

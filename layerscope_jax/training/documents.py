@@ -111,7 +111,7 @@ def read_documents(path: Path) -> list[Document]:
         try:
             fields = parse_json(line.encode())
             documents.append(Document(id=fields["id"], text=fields["text"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f'{path}, line {number}: expected {{"id": ..., "text": ...}}, got {line[:60]!r}; '
                 "every line is to be one such JSON object"

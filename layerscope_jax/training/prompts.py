@@ -6,14 +6,20 @@ its first and last words, so that a corpus fetched again gives the same file or 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from layerscope_jax.entry import run
+
+    run("layerscope_jax.training.prompts")
+
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import tyro
+
+from layerscope_jax import exits
 
 from .documents import write_text
 from .tokenizer import read_splits
@@ -92,15 +98,11 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 and a message if the corpus is missing or has changed."""
-    options = tyro.cli(Options, args=args)
-    try:
+
+    def run(args: list[str]) -> None:
+        options = tyro.cli(Options, args=args)
         rows = prompts(options.corpus)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    except (ValueError, OSError) as error:
-        print(f"prompts: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
-
-if __name__ == "__main__":
-    main()
+    exits.end(run, args)

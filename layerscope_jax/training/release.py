@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from layerscope_jax.entry import run
+
+    run("layerscope_jax.training.release")
+
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +17,7 @@ import tyro
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from layerscope_jax import exits
 from layerscope_jax.checkpoints import load, save
 from layerscope_jax.files import read_json, replace_files
 from layerscope_jax.models.decoder import Decoder
@@ -206,11 +212,5 @@ def release(options: Release) -> str:
 
 
 def main() -> None:
-    try:
-        print(release(tyro.cli(Release, description=__doc__)))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
-if __name__ == "__main__":
-    main()
+    """Runs the command line; see `layerscope_jax.exits`."""
+    exits.end(lambda args: print(release(tyro.cli(Release, description=__doc__, args=args))))

@@ -10,8 +10,12 @@ delete `--out` after fetching a changed corpus.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from layerscope_jax.entry import run
+
+    run("layerscope_jax.training.tokenizer")
+
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +25,9 @@ import tyro
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from layerscope_jax import exits
 from layerscope_jax.files import replace_files
+from layerscope_jax.locks import locked_folder
 
 from .corpus import HELDOUT_DOMAINS, TRAIN_DOMAINS
 from .documents import Document, heldout_ids, read_documents, stable_hash, write_text
@@ -222,13 +228,10 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 and a message if the corpus is missing or `--out` unwritable."""
-    options = tyro.cli(Options, args=args)
-    try:
-        print(build(options.corpus, options.out))
-    except (ValueError, OSError) as error:
-        print(f"tokenizer: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
+    def run(args: list[str]) -> None:
+        options = tyro.cli(Options, args=args)
+        with locked_folder(options.out):
+            print(build(options.corpus, options.out))
 
-if __name__ == "__main__":
-    main()
+    exits.end(run, args)

@@ -5,6 +5,11 @@ The defaults made the shipped model. A killed run goes on from its last Orbax ch
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from layerscope_jax.entry import run
+
+    run("layerscope_jax.training.train")
+
 import json
 import time
 from collections.abc import Callable
@@ -21,9 +26,11 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from layerscope_jax import exits, interrupts
 from layerscope_jax.config import ModelConfig
 from layerscope_jax.files import read_json, write_text
 from layerscope_jax.jax_settings import random_key
+from layerscope_jax.locks import locked_folder
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.layers import Routing
 from layerscope_jax.training.data import PackedTokens
@@ -163,14 +170,20 @@ def train(config: TrainConfig) -> Params:
     """Trains, resuming where `config.out` stands; returns the parameters as a pure dict.
 
     Raises:
-        ValueError: if the tokens are missing or the checkpoints were made with another shape or seed.
+        ValueError: if the tokens are missing, the checkpoints were made with another shape or seed, or
+            another run is at them.
     """
     train_tokens = PackedTokens.open(config.tokens / "train")
     heldout_tokens = PackedTokens.open(config.tokens / "heldout")
     vocab_size = len(read_json(config.tokens / "tokenizer.json")["model"]["vocab"])
-    config.out.mkdir(parents=True, exist_ok=True)
-    check_same_run(config)
+    with locked_folder(config.out):
+        check_same_run(config)
+        return _train(config, train_tokens, heldout_tokens, vocab_size)
 
+
+def _train(
+    config: TrainConfig, train_tokens: PackedTokens, heldout_tokens: PackedTokens, vocab_size: int
+) -> Params:
     model = Decoder(config.model_config(vocab_size), rngs=nnx.Rngs(random_key(config.seed)))
     graphdef, variables = nnx.split(model)
     params = nnx.to_pure_dict(variables)
@@ -194,6 +207,7 @@ def train(config: TrainConfig) -> Params:
             bar = progress.add_task("training", total=config.steps, completed=start)
             began = time.perf_counter()
             for step in range(start, config.steps):
+                interrupts.check()
                 batch = train_tokens.batch(config.rows, config.length + 1, seed=config.seed, step=step)
                 params, state, (loss, balance) = train_step(params, state, jnp.asarray(batch))
                 progress.update(bar, advance=1)
@@ -234,11 +248,11 @@ def check_same_run(config: TrainConfig) -> None:
 
 
 def main() -> None:
-    try:
-        train(tyro.cli(TrainConfig, description=__doc__))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    """Runs the command line; see `layerscope_jax.exits`."""
 
+    def run(args: list[str]) -> None:
+        config = tyro.cli(TrainConfig, description=__doc__, args=args)
+        interrupts.promise(f"interrupted; the same command goes on with {config.out}")
+        train(config)
 
-if __name__ == "__main__":
-    main()
+    exits.end(run)

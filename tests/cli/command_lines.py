@@ -7,7 +7,15 @@ from layerscope_jax import cli
 PROMPTS = [
     {"id": "sea", "prompt": "Call me Ishmael."},
     {"id": 7, "prompt": "ein Löffel: 匙\u2028", "max_new_tokens": 3},
-    {"id": "ids", "prompt": [5, 6, 7], "temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3, "note": "x"},
+    {
+        "id": "ids",
+        "prompt": [5, 6, 7],
+        "temperature": 0.9,
+        "top_k": 20,
+        "top_p": 0.9,
+        "seed": 3,
+        "metadata": "x",
+    },
     {"id": "stop", "prompt": "x", "stop_tokens": list(range(600))},
 ]
 
@@ -21,9 +29,9 @@ def read(path):
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def refusal(capsys, *args):
+def refusal(capsys, *args, code=2):
     """The message of a command that is refused."""
-    assert cli.main([str(arg) for arg in args]) == 2
+    assert cli.main([str(arg) for arg in args]) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")

@@ -63,15 +63,30 @@ def test_refusals(tiny, capsys, args, message):
         ('{"prompt": "x"}\n\n{"prompt": ""}\n', ":3: the prompt is empty; it needs at least one token"),
         ('{"prompt": [600]}\n', ":1: the prompt has ids outside 0..599: [600]"),
         ("\n", ': expected lines {"prompt": ...}, found none'),
+        ('{"prompt": "x", "stop": ["a"]}\n', ":1: unknown key 'stop'; did you mean 'stop_tokens'?"),
+        ('{"prompt": "x", "min_p": 0.1}\n', ":1: unknown key 'min_p'; "),
+        ('{"prompt": "x", "n": 2}\n', ":1: unknown key 'n'; there are id, prompt, max_new_tokens, "),
+        ('{"prompt": "x", "note": "y"}\n', ":1: unknown key 'note'; "),
+        ('{"prompt": "x", "": "y"}\n', ":1: unknown key ''; "),
+        ('{"prompt": "x", "prompt": "y"}\n', ":1: expected each key once, got 'prompt' twice"),
+        ('{"prompt": "x"}\n{"prompt": ' + "[" * 100_000 + "\n", ":2: expected a JSON object"),
+        ('{"prompt": "x", "temperature": NaN}\n', ":1: expected JSON, which has no NaN"),
+        ('{"prompt": "x", "metadata": -Infinity}\n', ":1: expected JSON, which has no -Infinity"),
+        ('{"prompt": "x", "temperature": 1e999}\n', ":1: temperature must be a number from 0"),
+        (f'{{"prompt": "x", "seed": 1{"0" * 5000}}}\n', ":1: "),
+        (f'{{"prompt": [1{"0" * 4000}]}}\n', ":1: the prompt has ids outside 0..599"),
+        ('{"prompt": {"role": "user"}}\n', ":1: prompt must be text or a list of token ids, got {'role'"),
+        ('{"prompt": "\ufeff"}\n'.encode("utf-16"), ":1: expected text in UTF-8, got UTF-16"),
+        ('{"prompt": "x"}\n'.encode("utf-16-le"), ":1: expected text in UTF-8, got UTF-16"),
+        (b'{"prompt": "x"}\n{"prompt": "\xff"}\n', ":2: expected text in UTF-8, got byte 0xff at 12"),
     ],
 )
 def test_bad_lines(tiny, tmp_path, capsys, lines, message):
     file, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
-    file.write_text(lines)
-    assert refusal(capsys, "generate", tiny, f"--prompts={file}", f"--out={out}").startswith(
-        f"{file}{message}"
-    )
-    assert not out.exists()
+    file.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+    said = refusal(capsys, "generate", tiny, f"--prompts={file}", f"--out={out}")
+    assert said.removeprefix("--prompts: ").startswith(f"{file}{message}")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_files_that_cannot_be_used(tiny, prompts, tmp_path, capsys, monkeypatch):
@@ -115,7 +130,7 @@ def test_failed_copies_are_one_line(tiny, monkeypatch, capsys):
         raise layerscope_jax.TransferError("copying expert 3 of layer 0 failed")
 
     monkeypatch.setattr(cli, "complete", failing)
-    assert "copying expert 3" in refusal(capsys, "generate", tiny, "--prompt", "x")
+    assert "copying expert 3" in refusal(capsys, "generate", tiny, "--prompt", "x", code=1)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +142,7 @@ def test_failed_copies_are_one_line(tiny, monkeypatch, capsys):
             "give a smaller --device-budget or --batch-size",
         ),
         (MemoryError(), "out of memory: none is left; give a smaller --device-budget or --batch-size"),
-        (RuntimeError("no backend"), "no backend"),
+        (RuntimeError("Unable to initialize backend 'cuda': none"),) * 2,
     ],
 )
 def test_lack_of_memory_is_one_line(tiny, monkeypatch, capsys, error, message):
@@ -135,10 +150,10 @@ def test_lack_of_memory_is_one_line(tiny, monkeypatch, capsys, error, message):
         raise error
 
     monkeypatch.setattr(cli, "complete", failing)
-    assert refusal(capsys, "generate", tiny, "--prompt", "x") == message
+    assert refusal(capsys, "generate", tiny, "--prompt", "x", code=1) == str(message)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_full_device_is_named(tiny, prompts, capsys):
     args = ("generate", str(tiny), f"--prompts={prompts}", "--out=/dev/full", "--max-new-tokens=1")
-    assert refusal(capsys, *args) == "/dev/full: No space left on device"
+    assert refusal(capsys, *args, code=1) == "/dev/full: No space left on device"

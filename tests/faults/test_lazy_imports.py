@@ -1,0 +1,53 @@
+"""Names are imported when they are asked for, and look as if all were there from the beginning."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ("layerscope_jax", "predictor")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_heavy_comes_along(package):
+    program = (
+        f"import sys, {package}; print(sorted({{'jax', 'numpy', 'numba', 'tyro'}} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_names_are_there(package):
+    program = (
+        f"import {package} as found\n"
+        "assert set(found.__all__) <= set(dir(found))\n"
+        "assert all(getattr(found, name) is not None for name in found.__all__)\n"
+        "assert all(name in vars(found) for name in found.__all__)\n"  # asked for once
+        f"from {package} import *\n"
+        "assert not hasattr(found, 'nothing') and not hasattr(found, '_nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_modules_are_there_without_an_import():
+    program = "import layerscope_jax as ls, predictor; ls.scheduling.plan.Replay; predictor.metrics.places\n"
+    program += "assert ls.engine.Engine is ls.Engine"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_what_type_checkers_see_is_what_there_is():
+    """The imports under TYPE_CHECKING and the table below them are the same."""
+    import ast
+
+    import layerscope_jax
+
+    tree = ast.parse(Path(layerscope_jax.__file__).read_text())
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = {
+        node.module.removeprefix("layerscope_jax."): tuple(alias.name for alias in node.names)
+        for node in checked.body
+    }
+    assert imports == layerscope_jax._CONTENTS
+    assert sorted(sum(imports.values(), ())) == sorted(layerscope_jax.__all__)
