@@ -18,7 +18,22 @@ from numba import carray, types
 
 from layerscope_jax.experts import crew
 from layerscope_jax.experts.compute import products_by
-from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at, target
+from layerscope_jax.experts.foreign import (
+    ARGUMENTS,
+    ARGUMENTS_NUMBER,
+    DATA,
+    FLOAT32,
+    INT32,
+    NUMBER,
+    RANK,
+    RESULTS,
+    SIZES,
+    buffer,
+    is_of,
+    long_at,
+    target,
+)
+from layerscope_jax.experts.inside import pool_at
 from layerscope_jax.experts.kernels import BLOCK, STRIDE, add_product
 from layerscope_jax.experts.numbers import pointer, round_row, taken, weigh, widened
 from layerscope_jax.experts.prefill_attention import (
@@ -105,6 +120,44 @@ def rows(words: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
+def fit_attention(call):
+    """Whether a call that `fits` is one of attention, and no bound past the positions that there are."""
+    if long_at(call + ARGUMENTS_NUMBER) != 5 or long_at(call + NUMBER) != 1:
+        return False
+    buffers = long_at(call + ARGUMENTS)
+    queries, keys, values = long_at(buffers), long_at(buffers + 8), long_at(buffers + 16)
+    bounds, outputs, rank = long_at(buffers + 24), long_at(long_at(call + RESULTS)), long_at(queries + RANK)
+    if rank < 3 or rank > 4 or long_at(outputs + RANK) != rank or not is_of(bounds, INT32, rank - 1):
+        return False
+    if not is_of(keys, FLOAT32, 4) or not is_of(values, FLOAT32, 4):
+        return False
+    of_queries, of_keys, of_values = long_at(queries + SIZES), long_at(keys + SIZES), long_at(values + SIZES)
+    of_bounds, of_outputs, tokens = long_at(bounds + SIZES), long_at(outputs + SIZES), 1
+    for axis in range(rank):
+        if long_at(of_outputs + 8 * axis) != long_at(of_queries + 8 * axis):
+            return False
+    for axis in range(rank - 2):  # [B] or [B, S]
+        if long_at(of_bounds + 8 * axis) != long_at(of_queries + 8 * axis):
+            return False
+        tokens *= long_at(of_bounds + 8 * axis)
+    batch, heads, size, length = of_keys, of_keys + 8, of_keys + 16, of_keys + 24
+    of_heads, of_size = of_queries + 8 * (rank - 2), of_queries + 8 * (rank - 1)
+    if long_at(of_bounds + 8 * (rank - 2)) != 2 or long_at(batch) != long_at(of_queries):
+        return False
+    if long_at(of_values) != long_at(batch) or long_at(of_values + 8) != long_at(heads):
+        return False
+    if long_at(of_values + 16) != long_at(length) or long_at(of_values + 24) != long_at(size):
+        return False
+    if long_at(of_size) != long_at(size) or long_at(heads) < 1 or long_at(of_heads) % long_at(heads) != 0:
+        return False
+    positions = carray(pointer(long_at(bounds + DATA)), 2 * tokens, np.int32)
+    low = high = np.int32(0)
+    for position in positions:
+        low, high = min(low, position), max(high, position)
+    return low >= 0 and high <= long_at(length)
+
+
+@njit(cache=True, nogil=True)
 def compute_attention(call, do, size):
     """Of queries [B, H, D], keys, values, bounds [B, 2] and a table, into [B, H, D]; as `compute_experts`."""
     queries, sizes = buffer(call, ARGUMENTS, 0)
@@ -150,8 +203,8 @@ def attention(
         window: positions that each sees at most, its own counted.
 
     Returns:
-        [B, S, H * D_head], zeros where there is no token. None for several tokens in shapes with a rest,
-        which are XLA's.
+        [B, S, H * D_head], zeros where there is no token. None for what is XLA's: several tokens in shapes
+        with a rest, and all where our own loops cannot be compiled.
     """
     words: Any = np.float32 if query.dtype == np.float32 else np.uint16
     length, kind = key.shape[3], np.dtype(words).name
@@ -159,13 +212,16 @@ def attention(
     first = jnp.zeros_like(last) if window is None else jnp.maximum(last - window, 0)
     bounds = jnp.stack([first, last], axis=-1)
     if query.shape[1] == 1:
-        name = target(f"layerscope_attention_{kind}", compute_attention, rows, words)
+        name = target(f"layerscope_attention_{kind}", compute_attention, rows, words, fit_attention)
         query, bounds = query[:, 0], bounds[:, 0]
     elif length % COLUMNS or query.shape[3] % COLUMNS:
         return None
     else:
-        name = target(f"layerscope_attention_of_many_{kind}", compute_attention_of_many, blocks, words)
-    assert name is not None  # as it took experts
+        name = target(
+            f"layerscope_attention_of_many_{kind}", compute_attention_of_many, blocks, words, fit_attention
+        )
+    if name is None:
+        return None
     shape = jax.ShapeDtypeStruct(query.shape, query.dtype)
     found = jax.ffi.ffi_call(name, shape)(query, key, value, bounds, table)
     return found.reshape(*positions.shape, -1)

@@ -132,14 +132,14 @@ def combine(table: jax.Array | None, hidden: jax.Array, outputs: jax.Array, weig
         [T, D].
     """
     count, choices = weights.shape
-    if table is None or hidden.dtype != outputs.dtype or hidden.dtype.name not in ("float32", "bfloat16"):
-        rows = outputs[: count * choices].reshape(count, choices, -1)
-        return compute.combine(hidden, rows, weights)
-    words: Any = np.float32 if hidden.dtype == np.float32 else np.uint16
-    name = target(f"layerscope_sums_{np.dtype(words).name}", compute_sums, tokens, words, fit_sums)
-    assert name is not None  # as it took experts
-    shape = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
-    return jax.ffi.ffi_call(name, shape)(hidden, outputs, weights, table)
+    ours = hidden.dtype == outputs.dtype and hidden.dtype.name in ("float32", "bfloat16")
+    if table is not None and ours:
+        words: Any = np.float32 if hidden.dtype == np.float32 else np.uint16
+        name = target(f"layerscope_sums_{np.dtype(words).name}", compute_sums, tokens, words, fit_sums)
+        if name is not None:
+            shape = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
+            return jax.ffi.ffi_call(name, shape)(hidden, outputs, weights, table)
+    return compute.combine(hidden, outputs[: count * choices].reshape(count, choices, -1), weights)
 
 
 def add_experts(

@@ -13,7 +13,8 @@ import numpy as np
 from numba import carray, types
 
 from layerscope_jax.experts import crew
-from layerscope_jax.experts.inside import ARGUMENTS, RESULTS, buffer, long_at, pool_at
+from layerscope_jax.experts.foreign import ARGUMENTS, RESULTS, buffer, long_at
+from layerscope_jax.experts.inside import pool_at
 from layerscope_jax.experts.numbers import pointer, round_row, taken, weigh, widened
 from layerscope_jax.experts.panels import WIDE, add_panel, lay_first, packed, panel_of, shared_out, two_rooms
 from layerscope_jax.experts.strips import APART, COLUMNS, MANY

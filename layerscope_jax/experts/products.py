@@ -9,8 +9,42 @@ import numpy as np
 
 from layerscope_jax.experts import crew, kernels, vectors
 from layerscope_jax.experts.compute import matmuls
-from layerscope_jax.experts.inside import ARGUMENTS, NUMBER, RESULTS, buffer, long_at, pool_at, target
+from layerscope_jax.experts.foreign import (
+    ARGUMENTS,
+    ARGUMENTS_NUMBER,
+    NUMBER,
+    RANK,
+    RESULTS,
+    SIZES,
+    TYPE,
+    buffer,
+    int_at,
+    is_of,
+    long_at,
+    target,
+)
+from layerscope_jax.experts.inside import pool_at
 from layerscope_jax.njit import njit
+
+
+@njit(cache=True, nogil=True)
+def fit_products(call):
+    """Whether a call that `fits` is one of `multiply`."""
+    count, buffers = long_at(call + NUMBER), long_at(call + ARGUMENTS)
+    x, results = long_at(buffers), long_at(call + RESULTS)
+    if long_at(call + ARGUMENTS_NUMBER) != count + 2 or long_at(x + RANK) != 2:
+        return False
+    rows, depth = long_at(long_at(x + SIZES)), long_at(long_at(x + SIZES) + 8)
+    for index in range(count):
+        weights, result = long_at(buffers + 8 * (index + 1)), long_at(results + 8 * index)
+        if not is_of(weights, int_at(x + TYPE), 2) or long_at(result + RANK) != 2:
+            return False
+        sizes, of_result = long_at(weights + SIZES), long_at(result + SIZES)
+        if long_at(sizes) != depth or long_at(of_result) != rows:
+            return False
+        if long_at(of_result + 8) != long_at(sizes + 8):
+            return False
+    return True
 
 
 @njit(cache=True, nogil=True)
@@ -55,9 +89,11 @@ def products(table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Ar
         words = np.int16 if pairs else np.uint16
     odd = depth % vectors.ROWS or any(width % vectors.COLUMNS for width in widths)
     odd = odd or any(one.dtype != x.dtype for one in weights)
-    name = (
-        None if odd else target(f"layerscope_products_{np.dtype(words).name}", multiply, crew.products, words)
-    )
+    name = None
+    if not odd:
+        name = target(
+            f"layerscope_products_{np.dtype(words).name}", multiply, crew.products, words, fit_products
+        )
     if name is None:
         return matmuls(x, *weights)
     flat = x.reshape(-1, depth)

@@ -60,10 +60,10 @@ def engine():
         ([np.array([1.0])], {}, "prompt 0 must be text"),
         ([{1: 2}], {}, "prompt 0 must be text"),
         ([{1, 2}], {}, "prompt 0 must be text"),
-        ([iter([1])], {}, "prompt 0 must be text"),
+        ([iter([1])], {}, "prompt 0 must be text, .* got <list_iterator"),
         ([bytearray(b"ab")], {}, "prompt 0 must be text"),
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(" at 0x")[0],
 )
 def test_what_is_no_call(engine, call, prompts, settings, message):
     with pytest.raises(ValueError, match=message):

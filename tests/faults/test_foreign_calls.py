@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 
 from layerscope_jax.experts import cpu, crew, foreign, inside
+from layerscope_jax.experts.attention import compute_attention, fit_attention, rows
+from layerscope_jax.experts.combining import compute_sums, fit_sums, tokens
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import LOOPS, CpuExperts, InMemory, WorkStats
+from layerscope_jax.experts.foreign import target
 from layerscope_jax.experts.grouping import Assignments
 from layerscope_jax.experts.inside import Inside
-from layerscope_jax.experts.products import multiply
+from layerscope_jax.experts.prefill_attention import blocks, compute_attention_of_many
+from layerscope_jax.experts.products import fit_products, multiply
 
 WIDTH, HIDDEN, EXPERTS = 44, 36, 3
+REFUSED = (jax.errors.JaxRuntimeError, ValueError)  # as it is raised where it is called, or waited for
 
 
 def expert(dtype=np.float32):
@@ -69,16 +74,14 @@ def test_a_call_with_other_arguments_is_refused_as_it_is_traced_and_as_it_is_mad
     with pytest.raises(ValueError, match="takes inputs"):
         jax.jit(inside.rows, static_argnums=0)(within.target, *values)
     call = jax.ffi.ffi_call(within.target, jax.ShapeDtypeStruct((8, WIDTH), np.float32))
-    with pytest.raises(
-        jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*layerscope_experts_loops_float32"
-    ):
+    with pytest.raises(REFUSED, match=r"INVALID_ARGUMENT.*layerscope_experts_loops_float32"):
         jax.block_until_ready(call(*values))
 
 
 @pytest.mark.parametrize("number", [-1, EXPERTS, 2**31 - 1, -(2**31)])
 def test_an_expert_that_is_not_there_is_refused(within, number):
     values = arguments(within, experts=np.array([[0, 1], [2, 0], [1, number], [0, 2]], np.int32))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+    with pytest.raises(REFUSED, match="INVALID_ARGUMENT"):
         jax.block_until_ready(inside.rows(within.target, *values))
 
 
@@ -92,20 +95,75 @@ def test_other_numbers_and_results_are_refused(within):
         (jax.ShapeDtypeStruct((8, WIDTH), np.float32), [*good[:3], *good[2:]]),
         (jax.ShapeDtypeStruct((8, WIDTH), np.float32), good[:1]),
     ]:
-        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        with pytest.raises(REFUSED, match="INVALID_ARGUMENT"):
             jax.block_until_ready(jax.ffi.ffi_call(within.target, shapes)(*values))
     found = inside.rows(within.target, *good)  # and a right one is done
     assert found.shape == (4, 2, WIDTH)
     assert not np.asarray(found)[2].any()
 
 
-def test_products_of_another_type_are_refused(within):
-    name = inside.target("layerscope_products_float32", multiply, crew.products, np.float32)
-    table = jnp.asarray(within.table_of(within.held))
-    x, weights = jnp.ones((3, 32), jnp.bfloat16), jnp.ones((32, 32), jnp.bfloat16)
-    call = jax.ffi.ffi_call(name, [jax.ShapeDtypeStruct((3, 32), jnp.bfloat16)])
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*layerscope_products_float32"):
-        jax.block_until_ready(call(x, weights, table))
+def struct(*shape, dtype=np.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+OTHERS = {
+    "products": (
+        ("layerscope_products_float32", multiply, crew.products, fit_products),
+        [struct(3, 32), struct(32, 64), struct(32, 32)],
+        [struct(3, 64), struct(3, 32)],
+    ),
+    "sums": (
+        ("layerscope_sums_float32", compute_sums, tokens, fit_sums),
+        [struct(3, 8), struct(7, 8), struct(3, 2)],
+        [struct(3, 8)],
+    ),
+    "attention of a token": (
+        ("layerscope_attention_float32", compute_attention, rows, fit_attention),
+        [struct(2, 4, 8), struct(2, 2, 8, 32), struct(2, 2, 32, 8), struct(2, 2, dtype=np.int32)],
+        [struct(2, 4, 8)],
+    ),
+    "attention of many": (
+        ("layerscope_attention_of_many_float32", compute_attention_of_many, blocks, fit_attention),
+        [struct(2, 3, 4, 32), struct(2, 2, 32, 32), struct(2, 2, 32, 32), struct(2, 3, 2, dtype=np.int32)],
+        [struct(2, 3, 4, 32)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_others_are_refused_where_any_size_or_type_is_another(within, kind):
+    (name, compute, share, accepts), arguments, results = OTHERS[kind]
+    name = target(name, compute, share, np.float32, accepts)
+    table = jnp.asarray(within.table)
+
+    def call(arguments, results):
+        values = [jnp.zeros(one.shape, one.dtype) for one in arguments]
+        return jax.block_until_ready(jax.ffi.ffi_call(name, results)(*values, table))
+
+    assert [one.shape for one in call(arguments, results)] == [one.shape for one in results]
+    for index, given in enumerate(arguments + results):
+        changed = [struct(*given.shape, dtype=jnp.bfloat16), struct(*given.shape, 1, dtype=given.dtype)]
+        for axis, size in enumerate(given.shape):
+            if (kind, index, axis) != ("sums", 1, 0):  # there may be rows that nobody reads
+                shape = (*given.shape[:axis], size + 1, *given.shape[axis + 1 :])
+                changed.append(struct(*shape, dtype=given.dtype))
+        for other in changed:
+            parts = [*arguments, *results]
+            parts[index] = other
+            with pytest.raises(REFUSED, match=rf"INVALID_ARGUMENT.*{name}"):
+                call(parts[: len(arguments)], parts[len(arguments) :])
+    with pytest.raises(REFUSED, match="INVALID_ARGUMENT"):
+        call(arguments[:-1], results)
+
+
+@pytest.mark.parametrize("bound", [[0, 33], [-1, 5]])
+def test_a_bound_where_nothing_is_is_refused(within, bound):
+    (name, compute, share, accepts), (queries, keys, values, _), results = OTHERS["attention of a token"]
+    name = target(name, compute, share, np.float32, accepts)
+    zeros = [jnp.zeros(one.shape, one.dtype) for one in (queries, keys, values)]
+    call = jax.ffi.ffi_call(name, results)
+    with pytest.raises(REFUSED, match="INVALID_ARGUMENT"):
+        jax.block_until_ready(call(*zeros, jnp.array([[0, 1], bound], jnp.int32), jnp.asarray(within.table)))
 
 
 @pytest.mark.parametrize(
