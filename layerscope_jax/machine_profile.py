@@ -126,7 +126,7 @@ class MachineProfile:
     @classmethod
     def _read(cls, file: Path) -> MachineProfile:
         try:
-            return cls.from_json(read_json(file, "calibrate again"))
+            return cls.from_json(read_json(file, "calibrate again or correct the file"))
         except ValueError as error:
             raise ValueError(f"{error}" if str(file) in str(error) else f"{file}: {error}") from None
 

@@ -176,9 +176,9 @@ class Rehearsal(LayerByLayer):
         """The same for what computes with these weights in this machine's memory."""
         choices = chosen.shape[1]
         few = Assignments(chosen[:1])
-        row = np.zeros((choices + 1, inputs.shape[1]), inputs.dtype)
+        row, first = np.zeros((choices + 1, inputs.shape[1]), inputs.dtype), np.asarray(inputs)[:1]
         self.host_experts.cpu.compute(
-            row, np.asarray(inputs), few, few.demand, lambda experts: [weights] * len(experts), WorkStats()
+            row, first, few, few.demand, lambda experts: [weights] * len(experts), WorkStats()
         )
         if self.host_experts.cpu.kernel is not None:
             return  # compiled by that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,6 +124,19 @@ def in_time(call: Callable[[], Any], seconds: float = 60) -> Any:
     if error is not None:
         raise error
     return value
+
+
+@contextmanager
+def not_ignored(number: signal.Signals) -> Iterator[None]:
+    """Within, a process that is started does not ignore a signal, as what a shell runs beside itself does.
+
+    What a handler of this process does is of no account: another program begins without it.
+    """
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def once(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -207,7 +207,7 @@ def test_a_warm_up_leaves_everything_as_it_was(model):
         ({"prompt_tokens": 0}, "prompt_tokens must be a whole number, 1 or more, got 0"),
         ({"prompt_tokens": 96}, "prompt_tokens must be less than the model's context of 96, got 96"),
         ({"prompt_tokens": 3, "batch_size": 0}, "batch_size must be 1 or more, got 0"),
-        ({"prompt_tokens": 3, "new_tokens": 0}, "max_new_tokens must be a whole number"),
+        ({"prompt_tokens": 3, "new_tokens": 0}, "new_tokens must be a whole number"),
     ],
     ids=str,
 )

@@ -77,7 +77,7 @@ def test_statistics_of_a_resident_model(model):
     with Engine(model) as engine:
         exact = engine.generate(PROMPTS, max_new_tokens=5)
     assert exact.tokens == result.tokens
-    assert (exact.stats.policy, exact.stats.mode) == ("resident", "layers")
+    assert (exact.stats.policy, exact.stats.mode) == ("resident", "decode")
     assert exact.stats.hit_rate == exact.stats.token_hit_rate == 1
     assert exact.stats.bytes_moved == 0
     assert exact.stats.peak_expert_bytes == model.bank.total_bytes

@@ -110,7 +110,7 @@ def test_every_wrong_field_is_named(own, tmp_path):
         "machine.cores": True,
         "costs.host_ms": {"tokens": [4, 1], "ms": [1, 2]},
         "costs.device_ms": ...,
-        "costs.layer_ms": {"tokens": [1], "ms": [float("nan")]},
+        "costs.layer_ms": {"tokens": [1], "ms": [-2.0]},
         "costs.transfer_ms": -1.0,
         "costs.host_start_ms": -1.0,
         "costs.forecast_ms": {"tokens": [1], "ms": [-1.0]},
@@ -270,7 +270,9 @@ def test_names_that_no_file_has_are_refused(name):
 
 @pytest.mark.parametrize("profile", [3, {"host_ms": 1}, object()], ids=["number", "record", "object"])
 def test_an_engine_refuses_what_is_no_profile(model, profile):
-    with pytest.raises(ValueError, match=r"profile must be a file .* a MachineProfile or a HardwareProfile"):
+    with pytest.raises(
+        ValueError, match=r"profile must be a file, a MachineProfile, a HardwareProfile or None"
+    ):
         Engine(
             model, OffloadConfig(device_budget=10 * model.bank.expert_bytes, policy="auto", profile=profile)
         )

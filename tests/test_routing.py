@@ -208,7 +208,7 @@ def header(**changes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "header: expected JSON, got .*recursion"),
+        ("[" * 100_000, "header: expected JSON, got .*nested"),
         (header(domains="verse"), "domains verse"),
         (header(domains=[1, 2, 3, 4]), "domains"),
         (header(domains=[]), "expected the domain of each request, got none"),

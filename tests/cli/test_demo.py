@@ -52,7 +52,7 @@ def test_report(report):
     assert report["exact"] is True
     assert [(run["policy"], run["mode"]) for run in report["runs"]] == [
         ("resident", "whole"),
-        ("resident", "layers"),
+        ("resident", "decode"),
         ("lru", "layers"),
         ("host-only", "layers"),
     ]

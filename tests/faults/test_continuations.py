@@ -144,7 +144,7 @@ def test_texts_streams_and_rows_have_it(monkeypatch):
     prompts, new = ["Hello", [5, 0], [5]], [[1, 3, 6], [2, 3, 6], [1, 3, 6]]
     expected = [" hommess", " femmess", "hommess"]
     with Engine(model, OffloadConfig(policy="host-only")) as engine:
-        monkeypatch.setattr(Engine, "_step", lambda engine, *inputs: spoken.step(*inputs))
+        monkeypatch.setattr(engine.runner, "step", lambda *inputs: spoken.step(*inputs))
         monkeypatch.setattr("layerscope_jax.batching.put_rows", lambda caches, rows, newcomers: caches)
         call = {"max_new_tokens": 3, "stop_tokens": [6]}
         spoken = Dictation(new)

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from helpers import TINY, random_model
+from helpers import TINY, not_ignored, random_model
 
 from layerscope_jax import Engine, OffloadConfig, interrupts
 from layerscope_jax.whole import WholeModel
@@ -31,15 +31,15 @@ IN_C = "import hashlib; os.write(1, b'there\\n'); hashlib.pbkdf2_hmac('sha256', 
 
 def started(program, env=None, **settings):
     """A process of a program, in which Ctrl-C is not ignored, whoever runs the tests."""
-    return subprocess.Popen(
-        [sys.executable, *(["-c", program] if isinstance(program, str) else program)],
-        stdout=subprocess.PIPE,
-        stderr=settings.pop("stderr", subprocess.PIPE),
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), **(env or {})},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        **settings,
-    )
+    with not_ignored(signal.SIGINT):
+        return subprocess.Popen(
+            [sys.executable, *(["-c", program] if isinstance(program, str) else program)],
+            stdout=subprocess.PIPE,
+            stderr=settings.pop("stderr", subprocess.PIPE),
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd(), **(env or {})},
+            **settings,
+        )
 
 
 def ended(process):

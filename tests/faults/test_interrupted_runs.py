@@ -67,7 +67,6 @@ class Runs:
             stderr=subprocess.PIPE,
             text=True,
             env=self.env,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def signalled(self, name, moment, *signals):

@@ -52,7 +52,7 @@ def test_a_stand_in_has_every_method_of_what_it_stands_for(stand_in, real):
         # What a runner asks of its link by itself; on a virtual clock each is told the time.
         (Link, {"submit", "drop", "arrivals", "rest"}),
         # What an engine asks of any runner.
-        (WholeModel, {"step", "reset"}),
+        (WholeModel, {"step"}),
     ],
 )
 def test_a_stand_in_with_a_face_of_its_own_has_what_is_asked_of_it(stand_in, names):
