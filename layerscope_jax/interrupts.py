@@ -13,6 +13,7 @@ library `check` does nothing, and the program's own handler stays.
 from __future__ import annotations
 
 import _thread  # for `threading` takes its time, before which the handler is to be there
+import atexit
 import os
 import signal
 import sys
@@ -57,6 +58,8 @@ def install() -> None:
     if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         return
     signal.signal(signal.SIGINT, _note)  # before the imports below, which take a while too
+    # What is registered first is called last. After it Python gives signals up, and is through soon.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     import socket
     import threading
 

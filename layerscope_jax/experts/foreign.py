@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,10 @@ def enter_at(typing: Any, function: Any, call: Any, do: Any, size: Any, kind: An
     return types.int64(*[types.int64] * 6), build
 
 
-@functools.cache
+_registering = threading.Lock()
+"""XLA takes a name once: threads that trace at the same time are not to give it one twice."""
+
+
 def target(
     name: str,
     compute: Callable,
@@ -179,6 +183,14 @@ def target(
         accepts: whether a call that `fits` has the arguments that `compute` reads. XLA gets an error for
             one that does not.
     """
+    with _registering:
+        return _registered(name, compute, share, words, accepts)
+
+
+@functools.cache
+def _registered(
+    name: str, compute: Callable, share: Callable[[Any], Any], words: Any, accepts: Callable
+) -> str | None:
     if not is_known(interface()):
         return None
     text = ctypes.create_string_buffer(
