@@ -10,7 +10,7 @@ from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-KINDS = ["resident", "host-only", "lru", "auto", "whole"]
+KINDS = ["resident", "lru", "auto", "whole"]
 
 
 def config_of(kind, model):
