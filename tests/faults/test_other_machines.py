@@ -62,11 +62,10 @@ ON_HOST = OffloadConfig(device_budget=0, policy="host-only")
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_for_any_cpu_plain_loops_are_compiled():
-    names = ["float32", "bfloat16"]
-    found, said = generated(names, "device_budget=0, policy='host-only'", NUMBA_CPU_NAME="generic")
+    """In bfloat16, which asks most of LLVM there."""
+    found, said = generated(["bfloat16"], "device_budget=0, policy='host-only'", NUMBA_CPU_NAME="generic")
     assert said == []
-    assert [kernels for _, kernels in found] == [{"loops": 1.0, "xla": 0.0}] * 2
-    assert [tokens for tokens, _ in found] == [expected(name, ON_HOST) for name in names]
+    assert found == [[expected("bfloat16", ON_HOST), {"loops": 1.0, "xla": 0.0}]]
 
 
 @pytest.mark.usefixtures("quick_compiles")
