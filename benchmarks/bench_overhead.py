@@ -191,9 +191,8 @@ def measure(model: Model, prompts: list[list[int]], options: Options) -> list[di
             )
             engine = engines[policy] = stack.enter_context(Engine(model, config))
             if isinstance(engine.runner, layerwise.LayerByLayer):
-                engine.runner.tap = lambda *layer: (
-                    None
-                )  # else everything resident has no layers to take apart
+                # Without a tap a step of everything resident has no layers to take apart.
+                engine.runner.tap = lambda *layer: None
         found: dict[str, list[dict[str, Any]]] = {policy: [] for policy in engines}
 
         def plain(engine: Engine) -> Callable[[], harness.Parts]:
