@@ -264,8 +264,8 @@ class Transfers:
     # ---- the link's thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        settle_thread()
         try:
+            settle_thread()
             self._carry()
         except BaseException as error:  # a fault of ours: whoever waits is to hear of it
             with self._changed:
