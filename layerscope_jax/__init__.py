@@ -5,9 +5,9 @@ Names are imported when they are first asked for, so that a command can see to C
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from layerscope_jax.lazy import importer
 
 if TYPE_CHECKING:
     from layerscope_jax.checkpoints import Model, load, save
@@ -61,8 +61,6 @@ _CONTENTS = {
 }
 """Module -> what it gives; the same as the imports above, which type checkers and editors read."""
 
-_MODULE_OF = {name: module for module, names in _CONTENTS.items() for name in names}
-
 __all__ = [
     "POLICIES",
     "PREDICTORS",
@@ -100,19 +98,7 @@ __all__ = [
 
 
 if not TYPE_CHECKING:  # with it any name would do
-
-    def __getattr__(name: str) -> Any:
-        if name in _MODULE_OF:
-            found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-            globals()[name] = found
-            return found
-        # Modules are there without an import of their own, as if all had been imported at once.
-        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
-            for module in _CONTENTS:
-                if module.startswith(f"{name}."):
-                    import_module(f"{__name__}.{module}")
-            return import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__ = importer(__name__, _CONTENTS)
 
 
 def __dir__() -> list[str]:

@@ -119,7 +119,7 @@ class Batch:
         stop_tokens: Sequence[int],
         tokenizer: Tokenizer | None,
         times: Times,
-        why_not_finite: Callable[[], str] = lambda: "the logits hold NaN or infinity",
+        why_not_finite: Callable[[], str],
     ):
         self._waiting = deque(requests)
         self._slots: list[Running | None] = [None] * min(slots, len(requests))

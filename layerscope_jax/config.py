@@ -151,9 +151,9 @@ class OffloadConfig:
             if it had one.
         numerics: "exact": logits are bit for bit the same under every budget, policy and plan, as long as one
             backend computes. "fast" differs where everything is resident on an accelerator: each step is
-            one jitted function there, several times as fast, which XLA fuses in its own way, so that
-            logits agree to rounding and two tokens that score nearly the same may change places. On a CPU
-            the two are the same.
+            one jitted function there, without Python between its layers, which XLA fuses in its own way, so
+            that logits agree to rounding and two tokens that score nearly the same may change places. On a
+            CPU the two are the same.
         profile: times of this machine, for policies that weigh costs: a file that `layerscope calibrate`
             wrote, a `MachineProfile` (both refused if they are of another machine or model) or bare times;
             measured roughly when needed if None.

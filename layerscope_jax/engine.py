@@ -134,8 +134,8 @@ class Engine:
             return
         if everything and WholeModel.is_faster_on(self.device):
             logger.warning(
-                "every expert fits on %s: OffloadConfig(numerics='fast') runs a step as one program "
-                "there, several times as fast; its logits agree with those of other budgets to rounding",
+                "every expert fits on %s: OffloadConfig(numerics='fast') runs a step as one program there, "
+                "without Python between layers; its logits agree with those of other budgets to rounding",
                 self.device,
             )
         self.policy = Resident() if everything else policy

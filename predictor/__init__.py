@@ -5,10 +5,10 @@ Names are imported when they are first asked for, as those of `layerscope_jax`.
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from layerscope_jax.lazy import importer
 
 if TYPE_CHECKING:
     from predictor.llapor import LLaPor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "shipped"
 
-_MODULE_OF = {"LLaPor": "llapor", "Online": "online", "TuningConfig": "tuning"}
+_CONTENTS = {"llapor": ("LLaPor",), "online": ("Online",), "tuning": ("TuningConfig",)}
 
 
 def load(folder: str | Path) -> LLaPor:
@@ -33,15 +33,7 @@ def shipped() -> LLaPor:
 
 
 if not TYPE_CHECKING:  # with it any name would do
-
-    def __getattr__(name: str) -> Any:
-        if name in _MODULE_OF:
-            found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-            globals()[name] = found
-            return found
-        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
-            return import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__ = importer(__name__, _CONTENTS)
 
 
 def __dir__() -> list[str]:

@@ -136,7 +136,7 @@ def joins(answers, slots, limit, prompt_tokens=1, chunk=4096):
 
     requests = [Request(prompt=[count] * prompt_tokens) for count in answers]
     waiting = [Running(index, request, request.prompt, limit) for index, request in enumerate(requests)]
-    events = Batch(waiting, slots, step, lambda rows, length: [], chunk, (0,), None, Times()).run()
+    events = Batch(waiting, slots, step, lambda rows, length: [], chunk, (0,), None, Times(), str).run()
     assert sum(map(len, events)) == sum(answers)
     return groups, idle
 

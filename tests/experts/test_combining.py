@@ -60,22 +60,3 @@ def test_other_types_are_left_to_xla():
     found = ours(made(1).table, hidden, outputs, weights)
     expected = compute.combine(hidden, outputs[:-1].reshape(5, 2, 8), weights)
     np.testing.assert_array_equal(bits(found), bits(expected))
-
-
-@pytest.mark.parametrize("words", [np.float32, np.uint16])
-def test_nothing_beside_its_outputs_is_written(words):
-    tokens, choices, width = 70, 3, 21
-    size = tokens * width
-    room = np.full(size + 128, 77, words)
-    outputs = room[64 : 64 + size].reshape(tokens, width)
-    hidden = np.zeros((tokens, width), words)
-    rows = np.zeros((tokens, choices, width), words)
-    weights = np.zeros((tokens, choices), np.float32)
-    job = np.zeros(crew.SIZE, np.int64)
-    job[[crew.ROWS, crew.DEPTH, combining.CHOICES, crew.PARTS]] = tokens, width, choices, 2
-    job[[crew.INPUTS, combining.EXPERTS]] = hidden.ctypes.data, rows.ctypes.data
-    job[[crew.WEIGHTS, crew.OUTPUTS]] = weights.ctypes.data, outputs.ctypes.data
-    combining.tokens(words).ctypes(job.ctypes.data)
-    assert (outputs == 0).all()
-    assert (room[:64] == 77).all()
-    assert (room[-64:] == 77).all()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax.experts import amx, attention, crew, prefill_attention, vectors
+from layerscope_jax.experts import amx, attention, combining, crew, prefill_attention, vectors
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.experts.cpu import AMX, LOOPS, PAIRS, CpuExperts, InMemory, WorkStats
 from layerscope_jax.experts.grouping import Assignments
@@ -85,12 +85,12 @@ def test_experts(data, tokens, seed):
     assert np.isnan(outputs[~written].astype(np.float32)).all()
 
 
-def job(**fields):
-    """Of `crew`: its numbers, and the addresses of its arrays."""
+def job(of=crew, **fields):
+    """Of `crew`: its numbers, and addresses of arrays, which must live on; `of` names fields first."""
     made = np.zeros(crew.SIZE, np.int64)
     for name, value in fields.items():
-        place = getattr(crew, name, None)
-        place = getattr(prefill_attention, name) if place is None else place
+        room = next(room for room in (of, crew, prefill_attention) if hasattr(room, name))
+        place = getattr(room, name)
         made[place] = value.ctypes.data if isinstance(value, np.ndarray) else value
     return made
 
@@ -217,6 +217,35 @@ def test_attention_of_many_tokens_a_row(words, rows, tokens, heads, groups, size
         TOKENS=tokens,
     )
     prefill_attention.blocks(WORDS[words]).ctypes(work.ctypes.data)
+    guarded.check()
+    assert np.isfinite(outputs.astype(np.float32)).all()
+
+
+@given(
+    words=st.sampled_from(["float32", "uint16"]),
+    tokens=st.integers(1, 150),
+    choices=st.integers(1, 8),
+    width=st.integers(1, 70),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_sums(words, tokens, choices, width, seed):
+    rng, guarded = np.random.default_rng(seed), Guarded()
+    dtype = np.float32 if words == "float32" else ml_dtypes.bfloat16
+    hidden, rows = numbers(rng, (tokens, width), dtype), numbers(rng, (tokens, choices, width), dtype)
+    weights, outputs = rng.random((tokens, choices), np.float32), guarded.array((tokens, width), dtype)
+    work = job(
+        combining,
+        PARTS=-(-tokens // combining.PIECE),
+        INPUTS=hidden,
+        WEIGHTS=weights,
+        OUTPUTS=outputs,
+        ROWS=tokens,
+        DEPTH=width,
+        EXPERTS=rows,
+        CHOICES=choices,
+    )
+    combining.tokens(WORDS[words]).ctypes(work.ctypes.data)
     guarded.check()
     assert np.isfinite(outputs.astype(np.float32)).all()
 

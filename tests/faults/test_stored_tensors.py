@@ -3,12 +3,13 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import in_time, random_decoder
+from helpers import TINY, in_time, random_decoder
 
 from layerscope_jax import ModelConfig, safetensors_io
 from layerscope_jax.checkpoints import load, save
@@ -16,18 +17,14 @@ from layerscope_jax.models.naming import Naming
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-CONFIG = ModelConfig(
-    family="olmoe",
+CONFIG = replace(
+    TINY,
     vocab_size=32,
     hidden_size=16,
     num_layers=2,
     num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
     num_experts=4,
-    experts_per_token=2,
     expert_hidden=24,
-    normalize_top_k=True,
     qk_norm="all",
     max_positions=64,
     stop_tokens=(0,),

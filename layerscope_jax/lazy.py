@@ -1,0 +1,38 @@
+"""Packages whose names are imported when they are first asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+
+def importer(package: str, contents: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """A package's `__getattr__` (PEP 562).
+
+    Modules are there without an import of their own too, as if all had been imported at once.
+
+    Args:
+        package: its name.
+        contents: module within it -> the names that it gives.
+
+    >>> importer("layerscope_jax", {"config": ["parse_bytes"]})("parse_bytes")("1KiB")
+    1024
+    """
+    module_of = {name: module for module, names in contents.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name in module_of:
+            found = getattr(import_module(f"{package}.{module_of[name]}"), name)
+            setattr(sys.modules[package], name, found)
+            return found
+        if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
+            for module in contents:
+                if module.startswith(f"{name}."):
+                    import_module(f"{package}.{module}")
+            return import_module(f"{package}.{name}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get
