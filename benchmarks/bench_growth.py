@@ -27,8 +27,8 @@ from benchmarks.growth_view import draw, growths, tables
 from benchmarks.random_models import random_model
 from benchmarks.work import Rates, Step
 from layerscope_jax import POLICIES, Engine, HardwareProfile, Model, ModelConfig, OffloadConfig
-from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.scheduling.plan import LayerPlan
+from layerscope_jax.scheduling.registry import FORECASTING
 from predictor.scorecard_plots import need_matplotlib
 
 RESIDENT, HOST_ONLY, UNPACED = "resident", "host-only", "unpaced"

@@ -27,7 +27,7 @@ from benchmarks import harness
 from benchmarks.hf_peer import HFPeer, find_python
 from benchmarks.random_models import PUBLISHED, published, random_model
 from layerscope_jax import Engine, OffloadConfig, save
-from layerscope_jax.scheduling.baselines import FORECASTING
+from layerscope_jax.scheduling.registry import FORECASTING
 
 EXPERTS = ("eager", "grouped_mm")
 PARTS = ("prefill", "decode")

@@ -37,7 +37,7 @@ from layerscope_jax import (
     parse_bytes,
 )
 from layerscope_jax.experts.transfers import MATRICES, Transfers
-from layerscope_jax.scheduling.baselines import FORECASTING
+from layerscope_jax.scheduling.registry import FORECASTING
 
 UNPACED = "unpaced"
 

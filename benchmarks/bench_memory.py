@@ -28,7 +28,7 @@ from benchmarks.live_bytes import SLACK, watch
 from benchmarks.random_models import random_model
 from layerscope_jax import POLICIES, Engine, HardwareProfile, Model, ModelConfig, OffloadConfig, Request
 from layerscope_jax.layerwise import Between, programs
-from layerscope_jax.scheduling.baselines import FORECASTING
+from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.whole import new_caches
 
 RESIDENT = "resident"

@@ -28,7 +28,7 @@ from benchmarks.random_models import random_decoder
 from benchmarks.stopwatch import Stopwatch
 from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig, layerwise, load, save
 from layerscope_jax.experts import amx, cpu, kernels
-from layerscope_jax.scheduling.baselines import FORECASTING
+from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.statistics import Meter
 
 ARITHMETIC = ("attention", "experts", "experts, meanwhile")

@@ -18,8 +18,8 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.traffic import made_up
 from layerscope_jax import POLICIES, LayerPlan, MachineProfile, Policy
-from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.scheduling.plan import Observation
+from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.simulation import Workload, simulate
 from layerscope_jax.synthetic_forecasts import forecast_of_recall
 

@@ -23,7 +23,7 @@ from rich.console import Console
 import layerscope_jax
 from benchmarks import harness
 from layerscope_jax import POLICIES, Engine, Model, OffloadConfig, load
-from layerscope_jax.scheduling.baselines import FORECASTING
+from layerscope_jax.scheduling.registry import FORECASTING
 
 SHIPPED = Path(layerscope_jax.__file__).parent / "shipped"
 RESIDENT = "resident"

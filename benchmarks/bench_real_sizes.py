@@ -33,10 +33,10 @@ from benchmarks.memory_facts import pool_bytes
 from benchmarks.random_models import PUBLISHED, published, random_model
 from layerscope_jax import Engine, MachineProfile, Model, ModelConfig, OffloadConfig, machine, parse_bytes
 from layerscope_jax.calibration import Points
-from layerscope_jax.experts.transfers import TransferError
 from layerscope_jax.generation import Result, Token
 from layerscope_jax.profiling import calibrate
-from layerscope_jax.scheduling.baselines import FORECASTING
+from layerscope_jax.scheduling.registry import FORECASTING
+from layerscope_jax.support.errors import TransferError
 
 WARM_UPS = 3
 LEAST_LAYERS = 2

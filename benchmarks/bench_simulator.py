@@ -29,8 +29,8 @@ from layerscope_jax.batching import batch_rows, bucket
 from layerscope_jax.calibration import Points
 from layerscope_jax.machine_profile import MachineProfile
 from layerscope_jax.profiling import THOROUGH, calibrate
-from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.scheduling.plan import Geometry, Observation
+from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.simulation import Workload, simulate
 
 APART = 1.05

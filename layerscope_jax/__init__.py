@@ -13,15 +13,14 @@ if TYPE_CHECKING:
     from layerscope_jax.checkpoints import Model, load, save
     from layerscope_jax.comparison import simulate_profile
     from layerscope_jax.compilations import use_compilation_cache
-    from layerscope_jax.config import ModelConfig, OffloadConfig, parse_bytes
+    from layerscope_jax.config import OffloadConfig
     from layerscope_jax.engine import Engine
     from layerscope_jax.experts.bank import ExpertBank
-    from layerscope_jax.experts.transfers import TransferError
     from layerscope_jax.generation import Request, Result, Token
     from layerscope_jax.machine_profile import MachineProfile
     from layerscope_jax.models import Decoder, ExpertParam
+    from layerscope_jax.models.config import ModelConfig
     from layerscope_jax.prediction import PREDICTORS, History, Predictor
-    from layerscope_jax.scheduling.baselines import POLICIES
     from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
     from layerscope_jax.scheduling.plan import (
         ExpertId,
@@ -32,21 +31,24 @@ if TYPE_CHECKING:
         Replay,
     )
     from layerscope_jax.scheduling.plan_files import load_plans, save_plans
+    from layerscope_jax.scheduling.registry import POLICIES
     from layerscope_jax.statistics import RunStats
+    from layerscope_jax.support.errors import TransferError
+    from layerscope_jax.support.units import parse_bytes
 
 _CONTENTS = {
     "checkpoints": ("Model", "load", "save"),
     "comparison": ("simulate_profile",),
     "compilations": ("use_compilation_cache",),
-    "config": ("ModelConfig", "OffloadConfig", "parse_bytes"),
+    "config": ("OffloadConfig",),
     "engine": ("Engine",),
     "experts.bank": ("ExpertBank",),
-    "experts.transfers": ("TransferError",),
     "generation": ("Request", "Result", "Token"),
     "machine_profile": ("MachineProfile",),
     "models": ("Decoder", "ExpertParam"),
+    "models.config": ("ModelConfig",),
     "prediction": ("PREDICTORS", "History", "Predictor"),
-    "scheduling.baselines": ("POLICIES",),
+    "scheduling.registry": ("POLICIES",),
     "scheduling.costs": ("HardwareProfile", "TimeTable"),
     "scheduling.plan": (
         "ExpertId",
@@ -58,6 +60,8 @@ _CONTENTS = {
     ),
     "scheduling.plan_files": ("load_plans", "save_plans"),
     "statistics": ("RunStats",),
+    "support.errors": ("TransferError",),
+    "support.units": ("parse_bytes",),
 }
 """Module -> what it gives; the same as the imports above, which type checkers and editors read."""
 

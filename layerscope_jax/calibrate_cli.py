@@ -10,9 +10,10 @@ from rich.console import Console
 from tyro.conf import arg
 
 from layerscope_jax import exits, profile_view
-from layerscope_jax.cli_options import Checkpoint, Dtype, LinkBandwidth, open_model, writing
+from layerscope_jax.cli_options import Checkpoint, Dtype, LinkBandwidth, open_model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.profiling import calibrate
+from layerscope_jax.support.option_errors import writing
 
 
 @dataclass(frozen=True, kw_only=True)

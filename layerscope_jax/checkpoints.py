@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
 
-from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.bank import ExpertBank, device_sharding
 from layerscope_jax.files import is_there, read_json, replace_files
 from layerscope_jax.models import FAMILIES, Decoder, ExpertParam, config_from_hf, with_generation
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.naming import Naming, check_sizes, is_transposed
 from layerscope_jax.safetensors_io import (
     DTYPES,

@@ -36,7 +36,6 @@ from layerscope_jax.cli_options import (
     open_model,
     open_predictor,
     open_profile,
-    option,
 )
 from layerscope_jax.compilations import use_compilation_cache
 from layerscope_jax.complete import Live, complete, summary
@@ -46,6 +45,7 @@ from layerscope_jax.exits import say
 from layerscope_jax.fingerprint import fingerprint
 from layerscope_jax.generation import Request
 from layerscope_jax.simulate_cli import Simulate
+from layerscope_jax.support.option_errors import option
 from layerscope_jax.trace_cli import Record
 
 

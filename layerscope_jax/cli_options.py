@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,11 +12,11 @@ from tyro.conf import Positional, arg
 
 from layerscope_jax import demo
 from layerscope_jax.checkpoints import Model, load
-from layerscope_jax.exits import REFUSED, code_of, described, say
-from layerscope_jax.locks import locked, made
+from layerscope_jax.exits import say
 from layerscope_jax.machine_profile import MachineProfile
 from layerscope_jax.prediction import PREDICTORS, Predictor
-from layerscope_jax.scheduling.baselines import POLICIES
+from layerscope_jax.scheduling.registry import POLICIES
+from layerscope_jax.support.option_errors import option
 
 SHIPPED = "shipped"
 POLICY_NAMES = ", ".join(sorted(POLICIES))
@@ -91,36 +91,3 @@ def open_profile(profile: str | None) -> MachineProfile | None:
         return None
     with option("--profile"):
         return MachineProfile.load(profile)
-
-
-@contextmanager
-def option(name: str) -> Iterator[None]:
-    """Puts the name of an option before what is wrong with its value.
-
-    Raises:
-        ValueError: with that.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if code_of(error) != REFUSED:
-            raise
-        raise ValueError(f"{name}: {described(error)}") from error
-
-
-@contextmanager
-def writing(name: str, file: Path) -> Iterator[None]:
-    """Keeps other runs away from the file that an option names, in a folder that is made if needed.
-
-    Raises:
-        ValueError: if it cannot be written, which shows here before anything is computed.
-    """
-    with option(name):
-        is_folder = file.is_dir()  # of a name that is too long nothing can be asked
-    if is_folder:
-        raise ValueError(f"{name} must be a file, got the folder {file}")
-    with ExitStack() as stack:
-        with option(name):
-            stack.enter_context(made(file.resolve().parent))
-            stack.enter_context(locked(file))
-        yield

@@ -14,11 +14,11 @@ from rich.progress import track
 
 from layerscope_jax.machine_profile import MachineProfile
 from layerscope_jax.routing import Routing
-from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.scheduling.bounds import belady_hit_rate, lower_bound_ms
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, Phase
 from layerscope_jax.scheduling.presched import PreSched
+from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.simulated_policies import BATCHES, SIMULATED, refusals, run, workloads
 from layerscope_jax.simulation import Simulated, Workload
 

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from layerscope_jax import machine
-from layerscope_jax.config import parse_bytes
 from layerscope_jax.files import user_cache
+from layerscope_jax.support.units import parse_bytes
 
 CHECKED = ".checked"
 """File whose age says which programs were looked at."""

@@ -21,7 +21,7 @@ from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
 from layerscope_jax.generation import Request, Result
 from layerscope_jax.prediction import Predictor
-from layerscope_jax.scheduling.baselines import FORECASTING
+from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.whole import WholeModel
 
 SHIPPED = Path(__file__).parent / "shipped"

@@ -15,9 +15,8 @@ from layerscope_jax import calibration
 from layerscope_jax.accounts import Account, count_for, run_stats, share_of_bound
 from layerscope_jax.batching import Batch, Running
 from layerscope_jax.checkpoints import Model
-from layerscope_jax.checks import check_options, check_parts
 from layerscope_jax.compilations import Compilations, counted
-from layerscope_jax.config import OffloadConfig, is_integer, parse_bytes
+from layerscope_jax.config import OffloadConfig
 from layerscope_jax.detokenize import continuation
 from layerscope_jax.experts.cpu import default_threads
 from layerscope_jax.experts.executors import HostExperts
@@ -25,7 +24,15 @@ from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.rooms import Rooms
 from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.forecasts import Forecasts
-from layerscope_jax.generation import Request, Result, Token, encode_prompts, make_requests
+from layerscope_jax.generation import (
+    Request,
+    Result,
+    Token,
+    batch_of,
+    check_options,
+    encode_prompts,
+    make_requests,
+)
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.machine import cpu_device
 from layerscope_jax.machine_profile import costs_of
@@ -33,13 +40,16 @@ from layerscope_jax.non_finite import why_not_finite
 from layerscope_jax.prediction import make_predictor
 from layerscope_jax.progress import progress_bar
 from layerscope_jax.resident import ResidentOnCpu
-from layerscope_jax.scheduling.baselines import Resident, make_policy
+from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.guard import Guard
 from layerscope_jax.scheduling.plan import Geometry, Policy
+from layerscope_jax.scheduling.registry import make_policy
 from layerscope_jax.statistics import RunStats, Times
+from layerscope_jax.support.checks import Problems
+from layerscope_jax.support.units import is_integer, parse_bytes
 from layerscope_jax.turns import Turns
-from layerscope_jax.warmup import batch_of, rehearsal
+from layerscope_jax.warmup import rehearsal
 from layerscope_jax.whole import WholeModel, new_caches
 
 Turn = Callable[[], AbstractContextManager]
@@ -90,7 +100,17 @@ class Engine:
         host_device: jax.Device | None = None,
         copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
     ):
-        check_parts(model, config, device, host_device, copy)
+        problems, device_or_none = Problems(), "one of jax.devices() or None"
+        problems.expect(isinstance(model, Model), "model", "a Model, as layerscope_jax.load gives one", model)
+        problems.expect(
+            isinstance(config, OffloadConfig | None), "config", "an OffloadConfig or None", config
+        )
+        problems.expect(isinstance(device, jax.Device | None), "device", device_or_none, device)
+        problems.expect(
+            isinstance(host_device, jax.Device | None), "host_device", device_or_none, host_device
+        )
+        problems.expect(callable(copy), "copy", "a function as jax.device_put", copy)
+        problems.raise_any()
         self._rooms = Rooms(self)
         self._turns = Turns(self._rooms.step)
         self._costs: HardwareProfile | None = None

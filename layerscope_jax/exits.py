@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from layerscope_jax import interrupts
+from layerscope_jax.support.errors import TransferError
 
 DONE, FAILED, REFUSED, FAULT = 0, 1, 2, 70
 EXIT_CODES = (
@@ -98,8 +99,7 @@ def code_of(error: Exception) -> int:
         return REFUSED
     if isinstance(error, MemoryError):
         return FAILED
-    transfers = sys.modules.get("layerscope_jax.experts.transfers")  # not imported for this alone
-    if transfers is not None and isinstance(error, transfers.TransferError):
+    if isinstance(error, TransferError):
         return FAILED
     jax_says = ("RESOURCE_EXHAUSTED", "Unable to initialize backend")
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in jax_says):

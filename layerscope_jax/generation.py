@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from layerscope_jax.config import is_integer
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.scheduling.plan import LayerPlan
 from layerscope_jax.statistics import RunStats
+from layerscope_jax.support.units import is_integer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,3 +259,57 @@ def _request(index: int, prompt: Any, settings: dict[str, Any]) -> Request:
             f"prompt {index} must be text, a list of token ids or a Request, got {repr(prompt)[:60]}"
         )
     return Request(prompt=prompt, **settings)
+
+
+def batch_of(
+    config: ModelConfig, prompt_tokens: int, batch_size: int, new_tokens: int, sampled: bool
+) -> list[Request]:
+    """The requests of a batch of one size.
+
+    Raises:
+        ValueError: naming each size that is none, or more than the model takes.
+    """
+    problems = [
+        f"{name} must be a whole number, 1 or more, got {repr(size)[:60]}"
+        for name, size in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}.items()
+        if not is_integer(size) or not 1 <= size < 2**31
+    ]
+    if not is_integer(batch_size) or batch_size < 1:
+        problems.append(f"batch_size must be 1 or more, got {repr(batch_size)[:60]}")
+    if not isinstance(sampled, bool):
+        problems.append(f"sampled must be True or False, got {repr(sampled)[:60]}")
+    if is_integer(prompt_tokens) and prompt_tokens >= config.max_positions:
+        problems.append(
+            f"prompt_tokens must be less than the model's context of {config.max_positions}, "
+            f"got {prompt_tokens}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+    request = Request(
+        prompt=[0] * int(prompt_tokens),
+        max_new_tokens=int(new_tokens),
+        temperature=float(sampled),
+        stop_tokens=(),
+    )
+    return [request] * int(batch_size)
+
+
+def check_options(on_token: Any, **switches: Any) -> None:
+    """Refuses options of a call that are none.
+
+    Args:
+        on_token: None, or to be called.
+        **switches: to be True or False.
+
+    Raises:
+        ValueError: naming each.
+    """
+    problems = [
+        f"{name} must be True or False, got {repr(value)[:60]}"
+        for name, value in switches.items()
+        if not isinstance(value, bool)
+    ]
+    if on_token is not None and not callable(on_token):
+        problems.append(f"on_token must be a function of a Token, or None, got {repr(on_token)[:60]}")
+    if problems:
+        raise ValueError("; ".join(problems))

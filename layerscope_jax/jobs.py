@@ -16,12 +16,13 @@ from layerscope_jax.experts.cpu import CpuExperts
 from layerscope_jax.experts.executors import HostExperts, device_experts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
-from layerscope_jax.experts.transfers import LinkStats, TransferError, Transfers
+from layerscope_jax.experts.transfers import LinkStats, Transfers
 from layerscope_jax.forecasts import Forecasts
 from layerscope_jax.layerwise import ARRIVALS, LayerByLayer
 from layerscope_jax.prediction import Predictor
 from layerscope_jax.scheduling.baselines import HostOnly
 from layerscope_jax.scheduling.plan import ExpertId, Geometry
+from layerscope_jax.support.errors import TransferError
 from layerscope_jax.whole import new_caches
 
 Job = Callable[[int], float | None]

@@ -15,23 +15,24 @@ import numpy as np
 from flax import nnx
 
 from layerscope_jax.checkpoints import Model
-from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.attention import our_loops
 from layerscope_jax.experts.combining import add_experts
-from layerscope_jax.experts.compute import finish_all
 from layerscope_jax.experts.executors import HostExperts, SharedExperts, device_experts
 from layerscope_jax.experts.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.experts.residency import Residency
 from layerscope_jax.experts.threads import Job
-from layerscope_jax.experts.transfers import TransferError, Transfers
+from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.forecasts import Forecasts, counted_rows, expected_tokens
 from layerscope_jax.interrupts import check
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder, DecoderLayer
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.prediction import Predictor
 from layerscope_jax.sampling import Sampling, sample
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, Policy, ask, check_plan
 from layerscope_jax.statistics import Meter
+from layerscope_jax.support.devices import finish_all
+from layerscope_jax.support.errors import TransferError
 
 ARRIVALS = GROUP_SIZES[1]
 """Loaded experts that are computed together, so that dispatching does not hold up the link."""

@@ -18,7 +18,7 @@ def importer(package: str, contents: Mapping[str, Sequence[str]]) -> Callable[[s
         package: its name.
         contents: module within it -> the names that it gives.
 
-    >>> importer("layerscope_jax", {"config": ["parse_bytes"]})("parse_bytes")("1KiB")
+    >>> importer("layerscope_jax", {"support.units": ["parse_bytes"]})("parse_bytes")("1KiB")
     1024
     """
     module_of = {name: module for module, names in contents.items() for name in names}

@@ -12,7 +12,6 @@ import numpy as np
 from layerscope_jax import machine
 from layerscope_jax.calibration import BUSY_TOKENS, Points, costs, others, tables, timed_ms
 from layerscope_jax.checkpoints import Model
-from layerscope_jax.config import parse_bytes
 from layerscope_jax.experts.cpu import default_threads
 from layerscope_jax.experts.executors import HostExperts
 from layerscope_jax.experts.transfers import Transfers
@@ -20,6 +19,7 @@ from layerscope_jax.jobs import Jobs
 from layerscope_jax.machine import cpu_device
 from layerscope_jax.machine_profile import MachineProfile, ModelShape
 from layerscope_jax.prediction import NextGate
+from layerscope_jax.support.units import parse_bytes
 
 THOROUGH = Points(tokens=(1, 4, 8, 16, 32, 64, 128, 256), decode=(1, 4, 16, 64), prefill=(1024,))
 CONTEXTS = (64, 1024, 4096)

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.checkpoints import Model
-from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts import inside
 from layerscope_jax.experts.attention import our_loops
 from layerscope_jax.experts.combining import add_experts
-from layerscope_jax.experts.transfers import TransferError
 from layerscope_jax.interrupts import check
 from layerscope_jax.layerwise import LayerByLayer, dense_parts
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.sampling import Sampling, sample
+from layerscope_jax.support.errors import TransferError
 
 
 class ResidentOnCpu(LayerByLayer):

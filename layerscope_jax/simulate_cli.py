@@ -12,13 +12,13 @@ from rich.console import Console
 from tyro.conf import arg
 
 from layerscope_jax import comparison_view, exits
-from layerscope_jax.cli_options import option, writing
 from layerscope_jax.comparison import simulate_profile
-from layerscope_jax.config import parse_bytes
 from layerscope_jax.files import replace_files
 from layerscope_jax.machine_profile import MachineProfile
 from layerscope_jax.routing import DERIVED, Routing
 from layerscope_jax.simulated_policies import BATCHES, SIMULATED
+from layerscope_jax.support.option_errors import option, writing
+from layerscope_jax.support.units import parse_bytes
 
 ALL = "all"
 

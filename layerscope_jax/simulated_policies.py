@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from layerscope_jax.routing import Routing
-from layerscope_jax.scheduling.baselines import FORECASTING, POLICIES, Resident
+from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.oracle import Oracle
 from layerscope_jax.scheduling.plan import Geometry
+from layerscope_jax.scheduling.registry import FORECASTING, POLICIES
 from layerscope_jax.simulation import Simulated, Workload, simulate
 
 # Where everything is resident there is nothing to compare, and it would begin with what others must copy.

@@ -10,18 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from layerscope_jax.config import ModelConfig, is_integer
-from layerscope_jax.experts.compute import finish_all
 from layerscope_jax.experts.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.experts.executors import SharedExperts, grouped_ffn, place_rows
 from layerscope_jax.experts.grouping import Assignments, next_power, possible_groups
-from layerscope_jax.generation import Request
 from layerscope_jax.layerwise import Between, LayerByLayer
 from layerscope_jax.models.layers import KVCache
 from layerscope_jax.resident import ResidentOnCpu
 from layerscope_jax.scheduling.baselines import HostOnly, Resident
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
 from layerscope_jax.statistics import Meter
+from layerscope_jax.support.devices import finish_all
 from layerscope_jax.whole import WholeModel
 
 
@@ -32,39 +30,6 @@ def rehearsal(runner: WholeModel | LayerByLayer) -> WholeModel | LayerByLayer:
     other = copy.copy(runner)
     other.meter = Meter()
     return other
-
-
-def batch_of(
-    config: ModelConfig, prompt_tokens: int, batch_size: int, new_tokens: int, sampled: bool
-) -> list[Request]:
-    """The requests of a batch of one size.
-
-    Raises:
-        ValueError: naming each size that is none, or more than the model takes.
-    """
-    problems = [
-        f"{name} must be a whole number, 1 or more, got {repr(size)[:60]}"
-        for name, size in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}.items()
-        if not is_integer(size) or not 1 <= size < 2**31
-    ]
-    if not is_integer(batch_size) or batch_size < 1:
-        problems.append(f"batch_size must be 1 or more, got {repr(batch_size)[:60]}")
-    if not isinstance(sampled, bool):
-        problems.append(f"sampled must be True or False, got {repr(sampled)[:60]}")
-    if is_integer(prompt_tokens) and prompt_tokens >= config.max_positions:
-        problems.append(
-            f"prompt_tokens must be less than the model's context of {config.max_positions}, "
-            f"got {prompt_tokens}"
-        )
-    if problems:
-        raise ValueError("; ".join(problems))
-    request = Request(
-        prompt=[0] * int(prompt_tokens),
-        max_new_tokens=int(new_tokens),
-        temperature=float(sampled),
-        stop_tokens=(),
-    )
-    return [request] * int(batch_size)
 
 
 class Rehearsal(LayerByLayer):

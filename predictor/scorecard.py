@@ -25,8 +25,8 @@ import tyro
 from rich.console import Console
 
 from layerscope_jax import exits, interrupts
-from layerscope_jax.cli_options import writing
 from layerscope_jax.files import replace_files
+from layerscope_jax.support.option_errors import writing
 from layerscope_jax.traces import Trace
 from predictor import SHIPPED, metrics
 from predictor.baselines import (

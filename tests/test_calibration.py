@@ -13,9 +13,10 @@ import layerscope_jax
 from layerscope_jax import Engine, OffloadConfig, calibrate_cli, calibration, cli, jobs, machine, profiling
 from layerscope_jax.calibration import Points, busy, others, tables
 from layerscope_jax.experts.executors import DeviceExperts, HostExperts, SharedExperts
-from layerscope_jax.experts.transfers import TransferError, Transfers
+from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.jobs import Jobs
 from layerscope_jax.machine_profile import MachineProfile
+from layerscope_jax.support.errors import TransferError
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

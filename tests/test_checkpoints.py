@@ -16,8 +16,8 @@ from tokenizers.models import WordLevel
 
 from layerscope_jax import safetensors_io
 from layerscope_jax.checkpoints import Model, load, save
-from layerscope_jax.config import ModelConfig
 from layerscope_jax.models import Decoder
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.scheduling.plan import ExpertId
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -11,7 +11,8 @@ from helpers import PROFILE, PROMPTS, Copies, in_time, one_jit, random_model, sp
 from layerscope_jax import Engine, HardwareProfile, OffloadConfig, Request, TransferError, load, save
 from layerscope_jax.experts import transfers as transfers_module
 from layerscope_jax.experts.transfers import ATTEMPTS
-from layerscope_jax.scheduling.baselines import LRU, POLICIES, HostOnly, Resident
+from layerscope_jax.scheduling.baselines import LRU, HostOnly, Resident
+from layerscope_jax.scheduling.registry import POLICIES
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

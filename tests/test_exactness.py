@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from layerscope_jax import POLICIES, Engine, OffloadConfig, Request
 from layerscope_jax.models.layers import PAD_POSITION
-from layerscope_jax.scheduling.baselines import FORECASTING
+from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.whole import WholeModel
 
 needs_shipped = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from layerscope_jax.experts.executors import DeviceExperts, HostExperts
 from layerscope_jax.experts.grouping import Assignments
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.machine import cpu_device
-from layerscope_jax.scheduling.baselines import FORECASTING
+from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.whole import WholeModel
 
 pytestmark = pytest.mark.gpu

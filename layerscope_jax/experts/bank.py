@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.compute import ExpertWeights
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.scheduling.plan import ExpertId
 
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 class ExpertWeights(NamedTuple):
@@ -172,13 +171,3 @@ def _collect_backward(source: jax.Array, grad: jax.Array):
 
 
 _collect.defvjp(_collect_forward, _collect_backward)
-
-
-def finish_all(sharding: jax.sharding.Sharding) -> None:
-    """Waits for every program that this thread has given a device: it does one after the other."""
-    jax.block_until_ready(_last(jax.device_put(np.float32(0), sharding)))
-
-
-@jax.jit
-def _last(number: jax.Array) -> jax.Array:
-    return number + 1

@@ -15,6 +15,7 @@ from layerscope_jax.experts.bank import ExpertBank, device_sharding
 from layerscope_jax.experts.compute import ExpertWeights
 from layerscope_jax.jax_settings import settle_thread
 from layerscope_jax.scheduling.plan import ExpertId
+from layerscope_jax.support.errors import TransferError
 
 MATRICES = len(ExpertWeights._fields)
 ATTEMPTS = 3
@@ -35,10 +36,6 @@ STANDSTILL_S = 60.0
 
 GRACE_S = 5.0
 """How long a chunk on the link that nobody wants any more is waited for."""
-
-
-class TransferError(RuntimeError):
-    """A copy that a layer was waiting for failed, also when tried again, or does not end."""
 
 
 @dataclass

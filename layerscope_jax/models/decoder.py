@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layerscope_jax.config import ModelConfig
 from layerscope_jax.experts.compute import combine, dense, matmul, stacked_ffn
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.layers import Attention, Experts, KVCache, RMSNorm, Router, Routing, normal
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from layerscope_jax.config import ModelConfig
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.config_keys import HARMLESS, NEUTRAL
 
 REQUIRED: Any = object()  # the default of a setting that must be given

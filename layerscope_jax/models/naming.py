@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from layerscope_jax.config import ModelConfig
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.layers import ExpertParam
 from layerscope_jax.models.registry import FAMILIES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from layerscope_jax.config import ModelConfig
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.family import BIASES, QK_NORMS, WEIGHTS, ConfigReader, Family, write_shared
 
 

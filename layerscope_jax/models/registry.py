@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from layerscope_jax.config import ModelConfig
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.family import ConfigReader, Family, shown
 from layerscope_jax.models.mixtral import MIXTRAL
 from layerscope_jax.models.olmoe import OLMOE

@@ -27,10 +27,10 @@ from orbax.checkpoint import v1 as ocp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layerscope_jax import exits, interrupts
-from layerscope_jax.config import ModelConfig
 from layerscope_jax.files import read_json, write_text
 from layerscope_jax.jax_settings import random_key
 from layerscope_jax.locks import locked_folder
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.layers import Routing
 from layerscope_jax.training.data import PackedTokens

@@ -15,8 +15,8 @@ from layerscope_jax.experts.transfers import Transfers
 from layerscope_jax.jobs import NoCopies
 from layerscope_jax.layerwise import LayerByLayer
 from layerscope_jax.resident import ResidentOnCpu
-from layerscope_jax.scheduling.baselines import POLICIES
 from layerscope_jax.scheduling.plan import Policy, Replay
+from layerscope_jax.scheduling.registry import POLICIES
 from layerscope_jax.virtual_link import Link
 from layerscope_jax.warmup import Rehearsal
 from layerscope_jax.whole import WholeModel

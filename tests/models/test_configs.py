@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from layerscope_jax.config import ModelConfig
 from layerscope_jax.models import FAMILIES, config_from_hf
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.naming import Naming
 
 GOLDEN = Path(__file__).parents[1] / "golden"

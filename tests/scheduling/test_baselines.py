@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from policy_runs import Device, assert_same, follow, geometry, runs
 
 from layerscope_jax import POLICIES, ExpertId, Observation
-from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.scheduling.plan import check_plan
+from layerscope_jax.scheduling.registry import FORECASTING
 
 DEVICE_ONLY = {"on-demand", "lru", "lfu", "arc", "least-stale", "promoe", "klotski", "resident"}
 

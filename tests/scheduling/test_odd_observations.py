@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from policy_runs import SPLIT, Device, geometry
 
 from layerscope_jax import POLICIES
-from layerscope_jax.scheduling.baselines import FORECASTING
 from layerscope_jax.scheduling.guard import SAMPLES, WAYS, Guard
+from layerscope_jax.scheduling.registry import FORECASTING
 
 ELAPSED = st.sampled_from([0.0, 1e-9, 1.0, 40.0, 1e9, 1e308, float("inf"), float("nan"), -1.0, -0.0])
 EXPECTED = st.sampled_from([0.0, 0.3, 1.0, 64.0, 1e300, float("inf"), float("nan"), -1.0, -1e300])

@@ -1,0 +1,60 @@
+"""Sizes and rates as people write them, and whole numbers."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base ** (power + 1)
+    for power, prefix in enumerate("KMGT")
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def parse_bytes(size: str | int, what: str = "size") -> int:
+    """Bytes from `"8GiB"`, `"1.5 GB"`, `"4096"` or an int.
+
+    Args:
+        size: a number of bytes, or a number with one of the units B, KB, MB, GB, TB (powers of 1000),
+            KiB, MiB, GiB, TiB (powers of 1024).
+        what: the setting's name, for the error message.
+
+    Raises:
+        ValueError: if `size` is negative, not a size, or past what 64 bits count.
+
+    >>> parse_bytes("1.5GiB"), parse_bytes("2 MB"), parse_bytes(4096)
+    (1610612736, 2000000, 4096)
+    """
+    found = -1
+    if is_integer(size):
+        found = int(size)
+    elif isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
+        if match is not None and match[2] in _UNITS:
+            found = int(Decimal(match[1]) * _UNITS[match[2]])
+    if found < 0:
+        raise ValueError(f"{what} must be a size such as '8GiB', '500 MB' or a number of bytes, got {size!r}")
+    if found >= 2**63:
+        raise ValueError(f"{what} must be less than 2**63 bytes, got {str(size)[:40]}")
+    return found
+
+
+def parse_pace(link_bandwidth: str | int) -> int:
+    """Bytes a second, more than none.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found = parse_bytes(link_bandwidth, "link_bandwidth")
+    if found == 0:
+        raise ValueError("link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
+    return found
