@@ -88,7 +88,7 @@ def race(
 
     def run(name: str, counts: Sequence[int], together: int) -> Callable[[], None]:
         requests = [
-            Request(prompt=prompt, max_new_tokens=count, stop_tokens=())
+            Request(prompt=prompt, max_new_tokens=count, stop_token_ids=())
             for prompt, count in zip(prompts, counts, strict=True)
         ]
 
@@ -97,7 +97,7 @@ def race(
             tokens[name] = []
             for start in range(0, len(requests), together):
                 part = requests[start : start + together]
-                tokens[name] += engine.generate(part, batch_size=slots).tokens
+                tokens[name] += engine.generate(part, max_num_seqs=slots).token_ids
             taken[name] = {"prefill": steps.prefill, "decode": steps.decode}
 
         return call
@@ -129,7 +129,7 @@ def config_of(policy: str, model: Model, options: Options) -> OffloadConfig:
     if policy == RESIDENT:
         return OffloadConfig(numerics="fast")
     budget = model.bank.total_bytes * options.budget // 100
-    return OffloadConfig(device_budget=budget, policy=policy, link_bandwidth=options.link)
+    return OffloadConfig(device_budget=budget, policy=policy, emulated_link_bandwidth=options.link)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:

@@ -25,10 +25,10 @@ import tyro
 from benchmarks import harness
 from benchmarks.memory_facts import donation, on_device, ordinary, pinned, pinned_memory, views, waited
 from layerscope_jax import parse_bytes
-from layerscope_jax.experts.bank import device_sharding
-from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.executors import grouped_ffn
-from layerscope_jax.experts.grouping import GROUP_SIZES
+from layerscope_jax.kernels.grouping import GROUP_SIZES
+from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.offload.bank import device_sharding
+from layerscope_jax.offload.executors import grouped_ffn
 
 IN_A_ROW = 4
 """Copies that are begun before the first is waited for, where several are."""

@@ -98,9 +98,9 @@ def shape(point: Point, quick: bool) -> ModelConfig:
         head_dim=8 if quick else 64,
         num_experts=point.experts,
         experts_per_token=4,
-        expert_hidden=32 if quick else 256,
+        moe_intermediate_size=32 if quick else 256,
         normalize_top_k=True,
-        max_positions=8192,
+        max_position_embeddings=8192,
     )
 
 
@@ -124,7 +124,7 @@ def config_of(policy: str, model: Model, point: Point, profiles: Profiles) -> Of
         device_budget=model.bank.total_bytes * point.budget // 100,
         policy=policy,
         numerics="exact",
-        link_bandwidth=None if point.link == UNPACED else point.link,
+        emulated_link_bandwidth=None if point.link == UNPACED else point.link,
         predictor="gate" if policy in FORECASTING else None,
     )
     if POLICIES[policy].uses_costs and point.budget < 100:
@@ -139,7 +139,7 @@ def run_of(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Callabl
         waiting, steps, prefill = set(range(len(prompts))), [], 0.0
         last = time.perf_counter()
         for event in engine.stream(
-            prompts, batch_size=len(prompts), max_new_tokens=new_tokens, stop_tokens=()
+            prompts, max_num_seqs=len(prompts), max_new_tokens=new_tokens, stop_token_ids=()
         ):
             if waiting:
                 waiting.discard(event.request)
@@ -162,7 +162,7 @@ def works(
     config, itemsize = engine.model.config, engine.model.bank.dtype.itemsize
     cache_itemsize = 4 if engine.device.platform == "cpu" else itemsize
     plans: list[LayerPlan] = engine.generate(
-        prompts, batch_size=len(prompts), max_new_tokens=new_tokens, stop_tokens=(), record_plans=True
+        prompts, max_num_seqs=len(prompts), max_new_tokens=new_tokens, stop_token_ids=(), record_plans=True
     ).plans
     steps = 1 + max(plan.step for plan in plans)
     prefills = steps - (new_tokens - 1)

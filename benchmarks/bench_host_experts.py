@@ -22,11 +22,11 @@ import tyro
 from numba import njit
 
 from benchmarks import harness
-from layerscope_jax.experts import cpu
-from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import CpuExperts, InMemory, WorkStats
-from layerscope_jax.experts.grouping import Assignments
-from layerscope_jax.machine import cores
+from layerscope_jax.kernels import cpu
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
+from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.support.machine import cores
 
 DTYPES = ("bfloat16", "float32")
 

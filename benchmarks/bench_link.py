@@ -36,7 +36,7 @@ from layerscope_jax import (
     OffloadConfig,
     parse_bytes,
 )
-from layerscope_jax.experts.transfers import MATRICES, Transfers
+from layerscope_jax.offload.link import MATRICES, Transfers
 from layerscope_jax.scheduling.registry import FORECASTING
 
 UNPACED = "unpaced"
@@ -78,7 +78,7 @@ def shape(quick: bool) -> ModelConfig:
         head_dim=8 if quick else 64,
         num_experts=8 if quick else 32,
         experts_per_token=4,
-        expert_hidden=64 if quick else 1024,
+        moe_intermediate_size=64 if quick else 1024,
         normalize_top_k=True,
     )
 
@@ -94,7 +94,7 @@ def bound_by_transfers(model: Model, policy: str, link: str, options: Options) -
 
         def run() -> harness.Parts:
             with loads_of(engine.runner.transfers) as loads:
-                stats = engine.generate(prompts, max_new_tokens=options.new_tokens, stop_tokens=()).stats
+                stats = engine.generate(prompts, max_new_tokens=options.new_tokens, stop_token_ids=()).stats
             layers[:] = loads.layers
             return {
                 "total": stats.total_s,
@@ -138,10 +138,12 @@ def bound_by_transfers(model: Model, policy: str, link: str, options: Options) -
 def bank_of(profile: str, quick: bool) -> ExpertBank:
     """Some experts of a published model in one layer, of no values: not more than memory has room for."""
     size = MachineProfile.load(profile).model
-    hidden, inner = size.hidden // 16 if quick else size.hidden, size.expert_hidden
+    hidden, inner = size.hidden // 16 if quick else size.hidden, size.moe_intermediate_size
     itemsize = jnp.dtype(jnp.bfloat16).itemsize
     count = int(np.clip(BANK_BYTES // (MATRICES * hidden * inner * itemsize), 4, 16))
-    config = replace(shape(quick), hidden_size=hidden, expert_hidden=inner, num_layers=1, num_experts=count)
+    config = replace(
+        shape(quick), hidden_size=hidden, moe_intermediate_size=inner, num_layers=1, num_experts=count
+    )
     return ExpertBank.build(config, lambda expert, name, shape: np.full(shape, expert.expert, jnp.bfloat16))
 
 
@@ -152,7 +154,7 @@ def overlap(model: Model, policy: str, options: Options) -> dict[str, Any]:
     with Engine(model, config_of(model, policy, link, options)) as engine:
 
         def run() -> harness.Parts:
-            stats = engine.generate(prompts, max_new_tokens=options.new_tokens, stop_tokens=()).stats
+            stats = engine.generate(prompts, max_new_tokens=options.new_tokens, stop_token_ids=()).stats
             shares = {"device": stats.device_share, "host": stats.host_share, "link": stats.link_share}
             return shares | {"seconds": stats.total_s, "bytes": stats.bytes_moved}
 
@@ -179,7 +181,7 @@ def config_of(model: Model, policy: str, link: str, options: Options) -> Offload
     return OffloadConfig(
         device_budget=model.bank.total_bytes * options.budget // 100,
         policy=policy,
-        link_bandwidth=bandwidth(link),
+        emulated_link_bandwidth=bandwidth(link),
         predictor="gate" if policy in FORECASTING else None,
     )
 

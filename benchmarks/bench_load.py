@@ -121,7 +121,7 @@ def measure_load(folder: Path) -> dict[str, Any]:
     """Loads in this process, which must be fresh: seconds, and bytes of memory beyond JAX's own."""
     import jax
 
-    from layerscope_jax.checkpoints import load
+    from layerscope_jax.checkpoints.model import load
 
     # What JAX needs in any program, compiler included, is not the loader's.
     jax.jit(lambda x: x.T + 1)(jax.numpy.ones((256, 128))).block_until_ready()
@@ -159,8 +159,8 @@ def plain_read(folder: Path) -> float:
 
 
 def shapes_of(config: dict[str, Any]) -> Shapes:
+    from layerscope_jax.checkpoints.weight_names import Naming
     from layerscope_jax.models import config_from_hf
-    from layerscope_jax.models.naming import Naming
 
     return Naming.of(config_from_hf(config)).shapes
 
@@ -231,7 +231,7 @@ def main(options: Options) -> None:
     console.print(f"{device}; " + ", ".join(f"{name} {number}" for name, number in versions.items()))
     if options.json is not None:
         result = {"quick": options.quick, "device": device, "versions": versions, "rows": rows}
-        from layerscope_jax.files import write_text
+        from layerscope_jax.support.files import write_text
 
         write_text(options.json, json.dumps(result, indent=1) + "\n")
 

@@ -27,9 +27,9 @@ from benchmarks.bench_prefill import growth
 from benchmarks.live_bytes import SLACK, watch
 from benchmarks.random_models import random_model
 from layerscope_jax import POLICIES, Engine, HardwareProfile, Model, ModelConfig, OffloadConfig, Request
-from layerscope_jax.layerwise import Between, programs
+from layerscope_jax.runtime.programs import Between, programs
+from layerscope_jax.runtime.whole import new_caches
 from layerscope_jax.scheduling.registry import FORECASTING
-from layerscope_jax.whole import new_caches
 
 RESIDENT = "resident"
 
@@ -65,7 +65,7 @@ def shape(options: Options) -> ModelConfig:
         head_dim=8 if tiny else 64,
         num_experts=options.experts,
         experts_per_token=4,
-        expert_hidden=2048 if tiny else 384,
+        moe_intermediate_size=2048 if tiny else 384,
         normalize_top_k=True,
     )
 
@@ -78,7 +78,7 @@ def requests_of(options: Options, vocabulary: int) -> list[Request]:
         return random.permutation(np.linspace(least, most, options.requests).astype(int)).tolist()
 
     return [
-        Request(prompt=random.integers(0, vocabulary, size).tolist(), max_new_tokens=count, stop_tokens=())
+        Request(prompt=random.integers(0, vocabulary, size).tolist(), max_new_tokens=count, stop_token_ids=())
         for size, count in zip(
             between(options.most_tokens // 8, options.most_tokens),
             between(2, options.new_tokens),
@@ -102,7 +102,7 @@ def measure(
     requests = requests_of(options, model.config.vocab_size)
 
     def call(engine: Engine) -> None:
-        engine.generate(requests, batch_size=options.slots)
+        engine.generate(requests, max_num_seqs=options.slots)
 
     def whole() -> None:
         with Engine(model, config) as engine:

@@ -18,7 +18,7 @@ import tyro
 
 import predictor
 from benchmarks import harness
-from layerscope_jax.traces import Trace
+from layerscope_jax.prediction.traces import Trace
 from predictor.dataset import load_rows
 from predictor.routers import Routers
 from predictor.step import Batch

@@ -26,10 +26,12 @@ from benchmarks import harness
 from benchmarks.bench_policies import SHIPPED
 from benchmarks.random_models import random_decoder
 from benchmarks.stopwatch import Stopwatch
-from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig, layerwise, load, save
-from layerscope_jax.experts import amx, cpu, kernels
+from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig, load, save
+from layerscope_jax.kernels import amx, cpu
+from layerscope_jax.kernels import experts as kernels
+from layerscope_jax.runtime import layerwise
+from layerscope_jax.runtime.statistics import Meter
 from layerscope_jax.scheduling.registry import FORECASTING
-from layerscope_jax.statistics import Meter
 
 ARITHMETIC = ("attention", "experts", "experts, meanwhile")
 COPYING = ("waiting for copies",)
@@ -54,7 +56,11 @@ class Options(harness.Common):
 
 def wide(quick: bool) -> ModelConfig:
     """Four layers of 64 experts of 7 MB, of which 8 tokens read about 42: 300 MB a layer."""
-    sizes = {"hidden_size": 32, "expert_hidden": 8} if quick else {"hidden_size": 1024, "expert_hidden": 1152}
+    sizes = (
+        {"hidden_size": 32, "moe_intermediate_size": 8}
+        if quick
+        else {"hidden_size": 1024, "moe_intermediate_size": 1152}
+    )
     return ModelConfig(
         family="olmoe",
         vocab_size=256,
@@ -66,7 +72,7 @@ def wide(quick: bool) -> ModelConfig:
         experts_per_token=8,
         normalize_top_k=False,
         qk_norm="all",
-        max_positions=256,
+        max_position_embeddings=256,
         **sizes,
     )
 

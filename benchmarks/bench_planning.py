@@ -20,8 +20,8 @@ from benchmarks.traffic import made_up
 from layerscope_jax import POLICIES, LayerPlan, MachineProfile, Policy
 from layerscope_jax.scheduling.plan import Observation
 from layerscope_jax.scheduling.registry import FORECASTING
-from layerscope_jax.simulation import Workload, simulate
-from layerscope_jax.synthetic_forecasts import forecast_of_recall
+from layerscope_jax.simulation.simulator import Workload, simulate
+from layerscope_jax.simulation.synthetic_forecasts import forecast_of_recall
 
 RECALL = 0.9
 

@@ -60,7 +60,7 @@ def read_prompts(path: Path, model: Model, new_tokens: int) -> list[list[int]]:
         texts = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected lines of JSON with a prompt, got {error!r}") from None
-    room = model.config.max_positions - new_tokens
+    room = model.config.max_position_embeddings - new_tokens
     return [model.tokenizer.encode(text).ids[:room] for text in texts]
 
 
@@ -90,7 +90,7 @@ def cell(
             config = OffloadConfig(
                 device_budget=budget,
                 policy=policy,
-                link_bandwidth=link,
+                emulated_link_bandwidth=link,
                 numerics="exact",
                 predictor="gate" if policy in FORECASTING else None,
             )
@@ -104,7 +104,7 @@ def cell(
         # One more run for what the engine itself counts. Its caches are as warm as in the rounds.
         stats = {
             name: engine.generate(
-                prompts, batch_size=options.batch, max_new_tokens=options.new_tokens, stop_tokens=()
+                prompts, max_num_seqs=options.batch, max_new_tokens=options.new_tokens, stop_token_ids=()
             ).stats.to_json()
             for name, engine in engines.items()
         }

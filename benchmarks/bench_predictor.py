@@ -23,10 +23,10 @@ import layerscope_jax
 import predictor
 from benchmarks import harness
 from layerscope_jax import load
-from layerscope_jax.identity import ModelIdentity
-from layerscope_jax.layerwise import Between, programs
-from layerscope_jax.traces import Passage, TraceHeader, TraceWriter
-from layerscope_jax.whole import new_caches
+from layerscope_jax.checkpoints.identity import ModelIdentity
+from layerscope_jax.prediction.traces import Passage, TraceHeader, TraceWriter
+from layerscope_jax.runtime.programs import Between, programs
+from layerscope_jax.runtime.whole import new_caches
 from predictor.pca import Basis
 from predictor.routers import Routers
 from predictor.train import TrainConfig, train

@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.bench_policies import SHIPPED, read_prompts
 from layerscope_jax import Engine, Model, OffloadConfig, load
-from layerscope_jax.layerwise import LayerByLayer
+from layerscope_jax.runtime.layerwise import LayerByLayer
 
 RESIDENT = "resident"
 
@@ -81,7 +81,7 @@ def peak_growth(engine: Engine, prompt: list[int]) -> int | None:
     """Bytes by which the process grows while it prefills `prompt`, with no rows kept from calls before."""
     if isinstance(engine.runner, LayerByLayer):
         engine.runner.device_experts.clear()
-    return growth(lambda: engine.generate([prompt], max_new_tokens=1, stop_tokens=()))
+    return growth(lambda: engine.generate([prompt], max_new_tokens=1, stop_token_ids=()))
 
 
 def cell(model: Model, prompt: list[int], options: Options) -> list[dict[str, Any]]:
@@ -97,13 +97,13 @@ def cell(model: Model, prompt: list[int], options: Options) -> list[dict[str, An
             (policy, chunk): stack.enter_context(
                 Engine(
                     model,
-                    OffloadConfig(prefill_chunk=chunk)
+                    OffloadConfig(prefill_chunk_size=chunk)
                     if policy == RESIDENT
                     else OffloadConfig(
                         device_budget=budget,
                         policy=policy,
-                        link_bandwidth=options.link,
-                        prefill_chunk=chunk,
+                        emulated_link_bandwidth=options.link,
+                        prefill_chunk_size=chunk,
                     ),
                 )
             )
@@ -116,7 +116,7 @@ def cell(model: Model, prompt: list[int], options: Options) -> list[dict[str, An
         rows = []
         for name, (policy, chunk) in names.items():
             engine, times = engines[policy, chunk], first[policy, chunk]
-            result = engine.generate([prompt], max_new_tokens=1, stop_tokens=())
+            result = engine.generate([prompt], max_new_tokens=1, stop_token_ids=())
             rows.append(
                 {
                     "prompt_tokens": len(prompt),
@@ -166,8 +166,8 @@ def main(options: Options) -> dict[str, Any]:
         prompts = read_prompts(options.prompts or options.checkpoint / "prompts.jsonl", model, 1)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    room = max(model.config.max_positions, *(tokens + 1 for tokens in options.tokens))
-    model = replace(model, config=replace(model.config, max_positions=room))
+    room = max(model.config.max_position_embeddings, *(tokens + 1 for tokens in options.tokens))
+    model = replace(model, config=replace(model.config, max_position_embeddings=room))
     record, progress, rows = harness.machine(), Console(stderr=True), []
     for tokens in options.tokens:
         rows += cell(model, long_prompt(prompts, tokens), options)

@@ -31,11 +31,12 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.memory_facts import pool_bytes
 from benchmarks.random_models import PUBLISHED, published, random_model
-from layerscope_jax import Engine, MachineProfile, Model, ModelConfig, OffloadConfig, machine, parse_bytes
-from layerscope_jax.calibration import Points
-from layerscope_jax.generation import Result, Token
-from layerscope_jax.profiling import calibrate
+from layerscope_jax import Engine, MachineProfile, Model, ModelConfig, OffloadConfig, parse_bytes
+from layerscope_jax.generation.requests import Completions, Token
+from layerscope_jax.profiling.calibrate import calibrate
+from layerscope_jax.profiling.measure import Points
 from layerscope_jax.scheduling.registry import FORECASTING
+from layerscope_jax.support import machine
 from layerscope_jax.support.errors import TransferError
 
 WARM_UPS = 3
@@ -96,7 +97,7 @@ def sized(name: str, options: Options, memory: int) -> tuple[ModelConfig, int]:
     return config, slots * layers * config.num_experts // (profile.model.layers * profile.model.experts)
 
 
-def run(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[harness.Parts, Result]:
+def run(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[harness.Parts, Completions]:
     """Seconds until the first tokens and of each decode step, and what the engine says of the same run."""
     times: list[float] = []
 
@@ -107,9 +108,9 @@ def run(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[harn
     began = time.perf_counter()
     result = engine.generate(
         prompts,
-        batch_size=len(prompts),
+        max_num_seqs=len(prompts),
         max_new_tokens=new_tokens,
-        stop_tokens=(),
+        stop_token_ids=(),
         on_token=note,
         record_plans=True,
         bound=new_tokens > 1,
@@ -121,7 +122,7 @@ def measured(engine: Engine, work: Work, options: Options) -> dict[str, Any]:
     """One policy at one work."""
     size = (work.requests, work.prompt_tokens)
     prompts = np.random.default_rng(0).integers(0, engine.model.config.vocab_size, size).tolist()
-    found: list[Result] = []
+    found: list[Completions] = []
 
     def call() -> harness.Parts:
         parts, result = run(engine, prompts, work.new_tokens)

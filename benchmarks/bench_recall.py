@@ -17,10 +17,10 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.traffic import traffic
 from layerscope_jax import POLICIES, MachineProfile
-from layerscope_jax.routing import Routing
-from layerscope_jax.scheduling.bounds import ROUNDS, lower_bound_ms
-from layerscope_jax.simulation import Workload, simulate
-from layerscope_jax.synthetic_forecasts import forecast_of_recall
+from layerscope_jax.runtime.lower_bound import ROUNDS, lower_bound_ms
+from layerscope_jax.simulation.routing import Routing
+from layerscope_jax.simulation.simulator import Workload, simulate
+from layerscope_jax.simulation.synthetic_forecasts import forecast_of_recall
 
 PAYS = 0.99
 """A forecast pays where a step takes less than so much of one without."""

@@ -25,7 +25,7 @@ from benchmarks.hf_peer import EXPERTS, HFPeer, find_python
 from benchmarks.jitted_loop import JittedLoop
 from benchmarks.random_models import random_decoder, shapes
 from layerscope_jax import Engine, OffloadConfig, load, save
-from layerscope_jax.batching import batch_rows
+from layerscope_jax.generation.batching import batch_rows
 
 PARTS = ("prefill", "decode")
 

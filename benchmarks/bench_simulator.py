@@ -25,13 +25,13 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.bench_policies import SHIPPED, read_prompts
 from layerscope_jax import POLICIES, Engine, HardwareProfile, LayerPlan, Model, OffloadConfig, Policy, load
-from layerscope_jax.batching import batch_rows, bucket
-from layerscope_jax.calibration import Points
-from layerscope_jax.machine_profile import MachineProfile
-from layerscope_jax.profiling import THOROUGH, calibrate
+from layerscope_jax.generation.batching import batch_rows, bucket
+from layerscope_jax.profiling.calibrate import THOROUGH, calibrate
+from layerscope_jax.profiling.machine_profile import MachineProfile
+from layerscope_jax.profiling.measure import Points
 from layerscope_jax.scheduling.plan import Geometry, Observation
 from layerscope_jax.scheduling.registry import FORECASTING
-from layerscope_jax.simulation import Workload, simulate
+from layerscope_jax.simulation.simulator import Workload, simulate
 
 APART = 1.05
 """Policies whose measured times differ by more have an order that the simulator should find."""
@@ -134,7 +134,7 @@ def compare(
             config = OffloadConfig(
                 device_budget=budget,
                 policy=recording,
-                link_bandwidth=options.link,
+                emulated_link_bandwidth=options.link,
                 numerics="exact",
                 profile=profile,
                 predictor="gate" if name in FORECASTING else None,
@@ -250,7 +250,7 @@ def main(options: Options) -> dict[str, Any]:
     profile = calibrate(
         model,
         device_budget=model.bank.total_bytes * options.budget // 100,
-        link_bandwidth=options.link,
+        emulated_link_bandwidth=options.link,
         points=Points(
             tokens=(1, 64) if options.quick else THOROUGH.tokens,
             decode=(decode,),

@@ -55,7 +55,7 @@ has() { "$hf_python" -c "import $1" 2>/dev/null; }
 
 run() { # PART
     case $1 in
-    tests) limited "$python" -m pytest -n 0 -p no:benchmark -rs -m gpu tests/test_gpu.py ;;
+    tests) limited "$python" -m pytest -n 0 -p no:benchmark -rs -m gpu tests/runtime/test_gpu.py ;;
     facts) bench benchmarks.bench_gpu_facts facts --pinned-limit "${XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB}GiB" ;;
     link) bench benchmarks.bench_link link --links 5GB unpaced ;;
     real-deepseek) bench benchmarks.bench_real_sizes real_deepseek --models deepseek-v2-lite ;;

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from layerscope_jax.files import replace_files
+from layerscope_jax.support.files import replace_files
 
 PHASES = ("prefill", "decode")
 

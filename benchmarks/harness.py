@@ -145,8 +145,10 @@ def run_engine(
     steps: list[float] = []
     missing = [min(batch_size, len(prompts) - start) for start in range(0, len(prompts), batch_size)]
     last = began = time.perf_counter()
-    for event in engine.stream(prompts, batch_size=batch_size, max_new_tokens=new_tokens, stop_tokens=()):
-        tokens[event.request].append(event.token)
+    for event in engine.stream(
+        prompts, max_num_seqs=batch_size, max_new_tokens=new_tokens, stop_token_ids=()
+    ):
+        tokens[event.request].append(event.token_id)
         batch, row = divmod(event.request, batch_size)
         if is_first := len(tokens[event.request]) == 1:
             missing[batch] -= 1
@@ -162,7 +164,7 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on, and with which versions."""
     import jax
 
-    from layerscope_jax.machine import cores, cpu_name
+    from layerscope_jax.support.machine import cores, cpu_name
 
     root = Path(__file__).parents[1]
 
@@ -223,6 +225,6 @@ def finish(options: Common, result: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes a result, whole or not at all."""
-    from layerscope_jax.files import write_text
+    from layerscope_jax.support.files import write_text
 
     write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")

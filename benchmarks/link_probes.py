@@ -14,8 +14,8 @@ import numpy as np
 
 from benchmarks import harness
 from layerscope_jax import ExpertBank, ExpertId
-from layerscope_jax.experts.bank import device_sharding
-from layerscope_jax.experts.transfers import MATRICES, Transfers
+from layerscope_jax.offload.bank import device_sharding
+from layerscope_jax.offload.link import MATRICES, Transfers
 
 
 @dataclass

@@ -19,10 +19,11 @@ import numpy as np
 
 from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig
 from layerscope_jax import engine as engines
-from layerscope_jax.experts import amx, kernels
-from layerscope_jax.experts.cpu import AMX, CpuExperts
-from layerscope_jax.experts.executors import SharedExperts
-from layerscope_jax.layerwise import LayerByLayer
+from layerscope_jax.kernels import amx
+from layerscope_jax.kernels import experts as kernels
+from layerscope_jax.kernels.cpu import AMX, CpuExperts
+from layerscope_jax.offload.executors import SharedExperts
+from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.scheduling.baselines import Resident
 
 SLACK = 1.05
@@ -183,7 +184,7 @@ class Watch:
 
 def scratch_bytes(config: ModelConfig, cpu: CpuExperts, tokens: int) -> int:
     """Most that kernels need for an expert of so many tokens at most, in each thread."""
-    width, hidden = config.hidden_size, config.expert_hidden
+    width, hidden = config.hidden_size, config.moe_intermediate_size
     if cpu.kernel is AMX:
         sizes = np.minimum([amx.FEW_TILES * amx.TILE, amx.PIECE], tokens)
         return cpu.threads * (amx.scratch_bytes(np.zeros(2, int), sizes, width, hidden) + 64)

@@ -13,8 +13,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from layerscope_jax import Decoder, Model, ModelConfig
-from layerscope_jax.experts.bank import ExpertBank, device_sharding
-from layerscope_jax.models.naming import Naming, is_transposed
+from layerscope_jax.checkpoints.weight_names import Naming, is_transposed
+from layerscope_jax.offload.bank import ExpertBank, device_sharding
 
 
 def shapes(quick: bool) -> dict[str, ModelConfig]:
@@ -37,8 +37,8 @@ def shapes(quick: bool) -> dict[str, ModelConfig]:
         tiny = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16}
         mixtral, olmoe = tiny, tiny
     wide, narrow = (16, 8) if quick else (1024, 192)
-    shared: Any = {"vocab_size": 256 if quick else 8192, "max_positions": 1024}
-    common: Any = shared | {"family": "mixtral", "normalize_top_k": True, "expert_hidden": wide}
+    shared: Any = {"vocab_size": 256 if quick else 8192, "max_position_embeddings": 1024}
+    common: Any = shared | {"family": "mixtral", "normalize_top_k": True, "moe_intermediate_size": wide}
     return {
         "mixtral": ModelConfig(**common, **mixtral, num_experts=8, experts_per_token=2),
         "mixtral-444m": ModelConfig(
@@ -55,7 +55,7 @@ def shapes(quick: bool) -> dict[str, ModelConfig]:
             qk_norm="all",
             num_experts=64,
             experts_per_token=8,
-            expert_hidden=narrow,
+            moe_intermediate_size=narrow,
         ),
     }
 
@@ -77,7 +77,7 @@ def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) 
     return nnx.merge(graphdef, unflatten_dict(leaves))
 
 
-_WIDE: Any = {"hidden_size": 2048, "head_dim": 128, "max_positions": 4096}
+_WIDE: Any = {"hidden_size": 2048, "head_dim": 128, "max_position_embeddings": 4096}
 
 PUBLISHED = {
     "deepseek-v2-lite": ModelConfig(
@@ -89,7 +89,7 @@ PUBLISHED = {
         num_kv_heads=16,
         num_experts=64,
         experts_per_token=6,
-        expert_hidden=1408,
+        moe_intermediate_size=1408,
         normalize_top_k=False,
         qk_norm="all",
     ),
@@ -102,7 +102,7 @@ PUBLISHED = {
         num_kv_heads=4,
         num_experts=128,
         experts_per_token=8,
-        expert_hidden=768,
+        moe_intermediate_size=768,
         normalize_top_k=True,
         qk_norm="head",
     ),
@@ -115,7 +115,7 @@ PUBLISHED = {
         num_kv_heads=8,
         num_experts=8,
         experts_per_token=2,
-        expert_hidden=14_336,
+        moe_intermediate_size=14_336,
         normalize_top_k=True,
     ),
 }
@@ -131,7 +131,7 @@ def published(name: str, quick: bool) -> ModelConfig:
     config = PUBLISHED[name]
     if not quick:
         return config
-    sizes = {"hidden_size": 64, "expert_hidden": 32, "vocab_size": 256, "num_layers": 4}
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "vocab_size": 256, "num_layers": 4}
     heads = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 32}
     return replace(config, **sizes, **heads, num_experts=min(config.num_experts, 16))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from layerscope_jax.machine_profile import MachineProfile, ModelShape
-from layerscope_jax.routing import PROFILES, Routing
+from layerscope_jax.profiling.machine_profile import MachineProfile, ModelShape
+from layerscope_jax.simulation.routing import PROFILES, Routing
 
 MADE_UP = "made up"
 PROMPT = 32

@@ -15,8 +15,8 @@ import numpy as np
 
 from benchmarks.bench_host_experts import Reading
 from layerscope_jax import ModelConfig
-from layerscope_jax.experts.compute import matmul
-from layerscope_jax.machine import cores
+from layerscope_jax.models.experts import matmul
+from layerscope_jax.support.machine import cores
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Step:
                 2 * self.rows * self.context * kept * layers * cache_itemsize,
             ),
             "experts": longer(
-                6 * tokens * layers * config.experts_per_token * hidden * config.expert_hidden,
+                6 * tokens * layers * config.experts_per_token * hidden * config.moe_intermediate_size,
                 self.experts * config.expert_bytes(itemsize),
             ),
         }

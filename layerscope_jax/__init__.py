@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerscope_jax.lazy import importer
+from layerscope_jax.support.lazy import importer
 
 if TYPE_CHECKING:
-    from layerscope_jax.checkpoints import Model, load, save
-    from layerscope_jax.comparison import simulate_profile
-    from layerscope_jax.compilations import use_compilation_cache
+    from layerscope_jax.checkpoints.model import Model, load, save
     from layerscope_jax.config import OffloadConfig
     from layerscope_jax.engine import Engine
-    from layerscope_jax.experts.bank import ExpertBank
-    from layerscope_jax.generation import Request, Result, Token
-    from layerscope_jax.machine_profile import MachineProfile
+    from layerscope_jax.generation.requests import Completion, Completions, Request, Token
     from layerscope_jax.models import Decoder, ExpertParam
     from layerscope_jax.models.config import ModelConfig
-    from layerscope_jax.prediction import PREDICTORS, History, Predictor
+    from layerscope_jax.offload.bank import ExpertBank
+    from layerscope_jax.prediction.predictors import PREDICTORS, History, Predictor
+    from layerscope_jax.profiling.machine_profile import MachineProfile
+    from layerscope_jax.runtime.statistics import RunStats
     from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
     from layerscope_jax.scheduling.plan import (
         ExpertId,
@@ -32,24 +31,44 @@ if TYPE_CHECKING:
     )
     from layerscope_jax.scheduling.plan_files import load_plans, save_plans
     from layerscope_jax.scheduling.registry import POLICIES
-    from layerscope_jax.statistics import RunStats
+    from layerscope_jax.simulation.comparison import simulate_profile
+    from layerscope_jax.support.compile_cache import use_compilation_cache
     from layerscope_jax.support.errors import TransferError
     from layerscope_jax.support.units import parse_bytes
 
 _CONTENTS = {
-    "checkpoints": ("Model", "load", "save"),
-    "comparison": ("simulate_profile",),
-    "compilations": ("use_compilation_cache",),
+    "checkpoints.model": (
+        "Model",
+        "load",
+        "save",
+    ),
     "config": ("OffloadConfig",),
     "engine": ("Engine",),
-    "experts.bank": ("ExpertBank",),
-    "generation": ("Request", "Result", "Token"),
-    "machine_profile": ("MachineProfile",),
-    "models": ("Decoder", "ExpertParam"),
+    "generation.requests": (
+        "Completion",
+        "Completions",
+        "Request",
+        "Token",
+    ),
+    "models": (
+        "Completion",
+        "Completions",
+        "Decoder",
+        "ExpertParam",
+    ),
     "models.config": ("ModelConfig",),
-    "prediction": ("PREDICTORS", "History", "Predictor"),
-    "scheduling.registry": ("POLICIES",),
-    "scheduling.costs": ("HardwareProfile", "TimeTable"),
+    "offload.bank": ("ExpertBank",),
+    "prediction.predictors": (
+        "PREDICTORS",
+        "History",
+        "Predictor",
+    ),
+    "profiling.machine_profile": ("MachineProfile",),
+    "runtime.statistics": ("RunStats",),
+    "scheduling.costs": (
+        "HardwareProfile",
+        "TimeTable",
+    ),
     "scheduling.plan": (
         "ExpertId",
         "Geometry",
@@ -58,8 +77,13 @@ _CONTENTS = {
         "Policy",
         "Replay",
     ),
-    "scheduling.plan_files": ("load_plans", "save_plans"),
-    "statistics": ("RunStats",),
+    "scheduling.plan_files": (
+        "load_plans",
+        "save_plans",
+    ),
+    "scheduling.registry": ("POLICIES",),
+    "simulation.comparison": ("simulate_profile",),
+    "support.compile_cache": ("use_compilation_cache",),
     "support.errors": ("TransferError",),
     "support.units": ("parse_bytes",),
 }
@@ -68,6 +92,8 @@ _CONTENTS = {
 __all__ = [
     "POLICIES",
     "PREDICTORS",
+    "Completion",
+    "Completions",
     "Decoder",
     "Engine",
     "ExpertBank",
@@ -86,7 +112,6 @@ __all__ = [
     "Predictor",
     "Replay",
     "Request",
-    "Result",
     "RunStats",
     "TimeTable",
     "Token",

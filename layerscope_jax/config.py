@@ -12,8 +12,8 @@ from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.units import is_integer, parse_bytes, parse_pace
 
 if TYPE_CHECKING:
-    from layerscope_jax.machine_profile import MachineProfile
-    from layerscope_jax.prediction import History, Predictor
+    from layerscope_jax.prediction.predictors import History, Predictor
+    from layerscope_jax.profiling.machine_profile import MachineProfile
     from layerscope_jax.scheduling.plan import Policy
 
 
@@ -28,9 +28,9 @@ class OffloadConfig:
             the clock and cut back where it does not pay on this machine. Where the budget holds every expert
             there is nothing to decide and all are resident, whatever the name; only "host-only" and
             policy objects are obeyed even there.
-        link_bandwidth: bytes a second ("500MB") that copies to the device are paced to, or None for as fast
-            as they go. The copies are real either way: it lets a machine without a slow link be measured as
-            if it had one.
+        emulated_link_bandwidth: bytes a second ("500MB") that copies to the device are paced to, or
+            None for as fast as they go. The copies are real either way: it lets a machine without a slow
+            link be measured as if it had one.
         numerics: "exact": logits are bit for bit the same under every budget, policy and plan, as long as one
             backend computes. "fast" differs where everything is resident on an accelerator: each step is
             one jitted function there, without Python between its layers, which XLA fuses in its own way, so
@@ -46,26 +46,26 @@ class OffloadConfig:
             resident none is run.
         host_threads: threads that compute experts on this machine's CPU. If None: as many as there are cores,
             less one where there is an accelerator, which another thread feeds.
-        prefill_chunk: tokens of a prefill step at most, padding counted. Short prompts share a step; a longer
-            one is prefilled in several, each appending to its caches. Memory of a step grows with it: the
-            experts' rows take chunk * K * D numbers, the scores of attention chunk * H * context (float32).
-            So does the speed: each step passes all layers, and what is not resident is copied, or read by
-            the host, anew in each of them.
+        prefill_chunk_size: tokens of a prefill step at most, padding counted. Short prompts share a step; a
+            longer one is prefilled in several, each appending to its caches. Memory of a step grows with it:
+            the experts' rows take chunk * K * D numbers, the scores of attention chunk * H * context
+            (float32). So does the speed: each step passes all layers, and what is not resident is copied, or
+            read by the host, anew in each of them.
     """
 
     device_budget: str | int | None = None
     policy: str | Policy = "auto"
-    link_bandwidth: str | int | None = None
+    emulated_link_bandwidth: str | int | None = None
     numerics: Literal["exact", "fast"] = "exact"
     profile: HardwareProfile | MachineProfile | str | Path | None = field(default=None, repr=False)
     predictor: str | Predictor | History | None = field(default=None, repr=False)
     host_threads: int | None = None
-    prefill_chunk: int = 4096
+    prefill_chunk_size: int = 4096
 
     def __post_init__(self) -> None:
         # Not before they are needed: both know of models, which are made of this file.
-        from layerscope_jax.machine_profile import MachineProfile
-        from layerscope_jax.prediction import make_predictor
+        from layerscope_jax.prediction.predictors import make_predictor
+        from layerscope_jax.profiling.machine_profile import MachineProfile
 
         problems = Problems()
         check = problems.check
@@ -76,8 +76,8 @@ class OffloadConfig:
         if self.device_budget is not None:
             check(parse_bytes, self.device_budget, "device_budget")
         check(make_policy, self.policy)
-        if self.link_bandwidth is not None:
-            check(parse_pace, self.link_bandwidth)
+        if self.emulated_link_bandwidth is not None:
+            check(parse_pace, self.emulated_link_bandwidth)
         numerics, profile, threads = self.numerics, self.profile, self.host_threads
         expect("numerics", isinstance(numerics, str) and numerics in ("exact", "fast"), "'exact' or 'fast'")
         known = isinstance(profile, HardwareProfile | MachineProfile | str | Path)
@@ -86,6 +86,6 @@ class OffloadConfig:
             check(make_predictor, self.predictor)
         counted = threads is None or (is_integer(threads) and threads >= 1)
         expect("host_threads", counted, "1 or more")
-        chunk = self.prefill_chunk
-        expect("prefill_chunk", is_integer(chunk) and chunk >= 16, "16 tokens or more")
+        chunk = self.prefill_chunk_size
+        expect("prefill_chunk_size", is_integer(chunk) and chunk >= 16, "16 tokens or more")
         problems.raise_any()

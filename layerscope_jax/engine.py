@@ -11,46 +11,47 @@ from typing import Any
 
 import jax
 
-from layerscope_jax import calibration
-from layerscope_jax.accounts import Account, count_for, run_stats, share_of_bound
-from layerscope_jax.batching import Batch, Running
-from layerscope_jax.checkpoints import Model
-from layerscope_jax.compilations import Compilations, counted
+from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
-from layerscope_jax.detokenize import continuation
-from layerscope_jax.experts.cpu import default_threads
-from layerscope_jax.experts.executors import HostExperts
-from layerscope_jax.experts.residency import Residency
-from layerscope_jax.experts.rooms import Rooms
-from layerscope_jax.experts.transfers import Transfers
-from layerscope_jax.forecasts import Forecasts
-from layerscope_jax.generation import (
+from layerscope_jax.generation.batching import Batch, Running
+from layerscope_jax.generation.detokenize import continuation
+from layerscope_jax.generation.progress import progress_bar
+from layerscope_jax.generation.requests import (
+    Completion,
+    Completions,
     Request,
-    Result,
     Token,
     batch_of,
     check_options,
     encode_prompts,
     make_requests,
 )
-from layerscope_jax.layerwise import LayerByLayer
-from layerscope_jax.machine import cpu_device
-from layerscope_jax.machine_profile import costs_of
-from layerscope_jax.non_finite import why_not_finite
-from layerscope_jax.prediction import make_predictor
-from layerscope_jax.progress import progress_bar
-from layerscope_jax.resident import ResidentOnCpu
+from layerscope_jax.kernels.cpu import default_threads
+from layerscope_jax.offload.executors import HostExperts
+from layerscope_jax.offload.link import Transfers
+from layerscope_jax.offload.residency import Residency
+from layerscope_jax.offload.rooms import Rooms
+from layerscope_jax.prediction.forecasts import Forecasts
+from layerscope_jax.prediction.predictors import make_predictor
+from layerscope_jax.profiling import measure as calibration
+from layerscope_jax.profiling.machine_profile import costs_of
+from layerscope_jax.runtime.accounts import Account, count_for, stats_of
+from layerscope_jax.runtime.layerwise import LayerByLayer
+from layerscope_jax.runtime.non_finite import why_not_finite
+from layerscope_jax.runtime.resident import ResidentOnCpu
+from layerscope_jax.runtime.statistics import Times
+from layerscope_jax.runtime.turns import Turns
+from layerscope_jax.runtime.warmup import rehearsal
+from layerscope_jax.runtime.whole import WholeModel, new_caches
 from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.guard import Guard
-from layerscope_jax.scheduling.plan import Geometry, Policy
+from layerscope_jax.scheduling.plan import Policy
 from layerscope_jax.scheduling.registry import make_policy
-from layerscope_jax.statistics import RunStats, Times
 from layerscope_jax.support.checks import Problems
+from layerscope_jax.support.compile_cache import Compilations, counted
+from layerscope_jax.support.machine import cpu_device
 from layerscope_jax.support.units import is_integer, parse_bytes
-from layerscope_jax.turns import Turns
-from layerscope_jax.warmup import rehearsal
-from layerscope_jax.whole import WholeModel, new_caches
 
 Turn = Callable[[], AbstractContextManager]
 
@@ -88,7 +89,7 @@ class Engine:
         config = layerscope_jax.OffloadConfig(device_budget="2GiB")
         engine = layerscope_jax.Engine(model, config)
         result = engine.generate(["Call me Ishmael.", "def main():"], max_new_tokens=64)
-        result.texts, result.tokens, result.stats
+        [(one.text, one.finish_reason) for one in result], result.stats
     """
 
     def __init__(
@@ -140,8 +141,8 @@ class Engine:
             wanted = "gate"  # the best that needs no training
         predictor = None if wanted is None else make_predictor(wanted)
         bandwidth = None
-        if config.link_bandwidth is not None:
-            bandwidth = parse_bytes(config.link_bandwidth, "link_bandwidth")
+        if config.emulated_link_bandwidth is not None:
+            bandwidth = parse_bytes(config.emulated_link_bandwidth, "emulated_link_bandwidth")
         profile = costs_of(config.profile, model, bandwidth)
         # Where everything fits there is nothing to decide, unless the user decided otherwise.
         fits = self.budget_bytes >= bank.total_bytes
@@ -159,13 +160,7 @@ class Engine:
                 self.device,
             )
         self.policy = Resident() if everything else policy
-        geometry = Geometry(
-            num_layers=model.config.num_layers,
-            num_experts=model.config.num_experts,
-            experts_per_token=model.config.experts_per_token,
-            expert_bytes=bank.expert_bytes,
-            slots=self.budget_bytes // bank.expert_bytes,
-        )
+        geometry = model.geometry(self.budget_bytes // bank.expert_bytes)
         threads = config.host_threads or default_threads(self.device)
         on_cpu = self.device.platform == "cpu"
         with self._rooms.opening():
@@ -180,7 +175,7 @@ class Engine:
             if profile is None and self.policy.uses_costs:
                 profile = calibration.measure(model, host, transfers, residency.slots)
             state = forecasts.explained(self.budget_bytes, lambda: self.policy.init(geometry, profile))
-            self._geometry, self._costs = geometry, profile
+            self._costs = profile
             runner = ResidentOnCpu if everything and host.inside is not None else LayerByLayer
             self.runner = runner(model, self.policy, state, residency, transfers, host, forecasts)
             if everything:
@@ -190,19 +185,19 @@ class Engine:
         self,
         prompts: Sequence[str | Sequence[int] | Request],
         *,
-        batch_size: int = 32,
+        max_num_seqs: int = 32,
         progress: bool = False,
         on_token: Callable[[Token], object] | None = None,
         record_plans: bool = False,
         bound: bool = False,
         **settings: Any,
-    ) -> Result:
+    ) -> Completions:
         """Continues every prompt.
 
         Args:
             prompts: texts, lists of token ids, or `Request`s, in any mixture.
-            batch_size: how many run at once. When some end, waiting ones take their slots while the others
-                go on (see `layerscope_jax.batching`).
+            max_num_seqs: how many run at once. When some end, waiting ones take their slots while the others
+                go on (see `layerscope_jax.generation.batching`).
             progress: whether to show a bar on stderr.
             on_token: is given each token when it is known. It may use the engine itself; what it raises ends
                 the call.
@@ -210,7 +205,7 @@ class Engine:
             bound: whether to say which share of the least possible time the decode steps reached, by this
                 machine's costs; takes some seconds more.
             **settings: of `Request`, for prompts that are not one: max_new_tokens, temperature, top_k, top_p,
-                seed, stop_tokens. There must be such a prompt.
+                seed, stop_token_ids. There must be such a prompt.
 
         Raises:
             ValueError: for settings out of range or unknown, for an empty or too long prompt, naming each, if
@@ -226,7 +221,7 @@ class Engine:
                 "a bound needs the costs of this machine: give OffloadConfig(profile=) what `layerscope "
                 "calibrate` measured, or a policy that weighs costs; and a budget with something to decide"
             )
-        running = self._running(requests, batch_size)
+        running = self._running(requests, max_num_seqs)
         account, times = Account([] if record_plans else None, [] if bound else None), Times()
         errors: dict[int, str] = {}
         pieces: list[list[str]] = [[] for _ in requests]
@@ -237,7 +232,7 @@ class Engine:
         with whole():
             began = time.perf_counter()
             with progress_bar(requests) if progress else nullcontext(lambda event: None) as advance:
-                for event in self._run(running, int(batch_size), account, times, each):
+                for event in self._run(running, int(max_num_seqs), account, times, each):
                     pieces[event.request].append(event.text)
                     if event.error is not None:
                         errors[event.request] = event.error
@@ -247,33 +242,44 @@ class Engine:
             total_s = time.perf_counter() - began
             with each():
                 count_for(self.runner, None)
-                stats = self._stats(account, times, running, total_s)
-        tokens, finish = [one.tokens for one in running], [one.finish or "" for one in running]
-        return Result(
-            texts=list(map("".join, pieces)),
-            tokens=tokens,
-            finish=finish,
-            stats=stats,
-            errors=errors,
-            plans=account.plans or [],
-        )
+                stats = stats_of(
+                    self.runner,
+                    account,
+                    times,
+                    total_s,
+                    prompts=len(running),
+                    new_tokens=sum(len(one.tokens) for one in running),
+                    budget_bytes=self.budget_bytes,
+                    costs=self._costs,
+                )
+        completions = [
+            Completion(
+                text="".join(pieces[one.index]),
+                token_ids=one.tokens,
+                finish_reason=one.finish_reason or "",
+                stats=stats,
+                error=errors.get(one.index),
+            )
+            for one in running
+        ]
+        return Completions(completions, stats, account.plans or [])
 
     def stream(
-        self, prompts: Sequence[str | Sequence[int] | Request], *, batch_size: int = 32, **settings: Any
+        self, prompts: Sequence[str | Sequence[int] | Request], *, max_num_seqs: int = 32, **settings: Any
     ) -> Iterator[Token]:
         """As `generate`, but yields each `Token` when it is known; bad input is refused at once."""
         self._turns.check()
-        running = self._running(make_requests(prompts, settings), batch_size)
-        return self._run(running, int(batch_size), Account(), Times(), self._turns.turn)
+        running = self._running(make_requests(prompts, settings), max_num_seqs)
+        return self._run(running, int(max_num_seqs), Account(), Times(), self._turns.turn)
 
     def warmup(
-        self, *, prompt_tokens: int, batch_size: int = 32, new_tokens: int = 64, sampled: bool = False
+        self, *, prompt_tokens: int, max_num_seqs: int = 32, new_tokens: int = 64, sampled: bool = False
     ) -> Compilations:
         """Compiles what `generate` needs for batches of one size, so that none waits for it.
 
         The size is that of a whole batch. Requests that join it later, fewer at once, have prefill programs
         of their own for each power of two of them, compiled when they first come: as dear as the batch's, and
-        only needed where more requests come than there are slots. Having warmed up with that `batch_size`
+        only needed where more requests come than there are slots. Having warmed up with that `max_num_seqs`
         too (`batching.joining` says which), only one small program is left. Which programs of experts a
         prefill needs hangs on how tokens fall to experts, so all are compiled that can be: on each
         side that computes, in each phase, one for each of up to 21 shapes (`possible_groups` of
@@ -286,7 +292,7 @@ class Engine:
 
         Args:
             prompt_tokens: of the longest prompt of a batch.
-            batch_size: as of `generate`.
+            max_num_seqs: as of `generate`.
             new_tokens: `max_new_tokens` of the request that gets to the highest position.
             sampled: whether any request has a temperature.
 
@@ -296,12 +302,12 @@ class Engine:
         Raises:
             ValueError: for sizes that the model or `generate` does not take, or if the engine was closed.
         """
-        requests = batch_of(self.model.config, prompt_tokens, batch_size, new_tokens, sampled)
-        running = self._running(requests, batch_size)
+        requests = batch_of(self.model.config, prompt_tokens, max_num_seqs, new_tokens, sampled)
+        running = self._running(requests, max_num_seqs)
         with self._turns.turn(), counted() as found:
-            steps = self._batch(running, int(batch_size), Times(), rehearsal(self.runner).step).run()
+            steps = self._batch(running, int(max_num_seqs), Times(), rehearsal(self.runner).step).run()
             made = 0  # tokens: of all prefills, and of a decode step
-            while made < 2 * batch_size and (events := next(steps, None)) is not None:
+            while made < 2 * max_num_seqs and (events := next(steps, None)) is not None:
                 made += len(events)
         return found
 
@@ -317,17 +323,19 @@ class Engine:
 
     def _encode(self, requests: Sequence[Request]) -> list[list[int]]:
         config = self.model.config
-        return encode_prompts(requests, self.model.tokenizer, config.max_positions, config.vocab_size)
+        return encode_prompts(
+            requests, self.model.tokenizer, config.max_position_embeddings, config.vocab_size
+        )
 
-    def _running(self, requests: Sequence[Request], batch_size: int) -> list[Running]:
+    def _running(self, requests: Sequence[Request], max_num_seqs: int) -> list[Running]:
         """The requests, as they are before their first step; refuses what no step can do."""
         self._check_open()
         if isinstance(self.runner, LayerByLayer):
             self.runner.forecasts.check()
-        if not is_integer(batch_size) or batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {repr(batch_size)[:60]}")
+        if not is_integer(max_num_seqs) or max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs must be 1 or more, got {repr(max_num_seqs)[:60]}")
         prompts = self._encode(requests)
-        room = [self.model.config.max_positions - len(prompt) for prompt in prompts]
+        room = [self.model.config.max_position_embeddings - len(prompt) for prompt in prompts]
         return [
             Running(index, request, prompt, min(request.max_new_tokens, left))
             for index, (request, prompt, left) in enumerate(zip(requests, prompts, room, strict=True))
@@ -336,7 +344,7 @@ class Engine:
     def _run(
         self,
         running: list[Running],
-        batch_size: int,
+        max_num_seqs: int,
         account: Account,
         times: Times,
         turn: Turn,
@@ -346,7 +354,7 @@ class Engine:
         def step(*inputs: Any) -> Any:
             return self.runner.step(*inputs)
 
-        steps = self._batch(running, batch_size, times, step).run()
+        steps = self._batch(running, max_num_seqs, times, step).run()
         while True:
             with turn():
                 self._check_open()  # a stream may outlive its engine
@@ -357,15 +365,15 @@ class Engine:
             yield from events
 
     def _batch(
-        self, running: list[Running], batch_size: int, times: Times, step: Callable[..., Any]
+        self, running: list[Running], max_num_seqs: int, times: Times, step: Callable[..., Any]
     ) -> Batch:
         return Batch(
             running,
-            batch_size,
+            max_num_seqs,
             step,
             lambda rows, length: new_caches(self.model, rows, length, self.device),
-            self.config.prefill_chunk,
-            self.model.config.stop_tokens,
+            self.config.prefill_chunk_size,
+            self.model.config.stop_token_ids,
             self.model.tokenizer,
             times,
             self._why_not_finite,
@@ -385,27 +393,3 @@ class Engine:
         if self.model.tokenizer is None:
             return ""
         return continuation(self.model.tokenizer, tokens, finish, prompt)
-
-    def _stats(self, account: Account, times: Times, running: Sequence[Running], total_s: float) -> RunStats:
-        runner, share = self.runner, None
-        if account.decoded and self._costs is not None:
-            share = share_of_bound(account.decoded, self._geometry, self._costs, sum(times.decode_s))
-        known: dict[str, Any] = {"predictor": None, "ways": None, "share_of_bound": share}
-        peak = self.model.bank.total_bytes
-        if isinstance(runner, LayerByLayer):
-            known["predictor"], peak = runner.forecasts.name, account.peak_bytes
-            if isinstance(self.policy, Guard):
-                known["ways"] = self.policy.report(runner.state)
-        return run_stats(
-            account,
-            times,
-            sum(len(one.tokens) for one in running),
-            total_s,
-            policy=self.policy.name,
-            mode=runner.mode,
-            budget_bytes=self.budget_bytes,
-            peak_expert_bytes=peak,
-            predictor_bytes=runner.forecasts.kept_bytes if isinstance(runner, LayerByLayer) else 0,
-            prompts=len(running),
-            **known,
-        )

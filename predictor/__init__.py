@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerscope_jax.lazy import importer
+from layerscope_jax.support.lazy import importer
 
 if TYPE_CHECKING:
     from predictor.llapor import LLaPor

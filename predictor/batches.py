@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerscope_jax.traces import decode_rows
+from layerscope_jax.prediction.traces import decode_rows
 from predictor.dataset import Rows
 from predictor.metrics import batch_sum
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerscope_jax.traces import Passage, Trace, passage_of_row
-from layerscope_jax.training.documents import stable_hash
+from layerscope_jax.prediction.traces import Passage, Trace, passage_of_row
+from predictor.documents import stable_hash
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from layerscope_jax.files import parse_json, replace_files
-from layerscope_jax.locks import locked
-from layerscope_jax.traces import Trace
+from layerscope_jax.prediction.traces import Trace
+from layerscope_jax.support.files import parse_json, replace_files
+from layerscope_jax.support.locks import locked
 from predictor.baselines import Popularity
 from predictor.dataset import for_training, load_rows
 from predictor.linear import LinearParams, first_linear, fit

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.checkpoints.identity import ModelIdentity
 from predictor.dataset import Rows
 from predictor.network import router_margin, spread
 from predictor.pca import Basis

@@ -18,9 +18,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 from safetensors.numpy import save as safetensors_bytes
 
-from layerscope_jax.checkpoints import Model
-from layerscope_jax.files import read_json, replace_files
-from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.checkpoints.identity import ModelIdentity
+from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.support.files import read_json, replace_files
 from predictor.packing import Matrix, packed, unpacked, widened
 from predictor.pca import Basis
 from predictor.routers import Routers
@@ -71,7 +71,7 @@ class Architecture:
     def predict(
         self, params: LayerParams, inputs: jax.Array, experts: jax.Array, weights: jax.Array
     ) -> jax.Array:
-        """Probabilities [W, T, E]; see `layerscope_jax.prediction.Predictor`."""
+        """Probabilities [W, T, E]; see `layerscope_jax.prediction.predictors.Predictor`."""
         hidden = (inputs.astype(jnp.float32) - params.mean[None]) @ params.components.wide()
         return self.predict_reduced(params, hidden, experts, weights)
 
@@ -88,7 +88,7 @@ class Architecture:
 
 @dataclass(frozen=True, eq=False)
 class LLaPor:
-    """A `layerscope_jax.prediction.Predictor` of the experts of the next W layers.
+    """A `layerscope_jax.prediction.predictors.Predictor` of the experts of the next W layers.
 
     Two are equal that forecast by the same programs, whatever they have learned.
 
@@ -172,7 +172,7 @@ class LLaPor:
     def predict(
         self, params: LayerParams, inputs: jax.Array, experts: jax.Array, weights: jax.Array
     ) -> jax.Array:
-        """Probabilities [W, T, E]; see `layerscope_jax.prediction.Predictor`."""
+        """Probabilities [W, T, E]; see `layerscope_jax.prediction.predictors.Predictor`."""
         return self.architecture.predict(params, inputs, experts, weights)
 
     def predict_reduced(

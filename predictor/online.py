@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerscope_jax.checkpoints import Model
-from layerscope_jax.identity import ModelIdentity
-from layerscope_jax.machine import cpu_device
+from layerscope_jax.checkpoints.identity import ModelIdentity
+from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.scheduling.plan import Phase
+from layerscope_jax.support.machine import cpu_device
 from predictor.llapor import Architecture, LayerParams, LLaPor
 from predictor.pca import reduce
 from predictor.routers import Routers
@@ -33,7 +33,7 @@ class LearningError(RuntimeError):
 
 
 class Online:
-    """A `layerscope_jax.prediction.Predictor`: LLaPor, tuned on what engines see.
+    """A `layerscope_jax.prediction.predictors.Predictor`: LLaPor, tuned on what engines see.
 
     An engine hands over what each layer saw, which costs it nothing; a thread reads it back, and tunes on
     this machine's CPU when it is needed. What it learns replaces the engine's parameters layer by layer.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from layerscope_jax.files import replace_files
+from layerscope_jax.support.files import replace_files
 
 FILE = "pca.safetensors"
 

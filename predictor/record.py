@@ -14,18 +14,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
-from layerscope_jax.batching import batch_rows
-from layerscope_jax.checkpoints import Model
+from layerscope_jax.checkpoints.identity import ModelIdentity, weights_digest
+from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
-from layerscope_jax.identity import ModelIdentity, weights_digest
-from layerscope_jax.layerwise import LayerByLayer
-from layerscope_jax.locks import locked_folder
+from layerscope_jax.generation.batching import batch_rows
 from layerscope_jax.models.layers import PAD_POSITION
-from layerscope_jax.trace_index import Passage, Split, TraceHeader
-from layerscope_jax.traces import Trace, TraceWriter
-from layerscope_jax.training.documents import Document, heldout_ids, read_documents, stable_hash
-from layerscope_jax.whole import new_caches
+from layerscope_jax.prediction.trace_index import Passage, Split, TraceHeader
+from layerscope_jax.prediction.traces import Trace, TraceWriter
+from layerscope_jax.runtime.layerwise import LayerByLayer
+from layerscope_jax.runtime.whole import new_caches
+from layerscope_jax.support.locks import locked_folder
+from predictor.documents import Document, heldout_ids, read_documents, stable_hash
 from predictor.pca import Basis, Moments, reduce
 from predictor.routers import Routers
 
@@ -99,7 +99,7 @@ def record(model: Model, config: RecordConfig) -> Trace:
     """
     if model.tokenizer is None:
         raise ValueError("recording from text needs a tokenizer.json beside the model's weights, found none")
-    length = min(config.length, model.config.max_positions)
+    length = min(config.length, model.config.max_position_embeddings)
     domains = read_domains(config.text)
     missing = set(config.heldout_domains) - domains.keys()
     if missing:

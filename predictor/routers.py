@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from layerscope_jax.checkpoints import Model
-from layerscope_jax.files import replace_files
-from layerscope_jax.prediction import routers_ahead
+from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.prediction.predictors import routers_ahead
+from layerscope_jax.support.files import replace_files
 from predictor.pca import Basis
 
 FILE = "routers.safetensors"

@@ -7,7 +7,7 @@ are of all rows, the rest of batches of them; see `predictor.batches`.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from layerscope_jax.entry import run
+    from layerscope_jax.support.entry import run
 
     run("predictor.scorecard")
 
@@ -24,10 +24,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from layerscope_jax import exits, interrupts
-from layerscope_jax.files import replace_files
+from layerscope_jax.prediction.traces import Trace
+from layerscope_jax.support import exits, interrupts
+from layerscope_jax.support.files import replace_files
 from layerscope_jax.support.option_errors import writing
-from layerscope_jax.traces import Trace
 from predictor import SHIPPED, metrics
 from predictor.baselines import (
     Candidate,
@@ -220,7 +220,7 @@ def bin_sums(
 
 
 def main() -> None:
-    """Runs the command line; see `layerscope_jax.exits`."""
+    """Runs the command line; see `layerscope_jax.support.exits`."""
     exits.end(lambda args: _run(tyro.cli(ScoreConfig, description=__doc__, args=args)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from layerscope_jax.files import replace_files
+from layerscope_jax.support.files import replace_files
 from predictor.scorecard_view import main_phase, names
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.checkpoints.identity import ModelIdentity
 from predictor.network import GroupConfig, group_layers
 
 FORMAT = 3

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from layerscope_jax.identity import ModelIdentity
-from layerscope_jax.jax_settings import random_key
+from layerscope_jax.checkpoints.identity import ModelIdentity
+from layerscope_jax.support.jax_settings import random_key
 from predictor.network import (
     GroupConfig,
     LayerNetwork,

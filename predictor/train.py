@@ -7,7 +7,7 @@ A killed run goes on from its last Orbax checkpoint when started again. `--out` 
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from layerscope_jax.entry import run
+    from layerscope_jax.support.entry import run
 
     run("predictor.train")
 
@@ -27,11 +27,11 @@ from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from layerscope_jax import exits, interrupts
-from layerscope_jax.files import read_json, replace_files
-from layerscope_jax.jax_settings import random_key
-from layerscope_jax.locks import locked_folder
-from layerscope_jax.traces import Passage, Trace
+from layerscope_jax.prediction.traces import Passage, Trace
+from layerscope_jax.support import exits, interrupts
+from layerscope_jax.support.files import read_json, replace_files
+from layerscope_jax.support.jax_settings import random_key
+from layerscope_jax.support.locks import locked_folder
 from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
 from predictor.llapor import LLaPor
 from predictor.network import GroupConfig
@@ -302,7 +302,7 @@ def bar(steps: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
 
 
 def main() -> None:
-    """Runs the command line; see `layerscope_jax.exits`."""
+    """Runs the command line; see `layerscope_jax.support.exits`."""
 
     def run(args: list[str]) -> None:
         config = tyro.cli(TrainConfig, description=__doc__, args=args)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from layerscope_jax.jax_settings import random_key
+from layerscope_jax.support.jax_settings import random_key
 from predictor.llapor import LLaPor
 from predictor.routers import Routers
 from predictor.step import Batch, input_scale, make_steps, priors

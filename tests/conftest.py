@@ -13,7 +13,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)  # no earlier run has a part in this one
 
 collect_ignore_glob = ["*conftest.py"]  # has no doctests, and there are several of that name
-collect_ignore = ["golden/make_goldens.py"]  # needs torch and transformers; the tests read what it wrote
 
 
 @pytest.fixture(scope="module")

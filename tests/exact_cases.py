@@ -91,7 +91,9 @@ def case(name):
         model = load(SHIPPED, dtype="float32" if name == "shipped in float32" else None)
         return Case(model, [[model.tokenizer.encode(text).ids for text in SENTENCES]], 2)
     # Experts with more rows than the largest bucket, one choice a token, up to the end of the context.
-    model = random_model(num_experts=3, experts_per_token=1, num_layers=2, seed=2, max_positions=193)
+    model = random_model(
+        num_experts=3, experts_per_token=1, num_layers=2, seed=2, max_position_embeddings=193
+    )
     return Case(model, [prompts(rng, 61, 190, 170)], 3)
 
 
@@ -112,7 +114,7 @@ def tap(engine):
 def run(engine, batches, steps):
     """Tokens and logits of every batch, one call each."""
     logits = tap(engine)
-    tokens = [engine.generate(batch, max_new_tokens=steps).tokens for batch in batches]
+    tokens = [engine.generate(batch, max_new_tokens=steps).token_ids for batch in batches]
     return tokens, logits
 
 

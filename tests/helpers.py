@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from layerscope_jax import Decoder, HardwareProfile, Model, ModelConfig, TimeTable
-from layerscope_jax.whole import WholeModel
+from layerscope_jax.runtime.whole import WholeModel
 
 TINY = ModelConfig(
     family="olmoe",
@@ -31,10 +31,10 @@ TINY = ModelConfig(
     head_dim=8,
     num_experts=8,
     experts_per_token=2,
-    expert_hidden=20,
+    moe_intermediate_size=20,
     normalize_top_k=True,
     qk_norm="head",
-    max_positions=96,
+    max_position_embeddings=96,
 )
 
 PROFILE = HardwareProfile(

@@ -4,8 +4,8 @@ import numpy as np
 from helpers import PROFILE
 
 from layerscope_jax import MachineProfile
-from layerscope_jax.machine_profile import ModelShape
-from layerscope_jax.routing import Routing, StoredForecast
+from layerscope_jax.profiling.machine_profile import ModelShape
+from layerscope_jax.simulation.routing import Routing, StoredForecast
 
 S, R, L, E, K, P, W = 4, 5, 3, 6, 2, 7, 2
 
@@ -34,6 +34,8 @@ def small_routing():
 
 
 def small_profile(**changes):
-    shape = ModelShape(layers=L, experts=E, experts_per_token=K, hidden=8, expert_hidden=4, dtype="float32")
+    shape = ModelShape(
+        layers=L, experts=E, experts_per_token=K, hidden=8, moe_intermediate_size=4, dtype="float32"
+    )
     options = {"name": "small", "costs": PROFILE, "model": shape, "machine": {}, "slots": 9} | changes
     return MachineProfile(**options)

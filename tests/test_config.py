@@ -40,5 +40,5 @@ def test_no_size_is_past_what_64_bits_count(size):
 
 @pytest.mark.parametrize("chunk", [0, 15, -16])
 def test_a_chunk_holds_at_least_a_short_prompt(chunk):
-    with pytest.raises(ValueError, match=f"prefill_chunk must be 16 tokens or more, got {chunk}"):
-        OffloadConfig(prefill_chunk=chunk)
+    with pytest.raises(ValueError, match=f"prefill_chunk_size must be 16 tokens or more, got {chunk}"):
+        OffloadConfig(prefill_chunk_size=chunk)

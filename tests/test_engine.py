@@ -9,9 +9,10 @@ import pytest
 from helpers import PROFILE, PROMPTS, Copies, in_time, one_jit, random_model, spelling_model
 
 from layerscope_jax import Engine, HardwareProfile, OffloadConfig, Request, TransferError, load, save
-from layerscope_jax.experts import transfers as transfers_module
-from layerscope_jax.experts.transfers import ATTEMPTS
-from layerscope_jax.scheduling.baselines import LRU, HostOnly, Resident
+from layerscope_jax.offload import link as transfers_module
+from layerscope_jax.offload.link import ATTEMPTS
+from layerscope_jax.scheduling.baselines import HostOnly, Resident
+from layerscope_jax.scheduling.caching import LRU
 from layerscope_jax.scheduling.registry import POLICIES
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -37,8 +38,8 @@ def layers(model):
         ({"device_budget": -1}, "device_budget must be a size"),
         ({"device_budget": 1.5}, "device_budget must be a size"),
         ({"device_budget": True}, "device_budget must be a size"),
-        ({"link_bandwidth": "fast"}, "link_bandwidth must be a size"),
-        ({"link_bandwidth": 0}, "link_bandwidth must be more than 0"),
+        ({"emulated_link_bandwidth": "fast"}, "emulated_link_bandwidth must be a size"),
+        ({"emulated_link_bandwidth": 0}, "emulated_link_bandwidth must be more than 0"),
         ({"numerics": "exactly"}, "numerics must be 'exact' or 'fast', got 'exactly'"),
         ({"host_threads": 0}, "host_threads must be 1 or more, got 0"),
         (
@@ -77,7 +78,7 @@ def test_statistics_of_a_resident_model(model):
 
     with Engine(model) as engine:
         exact = engine.generate(PROMPTS, max_new_tokens=5)
-    assert exact.tokens == result.tokens
+    assert exact.token_ids == result.token_ids
     assert (exact.stats.policy, exact.stats.mode) == ("resident", "decode")
     assert exact.stats.hit_rate == exact.stats.token_hit_rate == 1
     assert exact.stats.bytes_moved == 0
@@ -142,7 +143,7 @@ def test_padding_and_finished_requests_route_nowhere(model, layers):
 
 def test_a_progress_bar_changes_nothing(layers, capsys):
     plain = layers.generate(PROMPTS, max_new_tokens=3)
-    assert layers.generate(PROMPTS, max_new_tokens=3, progress=True).tokens == plain.tokens
+    assert layers.generate(PROMPTS, max_new_tokens=3, progress=True).token_ids == plain.token_ids
 
 
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
@@ -176,7 +177,7 @@ def test_it_runs_on_the_models_device(tmp_path, numerics):
     model = load(tmp_path, device=jax.devices()[1])
     with Engine(model, OffloadConfig(numerics=numerics)) as engine:
         assert engine.device == model.device == jax.devices()[1]
-        assert len(engine.generate([[1, 2]], max_new_tokens=2).tokens[0]) == 2
+        assert len(engine.generate([[1, 2]], max_new_tokens=2).token_ids[0]) == 2
     with pytest.raises(ValueError, match="device must be the model's own"):
         Engine(model, OffloadConfig(numerics=numerics), device=jax.devices()[0])
 
@@ -235,9 +236,11 @@ def interrupting(engine, monkeypatch, call=1):
 
 def test_an_interrupt_waits_for_no_queued_copies(model, monkeypatch):
     """On a link on which a layer's experts take a minute."""
-    expected = Engine(model).generate(PROMPTS, max_new_tokens=3).tokens
+    expected = Engine(model).generate(PROMPTS, max_new_tokens=3).token_ids
     config = OffloadConfig(
-        device_budget=9 * model.bank.expert_bytes, policy="lru", link_bandwidth=model.bank.expert_bytes // 8
+        device_budget=9 * model.bank.expert_bytes,
+        policy="lru",
+        emulated_link_bandwidth=model.bank.expert_bytes // 8,
     )
     with Engine(model, config) as engine:
         interrupting(engine, monkeypatch)
@@ -245,7 +248,7 @@ def test_an_interrupt_waits_for_no_queued_copies(model, monkeypatch):
             in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3), 10)
         assert not engine.runner.residency.coming
         engine.runner.transfers.bandwidth = None
-        assert in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3)).tokens == expected
+        assert in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3)).token_ids == expected
 
 
 def test_a_link_that_broke_is_not_tried_for_all_that_is_queued(model):
@@ -271,7 +274,7 @@ def test_a_link_that_broke_is_not_tried_for_all_that_is_queued(model):
 
 
 def test_an_interrupt_while_queueing_hangs_nobody(model, monkeypatch):
-    expected = Engine(model).generate(PROMPTS, max_new_tokens=3).tokens
+    expected = Engine(model).generate(PROMPTS, max_new_tokens=3).token_ids
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
     with Engine(model, config) as engine:
         queue = engine.runner.transfers._changed
@@ -284,12 +287,12 @@ def test_an_interrupt_while_queueing_hangs_nobody(model, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3))
         assert not engine.runner.residency.coming
-        assert in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3)).tokens == expected
+        assert in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3)).token_ids == expected
 
 
 def test_a_copy_that_does_not_end_is_an_error_and_keeps_its_room(model, monkeypatch):
     """Also after an interrupt; once it has ended, the engine is fit again."""
-    expected = Engine(model).generate(PROMPTS, max_new_tokens=3).tokens
+    expected = Engine(model).generate(PROMPTS, max_new_tokens=3).token_ids
     monkeypatch.setattr(transfers_module, "STANDSTILL_S", 0.2)
     monkeypatch.setattr(transfers_module, "GRACE_S", 0.2)
     ends = threading.Event()
@@ -314,16 +317,16 @@ def test_a_copy_that_does_not_end_is_an_error_and_keeps_its_room(model, monkeypa
         with pytest.raises(KeyboardInterrupt):
             in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3))
         assert not residency.coming
-        assert in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3)).tokens == expected
+        assert in_time(lambda: engine.generate(PROMPTS, max_new_tokens=3)).token_ids == expected
         assert residency.used_bytes <= engine.budget_bytes
 
 
 def test_an_abandoned_stream_leaves_the_engine_fit(layers):
-    expected = layers.generate(PROMPTS, max_new_tokens=5).tokens
+    expected = layers.generate(PROMPTS, max_new_tokens=5).token_ids
     stream = layers.stream(PROMPTS, max_new_tokens=5)
     next(stream)
     stream.close()
-    assert layers.generate(PROMPTS, max_new_tokens=5).tokens == expected
+    assert layers.generate(PROMPTS, max_new_tokens=5).token_ids == expected
 
 
 def test_a_policy_that_weighs_costs_measures_the_machine(model):
@@ -335,9 +338,11 @@ def test_a_policy_that_weighs_costs_measures_the_machine(model):
             seen.append(profile)
             return super().init(geometry, profile)
 
-    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=Asking(), link_bandwidth="1MB")
+    config = OffloadConfig(
+        device_budget=9 * model.bank.expert_bytes, policy=Asking(), emulated_link_bandwidth="1MB"
+    )
     with Engine(model, config) as engine:
-        assert engine.generate(PROMPTS[:2], max_new_tokens=2).tokens
+        assert engine.generate(PROMPTS[:2], max_new_tokens=2).token_ids
     (profile,) = seen
     assert isinstance(profile, HardwareProfile)
     assert profile.transfer_ms >= 1e3 * model.bank.expert_bytes / 1e6

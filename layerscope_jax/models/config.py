@@ -15,17 +15,17 @@ class ModelConfig:
     Attributes:
         family: which weight names and HF architecture it belongs to: "olmoe", "mixtral" or "qwen3_moe".
         vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim: V, D, L, H, H_kv, D_head.
-        num_experts, experts_per_token, expert_hidden: E, K, F.
+        num_experts, experts_per_token, moe_intermediate_size: E, K, F.
         normalize_top_k: whether the K router weights of a token are scaled to sum to one.
         qk_norm: RMS norm of queries and keys: none, over each head, or over all heads together.
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] where given.
         attention_bias: whether the four attention projections have biases.
         sliding_window: how many latest positions a token attends to (itself included), or None for all.
         rope_theta: base of the rotary embedding.
-        max_positions: the longest sequence the model is made for.
+        max_position_embeddings: the longest sequence the model is made for.
         norm_eps: epsilon of every RMS norm.
         tie_embeddings: whether the output head is the embedding.
-        stop_tokens: ids that end a generation.
+        stop_token_ids: ids that end a generation.
     """
 
     family: str
@@ -37,17 +37,17 @@ class ModelConfig:
     head_dim: int
     num_experts: int
     experts_per_token: int
-    expert_hidden: int
+    moe_intermediate_size: int
     normalize_top_k: bool
     qk_norm: Literal["none", "head", "all"] = "none"
     qkv_clip: float | None = None
     attention_bias: bool = False
     sliding_window: int | None = None
     rope_theta: float = 10_000.0
-    max_positions: int = 4096
+    max_position_embeddings: int = 4096
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    stop_tokens: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -62,9 +62,9 @@ class ModelConfig:
 
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes of one expert's three matrices, by name, in the order they cross the link."""
-        hidden, inner = self.hidden_size, self.expert_hidden
+        hidden, inner = self.hidden_size, self.moe_intermediate_size
         return {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
 
     def expert_bytes(self, itemsize: int) -> int:
         """Bytes of one expert at `itemsize` bytes a number."""
-        return 3 * self.hidden_size * self.expert_hidden * itemsize
+        return 3 * self.hidden_size * self.moe_intermediate_size * itemsize

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layerscope_jax.experts.compute import combine, dense, matmul, stacked_ffn
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.experts import combine, dense, matmul, stacked_ffn
 from layerscope_jax.models.layers import Attention, Experts, KVCache, RMSNorm, Router, Routing, normal
 
 
@@ -55,7 +55,7 @@ class Decoder(nnx.Module):
         dtype: of every parameter.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=2, num_heads=2,
-    ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, expert_hidden=4,
+    ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
     ...     normalize_top_k=True)
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> logits, routings = model(jnp.array([[1, 2, 3]]))

@@ -162,7 +162,7 @@ class ConfigReader:
             theta = None
         return default if theta is None else float(theta)
 
-    def stop_tokens(self, vocab_size: int) -> tuple[int, ...]:
+    def stop_token_ids(self, vocab_size: int) -> tuple[int, ...]:
         """`eos_token_id`: an id of the vocabulary, a list of them, or null."""
         self._read_keys.add("eos_token_id")
         given = self.config.get("eos_token_id")
@@ -186,7 +186,7 @@ class ConfigReader:
                 "supported"
             )
 
-    def shared(self, *, theta: float, norm_eps: float, max_positions: int) -> dict[str, Any]:
+    def shared(self, *, theta: float, norm_eps: float, max_position_embeddings: int) -> dict[str, Any]:
         """The settings that every family here has, given the class defaults in which they differ."""
         self.expect("hidden_act", "silu", "other activations are not supported")
         self.expect(
@@ -213,12 +213,12 @@ class ConfigReader:
             "num_experts": self.integer("num_experts", "num_local_experts"),
             "experts_per_token": self.integer("num_experts_per_tok"),
             "rope_theta": self.rope_theta(theta),
-            "max_positions": self.integer(
-                "max_position_embeddings", default=max_positions, most=MOST_POSITIONS
+            "max_position_embeddings": self.integer(
+                "max_position_embeddings", default=max_position_embeddings, most=MOST_POSITIONS
             ),
             "norm_eps": self.number("rms_norm_eps", default=norm_eps),
             "tie_embeddings": self.flag("tie_word_embeddings", default=False),
-            "stop_tokens": self.stop_tokens(tokens),
+            "stop_token_ids": self.stop_token_ids(tokens),
         }
 
     def check(self, *harmless: str) -> None:
@@ -258,14 +258,14 @@ class ConfigReader:
 
 def write_shared(config: ModelConfig) -> dict[str, Any]:
     """The settings that every family here has, as transformers 5 spells them."""
-    stops = config.stop_tokens
+    stops = config.stop_token_ids
     return {
         "bos_token_id": None,
         "eos_token_id": None if not stops else stops[0] if len(stops) == 1 else list(stops),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
-        "max_position_embeddings": config.max_positions,
+        "max_position_embeddings": config.max_position_embeddings,
         "num_attention_heads": config.num_heads,
         "num_experts_per_tok": config.experts_per_token,
         "num_hidden_layers": config.num_layers,

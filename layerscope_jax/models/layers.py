@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layerscope_jax.experts.compute import ExpertWeights, dense, matmul
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.experts import ExpertWeights, dense, matmul
 
 PAD_POSITION = 2**30
 """Position of a padding token: no query reaches it as a key, and no cache has a row for it."""

@@ -11,12 +11,12 @@ from layerscope_jax.models.family import REQUIRED, WEIGHTS, ConfigReader, Family
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     reader = ConfigReader(config)
-    shared = reader.shared(theta=1_000_000.0, norm_eps=1e-5, max_positions=131_072)
+    shared = reader.shared(theta=1_000_000.0, norm_eps=1e-5, max_position_embeddings=131_072)
     # An explicit null means as many as query heads. Left out, it would be Mixtral-8x7B's 8: better to ask.
     kv_default = shared["num_heads"] if "num_key_value_heads" in config else REQUIRED
     settings = {
         "num_kv_heads": reader.integer("num_key_value_heads", default=kv_default),
-        "expert_hidden": reader.integer("intermediate_size"),
+        "moe_intermediate_size": reader.integer("intermediate_size"),
         "sliding_window": reader.integer("sliding_window", default=None),
     }
     reader.expect("attention_bias", False, "Mixtral's projections have no biases")
@@ -28,7 +28,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     return write_shared(config) | {
-        "intermediate_size": config.expert_hidden,
+        "intermediate_size": config.moe_intermediate_size,
         "num_local_experts": config.num_experts,
         "sliding_window": config.sliding_window,
     }

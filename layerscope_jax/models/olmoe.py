@@ -11,10 +11,10 @@ from layerscope_jax.models.family import BIASES, QK_NORMS, WEIGHTS, ConfigReader
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     reader = ConfigReader(config)
-    shared = reader.shared(theta=10_000.0, norm_eps=1e-5, max_positions=4096)
+    shared = reader.shared(theta=10_000.0, norm_eps=1e-5, max_position_embeddings=4096)
     settings = {
         "num_kv_heads": reader.integer("num_key_value_heads", default=shared["num_heads"]),
-        "expert_hidden": reader.integer("intermediate_size"),
+        "moe_intermediate_size": reader.integer("intermediate_size"),
         "normalize_top_k": reader.flag("norm_topk_prob", default=False),
         "qkv_clip": reader.number("clip_qkv", default=None),
         "attention_bias": reader.flag("attention_bias", default=False),
@@ -31,7 +31,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return write_shared(config) | {
         "attention_bias": config.attention_bias,
         "clip_qkv": config.qkv_clip,
-        "intermediate_size": config.expert_hidden,
+        "intermediate_size": config.moe_intermediate_size,
         "norm_topk_prob": config.normalize_top_k,
         "num_experts": config.num_experts,
     }

@@ -19,7 +19,7 @@ NEUTRAL = {
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     reader = ConfigReader(config)
-    shared = reader.shared(theta=10_000.0, norm_eps=1e-6, max_positions=32_768)
+    shared = reader.shared(theta=10_000.0, norm_eps=1e-6, max_position_embeddings=32_768)
     reader.expect("decoder_sparse_step", 1, "layers without experts are not supported yet")
     reader.expect("mlp_only_layers", [], "layers without experts are not supported yet")
     window = None
@@ -28,7 +28,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         window = reader.integer("sliding_window", default=None if "sliding_window" in config else 4096)
     settings = {
         "num_kv_heads": reader.integer("num_key_value_heads"),
-        "expert_hidden": reader.integer("moe_intermediate_size"),
+        "moe_intermediate_size": reader.integer("moe_intermediate_size"),
         "normalize_top_k": reader.flag("norm_topk_prob", default=False),
         "attention_bias": reader.flag("attention_bias", default=False),
         "sliding_window": window,
@@ -46,7 +46,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": config.attention_bias,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "moe_intermediate_size": config.expert_hidden,
+        "moe_intermediate_size": config.moe_intermediate_size,
         "norm_topk_prob": config.normalize_top_k,
         "num_local_experts": config.num_experts,
         "sliding_window": config.sliding_window,

@@ -48,10 +48,10 @@ def with_generation(config: ModelConfig, generation: Mapping[str, Any]) -> Model
     if "eos_token_id" not in generation:
         return config
     reader = ConfigReader(generation)
-    stop_tokens = reader.stop_tokens(config.vocab_size)
+    stop_token_ids = reader.stop_token_ids(config.vocab_size)
     if reader.problems:
         raise ValueError("; ".join(reader.problems))
-    return replace(config, stop_tokens=stop_tokens)
+    return replace(config, stop_token_ids=stop_token_ids)
 
 
 def _family_of(config: Mapping[str, Any]) -> Family:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from layerscope_jax.njit import njit
+from layerscope_jax.support.njit import njit
 
 MOST_MS = 1e9
 """Longest time that is one, eleven days: beyond it, and sums of it, there is no machine, but an overflow."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from layerscope_jax.njit import njit
+from layerscope_jax.support.njit import njit
 
 
 @njit(cache=True, nogil=True)

@@ -49,7 +49,7 @@ class Oracle:
     (Cao, Felten, Karlin and Li, "A study of integrated prefetching and caching strategies", SIGMETRICS 1995).
     An expert's turns are those in which it is worth having: in which the device should compute it if every
     expert were there. This is near the best that any policy can do, but not it: see
-    `layerscope_jax.scheduling.bounds` for what nothing can beat.
+    `layerscope_jax.runtime.lower_bound` for what nothing can beat.
 
     Args:
         counts: the demand to come, [S, L, E] tokens of one workload after the other, in the order in which

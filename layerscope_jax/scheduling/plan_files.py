@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from layerscope_jax.files import replace_files
 from layerscope_jax.scheduling.plan import LayerPlan
+from layerscope_jax.support.files import replace_files
 
 
 def save_plans(plans: Iterable[LayerPlan], path: str | Path) -> None:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from layerscope_jax.njit import njit
 from layerscope_jax.scheduling.costs import Curves, HardwareProfile, ms_of
 from layerscope_jax.scheduling.lowest import lowest
+from layerscope_jax.support.njit import njit
 
 
 class Split(NamedTuple):

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from layerscope_jax.njit import njit
 from layerscope_jax.scheduling.costs import Curves, ms_of
 from layerscope_jax.scheduling.lowest import lowest
 from layerscope_jax.scheduling.split import ordered, share_out
+from layerscope_jax.support.njit import njit
 
 MEMORY = 512
 """Tokens after which half of what is known of an expert's popularity is forgotten."""

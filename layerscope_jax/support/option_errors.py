@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from layerscope_jax.exits import REFUSED, code_of, described
-from layerscope_jax.locks import locked, made
+from layerscope_jax.support.exits import REFUSED, code_of, described
+from layerscope_jax.support.locks import locked, made
 
 
 @contextmanager

@@ -48,13 +48,13 @@ def parse_bytes(size: str | int, what: str = "size") -> int:
     return found
 
 
-def parse_pace(link_bandwidth: str | int) -> int:
+def parse_pace(emulated_link_bandwidth: str | int) -> int:
     """Bytes a second, more than none.
 
     Raises:
         ValueError: for anything else.
     """
-    found = parse_bytes(link_bandwidth, "link_bandwidth")
+    found = parse_bytes(emulated_link_bandwidth, "emulated_link_bandwidth")
     if found == 0:
-        raise ValueError("link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
+        raise ValueError("emulated_link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
     return found

@@ -2,7 +2,7 @@
 
 import json
 
-from layerscope_jax import cli
+from layerscope_jax.cli import main as cli
 
 PROMPTS = [
     {"id": "sea", "prompt": "Call me Ishmael."},
@@ -16,7 +16,7 @@ PROMPTS = [
         "seed": 3,
         "metadata": "x",
     },
-    {"id": "stop", "prompt": "x", "stop_tokens": list(range(600))},
+    {"id": "stop", "prompt": "x", "stop_token_ids": list(range(600))},
 ]
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from command_lines import refusal
 
-from layerscope_jax import cli
+from layerscope_jax.cli import main as cli
 
 GENERATE = ["generate", "CHECKPOINT", "--prompt=x"]
 PLACES = {

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from layerscope_jax import cli
+from layerscope_jax.cli import main as cli
 
 
 def test_alone_it_prints_help(capsys):

@@ -5,8 +5,8 @@ from command_lines import write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerscope_jax.batch_files import Completions, Row, completion, read_prompts
-from layerscope_jax.generation import Request
+from layerscope_jax.generation.batch_files import Completions, Row, completion, read_prompts
+from layerscope_jax.generation.requests import Request
 
 MODEL = "1b06093c6a5c"
 

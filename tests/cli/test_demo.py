@@ -10,7 +10,8 @@ from helpers import one_jit
 from rich.console import Console
 
 import layerscope_jax
-from layerscope_jax import cli, demo, demo_view
+from layerscope_jax.cli import demo, demo_view
+from layerscope_jax.cli import main as cli
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -94,7 +95,7 @@ def test_one_jit_may_round_differently(report, tiny, monkeypatch):
         def generate(self, *args, **settings):
             result = super().generate(*args, **settings)
             if result.stats.mode == "whole":
-                result.tokens[0][0] += 1
+                result.token_ids[0][0] += 1
             return result
 
     monkeypatch.setattr(demo, "Engine", Rounding)
@@ -105,7 +106,7 @@ def test_one_jit_may_round_differently(report, tiny, monkeypatch):
             policies=["host-only"],
             max_new_tokens=3,
             budget_share=0.6,
-            link_bandwidth=None,
+            emulated_link_bandwidth=None,
         )
     assert found["exact"] is True
     assert [run["same_tokens"] for run in found["runs"]] == [False, True, True]
@@ -118,7 +119,7 @@ def test_one_jit_may_round_differently(report, tiny, monkeypatch):
         (["--policies", "best"], "policy must be one of"),
         (["--budget-share", "1.5"], "budget-share must lie between 0 and 1, got 1.5"),
         (["--budget-share", "0.1"], "device_budget is too small for policy 'on-demand'"),
-        (["--link-bandwidth", "fast"], "link_bandwidth must be a size such as '8GiB'"),
+        (["--emulated-link-bandwidth", "fast"], "emulated_link_bandwidth must be a size such as '8GiB'"),
         (
             ["--policies", "host-only", "--max-new-tokens", "0"],
             "max_new_tokens must be a whole number in 1..2**31-1, got 0",

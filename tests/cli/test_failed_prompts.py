@@ -8,7 +8,8 @@ import pytest
 from command_lines import read, write
 from helpers import random_decoder, spelling_model
 
-from layerscope_jax import cli, save
+from layerscope_jax import save
+from layerscope_jax.cli import main as cli
 
 
 @pytest.fixture(scope="module")

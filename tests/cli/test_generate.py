@@ -10,8 +10,8 @@ import pytest
 from command_lines import PROMPTS, read, refusal
 
 import layerscope_jax
-from layerscope_jax import cli
-from layerscope_jax.generation import Token
+from layerscope_jax.cli import main as cli
+from layerscope_jax.generation.requests import Token
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -44,7 +44,7 @@ def test_rows_to_stdout(tiny, prompts, capsys):
         "top_k": 0,
         "top_p": 1.0,
         "seed": 0,
-        "stop_tokens": None,
+        "stop_token_ids": None,
     }
     assert [rows[row["id"]]["finish"] for row in PROMPTS] == ["length", "length", "length", "stop"]
     assert rows["stop"]["text"] == ""
@@ -52,7 +52,7 @@ def test_rows_to_stdout(tiny, prompts, capsys):
 
 def test_goes_on_with_a_file(tiny, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    budget = ["--device-budget=20KB", "--policy=host-only", "--numerics=exact", "--batch-size=1"]
+    budget = ["--device-budget=20KB", "--policy=host-only", "--numerics=exact", "--max-num-seqs=1"]
     command = [
         "generate",
         str(tiny),

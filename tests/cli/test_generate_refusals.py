@@ -7,7 +7,7 @@ import pytest
 from command_lines import refusal
 
 import layerscope_jax
-from layerscope_jax import cli
+from layerscope_jax.cli import main as cli
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ from layerscope_jax import cli
             ["--prompt=x", "--policy=lru", "--device-budget=1KB"],
             "device_budget is too small for policy 'lru'",
         ),
-        (["--prompt=x", "--link-bandwidth=0"], "link_bandwidth must be more than 0"),
-        (["--prompt=x", "--batch-size=0"], "batch-size must be 1 or more, got 0"),
+        (["--prompt=x", "--emulated-link-bandwidth=0"], "emulated_link_bandwidth must be more than 0"),
+        (["--prompt=x", "--max-num-seqs=0"], "max-num-seqs must be 1 or more, got 0"),
         (["--prompt=x", "--top-p=0"], "top_p must be a number in (0, 1], got 0.0"),
         (["--prompt=x", "--device-budget=" + "9" * 400 + "TiB"], "device_budget must be less than 2**63"),
         (["--prompt=a\udcffb"], "the prompt holds half a surrogate pair"),
@@ -53,7 +53,7 @@ def test_refusals(tiny, capsys, args, message):
         ('{"prompt": null}\n', ":1: prompt must be text or a list of token ids, got None"),
         ('{"prompt": "x", "top_k": "3"}\n', ":1: top_k must be a whole number, 0 (all) or more, got '3'"),
         (f'{{"prompt": "x", "temperature": {"9" * 400}}}\n', ":1: temperature must be a number from 0"),
-        ('{"prompt": "x", "stop_tokens": [true]}\n', ":1: stop_tokens must be a list of token ids"),
+        ('{"prompt": "x", "stop_token_ids": [true]}\n', ":1: stop_token_ids must be a list of token ids"),
         (
             '{"prompt": "x", "max_tokens": 3}\n',
             ":1: unknown key 'max_tokens'; did you mean 'max_new_tokens'?",
@@ -63,7 +63,7 @@ def test_refusals(tiny, capsys, args, message):
         ('{"prompt": "x"}\n\n{"prompt": ""}\n', ":3: the prompt is empty; it needs at least one token"),
         ('{"prompt": [600]}\n', ":1: the prompt has ids outside 0..599: [600]"),
         ("\n", ': expected lines {"prompt": ...}, found none'),
-        ('{"prompt": "x", "stop": ["a"]}\n', ":1: unknown key 'stop'; did you mean 'stop_tokens'?"),
+        ('{"prompt": "x", "stop": ["a"]}\n', ":1: unknown key 'stop'; did you mean 'stop_token_ids'?"),
         ('{"prompt": "x", "min_p": 0.1}\n', ":1: unknown key 'min_p'; "),
         ('{"prompt": "x", "n": 2}\n', ":1: unknown key 'n'; there are id, prompt, max_new_tokens, "),
         ('{"prompt": "x", "note": "y"}\n', ":1: unknown key 'note'; "),
@@ -139,9 +139,9 @@ def test_failed_copies_are_one_line(tiny, monkeypatch, capsys):
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers:"),
             "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; "
-            "give a smaller --device-budget or --batch-size",
+            "give a smaller --device-budget or --max-num-seqs",
         ),
-        (MemoryError(), "out of memory: none is left; give a smaller --device-budget or --batch-size"),
+        (MemoryError(), "out of memory: none is left; give a smaller --device-budget or --max-num-seqs"),
         (RuntimeError("Unable to initialize backend 'cuda': none"),) * 2,
     ],
 )

@@ -2,9 +2,9 @@
 
 import sys
 
-from layerscope_jax.batch_files import Row
-from layerscope_jax.complete import Live
-from layerscope_jax.generation import Request, Token
+from layerscope_jax.cli.complete import Live
+from layerscope_jax.generation.batch_files import Row
+from layerscope_jax.generation.requests import Request, Token
 
 
 def test_texts_come_in_order(monkeypatch, capsys):

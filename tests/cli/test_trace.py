@@ -3,9 +3,9 @@
 import pytest
 
 import predictor
-from layerscope_jax import cli
-from layerscope_jax.cli import main
-from layerscope_jax.traces import Trace
+from layerscope_jax.cli import main as cli
+from layerscope_jax.cli.main import main
+from layerscope_jax.prediction.traces import Trace
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from layerscope_jax import cli
-from layerscope_jax.locks import locked
+from layerscope_jax.cli import main as cli
+from layerscope_jax.support.locks import locked
 
 HOLDER = r"being written by another run \(process \d+ on \S+, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\)"
 

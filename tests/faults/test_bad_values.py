@@ -11,11 +11,11 @@ from helpers import PROMPTS, byte_tokenizer, spelling_model
 from tokenizers import Tokenizer, models, normalizers
 
 from layerscope_jax import Engine, OffloadConfig, Request
-from layerscope_jax.generation import encode_prompts, encode_within, make_requests
+from layerscope_jax.generation.requests import encode_prompts, encode_within, make_requests
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-NAMES = "max_new_tokens, temperature, top_k, top_p, seed, stop_tokens"
+NAMES = "max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids"
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def engine():
             {"temperature": 0.9, "seed": 1},
             "temperature, seed cannot be given beside prompts that are all Requests.*set it in each",
         ),
-        ([[1]], {"batch_size": 1.5}, "batch_size must be 1 or more, got 1.5"),
-        ([[1]], {"batch_size": "3"}, "batch_size must be 1 or more, got '3'"),
-        ([[1]], {"batch_size": None}, "batch_size must be 1 or more, got None"),
-        ([[1]], {"batch_size": True}, "batch_size must be 1 or more, got True"),
-        ([[1]], {"batch_size": 0}, "batch_size must be 1 or more, got 0"),
-        ([[1]], {"stop_tokens": [280]}, r"prompt 0 has stop_tokens outside 0..279: \[280\]"),
-        ([[1], [2]], {"stop_tokens": [-1]}, r"prompt 1 has stop_tokens outside 0..279: \[-1\]"),
+        ([[1]], {"max_num_seqs": 1.5}, "max_num_seqs must be 1 or more, got 1.5"),
+        ([[1]], {"max_num_seqs": "3"}, "max_num_seqs must be 1 or more, got '3'"),
+        ([[1]], {"max_num_seqs": None}, "max_num_seqs must be 1 or more, got None"),
+        ([[1]], {"max_num_seqs": True}, "max_num_seqs must be 1 or more, got True"),
+        ([[1]], {"max_num_seqs": 0}, "max_num_seqs must be 1 or more, got 0"),
+        ([[1]], {"stop_token_ids": [280]}, r"prompt 0 has stop_token_ids outside 0..279: \[280\]"),
+        ([[1], [2]], {"stop_token_ids": [-1]}, r"prompt 1 has stop_token_ids outside 0..279: \[-1\]"),
         ({"a": 1}, {}, "prompts must be a list of prompts, got .*, a dict.*put it in a list"),
         ({(1, 2)}, {}, "prompts must be a list of prompts, got .*, a set, which has no order"),
         (np.array(5), {}, "prompts must be a list of prompts, got the number 5"),
@@ -95,8 +95,8 @@ def test_what_is_no_option(engine, options, message):
         ({"prompt_tokens": 96}, "prompt_tokens must be less than the model's context of 96, got 96"),
         ({"prompt_tokens": 4, "new_tokens": "4"}, "new_tokens must be a whole number, 1 or more, got '4'"),
         ({"prompt_tokens": 4, "new_tokens": 0}, "new_tokens must be"),
-        ({"prompt_tokens": 4, "batch_size": 2.0}, "batch_size must be 1 or more, got 2.0"),
-        ({"prompt_tokens": 4, "batch_size": None}, "batch_size must be 1 or more, got None"),
+        ({"prompt_tokens": 4, "max_num_seqs": 2.0}, "max_num_seqs must be 1 or more, got 2.0"),
+        ({"prompt_tokens": 4, "max_num_seqs": None}, "max_num_seqs must be 1 or more, got None"),
         ({"prompt_tokens": 4, "sampled": 1}, "sampled must be True or False, got 1"),
         ({"prompt_tokens": 0, "new_tokens": None}, "prompt_tokens must be.*; new_tokens must be"),
     ],
@@ -113,16 +113,16 @@ def test_what_is_no_size_to_warm_up_for(engine, sizes, message):
         ({"host_threads": 1.5}, "host_threads must be 1 or more, got 1.5"),
         ({"host_threads": "2"}, "host_threads must be 1 or more, got '2'"),
         ({"host_threads": True}, "host_threads must be 1 or more, got True"),
-        ({"prefill_chunk": 64.0}, "prefill_chunk must be 16 tokens or more, got 64.0"),
-        ({"prefill_chunk": None}, "prefill_chunk must be 16 tokens or more, got None"),
+        ({"prefill_chunk_size": 64.0}, "prefill_chunk_size must be 16 tokens or more, got 64.0"),
+        ({"prefill_chunk_size": None}, "prefill_chunk_size must be 16 tokens or more, got None"),
         ({"profile": 3}, "profile must be a file, a MachineProfile, a HardwareProfile or None, got 3"),
         ({"profile": {}}, "profile must be"),
         ({"predictor": 3}, "predictor must be a name or an object with bind and predict.*got 3"),
         ({"predictor": "magic"}, "predictor must be one of .* got 'magic'"),
         ({"policy": 3}, "policy must be one of .* got 3"),
         ({"policy": ["lru"]}, r"policy must be one of .* got \['lru'\]"),
-        ({"link_bandwidth": 1.5}, "link_bandwidth must be a size such as .* got 1.5"),
-        ({"link_bandwidth": "0"}, "link_bandwidth must be more than 0"),
+        ({"emulated_link_bandwidth": 1.5}, "emulated_link_bandwidth must be a size such as .* got 1.5"),
+        ({"emulated_link_bandwidth": "0"}, "emulated_link_bandwidth must be more than 0"),
         ({"device_budget": [1]}, r"device_budget must be a size such as .* got \[1\]"),
         ({"numerics": None}, "numerics must be 'exact' or 'fast', got None"),
         ({"numerics": np.array(["fast", "exact"])}, "numerics must be 'exact' or 'fast', got array"),
@@ -139,7 +139,9 @@ def test_what_is_no_configuration(config, message):
 
 
 def test_numbers_of_numpy_are_numbers():
-    config = OffloadConfig(host_threads=np.int64(1), prefill_chunk=np.int32(64), device_budget=np.int64(9))
+    config = OffloadConfig(
+        host_threads=np.int64(1), prefill_chunk_size=np.int32(64), device_budget=np.int64(9)
+    )
     assert config.host_threads == 1
 
 
@@ -193,11 +195,11 @@ def test_settings_beside_requests_are_for_the_others(engine):
 
 
 def test_an_engine_that_refused_goes_on(engine):
-    expected = engine.generate(PROMPTS, max_new_tokens=3).tokens
-    for bad in ({"on_token": 3}, {"batch_size": "3"}, {"temprature": 1}):
+    expected = engine.generate(PROMPTS, max_new_tokens=3).token_ids
+    for bad in ({"on_token": 3}, {"max_num_seqs": "3"}, {"temprature": 1}):
         with pytest.raises(ValueError, match=r"must be|expected"):
             engine.generate(PROMPTS, **bad)
-    assert engine.generate(PROMPTS, max_new_tokens=3).tokens == expected
+    assert engine.generate(PROMPTS, max_new_tokens=3).token_ids == expected
 
 
 class Watching:
@@ -278,4 +280,4 @@ def test_many_ids_are_not_looked_at_one_by_one():
 def test_a_tracer_is_no_prompt(engine):
     with pytest.raises(ValueError, match="outside of functions that JAX traces"):
         jax.jit(lambda ids: engine.generate([ids], max_new_tokens=2))(jnp.array([1, 2]))
-    assert engine.generate([[1, 2]], max_new_tokens=2).tokens
+    assert engine.generate([[1, 2]], max_new_tokens=2).token_ids

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax.experts import amx, attention, combining, crew, prefill_attention, vectors
-from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import AMX, LOOPS, PAIRS, CpuExperts, InMemory, WorkStats
-from layerscope_jax.experts.grouping import Assignments
+from layerscope_jax.kernels import amx, attention, combining, crew, prefill_attention, vectors
+from layerscope_jax.kernels.cpu import AMX, LOOPS, PAIRS, CpuExperts, InMemory, WorkStats
+from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.models.experts import ExpertWeights
 
 AROUND = 4096
 """Bytes before and behind what may be written."""

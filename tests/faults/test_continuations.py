@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from layerscope_jax import Engine, OffloadConfig
-from layerscope_jax.batch_files import Row
-from layerscope_jax.complete import complete
-from layerscope_jax.detokenize import TextStream, continuation
-from layerscope_jax.generation import Request
+from layerscope_jax.cli.complete import complete
+from layerscope_jax.generation.batch_files import Row
+from layerscope_jax.generation.detokenize import TextStream, continuation
+from layerscope_jax.generation.requests import Request
 
 TOKENIZERS = {"bytes": byte_tokenizer(), "fallback": fallback_tokenizer()}
 
@@ -145,11 +145,13 @@ def test_texts_streams_and_rows_have_it(monkeypatch):
     expected = [" hommess", " femmess", "hommess"]
     with Engine(model, OffloadConfig(policy="host-only")) as engine:
         monkeypatch.setattr(engine.runner, "step", lambda *inputs: spoken.step(*inputs))
-        monkeypatch.setattr("layerscope_jax.batching.put_rows", lambda caches, rows, newcomers: caches)
-        call = {"max_new_tokens": 3, "stop_tokens": [6]}
+        monkeypatch.setattr(
+            "layerscope_jax.generation.batching.put_rows", lambda caches, rows, newcomers: caches
+        )
+        call = {"max_new_tokens": 3, "stop_token_ids": [6]}
         spoken = Dictation(new)
         result = engine.generate(prompts, **call)
-        assert result.tokens == new
+        assert result.token_ids == new
         assert result.texts == expected
         spoken = Dictation(new)
         texts = [""] * 3
@@ -158,6 +160,6 @@ def test_texts_streams_and_rows_have_it(monkeypatch):
         assert texts == expected
         spoken, rows = Dictation(new), {}
         requests = [Row(index, Request(prompt=p, **call), "") for index, p in enumerate(prompts)]
-        complete(engine, requests, batch_size=4, on_row=lambda row, text, *_: rows.update({row.id: text}))
+        complete(engine, requests, max_num_seqs=4, on_row=lambda row, text, *_: rows.update({row.id: text}))
         assert rows == dict(enumerate(expected))
         assert engine.text(new[0], "stop", [5, 0]) == expected[0]

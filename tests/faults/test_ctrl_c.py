@@ -9,8 +9,9 @@ import time
 import pytest
 from helpers import TINY, not_ignored, random_model
 
-from layerscope_jax import Engine, OffloadConfig, interrupts
-from layerscope_jax.whole import WholeModel
+from layerscope_jax import Engine, OffloadConfig
+from layerscope_jax.runtime.whole import WholeModel
+from layerscope_jax.support import interrupts
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals as POSIX has them")
 
@@ -113,7 +114,7 @@ def test_when_the_command_is_done(tmp_path, end):
         " threading.Thread(target=wait).start()\n"
         f"def main():\n print('done'); {end}(press)\n"
     )
-    program = "from layerscope_jax.entry import run; run('done')"
+    program = "from layerscope_jax.support.entry import run; run('done')"
     process = started(program, {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"})
     assert ended(process) == (130, "interrupted\n")
 

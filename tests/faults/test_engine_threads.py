@@ -77,7 +77,7 @@ def test_threads_take_turns(engine, monkeypatch):
             pool.submit(engine.generate, prompts, max_new_tokens=4, record_plans=True) for prompts in CALLS
         ]
         results = [in_time(call.result) for call in calls]
-    assert [result.tokens for result in results] == [result.tokens for result in expected]
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
     assert set(met) == {1}
     for result, alone in zip(results, expected, strict=True):
         assert result.stats.prompt_tokens == alone.stats.prompt_tokens
@@ -89,13 +89,13 @@ def test_threads_take_turns(engine, monkeypatch):
 
 
 def test_streams_of_several_threads_take_turns(engine, monkeypatch):
-    expected = [engine.generate(prompts, max_new_tokens=4).tokens for prompts in CALLS]
+    expected = [engine.generate(prompts, max_new_tokens=4).token_ids for prompts in CALLS]
     met = meeting(engine, monkeypatch, 2)
 
     def read(prompts):
         tokens = [[] for _ in prompts]
         for event in engine.stream(prompts, max_new_tokens=4):
-            tokens[event.request].append(event.token)
+            tokens[event.request].append(event.token_id)
         return tokens
 
     with ThreadPoolExecutor(len(CALLS)) as pool:
@@ -104,8 +104,8 @@ def test_streams_of_several_threads_take_turns(engine, monkeypatch):
 
 
 def test_two_streams_are_read_in_turns_by_two_threads(engine):
-    expected = engine.generate(PROMPTS[:2], max_new_tokens=5, batch_size=1).tokens
-    streams = [engine.stream([prompt], max_new_tokens=5, batch_size=1) for prompt in PROMPTS[:2]]
+    expected = engine.generate(PROMPTS[:2], max_new_tokens=5, max_num_seqs=1).token_ids
+    streams = [engine.stream([prompt], max_new_tokens=5, max_num_seqs=1) for prompt in PROMPTS[:2]]
     tokens = [[], []]
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         for _ in range(5):
@@ -124,20 +124,20 @@ def test_steps_are_each_streams_own():
     with Engine(model, again) as engine:
         first, second = (engine.stream(PROMPTS[:1], max_new_tokens=4) for _ in range(2))
         tokens = [(a.token, b.token) for a, b in zip(first, second, strict=True)]
-    assert [list(each) for each in zip(*tokens, strict=True)] == recorded.tokens * 2
+    assert [list(each) for each in zip(*tokens, strict=True)] == recorded.token_ids * 2
 
 
 def test_generate_while_a_stream_is_held(engine):
-    expected = engine.generate(PROMPTS, max_new_tokens=5).tokens
-    stream = engine.stream(PROMPTS[:2], max_new_tokens=5, batch_size=2)
+    expected = engine.generate(PROMPTS, max_new_tokens=5).token_ids
+    stream = engine.stream(PROMPTS[:2], max_new_tokens=5, max_num_seqs=2)
     first = next(stream)
     result = in_time(lambda: engine.generate(PROMPTS, max_new_tokens=5, record_plans=True))
-    assert result.tokens == expected
+    assert result.token_ids == expected
     assert result.stats.prompt_tokens == 23
     tokens = [[], []]
     for event in [first, *stream]:
-        tokens[event.request].append(event.token)
-    assert tokens == engine.generate(PROMPTS[:2], max_new_tokens=5).tokens
+        tokens[event.request].append(event.token_id)
+    assert tokens == engine.generate(PROMPTS[:2], max_new_tokens=5).token_ids
 
 
 def test_generate_from_within_on_token(engine):
@@ -160,10 +160,10 @@ def test_generate_from_within_on_token(engine):
     result = in_time(
         lambda: engine.generate(PROMPTS[:2], max_new_tokens=4, record_plans=True, on_token=on_token)
     )
-    assert result.tokens == alone.tokens
+    assert result.token_ids == alone.token_ids
     assert len(inner) == 4
     for found, expected in [(result, alone), *((each, other) for each in inner)]:
-        assert found.tokens == expected.tokens
+        assert found.token_ids == expected.token_ids
         assert [(p.step, p.layer) for p in found.plans] == [(p.step, p.layer) for p in expected.plans]
         assert found.stats.prompt_tokens == expected.stats.prompt_tokens
         assert found.stats.new_tokens == expected.stats.new_tokens
@@ -190,20 +190,21 @@ def test_counts_are_each_calls_own(engines):
 
 
 def test_warmup_beside_a_call_and_within_one(engine):
-    expected = engine.generate(PROMPTS[:2], max_new_tokens=4).tokens
+    expected = engine.generate(PROMPTS[:2], max_new_tokens=4).token_ids
 
     def on_token(event):
-        engine.warmup(batch_size=2, prompt_tokens=14, new_tokens=4)
+        engine.warmup(max_num_seqs=2, prompt_tokens=14, new_tokens=4)
 
     assert (
-        in_time(lambda: engine.generate(PROMPTS[:2], max_new_tokens=4, on_token=on_token)).tokens == expected
+        in_time(lambda: engine.generate(PROMPTS[:2], max_new_tokens=4, on_token=on_token)).token_ids
+        == expected
     )
     runner = engine.runner
     with ThreadPoolExecutor(2) as pool:
-        warm = pool.submit(engine.warmup, batch_size=2, prompt_tokens=14, new_tokens=4)
+        warm = pool.submit(engine.warmup, max_num_seqs=2, prompt_tokens=14, new_tokens=4)
         call = pool.submit(engine.generate, PROMPTS[:2], max_new_tokens=4)
         warm.result(60)
-        assert call.result(60).tokens == expected
+        assert call.result(60).token_ids == expected
     assert engine.runner is runner
 
 
@@ -237,7 +238,7 @@ def test_closing_while_another_thread_generates(kind, call, monkeypatch):
 
 
 def test_an_exception_of_on_token_passes_through(engine):
-    expected = engine.generate(PROMPTS, max_new_tokens=4).tokens
+    expected = engine.generate(PROMPTS, max_new_tokens=4).token_ids
 
     class Mine(Exception):
         pass
@@ -248,9 +249,9 @@ def test_an_exception_of_on_token_passes_through(engine):
     for _ in range(2):
         with pytest.raises(Mine, match=r"^mine$"):
             engine.generate(PROMPTS, max_new_tokens=4, on_token=on_token)
-        assert engine.generate(PROMPTS, max_new_tokens=4).tokens == expected
+        assert engine.generate(PROMPTS, max_new_tokens=4).token_ids == expected
     with ThreadPoolExecutor(1) as pool:  # no turn was kept
-        assert pool.submit(engine.generate, PROMPTS, max_new_tokens=4).result(60).tokens == expected
+        assert pool.submit(engine.generate, PROMPTS, max_new_tokens=4).result(60).token_ids == expected
 
 
 def test_a_policy_that_generates_is_refused():
@@ -271,7 +272,7 @@ def test_a_policy_that_generates_is_refused():
 def test_requests_of_two_threads_keep_their_seeds(engines):
     engine = engines("resident")
     requests = [Request(prompt=prompt, temperature=1.0, seed=5, max_new_tokens=4) for prompt in PROMPTS]
-    expected = [engine.generate([request]).tokens for request in requests]
+    expected = [engine.generate([request]).token_ids for request in requests]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda request: engine.generate([request]).tokens, requests))
+        found = list(pool.map(lambda request: engine.generate([request]).token_ids, requests))
     assert found == expected

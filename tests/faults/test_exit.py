@@ -23,7 +23,7 @@ within = ls.OffloadConfig(device_budget=8 * model.bank.expert_bytes, policy="lru
 begun, ending, done = threading.Event(), threading.Event(), []
 
 def generate(engine):
-    return engine.generate([[5, 6, 7]], max_new_tokens=4).tokens
+    return engine.generate([[5, 6, 7]], max_new_tokens=4).token_ids
 
 def slowly(engine):
     # The second step begins before the interpreter ends, and goes on when it does.

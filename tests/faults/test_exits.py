@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from layerscope_jax import TransferError, exits, parse_bytes
+from layerscope_jax import TransferError, parse_bytes
+from layerscope_jax.support import exits
 
 DISK_FULL = Path("/dev/full")
 
@@ -175,7 +176,7 @@ def test_nothing_of_ours_comes_to_be_the_closed_output(tmp_path):
         "import os\ndef main():\n os.write(os.open('out.txt', os.O_CREAT | os.O_WRONLY), b'row')\n"
         " os.system('echo noise')\n"
     )
-    program = "from layerscope_jax.entry import run; run('made')"
+    program = "from layerscope_jax.support.entry import run; run('made')"
     env = os.environ | {"PYTHONPATH": f"{os.getcwd()}{os.pathsep}{tmp_path}"}
     command = ["bash", "-c", '"$0" -c "$1" >&-', sys.executable, program]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from layerscope_jax import files
-from layerscope_jax.files import read_json, replace_files, write_text
+from layerscope_jax.support import files
+from layerscope_jax.support.files import read_json, replace_files, write_text
 
 
 def names(folder):
@@ -228,8 +228,8 @@ def test_a_link_to_nowhere_is_said(tmp_path):
 
 
 def test_lines_of_a_trace_are_read_as_strictly(tmp_path):
-    from layerscope_jax.identity import ModelIdentity
-    from layerscope_jax.traces import INDEX, Trace, TraceHeader, TraceWriter
+    from layerscope_jax.checkpoints.identity import ModelIdentity
+    from layerscope_jax.prediction.traces import INDEX, Trace, TraceHeader, TraceWriter
 
     model = ModelIdentity(
         family="olmoe", num_layers=1, hidden_size=2, num_experts=2, experts_per_token=1, routers="0"

@@ -11,9 +11,9 @@ import pytest
 import safetensors.numpy
 from helpers import TINY, byte_tokenizer, random_model
 
-from layerscope_jax.experts.bank import ExpertBank
-from layerscope_jax.fingerprint import SAMPLE_BYTES, SAMPLES, WHOLE, fingerprint
-from layerscope_jax.identity import ModelIdentity, weights_digest
+from layerscope_jax.checkpoints.fingerprint import SAMPLE_BYTES, SAMPLES, WHOLE, fingerprint
+from layerscope_jax.checkpoints.identity import ModelIdentity, weights_digest
+from layerscope_jax.offload.bank import ExpertBank
 
 INDEX = "model.safetensors.index.json"
 

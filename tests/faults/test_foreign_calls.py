@@ -10,16 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from layerscope_jax.experts import cpu, crew, foreign, inside
-from layerscope_jax.experts.attention import compute_attention, fit_attention, rows
-from layerscope_jax.experts.combining import compute_sums, fit_sums, tokens
-from layerscope_jax.experts.compute import ExpertWeights
-from layerscope_jax.experts.cpu import LOOPS, CpuExperts, InMemory, WorkStats
-from layerscope_jax.experts.foreign import target
-from layerscope_jax.experts.grouping import Assignments
-from layerscope_jax.experts.inside import Inside
-from layerscope_jax.experts.prefill_attention import blocks, compute_attention_of_many
-from layerscope_jax.experts.products import fit_products, multiply
+from layerscope_jax.kernels import cpu, crew, foreign, inside
+from layerscope_jax.kernels.attention import compute_attention, fit_attention, rows
+from layerscope_jax.kernels.combining import compute_sums, fit_sums, tokens
+from layerscope_jax.kernels.cpu import LOOPS, CpuExperts, InMemory, WorkStats
+from layerscope_jax.kernels.foreign import target
+from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.inside import Inside
+from layerscope_jax.kernels.prefill_attention import blocks, compute_attention_of_many
+from layerscope_jax.kernels.products import fit_products, multiply
+from layerscope_jax.models.experts import ExpertWeights
 
 WIDTH, HIDDEN, EXPERTS = 44, 36, 3
 REFUSED = (jax.errors.JaxRuntimeError, ValueError)  # as it is raised where it is called, or waited for

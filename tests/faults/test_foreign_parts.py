@@ -25,7 +25,7 @@ def model():
 @pytest.fixture(scope="module")
 def oracle(model):
     with Engine(model, OffloadConfig(numerics="exact")) as engine:
-        return engine.generate(PROMPTS, max_new_tokens=5).tokens
+        return engine.generate(PROMPTS, max_new_tokens=5).token_ids
 
 
 def config(model, policy="fate", predictor=None):
@@ -83,7 +83,7 @@ def test_a_policy_that_fails_once_spoils_nothing(model, oracle, spoil, error, me
             engine.generate(PROMPTS, max_new_tokens=5)
         if error is LookupError:
             assert "policy 'spoilt', for step 2, layer 1" in raised.value.__notes__[0]
-        assert engine.generate(PROMPTS, max_new_tokens=5).tokens == oracle
+        assert engine.generate(PROMPTS, max_new_tokens=5).token_ids == oracle
 
 
 class Shaped(Fixed):
@@ -208,7 +208,7 @@ def test_what_is_no_number_of_tokens_breaks_no_plan(model, oracle, policy, value
             return kept(state, seen)
 
         engine.runner.policy.plan = plan
-        assert engine.generate(PROMPTS, max_new_tokens=5).tokens == oracle
+        assert engine.generate(PROMPTS, max_new_tokens=5).token_ids == oracle
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_history_that_expects_no_numbers_is_named(model, value):
 def test_numbers_that_are_none_in_the_layer_break_no_plan(model, oracle):
     for value in (np.nan, -np.inf, 1e30):
         with Engine(model, config(model, Fate(), Fixed(value))) as engine:
-            assert engine.generate(PROMPTS, max_new_tokens=5).tokens == oracle
+            assert engine.generate(PROMPTS, max_new_tokens=5).token_ids == oracle
 
 
 def test_a_predictor_with_weights_on_the_host_is_run(model, oracle):
@@ -235,5 +235,5 @@ def test_a_predictor_with_weights_on_the_host_is_run(model, oracle):
     predictor.bind = lambda model: [np.full((2, 1, 8), 0.5, np.float32)] * 3
     with Engine(model, config(model, predictor=predictor)) as engine:
         result = engine.generate(PROMPTS, max_new_tokens=5)
-    assert result.tokens == oracle
+    assert result.token_ids == oracle
     assert result.stats.predictor_bytes == 0

@@ -39,7 +39,7 @@ class Runs:
         self.folder = folder
         self.prompts, self.checkpoint = folder / "prompts.jsonl", folder / "checkpoint"
         save(random_model(num_layers=2, qk_norm="all"), self.checkpoint)
-        rows = [{"prompt": [number, 5, 7], "stop_tokens": []} for number in range(ROWS)]
+        rows = [{"prompt": [number, 5, 7], "stop_token_ids": []} for number in range(ROWS)]
         self.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.env = os.environ | {
             "PYTHONPATH": os.getcwd(),
@@ -58,7 +58,7 @@ class Runs:
 
     def command(self, name):
         files = [f"--prompts={self.prompts}", f"--out={self.folder / name}"]
-        return ["generate", str(self.checkpoint), *files, "--max-new-tokens=60", "--batch-size=1"]
+        return ["generate", str(self.checkpoint), *files, "--max-new-tokens=60", "--max-num-seqs=1"]
 
     def content(self, name):
         file = self.folder / name

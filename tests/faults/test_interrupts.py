@@ -13,9 +13,12 @@ import pytest
 from exact_cases import RandomPolicy, agree, case, oracle, run
 from helpers import in_time
 
-from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError, layerwise
-from layerscope_jax.experts import cpu, kernels, threads
-from layerscope_jax.experts.executors import DeviceExperts
+from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
+from layerscope_jax.kernels import cpu
+from layerscope_jax.kernels import experts as kernels
+from layerscope_jax.offload.executors import DeviceExperts
+from layerscope_jax.runtime import layerwise
+from layerscope_jax.support import threads
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -201,7 +204,7 @@ def run_untapped(engine, batch):
 
     engine.runner.step = tapped
     try:
-        return engine.generate(batch, max_new_tokens=3).tokens, logits
+        return engine.generate(batch, max_new_tokens=3).token_ids, logits
     finally:
         del engine.runner.step
 

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 from helpers import PROMPTS, bits, compiled, one_jit, spelling_model
 
-from layerscope_jax import Engine, OffloadConfig, Request, jax_settings
-from layerscope_jax.jax_settings import OURS, own_settings, random_key
-from layerscope_jax.sampling import Sampling, sample
+from layerscope_jax import Engine, OffloadConfig, Request
+from layerscope_jax.runtime.sampling import Sampling, sample
+from layerscope_jax.support import jax_settings
+from layerscope_jax.support.jax_settings import OURS, own_settings, random_key
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -117,10 +118,10 @@ def what_it_gives(engine):
 
     engine.runner.step = tapped
     try:
-        tokens = engine.generate(REQUESTS).tokens
+        tokens = engine.generate(REQUESTS).token_ids
         streamed = [[] for _ in REQUESTS]
         for event in engine.stream(REQUESTS):
-            streamed[event.request].append(event.token)
+            streamed[event.request].append(event.token_id)
     finally:
         engine.runner.step = step
     assert streamed == tokens
@@ -151,9 +152,9 @@ def test_an_engine_may_be_made_under_them(kind, expected, name):
     with one_jit(kind == "whole"):
         with CONTEXTS[name]():
             engine = Engine(spelling_model(), config_of(kind))
-            assert engine.generate(REQUESTS).tokens == expected[0]
+            assert engine.generate(REQUESTS).token_ids == expected[0]
         with engine:
-            assert engine.generate(REQUESTS).tokens == expected[0]
+            assert engine.generate(REQUESTS).token_ids == expected[0]
 
 
 def test_a_stream_leaves_the_callers_settings_alone(engine):
@@ -194,7 +195,7 @@ def test_initial_weights_and_dropout_are_of_our_own_kind_of_keys():
 @pytest.mark.parametrize("folder", ["layerscope_jax", "predictor"])
 def test_whoever_makes_a_key_names_its_kind(folder):
     made = re.compile(r"random\.(key|PRNGKey)\((?!seed, impl=)")
-    for file in (Path(jax_settings.__file__).parents[1] / folder).rglob("*.py"):
+    for file in (Path(jax_settings.__file__).parents[2] / folder).rglob("*.py"):
         code = "\n".join(line.partition("#")[0] for line in file.read_text().splitlines())
         assert not made.search(code), file
 

@@ -13,14 +13,15 @@ import pytest
 from helpers import in_time
 
 import layerscope_jax
-from layerscope_jax import cli, kernel_cache
-from layerscope_jax.njit import njit
+from layerscope_jax.cli import main as cli
+from layerscope_jax.support import kernel_cache
+from layerscope_jax.support.njit import njit
 
 PACKAGE = Path(layerscope_jax.__file__).parent
 
 COMPUTE = """
 import numpy as np
-from layerscope_jax.experts.numbers import silu
+from layerscope_jax.kernels.numbers import silu
 from layerscope_jax.scheduling.lowest import lowest
 print(silu(np.float32(1)), silu(1.5), *lowest(np.array([3.0, 1.0, 2.0]), 2))
 """
@@ -87,7 +88,7 @@ def test_an_edit_of_what_another_file_takes_in_is_seen(tmp_path):
     root, cache = tmp_path / "root", str(tmp_path / "cache")
     copy = root / "layerscope_jax"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "shipped"))
-    code = "from layerscope_jax.experts.panels import shared_out; print(len(shared_out(60)))"
+    code = "from layerscope_jax.kernels.panels import shared_out; print(len(shared_out(60)))"
     python(code, root, NUMBA_CACHE_DIR=cache)
     strips = copy / "experts" / "strips.py"
     edited = strips.read_text().replace("TOKENS = 12 if WIDE else 6", "TOKENS = 4")

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 
-from layerscope_jax import Request, locks
-from layerscope_jax.batch_files import Completions, Row, completion
-from layerscope_jax.locks import locked, locked_folder
+from layerscope_jax import Request
+from layerscope_jax.generation.batch_files import Completions, Row, completion
+from layerscope_jax.support import locks
+from layerscope_jax.support.locks import locked, locked_folder
 
 ROW = Row("a", Request(prompt="b"), "")
 HOLDER = r"being written by another run \(process \d+ on \S+, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\)"
-HOLD = "import sys, time; from pathlib import Path; from layerscope_jax.locks import locked\n"
+HOLD = "import sys, time; from pathlib import Path; from layerscope_jax.support.locks import locked\n"
 HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
 
 

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import PROMPTS, bits, one_jit, random_decoder, spelling_model
 
 from layerscope_jax import Engine, Model, OffloadConfig
-from layerscope_jax.non_finite import is_finite, why_not_finite
-from layerscope_jax.sampling import NO_TOKEN, Sampling, sample
+from layerscope_jax.runtime.non_finite import is_finite, why_not_finite
+from layerscope_jax.runtime.sampling import NO_TOKEN, Sampling, sample
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -45,27 +45,27 @@ def engine(request):
 def test_only_the_request_with_it_ends(engine, settings):
     """PROMPTS[0] holds the token; the others are as if it were not there."""
     assert BAD in PROMPTS[0]
-    asked = {"max_new_tokens": 4, "stop_tokens": [], **settings}
+    asked = {"max_new_tokens": 4, "stop_token_ids": [], **settings}
     others = engine.generate(PROMPTS[1:], **asked)
-    assert others.errors == {}
+    assert {one.error for one in others} == {None}
     result = engine.generate(PROMPTS, **asked)
-    assert result.tokens == [[], *others.tokens]
-    assert result.finish == ["error", *others.finish]
+    assert result.token_ids == [[], *others.token_ids]
+    assert [one.finish_reason for one in result[1:]] == [one.finish_reason for one in others]
     assert result.texts[0] == ""
-    assert list(result.errors) == [0]
-    assert "because the weights do: embedding; load an undamaged checkpoint" in result.errors[0]
+    assert [one.error is not None for one in result] == [True] + [False] * (len(PROMPTS) - 1)
+    assert "because the weights do: embedding; load an undamaged checkpoint" in result[0].error
     assert result.stats.new_tokens == others.stats.new_tokens
     first = [event for event in engine.stream(PROMPTS, **asked) if event.request == 0]
-    assert [(event.token, event.finish, event.text) for event in first] == [(-1, "error", "")]
-    assert first[0].error == result.errors[0]
+    assert [(event.token_id, event.finish_reason, event.text) for event in first] == [(-1, "error", "")]
+    assert first[0].error == result[0].error
 
 
 def test_a_slot_that_an_error_freed_is_used_again(engine):
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[3]]
-    result = engine.generate(prompts, max_new_tokens=3, batch_size=1)
-    assert result.finish == ["error", "length", "error", "length"]
-    alone = engine.generate(PROMPTS[1:], max_new_tokens=3, batch_size=1)
-    assert [result.tokens[1], result.tokens[3]] == [alone.tokens[0], alone.tokens[2]]
+    result = engine.generate(prompts, max_new_tokens=3, max_num_seqs=1)
+    assert [one.finish_reason for one in result] == ["error", "length", "error", "length"]
+    alone = engine.generate(PROMPTS[1:], max_new_tokens=3, max_num_seqs=1)
+    assert [result.token_ids[1], result.token_ids[3]] == [alone.token_ids[0], alone.token_ids[2]]
 
 
 @pytest.mark.parametrize("kind", ["resident", "whole", "lru"])
@@ -74,14 +74,14 @@ def test_what_was_said_before_an_error_is_kept(kind):
     model = spelling_model()
     with engine_of(model, kind) as engine:
         right = engine.generate([PROMPTS[1]], max_new_tokens=6)
-    bad = right.tokens[0][2]
-    until = right.tokens[0].index(bad) + 1
+    bad = right.token_ids[0][2]
+    until = right.token_ids[0].index(bad) + 1
     with engine_of(spoilt(("embedding",), (bad, 0), np.inf), kind) as engine:
         result = engine.generate([PROMPTS[1]], max_new_tokens=6)
         events = list(engine.stream([PROMPTS[1]], max_new_tokens=6))
-    assert result.tokens == [right.tokens[0][:until]]
-    assert result.finish == ["error"]
-    assert result.texts == [model.tokenizer.decode(result.tokens[0])]
+    assert result.token_ids == [right.token_ids[0][:until]]
+    assert [one.finish_reason for one in result] == ["error"]
+    assert result.texts == [model.tokenizer.decode(result.token_ids[0])]
     assert "".join(event.text for event in events) == result.texts[0]
 
 
@@ -92,15 +92,16 @@ def test_an_expert_that_is_not_finite_reaches_nobody_else(kind):
     decoder.experts[0].down[...] = decoder.experts[0].down[...].at[5, 0, 0].set(jnp.nan)
     model = Model.from_decoder(decoder, spelling_model().tokenizer)
     prompts = [[token] for token in range(40)]
-    asked = {"max_new_tokens": 2, "batch_size": 64}
+    asked = {"max_new_tokens": 2, "max_num_seqs": 64}
     with engine_of(spelling_model(), kind) as engine:
         right = engine.generate(prompts, **asked)
     with engine_of(model, kind) as engine:
         result = engine.generate(prompts, **asked)
-    assert set(result.finish) == {"error", "length"}
-    for tokens, finish, expected in zip(result.tokens, result.finish, right.tokens, strict=True):
-        assert tokens == (expected if finish == "length" else expected[: len(tokens)])
-    assert "layers.0.experts.5.down;" in next(iter(result.errors.values()))
+    assert {one.finish_reason for one in result} == {"error", "length"}
+    for one, expected in zip(result, right.token_ids, strict=True):
+        whole = one.finish_reason == "length"
+        assert one.token_ids == (expected if whole else expected[: len(one.token_ids)])
+        assert whole or "layers.0.experts.5.down;" in one.error
 
 
 VOCABULARY = 300

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from helpers import in_time, random_model
 
-from layerscope_jax import Engine, OffloadConfig, machine, target
-from layerscope_jax.experts import cpu
-from layerscope_jax.experts.cpu import AMX, LOOPS, kernel_of
+from layerscope_jax import Engine, OffloadConfig
+from layerscope_jax.kernels import cpu
+from layerscope_jax.kernels.cpu import AMX, LOOPS, kernel_of
+from layerscope_jax.support import machine, target
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,10 +33,10 @@ found = []
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     for name in {names}:
-        model = random_model(num_layers=2, hidden_size=64, expert_hidden=32, dtype=jnp.dtype(name))
+        model = random_model(num_layers=2, hidden_size=64, moe_intermediate_size=32, dtype=jnp.dtype(name))
         with Engine(model, OffloadConfig({config})) as engine:
             result = engine.generate([[1, 2, 3], [9] * 30], max_new_tokens=4)
-        found.append([result.tokens, result.stats.kernels])
+        found.append([result.token_ids, result.stats.kernels])
 print(json.dumps([found, [str(one.message) for one in said if one.category is RuntimeWarning]]))
 """
 
@@ -52,9 +53,9 @@ def generated(names, config="", before="", **environment):
 
 
 def expected(name, config):
-    model = random_model(num_layers=2, hidden_size=64, expert_hidden=32, dtype=jnp.dtype(name))
+    model = random_model(num_layers=2, hidden_size=64, moe_intermediate_size=32, dtype=jnp.dtype(name))
     with Engine(model, config) as engine:
-        return engine.generate([[1, 2, 3], [9] * 30], max_new_tokens=4).tokens
+        return engine.generate([[1, 2, 3], [9] * 30], max_new_tokens=4).token_ids
 
 
 ON_HOST = OffloadConfig(device_budget=0, policy="host-only")
@@ -161,14 +162,14 @@ def test_what_fails_to_compile_is_left_to_xla_with_one_warning(afresh, monkeypat
     for name in cpu.COMPILED:
         monkeypatch.setitem(cpu.COMPILED, name, Broken())
     cpu.compiles.cache_clear()
-    model = random_model(num_layers=2, hidden_size=64, expert_hidden=32, dtype=jnp.float32)
+    model = random_model(num_layers=2, hidden_size=64, moe_intermediate_size=32, dtype=jnp.float32)
     with (
         pytest.warns(RuntimeWarning, match="RuntimeError: LLVM gave up") as said,
         Engine(model, ON_HOST) as engine,
     ):
         result = engine.generate([[1, 2, 3], [9] * 30], max_new_tokens=4)
     assert len(said) == 1
-    assert (result.tokens, result.stats.kernels) == (tokens, {"xla": 1})
+    assert (result.token_ids, result.stats.kernels) == (tokens, {"xla": 1})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kernel_of(np.dtype(jnp.bfloat16), 64, 64) is None  # and says nothing more

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from layerscope_jax import Engine, ExpertId, Geometry, LayerPlan, Observation, OffloadConfig, Replay
 from layerscope_jax.scheduling.plan import check_plan
-from layerscope_jax.simulation import Workload, simulate
+from layerscope_jax.simulation.simulator import Workload, simulate
 
 SLOTS = 8
 GEOMETRY = Geometry(num_layers=3, num_experts=8, experts_per_token=2, expert_bytes=100, slots=SLOTS)
@@ -108,7 +108,7 @@ def test_a_replay_whose_prefetches_come_as_late_as_they_can_runs():
             )
         waited += len(waits)
         assert places(again.plans) == places(recorded.plans)
-        assert again.tokens == recorded.tokens
+        assert again.token_ids == recorded.token_ids
     assert waited
 
 

@@ -6,20 +6,20 @@ import jax
 import pytest
 from helpers import random_model
 
-from layerscope_jax import calibration
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
-from layerscope_jax.experts.cpu import CpuExperts
-from layerscope_jax.experts.executors import DeviceExperts, HostExperts, SharedExperts
-from layerscope_jax.experts.transfers import Transfers
-from layerscope_jax.jobs import NoCopies
-from layerscope_jax.layerwise import LayerByLayer
-from layerscope_jax.resident import ResidentOnCpu
+from layerscope_jax.kernels.cpu import CpuExperts
+from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts
+from layerscope_jax.offload.link import Transfers
+from layerscope_jax.profiling import measure as calibration
+from layerscope_jax.profiling.jobs import NoCopies
+from layerscope_jax.runtime.layerwise import LayerByLayer
+from layerscope_jax.runtime.resident import ResidentOnCpu
+from layerscope_jax.runtime.warmup import Rehearsal
+from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.plan import Policy, Replay
 from layerscope_jax.scheduling.registry import POLICIES
-from layerscope_jax.virtual_link import Link
-from layerscope_jax.warmup import Rehearsal
-from layerscope_jax.whole import WholeModel
+from layerscope_jax.simulation.virtual_link import Link
 
 
 def face(owner):

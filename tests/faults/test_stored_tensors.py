@@ -11,9 +11,9 @@ import pytest
 import safetensors.numpy
 from helpers import TINY, in_time, random_decoder
 
-from layerscope_jax import ModelConfig, safetensors_io
-from layerscope_jax.checkpoints import load, save
-from layerscope_jax.models.naming import Naming
+from layerscope_jax import ModelConfig, load, save
+from layerscope_jax.checkpoints import safetensors_io
+from layerscope_jax.checkpoints.weight_names import Naming
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -24,14 +24,13 @@ CONFIG = replace(
     num_layers=2,
     num_heads=2,
     num_experts=4,
-    expert_hidden=24,
+    moe_intermediate_size=24,
     qk_norm="all",
-    max_positions=64,
-    stop_tokens=(0,),
+    max_position_embeddings=64,
+    stop_token_ids=(0,),
 )
-ROUTER = "model.layers.1.mlp.gate.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-INDEX = "model.safetensors.index.json"
+ROUTER, INDEX = "model.layers.1.mlp.gate.weight", "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -241,7 +240,7 @@ def test_the_longest_context_is_none_of_the_caches(folder):
 
     change(folder, max_position_embeddings=2**30)
     with Engine(load(folder), OffloadConfig(policy="host-only")) as engine:
-        assert len(engine.generate([[1, 2, 3]], max_new_tokens=2).tokens[0]) <= 2
+        assert len(engine.generate([[1, 2, 3]], max_new_tokens=2).token_ids[0]) <= 2
 
 
 # Files
@@ -386,7 +385,9 @@ def test_files_that_may_not_be_read_are_named(folder, monkeypatch, name):
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_matrices_of_one_row_keep_their_numbers(tmp_path, dtype):
     """They lie the same when turned, so that JAX may take over the memory that others are read into."""
-    config = ModelConfig(**vars(CONFIG) | {"num_experts": 1, "experts_per_token": 1, "expert_hidden": 1})
+    config = ModelConfig(
+        **vars(CONFIG) | {"num_experts": 1, "experts_per_token": 1, "moe_intermediate_size": 1}
+    )
     decoder = random_decoder(config)
     save(decoder, tmp_path)
     model = load(tmp_path, dtype=dtype)

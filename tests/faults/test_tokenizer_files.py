@@ -6,7 +6,7 @@ import pytest
 from helpers import VOCABULARY, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
-from layerscope_jax.tokenizer_files import read_tokenizer
+from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
 
 TEXT = "a prompt of forty-one letters, no more..."
 SPECIAL = {"content": "<think>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

@@ -26,7 +26,7 @@ def engine(request):
 
 @pytest.fixture(scope="module")
 def expected(engine):
-    return engine.generate(PROMPTS[:1], max_new_tokens=3).tokens
+    return engine.generate(PROMPTS[:1], max_new_tokens=3).token_ids
 
 
 def in_a_fork(call):
@@ -63,13 +63,13 @@ def test_an_engine_is_not_used_in_a_fork(engine, expected, call):
     calls = {
         "generate": lambda: engine.generate(PROMPTS[:1], max_new_tokens=3),
         "stream": lambda: list(engine.stream(PROMPTS[:1], max_new_tokens=3)),
-        "warmup": lambda: engine.warmup(batch_size=1, prompt_tokens=3),
+        "warmup": lambda: engine.warmup(max_num_seqs=1, prompt_tokens=3),
         "held": lambda: next(held),
     }
     said = in_a_fork(calls[call])
     assert said.startswith("ValueError: this Engine was made in another process")
     assert 'multiprocessing.get_context("spawn")' in said
-    assert engine.generate(PROMPTS[:1], max_new_tokens=3).tokens == expected
+    assert engine.generate(PROMPTS[:1], max_new_tokens=3).token_ids == expected
 
 
 @pytest.mark.filterwarnings("ignore:.*os.fork.*")
@@ -87,7 +87,7 @@ def test_closing_and_forgetting_an_engine_in_a_fork_hang_nobody(engine, expected
         return "closed"
 
     assert in_a_fork(close) == "gave 'closed'"
-    assert engine.generate(PROMPTS[:1], max_new_tokens=3).tokens == expected
+    assert engine.generate(PROMPTS[:1], max_new_tokens=3).token_ids == expected
 
 
 def traced(way, call):
@@ -116,14 +116,14 @@ def test_traced_functions_are_no_place_for_an_engine(engine, expected, way):
         lambda x: engine.generate([x], max_new_tokens=3),
         lambda x: engine.stream(PROMPTS[:1], max_new_tokens=3),
         lambda x: next(held),
-        lambda x: engine.warmup(batch_size=1, prompt_tokens=3),
+        lambda x: engine.warmup(max_num_seqs=1, prompt_tokens=3),
         lambda x: Engine(spelling_model()),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="outside of functions that JAX traces"):
             traced(way, call)
-        assert engine.generate(PROMPTS[:1], max_new_tokens=3).tokens == expected
-    assert engine.generate(PROMPTS[:1], max_new_tokens=3).tokens == expected
+        assert engine.generate(PROMPTS[:1], max_new_tokens=3).token_ids == expected
+    assert engine.generate(PROMPTS[:1], max_new_tokens=3).token_ids == expected
     assert not isinstance(engine.runner.meter, jax.core.Tracer)
 
 
@@ -134,7 +134,7 @@ def test_callbacks_give_the_right_tokens(engine, expected, callback):
 
     def call(x):
         try:
-            found.append(engine.generate(PROMPTS[:1], max_new_tokens=3).tokens)
+            found.append(engine.generate(PROMPTS[:1], max_new_tokens=3).token_ids)
         except Exception:
             found.append(traceback.format_exc())
         return np.float32(1)
@@ -155,4 +155,4 @@ def test_callbacks_give_the_right_tokens(engine, expected, callback):
 
     in_time(run, 60)
     assert found == [expected]
-    assert engine.generate(PROMPTS[:1], max_new_tokens=3).tokens == expected
+    assert engine.generate(PROMPTS[:1], max_new_tokens=3).token_ids == expected

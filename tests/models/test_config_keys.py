@@ -171,7 +171,7 @@ def test_end_tokens_are_of_the_vocabulary(value):
         config_from_hf(published("mixtral", eos_token_id=value))
     with pytest.raises(ValueError, match=words):
         config_from_hf(published("mixtral"), {"eos_token_id": value})
-    assert config_from_hf(published("mixtral"), {"eos_token_id": [2, 31999]}).stop_tokens == (2, 31999)
+    assert config_from_hf(published("mixtral"), {"eos_token_id": [2, 31999]}).stop_token_ids == (2, 31999)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "num_hidden_layers", "num_experts_per_tok", "sliding_window"])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from layerscope_jax.checkpoints.weight_names import Naming
 from layerscope_jax.models import FAMILIES, config_from_hf
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.naming import Naming
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PUBLISHED = {
@@ -23,10 +23,10 @@ PUBLISHED = {
         head_dim=128,
         num_experts=64,
         experts_per_token=8,
-        expert_hidden=1024,
+        moe_intermediate_size=1024,
         normalize_top_k=False,
         qk_norm="all",
-        stop_tokens=(50279,),
+        stop_token_ids=(50279,),
     ),
     "mixtral": ModelConfig(
         family="mixtral",
@@ -38,11 +38,11 @@ PUBLISHED = {
         head_dim=128,
         num_experts=8,
         experts_per_token=2,
-        expert_hidden=14336,
+        moe_intermediate_size=14336,
         normalize_top_k=True,
         rope_theta=1e6,
-        max_positions=32768,
-        stop_tokens=(2,),
+        max_position_embeddings=32768,
+        stop_token_ids=(2,),
     ),
     "qwen3_moe": ModelConfig(
         family="qwen3_moe",
@@ -54,13 +54,13 @@ PUBLISHED = {
         head_dim=128,
         num_experts=128,
         experts_per_token=8,
-        expert_hidden=768,
+        moe_intermediate_size=768,
         normalize_top_k=True,
         qk_norm="head",
         rope_theta=1e6,
-        max_positions=40960,
+        max_position_embeddings=40960,
         norm_eps=1e-6,
-        stop_tokens=(151645,),
+        stop_token_ids=(151645,),
     ),
 }
 ABSENT = object()
@@ -118,7 +118,7 @@ def test_tensor_shapes_are_those_of_the_checkpoint(family):
     down = "w2" if family == "mixtral" else "down_proj"
     assert shapes[f"{moe}.gate.weight"] == (config.num_experts, config.hidden_size)
     last = f"{moe}.experts.{config.num_experts - 1}.{down}.weight"
-    assert shapes[last] == (config.hidden_size, config.expert_hidden)
+    assert shapes[last] == (config.hidden_size, config.moe_intermediate_size)
     norm = {"olmoe": (keys,), "mixtral": None, "qwen3_moe": (config.head_dim,)}[family]
     assert shapes.get(f"{layer}.self_attn.k_norm.weight") == norm
 
@@ -183,7 +183,7 @@ def test_each_key_is_read_as_transformers_reads_it(family, changes, expected):
     ],
 )
 def test_stop_tokens(config, generation, expected):
-    assert config_from_hf(old("olmoe", eos_token_id=config), generation).stop_tokens == expected
+    assert config_from_hf(old("olmoe", eos_token_id=config), generation).stop_token_ids == expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layerscope_jax.checkpoints import load
+from layerscope_jax.checkpoints.model import load
 from layerscope_jax.models import KVCache
 from layerscope_jax.models.layers import PAD_POSITION
 

@@ -9,8 +9,8 @@ from helpers import compiled, random_model
 from synthetic import SMALL, llapor_of
 
 from layerscope_jax import Engine, OffloadConfig
-from layerscope_jax.forecasts import kept_bytes
-from layerscope_jax.prediction import NextGate, routers_ahead
+from layerscope_jax.prediction.forecasts import kept_bytes
+from layerscope_jax.prediction.predictors import NextGate, routers_ahead
 from predictor.llapor import LLaPor
 from predictor.online import Online
 from predictor.step import first_params, stacks

@@ -14,7 +14,7 @@ from helpers import once
 from safetensors.numpy import load_file, save_file
 from synthetic import CHOICES, EXPERTS, LAYERS, MODEL, SMALL, WIDTH, write_trace
 
-from layerscope_jax.traces import Trace
+from layerscope_jax.prediction.traces import Trace
 from predictor import train as module
 from predictor.dataset import expert_weights, for_training, for_validation, load_rows
 from predictor.llapor import LLaPor

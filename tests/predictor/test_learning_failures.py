@@ -50,15 +50,15 @@ def fails(*_):
 
 def test_a_failure_is_told_and_tokens_stay_right(model, online, monkeypatch):
     with Engine(model, config(None, None)) as engine:
-        oracle = engine.generate(PROMPTS, max_new_tokens=5).tokens
+        oracle = engine.generate(PROMPTS, max_new_tokens=5).token_ids
     monkeypatch.setattr(online, "_learn", fails)
     with engine_of(model, online) as engine:
-        assert engine.generate(PROMPTS, max_new_tokens=5).tokens == oracle
+        assert engine.generate(PROMPTS, max_new_tokens=5).token_ids == oracle
         online._wait()
         with pytest.warns(
             RuntimeWarning, match=r"llapor-online.*learning .* stopped: FloatingPointError: injected"
         ):
-            assert engine.generate(PROMPTS, max_new_tokens=5).tokens == oracle
+            assert engine.generate(PROMPTS, max_new_tokens=5).token_ids == oracle
         engine.generate(PROMPTS, max_new_tokens=2)  # told once
         assert online._work == []
         with pytest.raises(LearningError, match="injected; forecasts stay as they were") as raised:
@@ -162,9 +162,9 @@ def test_what_is_learned_reaches_every_engine(model, online, monkeypatch):
 def test_closing_it_leaves_engines_at_work(model, online):
     with engine_of(model, online) as engine:
         with online:
-            tokens = engine.generate(PROMPTS, max_new_tokens=4).tokens
+            tokens = engine.generate(PROMPTS, max_new_tokens=4).token_ids
         assert threads() == []
-        assert engine.generate(PROMPTS, max_new_tokens=4).tokens == tokens
+        assert engine.generate(PROMPTS, max_new_tokens=4).token_ids == tokens
         assert threads() == []
 
 

@@ -12,10 +12,10 @@ from flax import nnx
 from helpers import random_model, spelling_model
 
 from layerscope_jax import OffloadConfig
-from layerscope_jax.identity import ModelIdentity
+from layerscope_jax.checkpoints.identity import ModelIdentity
 from layerscope_jax.models.layers import PAD_POSITION
-from layerscope_jax.traces import Trace
-from layerscope_jax.whole import new_caches
+from layerscope_jax.prediction.traces import Trace
+from layerscope_jax.runtime.whole import new_caches
 from predictor import record as module
 from predictor.pca import Basis
 from predictor.record import RecordConfig, choose, read_domains, record

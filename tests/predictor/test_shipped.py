@@ -8,10 +8,10 @@ import pytest
 import layerscope_jax
 import predictor
 from layerscope_jax import Engine, OffloadConfig, load
-from layerscope_jax.demo import read_demo_prompts
-from layerscope_jax.identity import ModelIdentity
-from layerscope_jax.traces import Trace
-from predictor.excerpt import ExcerptConfig, excerpt
+from layerscope_jax.checkpoints.identity import ModelIdentity
+from layerscope_jax.cli.demo import read_demo_prompts
+from layerscope_jax.prediction.traces import Trace
+from tools.shipped_model.excerpt import ExcerptConfig, excerpt
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -40,7 +40,7 @@ def test_in_the_engine_it_foresees_more_than_the_routers(model):
         config = OffloadConfig(device_budget=budget, policy="fate", predictor=which)
         with Engine(model, config) as engine:
             result = engine.generate(prompts, max_new_tokens=6)
-        recall[name], tokens[name] = result.stats.forecast_recall, result.tokens
+        recall[name], tokens[name] = result.stats.forecast_recall, result.token_ids
     assert recall["llapor"] > recall["gate"] + 0.05
     assert tokens["llapor"] == tokens["gate"]
 

@@ -169,7 +169,7 @@ def test_an_engine_teaches_it_and_gives_the_same_tokens():
     model = random_model()
     prompts = [list(range(3, 40)), list(range(11, 30)), [7] * 25]
     with Engine(model) as engine:
-        oracle = engine.generate(prompts, max_new_tokens=24).tokens
+        oracle = engine.generate(prompts, max_new_tokens=24).token_ids
     online = Online(llapor_of(model), replace(CONFIG, threshold=0.0, steps=4))
     with pytest.raises(ValueError, match="no engine has used this predictor"):
         online.finish()
@@ -179,7 +179,7 @@ def test_an_engine_teaches_it_and_gives_the_same_tokens():
         for _ in range(5):
             # It keeps up however slow the machine is: steps that it has no time for are left out.
             found = engine.generate(prompts, max_new_tokens=24, on_token=lambda event: online.finish())
-            assert found.tokens == oracle
+            assert found.token_ids == oracle
         bound = engine.runner.forecasts.inputs(0)[0]
     tuned = online.finish()
     assert any(look.tried for look in online.tuner.looks)
@@ -197,14 +197,14 @@ def test_next_tokens_are_those_of_the_same_requests(monkeypatch):
         online, "_learn", lambda learner, seen, rows, follows: linked.append((len(rows), follows))
     )
     config = OffloadConfig(
-        device_budget=model.bank.total_bytes // 2, policy="fate", predictor=online, prefill_chunk=16
+        device_budget=model.bank.total_bytes // 2, policy="fate", predictor=online, prefill_chunk_size=16
     )
     requests = [Request(prompt=[3] * size, max_new_tokens=new) for size, new in ((2, 6), (2, 3), (33, 3))]
     with Engine(model, config) as engine:
         # It keeps up: else steps are left out.
         step = engine.runner.step
         monkeypatch.setattr(engine.runner, "step", lambda *inputs: online.finish() and step(*inputs))
-        engine.generate(requests, batch_size=2)
+        engine.generate(requests, max_num_seqs=2)
         online.finish()
     prefill = [(2, False), (2, False)]  # each of the first two is all that a step of 16 tokens has room for
     decode = [(2, False), (2, True)]  # then one has ended

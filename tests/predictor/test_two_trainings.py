@@ -5,7 +5,7 @@ import sys
 import pytest
 from synthetic import write_trace
 
-from layerscope_jax.locks import locked, locked_folder
+from layerscope_jax.support.locks import locked, locked_folder
 from predictor import fitted
 from predictor import train as module
 from predictor.train import TrainConfig, train

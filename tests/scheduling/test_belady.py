@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from random_runs import SEEDS, geometry, random_costs, random_demand, some_experts, subsets
 
 from layerscope_jax import POLICIES, ExpertId
-from layerscope_jax.scheduling.bounds import belady_hit_rate
-from layerscope_jax.simulation import Workload, simulate
+from layerscope_jax.scheduling.belady import belady_hit_rate
+from layerscope_jax.simulation.simulator import Workload, simulate
 
 
 def most_hits(counts, slots, resident):

@@ -10,7 +10,7 @@ from random_runs import SEEDS, geometry, random_costs, random_demand, some_exper
 
 from layerscope_jax import POLICIES, ExpertId, HardwareProfile, TimeTable
 from layerscope_jax.scheduling.oracle import Oracle
-from layerscope_jax.simulation import Workload, simulate
+from layerscope_jax.simulation.simulator import Workload, simulate
 
 # The device is for nothing, so it should compute whatever it can have; the link takes as long as the host.
 COSTS = HardwareProfile(

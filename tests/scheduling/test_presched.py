@@ -9,7 +9,7 @@ from policy_runs import Device, follow, geometry
 from layerscope_jax import ExpertId, Geometry, HardwareProfile, TimeTable
 from layerscope_jax.scheduling.lowest import lowest
 from layerscope_jax.scheduling.presched import PreSched
-from layerscope_jax.simulation import Workload, simulate
+from layerscope_jax.simulation.simulator import Workload, simulate
 
 COSTS = HardwareProfile(
     host_ms=TimeTable((1, 10), (1.0, 10.0)),

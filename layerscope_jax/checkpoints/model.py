@@ -1,0 +1,287 @@
+"""A model in memory (`Model`), and its way from and to a Hugging Face folder (`load`, `save`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from tokenizers import Tokenizer
+
+from layerscope_jax.checkpoints.safetensors_io import (
+    DTYPES,
+    SINGLE,
+    StoredTensor,
+    cast,
+    dtype_named,
+    equal,
+    stored_tensors,
+    write_tensors,
+)
+from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
+from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, is_transposed
+from layerscope_jax.models import FAMILIES, Decoder, ExpertParam, config_from_hf, with_generation
+from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.offload.bank import ExpertBank, device_sharding
+from layerscope_jax.scheduling.plan import Geometry
+from layerscope_jax.support.files import is_there, read_json, replace_files
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model whose experts lie in host memory and everything else on the device.
+
+    Attributes:
+        config: its shape.
+        graphdef: of the whole `Decoder`; merge it with `dense | experts`, both pure dicts.
+        dense: every parameter but the routed experts', as a pure dict, on the device.
+        bank: the routed experts.
+        tokenizer: None where the checkpoint has no `tokenizer.json`.
+        path: the folder it came from, if any.
+
+    >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=1, num_heads=2,
+    ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
+    ...     normalize_top_k=True, qk_norm="all")
+    >>> model = Model.from_decoder(Decoder(config, rngs=nnx.Rngs(0)))
+    >>> sorted(model.dense), model.bank.total_bytes
+    (['embedding', 'head', 'layers', 'norm'], 1536)
+    """
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef
+    dense: dict[str, Any]
+    bank: ExpertBank
+    tokenizer: Tokenizer | None = None
+    path: Path | None = None
+
+    @classmethod
+    def from_decoder(cls, decoder: Decoder, tokenizer: Tokenizer | None = None) -> Model:
+        """Parts a decoder, one just trained say, into its dense parameters and a bank of its experts."""
+        graphdef, *states = nnx.split(decoder, ExpertParam, ...)
+        experts, dense = map(nnx.to_pure_dict, states)
+        stacks = experts["experts"]
+
+        @functools.lru_cache(maxsize=3)  # one layer's stacks, read back from the device once
+        def on_host(layer: int, matrix: str) -> np.ndarray:
+            return np.asarray(stacks[layer][matrix])
+
+        bank = ExpertBank.build(
+            decoder.config, lambda expert, matrix, shape: on_host(expert.layer, matrix)[expert.expert]
+        )
+        return cls(decoder.config, graphdef, dense, bank, tokenizer)
+
+    @property
+    def device(self) -> jax.Device:
+        """Where the dense parameters are."""
+        return next(iter(jax.tree.leaves(self.dense)[0].devices()))
+
+    def geometry(self, slots: int) -> Geometry:
+        """What a policy must know of the model, within a budget with room for so many experts."""
+        config = self.config
+        return Geometry(
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            expert_bytes=self.bank.expert_bytes,
+            slots=slots,
+        )
+
+    def whole(self) -> Decoder:
+        """The decoder with every expert resident on the device: the oracle of the engine's tests."""
+        layers = range(self.config.num_layers)
+        experts = {"experts": {layer: self.bank.stacked(layer, self.device)._asdict() for layer in layers}}
+        return nnx.merge(self.graphdef, self.dense | experts)
+
+
+def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | None = None) -> Model:
+    """Loads an OLMoE, Mixtral or Qwen3-MoE checkpoint as Hugging Face lays it out.
+
+    Experts go straight to pinned host memory, everything else to the device; beside them only one tensor is
+    in memory at a time.
+
+    Args:
+        folder: with `config.json`, one or more safetensors files, and `tokenizer.json` if there is one.
+        dtype: "float32", "bfloat16" or "float16" to convert to; None keeps what the checkpoint has.
+        device: where the dense parameters go, and beside which the experts lie; None for the default device.
+
+    Warns:
+        UserWarning: of files and tensors that are passed over, and of a head that is not the embedding though
+            the config says so.
+
+    Raises:
+        ValueError: if the folder is incomplete, damaged or not supported; all wrong tensors are named.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder with config.json and safetensors files, found none")
+    config, raw = _read_config(folder)
+    config, stored = _with_head(config, stored_tensors(folder))
+    check_sizes(config, folder, stored)
+    naming = Naming.of(config)
+    naming.check(folder, stored)
+    stored = {name: stored[name] for name in naming.shapes}
+    target = dtype_named(dtype) if dtype is not None else _common_dtype(folder, stored.values(), raw)
+
+    with _progress(sum(tensor.size for tensor in stored.values())) as advance:
+        buffer = np.empty(0, np.uint8)
+
+        def read(name: str, transposed: bool) -> np.ndarray:
+            nonlocal buffer
+            tensor = stored[name]
+            # What JAX transposes it copies, and is done before the next is read: new memory for each would
+            # take the system as long as reading does. What lies as it must JAX may take over.
+            reused = transposed and len(tensor.shape) == 2 and min(tensor.shape) > 1
+            if reused and buffer.size != tensor.size:
+                buffer = np.empty(0, np.uint8)  # gone before there is another
+                buffer = np.empty(tensor.size, np.uint8)
+            array = cast(tensor.read(buffer if reused else None), target, name)
+            advance(tensor.size)
+            # JAX transposes on its way several times faster than NumPy would first.
+            return array.T if transposed else array
+
+        sharding = device_sharding(device)
+        dense = {
+            path: jax.block_until_ready(jax.device_put(read(name, is_transposed(path)), sharding))
+            for name, path in naming.dense.items()
+        }
+        names = naming.expert_names()
+        bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix], True), device)
+    return Model(
+        config,
+        naming.graphdef,
+        unflatten_dict(dense),
+        bank,
+        read_tokenizer(folder, config.vocab_size),
+        folder,
+    )
+
+
+def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None) -> None:
+    """Writes `config.json` and `model.safetensors` that `load` and transformers 5 or newer read.
+
+    Both are written under temporary names first, so that a failure leaves nothing half-written. A tokenizer's
+    files are not written: copy them into the folder.
+
+    Args:
+        model: of any family that `load` reads.
+        folder: made if needed; files of the same names are replaced.
+        dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the model's.
+
+    Raises:
+        ValueError: if the family cannot express the model, or the folder cannot be written.
+    """
+    model = model if isinstance(model, Model) else Model.from_decoder(model)
+    config, naming = model.config, Naming.of(model.config)
+    target = np.dtype(model.bank.dtype) if dtype is None else dtype_named(dtype)
+    settings = hf_config(config, target)
+    dense = flatten_dict(model.dense)
+
+    def value(name: str) -> np.ndarray:
+        if name in naming.experts:
+            expert, matrix = naming.experts[name]
+            array = np.asarray(getattr(model.bank[expert], matrix)).T
+        else:
+            path = naming.dense[name]
+            array = np.asarray(dense[path])
+            array = array.T if is_transposed(path) else array
+        return cast(array, target, name)
+
+    replace_files(
+        Path(folder),
+        {
+            SINGLE: lambda file: write_tensors(file, naming.shapes, target, value),
+            "config.json": lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"),
+        },
+    )
+
+
+def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
+    """The `config.json` of a model, with the keys of transformers 5.
+
+    Raises:
+        ValueError: naming the settings that its family cannot express.
+    """
+    family = FAMILIES[config.family]
+    settings = family.write_config(config)
+    read_back = dataclasses.asdict(family.read_config(settings))
+    lost = [
+        f"{key}={value!r} (it would become {read_back[key]!r})"
+        for key, value in dataclasses.asdict(config).items()
+        if value != read_back[key]
+    ]
+    if lost:
+        raise ValueError(f"{family.architecture} cannot express {', '.join(lost)}; choose another family")
+    named = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype.name}
+    return dict(sorted((settings | named).items()))
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The shape that a folder's configs give, and what `config.json` says."""
+    file, generation = folder / "config.json", folder / "generation_config.json"
+    raw = read_json(file)
+    try:
+        config = config_from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if is_there(generation):
+        settings = read_json(generation)
+        try:
+            config = with_generation(config, settings)
+        except ValueError as error:
+            raise ValueError(f"{generation}: {error}") from None
+    return config, raw
+
+
+def _with_head(
+    config: ModelConfig, stored: Mapping[str, StoredTensor]
+) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
+    """Ties head and embedding as transformers does: only if they are not two different tensors."""
+    if not config.tie_embeddings or HEAD not in stored:
+        return config, stored
+    if EMBEDDING not in stored:
+        return config, {**stored, EMBEDDING: stored[HEAD]}
+    if equal(stored[HEAD], stored[EMBEDDING]):
+        return config, stored
+    warnings.warn(
+        f"{stored[HEAD].file.parent}: config.json says tie_word_embeddings, but {HEAD} and {EMBEDDING} "
+        "differ; both are used, as by transformers",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tie_embeddings=False), stored
+
+
+def _common_dtype(folder: Path, stored: Iterable[StoredTensor], raw: Mapping[str, Any]) -> np.dtype:
+    """The dtype that all tensors have; where they differ, the one that `config.json` names."""
+    codes = {tensor.dtype for tensor in stored}
+    if len(codes) == 1:
+        return DTYPES[codes.pop()]
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    if not isinstance(named, str) or named not in {dtype.name for dtype in DTYPES.values()}:
+        raise ValueError(
+            f"{folder}: expected tensors of one dtype, or a dtype in config.json to convert them to, "
+            f"got {', '.join(sorted(codes))} and {named!r}; choose one with dtype="
+        )
+    return dtype_named(named)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes where there are many; what it gives counts bytes done."""
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=total < PROGRESS_FROM) as progress:
+        task = progress.add_task("loading", total=total)
+        yield lambda size: progress.advance(task, size)

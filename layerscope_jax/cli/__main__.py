@@ -1,0 +1,3 @@
+from layerscope_jax.cli import layerscope
+
+layerscope()

@@ -1,0 +1,51 @@
+"""The command `layerscope calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+from tyro.conf import arg
+
+from layerscope_jax.cli import profile_view
+from layerscope_jax.cli.options import Checkpoint, Dtype, LinkBandwidth, open_model
+from layerscope_jax.config import OffloadConfig
+from layerscope_jax.profiling.calibrate import calibrate
+from layerscope_jax.support import exits
+from layerscope_jax.support.option_errors import writing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """Measure what experts, layers and copies cost on this machine, alone and while its other parts are busy.
+
+    `layerscope generate --profile` then plans by these times instead of measuring a few each time.
+    """
+
+    checkpoint: Checkpoint
+    out: Annotated[Path, arg(metavar="FILE", help="For the profile.")] = Path("profile.json")
+    device_budget: Annotated[
+        str | None,
+        arg(metavar="SIZE", help="Device memory for experts; no more of them are there while measuring."),
+    ] = None
+    emulated_link_bandwidth: LinkBandwidth = None
+    dtype: Dtype = None
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        exits.need_output()
+        sizes: dict[str, Any] = {
+            "device_budget": self.device_budget,
+            "emulated_link_bandwidth": self.emulated_link_bandwidth,
+        }
+        OffloadConfig(**sizes)  # refuses what is no size, before a model is loaded
+        with writing("--out", self.out):
+            model = open_model(self.checkpoint, self.dtype)
+            exits.say("measuring; other work on this machine would end up in the figures")
+            profile = calibrate(model, **sizes)
+            profile.save(self.out)
+        profile_view.show(profile, Console(highlight=False))
+        print(f"The profile is in {self.out}")
+        return 0

@@ -1,0 +1,121 @@
+"""What `layerscope simulate` prints: a table of decode a batch, one of all prefills, who did not run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from layerscope_jax.simulation.comparison import Comparison, Row
+
+DECODE = (
+    "step\nms",
+    "of\nbound",
+    "to\npre-\nsched",
+    "hit\nrate",
+    "moved\nMB",
+    "waste\nMB",
+    "device\nbusy",
+    "host\nbusy",
+    "link\nbusy",
+    "fore-\nseen",
+    "on\ntime",
+)
+"""Columns; moved and waste are of a step. With the policy they take 79 letters."""
+
+
+def show(found: Comparison, console: Console) -> None:
+    """Prints a comparison; no wider than 80 columns, up to four batches."""
+    budget = f"{found.budget_experts} of {found.all_experts} experts"
+    console.print(
+        f"{found.profile}: {found.source}\n"
+        f"Routing {found.routing}; the device has room for {budget}, "
+        f"{found.budget_experts * found.expert_bytes / 1e9:.3g} GB"
+    )
+    batches = list(dict.fromkeys(row.batch for row in found.rows))
+    for batch in batches:
+        rows = [row for row in found.rows if row.batch == batch and row.phase == "decode"]
+        console.print(f"\nDecode, batch {batch}, {rows[0].steps} steps; hit rates at {budget}\n")
+        console.print(decode_table(rows))
+        console.print(
+            f"No policy takes less than {rows[0].bound_ms:.4g} ms a step. Without copying ahead none has a "
+            f"hit rate over {rows[0].belady_hit_rate:.1%}."
+        )
+    if batches:
+        console.print("\nPrefill of the batch's prompts, from an empty device\n")
+        console.print(prefill_table([row for row in found.rows if row.phase == "prefill"]))
+    reasons: dict[str, list[str]] = {}
+    for policy, reason in found.refused.items():
+        reasons.setdefault(short(reason, policy), []).append(policy)
+    for why, policies in reasons.items():
+        console.print(f"\nNot run: {', '.join(policies)}: {why}")
+
+
+def decode_table(rows: Sequence[Row]) -> Table:
+    """One line a policy, the fastest first."""
+    table = _table(("policy", *DECODE))
+    for row in sorted(rows, key=lambda row: row.step_ms):
+        table.add_row(
+            row.policy,
+            f"{row.step_ms:.1f}",
+            percent(row.share_of_bound, 1),
+            times(row.ratio_to_presched),
+            percent(row.hit_rate),
+            *(f"{size / row.steps / 1e6:.0f}" for size in (row.bytes_moved, row.bytes_wasted)),
+            *(percent(share) for share in (row.device_share, row.host_share, row.link_share)),
+            percent(row.forecast_recall),
+            percent(row.prefetch_on_time),
+        )
+    return table
+
+
+def prefill_table(rows: Sequence[Row]) -> Table:
+    """One line a policy, in the order of its first batch's time; two columns a batch."""
+    by_policy: dict[str, list[Row]] = {}
+    for row in rows:
+        by_policy.setdefault(row.policy, []).append(row)
+    batches = dict.fromkeys(row.batch for row in rows)
+    table = _table(
+        ("policy", *(heading for batch in batches for heading in (f"batch {batch}\nms", "of\nbound")))
+    )
+    for policy, found in sorted(by_policy.items(), key=lambda item: item[1][0].step_ms):
+        cells = ((f"{row.step_ms:.0f}", percent(row.share_of_bound, 1)) for row in found)
+        table.add_row(policy, *(cell for pair in cells for cell in pair))
+    return table
+
+
+def short(reason: str, policy: str) -> str:
+    """A refusal's first clause, without the policy's name, so that those of several are one.
+
+    >>> short("device_budget is too small for policy 'lru': it holds 3 experts (9 bytes); raise it", "lru")
+    'device_budget is too small: it holds 3 experts'
+    """
+    return re.split(r";| \(", reason.replace(f" for policy {policy!r}", ""))[0]
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share for a table.
+
+    >>> percent(0.964, 1), percent(0.5), percent(None)
+    ('96.4%', '50%', '-')
+    """
+    return "-" if share is None else f"{share:.{digits}%}"
+
+
+def times(ratio: float | None) -> str:
+    """A ratio for a table, in five letters.
+
+    >>> times(1.0026), times(10.1814), times(None)
+    ('1.003', '10.18', '-')
+    """
+    return "-" if ratio is None else f"{ratio:.3f}" if ratio < 9.9995 else f"{ratio:.4g}"
+
+
+def _table(headings: Sequence[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", vertical="bottom", no_wrap=True)
+    return table

@@ -1,0 +1,284 @@
+"""The command line, `layerscope`: every refusal is one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg, subcommand
+
+from layerscope_jax.checkpoints.fingerprint import fingerprint
+from layerscope_jax.cli import demo, demo_view
+from layerscope_jax.cli.calibrate import Calibrate
+from layerscope_jax.cli.complete import Live, complete, summary
+from layerscope_jax.cli.options import (
+    POLICY_NAMES,
+    PREDICTOR_HELP,
+    SHIPPED,
+    Checkpoint,
+    DeviceBudget,
+    Dtype,
+    LinkBandwidth,
+    PolicyName,
+    folder_of,
+    heard,
+    open_model,
+    open_predictor,
+    open_profile,
+)
+from layerscope_jax.cli.simulate import Simulate
+from layerscope_jax.cli.trace import Record
+from layerscope_jax.config import OffloadConfig
+from layerscope_jax.engine import Engine, make_policy
+from layerscope_jax.generation.batch_files import Completions, Row, check_prompts, completion, read_prompts
+from layerscope_jax.generation.requests import Request
+from layerscope_jax.support import exits, interrupts
+from layerscope_jax.support.compile_cache import use_compilation_cache
+from layerscope_jax.support.exits import say
+from layerscope_jax.support.option_errors import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Run the shipped model with everything resident, then within a budget under each policy.
+
+    Prints the texts, what each policy cost, and whether all gave the same tokens; exits with 1 if one
+    with exact numerics gave others.
+    """
+
+    json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
+    checkpoint: Annotated[str, arg(metavar="FOLDER", help="Another model: a Hugging Face folder.")] = SHIPPED
+    policies: Annotated[
+        tuple[str, ...], arg(metavar="POLICY ...", help=f"Policies to compare: some of {POLICY_NAMES}.")
+    ] = ("on-demand", "lru", "host-only", "fiddler", "fate", "auto")
+    predictor: Annotated[
+        str | None,
+        arg(metavar="PREDICTOR", help=f"Of policies that use one. {PREDICTOR_HELP} By default gate."),
+    ] = None
+    max_new_tokens: Annotated[int, arg(help="Tokens to generate for each prompt.")] = 24
+    budget_share: Annotated[float, arg(help="Share of the experts' bytes that the device may hold.")] = 0.25
+    emulated_link_bandwidth: Annotated[
+        str | None,
+        arg(
+            metavar="SIZE",
+            help="Bytes a second that copies to the device are paced to; None leaves them as fast as they "
+            "go. At the default an expert of the shipped model takes as long as one of Qwen3-30B-A3B over "
+            "PCIe 4.0.",
+        ),
+    ] = "50MB"
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        exits.need_output()
+        with option("--checkpoint"):
+            model = open_model(self.checkpoint)
+        report = demo.compare(
+            model,
+            demo.read_demo_prompts(),
+            policies=self.policies,
+            max_new_tokens=self.max_new_tokens,
+            budget_share=self.budget_share,
+            emulated_link_bandwidth=self.emulated_link_bandwidth,
+            predictor=open_predictor(self.predictor) or "gate",
+        )
+        if self.json:
+            print(json.dumps(report))
+        else:
+            demo_view.show(report, Console(highlight=False))
+        return 0 if report["exact"] else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue prompts, given one by one or in a file."""
+
+    checkpoint: Checkpoint
+    prompt: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="A prompt; may be given many times.")
+    ] = ()
+    prompts: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help='Many prompts: JSON lines {"prompt": text or [token ids]}, each with an "id" (else its '
+            "number, from 0), settings of its own (max_new_tokens, temperature, top_k, top_p, seed, "
+            'stop_token_ids) and, if you like, "metadata" of any kind, which is not looked at.',
+        ),
+    ] = None
+    out: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help='Where a line {"id", "prompt", "text", "tokens", "finish", "settings", "model"} goes as '
+            'soon as a prompt is complete, with an "error" where it could not be; a file left half done is '
+            "gone on with, if checkpoint and settings are the same. Meanwhile FILE.lock keeps other runs "
+            "away. Without --out they go to standard output.",
+        ),
+    ] = None
+    device_budget: DeviceBudget = None
+    policy: PolicyName = "auto"
+    predictor: Annotated[
+        str | None,
+        arg(metavar="PREDICTOR", help=f"Forecasts experts for policies that prefetch. {PREDICTOR_HELP}"),
+    ] = None
+    profile: Annotated[
+        str | None,
+        arg(
+            metavar="FILE",
+            help="What `layerscope calibrate` measured, for policies that weigh costs; without it they are "
+            "measured roughly before the first token.",
+        ),
+    ] = None
+    max_new_tokens: Annotated[int, arg(help="At most so many tokens for each prompt.")] = 64
+    temperature: Annotated[float, arg(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0
+    top_k: Annotated[int, arg(help="Sample from so many of the likeliest tokens; 0 for all.")] = 0
+    top_p: Annotated[
+        float, arg(help="Sample from the fewest tokens that reach this probability together.")
+    ] = 1.0
+    seed: Annotated[int, arg(help="Of sampling.")] = 0
+    max_num_seqs: Annotated[
+        int,
+        arg(
+            help="How many prompts run at once; when some end, others take their places. Batches of another "
+            "shape round differently, which can part a prompt's tokens, in bfloat16 above all."
+        ),
+    ] = 32
+    emulated_link_bandwidth: LinkBandwidth = None
+    dtype: Dtype = None
+    numerics: Annotated[
+        Literal["exact", "fast"],
+        arg(
+            help="'exact' gives the same bits under every budget and policy; 'fast' is faster where "
+            "everything is resident on an accelerator, and agrees to rounding."
+        ),
+    ] = "exact"
+    bound: Annotated[
+        bool,
+        arg(help="Also say which share of the least possible time was reached, by this machine's costs."),
+    ] = False
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        config = OffloadConfig(
+            device_budget=self.device_budget,
+            policy=self.policy,
+            emulated_link_bandwidth=self.emulated_link_bandwidth,
+            numerics=self.numerics,
+            predictor=open_predictor(self.predictor),
+            profile=open_profile(self.profile),
+        )
+        make_policy(self.policy)
+        rows = self._rows()
+        if self.out is None:
+            exits.need_output()
+            return exits.FAILED if self._complete(rows, config, None) else exits.DONE
+        model = self._model()
+        with option("--out"):
+            completions = Completions(self.out, rows, model)
+        interrupts.promise(f"interrupted; the same command goes on with {self.out}")
+        with completions as file:
+            left = [row for row in rows if row.id not in file.done]
+            failed = len(file.failed)
+            if file.done:
+                say(f"{self.out} has {len(file.done)} of {len(rows)} completions already")
+            if left:
+                failed += self._complete(left, config, file)
+        if file.failed:
+            say(f"{len(file.failed)} of the completions in {self.out} had ended with an error before")
+        return exits.FAILED if failed else exits.DONE
+
+    def _model(self) -> str:
+        """What is to generate, for the lines of completions."""
+        return fingerprint(folder_of(self.checkpoint)) + (f" as {self.dtype}" if self.dtype else "")
+
+    def _rows(self) -> list[Row]:
+        if bool(self.prompt) == (self.prompts is not None):
+            got = "both" if self.prompt else "neither"
+            raise ValueError(f"expected either --prompt TEXT or --prompts FILE, got {got}")
+        if self.max_num_seqs < 1:
+            raise ValueError(f"max-num-seqs must be 1 or more, got {self.max_num_seqs}")
+        settings: dict[str, Any] = {
+            name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        }
+        Request(prompt="", **settings)  # refuses what is out of range
+        if self.prompts is None:
+            return [
+                Row(index, Request(prompt=prompt, **settings), f"--prompt {prompt[:40]!r}")
+                for index, prompt in enumerate(self.prompt)
+            ]
+        if self.out is not None and self.out.resolve() == self.prompts.resolve():
+            raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another")
+        with option("--prompts"):
+            return read_prompts(self.prompts, settings)
+
+    def _complete(self, rows: list[Row], config: OffloadConfig, file: Completions | None) -> int:
+        """Returns how many ended with an error."""
+        model = open_model(self.checkpoint, self.dtype)
+        check_prompts(rows, model)
+        name = self._model()
+
+        def write(row: Row, text: str, tokens: list[int], finish: str, error: str | None = None) -> None:
+            line = completion(row, text, tokens, finish, name, error)
+            if file is not None:
+                file.write(line)
+            else:
+                sys.stdout.buffer.write(line)
+                sys.stdout.flush()
+
+        live = file is None and self.prompts is None
+        with Engine(model, config) as engine:
+            result = complete(
+                engine,
+                rows,
+                max_num_seqs=self.max_num_seqs,
+                on_token=Live(rows) if live else lambda event: None,
+                on_row=(lambda *completed: None) if live else write,
+                # A bar and lines of output on one terminal would run into each other.
+                progress=file is not None or not sys.stdout.isatty(),
+                bound=self.bound,
+            )
+        interrupts.check()  # nothing more is said if it was interrupted in the end
+        say(summary(result.stats, model.bank.total_bytes))
+        errors = [one.error for one in result if one.error is not None]
+        for sentence, count in Counter(errors).items():
+            say(f"error: {count} of {len(rows)} prompts could not be completed: {sentence}")
+        return len(errors)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs `layerscope` and returns its exit code; see `layerscope_jax.support.exits`."""
+    return exits.run(_run, args)
+
+
+def _run(args: list[str]) -> int:
+    if args == ["--version"]:
+        print(", ".join(f"{name} {number}" for name, number in demo.versions().items()))
+        return 0
+    command: Demo | Generate | Record | Calibrate | Simulate = tyro.cli(
+        Annotated[Demo, subcommand("demo")]  # type: ignore[arg-type]
+        | Annotated[Generate, subcommand("generate")]
+        | Annotated[Record, subcommand("trace")]
+        | Annotated[Calibrate, subcommand("calibrate")]
+        | Annotated[Simulate, subcommand("simulate")],
+        prog="layerscope",
+        description=(
+            "Run mixture-of-experts language models whose experts do not fit on the accelerator. "
+            "`layerscope --version` tells the versions; with --debug, before or after a command, the "
+            f"traceback is shown of whatever goes wrong. {exits.EXIT_CODES}"
+        ),
+        args=args or ["--help"],
+        config=(FlagCreatePairsOff,),
+    )
+    with suppress(OSError, RuntimeError):  # no home, or a read-only one: each run compiles anew
+        use_compilation_cache()
+    interrupts.check()  # one that came while all this was imported
+    with heard():
+        return command.run()

@@ -1,0 +1,133 @@
+"""The command `layerscope simulate`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from tyro.conf import arg
+
+from layerscope_jax.cli import comparison_view
+from layerscope_jax.profiling.machine_profile import MachineProfile
+from layerscope_jax.simulation.comparison import simulate_profile
+from layerscope_jax.simulation.policies import BATCHES, SIMULATED
+from layerscope_jax.simulation.routing import DERIVED, Routing
+from layerscope_jax.support import exits
+from layerscope_jax.support.files import replace_files
+from layerscope_jax.support.option_errors import option, writing
+from layerscope_jax.support.units import parse_bytes
+
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulate:
+    """Compare policies on the machine of a profile, on a virtual clock: nothing is computed.
+
+    Every policy prefills the prompts of a batch, beginning with an empty device, and goes on with the decode
+    steps, over routing that was recorded of a model. Beside them stands what no policy can beat.
+    """
+
+    profile: Annotated[
+        str,
+        arg(
+            metavar="PROFILE",
+            help="What `layerscope calibrate` measured, or a shipped one: deepseek-v2-lite, moonlight, "
+            "qwen3-30b-a3b or mixtral-8x7b; with @pcie3-x8, @pcie4-x16 or @pcie5-x16 over another link.",
+        ),
+    ]
+    trace: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help="Recorded routing, an .npz file of tools/record_routing.py; without it what the "
+            "profile names.",
+        ),
+    ] = None
+    batch: Annotated[tuple[int, ...], arg(metavar="INT ...", help="Requests of each batch.")] = BATCHES
+    budget: Annotated[
+        str | None,
+        arg(
+            metavar="SIZE",
+            help="Device memory for experts: '24GiB' say, or, without a unit, a number of experts; without "
+            "it what the profile says.",
+        ),
+    ] = None
+    policy: Annotated[
+        tuple[str, ...], arg(metavar="POLICY ...", help=f"Some of {', '.join(SIMULATED)}, or {ALL}.")
+    ] = (ALL,)
+    predictor: Annotated[
+        str,
+        arg(
+            metavar="PREDICTOR",
+            help="Whose forecasts policies get that make use of any: one that the routing was recorded with "
+            f"(llapor or gate, as a rule) or one of {', '.join(DERIVED)}.",
+        ),
+    ] = "llapor"
+    json: Annotated[
+        Path | None, arg(metavar="FILE", help="For the rows of the tables, as one JSON object.")
+    ] = None
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        exits.need_output()
+        with option("--profile"):
+            profile = MachineProfile.load(self.profile)
+        if profile.slots is None and self.budget is None:
+            raise ValueError(f"the profile {self.profile} says no budget of its own: give --budget")
+        with nullcontext() if self.json is None else writing("--json", self.json):
+            self._simulate(profile)
+        return 0
+
+    def _routing(self) -> Routing | None:
+        if self.trace is None:
+            return None
+        with option("--trace"):
+            return Routing.load(self.trace)
+
+    def _simulate(self, profile: MachineProfile) -> None:
+        found = simulate_profile(
+            profile,
+            self._routing(),
+            batches=self.batch,
+            slots=None if self.budget is None else experts_of(self.budget, profile.model.expert_bytes),
+            policies=SIMULATED if ALL in self.policy else self.policy,
+            predictor=self.predictor,
+            progress=True,
+        )
+        if self.trace is not None:
+            found = replace(found, routing=str(self.trace))
+        comparison_view.show(found, Console(highlight=False))
+        if self.json is not None:
+            text = json.dumps(found.to_json(), indent=1) + "\n"
+            replace_files(
+                self.json.parent, {self.json.name: lambda file: file.write_text(text, encoding="utf-8")}
+            )
+            print(f"The rows are in {self.json}")
+
+
+def experts_of(budget: str, expert_bytes: int) -> int:
+    """How many experts a budget holds.
+
+    Args:
+        budget: bytes with a unit, or a number of experts.
+        expert_bytes: of one.
+
+    Raises:
+        ValueError: if it is neither.
+
+    >>> experts_of("1GiB", 300 * 2**20), experts_of("62", 300 * 2**20)
+    (3, 62)
+    """
+    if budget.strip().isdecimal():
+        return int(budget)
+    try:
+        return parse_bytes(budget, "budget") // expert_bytes
+    except ValueError:
+        raise ValueError(
+            f"budget must be a size with its unit, such as '24GiB', or a number of experts, got {budget!r}"
+        ) from None

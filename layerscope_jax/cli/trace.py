@@ -1,0 +1,73 @@
+"""The command `layerscope trace`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from layerscope_jax.cli.options import Checkpoint, DeviceBudget, Dtype, PolicyName, open_model
+from layerscope_jax.config import OffloadConfig
+from layerscope_jax.engine import make_policy
+from layerscope_jax.support import interrupts
+from layerscope_jax.support.exits import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Record which experts a model chooses on real text, and the hidden states that they are chosen by.
+
+    A predictor is trained on what is recorded: `python -m predictor.train`.
+    """
+
+    checkpoint: Checkpoint
+    text: Annotated[
+        tuple[Path, ...],
+        arg(
+            metavar="FILE ...",
+            help='JSON lines {"id", "text"}, whose domain is the name of the file, or plain texts, each a '
+            "document of the domain named as its folder.",
+        ),
+    ]
+    out: Annotated[Path, arg(metavar="FOLDER", help="For the trace; one that was cut off is gone on with.")]
+    heldout_domains: Annotated[
+        tuple[str, ...],
+        arg(metavar="DOMAIN ...", help="Domains that no predictor may be trained on, only measured."),
+    ] = ()
+    train_tokens: Annotated[int, arg(help="At most so many of each domain, to train on.")] = 100_000
+    heldout_tokens: Annotated[int, arg(help="At most so many of each domain, to measure on.")] = 10_000
+    length: Annotated[int, arg(help="Tokens of a passage; at most what the model's context holds.")] = 256
+    prompt: Annotated[float, arg(help="Share of a passage that is its prompt, before decode steps.")] = 0.5
+    hidden: Annotated[int, arg(help="Components that hidden states are reduced to; 0 records none.")] = 512
+    batch_size: Annotated[int, arg(help="Passages that run at once.")] = 16
+    device_budget: DeviceBudget = None
+    policy: PolicyName = "lru"
+    dtype: Dtype = None
+    seed: Annotated[int, arg(help="Of the choice and order of passages.")] = 0
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        from predictor.record import RecordConfig, record
+
+        make_policy(self.policy)
+        config = RecordConfig(
+            text=self.text,
+            out=self.out,
+            heldout_domains=self.heldout_domains,
+            train_tokens=self.train_tokens,
+            heldout_tokens=self.heldout_tokens,
+            length=self.length,
+            prompt=self.prompt,
+            hidden=self.hidden,
+            batch_size=self.batch_size,
+            offload=OffloadConfig(device_budget=self.device_budget, policy=self.policy),
+            seed=self.seed,
+        )
+        model = open_model(self.checkpoint, self.dtype)
+        interrupts.promise(f"interrupted; the same command goes on with {self.out}")
+        trace = record(model, config)
+        passages = sum(len(chunk.passages) for chunk in trace.chunks)
+        say(f"{trace.folder} holds {trace.rows:,} tokens of {passages:,} passages")
+        return 0

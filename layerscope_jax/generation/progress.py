@@ -1,0 +1,42 @@
+"""How far a long generation has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from layerscope_jax.generation.requests import Request, Token
+
+
+@contextmanager
+def progress_bar(requests: Sequence[Request]) -> Iterator[Callable[[Token], None]]:
+    """A bar on stderr over the tokens of `requests`, on terminals alone; what it gives counts one."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    left = [request.max_new_tokens for request in requests]
+    finished = 0
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"0 of {len(requests)} prompts", total=sum(left))
+
+        def advance(event: Token) -> None:
+            nonlocal finished
+            left[event.request] -= 1
+            if event.finish_reason is None:
+                progress.advance(task)
+            else:  # it may have come sooner than it had to
+                finished += 1
+                progress.update(
+                    task,
+                    advance=1 + left[event.request],
+                    description=f"{finished} of {len(requests)} prompts",
+                )
+
+        yield advance

@@ -1,0 +1,337 @@
+"""Prompts in, tokens out: what a caller asks for, and what comes back."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.runtime.statistics import RunStats
+from layerscope_jax.scheduling.plan import LayerPlan
+from layerscope_jax.support.units import is_integer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how it is to be continued.
+
+    Attributes:
+        prompt: text, or token ids.
+        max_new_tokens: at most so many; fewer where the model's context ends.
+        temperature: 0 for the likeliest token each time.
+        top_k, top_p: what sampling chooses from; 0 and 1 for everything.
+        seed: of its sampling. What is drawn depends on it and the position, not on what shares the batch;
+            only rounding does, which can part two runs in batches of different shapes, in bfloat16 above all.
+        stop_token_ids: ids that end it (kept as its last token); None for the model's own.
+    """
+
+    prompt: str | Sequence[int]
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+
+        def check(name: str, fits: bool, expected: str) -> None:
+            if not fits:
+                problems.append(f"{name} must {expected}, got {repr(getattr(self, name))[:60]}")
+
+        prompt, length, stops = self.prompt, self.max_new_tokens, self.stop_token_ids
+        heat, top_p = self.temperature, self.top_p
+        check("prompt", isinstance(prompt, str) or are_ids(prompt), "be text or a list of token ids")
+        check("max_new_tokens", is_integer(length) and 1 <= length < 2**31, "be a whole number in 1..2**31-1")
+        check("temperature", is_number(heat) and 0 <= heat <= 1e6, "be a number from 0 (greedy) to 1e6")
+        check("top_k", is_integer(self.top_k) and self.top_k >= 0, "be a whole number, 0 (all) or more")
+        check("top_p", is_number(top_p) and 0 < top_p <= 1, "be a number in (0, 1]")
+        check("seed", is_integer(self.seed) and 0 <= self.seed < 2**32, "be a whole number in 0..2**32-1")
+        check("stop_token_ids", stops is None or are_ids(stops), "be a list of token ids or None")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def is_number(value: Any) -> bool:
+    return is_integer(value) or isinstance(value, float | np.floating)
+
+
+def are_ids(value: Any) -> bool:
+    """Whether it holds whole numbers, in an order, and can be read more than once."""
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and (value.dtype.kind in "iu" or not value.size)
+    if not is_list(value):
+        return False
+    try:
+        return all(not isinstance(token, bool) and operator.index(token) is not None for token in value)
+    except TypeError:  # one is no whole number
+        return False
+
+
+def is_list(value: Any) -> bool:
+    """Whether it holds things in an order that can be gone through more than once; a text is none."""
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | bytearray | Mapping | Set)
+
+
+def is_text(value: str) -> bool:
+    """Whether all of it are characters: half a surrogate pair, which may stand for a wrong byte, is none."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token, as `Engine.stream` yields it.
+
+    Attributes:
+        request: index of its prompt.
+        token_id: -1, which is no token, with an error.
+        text: what it adds to the text; empty while a later token may still change it, or without a tokenizer.
+        finish_reason: None, or why the request ended with it: "stop", "length", or "error" where the logits
+            held NaN or infinity.
+        error: with an error, a sentence on its cause.
+    """
+
+    request: int
+    token_id: int
+    text: str
+    finish_reason: str | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What one prompt was continued with.
+
+    Attributes:
+        text: the continuation, a stop token left out; empty without a tokenizer.
+        token_ids: of the continuation, a stop token included.
+        finish_reason: "stop", "length" or "error"; after an error, text and tokens are those before it.
+        error: with an error, a sentence on its cause.
+        stats: of the call that it was generated in, shared by all its completions.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: RunStats = field(repr=False)
+    error: str | None = None
+
+
+class Completions(list[Completion]):
+    """What `Engine.generate` returns: a `Completion` for each prompt, in their order.
+
+    Attributes:
+        stats: of the whole call.
+        plans: every layer's decision, if asked for; none where all is resident and a step is one function.
+    """
+
+    def __init__(self, completions: Iterable[Completion], stats: RunStats, plans: list[LayerPlan]):
+        super().__init__(completions)
+        self.stats = stats
+        self.plans = plans
+
+    @property
+    def texts(self) -> list[str]:
+        """Every continuation's text."""
+        return [completion.text for completion in self]
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """Every continuation's token ids."""
+        return [completion.token_ids for completion in self]
+
+
+def encode_prompts(
+    requests: Sequence[Request], tokenizer: Tokenizer | None, max_position_embeddings: int, vocab_size: int
+) -> list[list[int]]:
+    """Token ids of every prompt.
+
+    Raises:
+        ValueError: naming every prompt that is empty, too long, no text or outside the vocabulary, as its
+            stop tokens may be.
+    """
+    prompts, problems = [], []
+    for index, request in enumerate(requests):
+        ids: list[int] | None
+        if isinstance(request.prompt, str):
+            if tokenizer is None:
+                raise ValueError(
+                    f"prompt {index} is text, but the model came without tokenizer.json; pass token ids"
+                )
+            if not is_text(request.prompt):
+                problems.append(
+                    f"prompt {index} holds half a surrogate pair (\\ud800 to \\udfff, or a byte that is not "
+                    "UTF-8), which is no character"
+                )
+                continue
+            ids = encode_within(tokenizer, request.prompt, max_position_embeddings)
+            count = f"more than {max_position_embeddings}" if ids is None else str(len(ids))
+        else:
+            count = str(len(request.prompt))
+            too_many = len(request.prompt) >= max_position_embeddings  # they need not be looked at one by one
+            ids = None if too_many else [operator.index(token) for token in request.prompt]
+        if ids is None or len(ids) >= max_position_embeddings:
+            problems.append(
+                f"prompt {index} has {count} tokens; the model's context holds {max_position_embeddings} "
+                "with at least one new one: shorten it"
+            )
+            continue
+        if not ids:
+            problems.append(f"prompt {index} is empty; it needs at least one token")
+        for what, tokens in (("ids", ids), ("stop_token_ids", request.stop_token_ids or ())):
+            outside = [int(token) for token in tokens if not 0 <= token < vocab_size]
+            if outside:
+                problems.append(f"prompt {index} has {what} outside 0..{vocab_size - 1}: {outside[:5]}")
+        prompts.append(ids)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return prompts
+
+
+MARGIN = 1024
+"""Tokens by which cutting a text may raise their number, and far more: only those at the cut can change."""
+
+
+def encode_within(tokenizer: Tokenizer, text: str, most: int) -> list[int] | None:
+    """Token ids of a text, or None where they are certainly more than `most`.
+
+    A text that is far too long is not tokenised whole, which takes minutes and gigabytes: only more and more
+    of its beginning, until that alone has twice the tokens that there may be. What a tokenizer makes of long
+    runs of spaces, or drops, is so counted as it counts it.
+    """
+    size = 16 * (most + MARGIN)
+    while size < len(text):
+        if len(tokenizer.encode(text[:size]).ids) > 2 * most + MARGIN:
+            return None
+        size *= 4
+    return tokenizer.encode(text).ids
+
+
+def make_requests(
+    prompts: Sequence[str | Sequence[int] | Request], settings: dict[str, Any]
+) -> list[Request]:
+    """One `Request` a prompt.
+
+    Args:
+        prompts: as of `Engine.generate`.
+        settings: for those that are no `Request`s.
+
+    Raises:
+        ValueError: if there is no prompt, or something else was given than a list of prompts; for settings
+            that there are not, and for any if all prompts are `Request`s, which have their own.
+    """
+    named = [setting.name for setting in fields(Request) if setting.name != "prompt"]
+    unknown = []
+    for name in settings:
+        if name not in named:
+            near = difflib.get_close_matches(name, named, 1)
+            unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if unknown:
+        raise ValueError(f"expected settings among {', '.join(named)}, got {', '.join(unknown)}")
+    if isinstance(prompts, Request) or not is_list(prompts):
+        raise ValueError(
+            f"prompts must be a list of prompts, got {str(prompts)[:40]!r}{kind_of(prompts)}; "
+            "put it in a list"
+        )
+    if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 0:
+        raise ValueError(f"prompts must be a list of prompts, got the number {prompts}; put it in a list")
+    if not len(prompts):
+        raise ValueError("prompts must hold at least one prompt, got an empty list")
+    if any(isinstance(prompt, int | np.integer) or getattr(prompt, "ndim", 1) == 0 for prompt in prompts):
+        raise ValueError(
+            f"prompts must be a list of prompts, each text or a list of token ids, got {str(prompts)[:40]}; "
+            "put the ids of a lone prompt in a list of their own"
+        )
+    if settings and all(isinstance(prompt, Request) for prompt in prompts):
+        raise ValueError(
+            f"{', '.join(settings)} cannot be given beside prompts that are all Requests, whose own settings "
+            "are used; set it in each Request"
+        )
+    Request(prompt="", **settings)  # what is wrong with these is no prompt's fault
+    return [
+        prompt if isinstance(prompt, Request) else _request(index, prompt, settings)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def kind_of(value: Any) -> str:
+    """What is wrong with a collection that is no list, in words; nothing to say of others."""
+    if isinstance(value, Mapping):
+        return ", a dict, whose keys are no list"
+    return ", a set, which has no order" if isinstance(value, Set) else ""
+
+
+def _request(index: int, prompt: Any, settings: dict[str, Any]) -> Request:
+    if isinstance(prompt, jax.Array) and not isinstance(prompt, jax.core.Tracer):
+        prompt = np.asarray(prompt)
+    if not (isinstance(prompt, str) or are_ids(prompt)):
+        raise ValueError(
+            f"prompt {index} must be text, a list of token ids or a Request, got {repr(prompt)[:60]}"
+        )
+    return Request(prompt=prompt, **settings)
+
+
+def batch_of(
+    config: ModelConfig, prompt_tokens: int, max_num_seqs: int, new_tokens: int, sampled: bool
+) -> list[Request]:
+    """The requests of a batch of one size.
+
+    Raises:
+        ValueError: naming each size that is none, or more than the model takes.
+    """
+    problems = [
+        f"{name} must be a whole number, 1 or more, got {repr(size)[:60]}"
+        for name, size in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}.items()
+        if not is_integer(size) or not 1 <= size < 2**31
+    ]
+    if not is_integer(max_num_seqs) or max_num_seqs < 1:
+        problems.append(f"max_num_seqs must be 1 or more, got {repr(max_num_seqs)[:60]}")
+    if not isinstance(sampled, bool):
+        problems.append(f"sampled must be True or False, got {repr(sampled)[:60]}")
+    if is_integer(prompt_tokens) and prompt_tokens >= config.max_position_embeddings:
+        problems.append(
+            f"prompt_tokens must be less than the model's context of {config.max_position_embeddings}, "
+            f"got {prompt_tokens}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+    request = Request(
+        prompt=[0] * int(prompt_tokens),
+        max_new_tokens=int(new_tokens),
+        temperature=float(sampled),
+        stop_token_ids=(),
+    )
+    return [request] * int(max_num_seqs)
+
+
+def check_options(on_token: Any, **switches: Any) -> None:
+    """Refuses options of a call that are none.
+
+    Args:
+        on_token: None, or to be called.
+        **switches: to be True or False.
+
+    Raises:
+        ValueError: naming each.
+    """
+    problems = [
+        f"{name} must be True or False, got {repr(value)[:60]}"
+        for name, value in switches.items()
+        if not isinstance(value, bool)
+    ]
+    if on_token is not None and not callable(on_token):
+        problems.append(f"on_token must be a function of a Token, or None, got {repr(on_token)[:60]}")
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -1,0 +1,165 @@
+"""A few rows of a matrix, times inputs of a few tokens, added to their sums: a step of `kernels` for LLVM.
+
+Numba leaves it to LLVM to find vectors in loops; here they are named, as are the registers' uses: weights are
+read once for up to eight tokens, sums once for as many rows as registers hold, and the rows that come next
+are asked for, which the CPU by itself does too late.
+
+How weights lie and are multiplied is a kind, named by the type of the experts' rows:
+
+- float32: multiplied and added, rounded once.
+- uint16: bfloat16, widened to float32 first.
+- int16: bfloat16 too, by `VDPBF16PS` (AVX512_BF16): each sum gets the products of two neighbouring inputs
+  with two weights below each other, whose rows are woven into one as they are read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+from layerscope_jax.support.target import features
+
+WIDE = "avx512f" in features()
+LANES, ROWS = (16, 8) if WIDE else (8, 4)
+"""Numbers in a register, and rows of a matrix that are added at once."""
+
+COLUMNS = 2 * LANES
+"""Columns that are added at once."""
+
+TOKENS = 8
+"""Most at once: for so many, reading weights takes about as long as multiplying."""
+
+BYTE, WORD, INT, LONG = (ir.IntType(size) for size in (8, 16, 32, 64))
+NUMBERS, BITS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(INT, LANES)
+
+binding.initialize_native_asmparser()
+
+
+@functools.cache
+def suit_pairs(dtype: np.dtype, width: int, hidden: int) -> bool:
+    """Whether experts [width, hidden] can be multiplied in pairs, without a rest, as numba compiles here."""
+    able = WIDE and {"avx512bw", "avx512bf16"} <= features()
+    return able and dtype.name == "bfloat16" and width % COLUMNS == 0 == hidden % COLUMNS
+
+
+def adding(tokens: int) -> Callable:
+    """A function that adds `ROWS` by `COLUMNS` of a matrix, times inputs, to the sums of so many tokens.
+
+    It takes addresses and distances in bytes: of the first weight, from one row to the next, and to the
+    weight whose rows are to be asked for; of the first sum, and from one token's to the next one's; of the
+    first input, and from one token's to the next one's. At last, an array of the kind of the weights.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        weights, row, ahead, sums, far, x, depth, _ = arguments
+        kind = signature.args[-1].dtype
+        moved = lambda base, distance, times: builder.add(base, builder.mul(distance, LONG(times)))  # noqa: E731
+        rows = [moved(weights, row, k) for k in range(ROWS)]
+        for at in rows:
+            fetch(builder, builder.add(at, ahead))
+        pairs, high = kind is types.int16, rows_high(kind)
+        steps = [loaded(builder, kind, rows[k : k + high]) for k in range(0, ROWS, high)]
+        add = add_pairs if pairs else add_product
+        for first in range(0, tokens, 2):  # four sums at a time, so that none waits for itself
+            some = range(first, min(first + 2, tokens))
+            places = [
+                builder.inttoptr(builder.add(moved(sums, far, token), LONG(4 * half)), NUMBERS.as_pointer())
+                for token in some
+                for half in (0, LANES)
+            ]
+            totals = [builder.load(place, align=4) for place in places]
+            for step, both in enumerate(steps):
+                for index, token in enumerate(some):
+                    at = builder.add(moved(x, depth, token), LONG(4 * step))
+                    value = everywhere(builder, at, BITS if pairs else NUMBERS)
+                    for half in range(2):
+                        place = 2 * index + half
+                        totals[place] = add(builder, both[half], value, totals[place])
+            for place, total in zip(places, totals, strict=True):
+                builder.store(total, place, align=4)
+        return context.get_dummy_value()
+
+    def typed(typing, weights, row, ahead, sums, far, x, depth, kind):
+        return types.void(*[types.int64] * 7, kind), build
+
+    return intrinsic(typed)
+
+
+def external(builder: Any, name: str, result: Any, kinds: list[Any]) -> Any:
+    """A function that LLVM or the process knows by its name."""
+    found = builder.module.globals.get(name)
+    return found or ir.Function(builder.module, ir.FunctionType(result, kinds), name)
+
+
+def fetch(builder: Any, address: Any) -> None:
+    """Asks for a line of memory into the second-level cache; the address may be nobody's."""
+    place = builder.inttoptr(address, BYTE.as_pointer())
+    function = external(builder, "llvm.prefetch.p0", ir.VoidType(), [place.type, INT, INT, INT])
+    builder.call(function, [place, INT(0), INT(2), INT(1)])
+
+
+def read(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def shuffled(builder: Any, first: Any, second: Any, order: list[int]) -> Any:
+    return builder.shuffle_vector(first, second, ir.VectorType(INT, len(order))(order))
+
+
+def everywhere(builder: Any, address: Any, kind: Any) -> Any:
+    """What lies there, in all lanes."""
+    nothing = ir.Constant(kind, ir.Undefined)
+    value = builder.insert_element(nothing, read(builder, address, kind.element, 4), INT(0))
+    return shuffled(builder, value, nothing, [0] * LANES)
+
+
+def rows_high(kind: Any) -> int:
+    """Rows that are multiplied in one step."""
+    return 2 if kind is types.int16 else 1
+
+
+def loaded(builder: Any, kind: Any, rows: list[Any]) -> list[Any]:
+    """Two registers of weights: a step of so many rows."""
+    if kind is types.int16:
+        return woven(builder, *rows)
+    return (widened if kind is types.uint16 else plain)(builder, *rows)
+
+
+def plain(builder: Any, row: Any) -> list[Any]:
+    """Two registers of weights in float32."""
+    return [read(builder, builder.add(row, LONG(4 * half)), NUMBERS, 4) for half in (0, LANES)]
+
+
+def widened(builder: Any, row: Any) -> list[Any]:
+    """The same of weights in bfloat16: float32 with the lower bits gone."""
+    found = []
+    for half in (0, LANES):
+        words = read(builder, builder.add(row, LONG(2 * half)), ir.VectorType(WORD, LANES), 2)
+        bits = builder.shl(builder.zext(words, BITS), BITS([16] * LANES))
+        found.append(builder.bitcast(bits, NUMBERS))
+    return found
+
+
+def woven(builder: Any, first: Any, second: Any) -> list[Any]:
+    """Two registers of pairs, each of a weight and the one below it."""
+    rows = [read(builder, at, ir.VectorType(WORD, COLUMNS), 2) for at in (first, second)]
+    orders = [[half + index // 2 + COLUMNS * (index % 2) for index in range(COLUMNS)] for half in (0, LANES)]
+    return [builder.bitcast(shuffled(builder, rows[0], rows[1], order), BITS) for order in orders]
+
+
+def add_product(builder: Any, weights: Any, x: Any, sums: Any) -> Any:
+    function = external(builder, f"llvm.fmuladd.v{LANES}f32", NUMBERS, [NUMBERS] * 3)
+    return builder.call(function, [weights, x, sums])
+
+
+def add_pairs(builder: Any, weights: Any, x: Any, sums: Any) -> Any:
+    # By its assembler name: what LLVM calls it, and of which types, changes with LLVM's version.
+    kind = ir.FunctionType(NUMBERS, [BITS, BITS, NUMBERS])
+    function = ir.InlineAsm(kind, "vdpbf16ps $1, $2, $0", "=v,v,v,0", side_effect=False)
+    return builder.call(function, [weights, x, sums])

@@ -1,0 +1,260 @@
+"""What an engine does with a predictor: binds it, sums its probabilities, tells the next layers' demand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.prediction.predictors import History, Predictor
+from layerscope_jax.scheduling.plan import Geometry, Observation
+
+Forecast = Sequence[Sequence[float]]
+"""[W][E] expected tokens."""
+
+
+class Forecasts:
+    """A predictor at work for one engine.
+
+    Args:
+        predictor: what forecasts; None for nobody.
+        model: whose experts.
+        geometry: of the model.
+
+    Raises:
+        ValueError: if the predictor was made for another model, or gives no forecasts of this one's experts.
+
+    Attributes:
+        in_layer: the predictor, if it runs inside the layer's jitted part; without its weights, if it can be.
+        kept_bytes: what it keeps on the device, beside what is there without it.
+    """
+
+    def __init__(self, predictor: Predictor | History | None, model: Model, geometry: Geometry):
+        self.name = None if predictor is None else predictor.name
+        self.in_layer: Predictor | None = None
+        self.kept_bytes = 0
+        self._observe: Callable[..., None] | None = getattr(predictor, "observe", None)
+        self._learner: Any = None
+        self._params: Sequence[Any] = [None] * geometry.num_layers
+        self._numbers: list[jax.Array | None] = [None] * geometry.num_layers
+        self._history: History | None = None
+        self._state: Any = None
+        self._experts = geometry.num_experts
+        if hasattr(predictor, "predict"):
+            self.in_layer = cast(Predictor, getattr(predictor, "architecture", predictor))
+            if hasattr(predictor, "attach"):
+                self._learner = cast(Any, predictor).attach(model)
+                self._params, self._observe = self._learner.params, self._learner.observe
+            else:
+                self._params = cast(Predictor, predictor).bind(model)
+            try:
+                check_forecasts(self.in_layer, str(self.name), self._params, model)
+            except BaseException:
+                self.close()
+                raise
+            kept = [kept_bytes(params, model) for params in (self._params, *self._params)]
+            # While a learner's are replaced, one layer's are there twice.
+            self.kept_bytes = kept[0] + (max(kept[1:]) if self._learner is not None else 0)
+            self._numbers = [
+                jax.device_put(np.int32(layer), model.device) for layer in range(geometry.num_layers)
+            ]
+        elif predictor is not None:
+            self._history = cast(History, predictor)
+            self._state = self._history.init(geometry)
+
+    def beside(self, budget_bytes: int) -> int:
+        """Bytes of a device budget that are left to experts.
+
+        Raises:
+            ValueError: if the predictor takes more than all of it.
+        """
+        if self.kept_bytes > budget_bytes:
+            raise ValueError(
+                f"device_budget must hold what predictor {self.name!r} keeps on the device "
+                f"({self.kept_bytes:,} bytes) and experts beside it, got {budget_bytes:,} bytes; raise it, "
+                "or use predictor 'gate', which keeps nothing there"
+            )
+        return budget_bytes - self.kept_bytes
+
+    def explained(self, budget_bytes: int, init: Callable[[], Any]) -> Any:
+        """What `init` of a policy gives; if it refuses the budget, with what the predictor takes of that.
+
+        Raises:
+            ValueError: if it does.
+        """
+        try:
+            return init()
+        except ValueError as error:
+            if not self.kept_bytes:
+                raise
+            raise ValueError(
+                f"{error}; of the device_budget of {budget_bytes:,} bytes, predictor {self.name!r} keeps "
+                f"{self.kept_bytes:,}"
+            ) from error
+
+    def check(self) -> None:
+        """Warns, once, if a predictor that learns has failed: its forecasts go on as they were."""
+        failure = None if self._learner is None else self._learner.check()
+        if failure is not None:
+            warnings.warn(f"predictor {self.name!r}: {failure}", RuntimeWarning, stacklevel=4)
+
+    def close(self) -> None:
+        """Ends what learns along; raises what it failed with, if nobody was told."""
+        learner, self._learner = self._learner, None
+        if learner is not None:
+            self._observe = None
+            learner.close()
+
+    def inputs(self, layer: int) -> tuple[Any, jax.Array | None]:
+        """What a layer's jitted part takes for the forecast: its parameters and its number, on the device."""
+        return self._params[layer], self._numbers[layer]
+
+    def read(self, layer: int, expected: np.ndarray | None, tokens: int) -> Forecast:
+        """The forecast of the layers after `layer`.
+
+        Args:
+            layer: the layer that is about to be planned.
+            expected: [W, E] as the jitted part gave it, if it gave any.
+            tokens: (token, choice) pairs of this layer.
+        """
+        if expected is not None:
+            return expected.tolist()
+        if self._history is not None:
+            return self._sane(self._history.expected(self._state, layer, tokens), tokens)
+        return ()
+
+    def learn(
+        self,
+        seen: Observation,
+        inputs: jax.Array,
+        experts: np.ndarray,
+        weights: jax.Array,
+        active: np.ndarray,
+    ) -> None:
+        """Shows the predictor what became of a layer, if it wants to know."""
+        if self._history is not None:
+            self._state = self._history.update(self._state, seen)
+        if self._observe is not None:
+            self._observe(seen.layer, inputs, experts, weights, active, seen.phase)
+
+    def _sane(self, expected: Forecast, tokens: int) -> Forecast:
+        """What is no number of tokens counts as none, and more than there are as all.
+
+        Raises:
+            ValueError: if there is not a number for each expert.
+        """
+        try:
+            if type(expected) is not list:  # such as an array, whose truth is not one
+                expected = np.array(expected, float).tolist()
+            if any(len(row) != self._experts for row in expected):
+                raise TypeError
+            if all(min(row) >= 0 and sum(row) <= 2 * tokens for row in expected):  # nor NaN
+                return expected
+            known = np.nan_to_num(np.array(expected, float), posinf=0.0, neginf=0.0)
+            return np.clip(known, 0.0, float(tokens)).tolist()
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"predictor {self.name!r}: expected() must give lists of {self._experts} expected tokens, "
+                f"one for each layer ahead, got {str(expected)[:80]}"
+            ) from None
+
+
+def kept_bytes(params: Any, model: Model) -> int:
+    """Bytes of what a predictor keeps on the model's device: no arrays of the model's, nor single numbers."""
+    own = {id(array) for array in jax.tree.leaves(model.dense)}
+    return sum(
+        {
+            id(array): array.nbytes
+            for array in jax.tree.leaves(params)
+            if isinstance(array, jax.Array)
+            and array.ndim
+            and model.device in array.devices()
+            and id(array) not in own
+        }.values()
+    )
+
+
+def check_forecasts(predictor: Predictor, name: str, params: Sequence[Any], model: Model) -> None:
+    """Traces a predictor for every layer that differs from the others; nothing is compiled or computed.
+
+    Raises:
+        ValueError: if it does not give probabilities [W, T, E], or has not as many parameters as there are
+            layers.
+    """
+    config, tokens = model.config, 3
+    ahead = predictor.look_ahead
+    if type(ahead) is not int or ahead < 1:
+        raise ValueError(f"predictor {name!r}: look_ahead must be a whole number, 1 or more, got {ahead!r}")
+    if not isinstance(params, Sequence) or len(params) != config.num_layers:
+        got = f"{len(params)}" if isinstance(params, Sequence) else repr(type(params).__name__)
+        raise ValueError(
+            f"predictor {name!r}: bind() must give parameters for each of {config.num_layers} layers, got "
+            f"{got}"
+        )
+    choices = (tokens, config.experts_per_token)
+    inputs = (
+        jax.ShapeDtypeStruct((tokens, config.hidden_size), model.bank.dtype),
+        jax.ShapeDtypeStruct(choices, jnp.int32),
+        jax.ShapeDtypeStruct(choices, jnp.float32),
+    )
+    seen = set()
+    for layer, each in enumerate(params):
+        leaves, structure = jax.tree.flatten(each)
+        kind = (structure, *((np.shape(leaf), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves))
+        if kind in seen:
+            continue
+        seen.add(kind)
+        try:
+            found = jax.eval_shape(predictor.predict, each, *inputs)
+        except Exception as error:
+            error.add_note(f"in predict() of predictor {name!r}, traced for layer {layer}")
+            raise
+        wanted = (ahead, tokens, config.num_experts)
+        shapes = [(array.shape, str(array.dtype)) for array in jax.tree.leaves(found)]
+        single = isinstance(found, jax.ShapeDtypeStruct)
+        if not single or found.shape != wanted or not jnp.issubdtype(found.dtype, jnp.floating):
+            raise ValueError(
+                f"predictor {name!r}: predict() must give floating point probabilities of shape {wanted} "
+                f"(W, T, E) in layer {layer}, got {shapes}"
+            )
+
+
+def counted_rows(active: np.ndarray, last: np.ndarray, length: int) -> np.ndarray:
+    """[2, T] float32: which rows count for layers of this step, and which have a next step.
+
+    Args:
+        active: [T] bool, rows that are tokens.
+        last: [B] index of each request's newest token in its row.
+        length: S, with T = B * S.
+
+    >>> counted_rows(np.array([True, True, True, False]), np.array([1, 0]), 2).tolist()
+    [[1.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]]
+    """
+    newest = np.zeros(active.size, bool)
+    newest[np.arange(len(last)) * length + last] = True
+    return np.stack([active, active & newest]).astype(np.float32)
+
+
+def expected_tokens(
+    probabilities: jax.Array, counted: jax.Array, layer: jax.Array, num_layers: int
+) -> jax.Array:
+    """[W, E] tokens that each expert of the next W layers is expected to get; zeros for what is not a number.
+
+    Args:
+        probabilities: [W, T, E].
+        counted: [2, T] see `counted_rows`; the second row is for layers of the next step.
+        layer: [] the layer that forecasts.
+        num_layers: L.
+    """
+    look_ahead, tokens, _ = probabilities.shape
+    wraps = layer + 1 + jnp.arange(look_ahead, dtype=jnp.int32) >= num_layers  # [W]
+    rows = jnp.where(wraps[:, None], counted[1][None], counted[0][None])  # [W, T]
+    # Rows that do not count may hold anything: times zero is not enough.
+    kept = jnp.where(rows[:, :, None] > 0, probabilities.astype(jnp.float32), 0.0)
+    total = jnp.nan_to_num(kept, nan=0.0, posinf=0.0, neginf=0.0).sum(1)
+    return jnp.clip(total, 0.0, jnp.float32(tokens))

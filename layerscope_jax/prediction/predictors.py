@@ -1,0 +1,271 @@
+"""Forecasts of the coming layers' experts: what a predictor is, and those that need no training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from layerscope_jax.checkpoints.model import Model
+    from layerscope_jax.scheduling.plan import Geometry, Observation
+
+LOOK_AHEAD = 4
+
+
+class Predictor(Protocol):
+    """Says, within the jitted part of a layer, which experts each token will choose in the next W layers.
+
+    Past the last layer the look-ahead goes on into the first layers of the next step. Forecasts decide when
+    things move, never what is computed: a wrong one costs time alone.
+
+    It is hashable: engines with equal predictors share compiled programs, which are kept for the next engine
+    and the predictor with them. So one with weights should say what is equal, or leave it to an attribute
+    `architecture`, without weights and hashable, whose `predict` is called in its place. One with
+    `observe(layer, inputs, experts, weights, active, phase)` is shown what became of each layer; one with
+    `attach(model)` gives each engine a learner of its own, with `params` (as of `bind`), `observe`, `check`
+    and `close`.
+
+    Attributes:
+        name: as in statistics and tables.
+        look_ahead: W.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def look_ahead(self) -> int: ...
+
+    def __hash__(self) -> int: ...
+
+    def bind(self, model: Model) -> Sequence[Any]:
+        """What each layer of `model` is forecast with: a pytree of arrays on the device for each.
+
+        What they take there, but for the model's own arrays, is taken off the device budget.
+
+        Raises:
+            ValueError: if the predictor was made for another model, with what differs.
+        """
+
+    def predict(self, params: Any, inputs: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+        """Probabilities [W, T, E] that a token chooses an expert; pure and jittable.
+
+        Args:
+            params: the layer's, as `bind` gave them.
+            inputs: [T, D] what this layer's router read.
+            experts, weights: [T, K] what it chose.
+        """
+
+
+class History(Protocol):
+    """A predictor that goes by what was routed before: pure functions over small records, as policies are.
+
+    Attributes:
+        name, look_ahead: as of a `Predictor`.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def look_ahead(self) -> int: ...
+
+    def init(self, geometry: Geometry) -> Any:
+        """The first state."""
+
+    def update(self, state: Any, seen: Observation) -> Any:
+        """With a layer's demand."""
+
+    def expected(self, state: Any, layer: int, tokens: int) -> list[list[float]]:
+        """[W][E] expected tokens of each expert in the layers after `layer`, for a batch of `tokens`."""
+
+
+@dataclass(frozen=True)
+class NextGate:
+    """The routers of the next layers, read on this layer's hidden state (Fate, arXiv 2502.12224, and others).
+
+    The hidden state is taken to reach them unchanged; `x / scale_l` is what all their norms scale. Knows
+    nothing of the next step.
+    """
+
+    look_ahead: int = LOOK_AHEAD
+    name = "gate"
+
+    def bind(self, model: Model) -> list[RoutersAhead]:
+        """Nothing is copied: the arrays are the model's own, but for one number a layer."""
+        layers = [model.dense["layers"][index] for index in range(model.config.num_layers)]
+        counts = [jax.device_put(np.int32(count), model.device) for count in range(self.look_ahead + 1)]
+        found = []
+        for number, layer in enumerate(layers):
+            ahead = layers[number + 1 : number + 1 + self.look_ahead]
+            rest = self.look_ahead - len(ahead)
+            found.append(
+                RoutersAhead(
+                    own=layer["moe_norm"]["scale"],
+                    # All layers share a program, so all have as many; what stands in is not looked at.
+                    scales=tuple(each["moe_norm"]["scale"] for each in [*ahead, *[layer] * rest]),
+                    weights=tuple(each["router"]["weight"] for each in [*ahead, *[layer] * rest]),
+                    known=counts[len(ahead)],
+                )
+            )
+        return found
+
+    def predict(
+        self, params: RoutersAhead, inputs: jax.Array, experts: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """`min(1, K softmax)`, zero where there is no router to ask."""
+        own = params.own.astype(jnp.float32)
+        plain = inputs.astype(jnp.float32) / jnp.where(jnp.abs(own) > 1e-6, own, 1.0)[None]
+        logits = [
+            (plain * scale.astype(jnp.float32)[None]) @ weight.astype(jnp.float32)
+            for scale, weight in zip(params.scales, params.weights, strict=True)
+        ]
+        shares = jnp.minimum(1.0, experts.shape[1] * jax.nn.softmax(jnp.stack(logits), -1))
+        known = jnp.arange(self.look_ahead, dtype=jnp.int32) < params.known
+        return jnp.where(known[:, None, None], shares, 0.0)
+
+
+class RoutersAhead(NamedTuple):
+    """What `NextGate` forecasts with in one layer.
+
+    Attributes:
+        own: [D] scale of the norm before the layer's own router.
+        scales, weights: W of [D] and [D, E], of the next layers.
+        known: [] how many of them there are; the rest stand in.
+    """
+
+    own: jax.Array
+    scales: tuple[jax.Array, ...]
+    weights: tuple[jax.Array, ...]
+    known: jax.Array
+
+
+def routers_ahead(weight: np.ndarray, scale: np.ndarray, layer: int, look_ahead: int) -> np.ndarray:
+    """[W, D, E] what the routers of the next W layers make of one layer's normed hidden state.
+
+    Zeros past the last layer.
+
+    Args:
+        weight: [L, D, E] of all routers.
+        scale: [L, D] of the norms before them.
+        layer: whose hidden state is read.
+        look_ahead: W.
+    """
+    layers, width, experts = weight.shape
+    found = np.zeros((look_ahead, width, experts), np.float32)
+    own = np.where(np.abs(scale[layer]) > 1e-6, scale[layer], 1.0)
+    for step, target in enumerate(range(layer + 1, min(layer + 1 + look_ahead, layers))):
+        found[step] = (scale[target] / own)[:, None] * weight[target]
+    return found
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens [E] that each layer's experts were given, by layer.
+
+    Attributes:
+        layers: L.
+        experts: E.
+        of: layer -> expert -> tokens.
+    """
+
+    layers: int
+    experts: int
+    of: dict[int, dict[int, float]] = field(default_factory=dict)
+
+    def ahead(self, layer: int, look_ahead: int) -> list[dict[int, float]]:
+        """Of the layers after `layer`, those of the next step following the last."""
+        return [self.of.get((layer + step) % self.layers, {}) for step in range(1, look_ahead + 1)]
+
+
+@dataclass(frozen=True)
+class PreviousToken:
+    """A layer's experts are those of the step before: in decoding, those of each request's previous token."""
+
+    look_ahead: int = LOOK_AHEAD
+    name = "previous-token"
+
+    def init(self, geometry: Geometry) -> Counts:
+        return Counts(geometry.num_layers, geometry.num_experts)
+
+    def update(self, state: Counts, seen: Observation) -> Counts:
+        return replace(state, of=state.of | {seen.layer: dict(seen.demand)})
+
+    def expected(self, state: Counts, layer: int, tokens: int) -> list[list[float]]:
+        return [scaled(found, state.experts, tokens) for found in state.ahead(layer, self.look_ahead)]
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """A layer's experts are those it chose most often so far; what is long ago counts less and less.
+
+    Attributes:
+        memory: share of the old counts that is kept at each step.
+    """
+
+    look_ahead: int = LOOK_AHEAD
+    memory: float = 0.98
+    name = "popularity"
+
+    def init(self, geometry: Geometry) -> Counts:
+        return Counts(geometry.num_layers, geometry.num_experts)
+
+    def update(self, state: Counts, seen: Observation) -> Counts:
+        found = {expert: self.memory * count for expert, count in state.of.get(seen.layer, {}).items()}
+        for expert, tokens in seen.demand.items():
+            found[expert] = found.get(expert, 0.0) + tokens
+        return replace(state, of=state.of | {seen.layer: found})
+
+    def expected(self, state: Counts, layer: int, tokens: int) -> list[list[float]]:
+        return [scaled(found, state.experts, tokens) for found in state.ahead(layer, self.look_ahead)]
+
+
+def scaled(counts: dict[int, float], experts: int, tokens: int) -> list[float]:
+    """[E] counts, scaled so that they add up to `tokens` (token, choice) pairs; zeros where there are none.
+
+    >>> scaled({1: 3.0, 2: 1.0}, 4, 8)
+    [0.0, 6.0, 2.0, 0.0]
+    """
+    total = sum(counts.values())
+    share = tokens / total if total else 0.0
+    return [share * counts.get(expert, 0.0) for expert in range(experts)]
+
+
+PREDICTORS: dict[str, Any] = {found.name: found for found in (NextGate, PreviousToken, Popularity)}
+"""Predictors that need no training, by name, as `OffloadConfig.predictor` takes them."""
+
+
+def make_predictor(predictor: str | Predictor | History) -> Predictor | History:
+    """A predictor from its name, or the object itself.
+
+    Raises:
+        ValueError: with the names there are, or with what is missing.
+    """
+    if isinstance(predictor, str):
+        if predictor not in PREDICTORS:
+            raise ValueError(
+                f"predictor must be one of {', '.join(sorted(PREDICTORS))}, or a loaded one "
+                f"(`predictor.load(folder)`), got {predictor!r}"
+            )
+        return PREDICTORS[predictor]()
+    if not hasattr(predictor, "predict") and not hasattr(predictor, "expected"):
+        raise ValueError(
+            f"predictor must be a name or an object with bind and predict, or init, update and expected, got "
+            f"{predictor!r}"
+        )
+    if isinstance(predictor, type):
+        raise ValueError(f"predictor must be an object, got the class {predictor.__name__}: make one of it")
+    try:
+        if hasattr(predictor, "predict"):
+            hash(getattr(predictor, "architecture", predictor))
+    except TypeError:
+        raise ValueError(
+            f"predictor {type(predictor).__name__} must be hashable, as engines with equal predictors share "
+            "programs (of a dataclass, say frozen=True or eq=False)"
+        ) from None
+    return predictor

@@ -1,0 +1,326 @@
+"""Recorded routing, and the hidden states it was decided on: written as it streams, read by mapping.
+
+    DIR/trace.json          what was recorded, of which model
+    DIR/chunks.jsonl        a line for each finished chunk: its passages, its files with sizes and CRC-32
+    DIR/00000.tokens.npy    [N] int32
+    DIR/00000.experts.npy   [N, L, K] uint8 or uint16, best first
+    DIR/00000.weights.npy   [N, L, K] float16
+    DIR/00000.hidden.npy    [N, L, P] float16, where hidden states were recorded
+
+Rows are tokens, passage after passage. All but the hidden states is small and can be read without them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerscope_jax.prediction.trace_index import (
+    Passage,
+    TraceHeader,
+    layout,
+    read_files,
+    read_header,
+    read_passage,
+)
+from layerscope_jax.support.files import parse_json, replace_files
+
+HEADER, INDEX = "trace.json", "chunks.jsonl"
+ROUTING = ("tokens", "experts", "weights")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some passages of a trace, all of their rows mapped from disk when asked for."""
+
+    folder: Path
+    number: int
+    passages: tuple[Passage, ...]
+    files: Mapping[str, tuple[int, int]]  # array -> bytes, CRC-32
+    header: TraceHeader
+
+    @property
+    def rows(self) -> int:
+        return sum(passage.tokens for passage in self.passages)
+
+    def map(self, array: str) -> np.ndarray:
+        """One array, mapped: nothing is read until it is looked at.
+
+        Raises:
+            ValueError: if it was not recorded, or its file is missing, cut off or not what the index says.
+        """
+        if array not in self.files:
+            raise ValueError(f"{self.folder}: expected {array} to be recorded, got {', '.join(self.files)}")
+        path, size = self._path(array), self.files[array][0]
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            raise ValueError(
+                f"{path}: expected {size:,} bytes, got {'no file' if found is None else f'{found:,}'}; "
+                "copy it again, or record the trace anew"
+            )
+        shape, dtype = layout(self.header, self.rows)[array]
+        try:  # never by `np.load`, which reads other things too
+            mapped = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:  # of NumPy, ast and mmap: nothing narrower has them all
+            raise ValueError(f"{path}: expected an array, got {error}; copy it again") from None
+        if mapped.shape != shape or mapped.dtype != dtype:
+            raise ValueError(
+                f"{path}: expected {np.dtype(dtype)} {shape} by the index, got {mapped.dtype} "
+                f"{mapped.shape}; copy it again"
+            )
+        return mapped
+
+    def verify(self) -> None:
+        """Compares every file with its checksum, and the chosen experts with those that there are.
+
+        Raises:
+            ValueError: naming the files that are damaged.
+        """
+        damaged = []
+        for array, (_, expected) in self.files.items():
+            self.map(array)
+            if checksum(self._path(array)) != expected:
+                damaged.append(self._path(array).name)
+        if damaged:
+            raise ValueError(f"{self.folder}: damaged (checksums differ): {', '.join(damaged)}; copy again")
+        most, known = int(self.map("experts").max(initial=0)), self.header.model.num_experts
+        if most >= known:
+            raise ValueError(
+                f"{self._path('experts')}: expected experts 0..{known - 1}, got {most}; record it anew"
+            )
+
+    def _path(self, array: str) -> Path:
+        return self.folder / f"{self.number:05d}.{array}.npy"
+
+    def passage_of_row(self) -> np.ndarray:
+        """[N] index into `passages`."""
+        return passage_of_row(self.passages)
+
+    def positions(self) -> np.ndarray:
+        """[N] position of each row within its passage."""
+        return positions(self.passages)
+
+    def decode(self) -> np.ndarray:
+        """[N] bool: whether a row is a decode step rather than a part of its prompt."""
+        return decode_rows(self.passages)
+
+
+def passage_of_row(passages: Sequence[Passage]) -> np.ndarray:
+    """[N] index of the passage that each row belongs to."""
+    return np.repeat(np.arange(len(passages)), [passage.tokens for passage in passages])
+
+
+def positions(passages: Sequence[Passage]) -> np.ndarray:
+    """[N] position of each row within its passage."""
+    return np.concatenate([np.arange(passage.tokens) for passage in passages])
+
+
+def decode_rows(passages: Sequence[Passage]) -> np.ndarray:
+    """[N] bool: whether a row is a decode step rather than a part of its prompt."""
+    prompts = np.array([passage.prompt for passage in passages])
+    return positions(passages) >= prompts[passage_of_row(passages)]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recorded trace, complete or still growing.
+
+    Attributes:
+        folder: where it lies.
+        header: what it holds.
+        chunks: those that are finished.
+        complete: whether the recording came to its end.
+    """
+
+    folder: Path
+    header: TraceHeader
+    chunks: tuple[Chunk, ...]
+    complete: bool
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Trace:
+        """Opens a trace; one that is being written is open as far as it is finished.
+
+        Raises:
+            ValueError: if there is none, or it is damaged or of another format.
+        """
+        folder = Path(folder)
+        if not (folder / HEADER).exists():
+            raise ValueError(
+                f"{folder}: expected a trace ({HEADER}), found none; `layerscope trace` records one"
+            )
+        header = read_header(folder / HEADER)
+        chunks: list[Chunk] = []
+        complete, known = False, dict[bytes, int]()
+        for number, line in enumerate(finished_lines(folder / INDEX)):
+            try:
+                entry = parse_json(line)
+                if not isinstance(entry, dict):
+                    raise TypeError(f"{str(entry)[:40]!r}")
+                complete = complete or "complete" in entry
+                if "complete" in entry:
+                    continue
+                passages = tuple(read_passage(passage) for passage in entry["passages"])
+                files = read_files(entry["files"], header, sum(passage.tokens for passage in passages))
+                if line in known:
+                    raise ValueError(f"line {known[line]} a second time")
+                known[line] = number + 1
+                chunks.append(Chunk(folder, len(chunks), passages, files, header))
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                raise ValueError(
+                    f"{folder / INDEX}, line {number + 1}: expected a chunk, got {repr(error)[:300]}; "
+                    "copy it again, or record the trace anew"
+                ) from None
+        return cls(folder, header, tuple(chunks), complete)
+
+    @property
+    def rows(self) -> int:
+        return sum(chunk.rows for chunk in self.chunks)
+
+    def passages(self) -> Iterator[tuple[Chunk, Passage, slice]]:
+        """Every passage with its chunk and its rows there."""
+        for chunk in self.chunks:
+            end = 0
+            for passage in chunk.passages:
+                start, end = end, end + passage.tokens
+                yield chunk, passage, slice(start, end)
+
+
+class TraceWriter:
+    """Writes a trace, or goes on with one that was cut off: what is finished stays.
+
+    A chunk's files are written under temporary names and renamed, then its line is appended to the index: a
+    process that dies at any moment leaves whole chunks and, at worst, files that the next one replaces.
+
+    Args:
+        folder: made if needed.
+        header: what is to be recorded.
+
+    Raises:
+        ValueError: if the folder holds a trace of something else, with what differs.
+
+    Attributes:
+        done: passages that are recorded already.
+        complete: whether the trace is already whole.
+    """
+
+    def __init__(self, folder: str | Path, header: TraceHeader):
+        self.folder = Path(folder)
+        self.header = header
+        self.done: list[Passage] = []
+        self.complete = False
+        self._chunks = 0
+        if (self.folder / HEADER).exists():
+            found = Trace.open(self.folder)
+            header.model.check(found.header.model, f"the trace in {self.folder}")
+            theirs, ours = (_flat(head.to_json()) for head in (found.header, header))
+            differing = [
+                f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} now"
+                for key in theirs | ours
+                if theirs.get(key) != ours.get(key)
+            ]
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds a trace made in another way: {'; '.join(differing)}; "
+                    "choose another folder"
+                )
+            self.done = [passage for chunk in found.chunks for passage in chunk.passages]
+            self._chunks, self.complete = len(found.chunks), found.complete
+        else:
+            text = json.dumps(header.to_json(), indent=1) + "\n"
+            replace_files(self.folder, {HEADER: lambda file: file.write_text(text)})
+
+    def write(self, passages: Sequence[Passage], arrays: Mapping[str, np.ndarray]) -> None:
+        """Adds a chunk.
+
+        Args:
+            passages: in the order of the rows.
+            arrays: "tokens" [N], "experts" [N, L, K], "weights" [N, L, K] and, where the header has a width,
+                "hidden" [N, L, P].
+
+        Raises:
+            ValueError: if a hidden state is not finite, or the chunk cannot be written; nothing of it stays.
+        """
+        rows = sum(passage.tokens for passage in passages)
+        wanted = layout(self.header, rows)
+        if self.header.hidden:
+            finite = np.isfinite(arrays["hidden"]).all((0, 2))
+            if not finite.all():
+                raise ValueError(
+                    f"hidden states of layers {np.flatnonzero(~finite).tolist()} are not finite; the model "
+                    "or its dtype is at fault (try float32)"
+                )
+        shapes = {name: shape for name, (shape, _) in wanted.items()}
+        found = {name: array.shape for name, array in arrays.items()}
+        assert found == shapes, (found, shapes)
+        sums: dict[str, tuple[int, int]] = {}
+
+        def writer(name: str, array: np.ndarray):
+            def write(file: Path) -> None:
+                with file.open("wb") as opened:  # a file, for np.save adds .npy to a name
+                    np.save(opened, np.ascontiguousarray(array, wanted[name][1]))
+                    opened.flush()
+                    os.fsync(opened.fileno())
+                sums[name] = (file.stat().st_size, checksum(file))
+
+            return write
+
+        replace_files(
+            self.folder,
+            {f"{self._chunks:05d}.{name}.npy": writer(name, array) for name, array in arrays.items()},
+        )
+        self._append({"passages": passages, "files": sums})
+        self._chunks += 1
+        self.done += passages
+
+    def finish(self) -> None:
+        """Marks the trace as whole."""
+        if not self.complete:
+            self._append({"complete": True})
+        self.complete = True
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        path = self.folder / INDEX
+        try:
+            whole = sum(len(line) + 1 for line in finished_lines(path))
+            with path.open("ab") as file:
+                file.truncate(whole)  # the piece of a line that a process died in
+                file.write(json.dumps(entry).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ValueError(f"cannot write to {path}: {error}; make room and start again") from error
+
+
+def finished_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is still written to: what comes after the last line end is not one yet.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise ValueError(f"{path}: expected the index of a trace, got {error}; copy it again") from None
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its settings beside the rest, as JSON gives them back."""
+    flat: dict[str, Any] = json.loads(json.dumps(record))
+    return flat | flat.pop("settings")

@@ -1,0 +1,159 @@
+"""Makes the profile of a machine for a model: each part alone and beside the others, by size and context."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.kernels.cpu import default_threads
+from layerscope_jax.offload.executors import HostExperts
+from layerscope_jax.offload.link import Transfers
+from layerscope_jax.prediction.predictors import NextGate
+from layerscope_jax.profiling.jobs import Jobs
+from layerscope_jax.profiling.machine_profile import MachineProfile, ModelShape
+from layerscope_jax.profiling.measure import BUSY_TOKENS, Points, costs, others, tables, timed_ms
+from layerscope_jax.support import machine
+from layerscope_jax.support.machine import cpu_device
+from layerscope_jax.support.units import parse_bytes
+
+THOROUGH = Points(tokens=(1, 4, 8, 16, 32, 64, 128, 256), decode=(1, 4, 16, 64), prefill=(1024,))
+CONTEXTS = (64, 1024, 4096)
+"""Positions beside those of `Points.context` that decode steps of one and of 16 requests are timed at."""
+
+WAYS = {"alone": False, "together": True}
+
+BESIDE = {
+    "host_ms": "experts on the device, and copies",
+    "device_ms": "experts on the host, and copies",
+    "transfer_ms": "experts on the host and on the device",
+    "layer_ms": "copies",
+    "forecast_ms": "copies",
+}
+
+
+def calibrate(
+    model: Model,
+    *,
+    device_budget: str | int | None = None,
+    emulated_link_bandwidth: str | int | None = None,
+    points: Points = THOROUGH,
+    contexts: Sequence[int] = CONTEXTS,
+) -> MachineProfile:
+    """Measures what `model` costs on this machine.
+
+    Args:
+        model: on the device that it is to be run on.
+        device_budget: bytes of device memory for experts; no more are ever there. None for all.
+        emulated_link_bandwidth: bytes a second that copies are paced to, or None.
+        points: where to take times.
+        contexts: positions at which layers are timed too, where the model is made for so many.
+
+    Raises:
+        ValueError: if the budget has no room for an expert.
+    """
+    bank, slots = model.bank, None
+    if device_budget is not None:
+        slots = parse_bytes(device_budget, "device_budget") // bank.expert_bytes
+        if slots < 1:
+            raise ValueError(
+                f"device_budget must hold an expert of {bank.expert_bytes} B, got {device_budget}"
+            )
+    pace = (
+        None
+        if emulated_link_bandwidth is None
+        else parse_bytes(emulated_link_bandwidth, "emulated_link_bandwidth")
+    )
+    if pace == 0:
+        raise ValueError("emulated_link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
+    began = time.perf_counter()
+    free = {"host": machine.free_bytes(), "device": machine.device_free_bytes(model.device)}
+    on_cpu = model.device.platform == "cpu"
+    host = HostExperts(bank, cpu_device(), default_threads(model.device), shares_inputs=on_cpu)
+    transfers = Transfers(bank, model.device, pace)
+    jobs: Jobs | None = None
+    try:
+        jobs = Jobs(model, host, transfers, len(list(bank)) if slots is None else slots)
+        alone, together = costs(jobs, points, list(WAYS.values()), NextGate())
+        details: dict[str, Any] = {
+            "costs": {
+                "tokens": "of an expert; of a step for layer_ms",
+                "context_of_layer_ms": min(points.context, model.config.max_position_embeddings),
+                "beside": BESIDE if jobs.roomy else "one other part: the budget has no room for two experts",
+                "tokens_of_experts_beside": BUSY_TOKENS,
+            },
+            "transfer_by_size": by_size(jobs),
+            "layer_ms_by_context": by_context(jobs, points, contexts),
+            "host_threads": host.cpu.threads,
+            "memory": {
+                "host_read_bytes_per_s": float(f"{machine.read_bytes_per_s():.4g}"),
+                "host_free_bytes": free["host"],
+                "device_free_bytes": free["device"],
+            },
+        }
+    finally:
+        if jobs is not None:
+            jobs.close()
+        transfers.close()
+        host.close()
+    details["seconds"] = round(time.perf_counter() - began, 1)
+    return MachineProfile(
+        name=model.config.family if model.path is None else model.path.name,
+        costs=replace(together, alone=replace(alone, source=together.source)),
+        model=ModelShape.of(model),
+        machine=machine.describe(model.device),
+        versions=machine.versions(),
+        slots=slots,
+        emulated_link_bandwidth=pace,
+        details=details,
+    )
+
+
+def by_size(jobs: Jobs) -> dict[str, dict[str, Any]]:
+    """Copies of one expert, and of more in a row: alone and together, each as `line` gives it."""
+    sizes = [2**power for power in range(jobs.arriving.bit_length())]
+    beside = {"alone": [], "together": others(jobs, "link")}
+    times = {size: [timed_ms(jobs.link(size), some) for some in beside.values()] for size in sizes}
+    expert_bytes = jobs.model.bank.expert_bytes
+    return {
+        way: line(sizes, expert_bytes, [times[size][index] for size in sizes])
+        for index, way in enumerate(beside)
+    }
+
+
+def line(sizes: Sequence[int], expert_bytes: int, times: Sequence[float]) -> dict[str, Any]:
+    """Times of copies, with latency and bandwidth of the line through them; None where noise has no line.
+
+    >>> line([1, 2], 1000, [0.5, 0.7])["latency_ms"], line([1, 2], 1000, [0.5, 0.7])["bytes_per_s"]
+    (0.3, 5000000.0)
+    """
+    sent = [size * expert_bytes for size in sizes]
+    latency_ms = bytes_per_s = None
+    if len(sizes) > 1:
+        slope, start = np.polyfit(sent, times, 1, w=1 / np.array(times))  # noise grows with the time
+        if slope > 0:
+            latency_ms, bytes_per_s = float(f"{max(0.0, start):.4g}"), float(f"{1e3 / slope:.4g}")
+    return {
+        "experts": sizes,
+        "bytes": sent,
+        "ms": times,
+        "latency_ms": latency_ms,
+        "bytes_per_s": bytes_per_s,
+    }
+
+
+def by_context(jobs: Jobs, points: Points, contexts: Sequence[int]) -> dict[str, Any]:
+    """Decode steps by the positions that their requests have room for: context -> alone, together."""
+    requests = [rows for rows in points.decode if rows in (1, 16)]
+    known = [context for context in contexts if context <= jobs.model.config.max_position_embeddings]
+    link = others(jobs, "layer")
+    found: dict[str, Any] = {}
+    for context in known if requests else ():
+        layers = {rows: jobs.layer(rows, 1, context) for rows in requests}
+        pair = tables(layers, [[], link])
+        found[str(context)] = {way: measured.to_json() for way, measured in zip(WAYS, pair, strict=True)}
+    return found

@@ -1,0 +1,240 @@
+"""Pieces of what an engine does, each alone: to be timed, or to keep a part of the machine busy meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.kernels.cpu import CpuExperts
+from layerscope_jax.kernels.grouping import GROUP_SIZES, Assignments
+from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.offload.executors import HostExperts, device_experts
+from layerscope_jax.offload.link import LinkStats, Transfers
+from layerscope_jax.offload.residency import Residency
+from layerscope_jax.prediction.forecasts import Forecasts
+from layerscope_jax.prediction.predictors import Predictor
+from layerscope_jax.runtime.layerwise import ARRIVALS, LayerByLayer
+from layerscope_jax.runtime.whole import new_caches
+from layerscope_jax.scheduling.baselines import HostOnly
+from layerscope_jax.scheduling.plan import ExpertId, Geometry
+from layerscope_jax.support.errors import TransferError
+
+Job = Callable[[int], float | None]
+"""`job(round)` does its work once and returns when it is done; a round turns to another layer. It may return
+the seconds that count, where not all of them do."""
+
+LAYERS = 16
+"""Layers that rounds take in turn: the weights of a round are not those of the few before. The
+host's experts change from turn to turn too: in an engine, what is computed next is in no near cache."""
+
+IN_A_ROW = 2
+"""Layers of a step that is timed: few, as their experts are computed too."""
+
+
+class Jobs:
+    """Makes jobs of a model on its machine.
+
+    Experts are computed as a layer computes them, several in a call, and copied several in a row. Those
+    resident and those on the link fit into `slots` together; if that is less than two, one or the other is on
+    the device, and no job of the one may run beside a job of the other.
+
+    Args:
+        model: whose experts and layers.
+        host: the host executor.
+        transfers: the link, idle; used as it is, with its pace and its thread.
+        slots: experts that the budget has room for. If none, one expert at a time is on the device all the
+            same.
+
+    Attributes:
+        computed: experts of a host job.
+        resident: experts of a device job.
+        arriving: most experts of a link job.
+        roomy: whether device and link jobs may run at the same time.
+    """
+
+    def __init__(self, model: Model, host: HostExperts, transfers: Transfers, slots: int):
+        self.model = model
+        self._host, self._transfers = host, transfers
+        # Where the device is this machine's CPU, its threads are others than the host's: a job of the one may
+        # run beside a job of the other, and `CpuExperts` takes one caller at a time.
+        self._cpu = CpuExperts(host.cpu.threads, host.cpu.kernel)
+        self._device = device_experts(model.device, self._cpu)
+        self.computed = min(GROUP_SIZES[0], model.bank.num_experts)
+        self.resident = min(self.computed, max(1, slots // 2, slots - ARRIVALS))
+        self.arriving = min(self.computed, max(1, slots - self.resident))
+        self.roomy = slots >= 2
+        self._turns = min(LAYERS, model.config.num_layers)
+        room = slots - self.arriving if self.roomy else 1
+        self._held = max(1, min(self._turns, room // self.resident))  # layers with experts on the device
+        self._weights: list[list[Any]] = []
+
+    def host(self, tokens: int) -> Job:
+        """Computes `computed` experts on the host, `tokens` tokens each."""
+        firsts = range(0, self.model.bank.num_experts - self.computed + 1, self.computed)
+        routed = [self._routed(self.computed, tokens, first) for first in firsts]
+        found = self._device.host_rows(self._outputs(*routed[0]))
+
+        def job(round: int) -> None:
+            inputs, rows = routed[round // self._turns % len(routed)]
+            self._on_host(found, round % self._turns, inputs, rows, list(rows.demand))
+
+        return job
+
+    def host_start(self) -> Job:
+        """Gives the host one expert with one token, and takes its row over into a layer's outputs."""
+        inputs, rows = self._routed(1, 1)
+        outputs = self._outputs(inputs, rows)
+
+        def job(round: int) -> None:
+            nonlocal outputs
+            found = self._device.host_rows(outputs)
+            self._on_host(found, round % self._turns, inputs, rows, [0])
+            outputs = jax.block_until_ready(self._device.place(outputs, found, rows, [0]))
+
+        return job
+
+    def device(self, tokens: int) -> Job:
+        """Computes `resident` experts on the device, `tokens` tokens each."""
+        inputs, rows = self._routed(self.resident, tokens)
+        outputs = self._outputs(inputs, rows)
+
+        def job(round: int) -> None:
+            nonlocal outputs
+            resident = range(self.resident)
+            for layer in range(len(self._weights), self._held):
+                experts = [self.model.bank[ExpertId(layer, expert)] for expert in resident]
+                copied = jax.block_until_ready(jax.device_put(experts, self._transfers.sharding))
+                self._weights.append([self._device.keep(expert) for expert in copied])
+            weights = self._weights[round % self._held]
+            outputs, done = self._device.run(
+                outputs, inputs, rows, resident, lambda some: [weights[expert] for expert in some]
+            )
+            jax.block_until_ready((outputs, done))
+
+        return job
+
+    def link(self, experts: int) -> Job:
+        """Copies experts to the device, no more than `arriving`, where they do not stay."""
+
+        def job(round: int) -> None:
+            if not self.roomy:
+                self._weights = []
+            wanted = {ExpertId(round % self._turns, expert) for expert in range(experts)}
+            self._transfers.submit(wanted, [])
+            self._transfers.wait(wanted, len(wanted))  # who is woken by each would hinder the others more
+            for weights in self._transfers.arrivals()[0].values():
+                self._device.keep(weights)
+
+        return job
+
+    def layer(self, rows: int, length: int, context: int, predictor: Predictor | None = None) -> Job:
+        """Everything of a layer but its experts, as an engine goes through one that leaves them to the host.
+
+        Dispatch, attention and router, read-back, grouping, a plan, the books; and the layer's part of what
+        a step begins and ends with, embeddings and logits. The seconds in which experts were computed do
+        not count.
+
+        Args:
+            rows: B, requests.
+            length: S, tokens of each: 1 in decode, more in prefill.
+            context: P, positions that each has room for in its cache; decode is at the last of them.
+            predictor: what looks ahead in the layer; None for nothing.
+        """
+        model, config = self.model, self.model.config
+        slots = Residency(0, model.bank.expert_bytes)
+        geometry = Geometry(
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            expert_bytes=slots.expert_bytes,
+            slots=0,
+        )
+        link: Any = NoCopies(self._transfers.sharding)
+        forecasts = Forecasts(predictor, model, geometry)
+        runner = LayerByLayer(model, HostOnly(), None, slots, link, self._host, forecasts)
+        random = np.random.default_rng(0)
+        tokens = random.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+        places = np.arange(length, dtype=np.int32) if length > 1 else np.array([context - 1], np.int32)
+        positions, last = np.tile(places, (rows, 1)), np.full(rows, length - 1, np.int32)
+        caches = new_caches(model, rows, context, model.device, min(IN_A_ROW, config.num_layers))
+
+        def seconds(layers: int) -> float:
+            """Of a step of so many layers, its experts not counted."""
+            nonlocal caches
+            began, computed = time.perf_counter(), self._host.stats.arithmetic_s
+            *_, caches[:layers] = runner.step(tokens, positions, last, caches[:layers], None)
+            return time.perf_counter() - began - (self._host.stats.arithmetic_s - computed)
+
+        def job(round: int) -> float:
+            ends = seconds(0)
+            return max(0.0, seconds(len(caches)) - ends) / len(caches) + ends / config.num_layers
+
+        return job
+
+    def _on_host(
+        self, found: Any, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
+    ) -> None:
+        """As an engine does it: by a thread of its own beside an accelerator, by the caller's on one CPU."""
+        if self._device.waits:
+            self._host.compute(found, layer, inputs, rows, experts)
+        else:
+            self._host.start(found, layer, inputs, rows, experts).result()
+
+    def clear(self) -> None:
+        """Takes the resident experts off the device."""
+        self._weights = []
+
+    def close(self) -> None:
+        """Ends threads of its own, and does what `clear` does."""
+        self.clear()
+        self._cpu.close()
+
+    def _outputs(self, inputs: jax.Array, rows: Assignments) -> Any:
+        """[T * K + 1, D] to write rows to, no other job's: two may run at once."""
+        own = device_experts(self.model.device, self._cpu)
+        return own.take(rows.total, inputs.shape[1], inputs.dtype)
+
+    def _routed(self, experts: int, tokens: int, first: int = 0) -> tuple[jax.Array, Assignments]:
+        """Inputs [T, D] of which each expert, from the `first` on, has `tokens`."""
+        chosen = np.repeat(np.arange(first, first + experts, dtype=np.int32), tokens)
+        inputs = jnp.ones((len(chosen), self.model.config.hidden_size), self.model.bank.dtype)
+        return jax.device_put(inputs, self._transfers.sharding), Assignments(chosen[:, None])
+
+
+class NoCopies:
+    """The link of an engine that loads nothing, while copies of a job are on the real one."""
+
+    within = True
+
+    def __init__(self, sharding: jax.sharding.Sharding):
+        self.sharding = sharding
+        self.stats = LinkStats()
+
+    def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId]) -> None:
+        asked = [*load, *prefetch]
+        if asked:
+            raise RuntimeError(f"nothing is to be copied here, but {asked} were asked for")
+
+    def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
+        return []
+
+    def arrivals(self) -> tuple[dict[ExpertId, ExpertWeights], list[ExpertId]]:
+        return {}, []
+
+    def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:
+        raise TransferError(f"nothing is copied here, but {sorted(wanted)} are waited for")
+
+    def rest(self) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,361 @@
+"""A profile: what computing and moving the experts of one model costs on one machine, as a JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerscope_jax.checkpoints.safetensors_io import dtype_named
+from layerscope_jax.scheduling.costs import MOST_MS, NOTHING, HardwareProfile, TimeTable, is_time
+from layerscope_jax.scheduling.plan import Geometry
+from layerscope_jax.support import machine
+from layerscope_jax.support.files import read_json, replace_files
+from layerscope_jax.support.json_fields import Fields, is_file, readable
+
+if TYPE_CHECKING:
+    from layerscope_jax.checkpoints.model import Model
+
+FORMAT = 1
+PUBLISHED = Path(__file__).parents[1] / "profiles"
+
+HEAD = (
+    "format",
+    "name",
+    "source",
+    "model",
+    "machine",
+    "versions",
+    "slots",
+    "routing",
+    "emulated_link_bandwidth",
+)
+COSTS = ("host_ms", "device_ms", "layer_ms", "forecast_ms", "transfer_ms", "host_start_ms")
+
+MOST_EXPERTS = 2**24
+"""Of all layers: sixteen million, a thousand times those of any model."""
+
+LINKS = {"pcie3-x8": 2.0, "pcie4-x16": 0.5, "pcie5-x16": 0.25}
+"""Other links for published profiles: the time of a transfer by its time over PCIe 3 x16."""
+
+MACHINE = {"cpu": str, "cores": int, "device": str, "memory_bytes": int}
+DECISIVE = ("cpu", "cores", "device")
+"""What must be the same for costs to hold; more memory makes nothing faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the costs of a model's experts depend on.
+
+    Attributes:
+        layers: L, those with routed experts.
+        experts, experts_per_token: E, K.
+        hidden, moe_intermediate_size: D, F.
+        dtype: of the weights.
+    """
+
+    layers: int
+    experts: int
+    experts_per_token: int
+    hidden: int
+    moe_intermediate_size: int
+    dtype: str
+
+    @classmethod
+    def of(cls, model: Model) -> ModelShape:
+        config = model.config
+        return cls(
+            layers=config.num_layers,
+            experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            hidden=config.hidden_size,
+            moe_intermediate_size=config.moe_intermediate_size,
+            dtype=model.bank.dtype.name,
+        )
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's three matrices."""
+        return 3 * self.hidden * self.moe_intermediate_size * dtype_named(self.dtype).itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineProfile:
+    """Costs of a model on a machine, with what they are of and where they come from.
+
+    Measured by `layerscope calibrate`, or published with a paper and shipped (`names`).
+
+    Attributes:
+        name: of a shipped profile; of a measured one, the model's.
+        costs: what plans are made by: times measured while the rest of the machine was busy too.
+        model: whose experts.
+        machine: cpu, cores, device, memory_bytes; None where it is not known.
+        versions: of what computed.
+        slots: experts that a device of this machine has room for; None if it was not said.
+        routing: name of the recorded routing that this model is simulated with, if there is one.
+        emulated_link_bandwidth: bytes a second that copies were paced to, or None.
+        details: what else was measured: each part alone, by size, by context. For readers.
+
+    >>> profile = MachineProfile.load("mixtral-8x7b")
+    >>> profile.costs.transfer_ms, MachineProfile.load("mixtral-8x7b@pcie4-x16").costs.transfer_ms
+    (27.0, 13.5)
+    >>> profile.model.expert_bytes / 2**20
+    336.0
+    """
+
+    name: str
+    costs: HardwareProfile
+    model: ModelShape
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    slots: int | None = None
+    routing: str | None = None
+    emulated_link_bandwidth: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> MachineProfile:
+        """Reads a shipped profile by its name (see `names`), or a file.
+
+        Raises:
+            ValueError: if there is none, or with every field that is not as it should be.
+        """
+        base, _, link = str(name_or_path).partition("@")
+        if str(name_or_path) in names():
+            profile = cls._read(PUBLISHED / f"{base}.json")
+            return profile if not link else profile._over(link)
+        if not is_file(Path(name_or_path)):
+            raise ValueError(
+                f"profile must be a file that `layerscope calibrate` wrote or one of {', '.join(names())}; "
+                f"got {str(name_or_path)[:200]!r}"
+            )
+        return cls._read(Path(name_or_path))
+
+    @classmethod
+    def _read(cls, file: Path) -> MachineProfile:
+        try:
+            return cls.from_json(read_json(file, "calibrate again or correct the file"))
+        except ValueError as error:
+            raise ValueError(f"{error}" if str(file) in str(error) else f"{file}: {error}") from None
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> MachineProfile:
+        """Reads what `to_json` gave.
+
+        Raises:
+            ValueError: with every field that is missing or not as it should be.
+        """
+        if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+            got = record.get("format") if isinstance(record, Mapping) else record
+            raise ValueError(f"expected a profile of format {FORMAT}, got {str(got)[:40]}")
+        found = Fields(record)
+        costs = found.of("costs", dict) or {}
+        shape, where = found.of("model", dict) or {}, found.of("machine", dict) or {}
+        numbers = [f.name for f in fields(ModelShape) if f.name != "dtype"]
+        found.only((*HEAD, "costs", "details"))
+        found.only((*numbers, "dtype"), shape, "model.")
+        found.only(MACHINE, where, "machine.")
+        found.only((*COSTS, "alone"), costs, "costs.")
+        profile: dict[str, Any] = dict(
+            name=found.of("name", str),
+            model={name: found.of(name, int, shape, "model.") for name in numbers}
+            | {"dtype": found.of("dtype", str, shape, "model.")},
+            machine={name: found.of(name, kind, where, "machine.", True) for name, kind in MACHINE.items()},
+            versions=found.of("versions", dict),
+            slots=found.of("slots", int, optional=True),
+            routing=found.of("routing", str, optional=True),
+            emulated_link_bandwidth=found.of("emulated_link_bandwidth", int, optional=True),
+            details=found.of("details", dict),
+        )
+        source = found.of("source", str)
+        tables = {
+            name: found.read(f"costs.{name}", partial(read_table, costs, name))
+            for name in ("host_ms", "device_ms", "layer_ms", "forecast_ms")
+        }
+        transfer_ms = found.of("transfer_ms", float, costs, "costs.")
+        others: dict[str, Any] = {}
+        if "alone" in costs:
+            alone = found.of("alone", dict, costs, "costs.") or {}
+            found.only(COSTS, alone, "costs.alone.")
+            others = {
+                name: found.read(f"costs.alone.{name}", partial(read_table, alone, name)) for name in tables
+            }
+            others["transfer_ms"] = found.of("transfer_ms", float, alone, "costs.alone.")
+            others["host_start_ms"] = found.read("costs.alone.host_start_ms", partial(read_start, alone))
+        start_ms = found.read("costs.host_start_ms", partial(read_start, costs))
+        if not found.wrong:
+            found.read("model", lambda: dtype_named(profile["model"]["dtype"]))
+            found.read("model", partial(check_size, profile["model"]))
+        if found.wrong:
+            raise ValueError(f"{'; '.join(found.wrong)}; calibrate again or correct the file")
+        profile["model"] = ModelShape(**profile["model"])
+        profile["costs"] = HardwareProfile(
+            **tables,
+            transfer_ms=float(transfer_ms),
+            host_start_ms=start_ms,
+            source=source,
+            alone=HardwareProfile(**others, source=source) if others else None,
+        )
+        return cls(**profile)
+
+    def to_json(self) -> dict[str, Any]:
+        costs = self.costs
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "source": costs.source,
+            "model": asdict(self.model),
+            "machine": dict(self.machine),
+            "versions": dict(self.versions),
+            "slots": self.slots,
+            "routing": self.routing,
+            "emulated_link_bandwidth": self.emulated_link_bandwidth,
+            "costs": costs_json(costs),
+            "details": dict(self.details),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes the profile to a file, whole or not at all.
+
+        Raises:
+            ValueError: if it cannot be written.
+        """
+        path, text = Path(path), readable(self.to_json()) + "\n"
+        replace_files(path.parent, {path.name: lambda file: file.write_text(text, encoding="utf-8")})
+
+    def check(self, model: Model, emulated_link_bandwidth: int | None = None) -> None:
+        """Refuses to speak for another machine or another model.
+
+        Args:
+            model: that is to be run, on the device that it is to be run on.
+            emulated_link_bandwidth: bytes a second that its copies will be paced to, or None.
+
+        Raises:
+            ValueError: with everything that differs.
+        """
+        here, shape = machine.describe(model.device), asdict(ModelShape.of(model))
+        compared = [
+            *((name, self.machine.get(name), here[name]) for name in DECISIVE),
+            *((f"model.{name}", theirs, shape[name]) for name, theirs in asdict(self.model).items()),
+            ("emulated_link_bandwidth", self.emulated_link_bandwidth, emulated_link_bandwidth),
+        ]
+        differing = [
+            f"{name} {theirs} there, {ours} here" for name, theirs, ours in compared if theirs != ours
+        ]
+        if differing:
+            raise ValueError(
+                f"the profile {self.name!r} ({self.costs.source}) is of another machine or model: "
+                f"{'; '.join(differing)}; run `layerscope calibrate` on this one"
+            )
+
+    def geometry(self, slots: int | None = None) -> Geometry:
+        """The model as policies see it, with `slots` experts on the device, or those of the profile.
+
+        Raises:
+            ValueError: if neither says how many.
+        """
+        slots = self.slots if slots is None else slots
+        if slots is None:
+            raise ValueError(f"the profile {self.name!r} has no slots of its own: say how many")
+        return Geometry(
+            num_layers=self.model.layers,
+            num_experts=self.model.experts,
+            experts_per_token=self.model.experts_per_token,
+            expert_bytes=self.model.expert_bytes,
+            slots=slots,
+        )
+
+    def _over(self, link: str) -> MachineProfile:
+        """The same over another link, which is assumed to change the time of a transfer alone."""
+        factor = LINKS[link]
+        source = f"{self.costs.source}; derived for {link}: transfer_ms x {factor:g} from PCIe 3 x16"
+        costs = replace(self.costs, transfer_ms=self.costs.transfer_ms * factor, source=source)
+        return replace(self, name=f"{self.name}@{link}", costs=costs)
+
+
+def names() -> list[str]:
+    """Shipped profiles, each followed by itself over other links.
+
+    >>> names()[-4:]
+    ['qwen3-30b-a3b', 'qwen3-30b-a3b@pcie3-x8', 'qwen3-30b-a3b@pcie4-x16', 'qwen3-30b-a3b@pcie5-x16']
+    """
+    found = sorted(file.stem for file in PUBLISHED.glob("*.json"))
+    return [name + link for name in found for link in ("", *(f"@{link}" for link in LINKS))]
+
+
+def costs_of(
+    profile: HardwareProfile | MachineProfile | str | Path | None,
+    model: Model,
+    emulated_link_bandwidth: int | None,
+) -> HardwareProfile | None:
+    """The times in whatever was given for a profile.
+
+    Raises:
+        ValueError: if it can not be read, or is of another machine or model than `model` and where it lies.
+    """
+    if profile is None or isinstance(profile, HardwareProfile):
+        return profile
+    if isinstance(profile, str | Path):
+        profile = MachineProfile.load(profile)
+    if not isinstance(profile, MachineProfile):
+        raise ValueError(
+            "profile must be a file that `layerscope calibrate` wrote, a MachineProfile or a "
+            f"HardwareProfile, got {str(profile)[:80]!r}"
+        )
+    profile.check(model, emulated_link_bandwidth)
+    return profile.costs
+
+
+def costs_json(costs: HardwareProfile) -> dict[str, Any]:
+    """The times of a profile, without their source."""
+    record: dict[str, Any] = {
+        "host_ms": costs.host_ms.to_json(),
+        "device_ms": costs.device_ms.to_json(),
+        "layer_ms": costs.layer_ms.to_json(),
+        "transfer_ms": costs.transfer_ms,
+    }
+    if costs.forecast_ms != NOTHING:
+        record["forecast_ms"] = costs.forecast_ms.to_json()
+    if costs.host_start_ms:
+        record["host_start_ms"] = costs.host_start_ms
+    return record if costs.alone is None else record | {"alone": costs_json(costs.alone)}
+
+
+def check_size(model: Mapping[str, Any]) -> None:
+    """Refuses numbers of layers and experts that no table of them could be made for.
+
+    Raises:
+        ValueError: if there are too many, or more are chosen than there are.
+    """
+    if model["layers"] * model["experts"] > MOST_EXPERTS or model["experts_per_token"] > model["experts"]:
+        raise ValueError(
+            f"expected layers * experts of at most {MOST_EXPERTS:,} and no more experts_per_token than "
+            f"experts, got {model['layers']}, {model['experts']} and {model['experts_per_token']}"
+        )
+
+
+def read_start(costs: Mapping[str, Any]) -> float:
+    """`host_start_ms` of `costs`, which published ones leave out: 0.
+
+    Raises:
+        ValueError: if it is no time.
+    """
+    found = costs.get("host_start_ms", 0.0)
+    if not is_time(found):
+        raise ValueError(f"expected a time in 0..{MOST_MS:g} ms, got {str(found)[:40]!r}")
+    return float(found)
+
+
+def read_table(costs: Mapping[str, Any], name: str) -> TimeTable:
+    """One table of `costs`; published ones leave `forecast_ms` out: nothing.
+
+    Raises:
+        ValueError: if it is missing or no table of times.
+    """
+    if name == "forecast_ms" and name not in costs:
+        return NOTHING
+    if name not in costs:
+        raise ValueError("is missing")
+    return TimeTable.from_json(costs[name])

@@ -1,0 +1,209 @@
+"""Measures what layers and experts cost on this machine: each part alone, and while the others are busy."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.offload.executors import HostExperts
+from layerscope_jax.offload.link import Transfers
+from layerscope_jax.prediction.predictors import Predictor
+from layerscope_jax.profiling.jobs import LAYERS, Job, Jobs
+from layerscope_jax.scheduling.costs import NOTHING, HardwareProfile, TimeTable
+from layerscope_jax.support import machine
+from layerscope_jax.support.threads import Helpers
+
+CONTEXT = 256
+"""Positions of a request in the table of layers, if nothing else is said."""
+
+BUSY_TOKENS = 4
+"""Tokens of each expert that is computed to keep the host or the device busy."""
+
+ROUNDS, MOST_ROUNDS, ROUNDS_S = 5, 25, 0.1
+"""A job is timed so often, and on until it took so many seconds or was done most often."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """Where times are taken; each costs a compilation or two, which is most of what measuring takes.
+
+    Attributes:
+        tokens: of an expert.
+        decode: requests of a decode step.
+        prefill: tokens of a prefill, all requests together; more than in any decode step.
+        context: positions of a request in the table of layers; fewer where the model is made for fewer.
+    """
+
+    tokens: tuple[int, ...]
+    decode: tuple[int, ...]
+    prefill: tuple[int, ...]
+    context: int = CONTEXT
+
+
+ROUGH = Points(tokens=(1, 4, 16, 64, 256), decode=(1,), prefill=(256,))
+"""What an engine measures where it was given no profile."""
+
+
+def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -> HardwareProfile:
+    """Times the parts of a layer while the others are busy, and alone, at a few points; some seconds in all.
+
+    At no time are there more experts on the device than `slots` (see `Jobs`), and there are none when this is
+    over.
+
+    Args:
+        model: whose experts, on an idle device.
+        host: the host executor.
+        transfers: the link, idle.
+        slots: experts that the budget has room for.
+    """
+    jobs = Jobs(model, host, transfers, slots)
+    try:
+        together, alone = costs(jobs, ROUGH, [True, False])
+    finally:
+        jobs.close()
+    return replace(together, alone=alone)
+
+
+def costs(
+    jobs: Jobs, points: Points, ways: Sequence[bool], predictor: Predictor | None = None
+) -> list[HardwareProfile]:
+    """Times of all parts.
+
+    Args:
+        jobs: of the model.
+        points: where to take times.
+        ways: whether the other parts are busy meanwhile (see `others`); one profile is given for each. At
+            each point one way follows the other, so that a machine that drifts drifts under all alike.
+        predictor: whose look ahead is timed too; None leaves it out.
+    """
+    config = jobs.model.config
+    context = min(points.context, config.max_position_embeddings)
+    shapes = {rows: (rows, 1, context) for rows in points.decode}
+    for tokens in points.prefill:
+        length = min(context, tokens)
+        shapes[tokens // length * length] = (tokens // length, length, length)
+    parts = ("host", "device", "link", "layer")
+    beside = {part: [others(jobs, part) if together else [] for together in ways] for part in parts}
+    host = tables({n: jobs.host(n) for n in points.tokens}, beside["host"], jobs.computed)
+    one = jobs.host_start()
+    start = [timed_ms(one, some) - table(1) for some, table in zip(beside["host"], host, strict=True)]
+    device = tables({n: jobs.device(n) for n in points.tokens}, beside["device"], jobs.resident)
+    link = jobs.link(jobs.arriving)
+    transfer = [timed_ms(link, some, jobs.arriving) for some in beside["link"]]
+    layer = tables({n: jobs.layer(*shape) for n, shape in shapes.items()}, beside["layer"])
+    forecast = [NOTHING for _ in ways]
+    if predictor is not None:
+        looking = {n: jobs.layer(*shape, predictor) for n, shape in shapes.items()}
+        forecast = list(map(difference, tables(looking, beside["layer"]), layer))
+    jobs.clear()
+    where = f"measured on {machine.cpu_name()}, {machine.cores()} cores, and {jobs.model.device.device_kind}"
+    return [
+        HardwareProfile(
+            host_ms=host[way],
+            device_ms=device[way],
+            transfer_ms=transfer[way],
+            layer_ms=layer[way],
+            forecast_ms=forecast[way],
+            host_start_ms=max(0.0, start[way]),
+            source=f"{where}, {'the other parts busy' if together else 'each part alone'}",
+        )
+        for way, together in enumerate(ways)
+    ]
+
+
+def others(jobs: Jobs, part: str) -> list[Job]:
+    """What an engine may be at while it waits for `part`.
+
+    Experts are computed on both sides while the link brings some. While a layer attends, only the link goes
+    on, with what it brings for later layers.
+    """
+    host, device, link = jobs.host(BUSY_TOKENS), jobs.device(BUSY_TOKENS), jobs.link(jobs.arriving)
+    return {
+        "host": [device, link] if jobs.roomy else [link],
+        "device": [host, link] if jobs.roomy else [host],
+        "link": [host, device] if jobs.roomy else [host],
+        "layer": [link],
+    }[part]
+
+
+def tables(jobs: dict[int, Job], besides: Sequence[list[Job]], share: int = 1) -> list[TimeTable]:
+    """Times of jobs by token count, a table for each of `besides`, what is done meanwhile.
+
+    None is longer than that of more tokens: noise only ever makes a time longer.
+    """
+    times = [[timed_ms(job, beside, share) for beside in besides] for job in jobs.values()]
+    return [
+        TimeTable(tuple(jobs), tuple(np.minimum.accumulate(column[::-1])[::-1].tolist()))
+        for column in zip(*times, strict=True)
+    ]
+
+
+def difference(longer: TimeTable, shorter: TimeTable) -> TimeTable:
+    """What one takes more than the other, at the same points; nothing where noise says less.
+
+    >>> difference(TimeTable((1, 8), (2.5, 3.0)), TimeTable((1, 8), (2.0, 3.5)))
+    TimeTable(tokens=(1, 8), ms=(0.5, 0.0))
+    """
+    more = (float(f"{max(0.0, a - b):.4g}") for a, b in zip(longer.ms, shorter.ms, strict=True))
+    return TimeTable(longer.tokens, tuple(more))
+
+
+def timed_ms(job: Job, beside: list[Job], share: int = 1) -> float:
+    """Median time of `job` while each of `beside` is done over and over; divided by `share`, four digits."""
+    for each in (job, *beside):
+        warm_up(each)
+    times: list[float] = []
+    with busy(beside):
+        while len(times) < ROUNDS or (len(times) < MOST_ROUNDS and sum(times) < ROUNDS_S):
+            began = time.perf_counter()
+            counted = job(len(times))
+            times.append(time.perf_counter() - began if counted is None else counted)
+    return float(f"{1e3 * float(np.median(times)) / share:.4g}")
+
+
+def warm_up(job: Job) -> None:
+    """Compiles, and meets each expert for the first time; a job that takes long is not done often."""
+    job(0)
+    began = time.perf_counter()
+    for round in range(1, 4 * LAYERS):
+        if time.perf_counter() - began < ROUNDS_S:
+            job(round)
+
+
+@contextmanager
+def busy(jobs: Iterable[Job]) -> Iterator[None]:
+    """Does each job over and over, on a thread of its own; all have begun when this is entered."""
+    jobs = list(jobs)
+    if not jobs:
+        yield
+        return
+    ended = threading.Event()
+    begun = [threading.Event() for _ in jobs]
+
+    def run(number: int) -> None:
+        try:
+            for round in itertools.count():
+                jobs[number](round)
+                begun[number].set()
+                if ended.is_set():
+                    break
+        finally:
+            begun[number].set()
+
+    helpers = Helpers(len(jobs), "layerscope-busy")
+    try:
+        done = helpers.start(run, range(len(jobs)))
+        for event in begun:
+            event.wait()
+        yield
+    finally:
+        ended.set()
+        helpers.close()
+    done.result()  # what went wrong there

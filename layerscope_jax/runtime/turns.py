@@ -1,0 +1,98 @@
+"""Who may use an engine: one thread at a time, in the process that made it, outside of traced functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import jax
+
+from layerscope_jax.support.jax_settings import own_settings
+
+_first: int | None = None
+"""The process in which the first engine of this program was made: its threads live there alone."""
+
+
+class Turns:
+    """The turns of an engine: a step each, or a whole call. Whoever comes meanwhile waits.
+
+    Nothing of a caller's is run within a turn but policies, predictors and the like, which have no business
+    with the engine; so nobody waits for somebody who waits for them.
+
+    Args:
+        lock: that a turn holds, one that its thread may take again.
+
+    Raises:
+        ValueError: where there can be no engine: within a traced function, and in a fork of a process that
+            has had one.
+    """
+
+    def __init__(self, lock: AbstractContextManager) -> None:
+        global _first
+        check_untraced("make an Engine")
+        self._process = os.getpid()
+        if _first is None:
+            _first = self._process
+        if _first != self._process:
+            raise ValueError(
+                f"this process ({self._process}) is a fork of one ({_first}) that has had an Engine: JAX "
+                'does not work in such a process; start it by multiprocessing.get_context("spawn")'
+            )
+        self._lock = lock
+        self._taken = False
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this process is a fork of the engine's own, and has none of its threads."""
+        return os.getpid() != self._process
+
+    def check(self) -> None:
+        """Refuses a call where no turn can be had.
+
+        Raises:
+            ValueError: in a fork of the engine's process, or within a traced function.
+        """
+        if self.inherited:
+            raise ValueError(
+                f"this Engine was made in another process ({self._process}), of which this one "
+                f"({os.getpid()}) is a fork, without its threads; generate there, or start processes by "
+                'multiprocessing.get_context("spawn") and make an Engine in each'
+            )
+        check_untraced("use an Engine")
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within, the engine is this thread's, and so are JAX's settings.
+
+        Raises:
+            ValueError: as `check`, and from within a turn of the same thread.
+        """
+        self.check()
+        with self._lock:
+            if self._taken:
+                raise ValueError(
+                    "the engine is in the midst of a step that this call comes out of: a policy, predictor, "
+                    "copy or signal handler cannot generate; call from on_token, or when the step is over"
+                )
+            try:
+                self._taken = True
+                with own_settings():
+                    yield
+            finally:
+                self._taken = False
+
+
+def check_untraced(what: str) -> None:
+    """Refuses to go on while JAX traces a function: what is computed there are no numbers yet.
+
+    Raises:
+        ValueError: if it does.
+    """
+    try:
+        jax.sharding.get_mesh()  # no other public function tells
+    except ValueError:
+        raise ValueError(
+            f"expected to be outside of functions that JAX traces (jit, vmap, grad, scan and the like): one "
+            f"cannot {what} in them; generate before, and pass the tokens in"
+        ) from None

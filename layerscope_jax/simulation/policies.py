@@ -1,0 +1,66 @@
+"""Recorded routing as workloads, and every policy by name on them, the oracle too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from layerscope_jax.scheduling.baselines import Resident
+from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.oracle import Oracle
+from layerscope_jax.scheduling.plan import Geometry
+from layerscope_jax.scheduling.registry import FORECASTING, POLICIES
+from layerscope_jax.simulation.routing import Routing
+from layerscope_jax.simulation.simulator import Simulated, Workload, simulate
+
+# Where everything is resident there is nothing to compare, and it would begin with what others must copy.
+SIMULATED = (*(name for name in POLICIES if name != Resident.name), Oracle.name)
+"""Policies that can be compared by name; the oracle is told all demand to come."""
+
+BATCHES = (4, 16, 64)
+"""What is compared if nothing else is said."""
+
+
+def workloads(routing: Routing, batch: int, predictor: str) -> tuple[Workload, Workload]:
+    """What the first `batch` requests ask for: their prompts in one step, and their decode steps.
+
+    Raises:
+        ValueError: if there are not so many requests, or for an unknown predictor.
+    """
+    if not 1 <= batch <= routing.requests:
+        raise ValueError(f"batch must lie in 1..{routing.requests}, the requests recorded; got {batch}")
+    requests = range(batch)
+    counts, forecasts = routing.batch(requests, predictor)
+    tokens = int(routing.prefill_lengths[:batch].sum())
+    return (
+        Workload(phase="prefill", tokens=tokens, counts=routing.prefill(requests)[None]),
+        Workload(
+            phase="decode",
+            tokens=batch,
+            counts=counts,
+            # An engine without a predictor sees no forecast, rather than one of nothing.
+            forecasts=None if predictor == "none" else forecasts,
+        ),
+    )
+
+
+def run(
+    policy: str, workloads: Sequence[Workload], geometry: Geometry, costs: HardwareProfile
+) -> list[Simulated]:
+    """One of `SIMULATED` over workloads, from an empty device; forecasts are for those that use them."""
+    if policy not in FORECASTING:
+        workloads = [replace(part, forecasts=None) for part in workloads]
+    made = Oracle([part.counts for part in workloads]) if policy == Oracle.name else POLICIES[policy]()
+    return simulate(made, workloads, geometry, costs)
+
+
+def refusals(policies: Iterable[str], geometry: Geometry, costs: HardwareProfile) -> dict[str, str]:
+    """Policies that do not run within the budget, with the reason; the oracle always does."""
+    found = {}
+    for name in policies:
+        if name != Oracle.name:
+            try:
+                POLICIES[name]().init(geometry, costs)
+            except ValueError as error:
+                found[name] = str(error)
+    return found

@@ -1,0 +1,206 @@
+"""How commands end: an exit code, and one line on stderr for whatever went wrong."""
+
+from __future__ import annotations
+
+import dis
+import errno
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from layerscope_jax.support import interrupts
+from layerscope_jax.support.errors import TransferError
+
+DONE, FAILED, REFUSED, FAULT = 0, 1, 2, 70
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 not done, for lack of memory, disk space or a working device, or because nobody "
+    "reads the output any more (of demo also: other tokens came out); 2 refused, with what to change; 70 a "
+    "fault of layerscope, which --debug shows; 130 interrupted."
+)
+
+OURS = ("layerscope_jax", "predictor")
+OUTPUT = "standard output"
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EPIPE)
+"""What no other file's name would help against."""
+
+
+def run(command: Callable[[list[str]], int | None], args: Sequence[str] | None = None) -> int:
+    """Calls a command with its arguments and returns its exit code (None counts as 0).
+
+    What it raises becomes one line on stderr; an argument `--debug`, wherever it stands, asks for the
+    traceback too, and is not passed on.
+
+    Args:
+        command: is given the arguments.
+        args: those of the process if None.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    debug, rest = "--debug" in args, [arg for arg in args if arg != "--debug"]
+    interrupts.promise(interrupts.PLAIN)
+    with _output():
+        try:
+            code = _outcome(lambda: command(rest), debug)
+        except SystemExit:  # help was asked for, or the command line cannot be read
+            if lost := _outcome(_flush, debug):
+                return lost
+            raise
+        return code or _outcome(_flush, debug)
+
+
+def end(command: Callable[[list[str]], object], args: Sequence[str] | None = None) -> None:
+    """As `run`, for a module's `main` that returns nothing.
+
+    Raises:
+        SystemExit: if something went wrong, with the exit code.
+    """
+
+    def call(rest: list[str]) -> None:
+        command(rest)
+
+    if code := run(call, args):
+        raise SystemExit(code)
+
+
+def say(text: str) -> None:
+    """Prints to stderr, if there is one."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr)
+
+
+def need_output() -> None:
+    """Refuses to begin what nobody could be told of.
+
+    Raises:
+        OSError: if the standard output is closed.
+    """
+    if isinstance(sys.stdout, _Closed):
+        sys.stdout.write("")
+
+
+def is_deliberate(error: BaseException) -> bool:
+    """Whether code of ours raised it, with `raise`, to say something; else it came up from beneath."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or place.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in OURS:
+        return False
+    return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+
+
+def code_of(error: Exception) -> int:
+    """Whose matter it is: of who gave the input, of the machine, or a fault of ours."""
+    if isinstance(error, OSError):
+        return FAILED if error.filename in (None, OUTPUT) or error.errno in MACHINE else REFUSED
+    if isinstance(error, ValueError) and is_deliberate(error):
+        return REFUSED
+    if isinstance(error, MemoryError):
+        return FAILED
+    if isinstance(error, TransferError):
+        return FAILED
+    jax_says = ("RESOURCE_EXHAUSTED", "Unable to initialize backend")
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in jax_says):
+        return FAILED
+    return FAULT
+
+
+def described(error: Exception) -> str:
+    """What went wrong, without the number that OSError puts before it; for lack of memory, what to change."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    what = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+        return f"out of memory: {what or 'none is left'}; give a smaller --device-budget or --max-num-seqs"
+    return what or type(error).__name__
+
+
+def _outcome(call: Callable[[], int | None], debug: bool) -> int:
+    try:
+        return call() or DONE
+    except KeyboardInterrupt:
+        interrupts.tell()
+        return interrupts.INTERRUPTED
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename == OUTPUT:
+            _give_output_up()
+        if isinstance(error, BrokenPipeError):  # whoever read the output has gone: nothing is to be said
+            return FAILED
+        return _explain(error, debug)
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    if debug and sys.stderr is not None:
+        traceback.print_exception(error)
+    code, text = code_of(error), described(error)
+    if code == FAULT:
+        advice = "report it with the lines above" if debug else "run again with --debug and report it"
+        name = type(error).__name__
+        what = name if text == name else f"{name}: {text}"
+        text = f"this is a fault of layerscope, not of your input: {what}; {advice}"
+    say("error: " + " ".join(text.split()))
+    return code
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+
+
+def _give_output_up() -> None:
+    """Drops what is left to be written, which Python would try again in the end."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Makes the standard output take any letter, and name itself where it takes nothing."""
+    before = sys.stdout
+    if before is None:
+        sys.stdout = _Closed()
+    elif isinstance(before, io.TextIOWrapper):
+        errors = "backslashreplace"  # no letter that a terminal lacks may end a run
+        buffer: Any = before.buffer  # where Python buffers nothing, the file itself
+        if isinstance(getattr(buffer, "raw", buffer), io.FileIO):
+            before.flush()
+            named = _Named(before.fileno(), "w", closefd=False)
+            sys.stdout = io.TextIOWrapper(
+                named if isinstance(buffer, io.FileIO) else io.BufferedWriter(named),  # type: ignore[arg-type]
+                encoding=before.encoding,
+                errors=errors,
+                line_buffering=before.line_buffering,
+                write_through=before.write_through,
+            )
+        else:
+            before.reconfigure(errors=errors)
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
+class _Named(io.FileIO):
+    """The standard output, whose errors say so."""
+
+    def write(self, data: Any) -> Any:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, OUTPUT) from None
+
+
+class _Closed(io.TextIOBase):
+    """Stands for a standard output that is not there."""
+
+    encoding = "utf-8"
+
+    @property
+    def buffer(self) -> _Closed:
+        return self
+
+    def write(self, text: object) -> int:
+        raise OSError(errno.EBADF, "it is closed, and there is something to print", OUTPUT)

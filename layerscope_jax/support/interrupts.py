@@ -1,0 +1,142 @@
+"""Ctrl-C in a command: noted at once, heeded where nothing is half done, or else two seconds later.
+
+A handler that raised would do so wherever Python happens to be: in a callback of a compiled program or in a
+destructor the exception is printed and lost, in an import it is a traceback. So this one only notes the
+signal, and long loops call `check` where they may end. Where the main thread does not get there, because it
+compiles or waits, a thread that the signal wakes ends the process: files that can be gone on with hold whole
+lines, and at worst the beginning of one, which the next run cuts off. A second Ctrl-C ends it so at once.
+
+None of this is in force unless a command is run as one (`support.entry`). In a program that uses the
+library `check` does nothing, and the program's own handler stays.
+"""
+
+from __future__ import annotations
+
+import _thread  # for `threading` takes its time, before which the handler is to be there
+import atexit
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
+
+PATIENCE_S = 1.5
+"""How long the main thread has to end by itself."""
+
+INTERRUPTED = 130  # exit code, as of shells
+PLAIN = "interrupted"
+FRESH = "\x1b[?25h\n"  # on a terminal: the cursor that a bar hid, and a line of its own
+
+_noted = False
+_busy = False  # else there is nothing that could be left half done
+_line = PLAIN
+_told = False
+_telling = _thread.allocate_lock()
+
+
+def check() -> None:
+    """Ends the command if its user asked for that.
+
+    Raises:
+        KeyboardInterrupt: after a Ctrl-C.
+    """
+    if _noted:
+        raise KeyboardInterrupt
+
+
+def promise(line: str) -> None:
+    """Sets what an interruption is answered with: how to go on, say."""
+    global _line
+    _line = line
+
+
+def install() -> None:
+    """Takes Ctrl-C over in this process, unless it is ignored, as in what a shell runs in the background."""
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+        return
+    signal.signal(signal.SIGINT, _note)  # before the imports below, which take a while too
+    # What is registered first is called last. After it Python gives signals up, and is through soon.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    import socket
+    import threading
+
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    threading.Thread(target=_watch, args=(ours,), name="interrupts", daemon=True).start()
+    # The signal itself writes there, even while the main thread is outside of Python.
+    signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
+    if _noted:  # before anybody could be woken
+        leave()
+
+
+def begin() -> None:
+    """From now on a command is at work; before, while it is imported, Ctrl-C ends the process at once."""
+    global _busy
+    _busy = True
+
+
+def close() -> None:
+    """Lets Ctrl-C end the process at once again, now that the command is done; also one that came before."""
+    global _busy
+    _busy = False
+    if _noted:
+        leave()
+
+
+def tell() -> None:
+    """Says once on stderr that the command was interrupted; when it returns, that was said."""
+    global _told
+    with _telling:
+        if not _told:
+            _say()
+        _told = True
+
+
+def _say() -> None:
+    with suppress(OSError, ValueError, AttributeError):  # nobody is there to be told
+        try:
+            number = sys.stderr.fileno()
+        except OSError:  # it is kept in memory
+            print(_line, file=sys.stderr)
+        else:
+            fresh = FRESH if os.isatty(number) else ""
+            if _takes(number):
+                # Past Python's buffer, which another thread may be at.
+                os.write(number, f"{fresh}{_line}\n".encode(errors="backslashreplace"))
+
+
+def leave() -> None:
+    """Ends the process, whatever its threads are doing."""
+    tell()
+    os._exit(INTERRUPTED)
+
+
+def _takes(number: int) -> bool:
+    """Whether a line can be written there without waiting for whoever reads it."""
+    import select
+
+    try:
+        return bool(select.select([], [number], [], 0.2)[1])
+    except (OSError, ValueError):  # on Windows only sockets can be asked
+        return True
+
+
+def _note(signum: int, frame: object) -> None:
+    global _noted
+    _noted = True
+
+
+def _watch(woken: socket.socket) -> None:
+    """Ends the process some time after the first Ctrl-C, or at the second."""
+    came = 0
+    while came < (2 if _busy else 1):
+        woken.settimeout(PATIENCE_S if came else None)
+        try:
+            signals = woken.recv(64)
+        except TimeoutError:
+            break
+        came += signals.count(signal.SIGINT)
+    leave()

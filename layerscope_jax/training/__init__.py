@@ -1,1 +1,0 @@
-"""Training the small model that ships with the library: its text, its tokens, its weights."""

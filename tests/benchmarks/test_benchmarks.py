@@ -1,0 +1,363 @@
+"""The benchmarks run, in their smallest sizes, and write what they say they write. No time is checked."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers import MACHINE, PROFILE
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from benchmarks import (
+    bench_batching,
+    bench_growth,
+    bench_host_experts,
+    bench_link,
+    bench_memory,
+    bench_overhead,
+    bench_planning,
+    bench_policies,
+    bench_prefill,
+    bench_recall,
+    bench_resident,
+    bench_simulator,
+    harness,
+)
+from benchmarks.random_models import random_decoder, shapes
+from benchmarks.stopwatch import Stopwatch
+from layerscope_jax import Engine, MachineProfile, OffloadConfig, load, parse_bytes, save
+from layerscope_jax.kernels import cpu
+from layerscope_jax.profiling.machine_profile import ModelShape
+from layerscope_jax.runtime import layerwise
+from layerscope_jax.support import machine
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def test_the_machine_is_named():
+    record = harness.machine()
+    assert record.keys() == MACHINE
+    assert record["versions"].keys() == {"python", *harness.PACKAGES}
+    assert record["cpu"] in harness.describe(record)
+
+
+def test_bench_resident(tmp_path, capsys):
+    file = tmp_path / "resident.json"
+    bench_resident.main(bench_resident.Options(quick=True, shapes=("olmoe",), batches=(4,), json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "resident"
+    assert result["quick"]
+    assert result["machine"].keys() == MACHINE
+    assert [(row["shape"], row["batch"]) for row in result["rows"]] == [("olmoe", 4)]
+    for row in result["rows"]:
+        assert row["ms"].keys() >= {"engine", "loop-4-rows"}
+        for part in ("prefill", "decode"):
+            assert row["ms"]["engine"][part].keys() == {"median", "p90"}
+            assert row["ratios"][part].keys() >= {"best", "engine/loop"}
+        loops = {name: share for name, share in row["same_tokens_as_engine"].items() if name[:2] != "hf"}
+        assert set(loops.values()) == {1.0}
+    assert "engine/loop" in capsys.readouterr().out
+
+
+def test_bench_resident_names_the_shapes_there_are():
+    with pytest.raises(SystemExit, match="mixtral, mixtral-444m, olmoe; got phi"):
+        bench_resident.main(bench_resident.Options(shapes=("phi",)))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A random model with a tokenizer of one word an id, and prompts in its words."""
+    folder = tmp_path / "checkpoint"
+    config = replace(shapes(quick=True)["olmoe"], num_layers=2)
+    save(random_decoder(config), folder)
+    words = {str(number): number for number in range(config.vocab_size)}
+    Tokenizer(WordLevel(words, unk_token="0")).save(str(folder / "tokenizer.json"))
+    # This tokenizer parts nothing: a prompt is one word, a token.
+    rows = [{"id": str(n), "domain": "numbers", "prompt": str(n)} for n in range(3)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_bench_policies(checkpoint, tmp_path, capsys):
+    file = tmp_path / "policies.json"
+    options = bench_policies.Options(
+        quick=True, checkpoint=checkpoint, policies=("lru", "host-only"), budgets=(50,), batch=4, json=file
+    )
+    bench_policies.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "policies"
+    assert result["machine"].keys() == MACHINE
+    assert result["model"]["experts"] == 64
+    assert [row["policy"] for row in result["rows"]] == ["resident", "lru", "host-only"]
+    for row in result["rows"]:
+        assert row["same_tokens_as_resident"]
+        assert row["tpot_ms"].keys() == row["tokens_per_s"].keys() == {"median", "p90"}
+        assert row["stats"]["new_tokens"] == 3 * 4
+    assert result["rows"][0]["stats"]["bytes_moved"] == 0
+    assert min(row["time_to_best"]["median"] for row in result["rows"][1:]) == 1.0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_policy_that_a_budget_is_too_small_for_is_said_to_be(checkpoint, capsys):
+    options = bench_policies.Options(quick=True, checkpoint=checkpoint, policies=("lru",), budgets=(10,))
+    row = bench_policies.main(options)["rows"][0]
+    assert row["policy"] == "lru"
+    assert "device_budget is too small" in row["refused"]
+    assert "budget too small" in capsys.readouterr().out
+
+
+def test_bench_policies_says_what_is_missing(checkpoint):
+    with pytest.raises(SystemExit, match=r"absent\.jsonl: expected lines of JSON"):
+        bench_policies.main(
+            bench_policies.Options(checkpoint=checkpoint, prompts=checkpoint / "absent.jsonl")
+        )
+
+
+def test_bench_batching(checkpoint, tmp_path, capsys):
+    file = tmp_path / "batching.json"
+    options = bench_batching.Options(
+        quick=True, checkpoint=checkpoint, policies=("resident", "host-only"), json=file
+    )
+    bench_batching.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "batching"
+    assert result["machine"].keys() == MACHINE
+    assert len(result["prompt_tokens"]) == len(result["new_tokens"]) == 6
+    assert [(row["policy"], row["slots"]) for row in result["rows"]] == [("resident", 2), ("host-only", 2)]
+    for row in result["rows"]:
+        steps = row["steps"]
+        assert steps.keys() == row["tokens_per_s"].keys() == {"continuous", "batch by batch", "even"}
+        assert steps["even"]["decode"] <= steps["continuous"]["decode"] <= steps["batch by batch"]["decode"]
+        assert row["same_tokens"] == 1
+    assert "to batch by batch" in capsys.readouterr().out
+
+
+def test_bench_prefill(checkpoint, tmp_path, capsys):
+    file = tmp_path / "prefill.json"
+    bench_prefill.main(bench_prefill.Options(quick=True, checkpoint=checkpoint, budget=50, json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "prefill"
+    assert result["machine"].keys() == MACHINE
+    assert [(row["policy"], row["chunk"], row["steps"]) for row in result["rows"]] == [
+        (policy, chunk, steps)
+        for policy in ("resident", "on-demand")
+        for chunk, steps in ((4096, 1), (32, 2))
+    ]
+    for row in result["rows"]:
+        assert row["prompt_tokens"] == 40
+        assert row["ttft_ms"].keys() == {"median", "p90"}
+        assert (row["bytes_moved"] > 0) == (row["policy"] == "on-demand")
+    assert "MB grown" in capsys.readouterr().out
+
+
+def test_bench_memory(tmp_path, capsys):
+    file = tmp_path / "memory.json"
+    bench_memory.main(bench_memory.Options(quick=True, policies=("lru",), json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "memory"
+    assert result["machine"].keys() == MACHINE
+    assert [row["policy"] for row in result["rows"]] == ["lru", "resident"]
+    for row in result["rows"]:
+        assert row["kept"]
+        assert row["prefills_of_newcomers"] > 0
+        named = row["named_bytes"]
+        assert named.keys() == {"experts", "dense", "slots", "newcomers", "rows", "predictor"}
+        assert row["device_bytes"]["prefill"] > named["dense"] + named["slots"]
+    lru, resident = result["rows"]
+    assert lru["experts_bytes"] == lru["budget_bytes"] < lru["bytes_moved"]
+    assert resident["experts_bytes"] == resident["bytes_moved"] == 0
+    assert "process grew" in capsys.readouterr().out
+
+
+def test_bench_link(tmp_path, capsys):
+    file = tmp_path / "link.json"
+    bench_link.main(bench_link.Options(quick=True, json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "link"
+    assert result["machine"].keys() == MACHINE
+    assert [(row["policy"], row["link"]) for row in result["bound"]] == [
+        ("on-demand", "20MB"),
+        ("on-demand", "unpaced"),
+    ]
+    for row in result["bound"]:
+        # Nothing is kept, so all that is needed is copied, again and again.
+        assert row["bytes_moved"]["median"] > 3 * 2 * 4 * result["model"]["expert_bytes"]
+        assert row["busy_share"].keys() == row["loading_to_loop"].keys() == {"median", "p90"}
+        assert row["bytes_per_s"].keys() == {"whole", "loading", "loop"}
+        assert row["bytes_per_s"]["whole"]["median"] < row["bytes_per_s"]["loading"]["median"]
+    assert [row["policy"] for row in result["overlap"]] == ["fate"]
+    (shares,) = (row["shares"] for row in result["overlap"])
+    assert sum(share["median"] for share in shares.values()) == pytest.approx(
+        result["overlap"][0]["together"]["median"]
+    )
+    assert {(row["profile"], row["link"]) for row in result["overtaking"]} == {
+        ("qwen3-30b-a3b", "20MB"),
+        ("qwen3-30b-a3b", "unpaced"),
+    }
+    for row in result["overtaking"]:
+        assert row["prefetches"] == 15
+        for way in ("alone", "overtaking"):
+            begins, there = row["chunks_until_it_begins"][way], row["chunks_until_it_is_there"][way]
+            assert 0 < begins["median"] <= begins["most"]
+            assert begins["median"] < there["median"]
+    assert "overtaking" in capsys.readouterr().out
+
+
+def test_bench_growth(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file, plot = tmp_path / "growth.json", tmp_path / "growth.png"
+    options = bench_growth.Options(quick=True, policies=("host-only", "lru"), json=file, plot=plot)
+    bench_growth.main(replace(options, axes=("batch", "prompt", "budget")))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "growth"
+    assert result["machine"].keys() == MACHINE
+    found = {(row["axis"], row["value"], row["policy"]): row for row in result["rows"]}
+    both = [("batch", 2), ("batch", 4), ("prompt", 16), ("prompt", 32)]
+    assert found.keys() == {(*at, policy) for at in both for policy in options.policies} | {
+        ("budget", 50, "lru"),
+        ("budget", 100, "lru"),
+    }
+    for (axis, value, _), row in found.items():
+        tokens = {"batch": 16 * value, "prompt": 4 * value, "budget": 4 * 16}[axis]
+        by_time = 1e3 * tokens / row["ms"]["prefill"]["median"]
+        assert row["tokens_per_s"]["prefill"]["median"] == pytest.approx(by_time, rel=1e-3)
+        for phase in ("prefill", "decode"):
+            assert row["work_ms"][phase].keys() == {"dense", "attention", "experts"}
+    # Whoever computes them, the same experts are chosen.
+    for at in both:
+        assert found[(*at, "lru")]["work_ms"] == found[(*at, "host-only")]["work_ms"]
+    for grown in result["growth"]:
+        assert (grown["work"] > 1) == (grown["axis"] != "budget") or grown["phase"] == "decode"
+    assert "steepest step" in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="axes are batch, prompt, experts"):
+        bench_growth.main(replace(options, axes=("width",)))
+
+
+def test_bench_simulator(checkpoint, tmp_path, capsys, monkeypatch):
+    def calibrated(model, *, emulated_link_bandwidth, **_):  # measuring has tests of its own, and takes long
+        return MachineProfile(
+            name="made up",
+            costs=PROFILE,
+            model=ModelShape.of(model),
+            machine=machine.describe(model.device),
+            emulated_link_bandwidth=parse_bytes(emulated_link_bandwidth),
+            details={"seconds": 0.0},
+        )
+
+    monkeypatch.setattr(bench_simulator, "calibrate", calibrated)
+    file = tmp_path / "simulator.json"
+    options = bench_simulator.Options(
+        quick=True,
+        checkpoint=checkpoint,
+        policies=("lru", "fate"),  # nothing on the host: less to compile
+        budget=50,
+        link="1GB",
+        json=file,
+    )
+    bench_simulator.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "simulator"
+    assert result["machine"].keys() == MACHINE
+    assert result["policies"].keys() == {"lru", "fate"}
+    for row in result["policies"].values():
+        for way in ("measured", "predicted"):
+            assert row["prefill_ms"][way] > 0
+            assert len(row["decode_ms"][way]) == 2
+            assert min(row["decode_ms"][way]) > 0
+    for name in ("decode_error", "decode_error_with_planning"):
+        assert result["summary"][name].keys() == {"mean", "p90"}
+    assert -1 <= result["summary"]["kendall_tau"] <= 1
+    assert "Kendall's tau" in capsys.readouterr().out
+
+
+def test_bench_recall(tmp_path, capsys):
+    file = tmp_path / "recall.json"
+    bench_recall.main(bench_recall.Options(quick=True, profiles=("mixtral-8x7b",), json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "recall"
+    assert result["machine"].keys() == MACHINE
+    rows = [(row["policy"], row["recall_percent"]) for row in result["rows"]]
+    assert rows == [(policy, recall) for policy in ("presched", "auto") for recall in (None, 100, 0)]
+    for row in result["rows"]:
+        assert row["step_ms"] > 0
+        assert 0 <= row["mb_wasted_per_step"] <= row["mb_moved_per_step"]
+    assert [row["experts_foreseen"] for row in result["rows"][:2]] == [None, 1.0]
+    assert len(result["verdicts"]) == 2
+    assert "pays from" in capsys.readouterr().out
+
+
+def test_bench_planning(tmp_path, capsys):
+    file = tmp_path / "planning.json"
+    options = bench_planning.Options(
+        quick=True, profiles=("mixtral-8x7b",), policies=("lru", "presched"), json=file
+    )
+    bench_planning.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "planning"
+    assert result["machine"].keys() == MACHINE
+    assert [(row["policy"], row["look_ahead"]) for row in result["rows"]] == [("lru", None), ("presched", 2)]
+    for row in result["rows"]:
+        assert row["assignments"] == 4 * 2
+        assert 0 < row["resident"] <= 88
+        assert row["us"].keys() == {"median", "p90"}
+    assert "µs a layer" in capsys.readouterr().out
+
+
+def test_bench_host_experts(tmp_path, capsys):
+    file = tmp_path / "host_experts.json"
+    bench_host_experts.main(bench_host_experts.Options(quick=True, json=file))
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "host_experts"
+    assert result["machine"].keys() == MACHINE
+    assert {(row["dtype"], row["tokens"]) for row in result["rows"]} == {
+        (dtype, tokens) for dtype in ("bfloat16", "float32") for tokens in (1, 4)
+    }
+    for row in result["rows"]:
+        # Three matrices of 64 x 96 are read, by the times that stand beside.
+        size = 3 * 64 * 96 * (2 if row["dtype"] == "bfloat16" else 4)
+        assert row["ms"].keys() >= {"loops", "xla", row["taken"]}
+        for way, ms in row["ms"].items():
+            assert row["gb_per_s"][way]["median"] == pytest.approx(size / ms["median"] / 1e6, rel=1e-3)
+    assert "reading alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bench", [bench_recall, bench_planning])
+def test_simulations_name_the_profiles_there_are(bench):
+    with pytest.raises(SystemExit, match="mixtral-8x7b@pcie4-x16"):
+        bench.main(bench.Options(quick=True, profiles=("phi",)))
+
+
+def test_bench_overhead(tmp_path, capsys):
+    file = tmp_path / "overhead.json"
+    options = bench_overhead.Options(
+        quick=True, models=("wide",), policies=("presched", "host-only"), json=file
+    )
+    bench_overhead.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "overhead"
+    assert result["machine"].keys() == MACHINE
+    rows = result["models"][0]["rows"]
+    assert [row["policy"] for row in rows] == ["presched", "host-only"]
+    for row in rows:
+        assert {"dispatching attention", "attention", "experts", "policy.plan"} <= row["us"].keys()
+        assert row["timed_calls_a_layer"] > 10
+        assert row["layer_us"]["median"] > 0
+    assert "all but arithmetic and copying" in capsys.readouterr().out
+
+
+def test_bench_overhead_leaves_the_engine_as_it_was(checkpoint):
+    """Timed and untimed runs take turns on one engine."""
+    with Engine(load(checkpoint), OffloadConfig(device_budget=0, policy="host-only")) as engine:
+        parts = [
+            engine.runner,
+            engine.runner.transfers,
+            engine.runner.residency,
+            engine.policy,
+            cpu,
+            layerwise,
+        ]
+        before = [dict(vars(part)) for part in parts]
+        with bench_overhead.timed_parts(engine, Stopwatch()):
+            assert [dict(vars(part)) for part in parts] != before
+        assert [dict(vars(part)) for part in parts] == before

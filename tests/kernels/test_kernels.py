@@ -1,0 +1,205 @@
+"""Our own loops: the network's rows, with the same bits in any company, block and thread."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from layerscope_jax.kernels import amx, cpu, strips, vectors
+from layerscope_jax.kernels.cpu import AMX, LOOPS, PAIRS, CpuExperts, InMemory, WorkStats, kernel_of
+from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.numbers import silu
+from layerscope_jax.models.experts import ExpertWeights
+
+TYPES = {"float32": (np.float32, 2e-6), "bfloat16": (ml_dtypes.bfloat16, 1e-2)}
+
+
+@pytest.fixture
+def computers():
+    """By threads and kernel."""
+    made = {}
+
+    def get(threads, kernel):
+        key = threads, kernel.name
+        if key not in made:
+            made[key] = CpuExperts(threads, kernel)
+        return made[key]
+
+    yield get
+    for one in made.values():
+        one.close()
+
+
+def experts(dtype, width, hidden, count):
+    rng = np.random.default_rng(0)
+
+    def matrix(*shape):
+        return jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype))
+
+    return [
+        ExpertWeights(matrix(width, hidden), matrix(width, hidden), matrix(hidden, width))
+        for _ in range(count)
+    ]
+
+
+def rows_of(computer, inputs, tokens, weights):
+    """[T, D] of those `tokens` of one expert."""
+    chosen = Assignments(np.zeros((len(inputs), 1), np.int32), np.isin(np.arange(len(inputs)), tokens))
+    outputs = np.zeros((len(inputs) + 1, inputs.shape[1]), inputs.dtype)
+    computer.compute(outputs, inputs, chosen, [0], lambda _: [InMemory.of(weights)], WorkStats())
+    others = np.delete(outputs[:-1], tokens, 0)
+    assert not others.any()
+    return outputs[tokens]
+
+
+def network(inputs, weights):
+    """The same rows in float64, rounded where the network rounds."""
+    gate, up, down = (np.asarray(matrix, np.float64) for matrix in weights)
+    x = inputs.astype(np.float64)
+    inner = (x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)
+    return inner.astype(inputs.dtype).astype(np.float64) @ down
+
+
+# Sizes that are no multiples of what is added at once, less than that, more than are summed at once.
+SHAPES = [(37, 29), (3, 5), (64, 96), (6, 4500), (40, 100), (597, 309), (608, 320)]
+EVEN = [(32, 32), (96, 64), (64, 4128), (288, 544)]
+COUNTS = (1, 2, 3, 4, 7, 8, 15, 16, 29, 40, 64, 65, 130)
+
+pairs_only = pytest.mark.skipif(
+    not vectors.suit_pairs(np.dtype(ml_dtypes.bfloat16), 32, 32), reason="this CPU has no AVX512_BF16"
+)
+WAYS = [
+    *[(name, LOOPS, shape) for name in TYPES for shape in SHAPES],
+    *[pytest.param("bfloat16", PAIRS, shape, marks=pairs_only) for shape in EVEN],
+]
+
+
+@pytest.mark.parametrize(("name", "kernel", "shape"), WAYS)
+def test_they_are_the_network(computers, name, kernel, shape):
+    dtype, tolerance = TYPES[name]
+    (weights,) = experts(dtype, *shape, 1)
+    inputs = np.random.default_rng(1).standard_normal((130, shape[0])).astype(dtype)
+    expected = network(inputs, weights)
+    for count in COUNTS:
+        found = rows_of(computers(1, kernel), inputs, np.arange(count), weights).astype(np.float64)
+        error = np.abs(found - expected[:count]).max() / np.abs(expected).max()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "shape"),
+    [
+        ("float32", LOOPS, (302, 300)),
+        ("bfloat16", LOOPS, (302, 300)),
+        ("float32", LOOPS, (608, 320)),  # without a rest: many tokens go another way
+        ("bfloat16", LOOPS, (608, 320)),
+        pytest.param("bfloat16", PAIRS, (608, 320), marks=pairs_only),
+    ],
+)
+def test_a_row_has_the_same_bits_in_any_company(computers, name, kernel, shape):
+    dtype, _ = TYPES[name]
+    (weights,) = experts(dtype, *shape, 1)
+    inputs = np.random.default_rng(2).standard_normal((130, shape[0])).astype(dtype)
+    alone = [rows_of(computers(1, kernel), inputs, np.array([t]), weights) for t in range(130)]
+    for count in COUNTS:
+        some = np.sort(np.random.default_rng(count).permutation(130)[:count])
+        found = rows_of(computers(2, kernel), inputs, some, weights)
+        np.testing.assert_array_equal(bits(found), bits(np.concatenate(alone)[some]))
+
+
+def test_tokens_are_shared_out_into_groups_that_are_compiled():
+    for tokens in range(strips.MANY, 500):
+        groups = -(-tokens // strips.TOKENS)
+        sizes = {tokens * (n + 1) // groups - tokens * n // groups for n in range(groups)}
+        assert sizes <= set(range(strips.FEWEST, strips.TOKENS + 1))
+
+
+def test_the_kernel_that_suits():
+    kinds = {"float32": {LOOPS}, "bfloat16": {LOOPS, PAIRS, AMX}, "float16": {None}}
+    for name, possible in kinds.items():
+        assert kernel_of(np.dtype(name), 64, 96) in possible
+    assert kernel_of(np.dtype("bfloat16"), 64, 100) is LOOPS  # neither pairs nor tiles without a rest
+
+
+amx_only = pytest.mark.skipif(not amx.available(), reason="this CPU has no AMX")
+
+
+@amx_only
+@pytest.mark.parametrize("shape", EVEN)
+def test_matrix_instructions_are_the_network(computers, shape):
+    assert kernel_of(np.dtype(ml_dtypes.bfloat16), *shape) is AMX
+    (weights,) = experts(ml_dtypes.bfloat16, *shape, 1)
+    inputs = np.random.default_rng(1).standard_normal((300, shape[0])).astype(ml_dtypes.bfloat16)
+    expected = network(inputs, weights)
+    for count in (1, 2, 15, 16, 17, 33, 64, 65, 256, 257, 300):
+        found = rows_of(computers(3, AMX), inputs, np.arange(count), weights).astype(np.float64)
+        assert np.abs(found - expected[:count]).max() / np.abs(expected).max() < 1e-2
+
+
+@amx_only
+@given(some=st.lists(st.integers(0, 299), min_size=1, max_size=300, unique=True).map(sorted))
+@settings(deadline=None)  # the first time may compile
+def test_matrix_instructions_give_a_row_the_same_bits_in_any_company(some):
+    computer, (weights,) = CpuExperts(2, AMX), experts(ml_dtypes.bfloat16, 160, 96, 1)
+    inputs = np.random.default_rng(2).standard_normal((300, 160)).astype(ml_dtypes.bfloat16)
+    everything = rows_of(computer, inputs, np.arange(300), weights)
+    found = rows_of(computer, inputs, np.array(some), weights)
+    np.testing.assert_array_equal(bits(found), bits(everything[some]))
+    one = rows_of(computer, inputs, np.array(some[:1]), weights)
+    np.testing.assert_array_equal(bits(one), bits(everything[some[:1]]))
+    computer.close()
+
+
+@amx_only
+def test_matrix_instructions_leave_no_shapes_behind(computers):
+    """XLA and others that use tiles in the same thread find them as they were."""
+    weights = experts(ml_dtypes.bfloat16, 64, 64, 1)
+    memory = np.zeros(128, np.uint8)
+    at = -(-memory.ctypes.data // 64) * 64
+
+    @njit
+    def shapes(to):
+        amx.store_shapes(to)
+
+    shapes(at)
+    before = memory.copy()
+    rows_of(computers(1, AMX), np.ones((3, 64), ml_dtypes.bfloat16), np.arange(3), weights[0])
+    memory[:] = 1
+    shapes(at)
+    np.testing.assert_array_equal(
+        memory[at - memory.ctypes.data :][:64], before[at - memory.ctypes.data :][:64]
+    )
+
+
+@pytest.mark.parametrize("x", [-200.0, -87.5, -10.0, -1e-3, 0.0, 1e-3, 1.0, 20.0, 88.5, 1e30, np.nan])
+def test_silu(x):
+    exact = x / (1 + np.exp(-np.float64(x)))
+    assert silu(np.float32(x)) == pytest.approx(exact, rel=3e-7, abs=1e-30, nan_ok=True)
+
+
+def test_silu_everywhere():
+    x = np.linspace(-80, 80, 20_001).astype(np.float32)
+    found = np.array([silu(one) for one in x], np.float64)
+    np.testing.assert_allclose(found, x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64))), rtol=4e-7)
+
+
+def test_threads_share_the_experts_out_and_change_no_bit(computers, monkeypatch):
+    monkeypatch.setattr(cpu, "SHARE_BYTES", 1)
+    weights = experts(np.float32, 32, 48, 7)
+    rng = np.random.default_rng(3)
+    rows = Assignments(np.argsort(rng.random((9, 7)), 1)[:, :3].astype(np.int32))
+    inputs = rng.standard_normal((9, 32)).astype(np.float32)
+    held = [InMemory.of(expert) for expert in weights]
+    found = []
+    for computer in (computers(1, LOOPS), computers(3, LOOPS)):
+        outputs = np.zeros((28, 32), np.float32)
+        computer.compute(
+            outputs, inputs, rows, rows.demand, lambda some: list(map(held.__getitem__, some)), WorkStats()
+        )
+        found.append(outputs[:-1])
+    assert np.abs(found[0]).max(1).min() > 0
+    np.testing.assert_array_equal(*found)

@@ -1,0 +1,94 @@
+"""Everything resident on a CPU: decode steps in one jitted function say what layers by themselves say."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_model
+
+from layerscope_jax import Engine, OffloadConfig, Request
+from layerscope_jax.runtime.resident import ResidentOnCpu
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # bits are the business of test_exactness.py
+
+SHAPES = {"float32": {}, "bfloat16": {"hidden_size": 64, "moe_intermediate_size": 96, "head_dim": 32}}
+
+
+def watch(*layer):
+    """A tap, with which decode steps go by layers too."""
+
+
+def requests():
+    """Some end before the others, and others join."""
+    sizes = [(3, 9), (1, 2), (7, 5), (2, 12), (4, 1), (50, 6)]
+    return [
+        Request(prompt=[(7 * n + row) % 61 for n in range(size)], max_new_tokens=count, stop_token_ids=())
+        for row, (size, count) in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_gives_the_tokens_of_layers(name):
+    model = random_model(dtype=jnp.dtype(name), **SHAPES[name])
+    found = []
+    for by_layers in (True, False):
+        with Engine(model) as engine:
+            assert engine.runner.mode == "decode"
+            engine.runner.tap = watch if by_layers else None
+            found.append(engine.generate(requests(), max_num_seqs=3))
+    layers, fast = found
+    assert fast.token_ids == layers.token_ids
+    assert fast.stats.hit_rate == fast.stats.token_hit_rate == 1
+    assert fast.stats.kernels == layers.stats.kernels
+    assert fast.stats.padding == 0
+    # A prefill has a dispatch a layer, a decode step one in all.
+    assert fast.stats.dispatches < layers.stats.dispatches
+
+
+def test_it_counts_the_experts_of_layers():
+    model, counted = random_model(), []
+    for by_layers in (True, False):
+        with Engine(model) as engine:
+            engine.runner.tap = watch if by_layers else None
+            engine.generate(requests(), max_num_seqs=3)
+            meter, stats = engine.runner.meter, engine.runner.device_experts.stats
+            work = stats.experts, stats.tokens, stats.rows
+            counted.append((meter.layers, meter.experts, meter.tokens, *work))
+    assert counted[0] == counted[1]
+
+
+def test_plans_and_a_tap_go_by_layers():
+    model = random_model()
+    with Engine(model) as engine:
+        assert isinstance(engine.runner, ResidentOnCpu)
+        plain = engine.generate(requests())
+        planned = engine.generate(requests(), record_plans=True)
+        assert planned.token_ids == plain.token_ids
+        assert not plain.plans
+        steps = {plan.step for plan in planned.plans}
+        assert len(planned.plans) == len(steps) * model.config.num_layers
+        assert len(steps) == max(len(answer) for answer in plain.token_ids)
+        seen = []
+        engine.runner.tap = lambda layer, *others: seen.append(layer)
+        assert engine.generate(requests()).token_ids == plain.token_ids
+        assert seen[: model.config.num_layers] == list(range(model.config.num_layers))
+
+
+def test_a_closed_engine_says_so_in_the_middle_of_an_answer():
+    engine = Engine(random_model(), OffloadConfig(host_threads=3))
+    answer = engine.stream([[1, 2, 3]], max_new_tokens=9, stop_token_ids=())
+    for _ in range(3):
+        next(answer)
+    engine.close()
+    with pytest.raises(ValueError, match="closed"):
+        list(answer)
+
+
+def test_sampled_tokens_are_those_of_layers():
+    model, found = random_model(), []
+    for by_layers in (True, False):
+        with Engine(model) as engine:
+            engine.runner.tap = watch if by_layers else None
+            settings = {"temperature": 0.9, "top_k": 20, "seed": 5, "stop_token_ids": ()}
+            found.append(engine.generate([[1, 2], [3]], max_new_tokens=12, **settings).token_ids)
+    assert found[0] == found[1]
+    assert len(np.unique(found[0])) > 3

@@ -1,0 +1,228 @@
+"""How many programs an engine compiles: few, and none again."""
+
+from contextlib import contextmanager
+
+import jax.numpy as jnp
+import pytest
+from exact_cases import RandomPolicy
+from helpers import PROFILE, PROMPTS, compiled, one_jit, random_model, spelling_model
+
+from layerscope_jax import Engine, OffloadConfig, Replay
+from layerscope_jax.kernels.grouping import GROUP_SIZES, possible_groups
+from layerscope_jax.offload.executors import DeviceExperts, grouped_ffn
+from layerscope_jax.runtime import layerwise
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # what is counted is how many, not what they do
+
+
+@pytest.fixture(scope="module")
+def model():
+    return spelling_model()
+
+
+@contextmanager
+def compiling():
+    """What comes out counts the programs compiled within."""
+    before, counted = len(compiled), []
+    yield counted
+    counted.append(len(compiled) - before)
+
+
+@pytest.mark.parametrize("policy", ["host-only", "resident", "whole"])
+def test_generating_again_compiles_nothing(model, policy):
+    config = {
+        "host-only": OffloadConfig(device_budget=0, policy="host-only"),
+        "resident": OffloadConfig(),
+        "whole": OffloadConfig(numerics="fast"),
+    }[policy]
+    with one_jit(policy == "whole"), Engine(model, config) as engine:
+        first = engine.generate(PROMPTS, max_new_tokens=10)
+        with compiling() as counted:
+            assert engine.generate(PROMPTS, max_new_tokens=10).token_ids == first.token_ids
+    assert counted == [0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [OffloadConfig(device_budget=0, policy="host-only"), OffloadConfig(numerics="fast")],
+    ids=["layers", "whole"],
+)
+def test_another_engine_of_the_model_compiles_nothing(model, config):
+    with one_jit():
+        with Engine(model, config) as engine:
+            engine.generate(PROMPTS, max_new_tokens=3)
+        with compiling() as counted, Engine(model, config) as engine:
+            engine.generate(PROMPTS, max_new_tokens=3)
+    assert counted == [0]
+
+
+def test_a_long_decode_compiles_few_programs(monkeypatch):
+    """On an accelerator, however experts arrive: one for each row bucket, dispatch size and phase."""
+    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+    model = random_model(num_layers=2, hidden_size=24, head_dim=6, seed=9)  # a shape of its own
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
+    prefill_buckets, decode_buckets = 5, 1  # 2 to 32 rows for 2 x 16 tokens, and 2 for 2
+    bound = (prefill_buckets + decode_buckets) * len(GROUP_SIZES)
+    others = 3 * 2 + 6  # embed, attend and finish in two phases; empty buffers
+    before = grouped_ffn._cache_size()
+    with Engine(model, config) as engine:
+        with compiling() as counted:
+            result = engine.generate([[1, 2, 3], list(range(16))], max_new_tokens=41)
+        assert [len(tokens) for tokens in result.token_ids] == [41, 41]
+        assert 0 < grouped_ffn._cache_size() - before <= bound
+        assert counted[0] <= bound + others
+        for first in range(5):
+            engine.generate([[first], list(range(first, 12))], max_new_tokens=30)
+        assert grouped_ffn._cache_size() - before <= bound
+
+
+OTHERS = 16
+"""Programs beside those of experts: embedding, finishing, and attending with a forecast and without, for two
+phases; empty caches and rows, on each device."""
+
+
+def rows_of_experts(model, batch, prompt_tokens):
+    """Shapes of dispatches of both phases."""
+    config = model.config
+    return sum(
+        len(possible_groups(tokens, config.experts_per_token, config.num_experts))
+        for tokens in (batch * prompt_tokens, batch)
+    )
+
+
+def random_prompts(seed, batch, prompt_tokens):
+    """Prompts, the first of the full length, the others up to it."""
+    lengths = [prompt_tokens] + [1 + (seed * 7 + row * 5) % prompt_tokens for row in range(1, batch)]
+    return [[(seed + row * 31 + n * 17) % 61 for n in range(size)] for row, size in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_after_a_warm_up_the_whole_model_compiles_nothing(temperature):
+    model = random_model(num_layers=2, hidden_size=20, num_heads=2, head_dim=10, num_kv_heads=1)
+    with one_jit(), Engine(model, OffloadConfig(numerics="fast")) as engine:
+        found = engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4, sampled=temperature > 0)
+        # A prefill and a decode step; empty caches of two lengths and what is in them; rows put into slots;
+        # settings of sampling are arrays of two types. Small programs may be there from another test.
+        assert 2 <= found.programs <= 2 + 3 + 1 + (2 if temperature else 0)
+        with compiling() as counted:
+            result = engine.generate(
+                random_prompts(1, 3, 18), max_num_seqs=3, max_new_tokens=4, temperature=temperature
+            )
+        assert counted == [0]
+        assert result.stats.device_share < 1
+        assert (
+            engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4, sampled=temperature > 0).programs
+            == 0
+        )
+
+
+def test_after_a_warm_up_what_is_resident_compiles_nothing():
+    with Engine(random_model(hidden_size=28, seed=3)) as engine:
+        engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4)
+        prompts = [[1] * 18, [2] * 5, [3]]
+        with compiling() as counted:
+            engine.generate(prompts, max_num_seqs=3, max_new_tokens=4, stop_token_ids=())
+        assert counted == [0]
+
+
+@pytest.mark.parametrize("policy", ["resident", "host-only", "lru", "auto", "random"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_after_a_warm_up_no_layer_compiles_anything(policy, dtype):
+    model = random_model(num_layers=2, hidden_size=28, num_experts=5, seed=3, dtype=dtype)
+    config = OffloadConfig(
+        device_budget=None if policy == "resident" else 6 * model.bank.expert_bytes,
+        policy=RandomPolicy() if policy == "random" else policy,
+        profile=PROFILE,
+    )
+    batch, length = 4, 40
+    with Engine(model, config) as engine:
+        found = engine.warmup(max_num_seqs=batch, prompt_tokens=length, new_tokens=6)
+        # Where the device is a CPU, only float16 goes by XLA's products.
+        experts = 2 * rows_of_experts(model, batch, length) if dtype == jnp.float16 else 0
+        assert found.programs <= experts + OTHERS
+        with compiling() as counted:
+            for seed in range(3):
+                engine.generate(random_prompts(seed, batch, length), max_num_seqs=batch, max_new_tokens=6)
+        assert counted == [0]
+
+
+@pytest.mark.parametrize(
+    "policy", [RandomPolicy(), RandomPolicy(device=0.0), "lru"], ids=["random", "random on the host", "lru"]
+)
+def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch, policy):
+    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+    model = random_model(
+        num_layers=2, hidden_size=36, num_experts=20, experts_per_token=4, dtype=jnp.bfloat16
+    )
+    config = OffloadConfig(device_budget=25 * model.bank.expert_bytes, policy=policy)
+    batch, length = 3, 20
+    with Engine(model, config) as engine:
+        found = engine.warmup(max_num_seqs=batch, prompt_tokens=length, new_tokens=8)
+        placing = sum((tokens * 4).bit_length() + 1 for tokens in (batch * length, batch))
+        assert found.programs <= rows_of_experts(model, batch, length) + placing + OTHERS
+        with compiling() as counted:
+            for seed in range(4):
+                engine.generate(random_prompts(seed, batch, length), max_num_seqs=batch, max_new_tokens=8)
+        assert counted == [0]
+
+
+class LastSeen:
+    """A predictor by history whose state tells how often it was shown something."""
+
+    name, look_ahead = "last seen", 1
+
+    def init(self, geometry):
+        return geometry.num_experts, 0
+
+    def update(self, state, seen):
+        return state[0], state[1] + 1
+
+    def expected(self, state, layer, tokens):
+        return [[float(state[1] % (expert + 2)) for expert in range(state[0])]]
+
+
+def test_a_warm_up_leaves_everything_as_it_was(model):
+    """An engine that warmed up in between plans, moves and counts as one that did not."""
+    found = []
+    for warm in (False, True):
+        budget = 9 * model.bank.expert_bytes
+        config = OffloadConfig(device_budget=budget, policy="lru", predictor=LastSeen())
+        with Engine(model, config) as engine:
+            first = engine.generate(PROMPTS, max_new_tokens=4, record_plans=True)
+            runner = engine.runner
+            rooms = (runner.transfers, runner.host_experts, runner.device_experts)
+            state = [runner.state, runner.meter, runner.steps, *(room.stats for room in rooms)]
+            held, seen = list(runner.residency.resident), repr(state)
+            if warm:
+                assert engine.warmup(max_num_seqs=4, prompt_tokens=30, new_tokens=9).programs > 0
+            assert repr(state) == seen
+            assert list(runner.residency.resident) == held
+            second = engine.generate(PROMPTS[:2], max_new_tokens=4, record_plans=True)
+            found.append([first.plans, second.plans, second.token_ids, second.stats.bytes_moved])
+            found[-1].append(runner.forecasts._state)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"prompt_tokens": 0}, "prompt_tokens must be a whole number, 1 or more, got 0"),
+        ({"prompt_tokens": 96}, "prompt_tokens must be less than the model's context of 96, got 96"),
+        ({"prompt_tokens": 3, "max_num_seqs": 0}, "max_num_seqs must be 1 or more, got 0"),
+        ({"prompt_tokens": 3, "new_tokens": 0}, "new_tokens must be a whole number"),
+    ],
+    ids=str,
+)
+def test_sizes_that_no_batch_has_are_refused(model, sizes, message):
+    with Engine(model) as engine, pytest.raises(ValueError, match=message):
+        engine.warmup(**sizes)
+
+
+def test_recorded_plans_can_be_warmed_up_for(model):
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
+    with Engine(model, config) as engine:
+        recorded = engine.generate(PROMPTS, max_new_tokens=1, record_plans=True)
+    replay = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=Replay(recorded.plans))
+    with Engine(model, replay) as engine:
+        engine.warmup(max_num_seqs=4, prompt_tokens=14, new_tokens=1)
+        assert engine.generate(PROMPTS, max_new_tokens=1).token_ids == recorded.token_ids

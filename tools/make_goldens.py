@@ -1,0 +1,387 @@
+"""Write the golden values: tiny, randomly initialised HF transformers models and what they compute.
+
+    python tools/make_goldens.py [case ...]
+
+Needs torch and transformers; the tests only read what it wrote, so they need neither.
+README.md lists what each folder holds.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+try:
+    import torch
+    import transformers
+    from safetensors import safe_open
+except ImportError as error:
+    sys.exit(
+        f"make_goldens.py needs torch, transformers and safetensors ({error}).\n"
+        "The goldens are committed: only making them anew needs these packages, e.g. in an environment\n"
+        "of their own: pip install torch==2.13.0 transformers"
+    )
+
+HERE = Path(__file__).resolve().parents[1] / "tests" / "golden"
+LENGTHS = (5, 17, 9, 24)
+NEW_TOKENS = 64
+LEFT_RIGHT_TOLERANCE = 1e-4
+MIN_GREEDY_MARGIN = 1e-3  # between the two best logits of each greedy step
+MIN_DISTINCT = 16  # tokens among those of a greedy continuation
+MIN_ROUTER_MARGIN = 1e-4  # between the logits of the last chosen expert and of the first one left out
+NEXT_SEED = 1000
+
+SHARED = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.35,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+# name -> config class, its arguments, the shard size, and changes of the config that must change the logits:
+# if one did not, the goldens could not tell whether an implementation honours that key.
+CASES = {
+    "olmoe": {
+        "class": transformers.OlmoeConfig,
+        "config": {
+            "intermediate_size": 24,
+            "num_key_value_heads": 4,
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": False,
+            "clip_qkv": 1.5,
+            "tie_word_embeddings": False,
+        },
+        "must_matter": [{"clip_qkv": None}, {"norm_topk_prob": True}, {"rms_norm_eps": 1e-1}],
+    },
+    "olmoe_normalised": {
+        "class": transformers.OlmoeConfig,
+        "config": {
+            "intermediate_size": 24,
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "clip_qkv": None,
+            "attention_bias": True,
+            "initializer_range": 0.5,
+            "tie_word_embeddings": True,
+        },
+        "must_matter": [{"norm_topk_prob": False}, {"clip_qkv": 1.0}],
+    },
+    "mixtral": {
+        "class": transformers.MixtralConfig,
+        "config": {
+            "intermediate_size": 40,
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+        },
+        "max_shard_size": "120KB",
+        "must_matter": [{"sliding_window": 8}],
+    },
+    "mixtral_window": {
+        "class": transformers.MixtralConfig,
+        "config": {
+            "intermediate_size": 28,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "tie_word_embeddings": False,
+        },
+        "must_matter": [{"sliding_window": None}, {"sliding_window": 7}, {"sliding_window": 9}],
+    },
+    "qwen3_moe": {
+        "class": transformers.Qwen3MoeConfig,
+        "config": {
+            "intermediate_size": 56,
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+        "must_matter": [
+            {"norm_topk_prob": False},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        ],
+    },
+    "qwen3_moe_plain": {
+        "class": transformers.Qwen3MoeConfig,
+        "config": {
+            "intermediate_size": 56,
+            "moe_intermediate_size": 24,
+            "num_key_value_heads": 4,
+            "head_dim": 12,
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": False,
+        },
+        "must_matter": [{"norm_topk_prob": True}, {"rms_norm_eps": 1e-1}],
+    },
+}
+
+
+class UnsuitableSeed(Exception):
+    """These weights make a choice too close to call, so that others could rightly differ, or a dull text."""
+
+
+def load(folder, **overrides):
+    """The model of a folder, with every eager code path, in f32."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+        **overrides,
+    )
+    assert not any(info.values()), info
+    assert model.config._attn_implementation == "eager"
+    assert model.config._experts_implementation == "eager"
+    return model.eval()
+
+
+def save_random_model(case, folder, seed):
+    torch.manual_seed(seed)
+    config = case["class"](**(SHARED | case["config"]))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.4, 1.6)
+            elif name.endswith(".bias"):
+                parameter.normal_(0.0, 0.5)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, max_shard_size=case.get("max_shard_size", "1GB"))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def make_batch(vocab_size, seed):
+    """The same ragged batch padded on the right and on the left: tokens, masks, positions."""
+    rows = np.random.default_rng(seed).integers(0, vocab_size, (len(LENGTHS), max(LENGTHS)))
+    width = max(LENGTHS)
+    right = np.zeros((len(LENGTHS), width), np.int64)
+    left = np.zeros_like(right)
+    for b, length in enumerate(LENGTHS):
+        right[b, :length] = rows[b, :length]
+        left[b, width - length :] = rows[b, :length]
+    right_mask = np.arange(width)[None] < np.array(LENGTHS)[:, None]
+    left_mask = right_mask[:, ::-1].copy()
+    return right, right_mask, left, left_mask
+
+
+def positions_of(mask):
+    return torch.from_numpy(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
+
+
+@torch.no_grad()
+def forward(model, tokens, mask):
+    """Logits, zero at pads, and of each router: logits [L, B, S, E], weights and experts [L, B, S, K]."""
+    seen = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
+        for layer in model.model.layers
+    ]
+    output = model(
+        input_ids=torch.from_numpy(tokens),
+        attention_mask=torch.from_numpy(mask.astype(np.int64)),
+        position_ids=positions_of(mask),
+        use_cache=False,
+    )
+    for hook in hooks:
+        hook.remove()
+    router = [
+        torch.stack([one[part] for one in seen]).reshape(len(seen), *mask.shape, -1).numpy()
+        for part in range(3)
+    ]
+    return np.where(mask[..., None], output.logits.numpy(), 0.0).astype(np.float32), *router
+
+
+@torch.no_grad()
+def greedy(model, prompt, cached):
+    """NEW_TOKENS tokens after a prompt, and the gap between the two best logits at each of them."""
+    sequence = torch.from_numpy(prompt)[None]
+    tokens, margins, cache, fed = [], [], None, sequence
+    for _ in range(NEW_TOKENS):
+        output = model(input_ids=fed, past_key_values=cache, use_cache=cached)
+        best = torch.topk(output.logits[0, -1], 2)
+        tokens.append(best.indices[0].item())
+        margins.append((best.values[0] - best.values[1]).item())
+        sequence = torch.cat([sequence, best.indices[:1][None]], dim=1)
+        cache = output.past_key_values
+        fed = sequence[:, -1:] if cached else sequence
+    return np.array(tokens, np.int32), np.array(margins, np.float32)
+
+
+def router_margin(router_logits, top_k):
+    ordered = np.sort(router_logits, axis=-1)[..., ::-1]
+    return (ordered[..., top_k - 1] - ordered[..., top_k]).min()
+
+
+def check_clipping(model, tokens, mask):
+    """Each of q, k and v must be clipped at some places and not at others."""
+    clip = model.config.clip_qkv
+    fractions = []
+
+    def record(_module, _inputs, output):
+        fractions.append((output.abs() > clip).float().mean().item())
+
+    hooks = []
+    for layer in model.model.layers:
+        for module in (layer.self_attn.q_norm, layer.self_attn.k_norm, layer.self_attn.v_proj):
+            hooks.append(module.register_forward_hook(record))
+    forward(model, tokens, mask)
+    for hook in hooks:
+        hook.remove()
+    assert min(fractions) > 0.02, fractions
+    assert max(fractions) < 0.6, fractions
+
+
+def check_sharding(folder):
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    shards_of = {}
+    for name, shard in weight_map.items():
+        if ".experts." in name:
+            shards_of.setdefault(name.rsplit(".", 2)[0], set()).add(shard)
+    split = sum(len(shards) > 1 for shards in shards_of.values())
+    assert split, "no expert has its matrices in different shards"
+    return split
+
+
+def check_window(folder, logits, tokens, mask, window):
+    """Without the window the first `window` positions stay the same, and the next one changes."""
+    free, *_ = forward(load(folder, sliding_window=None), tokens, mask)
+    change = np.abs(free - logits).max(axis=-1)
+    assert change[:, :window].max() < 1e-5, change
+    assert (change[:, window] > 1e-3)[np.array(LENGTHS) > window].all(), change
+
+
+def compute(name, case, seed):
+    folder = HERE / name
+    save_random_model(case, folder, seed)
+    model = load(folder)  # from the files, so that the goldens are of what was saved
+    config = model.config
+    tokens, mask, left_tokens, left_mask = make_batch(config.vocab_size, seed)
+
+    logits, router_logits, weights, experts = forward(model, tokens, mask)
+    left_logits, *_ = forward(model, left_tokens, left_mask)
+    apart = np.abs(logits[mask] - left_logits[left_mask]).max()
+    assert apart < LEFT_RIGHT_TOLERANCE, f"left and right padding differ by {apart}"
+
+    continuations, margins = [], []
+    for b, length in enumerate(LENGTHS):
+        with_cache, margin = greedy(model, tokens[b, :length], cached=True)
+        without_cache, _ = greedy(model, tokens[b, :length], cached=False)
+        if margin.min() <= MIN_GREEDY_MARGIN:
+            raise UnsuitableSeed(f"greedy margin {margin.min():.1e}")
+        if len(set(with_cache.tolist())) < MIN_DISTINCT:
+            raise UnsuitableSeed(f"only {len(set(with_cache.tolist()))} tokens in a continuation")
+        assert (with_cache == without_cache).all(), f"row {b}: cached and uncached decoding differ"
+        whole = np.concatenate([tokens[b, :length], with_cache])[None]
+        _, whole_router_logits, _, _ = forward(model, whole, np.ones_like(whole, bool))
+        gap = router_margin(whole_router_logits, config.num_experts_per_tok)
+        if gap <= MIN_ROUTER_MARGIN:
+            raise UnsuitableSeed(f"router margin {gap:.1e}")
+        continuations.append(with_cache)
+        margins.append(margin)
+    continuations, margins = np.stack(continuations), np.stack(margins)
+
+    # No expert is idle, none is always chosen, the weights are not nearly one-hot, the logits are spread.
+    load_of_experts = np.array([np.bincount(layer[mask].ravel(), minlength=8) for layer in experts])
+    assert (load_of_experts > 0).all(), load_of_experts
+    assert load_of_experts.max() < 0.9 * mask.sum(), load_of_experts
+    assert weights[:, mask].min(axis=-1).mean() > 0.02
+    assert logits[mask].std() > 1.0, logits[mask].std()
+
+    for change in case["must_matter"]:
+        changed, *_ = forward(load(folder, **change), tokens, mask)
+        assert np.abs(changed - logits).max() > 1e-2, f"{change} changes nothing"
+    if getattr(config, "clip_qkv", None) is not None:
+        check_clipping(model, tokens, mask)
+    if getattr(config, "sliding_window", None) is not None:
+        check_window(folder, logits, tokens, mask, config.sliding_window)
+    if "max_shard_size" in case:
+        print(f"{name}: {check_sharding(folder)} experts have their matrices in several shards")
+
+    at_pad = ~mask[None, ..., None]
+    np.savez_compressed(
+        folder / "golden.npz",
+        tokens=tokens.astype(np.int32),
+        lengths=np.array(LENGTHS, np.int32),
+        logits=logits,
+        left_tokens=left_tokens.astype(np.int32),
+        left_mask=left_mask,
+        left_logits=left_logits,
+        greedy=continuations,
+        greedy_margin=margins,
+        router_logits=np.where(at_pad, 0.0, router_logits).astype(np.float32),
+        router_experts=np.where(at_pad, -1, experts).astype(np.int32),
+        router_weights=np.where(at_pad, 0.0, weights).astype(np.float32),
+    )
+    return {
+        "seed": seed,
+        "min_greedy_margin": round(float(margins.min()), 5),
+        "left_right_difference": float(f"{apart:.1e}"),
+        "logits_std": round(float(logits[mask].std()), 3),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; all by default")
+    names = parser.parse_args().cases or list(CASES)
+    if unknown := set(names) - set(CASES):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+    for name in names:
+        seed = 1 + list(CASES).index(name)
+        while True:
+            try:
+                record = compute(name, CASES[name], seed)
+                break
+            except UnsuitableSeed as reason:
+                print(f"{name}: seed {seed} does not suit ({reason}), trying another")
+                seed += NEXT_SEED
+        folder = HERE / name
+        versions = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        }
+        (folder / "versions.json").write_text(json.dumps(versions | record, indent=2) + "\n")
+        tensors = 0
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "np") as opened:
+                tensors += len(opened.keys())
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        print(f"{name}: {size / 1000:.0f} KB, {tensors} tensors, {record}")
+        assert size < 700_000, "too large to commit"
+
+
+if __name__ == "__main__":
+    main()
