@@ -231,9 +231,9 @@ def main(options: Options) -> None:
     console.print(f"{device}; " + ", ".join(f"{name} {number}" for name, number in versions.items()))
     if options.json is not None:
         result = {"quick": options.quick, "device": device, "versions": versions, "rows": rows}
-        from layerscope_jax.support.files import write_text
+        from layerscope_jax.support.files import write_file
 
-        write_text(options.json, json.dumps(result, indent=1) + "\n")
+        write_file(options.json, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

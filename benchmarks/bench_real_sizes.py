@@ -94,7 +94,7 @@ def sized(name: str, options: Options, memory: int) -> tuple[ModelConfig, int]:
     if layers < LEAST_LAYERS:
         raise ValueError(f"a layer has {layer / 1e9:.2f} GB of experts; there is room for {memory / 1e9:.2f}")
     config = replace(config, num_layers=layers)
-    return config, slots * layers * config.num_experts // (profile.model.layers * profile.model.experts)
+    return config, slots * layers * config.num_experts // profile.model.total_experts
 
 
 def run(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[harness.Parts, Completions]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from layerscope_jax.support.files import replace_files
+from layerscope_jax.support.files import write_file
 
 PHASES = ("prefill", "decode")
 
@@ -135,4 +135,4 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.legend(
         *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
     )
-    replace_files(path.parent, {path.name: lambda file: figure.savefig(file, format="png", dpi=110)})
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=110))

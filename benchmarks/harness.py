@@ -225,6 +225,6 @@ def finish(options: Common, result: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes a result, whole or not at all."""
-    from layerscope_jax.support.files import write_text
+    from layerscope_jax.support.files import write_file
 
-    write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from layerscope_jax.profiling.machine_profile import MachineProfile, ModelShape
+from layerscope_jax.profiling.machine_profile import MachineProfile
+from layerscope_jax.scheduling.geometry import RoutedExperts
 from layerscope_jax.simulation.routing import PROFILES, Routing
+from layerscope_jax.simulation.routing_files import FORMAT
 
 MADE_UP = "made up"
 PROMPT = 32
@@ -32,10 +34,10 @@ def traffic(profile: MachineProfile, requests: int, steps: int) -> tuple[Routing
     return routing, profile.routing
 
 
-def made_up(model: ModelShape, requests: int, steps: int, seed: int) -> Routing:
+def made_up(model: RoutedExperts, requests: int, steps: int, seed: int) -> Routing:
     """Experts are more or less popular, requests have favourites, and tokens take after the one before."""
     random = np.random.default_rng(seed)
-    layers, experts, choices = model.layers, model.experts, model.experts_per_token
+    layers, experts, choices = model.num_layers, model.num_experts, model.experts_per_token
     popular = random.normal(size=(layers, experts))
     likes = popular + random.normal(size=(requests, layers, experts))
     mood = random.normal(size=likes.shape)
@@ -43,9 +45,8 @@ def made_up(model: ModelShape, requests: int, steps: int, seed: int) -> Routing:
     for token in tokens:
         mood = STAYS * mood + np.sqrt(1 - STAYS**2) * random.normal(size=likes.shape)
         token[:] = np.argpartition(-(likes + mood), choices, -1)[..., :choices]
-    shape = {"layers": layers, "experts": experts, "choices": choices}
     return Routing(
-        header={"format": 1, "geometry": shape, "domains": [MADE_UP] * requests},
+        header={"format": FORMAT, "geometry": model.counts(), "domains": [MADE_UP] * requests},
         decode_experts=tokens[PROMPT:],
         prefill_experts=np.ascontiguousarray(tokens[:PROMPT].swapaxes(0, 1)),
         prefill_lengths=np.full(requests, PROMPT),

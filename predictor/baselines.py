@@ -1,6 +1,7 @@
-"""What LLaPor is compared with: forecasts that need no training, a linear map, and the truth itself.
+"""What LLaPor is compared with: an engine's predictors without training, a linear map, and the truth itself.
 
-All have the same face: for the rows of a trace and a layer, probabilities of the experts of later layers.
+For the rows of a trace and a layer, each gives probabilities of the experts of later layers. Those that an
+engine takes by name give what they would give there (`layerscope_jax.prediction`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerscope_jax.prediction import history
+from layerscope_jax.prediction.history import turn_ahead
+from layerscope_jax.prediction.predictors import NextGate, router_shares
+from layerscope_jax.scheduling.geometry import RoutedExperts
 from predictor.dataset import Rows
 from predictor.linear import LinearParams, linear_logits
 from predictor.llapor import LLaPor
@@ -63,24 +68,24 @@ def truth(rows: Rows, layer: int, horizons: Sequence[int]) -> Truth:
     count, layers, _ = rows.experts.shape
     experts, known = [], []
     for horizon in horizons:
-        wraps, target = divmod(layer + horizon, layers)
-        experts.append(rows.experts[rows.following if wraps else slice(None), target])
-        known.append(rows.following >= 0 if wraps else np.ones(count, bool))
+        later, target = turn_ahead(layer, horizon, layers)
+        experts.append(rows.experts[rows.following if later else slice(None), target])
+        known.append(rows.following >= 0 if later else np.ones(count, bool))
     return Truth(np.stack(experts, 1), np.stack(known, 1))
 
 
 @dataclass(frozen=True)
 class Popularity:
-    """How often the target layer's experts are taken in the training rows.
+    """What an engine's `popularity` says that has seen the training rows, and forgets nothing.
 
     Attributes:
-        share: [L, E] of the training rows.
+        share: [L, E] of the training rows that take each expert.
         horizons: what is forecast.
     """
 
     share: np.ndarray
     horizons: tuple[int, ...]
-    name: str = "popularity"
+    name: str = history.Popularity.name
 
     @staticmethod
     def count(experts: np.ndarray, num_experts: int) -> np.ndarray:
@@ -94,38 +99,61 @@ class Popularity:
         return (np.stack(counts) / len(experts)).astype(np.float32)
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
-        targets = (layer + np.array(self.horizons)) % len(self.share)
-        shape = (len(rows), len(self.horizons), self.share.shape[1])
-        found = np.broadcast_to(self.share[targets][None], shape)
-        return Forecast(found, found)
+        model = routed(rows, self.share.shape[1])
+        state = history.Counts(model, dict(enumerate(self.share)))
+        said = history.Popularity().forecast(state, layer, model.experts_per_token, self.horizons)  # [H, E]
+        every = np.broadcast_to(said[None], (len(rows), *said.shape))
+        return Forecast(every, every)
 
 
 @dataclass(frozen=True)
 class PreviousToken:
-    """The experts that the latest token known to have passed the target layer took there, best first.
+    """What an engine's `previous-token` says if each passage is a request of its own.
 
-    That is the token before; past the last layer, the token itself.
+    The experts that the latest token known to have passed the target layer took there: that is the token
+    before; past the last layer, the token itself. Of these, the ranking has the best first.
     """
 
     popularity: Popularity
-    name: str = "previous-token"
+    name: str = history.PreviousToken.name
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
-        layers, experts = self.popularity.share.shape
+        horizons, num_experts = self.popularity.horizons, self.popularity.share.shape[1]
+        model = routed(rows, num_experts)
         probabilities, ranking = (np.array(part) for part in self.popularity.forecast(rows, layer))
-        previous = np.full(len(rows), -1)
-        has_next = np.flatnonzero(rows.following >= 0)
-        previous[rows.following[has_next]] = has_next
-        for place, horizon in enumerate(self.popularity.horizons):
-            wraps, target = divmod(layer + horizon, layers)
-            from_row = np.arange(len(rows)) if wraps else previous
-            known = from_row >= 0
-            taken = rows.experts[from_row[known], target].astype(np.int64)
-            hot, ordered = (np.zeros((len(taken), experts), np.float32) for _ in range(2))
-            np.put_along_axis(hot, taken, 1.0, 1)
-            np.put_along_axis(ordered, taken, np.arange(taken.shape[1], 0, -1)[None], 1)
-            probabilities[known, place], ranking[known, place] = hot, ordered
+        latest = {}  # target layer -> the row that passed it last, -1 for none
+        for horizon in horizons:
+            later, target = turn_ahead(layer, horizon, model.num_layers)
+            latest[target] = np.arange(len(rows)) if later else rows.before()
+        ones = np.ones(model.experts_per_token, np.float32)
+        counts = {target: spread(rows, target, row, ones, num_experts) for target, row in latest.items()}
+        state = history.Counts(model, counts)
+        said = history.PreviousToken().forecast(state, layer, model.experts_per_token, horizons)  # [H, N, E]
+        best_first = np.arange(model.experts_per_token, 0, -1, dtype=np.float32)
+        for place, (target, row) in enumerate(latest.items()):
+            known = row >= 0
+            probabilities[known, place] = said[place, known]
+            ranking[known, place] = spread(rows, target, row, best_first, num_experts)[known]
         return Forecast(probabilities, ranking)
+
+
+def routed(rows: Rows, num_experts: int) -> RoutedExperts:
+    """The model whose routing the rows are."""
+    _, layers, choices = rows.experts.shape
+    return RoutedExperts(num_layers=layers, num_experts=num_experts, experts_per_token=choices)
+
+
+def spread(rows: Rows, layer: int, which: np.ndarray, values: np.ndarray, num_experts: int) -> np.ndarray:
+    """[N, E] `values` [K] in the places of the experts that some rows took in a layer, best first.
+
+    Args:
+        which: [N] rows; -1 for none, which gives zeros.
+    """
+    known = np.flatnonzero(which >= 0)
+    taken = rows.experts[which[known], layer].astype(np.int64)
+    found = np.zeros((len(which), num_experts), np.float32)
+    found[known[:, None], taken] = values
+    return found
 
 
 @dataclass(frozen=True)
@@ -141,7 +169,7 @@ class Gate:
     basis: Basis
     popularity: Popularity
     choices: int
-    name: str = "gate"
+    name: str = NextGate.name
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         horizons = self.popularity.horizons
@@ -163,8 +191,7 @@ class Gate:
 @partial(jax.jit, static_argnames="choices")
 def _gate(matrix: jax.Array, offset: jax.Array, hidden: jax.Array, *, choices: int) -> tuple[jax.Array, ...]:
     logits = jnp.einsum("np,phe->nhe", hidden.astype(jnp.float32), matrix) + offset[None]
-    # A softmax adds up to one, the experts taken to K.
-    return jnp.minimum(1.0, choices * jax.nn.softmax(logits)), logits
+    return router_shares(logits, choices), logits
 
 
 @dataclass(frozen=True)

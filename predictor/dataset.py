@@ -32,6 +32,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.following)
 
+    def before(self) -> np.ndarray:
+        """[N] row of the token before in the same passage, -1 for its first."""
+        rows = np.full(len(self), -1)
+        has_next = np.flatnonzero(self.following >= 0)
+        rows[self.following[has_next]] = has_next
+        return rows
+
     def passage_of_row(self) -> np.ndarray:
         """[N] index into `passages`."""
         return passage_of_row(self.passages)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerscope_jax.support.files import parse_json, write_text
+from layerscope_jax.support.files import parse_json, write_file
 
 MIN_CHARS = 500
 HELDOUT_SHARE = 0.05
@@ -96,7 +96,7 @@ def stable_hash(name: str) -> float:
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
     """Write one JSON object `{"id": ..., "text": ...}` per line."""
     lines = (json.dumps({"id": d.id, "text": d.text}, ensure_ascii=False) + "\n" for d in documents)
-    write_text(path, "".join(lines))
+    write_file(path, "".join(lines))
 
 
 def read_documents(path: Path) -> list[Document]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from layerscope_jax.prediction.traces import Trace
-from layerscope_jax.support.files import parse_json, replace_files
+from layerscope_jax.support.files import parse_json, write_file
 from layerscope_jax.support.locks import locked
 from predictor.baselines import Popularity
 from predictor.dataset import for_training, load_rows
@@ -45,8 +45,7 @@ class Fitted:
         arrays = {name: getattr(self.linear, name).astype(np.float16) for name in LEARNED}
         arrays["share"] = self.share
         metadata = {"made": json.dumps(self.made), "checksums": json.dumps(checksums(arrays))}
-        content = safetensors_bytes(arrays, metadata)
-        replace_files(folder, {FILE: lambda file: file.write_bytes(content)})
+        write_file(folder / FILE, safetensors_bytes(arrays, metadata))
 
 
 def load_or_fit(

@@ -20,6 +20,7 @@ from safetensors.numpy import save as safetensors_bytes
 
 from layerscope_jax.checkpoints.identity import ModelIdentity
 from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import read_json, replace_files
 from predictor.packing import Matrix, packed, unpacked, widened
 from predictor.pca import Basis
@@ -192,15 +193,8 @@ class LLaPor:
         settings = Settings(
             model=self.model, look_ahead=self.look_ahead, groups=groups, checksums=checksums(arrays)
         )
-        content = safetensors_bytes(arrays)
         text = json.dumps(settings.to_json(), indent=1) + "\n"
-        replace_files(
-            Path(folder),
-            {
-                WEIGHTS: lambda file: file.write_bytes(content),
-                CONFIG: lambda file: file.write_text(text),
-            },
-        )
+        replace_files(Path(folder), {WEIGHTS: safetensors_bytes(arrays), CONFIG: text})
 
     @classmethod
     def load(cls, folder: str | Path) -> LLaPor:
@@ -248,15 +242,16 @@ class LLaPor:
             "pca.components": (layers, width, hidden),
             "pca.variance": (layers, hidden),
         }
-        problems = [f"{name} is missing" for name in wanted.keys() - arrays.keys()]
-        problems += [f"{name} is not expected" for name in arrays.keys() - wanted.keys()]
-        problems += [
-            f"{name} has shape {arrays[name].shape}, expected {shape}"
-            for name, shape in wanted.items()
-            if name in arrays and arrays[name].shape != shape
-        ]
-        if problems:
-            raise ValueError(f"{folder / WEIGHTS}: {'; '.join(sorted(problems))}; copy it again")
+        problems = Problems()
+        problems.same_names(arrays, wanted)
+        problems.add(
+            *(
+                f"{name} has shape {arrays[name].shape}, expected {shape}"
+                for name, shape in sorted(wanted.items())
+                if name in arrays and arrays[name].shape != shape
+            )
+        )
+        problems.raise_any(str(folder / WEIGHTS), "copy it again")
         broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
         if broken:
             raise ValueError(f"{folder / WEIGHTS}: {', '.join(sorted(broken))} not finite; train it again")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from layerscope_jax.support.files import replace_files
+from layerscope_jax.support.files import write_file
 
 FILE = "pca.safetensors"
 
@@ -35,7 +35,7 @@ class Basis:
         return self.components.shape[2]
 
     def save(self, folder: Path) -> None:
-        replace_files(folder, {FILE: lambda file: file.write_bytes(save(vars(self)))})
+        write_file(folder / FILE, save(vars(self)))
 
     @classmethod
     def load(cls, folder: Path) -> Basis:

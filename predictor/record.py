@@ -24,6 +24,7 @@ from layerscope_jax.prediction.trace_index import Passage, Split, TraceHeader
 from layerscope_jax.prediction.traces import Trace, TraceWriter
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.whole import new_caches
+from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.locks import locked_folder
 from predictor.documents import Document, heldout_ids, read_documents, stable_hash
 from predictor.pca import Basis, Moments, reduce
@@ -67,24 +68,12 @@ class RecordConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be {least} or more, got {getattr(self, name)}"
-            for name, least in (
-                ("train_tokens", 0),
-                ("heldout_tokens", 0),
-                ("length", SHORTEST),
-                ("hidden", 0),
-                ("pca_tokens", 2),
-                ("batch_size", 1),
-            )
-            if getattr(self, name) < least
-        ]
-        if not 0 < self.prompt <= 1:
-            problems.append(f"prompt must lie in (0, 1], got {self.prompt}")
-        if not self.text:
-            problems.append("text must name at least one file, got none")
-        if problems:
-            raise ValueError("; ".join(problems))
+        problems = Problems()
+        problems.at_least(self, train_tokens=0, heldout_tokens=0, length=SHORTEST, hidden=0)
+        problems.at_least(self, pca_tokens=2, batch_size=1)
+        problems.expect(0 < self.prompt <= 1, "prompt", "in (0, 1]", self.prompt)
+        problems.expect(bool(self.text), "text", "at least one file", self.text)
+        problems.raise_any()
 
 
 def record(model: Model, config: RecordConfig) -> Trace:

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.prediction.predictors import routers_ahead
-from layerscope_jax.support.files import replace_files
+from layerscope_jax.support.files import write_file
 from predictor.pca import Basis
 
 FILE = "routers.safetensors"
@@ -39,7 +39,7 @@ class Routers:
         return cls(stack("router", "weight"), stack("moe_norm", "scale"))
 
     def save(self, folder: Path) -> None:
-        replace_files(folder, {FILE: lambda file: file.write_bytes(save(vars(self)))})
+        write_file(folder / FILE, save(vars(self)))
 
     @classmethod
     def load(cls, folder: Path) -> Routers:

@@ -26,7 +26,8 @@ from rich.console import Console
 
 from layerscope_jax.prediction.traces import Trace
 from layerscope_jax.support import exits, interrupts
-from layerscope_jax.support.files import replace_files
+from layerscope_jax.support.checks import Problems
+from layerscope_jax.support.files import write_file
 from layerscope_jax.support.option_errors import writing
 from predictor import SHIPPED, metrics
 from predictor.baselines import (
@@ -82,17 +83,13 @@ class ScoreConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be 1 or more, got {getattr(self, name)}"
-            for name in ("tokens", "fit_tokens")
-            if getattr(self, name) < 1
-        ]
+        problems = Problems()
+        problems.at_least(self, tokens=1, fit_tokens=1)
         if self.shipped and (self.traces or self.predictor):
-            problems.append("shipped names a trace and a predictor itself: leave out traces and predictor")
+            problems.add("shipped names a trace and a predictor itself: leave out traces and predictor")
         if not self.shipped and not (self.traces and self.predictor):
-            problems.append("expected traces and predictor, or shipped alone")
-        if problems:
-            raise ValueError("; ".join(problems))
+            problems.add("expected traces and predictor, or shipped alone")
+        problems.raise_any()
 
     @property
     def folders(self) -> tuple[Path, tuple[Path, ...]]:
@@ -232,7 +229,6 @@ def _run(config: ScoreConfig) -> None:
         result = scorecard(config)
         show(result, Console(width=None if sys.stdout.isatty() else 120))
         if config.json is not None:
-            text = json.dumps(result, allow_nan=False) + "\n"
-            replace_files(config.json.parent, {config.json.name: lambda file: file.write_text(text)})
+            write_file(config.json, json.dumps(result, allow_nan=False) + "\n")
     if config.plots is not None:
         draw(result, config.plots)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from layerscope_jax.checkpoints.identity import ModelIdentity
+from layerscope_jax.support.checks import Problems
 from predictor.network import GroupConfig, group_layers
 
 FORMAT = 3
@@ -61,36 +62,28 @@ class Settings:
                 f"{where}: expected format {FORMAT}, got {str(record.get('format'))[:40]}; train it again: "
                 "networks of other formats have other shapes"
             )
-        wrong: list[str] = []
-        model = None
-        try:
-            model = ModelIdentity.from_json(_object(record, "model"))
-        except ValueError as error:
-            wrong.append(f"model: {error}")
-        look_ahead = record.get("look_ahead")
-        if not _whole(look_ahead, 1, MOST_AHEAD):
-            wrong.append(f"look_ahead must be a whole number in 1..{MOST_AHEAD}, got {_shown(look_ahead)}")
-        groups = {}
-        described = _object(record, "groups")
-        for name in described.keys() - set(GROUPS):
-            wrong.append(f"groups.{_shown(name)} is not one of {', '.join(GROUPS)}")
-        for name in [name for name in GROUPS if name in described]:
-            settings = described[name]
-            found = _wrong_group(settings)
-            wrong += [f"groups.{name}{problem}" for problem in found]
-            if not found:
-                groups[name] = GroupConfig(**settings)
-        if model is not None:
-            wrong += [f"groups.{name} is missing" for name in _needed(model) if name not in described]
+        problems = Problems()
+        model = problems.check(ModelIdentity.from_json, record.get("model"))
+        look_ahead: Any = record.get("look_ahead")
         sums = record.get("checksums")
-        if sums is not None and not (
-            isinstance(sums, dict) and all(_whole(value, 0, 2**32 - 1) for value in sums.values())
-        ):
-            wrong.append(f"checksums must be a CRC-32 by array, got {_shown(sums)}")
-        if wrong or model is None or not isinstance(look_ahead, int):
-            raise ValueError(
-                f"{where}: expected a predictor's settings; {'; '.join(wrong)}; copy it again, or train anew"
-            )
+        fits = _whole(look_ahead, 1, MOST_AHEAD)
+        problems.expect(fits, "look_ahead", f"a whole number in 1..{MOST_AHEAD}", look_ahead)
+        described: Any = record.get("groups")
+        described = described if isinstance(described, dict) else {}
+        needed = (
+            [] if model is None else [n for n, layers in group_layers(model.num_layers).items() if layers]
+        )
+        for name in described.keys() - set(GROUPS):
+            problems.add(f"groups.{_shown(name)} is not one of {', '.join(GROUPS)}")
+        problems.add(*(f"groups.{name} is missing" for name in needed if name not in described))
+        groups = {
+            name: problems.check(_group, described[name], f"groups.{name}")
+            for name in GROUPS
+            if name in described
+        }
+        by_array = isinstance(sums, dict) and all(_whole(value, 0, 2**32 - 1) for value in sums.values())
+        problems.expect(sums is None or by_array, "checksums", "a CRC-32 by array", sums)
+        problems.raise_any(f"{where}: expected a predictor's settings", "copy it again, or train anew")
         return cls(model=model, look_ahead=look_ahead, groups=groups, checksums=sums)
 
 
@@ -103,15 +96,14 @@ def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     return {name: zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes()) for name in sorted(arrays)}
 
 
-def _needed(model: ModelIdentity) -> list[str]:
-    """The groups that have layers in this model."""
-    return [name for name, layers in group_layers(model.num_layers).items() if layers]
+def _group(settings: Any, where: str) -> GroupConfig:
+    """The settings of a network.
 
-
-def _wrong_group(settings: Any) -> list[str]:
-    """What is wrong with the settings of a network, each with its name before it."""
+    Raises:
+        ValueError: with every setting that is not as it should be.
+    """
     if not isinstance(settings, dict):
-        return [f" must be an object, got {_shown(settings)}"]
+        raise ValueError(f"{where} must be an object, got {_shown(settings)}")
     rules: dict[str, tuple[str, Any]] = {
         "components": (f"a whole number in 1..{MOST_WIDE}", lambda value: _whole(value, 1, MOST_WIDE)),
         "width": (f"a whole number in 1..{MOST_WIDE}", lambda value: _whole(value, 1, MOST_WIDE)),
@@ -123,18 +115,15 @@ def _wrong_group(settings: Any) -> list[str]:
         "weight_decay": ("a number of 0 or more", lambda value: _number(value) and value >= 0),
     }
     assert rules.keys() == {field.name for field in fields(GroupConfig)}
-    found = [f".{_shown(name)} is not expected" for name in settings.keys() - rules.keys()]
-    for name, (what, fits) in rules.items():
-        if name not in settings:
-            found.append(f".{name} is missing")
-        elif not fits(settings[name]):
-            found.append(f".{name} must be {what}, got {_shown(settings[name])}")
-    return found
-
-
-def _object(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = record.get(name)
-    return found if isinstance(found, dict) else {}
+    problems = Problems()
+    problems.same_names(
+        (f"{where}.{str(name)[:40]}" for name in settings), (f"{where}.{name}" for name in rules)
+    )
+    for name in rules.keys() & settings.keys():
+        expected, fits = rules[name]
+        problems.expect(fits(settings[name]), f"{where}.{name}", expected, settings[name])
+    problems.raise_any()
+    return GroupConfig(**settings)
 
 
 def _whole(value: Any, low: int, high: int) -> bool:

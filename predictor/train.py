@@ -29,7 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from layerscope_jax.prediction.traces import Passage, Trace
 from layerscope_jax.support import exits, interrupts
-from layerscope_jax.support.files import read_json, replace_files
+from layerscope_jax.support.checks import Problems
+from layerscope_jax.support.files import read_json, write_file
 from layerscope_jax.support.jax_settings import random_key
 from layerscope_jax.support.locks import locked_folder
 from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
@@ -84,14 +85,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("look_ahead", "tokens", "epochs", "batch", "patience", "save_every")
-        low = [
-            f"{name} must be 1 or more, got {getattr(self, name)}"
-            for name in counts
-            if getattr(self, name) < 1
-        ]
-        if low:
-            raise ValueError("; ".join(low))
+        problems = Problems()
+        problems.at_least(self, look_ahead=1, tokens=1, epochs=1, batch=1, patience=1, save_every=1)
+        problems.raise_any()
 
     @property
     def groups(self) -> dict[str, GroupConfig]:
@@ -278,7 +274,7 @@ def check_same_run(config: TrainConfig, trace: Trace) -> None:
     settings = json.loads(json.dumps(settings))
     file = config.out / "run.json"
     if not file.exists():
-        replace_files(config.out, {file.name: lambda path: path.write_text(json.dumps(settings, indent=1))})
+        write_file(file, json.dumps(settings, indent=1))
         return
     earlier = read_json(file)
     differing = [

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.jax_settings import random_key
 from predictor.llapor import LLaPor
 from predictor.routers import Routers
@@ -46,18 +47,11 @@ class TuningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"window": HELD_BACK * 4 * CHECK_EVERY, "steps": 1, "batch": 1, "margin": 0}
-        problems = [
-            f"{name} must be {low} or more, got {getattr(self, name)}"
-            for name, low in least.items()
-            if not getattr(self, name) >= low
-        ]
-        if not 0 <= self.threshold <= 1:
-            problems.append(f"threshold must lie in 0..1, got {self.threshold}")
-        if not self.learning_rate > 0:
-            problems.append(f"learning_rate must be more than 0, got {self.learning_rate}")
-        if problems:
-            raise ValueError("; ".join(problems))
+        problems = Problems()
+        problems.at_least(self, window=HELD_BACK * 4 * CHECK_EVERY, steps=1, batch=1, margin=0)
+        problems.expect(0 <= self.threshold <= 1, "threshold", "in 0..1", self.threshold)
+        problems.expect(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
+        problems.raise_any()
 
 
 @dataclass(frozen=True, kw_only=True)

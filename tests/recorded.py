@@ -21,8 +21,8 @@ def small_routing():
     guessed[..., 1] = (guessed[..., 0] + 1) % E
     return Routing(
         header={
-            "format": 1,
-            "geometry": {"layers": L, "experts": E, "choices": K},
+            "format": 2,
+            "geometry": {"num_layers": L, "num_experts": E, "experts_per_token": K},
             "domains": ["prose"] * R,
             "name": "small",
         },
@@ -35,7 +35,12 @@ def small_routing():
 
 def small_profile(**changes):
     shape = ModelShape(
-        layers=L, experts=E, experts_per_token=K, hidden=8, moe_intermediate_size=4, dtype="float32"
+        num_layers=L,
+        num_experts=E,
+        experts_per_token=K,
+        hidden_size=8,
+        moe_intermediate_size=4,
+        dtype="float32",
     )
     options = {"name": "small", "costs": PROFILE, "model": shape, "machine": {}, "slots": 9} | changes
     return MachineProfile(**options)

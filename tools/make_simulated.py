@@ -17,7 +17,7 @@ from typing import NamedTuple
 from layerscope_jax.profiling.machine_profile import MachineProfile, names
 from layerscope_jax.simulation.policies import BATCHES, SIMULATED, refusals, run, workloads
 from layerscope_jax.simulation.routing import PROFILES, Routing
-from layerscope_jax.support.files import replace_files
+from layerscope_jax.support.files import write_file
 from layerscope_jax.support.json_fields import readable
 
 FILE = Path(__file__).parents[1] / "tests" / "golden" / "simulated.json"
@@ -130,7 +130,7 @@ def write(times: Mapping[Step, float], file: Path = FILE) -> None:
         batch = nested.setdefault(step.profile, {}).setdefault(str(step.batch), {})
         batch[step.policy] = [times[step._replace(phase=phase)] for phase in PHASES]
     text = readable(nested) + "\n"
-    replace_files(file.parent, {file.name: lambda path: path.write_text(text, encoding="utf-8")})
+    write_file(file, text)
 
 
 def main() -> None:

@@ -134,7 +134,7 @@ def pack(trace: Trace, llapor: LLaPor, packing: Packing, *, progress: bool = Tru
     return Routing(
         header={
             "format": FORMAT,
-            "geometry": {"layers": layers, "experts": experts, "choices": choices},
+            "geometry": model.counts(),
             "domains": [passage.domain for passage in chosen],
             "documents": [passage.document for passage in chosen],
             "heldout_domains": trace.header.settings.get("heldout_domains", []),

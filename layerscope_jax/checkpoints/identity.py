@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.scheduling.geometry import RoutedExperts
+from layerscope_jax.support.json_fields import of_record
 
 if TYPE_CHECKING:
     from layerscope_jax.checkpoints.model import Model
@@ -20,33 +22,28 @@ ALL_OF = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelIdentity:
+class ModelIdentity(RoutedExperts):
     """A model as far as its routing goes.
 
     Attributes:
-        family, num_layers, hidden_size, num_experts, experts_per_token: as in `ModelConfig`.
+        family, hidden_size: as in `ModelConfig`.
         routers: digest of all routers' weights, the same whatever dtype holds them without loss.
     """
 
     family: str
-    num_layers: int
     hidden_size: int
-    num_experts: int
-    experts_per_token: int
     routers: str
 
     @classmethod
     def of(cls, model: Model) -> ModelIdentity:
         """Reads the routers back from the device."""
-        config, digest = model.config, hashlib.blake2b(digest_size=8)
-        for layer in range(config.num_layers):
+        routed, digest = model.geometry(0), hashlib.blake2b(digest_size=8)
+        for layer in range(routed.num_layers):
             digest.update(np.asarray(model.dense["layers"][layer]["router"]["weight"], np.float32).tobytes())
         return cls(
-            family=config.family,
-            num_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            num_experts=config.num_experts,
-            experts_per_token=config.experts_per_token,
+            **routed.counts(),
+            family=model.config.family,
+            hidden_size=model.config.hidden_size,
             routers=digest.hexdigest(),
         )
 
@@ -55,19 +52,9 @@ class ModelIdentity:
         """Reads what `to_json` gave.
 
         Raises:
-            ValueError: with what is missing or of another type.
+            ValueError: with everything that is missing or not as it should be.
         """
-        if not isinstance(record, Mapping):
-            raise ValueError(f"expected a model as an object, got {str(record)[:40]!r}")
-        kinds = {field.name: str if field.name in ("family", "routers") else int for field in fields(cls)}
-        wrong = [
-            name
-            for name, kind in kinds.items()
-            if type(record.get(name)) is not kind or (kind is int and not 1 <= record[name] < 2**31)
-        ]
-        if wrong:
-            raise ValueError(f"expected a model's {', '.join(kinds)}; missing or damaged: {', '.join(wrong)}")
-        return cls(**{name: record[name] for name in kinds})
+        return of_record(cls, record, "model")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -204,7 +204,7 @@ def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None
         Path(folder),
         {
             SINGLE: lambda file: write_tensors(file, naming.shapes, target, value),
-            "config.json": lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"),
+            "config.json": json.dumps(settings, indent=2) + "\n",
         },
     )
 

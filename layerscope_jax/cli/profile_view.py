@@ -17,8 +17,8 @@ def show(profile: MachineProfile, console: Console) -> None:
     busy = costs_json(profile.costs)
     alone = busy["alone"]
     console.print(
-        f"{profile.name}: {model.layers} layers of {model.experts} experts, {model.experts_per_token} a "
-        f"token; {model.expert_bytes / 1e6:.3g} MB an expert in {model.dtype}\n"
+        f"{profile.name}: {model.num_layers} layers of {model.num_experts} experts, "
+        f"{model.experts_per_token} a token; {model.expert_bytes / 1e6:.3g} MB an expert in {model.dtype}\n"
         f"{profile.costs.source}; in milliseconds\n"
     )
     tokens = alone["host_ms"]["tokens"]

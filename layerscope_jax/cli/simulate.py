@@ -17,7 +17,7 @@ from layerscope_jax.simulation.comparison import simulate_profile
 from layerscope_jax.simulation.policies import BATCHES, SIMULATED
 from layerscope_jax.simulation.routing import DERIVED, Routing
 from layerscope_jax.support import exits
-from layerscope_jax.support.files import replace_files
+from layerscope_jax.support.files import write_file
 from layerscope_jax.support.option_errors import option, writing
 from layerscope_jax.support.units import parse_bytes
 
@@ -103,10 +103,7 @@ class Simulate:
             found = replace(found, routing=str(self.trace))
         comparison_view.show(found, Console(highlight=False))
         if self.json is not None:
-            text = json.dumps(found.to_json(), indent=1) + "\n"
-            replace_files(
-                self.json.parent, {self.json.name: lambda file: file.write_text(text, encoding="utf-8")}
-            )
+            write_file(self.json, json.dumps(found.to_json(), indent=1) + "\n")
             print(f"The rows are in {self.json}")
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerscope_jax.prediction.history import LOOK_AHEAD, History, Popularity, PreviousToken
+
 if TYPE_CHECKING:
     from layerscope_jax.checkpoints.model import Model
-    from layerscope_jax.scheduling.plan import Geometry, Observation
-
-LOOK_AHEAD = 4
 
 
 class Predictor(Protocol):
@@ -62,29 +61,6 @@ class Predictor(Protocol):
         """
 
 
-class History(Protocol):
-    """A predictor that goes by what was routed before: pure functions over small records, as policies are.
-
-    Attributes:
-        name, look_ahead: as of a `Predictor`.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def look_ahead(self) -> int: ...
-
-    def init(self, geometry: Geometry) -> Any:
-        """The first state."""
-
-    def update(self, state: Any, seen: Observation) -> Any:
-        """With a layer's demand."""
-
-    def expected(self, state: Any, layer: int, tokens: int) -> list[list[float]]:
-        """[W][E] expected tokens of each expert in the layers after `layer`, for a batch of `tokens`."""
-
-
 @dataclass(frozen=True)
 class NextGate:
     """The routers of the next layers, read on this layer's hidden state (Fate, arXiv 2502.12224, and others).
@@ -125,9 +101,20 @@ class NextGate:
             (plain * scale.astype(jnp.float32)[None]) @ weight.astype(jnp.float32)
             for scale, weight in zip(params.scales, params.weights, strict=True)
         ]
-        shares = jnp.minimum(1.0, experts.shape[1] * jax.nn.softmax(jnp.stack(logits), -1))
+        shares = router_shares(jnp.stack(logits), experts.shape[1])
         known = jnp.arange(self.look_ahead, dtype=jnp.int32) < params.known
         return jnp.where(known[:, None, None], shares, 0.0)
+
+
+def router_shares(logits: jax.Array, choices: int) -> jax.Array:
+    """[..., E] probabilities that a token chooses an expert, by a router's logits: `min(1, K softmax)`.
+
+    A softmax adds up to one, the experts that a token chooses to K.
+
+    >>> router_shares(jnp.log(jnp.array([6.0, 1.0, 1.0])), 2).tolist()
+    [1.0, 0.25, 0.25]
+    """
+    return jnp.minimum(1.0, choices * jax.nn.softmax(logits, -1))
 
 
 class RoutersAhead(NamedTuple):
@@ -164,79 +151,7 @@ def routers_ahead(weight: np.ndarray, scale: np.ndarray, layer: int, look_ahead:
     return found
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Tokens [E] that each layer's experts were given, by layer.
-
-    Attributes:
-        layers: L.
-        experts: E.
-        of: layer -> expert -> tokens.
-    """
-
-    layers: int
-    experts: int
-    of: dict[int, dict[int, float]] = field(default_factory=dict)
-
-    def ahead(self, layer: int, look_ahead: int) -> list[dict[int, float]]:
-        """Of the layers after `layer`, those of the next step following the last."""
-        return [self.of.get((layer + step) % self.layers, {}) for step in range(1, look_ahead + 1)]
-
-
-@dataclass(frozen=True)
-class PreviousToken:
-    """A layer's experts are those of the step before: in decoding, those of each request's previous token."""
-
-    look_ahead: int = LOOK_AHEAD
-    name = "previous-token"
-
-    def init(self, geometry: Geometry) -> Counts:
-        return Counts(geometry.num_layers, geometry.num_experts)
-
-    def update(self, state: Counts, seen: Observation) -> Counts:
-        return replace(state, of=state.of | {seen.layer: dict(seen.demand)})
-
-    def expected(self, state: Counts, layer: int, tokens: int) -> list[list[float]]:
-        return [scaled(found, state.experts, tokens) for found in state.ahead(layer, self.look_ahead)]
-
-
-@dataclass(frozen=True)
-class Popularity:
-    """A layer's experts are those it chose most often so far; what is long ago counts less and less.
-
-    Attributes:
-        memory: share of the old counts that is kept at each step.
-    """
-
-    look_ahead: int = LOOK_AHEAD
-    memory: float = 0.98
-    name = "popularity"
-
-    def init(self, geometry: Geometry) -> Counts:
-        return Counts(geometry.num_layers, geometry.num_experts)
-
-    def update(self, state: Counts, seen: Observation) -> Counts:
-        found = {expert: self.memory * count for expert, count in state.of.get(seen.layer, {}).items()}
-        for expert, tokens in seen.demand.items():
-            found[expert] = found.get(expert, 0.0) + tokens
-        return replace(state, of=state.of | {seen.layer: found})
-
-    def expected(self, state: Counts, layer: int, tokens: int) -> list[list[float]]:
-        return [scaled(found, state.experts, tokens) for found in state.ahead(layer, self.look_ahead)]
-
-
-def scaled(counts: dict[int, float], experts: int, tokens: int) -> list[float]:
-    """[E] counts, scaled so that they add up to `tokens` (token, choice) pairs; zeros where there are none.
-
-    >>> scaled({1: 3.0, 2: 1.0}, 4, 8)
-    [0.0, 6.0, 2.0, 0.0]
-    """
-    total = sum(counts.values())
-    share = tokens / total if total else 0.0
-    return [share * counts.get(expert, 0.0) for expert in range(experts)]
-
-
-PREDICTORS: dict[str, Any] = {found.name: found for found in (NextGate, PreviousToken, Popularity)}
+PREDICTORS: dict[str, Any] = {kind.name: kind for kind in (NextGate, PreviousToken, Popularity)}
 """Predictors that need no training, by name, as `OffloadConfig.predictor` takes them."""
 
 

@@ -30,7 +30,7 @@ from layerscope_jax.prediction.trace_index import (
     read_header,
     read_passage,
 )
-from layerscope_jax.support.files import parse_json, replace_files
+from layerscope_jax.support.files import Content, parse_json, replace_files, write_file
 
 HEADER, INDEX = "trace.json", "chunks.jsonl"
 ROUTING = ("tokens", "experts", "weights")
@@ -234,8 +234,7 @@ class TraceWriter:
             self.done = [passage for chunk in found.chunks for passage in chunk.passages]
             self._chunks, self.complete = len(found.chunks), found.complete
         else:
-            text = json.dumps(header.to_json(), indent=1) + "\n"
-            replace_files(self.folder, {HEADER: lambda file: file.write_text(text)})
+            write_file(self.folder / HEADER, json.dumps(header.to_json(), indent=1) + "\n")
 
     def write(self, passages: Sequence[Passage], arrays: Mapping[str, np.ndarray]) -> None:
         """Adds a chunk.
@@ -260,22 +259,12 @@ class TraceWriter:
         shapes = {name: shape for name, (shape, _) in wanted.items()}
         found = {name: array.shape for name, array in arrays.items()}
         assert found == shapes, (found, shapes)
-        sums: dict[str, tuple[int, int]] = {}
-
-        def writer(name: str, array: np.ndarray):
-            def write(file: Path) -> None:
-                with file.open("wb") as opened:  # a file, for np.save adds .npy to a name
-                    np.save(opened, np.ascontiguousarray(array, wanted[name][1]))
-                    opened.flush()
-                    os.fsync(opened.fileno())
-                sums[name] = (file.stat().st_size, checksum(file))
-
-            return write
-
-        replace_files(
-            self.folder,
-            {f"{self._chunks:05d}.{name}.npy": writer(name, array) for name, array in arrays.items()},
-        )
+        files = {name: self.folder / f"{self._chunks:05d}.{name}.npy" for name in arrays}
+        contents: dict[str, Content] = {
+            files[name].name: np.ascontiguousarray(array, wanted[name][1]) for name, array in arrays.items()
+        }
+        replace_files(self.folder, contents)
+        sums = {name: (file.stat().st_size, checksum(file)) for name, file in files.items()}
         self._append({"passages": passages, "files": sums})
         self._chunks += 1
         self.done += passages

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerscope_jax.checkpoints.safetensors_io import dtype_named
 from layerscope_jax.scheduling.costs import MOST_MS, NOTHING, HardwareProfile, TimeTable, is_time
-from layerscope_jax.scheduling.plan import Geometry
+from layerscope_jax.scheduling.geometry import Geometry, RoutedExperts
 from layerscope_jax.support import machine
-from layerscope_jax.support.files import read_json, replace_files
-from layerscope_jax.support.json_fields import Fields, is_file, readable
+from layerscope_jax.support.files import read_json, write_file
+from layerscope_jax.support.json_fields import Fields, is_file, of_record, readable
 
 if TYPE_CHECKING:
     from layerscope_jax.checkpoints.model import Model
 
-FORMAT = 1
+FORMAT = 2
 PUBLISHED = Path(__file__).parents[1] / "profiles"
 
 HEAD = (
@@ -34,9 +33,6 @@ HEAD = (
 )
 COSTS = ("host_ms", "device_ms", "layer_ms", "forecast_ms", "transfer_ms", "host_start_ms")
 
-MOST_EXPERTS = 2**24
-"""Of all layers: sixteen million, a thousand times those of any model."""
-
 LINKS = {"pcie3-x8": 2.0, "pcie4-x16": 0.5, "pcie5-x16": 0.25}
 """Other links for published profiles: the time of a transfer by its time over PCIe 3 x16."""
 
@@ -46,39 +42,36 @@ DECISIVE = ("cpu", "cores", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelShape:
+class ModelShape(RoutedExperts):
     """What the costs of a model's experts depend on.
 
     Attributes:
-        layers: L, those with routed experts.
-        experts, experts_per_token: E, K.
-        hidden, moe_intermediate_size: D, F.
+        hidden_size, moe_intermediate_size: D, F.
         dtype: of the weights.
     """
 
-    layers: int
-    experts: int
-    experts_per_token: int
-    hidden: int
+    hidden_size: int
     moe_intermediate_size: int
     dtype: str
 
     @classmethod
     def of(cls, model: Model) -> ModelShape:
-        config = model.config
+        """The shape of a loaded model."""
         return cls(
-            layers=config.num_layers,
-            experts=config.num_experts,
-            experts_per_token=config.experts_per_token,
-            hidden=config.hidden_size,
-            moe_intermediate_size=config.moe_intermediate_size,
+            **model.geometry(0).counts(),
+            hidden_size=model.config.hidden_size,
+            moe_intermediate_size=model.config.moe_intermediate_size,
             dtype=model.bank.dtype.name,
         )
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert's three matrices."""
-        return 3 * self.hidden * self.moe_intermediate_size * dtype_named(self.dtype).itemsize
+        return 3 * self.hidden_size * self.moe_intermediate_size * dtype_named(self.dtype).itemsize
+
+    def geometry(self, slots: int) -> Geometry:
+        """The same as policies see it, within a budget with room for so many experts."""
+        return Geometry(**self.counts(), expert_bytes=self.expert_bytes, slots=slots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,19 +142,18 @@ class MachineProfile:
         """
         if not isinstance(record, Mapping) or record.get("format") != FORMAT:
             got = record.get("format") if isinstance(record, Mapping) else record
-            raise ValueError(f"expected a profile of format {FORMAT}, got {str(got)[:40]}")
+            raise ValueError(
+                f"expected a profile of format {FORMAT}, got {str(got)[:40]}; calibrate again (format 1 had "
+                "other names for the model's sizes)"
+            )
         found = Fields(record)
-        costs = found.of("costs", dict) or {}
-        shape, where = found.of("model", dict) or {}, found.of("machine", dict) or {}
-        numbers = [f.name for f in fields(ModelShape) if f.name != "dtype"]
+        costs, where = found.of("costs", dict) or {}, found.of("machine", dict) or {}
         found.only((*HEAD, "costs", "details"))
-        found.only((*numbers, "dtype"), shape, "model.")
         found.only(MACHINE, where, "machine.")
         found.only((*COSTS, "alone"), costs, "costs.")
         profile: dict[str, Any] = dict(
             name=found.of("name", str),
-            model={name: found.of(name, int, shape, "model.") for name in numbers}
-            | {"dtype": found.of("dtype", str, shape, "model.")},
+            model=found.check(of_record, ModelShape, record.get("model"), "model"),
             machine={name: found.of(name, kind, where, "machine.", True) for name, kind in MACHINE.items()},
             versions=found.of("versions", dict),
             slots=found.of("slots", int, optional=True),
@@ -169,36 +161,19 @@ class MachineProfile:
             emulated_link_bandwidth=found.of("emulated_link_bandwidth", int, optional=True),
             details=found.of("details", dict),
         )
+        if profile["model"] is not None:
+            found.check(dtype_named, profile["model"].dtype, of="model")
         source = found.of("source", str)
-        tables = {
-            name: found.read(f"costs.{name}", partial(read_table, costs, name))
-            for name in ("host_ms", "device_ms", "layer_ms", "forecast_ms")
-        }
-        transfer_ms = found.of("transfer_ms", float, costs, "costs.")
-        others: dict[str, Any] = {}
+        times = read_times(found, costs, "costs.")
+        alone = None
         if "alone" in costs:
-            alone = found.of("alone", dict, costs, "costs.") or {}
-            found.only(COSTS, alone, "costs.alone.")
-            others = {
-                name: found.read(f"costs.alone.{name}", partial(read_table, alone, name)) for name in tables
-            }
-            others["transfer_ms"] = found.of("transfer_ms", float, alone, "costs.alone.")
-            others["host_start_ms"] = found.read("costs.alone.host_start_ms", partial(read_start, alone))
-        start_ms = found.read("costs.host_start_ms", partial(read_start, costs))
-        if not found.wrong:
-            found.read("model", lambda: dtype_named(profile["model"]["dtype"]))
-            found.read("model", partial(check_size, profile["model"]))
-        if found.wrong:
-            raise ValueError(f"{'; '.join(found.wrong)}; calibrate again or correct the file")
-        profile["model"] = ModelShape(**profile["model"])
-        profile["costs"] = HardwareProfile(
-            **tables,
-            transfer_ms=float(transfer_ms),
-            host_start_ms=start_ms,
-            source=source,
-            alone=HardwareProfile(**others, source=source) if others else None,
-        )
-        return cls(**profile)
+            parts = found.of("alone", dict, costs, "costs.") or {}
+            found.only(COSTS, parts, "costs.alone.")
+            alone = read_times(found, parts, "costs.alone.")
+        found.raise_any(remedy="calibrate again or correct the file")
+        if alone is not None:
+            times["alone"] = HardwareProfile(**alone, source=source)
+        return cls(**profile, costs=HardwareProfile(**times, source=source))
 
     def to_json(self) -> dict[str, Any]:
         costs = self.costs
@@ -222,8 +197,7 @@ class MachineProfile:
         Raises:
             ValueError: if it cannot be written.
         """
-        path, text = Path(path), readable(self.to_json()) + "\n"
-        replace_files(path.parent, {path.name: lambda file: file.write_text(text, encoding="utf-8")})
+        write_file(Path(path), readable(self.to_json()) + "\n")
 
     def check(self, model: Model, emulated_link_bandwidth: int | None = None) -> None:
         """Refuses to speak for another machine or another model.
@@ -259,13 +233,7 @@ class MachineProfile:
         slots = self.slots if slots is None else slots
         if slots is None:
             raise ValueError(f"the profile {self.name!r} has no slots of its own: say how many")
-        return Geometry(
-            num_layers=self.model.layers,
-            num_experts=self.model.experts,
-            experts_per_token=self.model.experts_per_token,
-            expert_bytes=self.model.expert_bytes,
-            slots=slots,
-        )
+        return self.model.geometry(slots)
 
     def _over(self, link: str) -> MachineProfile:
         """The same over another link, which is assumed to change the time of a transfer alone."""
@@ -323,17 +291,15 @@ def costs_json(costs: HardwareProfile) -> dict[str, Any]:
     return record if costs.alone is None else record | {"alone": costs_json(costs.alone)}
 
 
-def check_size(model: Mapping[str, Any]) -> None:
-    """Refuses numbers of layers and experts that no table of them could be made for.
-
-    Raises:
-        ValueError: if there are too many, or more are chosen than there are.
-    """
-    if model["layers"] * model["experts"] > MOST_EXPERTS or model["experts_per_token"] > model["experts"]:
-        raise ValueError(
-            f"expected layers * experts of at most {MOST_EXPERTS:,} and no more experts_per_token than "
-            f"experts, got {model['layers']}, {model['experts']} and {model['experts_per_token']}"
-        )
+def read_times(found: Fields, costs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The times of a `HardwareProfile` in `costs`, by name; what is wrong with them is noted in `found`."""
+    times = {
+        name: found.check(read_table, costs, name, of=prefix + name)
+        for name in ("host_ms", "device_ms", "layer_ms", "forecast_ms")
+    }
+    transfer_ms = found.of("transfer_ms", float, costs, prefix)
+    start_ms = found.check(read_start, costs, of=f"{prefix}host_start_ms")
+    return times | {"transfer_ms": transfer_ms and float(transfer_ms), "host_start_ms": start_ms}
 
 
 def read_start(costs: Mapping[str, Any]) -> float:

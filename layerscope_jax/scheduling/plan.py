@@ -5,40 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.geometry import ExpertId, Geometry
 
 Phase = Literal["prefill", "decode"]
 
 MOST = 2**31 - 1
 """Largest number of a step, a layer or an expert in a file of plans."""
-
-
-class ExpertId(NamedTuple):
-    """A routed expert: its layer and its number there."""
-
-    layer: int
-    expert: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """What a policy must know of a model.
-
-    Attributes:
-        num_layers, num_experts, experts_per_token: L, E, K.
-        expert_bytes: of one expert.
-        slots: how many experts the device budget holds, copies on their way counted.
-    """
-
-    num_layers: int
-    num_experts: int
-    experts_per_token: int
-    expert_bytes: int
-    slots: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerscope_jax.scheduling.plan import LayerPlan
-from layerscope_jax.support.files import replace_files
+from layerscope_jax.support.files import write_file
 
 
 def save_plans(plans: Iterable[LayerPlan], path: str | Path) -> None:
@@ -34,7 +34,7 @@ def save_plans(plans: Iterable[LayerPlan], path: str | Path) -> None:
 
     if path.is_dir() or not path.name:
         raise ValueError(f"{str(path)!r} is a folder: expected the name of a file to keep plans in")
-    replace_files(path.parent, {path.name: write})
+    write_file(path, write)
 
 
 def load_plans(path: str | Path) -> list[LayerPlan]:

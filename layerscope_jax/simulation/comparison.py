@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -16,7 +15,8 @@ from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.runtime.lower_bound import lower_bound_ms
 from layerscope_jax.scheduling.belady import belady_hit_rate
 from layerscope_jax.scheduling.costs import HardwareProfile
-from layerscope_jax.scheduling.plan import ExpertId, Geometry, Phase
+from layerscope_jax.scheduling.geometry import Geometry, RoutedExperts
+from layerscope_jax.scheduling.plan import Phase
 from layerscope_jax.scheduling.presched import PreSched
 from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.simulation.policies import BATCHES, SIMULATED, refusals, run, workloads
@@ -170,7 +170,7 @@ def simulate_profile(
         source=profile.costs.source,
         routing=named,
         budget_experts=geometry.slots,
-        all_experts=geometry.num_layers * geometry.num_experts,
+        all_experts=geometry.total_experts,
         expert_bytes=geometry.expert_bytes,
         refused=refused,
         rows=_with_ratios(rows),
@@ -192,18 +192,21 @@ def _routing(profile: MachineProfile, routing: Routing | str | Path | None) -> t
 
 
 def _geometry(profile: MachineProfile, routing: Routing, slots: int | None) -> Geometry:
-    model = profile.model
-    wanted = (model.layers, model.experts, model.experts_per_token)
-    found = (routing.layers, routing.experts, routing.choices)
-    if found != wanted:
+    model, recorded = profile.model.routed, routing.routed
+    if recorded != model:
         raise ValueError(
-            "expected routing with {} layers, {} experts and {} choices a token, as the model of profile "
-            "{!r} has, got {}, {} and {}".format(*wanted, profile.name, *found)
+            f"expected routing of a model as that of profile {profile.name!r}, with {_sizes(model)}, got "
+            f"{_sizes(recorded)}"
         )
     if slots is not None and slots < 0:
         raise ValueError(f"slots must be 0 or more experts, got {slots}")
     geometry = profile.geometry(slots)
-    return replace(geometry, slots=min(geometry.slots, model.layers * model.experts))
+    return replace(geometry, slots=min(geometry.slots, model.total_experts))
+
+
+def _sizes(model: RoutedExperts) -> str:
+    layers, experts, choices = model.num_layers, model.num_experts, model.experts_per_token
+    return f"{layers} layers, {experts} experts and {choices} choices a token"
 
 
 def _limits(workload: Workload, geometry: Geometry, costs: HardwareProfile) -> tuple[float, float]:
@@ -213,8 +216,7 @@ def _limits(workload: Workload, geometry: Geometry, costs: HardwareProfile) -> t
     """
     counts, decode = workload.counts, workload.phase == "decode"
     bound = lower_bound_ms(counts, workload.tokens, geometry, costs, resident=None if decode else ())
-    anything = (ExpertId(int(la), int(e)) for la, e in np.argwhere(np.ones(counts.shape[1:])))
-    hits = belady_hit_rate(counts, geometry.slots, resident=anything if decode else ())
+    hits = belady_hit_rate(counts, geometry.slots, resident=geometry.every_expert() if decode else ())
     return bound / len(counts), hits
 
 

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from layerscope_jax.simulation.routing_files import problems, read, write
+from layerscope_jax.prediction.history import Popularity, PreviousToken
+from layerscope_jax.scheduling.geometry import RoutedExperts
+from layerscope_jax.simulation.history_forecasts import foretold, remembered
+from layerscope_jax.simulation.routing_files import check, read, write
 
-DERIVED = ("previous-token", "oracle", "none")
-"""Forecasts that need nothing but the routing."""
+HISTORIES = {kind.name: kind for kind in (PreviousToken, Popularity)}
+
+DERIVED = (*HISTORIES, "oracle", "none")
+"""Forecasts that need nothing but the routing: those of the predictors of these names that an engine takes,
+shown the prompts' last tokens first; what came true, zeros after the last step; nothing."""
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 
@@ -51,8 +58,7 @@ class Routing:
     A look-ahead that passes the last layer goes on into the first layers of the next step.
 
     Attributes:
-        header: {"format": 1, "geometry": {"layers", "experts", "choices"}, "domains": [R names]} and more,
-            for people to read.
+        header: {"format": 2, "geometry": `RoutedExperts`, "domains": [R names]} and more, for people to read.
         decode_experts: [S, R, L, K] uint8.
         prefill_experts: [R, P, L, K] uint8.
         prefill_lengths: [R] tokens of each prompt, 1..P.
@@ -62,16 +68,19 @@ class Routing:
         ValueError: naming everything that is wrong.
 
     >>> routing = Routing(
-    ...     header={"format": 1, "geometry": {"layers": 2, "experts": 3, "choices": 1}, "domains": ["verse"]},
+    ...     header={
+    ...         "format": 2,
+    ...         "geometry": {"num_layers": 2, "num_experts": 3, "experts_per_token": 1},
+    ...         "domains": ["verse"],
+    ...     },
     ...     decode_experts=np.array([[[[0], [1]]], [[[2], [1]]]], np.uint8),  # S = 2, R = 1
     ...     prefill_experts=np.array([[[[0], [0]]]], np.uint8),
     ...     prefill_lengths=np.array([1]),
     ...     forecasts={},
     ... )
-    >>> routing.counts(1, 0, [0]).tolist()
-    [0, 0, 1]
-    >>> routing.forecast("oracle", 0, 1, [0]).tolist()  # the next step's first layer
-    [[0.0, 0.0, 1.0]]
+    >>> counts, forecasts = routing.batch([0], "oracle")
+    >>> counts[1, 0].tolist(), forecasts[0, 1].tolist()  # the last layer looks into the next step
+    ([0, 0, 1], [[0.0, 0.0, 1.0]])
     """
 
     header: Mapping[str, Any]
@@ -81,21 +90,12 @@ class Routing:
     forecasts: Mapping[str, StoredForecast]
 
     def __post_init__(self) -> None:
-        found = problems(self.header, self._arrays())
-        if found:
-            raise ValueError("; ".join(found))
+        check(self.header, self._arrays())
 
-    @property
-    def layers(self) -> int:
-        return self.decode_experts.shape[2]
-
-    @property
-    def experts(self) -> int:
-        return self.header["geometry"]["experts"]
-
-    @property
-    def choices(self) -> int:
-        return self.decode_experts.shape[3]
+    @cached_property
+    def routed(self) -> RoutedExperts:
+        """The model's routed experts: L, E, K."""
+        return RoutedExperts(**self.header["geometry"])
 
     @property
     def steps(self) -> int:
@@ -117,70 +117,33 @@ class Routing:
 
     @property
     def predictors(self) -> tuple[str, ...]:
-        """Every name that `forecast` and `batch` take."""
+        """Every name that `batch` takes."""
         return (*self.forecasts, *DERIVED)
 
-    def counts(self, step: int, layer: int, requests: Sequence[int]) -> np.ndarray:
-        """[E] int32: how many of the requests' tokens go to each expert.
-
-        Args:
-            step: 0..S-1.
-            layer: 0..L-1.
-            requests: indices 0..R-1; one that is named twice counts twice.
-
-        Raises:
-            ValueError: if one of them is out of range.
-        """
-        chosen = self._chosen(requests)
-        self._check(step, layer)
-        return _tally(self.decode_experts[step, chosen, layer][None, :, None], self.experts)[0, 0]
-
-    def forecast(self, predictor: str, step: int, layer: int, requests: Sequence[int]) -> np.ndarray:
-        """[W, E] float32 tokens that each expert of the next W layers is expected to get.
-
-        Args:
-            predictor: one of `predictors`: a stored one; "previous-token", the newest token known to have
-                passed the target layer, which is the prompt's last one at first; "oracle", what came true,
-                zeros after the last step; "none", zeros.
-            step, layer, requests: as for `counts`.
-
-        Raises:
-            ValueError: for an unknown predictor, or what is out of range.
-        """
-        chosen = self._chosen(requests)
-        self._check(step, layer)
-        shape = (self.look_ahead, self.experts)
-        if predictor in self.forecasts:
-            experts, probabilities = (part[step, chosen, layer][None] for part in self.forecasts[predictor])
-            found = np.zeros(shape, np.float32)
-            found[: experts.shape[2]] = _tally(experts, self.experts, probabilities)[0]
-            return found
-        first = self._ahead(predictor, step, layer)
-        if first is None:
-            return np.zeros(shape, np.float32)
-        return self._history(chosen)[first : first + self.look_ahead].astype(np.float32)
-
     def batch(self, requests: Sequence[int], predictor: str = "none") -> Batch:
-        """All steps and layers of `counts` and `forecast` at once.
+        """What some requests, decoded together, ask for, and what a predictor says of it.
+
+        Args:
+            requests: indices 0..R-1; one that is named twice counts twice.
+            predictor: one of `predictors`: a stored one, or one of `DERIVED`.
 
         Raises:
-            ValueError: as those.
+            ValueError: for an unknown predictor, or a request out of range.
         """
-        chosen = self._chosen(requests)
-        counts = _tally(self.decode_experts[:, chosen], self.experts)
-        forecasts = np.zeros((self.steps, self.layers, self.look_ahead, self.experts), np.float32)
+        chosen, model = self._chosen(requests), self.routed
+        if predictor not in self.predictors:
+            raise ValueError(f"predictor must be one of {', '.join(self.predictors)}, got {predictor!r}")
+        counts = _tally(self.decode_experts[:, chosen], model.num_experts)
         if predictor in self.forecasts:
-            experts, probabilities = (part[:, chosen] for part in self.forecasts[predictor])
-            steps, size, layers, ahead, kept = experts.shape
-            flat = (steps, size, layers * ahead, kept)
-            sums = _tally(experts.reshape(flat), self.experts, probabilities.reshape(flat))
-            forecasts[:, :, :ahead] = sums.reshape(steps, layers, ahead, -1)
-        else:
-            steps_layers = np.arange(self.steps)[:, None, None], np.arange(self.layers)[None, :, None]
-            first = self._ahead(predictor, *steps_layers)
-            if first is not None:
-                forecasts[:] = self._history(chosen)[first + np.arange(self.look_ahead)]
-        return Batch(counts, forecasts)
+            return Batch(counts, self._stored(predictor, chosen))
+        if predictor == "oracle":
+            return Batch(counts, foretold(counts, self.look_ahead))
+        if predictor == "none":
+            shape = (self.steps, model.num_layers, self.look_ahead, model.num_experts)
+            return Batch(counts, np.zeros(shape, np.float32))
+        last = self.prefill_experts[chosen, self.prefill_lengths[chosen] - 1]
+        before = _tally(last[None], model.num_experts)[0]
+        return Batch(counts, remembered(HISTORIES[predictor](self.look_ahead), model, before, counts))
 
     def prefill(self, requests: Sequence[int]) -> np.ndarray:
         """[L, E] int32 tokens of all the requests' prompts that are routed to each expert.
@@ -190,7 +153,7 @@ class Routing:
         """
         chosen = self._chosen(requests)
         real = np.arange(self.prefill_experts.shape[1])[None] < self.prefill_lengths[chosen][:, None]
-        return _tally(self.prefill_experts[chosen][real][None], self.experts)[0]
+        return _tally(self.prefill_experts[chosen][real][None], self.routed.num_experts)[0]
 
     @classmethod
     def load(cls, path: str | Path) -> Routing:
@@ -249,32 +212,16 @@ class Routing:
             raise ValueError(f"requests must be indices in 0..{self.requests - 1}, got {requests!r}")
         return chosen
 
-    def _check(self, step: int, layer: int) -> None:
-        if not (0 <= step < self.steps and 0 <= layer < self.layers):
-            raise ValueError(
-                f"expected a step in 0..{self.steps - 1} and a layer in 0..{self.layers - 1}, "
-                f"got {step} and {layer}"
-            )
-
-    def _ahead(self, predictor: str, step: Any, layer: Any) -> Any:
-        """Where in `_history` a derived predictor finds the layer after `layer`; None for "none"."""
-        here = step * self.layers + layer + 1
-        match predictor:
-            case "previous-token":
-                return here
-            case "oracle":
-                return here + self.layers  # a step later
-            case "none":
-                return None
-        raise ValueError(f"predictor must be one of {', '.join(self.predictors)}, got {predictor!r}")
-
-    def _history(self, chosen: np.ndarray) -> np.ndarray:
-        """[(S + 2) L, E] counts of the prompts' last tokens, of the steps, and zeros past the last one."""
-        last = self.prefill_experts[chosen, self.prefill_lengths[chosen] - 1]
-        steps = _tally(np.concatenate([last[None], self.decode_experts[:, chosen]]), self.experts)
-        return np.concatenate(
-            [steps.reshape(-1, self.experts), np.zeros((self.layers, self.experts), np.int32)]
-        )
+    def _stored(self, predictor: str, chosen: np.ndarray) -> np.ndarray:
+        """[S, L, W, E] sums of what a predictor said of each token; zeros past its own look-ahead."""
+        model = self.routed
+        experts, probabilities = (part[:, chosen] for part in self.forecasts[predictor])
+        steps, size, layers, ahead, kept = experts.shape
+        flat = (steps, size, layers * ahead, kept)
+        sums = _tally(experts.reshape(flat), model.num_experts, probabilities.reshape(flat))
+        forecasts = np.zeros((steps, layers, self.look_ahead, model.num_experts), np.float32)
+        forecasts[:, :, :ahead] = sums.reshape(steps, layers, ahead, -1)
+        return forecasts
 
 
 def _tally(experts: np.ndarray, size: int, probabilities: np.ndarray | None = None) -> np.ndarray:

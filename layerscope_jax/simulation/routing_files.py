@@ -3,7 +3,7 @@
 An .npz file holds, for R requests, S decode steps, L layers, E experts, K choices, W layers of look-ahead and
 the M likeliest experts of each forecast:
 
-    header                           JSON: format, geometry, the requests' domains, where it all came from
+    header                           JSON: format, geometry (`RoutedExperts`), the requests' domains, origin
     decode_experts                   [S, R, L, K] uint8
     prefill_experts                  [R, P, L, K] uint8, of the prompts that the decode steps follow
     prefill_lengths                  [R] integers, tokens of each prompt, 1..P; past them is nothing
@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from layerscope_jax.support.files import parse_json, replace_files
-from layerscope_jax.support.json_fields import is_file
+from layerscope_jax.scheduling.geometry import RoutedExperts
+from layerscope_jax.support.checks import Problems
+from layerscope_jax.support.files import parse_json, write_file
+from layerscope_jax.support.json_fields import is_file, of_record
 
-FORMAT = 1
+FORMAT = 2
 MOST_EXPERTS = 256  # that a byte can name
 
 _PARTS = ("experts", "probabilities")
@@ -31,7 +33,7 @@ _FIXED = ("decode_experts", "prefill_experts", "prefill_lengths")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A file's header and arrays; `problems` says whether they fit together.
+    """A file's header and arrays; `check` says whether they fit together.
 
     Raises:
         ValueError: if it is none, or arrays are missing or not known, all of them named.
@@ -47,12 +49,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             arrays = {name: opened[name] for name in opened.files}
     except Exception as error:  # of numpy, zipfile and zlib: nothing narrower has them all
         raise ValueError(f"{path}: expected an .npz file, got {error!r}; copy it again") from None
-    wanted = {"header", *_FIXED}
-    wanted |= {f"{name.rsplit('.', 1)[0]}.{part}" for name in arrays if _of_forecast(name) for part in _PARTS}
-    found = [f"{name} is missing" for name in sorted(wanted - arrays.keys())]
-    found += [f"{name} is not expected" for name in sorted(arrays.keys() - wanted)]
-    if found:
-        raise ValueError(f"{path}: {'; '.join(found)}; copy it again")
+    expected = {"header", *_FIXED}
+    expected |= {
+        f"{name.rsplit('.', 1)[0]}.{part}" for name in arrays if _of_forecast(name) for part in _PARTS
+    }
+    found = Problems()
+    found.same_names(arrays, expected)
+    found.raise_any(str(path), "copy it again")
     try:
         header = parse_json(str(arrays.pop("header")).encode())
     except ValueError as error:
@@ -66,45 +69,75 @@ def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     Raises:
         ValueError: if it cannot be written.
     """
-
-    named: dict[str, Any] = {"header": np.array(json.dumps(header)), **arrays}
-
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # a file, for np.savez adds .npz to a name
-            np.savez_compressed(file, **named)
-
-    replace_files(path.parent, {path.name: save})
+    write_file(path, {"header": np.array(json.dumps(header)), **arrays})
 
 
-def problems(header: Any, arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Everything that does not fit together; `arrays` has all that a file must have, by their names there."""
-    try:
-        version = header["format"]
-        geometry = [header["geometry"][name] for name in ("layers", "experts", "choices")]
-        domains = header["domains"]
-        if not isinstance(domains, list | tuple) or not all(isinstance(name, str) for name in domains):
-            raise TypeError(f"domains {str(domains)[:40]}")
-        if not all(type(number) is int for number in geometry):
-            raise TypeError(f"geometry {str(geometry)[:80]}")
-        layers, experts, choices = geometry
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        return [f"header: expected format, geometry (layers, experts, choices) and domains, got {error!r}"]
+def check(header: Any, arrays: Mapping[str, np.ndarray]) -> RoutedExperts:
+    """The model's routed experts, as a header has them, if header and arrays fit together.
+
+    Args:
+        header: of a file.
+        arrays: all that a file must have, by their names there.
+
+    Raises:
+        ValueError: naming everything that does not.
+    """
+    found = Problems()
     others = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
-    if others:
-        return [f"{name}: expected an array, got {type(arrays[name]).__name__}" for name in sorted(others)]
-    if version != FORMAT:
-        return [f"header: expected format {FORMAT}, got {str(version)[:40]}"]
-    if not (1 <= choices <= experts <= MOST_EXPERTS and layers >= 1):
-        return [
-            f"header: expected layers of 1 or more and 1 <= choices <= experts <= {MOST_EXPERTS}, got "
-            f"{layers} layers, {choices} choices, {experts} experts"
-        ]
-    requests = len(domains)
-    if not requests:
-        return ["header: expected the domain of each request, got none"]
+    found.add(*(f"{name}: expected an array, got {type(arrays[name]).__name__}" for name in sorted(others)))
+    routed = found.check(read_header, header, of="header")
+    found.raise_any()
+    for name, shape in sorted(_shapes(routed, len(header["domains"]), arrays).items()):
+        if not _fits(arrays[name].shape, shape):
+            found.add(f"{name}: expected shape {_shown(shape)}, got {arrays[name].shape}")
+    for name, array in sorted(arrays.items()):
+        integers = name == "prefill_lengths"
+        if not (np.issubdtype(array.dtype, np.integer) if integers else array.dtype == np.uint8):
+            found.add(f"{name}: expected {'integers' if integers else 'uint8'}, got {array.dtype}")
+    found.raise_any()
+    lengths, prompt = arrays["prefill_lengths"], arrays["prefill_experts"].shape[1]
+    if lengths.min() < 1 or lengths.max() > prompt:
+        raise ValueError(f"prefill_lengths: expected 1..{prompt}, got {lengths.min()}..{lengths.max()}")
+    real = np.arange(prompt)[None] < lengths[:, None]
+    for name, array in sorted(arrays.items()):
+        if name.endswith("experts"):
+            chosen = array[real] if name == "prefill_experts" else array
+            found.check(_check_experts, chosen, routed.num_experts, of=name)
+    found.raise_any()
+    return routed
+
+
+def read_header(header: Any) -> RoutedExperts:
+    """The model's routed experts, as a header has them.
+
+    Raises:
+        ValueError: naming everything that is wrong with the header.
+    """
+    if not isinstance(header, Mapping):
+        raise ValueError(f"expected format, geometry and domains, got {str(header)[:40]}")
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"expected format {FORMAT}, got {str(header.get('format'))[:40]}; record it anew (format 1 had "
+            "other names for the model's sizes)"
+        )
+    found = Problems()
+    routed = found.check(of_record, RoutedExperts, header.get("geometry"), "geometry")
+    if routed is not None and routed.num_experts > MOST_EXPERTS:
+        found.add(f"geometry: expected at most {MOST_EXPERTS} experts a layer, got {routed.num_experts}")
+    domains = header.get("domains")
+    named = isinstance(domains, list | tuple) and all(isinstance(name, str) for name in domains)
+    if not named or not domains:
+        found.add(f"domains: expected a list of the domain of each request, got {str(domains)[:40]}")
+    found.raise_any()
+    return routed
+
+
+def _shapes(
+    routed: RoutedExperts, requests: int, arrays: Mapping[str, np.ndarray]
+) -> dict[str, tuple[int | None, ...]]:
+    """The shape that each array must have; None may be anything but 0."""
+    layers, choices = routed.num_layers, routed.experts_per_token
     steps = arrays["decode_experts"].shape[0] if arrays["decode_experts"].ndim else 0
-    prompt = arrays["prefill_experts"].shape[1] if arrays["prefill_experts"].ndim > 1 else 0
-    # None may be anything but 0.
     shapes: dict[str, tuple[int | None, ...]] = {
         "decode_experts": (None, requests, layers, choices),
         "prefill_experts": (requests, None, layers, choices),
@@ -114,36 +147,28 @@ def problems(header: Any, arrays: Mapping[str, np.ndarray]) -> list[str]:
         ahead = arrays[name].shape[3] if arrays[name].ndim == 5 else 0
         partner = arrays[f"{name.rsplit('.', 1)[0]}.experts"]
         kept = partner.shape[4] if partner.ndim == 5 else 0
-        shapes[name] = (steps, requests, layers, min(max(ahead, 1), layers), min(max(kept, 1), experts))
-    found = [
-        f"{name}: expected shape {_shown(shape)}, got {arrays[name].shape}"
-        for name, shape in sorted(shapes.items())
-        if not _fits(arrays[name].shape, shape)
-    ]
-    for name, array in sorted(arrays.items()):
-        integers = name == "prefill_lengths"
-        if not (np.issubdtype(array.dtype, np.integer) if integers else array.dtype == np.uint8):
-            found.append(f"{name}: expected {'integers' if integers else 'uint8'}, got {array.dtype}")
-    if found:
-        return found
-    lengths = arrays["prefill_lengths"]
-    if lengths.min() < 1 or lengths.max() > prompt:
-        found.append(f"prefill_lengths: expected 1..{prompt}, got {lengths.min()}..{lengths.max()}")
-        return found
-    real = np.arange(prompt)[None] < lengths[:, None]
-    for name, array in sorted(arrays.items()):
-        if name.endswith("experts"):
-            found += _not_experts(name, array[real] if name == "prefill_experts" else array, experts)
-    return found
+        shapes[name] = (
+            steps,
+            requests,
+            layers,
+            min(max(ahead, 1), layers),
+            min(max(kept, 1), routed.num_experts),
+        )
+    return shapes
 
 
-def _not_experts(name: str, chosen: np.ndarray, experts: int) -> list[str]:
-    """What is wrong with sets of experts [..., n]."""
+def _check_experts(chosen: np.ndarray, experts: int) -> None:
+    """Refuses what are no sets of experts [..., n].
+
+    Raises:
+        ValueError: if an expert does not exist, or is chosen twice.
+    """
     if chosen.max() >= experts:
-        return [f"{name}: expected experts 0..{experts - 1}, got {chosen.max()}"]
+        raise ValueError(f"expected experts 0..{experts - 1}, got {chosen.max()}")
     ordered = np.sort(chosen, -1)
     twice = (ordered[..., 1:] == ordered[..., :-1]).any(-1).sum()
-    return [f"{name}: expected different experts for a token, got {twice:,} with one twice"] if twice else []
+    if twice:
+        raise ValueError(f"expected different experts for a token, got {twice:,} with one twice")
 
 
 def _of_forecast(name: str) -> bool:

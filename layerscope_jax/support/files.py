@@ -11,7 +11,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Content: TypeAlias = "str | bytes | np.ndarray | Mapping[str, np.ndarray] | Callable[[Path], object]"
+"""What a file is to hold; see `replace_files`."""
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
@@ -133,11 +139,6 @@ def _numbers(value: Any) -> Iterator[tuple[str, float]]:
             yield where, item
 
 
-def write_text(file: Path, text: str) -> None:
-    """Writes one text file, in UTF-8, as `replace_files` does."""
-    replace_files(file.parent, {file.name: lambda path: path.write_text(text, encoding="utf-8")})
-
-
 def user_cache() -> Path:
     """This user's folder for what the package can make anew; it need not be there.
 
@@ -155,7 +156,12 @@ def user_cache() -> Path:
     return base / "layerscope_jax"
 
 
-def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+def write_file(file: Path, content: Content) -> None:
+    """Writes one file, whole or not at all, as `replace_files` does."""
+    replace_files(file.parent, {file.name: content})
+
+
+def replace_files(folder: Path, contents: Mapping[str, Content]) -> None:
     """Writes files into a folder under temporary names, and renames them once all are complete and on disk.
 
     Whoever opens one of the files meanwhile finds the old one or the new one, whole. A failure or an
@@ -166,18 +172,19 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]])
 
     Args:
         folder: made if needed.
-        writers: file name -> what writes it to the path that it is given, where an empty file is.
+        contents: file name -> what it is to hold: text (as UTF-8), bytes, an array (as `.npy`), arrays by
+            name (as `.npz`), or what writes it to the path that it is given, where an empty file is.
 
     Raises:
-        ValueError: if one cannot be written. That, as anything else that a writer raises, leaves none of the
+        ValueError: if one cannot be written. That, as anything else that writing raises, leaves none of the
             new files behind, and those they were to replace untouched.
     """
     swaps: list[_Swap] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, write in writers.items():
+        for name, content in contents.items():
             swaps.append(_Swap(folder / name))
-            swaps[-1].prepare(write)
+            swaps[-1].prepare(content)
         try:
             for swap in swaps:
                 swap.replace(keep_old=len(swaps) > 1)
@@ -194,6 +201,25 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]])
                     left.unlink()
 
 
+def _put(file: Path, content: Content) -> None:
+    """Fills a file that is there."""
+    if isinstance(content, str):
+        file.write_text(content, encoding="utf-8")
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    elif callable(content):
+        content(file)
+    else:
+        import numpy as np  # only where there are arrays: a command's first words should not wait for it
+
+        with file.open("wb") as opened:  # a file, for NumPy adds an ending to a name
+            if isinstance(content, Mapping):
+                arrays: Any = dict(content)
+                np.savez_compressed(opened, **arrays)
+            else:
+                np.save(opened, content)
+
+
 class _Swap:
     """A file that is to take another's place, beside both of them."""
 
@@ -204,9 +230,9 @@ class _Swap:
         self.new, self.old = final.with_name(token + ".tmp"), final.with_name(token + ".old")
         self.had_old: bool | None = None  # not known before the renames begin
 
-    def prepare(self, write: Callable[[Path], object]) -> None:
+    def prepare(self, content: Content) -> None:
         os.close(os.open(self.new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        write(self.new)
+        _put(self.new, content)
         _sync(self.new)
 
     def replace(self, keep_old: bool) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from layerscope_jax.support.checks import Problems
+
+Record = TypeVar("Record", bound=Any)
 
 MOST = {int: 2**53, float: 1e9}
 """Numbers of a record are no larger: nothing that is counted, nor a time in ms."""
@@ -18,12 +23,19 @@ KINDS = {
 }
 
 
-class Fields:
-    """Takes fields out of a record and collects what is wrong with them."""
+class Fields(Problems):
+    """Takes fields out of a record and collects what is wrong with them.
+
+    >>> fields = Fields({"name": "small", "slots": "many"})
+    >>> fields.of("name", str), fields.of("slots", int), fields.of("details", dict)
+    ('small', None, None)
+    >>> fields.found[0]
+    "slots must be a whole number over 0, at most 2**53, got 'many'"
+    """
 
     def __init__(self, record: Mapping[str, Any]):
+        super().__init__()
         self.record = record
-        self.wrong: list[str] = []
 
     def of(
         self,
@@ -42,7 +54,7 @@ class Fields:
         if fits and kind in MOST:
             fits = 0 < value <= MOST[kind]
         if not fits:
-            self.wrong.append(
+            self.add(
                 f"{prefix}{name} must be {KINDS[kind]}{' or null' * optional}, "
                 + (f"got {str(value)[:40]!r}" if name in record else "but is missing")
             )
@@ -53,15 +65,32 @@ class Fields:
         record = self.record if record is None else record
         others = sorted(str(name)[:40] for name in record.keys() - set(names))
         if others:
-            self.wrong.append(", ".join(prefix + name for name in others[:8]) + " not expected")
+            self.add(", ".join(prefix + name for name in others[:8]) + " not expected")
 
-    def read(self, name: str, read: Callable[[], Any]) -> Any:
-        """What `read` gives; a ValueError of its is collected, and None given."""
-        try:
-            return read()
-        except ValueError as error:
-            self.wrong.append(f"{name}: {error}")
-            return None
+
+def of_record(kind: type[Record], record: Any, name: str) -> Record:
+    """Makes a dataclass of whole numbers and texts from a JSON object with exactly its fields.
+
+    Args:
+        kind: the dataclass.
+        record: the object.
+        name: what it is called where it was read, for messages.
+
+    Raises:
+        ValueError: naming every field that is missing, not expected or not as it should be; or with what the
+            class itself refuses.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{name} must be an object, got {str(record)[:40]!r}")
+    found = Fields(record)
+    kinds = {field.name: {"int": int, "str": str}[str(field.type)] for field in fields(kind)}
+    found.only(kinds, prefix=f"{name}.")
+    values = {field: found.of(field, of, prefix=f"{name}.") for field, of in kinds.items()}
+    found.raise_any()
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def readable(value: Any, indent: int = 0) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from layerscope_jax.support import files
-from layerscope_jax.support.files import read_json, replace_files, write_text
+from layerscope_jax.support.files import read_json, replace_files, write_file
 
 
 def names(folder):
@@ -142,7 +142,7 @@ def test_two_who_write_the_same_file_do_not_meet(folder):
 
     def slow(file):
         file.write_text("first half, ")
-        write_text(folder / "a", "the other's")
+        write_file(folder / "a", "the other's")
         assert (folder / "a").read_text() == "the other's"
         with file.open("a") as opened:
             opened.write("second half")

@@ -215,7 +215,7 @@ def test_what_cannot_be_recorded_is_refused(text, tmp_path, changes, message):
     [
         (
             {"length": 3, "prompt": 0.0},
-            r"length must be 16 or more, got 3; prompt must lie in \(0, 1\], got 0.0",
+            r"length must be 16 or more, got 3; prompt must be in \(0, 1\], got 0.0",
         ),
         ({"text": ()}, "text must name at least one file"),
     ],

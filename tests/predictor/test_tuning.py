@@ -155,7 +155,7 @@ def test_the_window_is_bounded_and_under_the_threshold_nothing_is_tried(trace):
     ("changes", "message"),
     [
         ({"window": 10, "steps": 0}, "window must be 1024 or more, got 10; steps must be 1 or more, got 0"),
-        ({"threshold": 2.0}, r"threshold must lie in 0\.\.1, got 2\.0"),
+        ({"threshold": 2.0}, r"threshold must be in 0\.\.1, got 2\.0"),
         ({"learning_rate": 0.0}, "learning_rate must be more than 0"),
         ({"margin": -1.0}, r"margin must be 0 or more, got -1\.0"),
     ],

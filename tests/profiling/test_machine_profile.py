@@ -60,9 +60,9 @@ def test_shipped_profiles(name):
     assert profile.costs.host_ms.tokens[0] == 1
     assert profile.costs.host_ms(300) > profile.costs.host_ms(1) > 0
     assert profile.costs.device_ms(1) == profile.costs.device_ms(10_000)
-    assert 0 < profile.slots < profile.model.layers * profile.model.experts
+    assert 0 < profile.slots < profile.model.total_experts
     geometry = profile.geometry()
-    assert (geometry.slots, geometry.num_layers) == (profile.slots, profile.model.layers)
+    assert (geometry.slots, geometry.num_layers) == (profile.slots, profile.model.num_layers)
     # Every figure says whether it was published or derived.
     sources = profile.details["sources"]
     assert {"host_ms", "device_ms", "transfer_ms", "layer_ms", "slots"} <= sources.keys()
@@ -107,8 +107,8 @@ def edit(record, path, value):
 def test_every_wrong_field_is_named(own, tmp_path):
     wrong = {
         "name": 3,
-        "model.layers": 0,
-        "model.experts": ...,
+        "model.num_layers": 0,
+        "model.num_experts": ...,
         "machine.cores": True,
         "costs.host_ms": {"tokens": [4, 1], "ms": [1, 2]},
         "costs.device_ms": ...,
@@ -138,8 +138,8 @@ def test_every_wrong_field_is_named(own, tmp_path):
     [
         ("{", "expected JSON"),
         ("[]", "a JSON object"),
-        ("{}", "of format 1, got None"),
-        ('{"format": 2}', "of format 1, got 2"),
+        ("{}", "of format 2, got None"),
+        ('{"format": 1}', "of format 2, got 1; calibrate again"),
     ],
 )
 def test_other_files_are_refused(tmp_path, text, reason):
@@ -163,14 +163,20 @@ def test_it_speaks_for_its_own_machine_and_model_alone(own, model):
     other = replace(
         own,
         machine={**own.machine, "cpu": "8086", "device": "abacus"},
-        model=replace(own.model, experts=9, dtype="float16"),
+        model=replace(own.model, num_experts=9, dtype="float16"),
         emulated_link_bandwidth=1_000_000,
     )
     with pytest.raises(ValueError, match="calibrate") as refused:
         other.check(model)
-    for part in ("cpu 8086 there", "device abacus", "model.experts 9 there, 8 here", "float16", "1000000"):
+    for part in (
+        "cpu 8086 there",
+        "device abacus",
+        "model.num_experts 9 there, 8 here",
+        "float16",
+        "1000000",
+    ):
         assert part in str(refused.value)
-    assert "model.layers" not in str(refused.value)
+    assert "model.num_layers" not in str(refused.value)
 
 
 def test_geometry_needs_slots(own):
@@ -233,10 +239,10 @@ class TestInAnEngine:
         ("costs.transferms", 2.0),
         ("costs.alone", {"transfer_ms": 1.0}),
         ("costs.alone", {"alone": {}}),
-        ("model.layers", 10**400),
-        ("model.layers", 10**9),
+        ("model.num_layers", 10**400),
+        ("model.num_layers", 10**9),
         ("model.experts_per_token", 9),
-        ("model.hidden", -3),
+        ("model.hidden_size", -3),
         ("model.head", 3),
         ("machine.gpu", "fast"),
         ("slots", 10**400),
@@ -259,7 +265,7 @@ def test_numbers_that_no_machine_has_are_refused_by_field(own, tmp_path, path, v
 
 @pytest.mark.parametrize("record", [None, [], 7, "profile", {"format": "1" * 9999}], ids=lambda r: str(r)[:9])
 def test_what_is_no_profile_is_refused(record):
-    with pytest.raises(ValueError, match="expected a profile of format 1") as refused:
+    with pytest.raises(ValueError, match="expected a profile of format 2") as refused:
         MachineProfile.from_json(record)
     assert len(str(refused.value)) < 200
 

@@ -29,8 +29,9 @@ from pathlib import Path
 import tyro
 
 from layerscope_jax.support import exits
+from layerscope_jax.support.files import write_file
 from layerscope_jax.support.locks import locked_folder
-from predictor.documents import MIN_CHARS, Document, read_documents, write_documents, write_text
+from predictor.documents import MIN_CHARS, Document, read_documents, write_documents
 from tools.shipped_model import readers
 
 TRAIN_DOMAINS = ("novels", "verse", "speeches", "python-source", "python-docs")
@@ -216,7 +217,7 @@ def build(out: Path, sources: Iterable[Source] = SOURCES) -> None:
             documents += found
             print(f"{domain}: {len(found)} documents, {size / 1e6:.1f} MB from {source.package}")
         write_documents(path, documents)
-        write_text(record, json.dumps(provenance, indent=2) + "\n")
+        write_file(record, json.dumps(provenance, indent=2) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import tyro
 
 from layerscope_jax.support import exits
-from predictor.documents import write_text
+from layerscope_jax.support.files import write_file
 from tools.shipped_model.tokenizer import read_splits
 
 
@@ -102,6 +102,6 @@ def main(args: Sequence[str] | None = None) -> None:
         options = tyro.cli(Options, args=args)
         rows = prompts(options.corpus)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_file(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     exits.end(run, args)

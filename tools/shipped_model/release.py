@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     run("tools.shipped_model.release")
 
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -203,11 +202,9 @@ def release(options: Release) -> str:
     copied = ("tokenizer.json", "tokenizer_config.json")
     rows, loads = measure(config, options.out)
     text = card(config, steps, rows, loads, read_json(options.corpus / "sources.json"))
-    replace_files(
-        options.out,
-        {"README.md": lambda file: file.write_text(text)}
-        | {name: lambda file, name=name: shutil.copyfile(options.tokens / name, file) for name in copied},
-    )
+    contents = {"README.md": text.encode()}
+    contents |= {name: (options.tokens / name).read_bytes() for name in copied}
+    replace_files(options.out, contents)
     return text
 
 

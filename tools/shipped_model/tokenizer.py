@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
     run("tools.shipped_model.tokenizer")
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,9 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from layerscope_jax.support import exits
-from layerscope_jax.support.files import replace_files
+from layerscope_jax.support.files import replace_files, write_file
 from layerscope_jax.support.locks import locked_folder
-from predictor.documents import Document, heldout_ids, read_documents, stable_hash, write_text
+from predictor.documents import Document, heldout_ids, read_documents, stable_hash
 from tools.shipped_model.corpus import HELDOUT_DOMAINS, TRAIN_DOMAINS
 
 END_OF_TEXT = "<|endoftext|>"
@@ -104,8 +104,8 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
         "pad_token": PADDING,
         "clean_up_tokenization_spaces": False,
     }
-    write_text(out / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    write_text(out / "tokenizer.json", tokenizer.to_str(pretty=False))
+    write_file(out / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_file(out / "tokenizer.json", tokenizer.to_str(pretty=False))
 
 
 def pack(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -127,21 +127,10 @@ def write_packed(
     """Write the three files of one domain, the ids last: where they stand, the other two do."""
     (folder / f"{domain}.npy").unlink(missing_ok=True)
 
-    def writer(array: np.ndarray) -> Callable[[Path], object]:
-        def write(path: Path) -> None:
-            with path.open("wb") as file:  # a file, for np.save adds .npy to a name
-                np.save(file, array)
-
-        return write
-
     names = json.dumps([document.id for document in documents])
     replace_files(
         folder,
-        {
-            f"{domain}.ids.json": lambda file: file.write_text(names, encoding="utf-8"),
-            f"{domain}.offsets.npy": writer(offsets),
-            f"{domain}.npy": writer(ids),
-        },
+        {f"{domain}.ids.json": names, f"{domain}.offsets.npy": offsets, f"{domain}.npy": ids},
     )
 
 
@@ -189,7 +178,7 @@ def build(corpus: Path, out: Path) -> str:
                     out / split, domain, documents, ids, np.cumsum(np.r_[0, lengths], dtype=np.int64)
                 )
     table = size_table(out, splits)
-    write_text(out / "READY", table)
+    write_file(out / "READY", table)
     return table
 
 

@@ -30,7 +30,7 @@ from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.layers import Routing
 from layerscope_jax.support import exits, interrupts
-from layerscope_jax.support.files import read_json, write_text
+from layerscope_jax.support.files import read_json, write_file
 from layerscope_jax.support.jax_settings import random_key
 from layerscope_jax.support.locks import locked_folder
 from tools.shipped_model.data import PackedTokens
@@ -244,7 +244,7 @@ def check_same_run(config: TrainConfig) -> None:
             listed = ", ".join(f"{key}: {was} then, {now} now" for key, (was, now) in differing.items())
             raise ValueError(f"{config.out} holds another run ({listed}); use its settings or another --out")
         return
-    write_text(file, json.dumps(settings, indent=1))
+    write_file(file, json.dumps(settings, indent=1))
 
 
 def main() -> None:

@@ -1,0 +1,131 @@
+"""Forecasts from what was routed before: the same objects in engines, simulations and scorecards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from layerscope_jax.scheduling.geometry import RoutedExperts
+from layerscope_jax.scheduling.plan import Observation
+
+LOOK_AHEAD = 4
+
+
+class History(Protocol):
+    """A predictor that goes by what was routed before: pure functions over small records, as policies are.
+
+    Attributes:
+        name, look_ahead: as of a `layerscope_jax.prediction.predictors.Predictor`.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def look_ahead(self) -> int: ...
+
+    def init(self, geometry: Any) -> Any:
+        """The first state, for a model with the routed experts of `geometry`."""
+
+    def update(self, state: Any, seen: Observation) -> Any:
+        """The state after a layer's demand is known."""
+
+    def expected(self, state: Any, layer: int, tokens: int) -> list[list[float]]:
+        """[W][E] expected tokens of each expert in the layers after `layer`, for a batch of `tokens`."""
+
+
+def turn_ahead(layer: int, horizon: int, num_layers: int) -> tuple[int, int]:
+    """Which step and layer lie `horizon` layers after a layer: steps later, and the layer there.
+
+    Past the last layer the next step follows.
+
+    >>> turn_ahead(1, 1, num_layers=4), turn_ahead(3, 2, num_layers=4)
+    ((0, 2), (1, 1))
+    """
+    return divmod(layer + horizon, num_layers)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens that each layer's experts were given, as far as they are known.
+
+    Attributes:
+        model: whose experts.
+        of: layer -> [..., E] tokens. An engine counts those of a batch together; whoever tells requests apart
+            has them in the axes before.
+    """
+
+    model: RoutedExperts
+    of: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    def ahead(self, layer: int, horizons: Sequence[int]) -> np.ndarray:
+        """[H, ..., E] tokens of the layers `horizons` after `layer`; zeros for a layer that is not known."""
+        nothing = np.zeros(self.model.num_experts)
+        layers = [turn_ahead(layer, horizon, self.model.num_layers)[1] for horizon in horizons]
+        return np.stack([self.of.get(target, nothing) for target in layers])
+
+
+@dataclass(frozen=True)
+class FromCounts:
+    """A `History` whose forecast of a layer is in proportion to counts of its experts."""
+
+    look_ahead: int = LOOK_AHEAD
+
+    def init(self, geometry: RoutedExperts) -> Counts:
+        return Counts(geometry)
+
+    def forecast(self, state: Counts, layer: int, tokens: float, horizons: Sequence[int]) -> np.ndarray:
+        """[H, ..., E] expected tokens of the layers `horizons` after `layer`; see `expected`."""
+        return scaled(state.ahead(layer, horizons), tokens)
+
+    def expected(self, state: Counts, layer: int, tokens: int) -> list[list[float]]:
+        """[W][E]; see `History`."""
+        return self.forecast(state, layer, tokens, range(1, self.look_ahead + 1)).tolist()
+
+
+@dataclass(frozen=True)
+class PreviousToken(FromCounts):
+    """A layer's experts are those of the step before: in decoding, those of each request's previous token."""
+
+    name = "previous-token"
+
+    def update(self, state: Counts, seen: Observation) -> Counts:
+        return replace(state, of={**state.of, seen.layer: tokens_of(seen, state.model)})
+
+
+@dataclass(frozen=True)
+class Popularity(FromCounts):
+    """A layer's experts are those it chose most often so far; what is long ago counts less and less.
+
+    Attributes:
+        memory: share of the old counts that is kept at each step.
+    """
+
+    memory: float = 0.98
+    name = "popularity"
+
+    def update(self, state: Counts, seen: Observation) -> Counts:
+        now, before = tokens_of(seen, state.model), state.of.get(seen.layer)
+        return replace(
+            state, of={**state.of, seen.layer: now if before is None else self.memory * before + now}
+        )
+
+
+def tokens_of(seen: Observation, model: RoutedExperts) -> np.ndarray:
+    """[E] tokens of a layer's demand."""
+    tokens = np.zeros(model.num_experts)
+    tokens[list(seen.demand)] = list(seen.demand.values())
+    return tokens
+
+
+def scaled(counts: np.ndarray, tokens: float) -> np.ndarray:
+    """[..., E] counts, scaled to add up to `tokens` (token, choice) pairs; zeros where nothing was counted.
+
+    >>> scaled(np.array([[0.0, 3.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), 8).tolist()
+    [[0.0, 6.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    """
+    totals = counts.sum(-1, keepdims=True)
+    return counts * np.divide(tokens, totals, out=np.zeros_like(totals), where=totals > 0)

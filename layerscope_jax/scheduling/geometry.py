@@ -1,0 +1,93 @@
+"""How many experts a model routes to, and how many of them a device budget holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from layerscope_jax.support.checks import Problems
+
+MOST_EXPERTS = 2**24
+"""Of all layers: sixteen million, a thousand times those of any model; more is damage, not a model."""
+
+
+class ExpertId(NamedTuple):
+    """A routed expert: its layer, among those with routed experts, and its number there."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedExperts:
+    """How many routed experts a model has: what routing, profiles, predictors and policies all count by.
+
+    Attributes:
+        num_layers: L, layers with routed experts. A model may have other layers, which are not counted.
+        num_experts: E, experts of each of these layers.
+        experts_per_token: K, experts that a token chooses in each.
+
+    Raises:
+        ValueError: naming every number that no model has.
+
+    >>> RoutedExperts(num_layers=0, num_experts=8, experts_per_token=9)
+    Traceback (most recent call last):
+    ValueError: num_layers must be 1 or more, got 0; experts_per_token must be in 1..num_experts (8), got 9
+    """
+
+    num_layers: int
+    num_experts: int
+    experts_per_token: int
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        layers, experts, choices = self.num_layers, self.num_experts, self.experts_per_token
+        for name, number in (("num_layers", layers), ("num_experts", experts)):
+            problems.expect(type(number) is int and number >= 1, name, "1 or more", number)
+        if type(experts) is int:
+            within = type(choices) is int and 1 <= choices <= experts
+            problems.expect(within, "experts_per_token", f"in 1..num_experts ({experts})", choices)
+        if not problems.found:
+            problems.expect(
+                layers * experts <= MOST_EXPERTS,
+                "num_layers * num_experts",
+                f"at most {MOST_EXPERTS:,}",
+                layers * experts,
+            )
+        problems.raise_any()
+
+    @property
+    def total_experts(self) -> int:
+        """Experts of all layers."""
+        return self.num_layers * self.num_experts
+
+    @property
+    def routed(self) -> RoutedExperts:
+        """These numbers alone, to compare with those of another record.
+
+        >>> small = Geometry(num_layers=2, num_experts=4, experts_per_token=1, expert_bytes=300, slots=3)
+        >>> small.routed == RoutedExperts(num_layers=2, num_experts=4, experts_per_token=1)
+        True
+        """
+        return RoutedExperts(**self.counts())
+
+    def counts(self) -> dict[str, Any]:
+        """The three numbers by name, to make another record of or to write down."""
+        return {field.name: getattr(self, field.name) for field in fields(RoutedExperts)}
+
+    def every_expert(self) -> list[ExpertId]:
+        """All experts, layer by layer."""
+        return [ExpertId(la, expert) for la in range(self.num_layers) for expert in range(self.num_experts)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry(RoutedExperts):
+    """What a policy knows of a model and of the device budget.
+
+    Attributes:
+        expert_bytes: of one expert.
+        slots: how many experts the device budget holds, copies on their way counted.
+    """
+
+    expert_bytes: int
+    slots: int
