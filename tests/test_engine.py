@@ -259,7 +259,7 @@ def test_a_link_that_broke_is_not_tried_for_all_that_is_queued(model):
         # From the first failure for good on, the engine is given time to hear of it.
         if len(tried) > ATTEMPTS + 1:
             until = time.monotonic() + 60
-            while engine.runner.transfers._begun and time.monotonic() < until:
+            while engine.runner.transfers.queue.begun and time.monotonic() < until:
                 time.sleep(0.001)
         raise OSError("injected")
 

@@ -119,8 +119,9 @@ def at_rest(engine, work):
     for helpers in (runner.host_experts._thread, runner.host_experts.cpu._helpers):
         assert helpers._job is None
         assert helpers._calls.empty()
-    assert [*link._demand, *link._prefetch, *link._begun, *link._failed] == []
-    assert link._on_link == 0
+    queue = link.queue
+    assert [*queue.demand, *queue.prefetch, *queue.begun, *queue.failed] == []
+    assert queue.on_link == 0
     assert not runner.residency.coming
     assert runner.residency.used_bytes <= engine.budget_bytes
     assert runner._settled
@@ -159,7 +160,7 @@ def traps(engine, trap, monkeypatch):
             patch.setattr(runner, "_attend_alone", trap.around(runner._attend_alone))
             yield name
     with monkeypatch.context() as patch:
-        patch.setattr(runner.transfers, "_copy", trap.around(runner.transfers._copy))
+        patch.setattr(runner.transfers, "copy", trap.around(runner.transfers.copy))
         yield "copying"
 
 
