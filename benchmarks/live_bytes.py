@@ -176,7 +176,7 @@ class Watch:
         if isinstance(runner, LayerByLayer):
             tokens = sorted({rows * width for rows, width in self.steps})
             named["rows"] = rows_bytes(model.config, model.bank.dtype.itemsize, tokens)
-            named["predictor"] = covered(spans(jax.tree.leaves(runner.forecasts._params)))
+            named["predictor"] = covered(spans(jax.tree.leaves(runner.forecasts._learner.params)))
             if isinstance(runner.device_experts, SharedExperts) and isinstance(runner.policy, Resident):
                 named["experts"] = 0  # they stay where they are
         return named

@@ -79,7 +79,7 @@ class CopyQueue:
         return not (self.demand or self.prefetch or self.on_link)
 
     def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId]) -> None:
-        """Queues copies; a load that is a prefetch already is moved ahead, one that has arrived left alone."""
+        """Queues copies; a load that is a prefetch already moves ahead, what has arrived stays."""
         for expert in load:
             copy = self.begun.get(expert) or next((c for c in self.prefetch if c.expert == expert), None)
             if copy is not None:

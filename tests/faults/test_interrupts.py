@@ -155,9 +155,9 @@ def traps(engine, trap, monkeypatch):
         yield "reading back"
     for name in ("embed", "attend_and_route", "finish"):
         with monkeypatch.context() as patch:
-            program = getattr(runner._programs, name)
-            patch.setattr(runner, "_programs", runner._programs._replace(**{name: trap.around(program)}))
-            patch.setattr(runner, "_attend_alone", trap.around(runner._attend_alone))
+            dense, program = runner.dense, getattr(runner.dense.programs, name)
+            patch.setattr(dense, "programs", dense.programs._replace(**{name: trap.around(program)}))
+            patch.setattr(dense, "attend_alone", trap.around(dense.attend_alone))
             yield name
     with monkeypatch.context() as patch:
         patch.setattr(runner.transfers, "copy", trap.around(runner.transfers.copy))
@@ -171,14 +171,14 @@ def interrupted_everywhere(engine, batch, expected, what, at, monkeypatch, reach
     assert again() == expected
     for where in traps(engine, trap, monkeypatch):
         trap.set(what, at, everywhere=where == "copying")
-        policy = engine.runner.policy
+        decisions, policy = engine.runner.decisions, engine.runner.policy
         if where in CLEANING:
-            engine.runner.policy = None
+            decisions.policy = None
         done = False
         with suppress(what, *[AttributeError] * (where in CLEANING)):
             assert again() == expected, where
             done = True
-        engine.runner.policy = policy
+        decisions.policy = policy
         if trap.sprung.is_set():
             reached.add(where)
         if not engine.runner._settled:  # interrupted where it came to rest: the next call does so first
