@@ -61,7 +61,6 @@ class Engine:
         host_device: the JAX CPU device that computes experts on the host; None for the last one. Without an
             accelerator it takes turns with `device`, also where JAX has several CPU devices: the cores are
             the same.
-        copy: how one array is put on the device; another than `jax.device_put` only to inject faults.
 
     Raises:
         ValueError: if the policy is unknown, the budget too small for it and what the predictor keeps on the
@@ -83,7 +82,6 @@ class Engine:
         *,
         device: jax.Device | None = None,
         host_device: jax.Device | None = None,
-        copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
     ):
         problems, device_or_none = Problems(), "one of jax.devices() or None"
         problems.expect(isinstance(model, Model), "model", "a Model, as layerscope_jax.load gives one", model)
@@ -94,7 +92,6 @@ class Engine:
         problems.expect(
             isinstance(host_device, jax.Device | None), "host_device", device_or_none, host_device
         )
-        problems.expect(callable(copy), "copy", "a function as jax.device_put", copy)
         problems.raise_any()
         self._resources = Resources(self)
         self._turns = Turns(self._resources.step)
@@ -108,9 +105,9 @@ class Engine:
                 "load the model with device= for another"
             )
         with self._turns.turn():
-            self._build(host_device, copy)
+            self._build(host_device)
 
-    def _build(self, host_device: jax.Device | None, copy: Callable[..., jax.Array]) -> None:
+    def _build(self, host_device: jax.Device | None) -> None:
         """Makes the runner, as the config says."""
         config, bank = self.config, self.model.bank
         budget, pace, predictor = config.device_budget, config.emulated_link_bandwidth, config.predictor
@@ -130,7 +127,6 @@ class Engine:
                     bandwidth=bandwidth,
                     threads=config.host_threads,
                     host_device=host_device,
-                    copy=copy,
                 )
             )
         self.policy = self.runner.policy

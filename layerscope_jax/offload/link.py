@@ -51,8 +51,8 @@ class LinkStats:
     failed_prefetches: int = 0
 
 
-def copy_to_device(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Begins the copy of one array; every link that is made goes through this name, to inject faults by."""
+def start_copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Starts a copy of a matrix to the device, as every copy does: a test puts its faults in here."""
     return jax.device_put(array, sharding)
 
 
@@ -80,12 +80,12 @@ class Transfers:
         device: where they go.
         bandwidth: bytes a second to pace copies to, or None. A paced chunk counts as arrived when its real
             copy is done and its time on a link of that rate has passed.
-        copy: how one array is copied, if not by `copy_to_device`: a link of tests.
+        copy: `(array, sharding) -> array`; `start_copy` if None.
 
     Attributes:
         stats: what the link did.
         queue: what waits for it, is on it and has come off it; looked at and changed under one lock.
-        copy: `(array, sharding) -> array`, through which every copy goes.
+        copy: through which every copy goes.
         within: whether copies are unpaced and within main memory: they take the time of the CPU that
             computes.
         ahead, prefetch_ahead: bytes on the link until which chunks of demands begin, and of prefetches.
@@ -102,7 +102,7 @@ class Transfers:
         self.bank = bank
         self.bandwidth = bandwidth
         self.stats = LinkStats()
-        self.copy = copy or copy_to_device
+        self.copy = copy or start_copy
         self.sharding = device_sharding(device)
         self.queue = CopyQueue(MATRICES)
         self._changed = threading.Condition()

@@ -44,7 +44,6 @@ def build(
     bandwidth: int | None = None,
     threads: int | None = None,
     host_device: jax.Device | None = None,
-    copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] | None = None,
 ) -> Runner:
     """Makes a model's runner, with threads of its own until it is closed.
 
@@ -60,7 +59,6 @@ def build(
         bandwidth: bytes a second that the link is paced to; None for as fast as it goes.
         threads: that compute on the host; None for as many as suit the machine.
         host_device: the JAX CPU device of the host; None for the last one.
-        copy: how the link copies one array; None for `copy_to_device`.
 
     Raises:
         ValueError: if the budget is too small for the policy beside the predictor, or the predictor was made
@@ -94,7 +92,7 @@ def build(
                 )
             )
         )
-        link = stack.enter_context(closing(Transfers(model.bank, model.device, bandwidth, copy)))
+        link = stack.enter_context(closing(Transfers(model.bank, model.device, bandwidth)))
         geometry = model.geometry(budget_bytes // model.bank.expert_bytes)
         forecasts = stack.enter_context(closing(Forecasts(predictor, model, geometry)))
         runner = _layer_by_layer(model, chosen, budget_bytes, host, link, forecasts, costs, measure)

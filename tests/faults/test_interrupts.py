@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from exact_cases import RandomPolicy, agree, case, oracle, run
-from helpers import in_time
+from helpers import copying_by, in_time
 
 from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
 from layerscope_jax.kernels import cpu
@@ -285,7 +285,7 @@ def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypa
     """The link breaks while the host computes beside the device: the host is waited for, both are told."""
     model, batches, _ = case("bfloat16")
     monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
-    told, broken, ended = threading.Event(), [True], []
+    begun, told, broken, ended = threading.Event(), threading.Event(), [True], []
 
     def copy(array, sharding):
         if broken[0]:
@@ -293,11 +293,12 @@ def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypa
         return jax.device_put(array, sharding)
 
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=Split(), numerics="exact")
-    with Engine(model, config, copy=copy) as engine:
+    with copying_by(copy), Engine(model, config) as engine:
         runner = engine.runner
         compute, wait, rest = runner.host_experts.compute, runner.transfers.wait, runner.host_experts.rest
 
         def slow(*arguments):
+            begun.set()  # else it might be given up
             assert told.wait(60)  # until whoever waits for the link knows
             compute(*arguments)
             ended.append(True)
@@ -307,6 +308,7 @@ def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypa
             try:
                 wait(*arguments)
             except TransferError:
+                assert begun.wait(60)
                 threading.Timer(0.1, told.set).start()
                 raise
 
