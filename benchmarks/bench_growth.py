@@ -113,7 +113,7 @@ class Profiles:
     def of(self, model: Model, config: OffloadConfig, link: str) -> HardwareProfile | None:
         if link not in self._known:
             with Engine(model, config) as engine:
-                self._known[link] = engine._costs
+                self._known[link] = engine.runner.costs
         return self._known[link]
 
 

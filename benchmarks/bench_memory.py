@@ -92,7 +92,7 @@ def costs(model: Model, policies: Sequence[str]) -> HardwareProfile | None:
     if not any(POLICIES[policy].uses_costs for policy in policies):
         return None
     with Engine(model, OffloadConfig(device_budget=model.bank.total_bytes // 2, policy="presched")) as engine:
-        return engine._costs
+        return engine.runner.costs
 
 
 def measure(

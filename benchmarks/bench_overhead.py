@@ -29,7 +29,7 @@ from benchmarks.stopwatch import Stopwatch
 from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig, load, save
 from layerscope_jax.kernels import amx, cpu
 from layerscope_jax.kernels import experts as kernels
-from layerscope_jax.runtime import layerwise
+from layerscope_jax.runtime import deciding, layerwise
 from layerscope_jax.runtime.statistics import Meter
 from layerscope_jax.scheduling.registry import FORECASTING
 
@@ -109,13 +109,13 @@ def timed_parts(engine: Engine, watch: Stopwatch) -> Iterator[None]:
 
     policy = engine.policy
     parts: list[tuple[Any, str, str | Callable]] = [
-        (runner, "_attend_alone", attending),
+        (runner.dense, "attend_alone", attending),
         (layerwise, "Assignments", "sorting assignments"),
-        (runner, "_absorb", "arrivals"),
+        (runner.tier, "absorb", "arrivals"),
         (runner, "_decide", "deciding, the rest"),
         (runner.forecasts, "read", "forecast"),
         (policy, "plan", "policy.plan"),
-        (layerwise, "check_plan", "check_plan"),
+        (deciding, "check_plan", "check_plan"),
         (Meter, "count", "statistics"),
         (residency, "follow", "residency.follow"),
         (runner.transfers, "drop", "transfers.drop"),
@@ -131,10 +131,10 @@ def timed_parts(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         (amx, "run_experts", lambda call: watch.timed(call, "experts", arithmetic=True)),
         (cpu, "grouped_rows", products),
     ]
-    programs = runner._programs
+    programs = runner.dense.programs
     with contextlib.ExitStack() as stack:
-        runner._programs = programs._replace(attend_and_route=attending(programs.attend_and_route))
-        stack.callback(setattr, runner, "_programs", programs)
+        runner.dense.programs = programs._replace(attend_and_route=attending(programs.attend_and_route))
+        stack.callback(setattr, runner.dense, "programs", programs)
         for owner, name, part in parts:
             call = getattr(owner, name)
             new = watch.timed(call, part) if isinstance(part, str) else part(call)

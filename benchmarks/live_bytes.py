@@ -22,6 +22,7 @@ from layerscope_jax import engine as engines
 from layerscope_jax.kernels import amx
 from layerscope_jax.kernels import experts as kernels
 from layerscope_jax.kernels.cpu import AMX, CpuExperts
+from layerscope_jax.offload import link
 from layerscope_jax.offload.executors import SharedExperts
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.scheduling.baselines import Resident
@@ -176,7 +177,7 @@ class Watch:
         if isinstance(runner, LayerByLayer):
             tokens = sorted({rows * width for rows, width in self.steps})
             named["rows"] = rows_bytes(model.config, model.bank.dtype.itemsize, tokens)
-            named["predictor"] = covered(spans(jax.tree.leaves(runner.forecasts._params)))
+            named["predictor"] = covered(spans(jax.tree.leaves(runner.forecasts._learner.params)))
             if isinstance(runner.device_experts, SharedExperts) and isinstance(runner.policy, Resident):
                 named["experts"] = 0  # they stay where they are
         return named
@@ -202,7 +203,9 @@ def watch(model: Model, config: OffloadConfig, call: Callable[[Engine], object])
     gc.collect()
     own = {id(array) for array in jax.tree.leaves((model.dense, model.bank.layers))}
     others = [array for array in live_arrays(model.device) if id(array) not in own]
-    with Engine(model, config, copy=copies) as engine:
+    with mock.patch.object(link, "start_copy", copies):
+        engine = Engine(model, config)
+    with engine:
         found = Watch(engine, copies, others)
         with found.watching(engine):
             call(engine)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from layerscope_jax.models import Decoder, ExpertParam
     from layerscope_jax.models.config import ModelConfig
     from layerscope_jax.offload.bank import ExpertBank
+    from layerscope_jax.prediction.bases import PredictorBase
     from layerscope_jax.prediction.predictors import PREDICTORS, History, Predictor
     from layerscope_jax.profiling.machine_profile import MachineProfile
     from layerscope_jax.runtime.statistics import RunStats
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         Replay,
     )
     from layerscope_jax.scheduling.plan_files import load_plans, save_plans
+    from layerscope_jax.scheduling.policy import PolicyBase
     from layerscope_jax.scheduling.registry import POLICIES
     from layerscope_jax.simulation.comparison import simulate_profile
     from layerscope_jax.support.compile_cache import use_compilation_cache
@@ -58,6 +60,7 @@ _CONTENTS = {
     ),
     "models.config": ("ModelConfig",),
     "offload.bank": ("ExpertBank",),
+    "prediction.bases": ("PredictorBase",),
     "prediction.predictors": (
         "PREDICTORS",
         "History",
@@ -81,6 +84,7 @@ _CONTENTS = {
         "load_plans",
         "save_plans",
     ),
+    "scheduling.policy": ("PolicyBase",),
     "scheduling.registry": ("POLICIES",),
     "simulation.comparison": ("simulate_profile",),
     "support.compile_cache": ("use_compilation_cache",),
@@ -109,7 +113,9 @@ __all__ = [
     "Observation",
     "OffloadConfig",
     "Policy",
+    "PolicyBase",
     "Predictor",
+    "PredictorBase",
     "Replay",
     "Request",
     "RunStats",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -26,36 +24,22 @@ from layerscope_jax.generation.requests import (
     encode_prompts,
     make_requests,
 )
-from layerscope_jax.kernels.cpu import default_threads
-from layerscope_jax.offload.executors import HostExperts
-from layerscope_jax.offload.link import Transfers
-from layerscope_jax.offload.residency import Residency
-from layerscope_jax.offload.rooms import Rooms
-from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import make_predictor
 from layerscope_jax.profiling import measure as calibration
 from layerscope_jax.profiling.machine_profile import costs_of
-from layerscope_jax.runtime.accounts import Account, count_for, stats_of
-from layerscope_jax.runtime.layerwise import LayerByLayer
+from layerscope_jax.runtime.accounts import Account, run_stats
+from layerscope_jax.runtime.build import build
 from layerscope_jax.runtime.non_finite import why_not_finite
-from layerscope_jax.runtime.resident import ResidentOnCpu
+from layerscope_jax.runtime.resources import Resources
 from layerscope_jax.runtime.statistics import Times
 from layerscope_jax.runtime.turns import Turns
-from layerscope_jax.runtime.warmup import rehearsal
-from layerscope_jax.runtime.whole import WholeModel, new_caches
-from layerscope_jax.scheduling.baselines import Resident
-from layerscope_jax.scheduling.costs import HardwareProfile
-from layerscope_jax.scheduling.guard import Guard
-from layerscope_jax.scheduling.plan import Policy
+from layerscope_jax.runtime.whole import new_caches
 from layerscope_jax.scheduling.registry import make_policy
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.compile_cache import Compilations, counted
-from layerscope_jax.support.machine import cpu_device
 from layerscope_jax.support.units import is_integer, parse_bytes
 
 Turn = Callable[[], AbstractContextManager]
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -77,7 +61,6 @@ class Engine:
         host_device: the JAX CPU device that computes experts on the host; None for the last one. Without an
             accelerator it takes turns with `device`, also where JAX has several CPU devices: the cores are
             the same.
-        copy: how one array is put on the device; another than `jax.device_put` only to inject faults.
 
     Raises:
         ValueError: if the policy is unknown, the budget too small for it and what the predictor keeps on the
@@ -99,7 +82,6 @@ class Engine:
         *,
         device: jax.Device | None = None,
         host_device: jax.Device | None = None,
-        copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
     ):
         problems, device_or_none = Problems(), "one of jax.devices() or None"
         problems.expect(isinstance(model, Model), "model", "a Model, as layerscope_jax.load gives one", model)
@@ -110,11 +92,9 @@ class Engine:
         problems.expect(
             isinstance(host_device, jax.Device | None), "host_device", device_or_none, host_device
         )
-        problems.expect(callable(copy), "copy", "a function as jax.device_put", copy)
         problems.raise_any()
-        self._rooms = Rooms(self)
-        self._turns = Turns(self._rooms.step)
-        self._costs: HardwareProfile | None = None
+        self._resources = Resources(self)
+        self._turns = Turns(self._resources.step)
         self._error: str | None = None  # why logits were not finite, once they were
         self.model = model
         self.config = config or OffloadConfig()
@@ -125,61 +105,31 @@ class Engine:
                 "load the model with device= for another"
             )
         with self._turns.turn():
-            self._build(host_device, copy)
+            self._build(host_device)
 
-    def _build(self, host_device: jax.Device | None, copy: Callable[..., jax.Array]) -> None:
-        """Makes the rooms, and the runner that goes through them."""
-        model, config, bank = self.model, self.config, self.model.bank
-        self.budget_bytes = (
-            bank.total_bytes
-            if config.device_budget is None
-            else parse_bytes(config.device_budget, "device_budget")
-        )
-        policy = make_policy(config.policy)
-        wanted = config.predictor
-        if wanted is None and isinstance(policy, Guard):
-            wanted = "gate"  # the best that needs no training
-        predictor = None if wanted is None else make_predictor(wanted)
-        bandwidth = None
-        if config.emulated_link_bandwidth is not None:
-            bandwidth = parse_bytes(config.emulated_link_bandwidth, "emulated_link_bandwidth")
-        profile = costs_of(config.profile, model, bandwidth)
-        # Where everything fits there is nothing to decide, unless the user decided otherwise.
-        fits = self.budget_bytes >= bank.total_bytes
-        left_to_us = isinstance(config.policy, str) and config.policy != "host-only"
-        everything = fits and (left_to_us or isinstance(policy, Resident))
-        self.runner: WholeModel | LayerByLayer
-        if everything and config.numerics == "fast" and WholeModel.is_faster_on(self.device):
-            self.policy: Policy = Resident()
-            self.runner = WholeModel(model)
-            return
-        if everything and WholeModel.is_faster_on(self.device):
-            logger.warning(
-                "every expert fits on %s: OffloadConfig(numerics='fast') runs a step as one program there, "
-                "without Python between layers; its logits agree with those of other budgets to rounding",
-                self.device,
+    def _build(self, host_device: jax.Device | None) -> None:
+        """Makes the runner, as the config says."""
+        config, bank = self.config, self.model.bank
+        budget, pace, predictor = config.device_budget, config.emulated_link_bandwidth, config.predictor
+        self.budget_bytes = bank.total_bytes if budget is None else parse_bytes(budget, "device_budget")
+        bandwidth = None if pace is None else parse_bytes(pace, "emulated_link_bandwidth")
+        with self._resources.opening():
+            self.runner = self._resources.add(
+                build(
+                    self.model,
+                    make_policy(config.policy),
+                    None if predictor is None else make_predictor(predictor),
+                    budget_bytes=self.budget_bytes,
+                    measure=calibration.measure,
+                    policy_is_obeyed=not isinstance(config.policy, str),
+                    fast=config.numerics == "fast",
+                    costs=costs_of(config.profile, self.model, bandwidth),
+                    bandwidth=bandwidth,
+                    threads=config.host_threads,
+                    host_device=host_device,
+                )
             )
-        self.policy = Resident() if everything else policy
-        geometry = model.geometry(self.budget_bytes // bank.expert_bytes)
-        threads = config.host_threads or default_threads(self.device)
-        on_cpu = self.device.platform == "cpu"
-        with self._rooms.opening():
-            host = self._rooms.add(
-                HostExperts(bank, host_device or cpu_device(), threads, shares_inputs=on_cpu)
-            )
-            transfers = self._rooms.add(Transfers(bank, self.device, bandwidth, copy))
-            forecasts = self._rooms.add(Forecasts(None if everything else predictor, model, geometry))
-            # What the predictor keeps on the device comes first; experts have the rest.
-            residency = Residency(forecasts.beside(self.budget_bytes), bank.expert_bytes)
-            geometry = replace(geometry, slots=residency.slots)
-            if profile is None and self.policy.uses_costs:
-                profile = calibration.measure(model, host, transfers, residency.slots)
-            state = forecasts.explained(self.budget_bytes, lambda: self.policy.init(geometry, profile))
-            self._costs = profile
-            runner = ResidentOnCpu if everything and host.inside is not None else LayerByLayer
-            self.runner = runner(model, self.policy, state, residency, transfers, host, forecasts)
-            if everything:
-                self.runner.preload()
+        self.policy = self.runner.policy
 
     def generate(
         self,
@@ -216,7 +166,7 @@ class Engine:
         self._turns.check()
         requests = make_requests(prompts, settings)
         check_options(on_token, progress=progress, record_plans=record_plans, bound=bound)
-        if bound and self._costs is None:
+        if bound and self.runner.costs is None:
             raise ValueError(
                 "a bound needs the costs of this machine: give OffloadConfig(profile=) what `layerscope "
                 "calibrate` measured, or a policy that weighs costs; and a budget with something to decide"
@@ -241,16 +191,15 @@ class Engine:
                         on_token(event)
             total_s = time.perf_counter() - began
             with each():
-                count_for(self.runner, None)
-                stats = stats_of(
-                    self.runner,
+                self.runner.reset(None)
+                stats = run_stats(
                     account,
+                    self.runner.stats(account),
                     times,
                     total_s,
                     prompts=len(running),
                     new_tokens=sum(len(one.tokens) for one in running),
                     budget_bytes=self.budget_bytes,
-                    costs=self._costs,
                 )
         completions = [
             Completion(
@@ -305,7 +254,7 @@ class Engine:
         requests = batch_of(self.model.config, prompt_tokens, max_num_seqs, new_tokens, sampled)
         running = self._running(requests, max_num_seqs)
         with self._turns.turn(), counted() as found:
-            steps = self._batch(running, int(max_num_seqs), Times(), rehearsal(self.runner).step).run()
+            steps = self._batch(running, int(max_num_seqs), Times(), self.runner.rehearsal().step).run()
             made = 0  # tokens: of all prefills, and of a decode step
             while made < 2 * max_num_seqs and (events := next(steps, None)) is not None:
                 made += len(events)
@@ -313,7 +262,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the engine's threads; it generates no more. A step that another thread is at is waited for."""
-        self._rooms.close()
+        self._resources.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -330,8 +279,6 @@ class Engine:
     def _running(self, requests: Sequence[Request], max_num_seqs: int) -> list[Running]:
         """The requests, as they are before their first step; refuses what no step can do."""
         self._check_open()
-        if isinstance(self.runner, LayerByLayer):
-            self.runner.forecasts.check()
         if not is_integer(max_num_seqs) or max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be 1 or more, got {repr(max_num_seqs)[:60]}")
         prompts = self._encode(requests)
@@ -358,7 +305,7 @@ class Engine:
         while True:
             with turn():
                 self._check_open()  # a stream may outlive its engine
-                count_for(self.runner, account)
+                self.runner.reset(account)
                 events = next(steps, None)
             if events is None:
                 return
@@ -385,7 +332,7 @@ class Engine:
         return self._error
 
     def _check_open(self) -> None:
-        if self._rooms.closed:
+        if self._resources.closed:
             raise ValueError("the engine was closed; make a new Engine to generate more")
 
     def text(self, tokens: list[int], finish: str, prompt: Sequence[int] = ()) -> str:

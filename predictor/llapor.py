@@ -20,6 +20,7 @@ from safetensors.numpy import save as safetensors_bytes
 
 from layerscope_jax.checkpoints.identity import ModelIdentity
 from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.prediction.bases import PredictorBase
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import read_json, replace_files
 from predictor.packing import Matrix, packed, unpacked, widened
@@ -88,7 +89,7 @@ class Architecture:
 
 
 @dataclass(frozen=True, eq=False)
-class LLaPor:
+class LLaPor(PredictorBase):
     """A `layerscope_jax.prediction.predictors.Predictor` of the experts of the next W layers.
 
     Two are equal that forecast by the same programs, whatever they have learned.

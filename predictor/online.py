@@ -13,6 +13,7 @@ import numpy as np
 
 from layerscope_jax.checkpoints.identity import ModelIdentity
 from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.prediction import bases
 from layerscope_jax.scheduling.plan import Phase
 from layerscope_jax.support.machine import cpu_device
 from predictor.llapor import Architecture, LayerParams, LLaPor
@@ -32,7 +33,7 @@ class LearningError(RuntimeError):
     """The thread that learns has failed; forecasts stay as they were, and tokens are right."""
 
 
-class Online:
+class Online(bases.PredictorBase):
     """A `layerscope_jax.prediction.predictors.Predictor`: LLaPor, tuned on what engines see.
 
     An engine hands over what each layer saw, which costs it nothing; a thread reads it back, and tunes on
@@ -242,7 +243,7 @@ class Online:
                             each.params[layer] = params
 
 
-class Learner:
+class Learner(bases.Learner):
     """What one engine has of an `Online`.
 
     Attributes:
@@ -251,8 +252,12 @@ class Learner:
         last: the last step learned from, whose next tokens are not known yet.
     """
 
+    learns = True
+    params: list[LayerParams]
+
     def __init__(self, online: Online, params: list[LayerParams], device: jax.Device):
-        self.params, self.device = params, device
+        super().__init__(params)
+        self.device = device
         self.last: Batch | None = None
         self._online = online
         self._seen: Seen = []

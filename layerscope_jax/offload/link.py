@@ -6,13 +6,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 
 from layerscope_jax.models.experts import ExpertWeights
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
+from layerscope_jax.offload.queue import Copy, CopyQueue
 from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.errors import TransferError
 from layerscope_jax.support.jax_settings import settle_thread
@@ -50,20 +51,15 @@ class LinkStats:
     failed_prefetches: int = 0
 
 
-@dataclass(eq=False)
-class _Copy:
-    """One expert on its way, a matrix at a time."""
-
-    expert: ExpertId
-    demanded: bool
-    begun: int = 0
-    arrays: list[jax.Array] = field(default_factory=list)
+def start_copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Starts a copy of a matrix to the device, as every copy does: a test puts its faults in here."""
+    return jax.device_put(array, sharding)
 
 
 class _Chunk(NamedTuple):
     """One matrix on the link."""
 
-    copy: _Copy
+    copy: Copy
     matrix: jax.Array
     outcome: jax.Array | BaseException  # what starting the copy gave
     due: float  # when a link of the paced rate has carried it
@@ -84,10 +80,12 @@ class Transfers:
         device: where they go.
         bandwidth: bytes a second to pace copies to, or None. A paced chunk counts as arrived when its real
             copy is done and its time on a link of that rate has passed.
-        copy: `(array, sharding) -> array`; `jax.device_put` outside of fault-injection tests.
+        copy: `(array, sharding) -> array`; `start_copy` if None.
 
     Attributes:
         stats: what the link did.
+        queue: what waits for it, is on it and has come off it; looked at and changed under one lock.
+        copy: through which every copy goes.
         within: whether copies are unpaced and within main memory: they take the time of the CPU that
             computes.
         ahead, prefetch_ahead: bytes on the link until which chunks of demands begin, and of prefetches.
@@ -99,24 +97,18 @@ class Transfers:
         bank: ExpertBank,
         device: jax.Device,
         bandwidth: int | None = None,
-        copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
+        copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] | None = None,
     ):
         self.bank = bank
         self.bandwidth = bandwidth
         self.stats = LinkStats()
-        self._copy = copy
+        self.copy = copy or start_copy
         self.sharding = device_sharding(device)
+        self.queue = CopyQueue(MATRICES)
         self._changed = threading.Condition()
-        self._demand: deque[_Copy] = deque()
-        self._prefetch: deque[_Copy] = deque()
-        self._begun: dict[ExpertId, _Copy] = {}
-        self._arrived: dict[ExpertId, ExpertWeights] = {}
-        self._failed: dict[ExpertId, BaseException] = {}  # those that somebody waits for
-        self._lost: list[ExpertId] = []  # those that nobody waits for
         self._enough = 1  # arrivals worth waking the engine for
         self._closed = False
         self._broken: BaseException | None = None  # what ended the link's thread before its time
-        self._on_link = 0  # chunks that have begun and not ended
         self.within = not bandwidth and device.platform == "cpu"
         self.ahead = 0 if bandwidth else WITHIN_BYTES if self.within else AHEAD_BYTES
         self.prefetch_ahead = 0 if device.platform == "cpu" else self.ahead
@@ -145,39 +137,24 @@ class Transfers:
         with self._changed:
             self._check_thread()
             self._expected = max(self._expected, time.perf_counter())
-            for expert in load:
-                copy = self._begun.get(expert) or next(
-                    (c for c in self._prefetch if c.expert == expert), None
-                )
-                if copy is not None:
-                    copy.demanded = True
-                    if copy in self._prefetch:  # else its last matrix is on the link
-                        self._prefetch.remove(copy)
-                        self._demand.append(copy)
-                elif expert not in self._arrived:
-                    if expert in self._lost:  # failed as a prefetch, unnoticed until now
-                        self._lost.remove(expert)
-                    self._demand.append(_Copy(expert, demanded=True))
-            self._prefetch.extend(_Copy(expert, demanded=False) for expert in prefetch)
+            self.queue.submit(load, prefetch)
             self._changed.notify_all()
 
     def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
         """Takes prefetches that have not begun off the queue where `stale(expert)`; returns them."""
         with self._changed:
-            gone = [copy for copy in self._prefetch if not copy.begun and stale(copy.expert)]
-            for copy in gone:
-                self._prefetch.remove(copy)
+            gone = self.queue.drop(stale)
             self.stats.dropped += len(gone)
-            return [copy.expert for copy in gone]
+            return gone
 
     def arrivals(self) -> tuple[dict[ExpertId, ExpertWeights], list[ExpertId]]:
         """What has arrived since the last call, and which prefetches failed for good; does not wait."""
-        if not (self._arrived or self._lost):
+        queue = self.queue
+        if not (queue.arrived or queue.lost):
             return {}, []  # what comes at this moment comes with the next call
         with self._changed:
-            arrived, self._arrived = self._arrived, {}
-            lost, self._lost = self._lost, []
-            return arrived, lost
+            arrived, lost = queue.take()
+            return {expert: ExpertWeights(*arrays) for expert, arrays in arrived.items()}, lost
 
     def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:
         """Returns when `count` experts have arrived, no more than are wanted.
@@ -188,13 +165,14 @@ class Transfers:
         """
         with self._changed:
             self._enough = count
-            while len(self._arrived) < count:
-                failed = next((expert for expert in wanted if expert in self._failed), None)
+            while len(self.queue.arrived) < count:
+                failed = next((expert for expert in wanted if expert in self.queue.failed), None)
                 if failed is not None:
+                    error = self.queue.failed[failed]
                     raise TransferError(
                         f"copying expert {failed.expert} of layer {failed.layer} to the device failed "
-                        f"{ATTEMPTS} times: {self._failed[failed]}"
-                    ) from self._failed[failed]
+                        f"{ATTEMPTS} times: {error}"
+                    ) from error
                 if self._closed:
                     raise TransferError("the transfer engine was closed while a layer waited for an expert")
                 self._await_news(self._expected, STANDSTILL_S)
@@ -207,10 +185,9 @@ class Transfers:
         """
         with self._changed:
             self._changed.notify_all()  # an interrupt may have kept `submit` from saying so
-            while not (self._closed or self._idle()):
+            while not (self._closed or self.queue.idle):
                 self._await_news(self._expected, STANDSTILL_S)
-            self._lost.extend(self._failed)
-            self._failed.clear()
+            self.queue.let_go()
 
     def cancel(self) -> None:
         """Gives up every copy that has not arrived, demands too; waits for the chunks on the link alone.
@@ -222,10 +199,9 @@ class Transfers:
             TransferError: if a chunk on the link does not end; its memory stays in use. May be called again.
         """
         with self._changed:
-            for copies in (self._demand, self._prefetch, self._begun, self._failed):
-                copies.clear()
+            self.queue.cancel()
             began = time.perf_counter()
-            while not self._closed and (self._on_link or self._broken):
+            while not self._closed and (self.queue.on_link or self._broken):
                 self._await_news(began, GRACE_S)
 
     def close(self) -> None:
@@ -238,9 +214,6 @@ class Transfers:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:  # which may be the one that collects garbage
             self._thread.join(GRACE_S)
-
-    def _idle(self) -> bool:
-        return not (self._demand or self._prefetch or self._on_link)
 
     def _check_thread(self) -> None:
         if self._broken is not None:
@@ -276,7 +249,7 @@ class Transfers:
         rested = True  # whether it has had nothing to do since it began the last chunk
         while True:
             with self._changed:
-                while not (self._closed or on_link or self._demand or self._prefetch):
+                while not (self._closed or on_link or self.queue.waiting):
                     rested = True
                     self._changed.wait()
                 if self._closed and not on_link:
@@ -301,28 +274,19 @@ class Transfers:
             self._expected = max(now, free)
             on_link.append(_Chunk(*begun, self._start(matrix), free))
 
-    def _next(self, on_link: int, carried: int) -> tuple[_Copy, jax.Array] | None:
+    def _next(self, on_link: int, carried: int) -> tuple[Copy, jax.Array] | None:
         """Begins the next matrix that may begin beside so many chunks and their bytes; None to wait first."""
         # Choosing and beginning are one step under the lock: what has been chosen is not dropped any more.
-        if self._demand and (on_link < 2 or carried < self.ahead):
-            queue = self._demand
-        elif self._prefetch and not self._demand and (on_link == 0 or carried < self.prefetch_ahead):
-            queue = self._prefetch
-        else:
-            return None
-        copy = queue[0]
-        matrix = self.bank[copy.expert][copy.begun]
-        copy.begun += 1
-        self._on_link += 1
-        self._begun[copy.expert] = copy
-        if copy.begun == MATRICES:
-            queue.popleft()
-        return copy, matrix
+        copy = self.queue.begin(
+            demand=on_link < 2 or carried < self.ahead,
+            prefetch=on_link == 0 or carried < self.prefetch_ahead,
+        )
+        return None if copy is None else (copy, self.bank[copy.expert][copy.begun - 1])
 
     def _start(self, matrix: jax.Array) -> jax.Array | BaseException:
         """A copy that has begun, or why it has not."""
         try:
-            return self._copy(matrix, self.sharding)
+            return self.copy(matrix, self.sharding)
         except BaseException as error:
             return error
 
@@ -333,8 +297,8 @@ class Transfers:
             array = self._settle(chunk)
         except BaseException as error:
             with self._changed:
-                self._fail(copy, error)
-                self._ended()
+                self.stats.failed_prefetches += self.queue.fail(copy, error)
+                self._ended(self.queue.failed or self.queue.lost)
             return time.perf_counter()
         across = time.perf_counter()
         if self.bandwidth:
@@ -349,23 +313,19 @@ class Transfers:
                 self.stats.demand_bytes += array.nbytes
             else:
                 self.stats.prefetch_bytes += array.nbytes
-            copy.arrays.append(array)
-            if len(copy.arrays) == MATRICES and self._begun.get(copy.expert) is copy:
-                del self._begun[copy.expert]
-                self._arrived[copy.expert] = ExpertWeights(*copy.arrays)
-            self._ended()
+            self.queue.finish(copy, array)
+            self._ended(len(self.queue.arrived) >= self._enough)
         return across
 
-    def _ended(self) -> None:
-        """A chunk has left the link."""
-        self._on_link -= 1
+    def _ended(self, worth_telling: object) -> None:
+        """A chunk has left the link; wakes who waits, if there is something for them."""
         self._expected = max(self._expected, time.perf_counter())
-        if len(self._arrived) >= self._enough or self._idle():
+        if worth_telling or self.queue.idle:
             self._changed.notify_all()
 
-    def _wanted(self, copy: _Copy) -> bool:
+    def _wanted(self, copy: Copy) -> bool:
         """Whether nobody has given up a copy that has begun."""
-        return self._begun.get(copy.expert) is copy and not self._closed
+        return self.queue.wants(copy) and not self._closed
 
     def _settle(self, chunk: _Chunk) -> jax.Array:
         """The finished copy of a chunk, tried again where it failed."""
@@ -382,17 +342,3 @@ class Transfers:
                 self._expected = max(self._expected, time.perf_counter())
                 outcome = self._start(chunk.matrix)
         raise AssertionError("unreachable")
-
-    def _fail(self, copy: _Copy, error: BaseException) -> None:
-        if self._begun.get(copy.expert) is not copy:
-            return  # another chunk of this copy failed before, or it was given up
-        del self._begun[copy.expert]
-        for queue in (self._demand, self._prefetch):
-            if copy in queue:
-                queue.remove(copy)
-        if copy.demanded:
-            self._failed[copy.expert] = error
-        else:
-            self.stats.failed_prefetches += 1
-            self._lost.append(copy.expert)
-        self._changed.notify_all()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.prediction.bases import Learner, completed
 from layerscope_jax.prediction.predictors import History, Predictor
 from layerscope_jax.scheduling.plan import Geometry, Observation
 
@@ -38,28 +39,24 @@ class Forecasts:
         self.name = None if predictor is None else predictor.name
         self.in_layer: Predictor | None = None
         self.kept_bytes = 0
-        self._observe: Callable[..., None] | None = getattr(predictor, "observe", None)
-        self._learner: Any = None
-        self._params: Sequence[Any] = [None] * geometry.num_layers
+        self._learner = Learner([None] * geometry.num_layers)
         self._numbers: list[jax.Array | None] = [None] * geometry.num_layers
         self._history: History | None = None
         self._state: Any = None
         self._experts = geometry.num_experts
         if hasattr(predictor, "predict"):
-            self.in_layer = cast(Predictor, getattr(predictor, "architecture", predictor))
-            if hasattr(predictor, "attach"):
-                self._learner = cast(Any, predictor).attach(model)
-                self._params, self._observe = self._learner.params, self._learner.observe
-            else:
-                self._params = cast(Predictor, predictor).bind(model)
+            whole = completed(cast(Predictor, predictor))
+            self.in_layer = cast(Predictor, whole.architecture)
+            self._learner = whole.attach(model)
             try:
-                check_forecasts(self.in_layer, str(self.name), self._params, model)
+                check_forecasts(self.in_layer, str(self.name), self._learner.params, model)
             except BaseException:
                 self.close()
                 raise
-            kept = [kept_bytes(params, model) for params in (self._params, *self._params)]
-            # While a learner's are replaced, one layer's are there twice.
-            self.kept_bytes = kept[0] + (max(kept[1:]) if self._learner is not None else 0)
+            params = self._learner.params
+            kept = [kept_bytes(some, model) for some in (params, *params)]
+            # While those of a learner are replaced, one layer's are there twice.
+            self.kept_bytes = kept[0] + (max(kept[1:]) if self._learner.learns else 0)
             self._numbers = [
                 jax.device_put(np.int32(layer), model.device) for layer in range(geometry.num_layers)
             ]
@@ -99,20 +96,18 @@ class Forecasts:
 
     def check(self) -> None:
         """Warns, once, if a predictor that learns has failed: its forecasts go on as they were."""
-        failure = None if self._learner is None else self._learner.check()
+        failure = self._learner.check()
         if failure is not None:
             warnings.warn(f"predictor {self.name!r}: {failure}", RuntimeWarning, stacklevel=4)
 
     def close(self) -> None:
         """Ends what learns along; raises what it failed with, if nobody was told."""
-        learner, self._learner = self._learner, None
-        if learner is not None:
-            self._observe = None
-            learner.close()
+        learner, self._learner = self._learner, Learner(self._learner.params)  # which closes only once
+        learner.close()
 
     def inputs(self, layer: int) -> tuple[Any, jax.Array | None]:
         """What a layer's jitted part takes for the forecast: its parameters and its number, on the device."""
-        return self._params[layer], self._numbers[layer]
+        return self._learner.params[layer], self._numbers[layer]
 
     def read(self, layer: int, expected: np.ndarray | None, tokens: int) -> Forecast:
         """The forecast of the layers after `layer`.
@@ -139,8 +134,8 @@ class Forecasts:
         """Shows the predictor what became of a layer, if it wants to know."""
         if self._history is not None:
             self._state = self._history.update(self._state, seen)
-        if self._observe is not None:
-            self._observe(seen.layer, inputs, experts, weights, active, seen.phase)
+        if self._learner.learns:
+            self._learner.observe(seen.layer, inputs, experts, weights, active, seen.phase)
 
     def _sane(self, expected: Forecast, tokens: int) -> Forecast:
         """What is no number of tokens counts as none, and more than there are as all.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerscope_jax.prediction.bases import PredictorBase, completed
 from layerscope_jax.prediction.history import LOOK_AHEAD, History, Popularity, PreviousToken
 
 if TYPE_CHECKING:
@@ -23,11 +24,8 @@ class Predictor(Protocol):
     things move, never what is computed: a wrong one costs time alone.
 
     It is hashable: engines with equal predictors share compiled programs, which are kept for the next engine
-    and the predictor with them. So one with weights should say what is equal, or leave it to an attribute
-    `architecture`, without weights and hashable, whose `predict` is called in its place. One with
-    `observe(layer, inputs, experts, weights, active, phase)` is shown what became of each layer; one with
-    `attach(model)` gives each engine a learner of its own, with `params` (as of `bind`), `observe`, `check`
-    and `close`.
+    and the predictor with them. So one with weights should say what is equal. A class derived from
+    `PredictorBase` can say more: what stands for it in programs, and who is shown what became of each layer.
 
     Attributes:
         name: as in statistics and tables.
@@ -62,7 +60,7 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True)
-class NextGate:
+class NextGate(PredictorBase):
     """The routers of the next layers, read on this layer's hidden state (Fate, arXiv 2502.12224, and others).
 
     The hidden state is taken to reach them unchanged; `x / scale_l` is what all their norms scale. Knows
@@ -177,7 +175,7 @@ def make_predictor(predictor: str | Predictor | History) -> Predictor | History:
         raise ValueError(f"predictor must be an object, got the class {predictor.__name__}: make one of it")
     try:
         if hasattr(predictor, "predict"):
-            hash(getattr(predictor, "architecture", predictor))
+            hash(completed(cast(Predictor, predictor)).architecture)
     except TypeError:
         raise ValueError(
             f"predictor {type(predictor).__name__} must be hashable, as engines with equal predictors share "

@@ -19,7 +19,8 @@ from layerscope_jax.offload.link import LinkStats, Transfers
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import Predictor
-from layerscope_jax.runtime.layerwise import ARRIVALS, LayerByLayer
+from layerscope_jax.runtime.computing import ARRIVALS
+from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.whole import new_caches
 from layerscope_jax.scheduling.baselines import HostOnly
 from layerscope_jax.scheduling.plan import ExpertId, Geometry

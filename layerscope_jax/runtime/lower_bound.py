@@ -103,6 +103,22 @@ def lower_bound_ms(
         return unit * float(_best(arrays, rounds, experts <= FEW))
 
 
+def least_decode_s(demand: Sequence[dict[int, int]], geometry: Geometry, costs: HardwareProfile) -> float:
+    """Least time, in seconds, that any policy could take for decode steps.
+
+    Args:
+        demand: of each layer of each step, as it was recorded.
+        geometry: of the model and the budget.
+        costs: of the machine.
+    """
+    layers, experts = geometry.num_layers, geometry.num_experts
+    counts = np.zeros((len(demand) // layers, layers, experts), int)
+    for turn, tokens in enumerate(demand):
+        counts[turn // layers, turn % layers, list(tokens)] = list(tokens.values())
+    each = counts[:, 0].sum(1) // geometry.experts_per_token
+    return lower_bound_ms(counts, each.tolist(), geometry, costs.alone or costs) / 1e3
+
+
 Prices = dict[str, jax.Array]
 """`link` [S, L]: m summed from each t to the end, falling, within 0..1; `room` [S, L]: v; `share` [S, L]: x.
 In place of that last one, where all ways to share a layer out are looked at: `presence` [S, L, E]."""

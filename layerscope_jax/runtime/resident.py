@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import jax
@@ -20,9 +19,37 @@ from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.layers import PAD_POSITION, KVCache
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.programs import dense_parts
+from layerscope_jax.runtime.runner import Stepped
 from layerscope_jax.runtime.sampling import Sampling, sample
-from layerscope_jax.support.errors import TransferError
+from layerscope_jax.runtime.warmup import Rehearsal
 from layerscope_jax.support.interrupts import check
+
+
+class DecodeRehearsal(Rehearsal):
+    """As `Rehearsal` for prefills; decode steps are as they are, but for being counted."""
+
+    runner: ResidentOnCpu
+
+    def step(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        caches: list[KVCache],
+        sampling: Sampling | None,
+    ) -> Stepped:
+        if tokens.shape[1] > 1:
+            return super().step(tokens, positions, last, caches, sampling)
+        self.runner.settle_if_needed()
+        try:
+            found = self.runner.decode(tokens, positions, last, caches, sampling)
+            found[0].block_until_ready()
+        except BaseException:
+            self.settle()
+            raise
+        finally:
+            self.runner.inside.take_counts()
+        return found
 
 
 class ResidentOnCpu(LayerByLayer):
@@ -33,6 +60,7 @@ class ResidentOnCpu(LayerByLayer):
     """
 
     mode = "decode"
+    rehearsed_by = DecodeRehearsal
 
     def __init__(self, model: Model, *others: Any):
         super().__init__(model, *others)
@@ -50,29 +78,20 @@ class ResidentOnCpu(LayerByLayer):
         last: np.ndarray,
         caches: list[KVCache],
         sampling: Sampling | None,
-    ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+    ) -> Stepped:
         self.inside.check_open()
         check()
-        watched = self.record is not None or self.decoded is not None or self.tap is not None
-        layers = self.model.config.num_layers
-        if tokens.shape[1] > 1 or watched or len(caches) < layers:
+        account, layers = self.account, self.model.config.num_layers
+        if tokens.shape[1] > 1 or account.records or self.tap is not None or len(caches) < layers:
             return super().step(tokens, positions, last, caches, sampling)
-        if not self._settled:
-            self.settle()
-        self._settled = False
-        began = time.perf_counter()
-        try:
+        with self.settled_after():
+            began = time.perf_counter()
             found, logits, caches = self.decode(tokens, positions, last, caches, sampling)
             found.block_until_ready()
-        except BaseException:
-            with suppress(TransferError):  # then the next step tries again
-                self.settle()
-            raise
-        self._settled = True
-        self.meter.device_busy_s += time.perf_counter() - began
-        self.steps += 1
+        account.meter.device_busy_s += time.perf_counter() - began
+        account.steps += 1
         experts, assignments = self.inside.take_counts()
-        self.meter.count_resident(layers, experts, assignments)
+        account.meter.count_resident(layers, experts, assignments)
         stats, kernel = self.device_experts.stats, self.host_experts.cpu.kernel
         stats.count(experts, assignments, assignments)
         assert kernel is not None
@@ -83,7 +102,7 @@ class ResidentOnCpu(LayerByLayer):
         super().settle()
         self.inside.take_counts()  # of a step that nobody will count
 
-    def decode(self, tokens: np.ndarray, *others: Any) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+    def decode(self, tokens: np.ndarray, *others: Any) -> Stepped:
         """The step alone: nothing is counted.
 
         Raises:
@@ -92,9 +111,9 @@ class ResidentOnCpu(LayerByLayer):
         self.inside.check_open()
         positions, last, caches, sampling = others
         return self._decode(
-            self._layers,
-            self._ends,
-            self.table,
+            self.dense.layers,
+            self.dense.ends,
+            self.dense.table,
             self._tables,
             tokens,
             positions,

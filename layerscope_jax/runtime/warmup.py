@@ -2,140 +2,156 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, next_power, possible_groups
-from layerscope_jax.models.layers import KVCache
-from layerscope_jax.offload.executors import SharedExperts, grouped_ffn, place_rows
-from layerscope_jax.runtime.layerwise import LayerByLayer
+from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, grouped_ffn, place_rows
+from layerscope_jax.prediction.forecasts import counted_rows
 from layerscope_jax.runtime.programs import Between
-from layerscope_jax.runtime.resident import ResidentOnCpu
-from layerscope_jax.runtime.statistics import Meter
-from layerscope_jax.runtime.whole import WholeModel
-from layerscope_jax.scheduling.baselines import HostOnly, Resident
+from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
 from layerscope_jax.support.devices import finish_all
+from layerscope_jax.support.interrupts import check
+
+if TYPE_CHECKING:
+    from layerscope_jax.runtime.accounts import Account
+    from layerscope_jax.runtime.layerwise import LayerByLayer
+    from layerscope_jax.runtime.runner import RunnerStats, Stepped
 
 
-def rehearsal(runner: WholeModel | LayerByLayer) -> WholeModel | LayerByLayer:
-    """A runner whose steps compile what the steps of `runner` will need."""
-    if isinstance(runner, LayerByLayer):
-        return Rehearsal(runner)
-    other = copy.copy(runner)
-    other.meter = Meter()
-    return other
+class Rehearsal:
+    """A `Runner` of dense parts alone, and beside the first layer of one run of every expert program.
 
+    Nothing is decided, moved, counted or learned: the parts of `runner` are read and not written.
 
-class Rehearsal(LayerByLayer):
-    """Steps without experts: dense parts alone, and beside the first layer one run of every expert program.
-
-    Nothing is decided, moved or learned: the rooms of `runner` are read and not written.
+    Args:
+        runner: for whose steps it compiles.
+        device_experts: with rows to write to of its own.
     """
 
-    def __init__(self, runner: LayerByLayer):
-        super().__init__(
-            runner.model,
-            runner.policy,
-            runner.state,
-            runner.residency,
-            runner.transfers,
-            runner.host_experts,
-            runner.forecasts,
-        )
-        self._runner, self.table = runner, runner.table
+    def __init__(self, runner: LayerByLayer, device_experts: DeviceExperts | SharedExperts):
+        self.runner, self.policy, self.costs = runner, runner.policy, runner.costs
+        self._device_experts = device_experts
 
-    def step(self, tokens: np.ndarray, *others: Any) -> tuple[jax.Array, jax.Array, list[KVCache]]:
-        if not self._runner._settled:
-            self._runner.settle()
-        if tokens.shape[1] > 1 or not isinstance(self._runner, ResidentOnCpu):
-            return super().step(tokens, *others)
+    def step(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        caches: list[KVCache],
+        sampling: Sampling | None,
+    ) -> Stepped:
+        """Runs every program that such a step may need; see `Runner.rehearsal`."""
+        runner, dense = self.runner, self.runner.dense
+        runner.settle_if_needed()
+        phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
+        active = (positions != PAD_POSITION).reshape(-1)
+        counted = None
+        if runner.forecasts.in_layer is not None:
+            counted = counted_rows(active, last, tokens.shape[1])
+        caches = list(caches)
         try:
-            found = self._runner.decode(tokens, *others)
-            found[0].block_until_ready()
+            state, places, counted = dense.begin(self._device_experts, tokens, positions, counted)
+            for layer in range(len(caches)):
+                check()
+                state, caches[layer] = self._layer(
+                    layer, phase, state, places, active, counted, caches[layer]
+                )
+            found, logits = dense.finish(state, places, last, sampling)
+            found.block_until_ready()
         except BaseException:
             self.settle()
             raise
-        finally:
-            self._runner.inside.take_counts()
-        return found
+        return found, logits, caches
 
     def settle(self) -> None:
-        """As of any runner, but for the link, which is at work for somebody else."""
-        self.host_experts.rest()
-        if self.device_experts.waits:
-            finish_all(self.transfers.sharding)
-        self.device_experts.clear()
-        self._settled = True
+        """After a failure: all threads come to rest, but the link's, which is at work for somebody else."""
+        self.runner.host_experts.rest()
+        if self._device_experts.waits:
+            finish_all(self.runner.transfers.sharding)
+        self._device_experts.clear()
+
+    def reset(self, account: Account | None) -> None:
+        """Nothing: nothing is counted."""
+
+    def stats(self, account: Account) -> RunnerStats:
+        """Those of the runner."""
+        return self.runner.stats(account)
+
+    def rehearsal(self) -> Rehearsal:
+        return self
+
+    def close(self) -> None:
+        """Nothing: the threads are the runner's."""
 
     def _layer(
         self,
         layer: int,
         phase: Phase,
         state: Between,
-        positions: np.ndarray,
+        positions: jax.Array,
         active: np.ndarray,
         counted: jax.Array | None,
         cache: KVCache,
-        began: float,
-    ) -> tuple[Between, KVCache, float]:
-        ways: list[tuple[Callable, tuple]] = []
-        if self.forecasts.in_layer is None or hasattr(self.policy, "wants_forecast"):
-            ways.append((self._attend_alone, (None, None, None)))
-        if self.forecasts.in_layer is not None:
-            ways.append((self._programs.attend_and_route, (*self.forecasts.inputs(layer), counted)))
-        for part, forecast in ways:
-            hidden, inputs, experts, weights, cache, expected = part(
-                self._layers[layer], state, positions, cache, *forecast, self.table
-            )
-        outputs: Any = self.device_experts.take(experts.size, hidden.shape[-1], hidden.dtype)
+    ) -> tuple[Between, KVCache]:
+        runner, device = self.runner, self._device_experts
+        looks_ahead = runner.forecasts.in_layer is not None
+        if looks_ahead and runner.policy.spares_forecasts:
+            *_, cache, _ = runner.dense.attend(layer, state, positions, cache, counted, False)
+        hidden, inputs, experts, weights, cache, expected = runner.dense.attend(
+            layer, state, positions, cache, counted, looks_ahead
+        )
+        outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
         if layer == 0:
             chosen, expected = jax.device_get((experts, expected))
             self._ask(phase, Assignments(chosen, active), expected)
             outputs = self._experts(outputs, inputs, chosen, int(active.sum()))
-        self.device_experts.give_back(outputs)
-        return Between(hidden, outputs, weights), cache, began
+        device.give_back(outputs)
+        return Between(hidden, outputs, weights), cache
 
     def _ask(self, phase: Phase, rows: Assignments, expected: np.ndarray | None) -> None:
         """Asks the policy, whose loops are then compiled: a pure function. Its answer is dropped."""
+        runner = self.runner
         seen = Observation(
             step=0 if phase == "prefill" else 1,
             layer=0,
             phase=phase,
             demand=rows.demand,
-            resident=self.residency.resident,
-            in_flight=self.residency.coming,
-            forecast=self.forecasts.read(0, expected, sum(rows.demand.values())),
+            resident=runner.residency.resident,
+            in_flight=runner.residency.coming,
+            forecast=runner.forecasts.read(0, expected, sum(rows.demand.values())),
         )
         with suppress(ValueError):  # recorded plans may be those of fewer steps
-            self.policy.plan(self.state, seen)
+            runner.policy.plan(runner.decisions.state, seen)
 
     def _experts(self, outputs: Any, inputs: jax.Array, chosen: np.ndarray, tokens: int) -> Any:
         """Runs every program that up to so many tokens may need, wherever experts may be computed."""
+        runner, policy = self.runner, self.policy
         total, choices = chosen.size, chosen.shape[1]
         first = ExpertId(0, 0)
-        shared = isinstance(self.device_experts, SharedExperts)
-        resident = isinstance(self.policy, Resident)
-        if shared or not resident:  # where device and host are one, residents stay in the bank
-            self._on_cpu(inputs, chosen, tokens, self.host_experts.weights(first))
-        if not (shared or resident):
+        shared, slots = self._device_experts.waits, runner.residency.slots
+        # Where device and host are one, what is always resident stays in the bank.
+        copies = slots and policy.uses_device and (policy.uses_host or not shared)
+        if shared or policy.uses_host:
+            self._on_cpu(inputs, chosen, tokens, runner.host_experts.weights(first))
+        if policy.uses_host and not shared:
             for power in range(next_power(tokens * choices).bit_length()):
-                slots = np.full(1 << power, total, np.int32)
-                outputs = place_rows(outputs, slots, np.zeros((1 << power, outputs.shape[1]), outputs.dtype))
-        if self.residency.slots and not isinstance(self.policy, HostOnly) and not (shared and resident):
-            weights = jax.device_put(self.model.bank[first], self.transfers.sharding)
+                places = np.full(1 << power, total, np.int32)
+                outputs = place_rows(outputs, places, np.zeros((1 << power, outputs.shape[1]), outputs.dtype))
+        if copies:
+            weights = jax.device_put(runner.model.bank[first], runner.transfers.sharding)
             if shared:
                 self._on_cpu(inputs, chosen, tokens, InMemory.of(weights))
             else:
-                for bucket, size in possible_groups(tokens, choices, self.model.config.num_experts):
-                    slots = np.full((size, bucket), total, np.int32)
-                    outputs, _ = grouped_ffn(outputs, inputs, slots, (weights,) * size, choices)
+                for bucket, size in possible_groups(tokens, choices, runner.model.config.num_experts):
+                    places = np.full((size, bucket), total, np.int32)
+                    outputs, _ = grouped_ffn(outputs, inputs, places, (weights,) * size, choices)
         return outputs
 
     def _on_cpu(self, inputs: jax.Array, chosen: np.ndarray, tokens: int, weights: InMemory) -> None:
@@ -143,12 +159,12 @@ class Rehearsal(LayerByLayer):
         choices = chosen.shape[1]
         few = Assignments(chosen[:1])
         row, first = np.zeros((choices + 1, inputs.shape[1]), inputs.dtype), np.asarray(inputs)[:1]
-        self.host_experts.cpu.compute(
+        self.runner.host_experts.cpu.compute(
             row, first, few, few.demand, lambda experts: [weights] * len(experts), WorkStats()
         )
-        if self.host_experts.cpu.kernel is not None:
+        if self.runner.host_experts.cpu.kernel is not None:
             return  # compiled by that
         local = jax.device_put(np.asarray(inputs), weights.arrays.gate.sharding)
-        for bucket, size in possible_groups(tokens, choices, self.model.config.num_experts):
+        for bucket, size in possible_groups(tokens, choices, self.runner.model.config.num_experts):
             slots = np.full((size, bucket), chosen.size, np.int32)
             jax.block_until_ready(grouped_rows(local, slots, (weights.arrays,) * size, choices))

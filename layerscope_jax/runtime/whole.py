@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from flax import nnx
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.layers import KVCache
+from layerscope_jax.runtime.accounts import Account
+from layerscope_jax.runtime.runner import RunnerStats, Stepped
 from layerscope_jax.runtime.sampling import Sampling, sample
-from layerscope_jax.runtime.statistics import Meter
+from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.support.interrupts import check
 
 
@@ -49,14 +51,18 @@ def empty_cache(
 
 
 class WholeModel:
-    """Runs steps of a model whose experts are all on the device, stacked."""
+    """A `Runner` of a model whose experts are all on the device, stacked.
+
+    Attributes:
+        account: of the call that it counts for; nobody's at first.
+    """
 
     mode = "whole"
+    costs = None
 
     def __init__(self, model: Model):
-        self.model = model
-        self.meter = Meter()
-        self.account: Any = None
+        self.model, self.policy = model, Resident()
+        self.account = Account()
         graphdef, variables = nnx.split(model.whole())
         self.params = nnx.to_pure_dict(variables)
         self.run = program(graphdef)
@@ -72,19 +78,38 @@ class WholeModel:
 
     def step(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        last: jax.Array,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
         caches: list[KVCache],
         sampling: Sampling | None,
-    ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
-        """One forward pass; see `LayerByLayer.step`."""
+    ) -> Stepped:
+        """One forward pass; see `Runner.step`."""
         check()
         began = time.perf_counter()
         found = self.run(self.params, tokens, positions, last, caches, sampling)
         found[0].block_until_ready()
-        self.meter.device_busy_s += time.perf_counter() - began
+        self.account.meter.device_busy_s += time.perf_counter() - began
         return found
+
+    def reset(self, account: Account | None) -> None:
+        """Counts for one call from now on; see `Runner.reset`."""
+        self.account = account or Account()
+
+    def stats(self, account: Account) -> RunnerStats:
+        """What it did for a call; see `Runner.stats`."""
+        return RunnerStats(
+            policy=self.policy.name, mode=self.mode, peak_expert_bytes=self.model.bank.total_bytes
+        )
+
+    def rehearsal(self) -> WholeModel:
+        """One that counts for nobody: its steps compile this one's; see `Runner.rehearsal`."""
+        other = copy.copy(self)
+        other.account = Account()
+        return other
+
+    def close(self) -> None:
+        """Nothing: it has no threads."""
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,6 +10,7 @@ from math import ceil
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.demand import answer, busiest_first, need_costs, present
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.scheduling.split import Split, balance
 
 WEIGHT = 0.25
@@ -79,7 +80,7 @@ class HybriMoEState(Shares):
     scores: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
 
 
-class HybriMoE:
+class HybriMoE(PolicyBase):
     """Each layer shared out greedily; prefetches by impact; who scored low of late leaves (arXiv 2504.05897).
 
     The device takes resident experts by falling load, the host the others by rising load, the link the
@@ -160,7 +161,7 @@ class DALIState(Shares):
     windows: Mapping[int, tuple[int, Mapping[int, int]]] = field(default_factory=dict)
 
 
-class DALI:
+class DALI(PolicyBase):
     """Experts are assigned, cached and prefetched by their workload (arXiv 2602.03495).
 
     From the busiest on, each expert goes where it would be done first, on the device after its copy if it is

@@ -5,13 +5,15 @@ from __future__ import annotations
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.demand import busiest_first, need_a_layer, present
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.policy import PolicyBase
 
 
-class Resident:
+class Resident(PolicyBase):
     """Everything in device memory, nothing moves: the oracle of the others."""
 
     name = "resident"
-    uses_costs = False
+    uses_forecasts = False
+    uses_host = False
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> None:
         total = geometry.num_layers * geometry.num_experts
@@ -25,11 +27,12 @@ class Resident:
         return None, LayerPlan(step=seen.step, layer=seen.layer, device=tuple(busiest_first(seen)))
 
 
-class HostOnly:
+class HostOnly(PolicyBase):
     """Every expert on the host's CPU; the device keeps the dense layers (llama.cpp's `--cpu-moe`)."""
 
     name = "host-only"
-    uses_costs = False
+    uses_forecasts = False
+    uses_device = False
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> None:
         return None
@@ -38,11 +41,11 @@ class HostOnly:
         return None, LayerPlan(step=seen.step, layer=seen.layer, host=tuple(busiest_first(seen)))
 
 
-class OnDemand:
+class OnDemand(PolicyBase):
     """Copies each active expert when it is needed and keeps none: the floor that caching must beat."""
 
     name = "on-demand"
-    uses_costs = False
+    uses_forecasts = False
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> None:
         need_a_layer(geometry, self.name)

@@ -9,6 +9,7 @@ from itertools import filterfalse, islice
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.demand import answer, busiest_first, need_a_layer, present
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.policy import PolicyBase
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,14 @@ class CacheState:
     left: dict[ExpertId, int] = field(default_factory=dict)
 
 
-class Cache:
+class Cache(PolicyBase):
     """Copies what is missing and keeps it until something must make room.
 
     Everything is computed on the device. Only if copies that someone else asked for hold the room is an
     expert computed on the host.
     """
 
-    name: str
-    uses_costs = False
+    uses_forecasts = False
     remembers = False
     """Whether the numbers of experts that left still count."""
 
@@ -160,7 +160,7 @@ class ARCState:
     b2: dict[ExpertId, None] = field(default_factory=dict)
 
 
-class ARC:
+class ARC(PolicyBase):
     """Adaptive Replacement Cache: recency against frequency, as the misses teach (Megiddo, Modha, FAST 2003).
 
     T1 holds what was used once of late, T2 what was used again; B1 and B2 remember as many that left either.
@@ -169,7 +169,7 @@ class ARC:
     """
 
     name = "arc"
-    uses_costs = False
+    uses_forecasts = False
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> ARCState:
         need_a_layer(geometry, self.name)

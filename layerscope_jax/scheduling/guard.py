@@ -11,6 +11,7 @@ import numpy as np
 from layerscope_jax.scheduling.costs import MOST_MS, HardwareProfile
 from layerscope_jax.scheduling.demand import answer
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.scheduling.presched import PreSched, PreSchedState
 
 
@@ -114,7 +115,7 @@ class GuardState:
     wants: bool = True
 
 
-class Guard:
+class Guard(PolicyBase):
     """PreSched, layer by layer as far as it pays: it is compared with itself with parts of it left out.
 
     PreSched says of each layer how long it will take. Where the clock agrees, its choice of all possible ways
@@ -129,6 +130,8 @@ class Guard:
 
     name = "auto"
     uses_costs = True
+    spares_forecasts = True
+    predictor = "gate"  # the best that needs no training
 
     def __init__(self) -> None:
         self._policy = PreSched()

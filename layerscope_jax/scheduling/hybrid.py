@@ -9,6 +9,7 @@ from layerscope_jax.scheduling.caching import Cache, CacheState
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.demand import answer, busiest_first, need_costs, present
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.policy import PolicyBase
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class HotTable:
         return replace(self, hot=hot, layers=self.layers | {layer})
 
 
-class Fiddler:
+class Fiddler(PolicyBase):
     """A fixed hot set on the device; each missing expert goes where it is done first (arXiv 2402.07033).
 
     Missing experts are computed on the host, or copied and computed on the device, whichever the measured
@@ -43,6 +44,7 @@ class Fiddler:
 
     name = "fiddler"
     uses_costs = True
+    uses_forecasts = False
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> HotTable:
         return HotTable(need_costs(profile, self.name), geometry)

@@ -10,6 +10,7 @@ import numpy as np
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.demand import answer, need_costs
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.scheduling.presched import arrivals
 from layerscope_jax.scheduling.split import Split, balance
 
@@ -40,7 +41,7 @@ class OracleState:
     queue: tuple[ExpertId, ...] = ()
 
 
-class Oracle:
+class Oracle(PolicyBase):
     """Copies what is wanted next, in the place of what is wanted last.
 
     Each layer's experts are shared out by `balance`. Then, while the link has time until the next plan, the
@@ -58,6 +59,7 @@ class Oracle:
 
     name = "oracle"
     uses_costs = True
+    uses_forecasts = False
 
     def __init__(self, counts: Iterable[np.ndarray]):
         self.counts = np.concatenate([np.asarray(part) for part in counts])

@@ -11,6 +11,7 @@ import numpy as np
 
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.geometry import ExpertId, Geometry
+from layerscope_jax.scheduling.policy import PolicyBase
 
 Phase = Literal["prefill", "decode"]
 
@@ -115,8 +116,7 @@ class Policy(Protocol):
 
     The state is the policy's own; the engine only hands it from one call to the next.
 
-    A class may have `awaits_link(state, seen)` too: whether this layer is to be planned only when nothing is
-    on its way any more; what is seen then has come. For policies whose plans are made already, as `Replay`'s.
+    A class derived from `PolicyBase` can say more: when it wants forecasts, what it reports, and so on.
 
     Attributes:
         name: as in statistics and tables.
@@ -133,7 +133,7 @@ class Policy(Protocol):
         """Decides one layer of one step."""
 
 
-def ask(policy: Policy, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
+def ask(policy: Policy | PolicyBase, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
     """What a policy answers: its new state and its plan, which `check_plan` has still to look at.
 
     Raises:
@@ -241,7 +241,7 @@ def _check(
         raise ValueError(f"{where}: needs room for {needed} experts, the budget holds {slots}")
 
 
-class Replay:
+class Replay(PolicyBase):
     """Repeats recorded plans: each expert is computed where it was, whatever policy decided that.
 
     Each call of `generate` replays the recorded one from its beginning; prompts, settings and budget must be
@@ -262,7 +262,7 @@ class Replay:
     """
 
     name = "replay"
-    uses_costs = False
+    uses_forecasts = False
 
     def __init__(self, plans: Iterable[LayerPlan]):
         self.plans = {(plan.step, plan.layer): plan for plan in plans}

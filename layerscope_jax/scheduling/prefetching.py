@@ -9,6 +9,7 @@ from itertools import chain, filterfalse, islice
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.demand import answer, busiest_first, expected_next, need_a_layer, present
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.policy import PolicyBase
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def room_ahead(seen: Observation, geometry: Geometry) -> int:
     return max(0, geometry.slots - geometry.num_experts - away)
 
 
-class Fate:
+class Fate(PolicyBase):
     """LRU that also prefetches what the next layer is expected to use (arXiv 2502.12224).
 
     An expert of the next layer is copied ahead if half a token or more is expected for it, most tokens first,
@@ -85,7 +86,6 @@ class Fate:
     """
 
     name = "fate"
-    uses_costs = False
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> RecentState:
         return RecentState(geometry)
@@ -94,7 +94,7 @@ class Fate:
         return ahead_of_lru(state, seen, expected_next(seen, state.geometry), state.geometry.slots)
 
 
-class ProMoE:
+class ProMoE(PolicyBase):
     """LRU that keeps prefetching for several layers ahead; everything on the device (arXiv 2410.22134).
 
     The nearest layer comes first, in it the expert with the most tokens. Demand overtakes prefetches, and
@@ -105,7 +105,6 @@ class ProMoE:
     """
 
     name = "promoe"
-    uses_costs = False
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> RecentState:
         need_a_layer(geometry, self.name)
@@ -125,7 +124,7 @@ class KlotskiState:
     passed: tuple[ExpertId, ...] = ()
 
 
-class Klotski:
+class Klotski(PolicyBase):
     """Hot experts of the next layer ahead; computing them hides the loads of the cold (arXiv 2502.06888).
 
     All prompts of a batch go through an expert together. As many experts of the next layer as a token has are
@@ -137,7 +136,6 @@ class Klotski:
     """
 
     name = "klotski"
-    uses_costs = False
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> KlotskiState:
         need_a_layer(geometry, self.name)

@@ -12,6 +12,7 @@ from layerscope_jax.scheduling import weighing
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.demand import need_costs
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.policy import PolicyBase
 
 CERTAIN = {"prefill": 0.0, "decode": 0.5}
 """A load for this layer must gain so much of what a prefetch would, since what it gains is no forecast. In a
@@ -44,7 +45,7 @@ class PreSchedState:
     queue: tuple[ExpertId, ...] = ()
 
 
-class PreSched:
+class PreSched(PolicyBase):
     """Weighs every possible transfer by the time that it saves, over all layers that a forecast reaches.
 
     After the LayerScope paper (arXiv 2509.23638), and past it. This layer's experts are shared out so that

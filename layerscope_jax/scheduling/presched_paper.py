@@ -6,11 +6,12 @@ from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.demand import answer, busiest_first, need_costs, present
 from layerscope_jax.scheduling.hybrid import HotTable
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
+from layerscope_jax.scheduling.policy import PolicyBase
 
 LOOK_AHEAD = 2
 
 
-class PaperPreSched:
+class PaperPreSched(PolicyBase):
     """A joint queue of this layer's known and the next layers' forecast demand, most tokens first.
 
     This layer's missing experts are copied while `copies * transfer + device time < host time of the rest`

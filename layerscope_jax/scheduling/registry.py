@@ -8,11 +8,12 @@ from layerscope_jax.scheduling.caching import ARC, LFU, LRU, LeastStale
 from layerscope_jax.scheduling.guard import Guard
 from layerscope_jax.scheduling.hybrid import BandwidthSplit, Fiddler
 from layerscope_jax.scheduling.plan import Policy
+from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.scheduling.prefetching import Fate, Klotski, ProMoE
 from layerscope_jax.scheduling.presched import PreSched
 from layerscope_jax.scheduling.presched_paper import PaperPreSched
 
-POLICIES = {
+POLICIES: dict[str, type[PolicyBase]] = {
     policy.name: policy
     for policy in (
         OnDemand,
@@ -36,9 +37,7 @@ POLICIES = {
 }
 """Policies by name, as `OffloadConfig.policy` takes them."""
 
-FORECASTING = frozenset(
-    policy.name for policy in (HybriMoE, DALI, Fate, ProMoE, Klotski, PaperPreSched, PreSched, Guard)
-)
+FORECASTING = frozenset(name for name, policy in POLICIES.items() if policy.uses_forecasts)
 """Those that make use of a predictor."""
 
 

@@ -21,6 +21,7 @@ from layerscope_jax.scheduling.plan import (
     ask,
     check_plan,
 )
+from layerscope_jax.scheduling.policy import PolicyBase, completed
 from layerscope_jax.simulation.contention import side_by_side
 from layerscope_jax.simulation.virtual_link import CHUNKS, Link
 
@@ -117,7 +118,7 @@ def simulate(
     """
     for workload in workloads:
         _check(workload, geometry)
-    run = _Run(policy, geometry, costs, resident, record)
+    run = _Run(completed(policy), geometry, costs, resident, record)
     return [run.workload(workload) for workload in workloads]
 
 
@@ -171,7 +172,7 @@ class _Run:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: PolicyBase,
         geometry: Geometry,
         costs: HardwareProfile,
         resident: Iterable[ExpertId],
@@ -206,12 +207,11 @@ class _Run:
         self.link.reset(self.now)
         self.device_ms = self.host_ms = 0.0
         forecasts = None if workload.forecasts is None else workload.forecasts.tolist()
-        wants_forecast = getattr(self.policy, "wants_forecast", lambda state: True)
         ends = [self.now]
         for step, counts in enumerate(workload.counts):
             for layer, row in enumerate(counts):
                 active = np.flatnonzero(row)
-                looks_ahead = forecasts is not None and wants_forecast(self.state)
+                looks_ahead = forecasts is not None and self.policy.wants_forecast(self.state)
                 other_ms = self._other_ms(workload.tokens, looks_ahead)
                 seen = Observation(
                     step=self.steps,
@@ -269,8 +269,7 @@ class _Run:
         books, link = self.books, self.link
         self._absorb(self.now)
         self.planned = self.now
-        awaits_link = getattr(self.policy, "awaits_link", None)
-        if awaits_link is not None and awaits_link(self.state, seen):
+        if self.policy.awaits_link(self.state, seen):
             self.now = link.rest(self.now)
             self._absorb(self.now)  # `seen` looks at the books
         now = self.now

@@ -153,7 +153,6 @@ def test_numbers_of_numpy_are_numbers():
         ({"config": "2GiB"}, "config must be an OffloadConfig or None, got '2GiB'"),
         ({"device": "cpu"}, r"device must be one of jax.devices\(\) or None, got 'cpu'"),
         ({"host_device": 1}, r"host_device must be one of jax.devices\(\) or None, got 1"),
-        ({"copy": None}, "copy must be a function as jax.device_put, got None"),
         ({"model": None, "device": 0}, "model must be.*; device must be"),
     ],
     ids=str,

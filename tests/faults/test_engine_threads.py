@@ -229,7 +229,7 @@ def test_closing_while_another_thread_generates(kind, call, monkeypatch):
         running = pool.submit(calls[call])
         assert begun.wait(60)
         ended = pool.submit(engine.close)
-        while not engine._rooms.closed:
+        while not engine._resources.closed:
             pass
         closing.set()
         with pytest.raises(ValueError, match="the engine was closed; make a new Engine"):

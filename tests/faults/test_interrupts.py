@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from exact_cases import RandomPolicy, agree, case, oracle, run
-from helpers import in_time
+from helpers import copying_by, in_time
 
 from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
 from layerscope_jax.kernels import cpu
@@ -119,8 +119,9 @@ def at_rest(engine, work):
     for helpers in (runner.host_experts._thread, runner.host_experts.cpu._helpers):
         assert helpers._job is None
         assert helpers._calls.empty()
-    assert [*link._demand, *link._prefetch, *link._begun, *link._failed] == []
-    assert link._on_link == 0
+    queue = link.queue
+    assert [*queue.demand, *queue.prefetch, *queue.begun, *queue.failed] == []
+    assert queue.on_link == 0
     assert not runner.residency.coming
     assert runner.residency.used_bytes <= engine.budget_bytes
     assert runner._settled
@@ -154,12 +155,12 @@ def traps(engine, trap, monkeypatch):
         yield "reading back"
     for name in ("embed", "attend_and_route", "finish"):
         with monkeypatch.context() as patch:
-            program = getattr(runner._programs, name)
-            patch.setattr(runner, "_programs", runner._programs._replace(**{name: trap.around(program)}))
-            patch.setattr(runner, "_attend_alone", trap.around(runner._attend_alone))
+            dense, program = runner.dense, getattr(runner.dense.programs, name)
+            patch.setattr(dense, "programs", dense.programs._replace(**{name: trap.around(program)}))
+            patch.setattr(dense, "attend_alone", trap.around(dense.attend_alone))
             yield name
     with monkeypatch.context() as patch:
-        patch.setattr(runner.transfers, "_copy", trap.around(runner.transfers._copy))
+        patch.setattr(runner.transfers, "copy", trap.around(runner.transfers.copy))
         yield "copying"
 
 
@@ -170,14 +171,14 @@ def interrupted_everywhere(engine, batch, expected, what, at, monkeypatch, reach
     assert again() == expected
     for where in traps(engine, trap, monkeypatch):
         trap.set(what, at, everywhere=where == "copying")
-        policy = engine.runner.policy
+        decisions, policy = engine.runner.decisions, engine.runner.policy
         if where in CLEANING:
-            engine.runner.policy = None
+            decisions.policy = None
         done = False
         with suppress(what, *[AttributeError] * (where in CLEANING)):
             assert again() == expected, where
             done = True
-        engine.runner.policy = policy
+        decisions.policy = policy
         if trap.sprung.is_set():
             reached.add(where)
         if not engine.runner._settled:  # interrupted where it came to rest: the next call does so first
@@ -284,7 +285,7 @@ def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypa
     """The link breaks while the host computes beside the device: the host is waited for, both are told."""
     model, batches, _ = case("bfloat16")
     monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
-    told, broken, ended = threading.Event(), [True], []
+    begun, told, broken, ended = threading.Event(), threading.Event(), [True], []
 
     def copy(array, sharding):
         if broken[0]:
@@ -292,11 +293,12 @@ def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypa
         return jax.device_put(array, sharding)
 
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=Split(), numerics="exact")
-    with Engine(model, config, copy=copy) as engine:
+    with copying_by(copy), Engine(model, config) as engine:
         runner = engine.runner
         compute, wait, rest = runner.host_experts.compute, runner.transfers.wait, runner.host_experts.rest
 
         def slow(*arguments):
+            begun.set()  # else it might be given up
             assert told.wait(60)  # until whoever waits for the link knows
             compute(*arguments)
             ended.append(True)
@@ -306,6 +308,7 @@ def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypa
             try:
                 wait(*arguments)
             except TransferError:
+                assert begun.wait(60)
                 threading.Timer(0.1, told.set).start()
                 raise
 

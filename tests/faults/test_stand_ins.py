@@ -14,12 +14,15 @@ from layerscope_jax.offload.link import Transfers
 from layerscope_jax.profiling import measure as calibration
 from layerscope_jax.profiling.jobs import NoCopies
 from layerscope_jax.runtime.layerwise import LayerByLayer
-from layerscope_jax.runtime.resident import ResidentOnCpu
+from layerscope_jax.runtime.resident import DecodeRehearsal, ResidentOnCpu
+from layerscope_jax.runtime.runner import Runner
 from layerscope_jax.runtime.warmup import Rehearsal
 from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.plan import Policy, Replay
 from layerscope_jax.scheduling.registry import POLICIES
 from layerscope_jax.simulation.virtual_link import Link
+
+RUNNERS = (WholeModel, LayerByLayer, ResidentOnCpu, Rehearsal, DecodeRehearsal)
 
 
 def face(owner):
@@ -34,33 +37,28 @@ def face(owner):
         (NoCopies, Transfers),
         (SharedExperts, DeviceExperts),
         (DeviceExperts, SharedExperts),
-        (Rehearsal, LayerByLayer),
-        (ResidentOnCpu, LayerByLayer),
+        *((runner, Runner) for runner in RUNNERS),
         *((policy, Policy) for policy in [*POLICIES.values(), Replay]),
     ],
 )
 def test_a_stand_in_has_every_method_of_what_it_stands_for(stand_in, real):
     found, wanted = face(stand_in), face(real)
     assert wanted.keys() <= found.keys()
-    for name in wanted.keys() - {"step"}:  # of runners, which take what they hand on as one
+    for name in wanted:
         assert len(found[name]) == len(wanted[name]), name
 
 
-@pytest.mark.parametrize(
-    ("stand_in", "names"),
-    [
-        # What a runner asks of its link by itself; on a virtual clock each is told the time.
-        (Link, {"submit", "drop", "arrivals", "rest"}),
-        # What an engine asks of any runner.
-        (WholeModel, {"step"}),
-    ],
-)
-def test_a_stand_in_with_a_face_of_its_own_has_what_is_asked_of_it(stand_in, names):
-    real = Transfers if stand_in is Link else LayerByLayer
-    found, wanted = face(stand_in), face(real)
-    assert names <= found.keys() & wanted.keys()
-    for name in names:
-        assert found[name] == [*wanted[name], *["now"] * (stand_in is Link)]
+def test_a_virtual_link_has_what_is_asked_of_a_link():
+    """What a runner asks of its link by itself; on a virtual clock each is told the time."""
+    found, wanted = face(Link), face(Transfers)
+    for name in ("submit", "drop", "arrivals", "rest"):
+        assert found[name] == [*wanted[name], "now"]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_runners_are_told_and_asked_the_same(runner):
+    assert face(Runner).keys() == {"step", "reset", "stats", "rehearsal", "close"}
+    assert {name: face(runner)[name] for name in face(Runner)} == face(Runner)
 
 
 def test_the_attributes_that_a_runner_reads_of_its_link_are_there():

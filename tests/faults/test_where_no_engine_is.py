@@ -124,7 +124,7 @@ def test_traced_functions_are_no_place_for_an_engine(engine, expected, way):
             traced(way, call)
         assert engine.generate(PROMPTS[:1], max_new_tokens=3).token_ids == expected
     assert engine.generate(PROMPTS[:1], max_new_tokens=3).token_ids == expected
-    assert not isinstance(engine.runner.meter, jax.core.Tracer)
+    assert not isinstance(engine.runner.account.meter, jax.core.Tracer)
 
 
 @pytest.mark.parametrize("callback", ["pure", "io", "debug"])

@@ -75,7 +75,7 @@ def cancelling(transfers):
     """Cancels at the beginning, and is through at the end."""
     canceller = threading.Thread(target=transfers.cancel, daemon=True)
     canceller.start()
-    assert within(60, lambda: not transfers._begun)
+    assert within(60, lambda: not transfers.queue.begun)
     yield
     canceller.join(60)
     assert not canceller.is_alive()

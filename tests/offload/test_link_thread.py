@@ -48,7 +48,7 @@ def test_what_was_chosen_is_not_dropped_any_more(bank, monkeypatch):
         slow.go.set()
         dropper.join(60)
         for expert in dropped:  # as the books do, which then hold it for absent
-            assert expert not in transfers._begun
+            assert expert not in transfers.queue.begun
         transfers.submit([A], [])
         assert right(bank, collect(transfers, [A, B]))
         assert dropped == []

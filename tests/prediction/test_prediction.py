@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax import Engine, Geometry, Model, Observation, OffloadConfig
+from layerscope_jax.prediction.bases import Learner, PredictorBase
 from layerscope_jax.prediction.forecasts import Forecasts, counted_rows, expected_tokens
 from layerscope_jax.prediction.predictors import (
     PREDICTORS,
@@ -106,7 +107,7 @@ def test_engines_share_the_programs_of_a_predictor():
     for predictor in ("gate", NextGate()):
         config = OffloadConfig(device_budget=BUDGET, policy="fate", predictor=predictor)
         with Engine(model, config) as engine:
-            programs.append(engine.runner._programs.attend_and_route)
+            programs.append(engine.runner.dense.programs.attend_and_route)
             before = programs[-1]._cache_size()
             engine.generate(PROMPTS, max_new_tokens=6)
     assert programs[0] is programs[1]
@@ -184,3 +185,48 @@ def test_a_resident_model_forecasts_nothing():
         assert engine.generate(PROMPTS, max_new_tokens=2).stats.predictor is None
     forecasts = Forecasts(None, model, GEOMETRY)
     assert forecasts.read(0, None, 4) == ()
+
+
+class Attached(PredictorBase, Fixed):
+    """Gives each engine a learner that keeps what it is shown."""
+
+    predict = Fixed.predict
+
+    def attach(self, model):
+        self.learner = Kept(Fixed.bind(self, model))
+        return self.learner
+
+
+class Kept(Learner):
+    learns = True
+
+    def __init__(self, params):
+        super().__init__(params)
+        self.shown, self.closed = [], 0
+
+    def observe(self, layer, inputs, experts, weights, active, phase):
+        self.shown.append((layer, phase, experts.shape, int(active.sum())))
+
+    def close(self):
+        self.closed += 1
+
+
+def test_a_learner_is_shown_every_layer_and_closed_once():
+    predictor = Attached(0.5)
+    result, _ = generated(random_model(), predictor=predictor)
+    learner = predictor.learner
+    assert [(layer, phase) for layer, phase, _, _ in learner.shown] == [
+        *((layer, "prefill") for layer in range(3)),
+        *((layer, "decode") for _ in range(5) for layer in range(3)),
+    ]
+    assert learner.shown[0][3] == sum(map(len, PROMPTS))
+    assert learner.closed == 1
+    assert result.stats.predictor == "fixed"
+
+
+@pytest.mark.parametrize("extra", ["attach", "observe", "architecture"])
+def test_parts_of_a_predictor_that_would_not_be_asked_for_are_refused(extra):
+    predictor = Fixed(0.5)
+    setattr(predictor, extra, None)
+    with pytest.raises(ValueError, match=f"predictor 'fixed' has {extra}, asked only of .*PredictorBase"):
+        make_predictor(predictor)

@@ -198,7 +198,7 @@ class TestInAnEngine:
         own.save(tmp_path / "profile.json")
         for profile in (PROFILE, own, tmp_path / "profile.json", str(tmp_path / "profile.json")):
             with Engine(model, self.config(model, profile)) as engine:
-                assert engine.runner.state.costs == PROFILE
+                assert engine.runner.costs == PROFILE
 
     @pytest.mark.parametrize("budget", [None, 1000])
     def test_another_machines_is_refused(self, model, budget):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import in_time, random_model
+from helpers import copying_by, in_time, random_model
 
 from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
-from layerscope_jax.runtime.layerwise import ARRIVALS
+from layerscope_jax.runtime.computing import ARRIVALS
 
 PROMPTS = [[5, 6, 7], [3, 9, 27, 20, 60, 58, 52, 34, 41, 1, 3]]
 LAYERS, EXPERTS = 3, 8
@@ -69,7 +69,8 @@ def start(prefetch, failing=()):
     """An engine whose link stands still until a layer waits for it."""
     policy, gate = Ahead(prefetch), Gate(model().bank, failing)
     budget = len(prefetch) * model().bank.expert_bytes
-    engine = Engine(model(), OffloadConfig(device_budget=budget, policy=policy), copy=gate)
+    with copying_by(gate):
+        engine = Engine(model(), OffloadConfig(device_budget=budget, policy=policy))
     wait = engine.runner.transfers.wait
 
     def opening(*arguments):

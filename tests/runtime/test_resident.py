@@ -50,7 +50,7 @@ def test_it_counts_the_experts_of_layers():
         with Engine(model) as engine:
             engine.runner.tap = watch if by_layers else None
             engine.generate(requests(), max_num_seqs=3)
-            meter, stats = engine.runner.meter, engine.runner.device_experts.stats
+            meter, stats = engine.runner.account.meter, engine.runner.device_experts.stats
             work = stats.experts, stats.tokens, stats.rows
             counted.append((meter.layers, meter.experts, meter.tokens, *work))
     assert counted[0] == counted[1]

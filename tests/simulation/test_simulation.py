@@ -11,6 +11,7 @@ from layerscope_jax import (
     Geometry,
     HardwareProfile,
     LayerPlan,
+    PolicyBase,
     TimeTable,
 )
 from layerscope_jax.simulation.simulator import Workload, hottest, simulate
@@ -176,7 +177,7 @@ def test_policies_are_given_the_forecasts_and_recall_is_measured():
 
 @pytest.mark.parametrize("wants", [True, False])
 def test_a_layer_that_looks_ahead_takes_longer(wants):
-    class Choosy(Script):
+    class Choosy(Script, PolicyBase):
         def wants_forecast(self, state):
             return wants
 

@@ -191,7 +191,7 @@ def test_a_warm_up_leaves_everything_as_it_was(model):
             first = engine.generate(PROMPTS, max_new_tokens=4, record_plans=True)
             runner = engine.runner
             rooms = (runner.transfers, runner.host_experts, runner.device_experts)
-            state = [runner.state, runner.meter, runner.steps, *(room.stats for room in rooms)]
+            state = [runner.decisions.state, runner.account, *(room.stats for room in rooms)]
             held, seen = list(runner.residency.resident), repr(state)
             if warm:
                 assert engine.warmup(max_num_seqs=4, prompt_tokens=30, new_tokens=9).programs > 0

@@ -1,4 +1,4 @@
-"""What of an engine has threads: closed together, in whatever way the engine comes to its end."""
+"""What an engine has to end: closed in whatever way the engine comes to its end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -14,18 +14,34 @@ PATIENCE_S = 60.0
 """How long the step that another thread is at is waited for: as long as it waits for a copy itself."""
 
 
-class Room(Protocol):
-    """Part of an engine with threads of its own."""
+class Closable(Protocol):
+    """A part with threads of its own."""
 
     def close(self) -> None:
         """Ends them. May be called again, as after an interrupt."""
 
 
-R = TypeVar("R", bound=Room)
+C = TypeVar("C", bound=Closable)
 
 
-class Rooms:
-    """The rooms of an engine.
+def close_all(parts: Iterable[Closable]) -> None:
+    """Closes every part, whatever happens in one of them.
+
+    Raises:
+        BaseException: the first that closing a part ended with.
+    """
+    failures = []
+    for part in parts:
+        try:
+            part.close()
+        except BaseException as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
+
+
+class Resources:
+    """What an engine owns that has threads.
 
     They are closed when the engine is, when nobody holds it any more, or when the interpreter exits, and then
     before JAX ends: a thread that is within JAX at that time aborts the process. So a user's daemon thread
@@ -43,7 +59,7 @@ class Rooms:
         self.closed = False
         self._process = os.getpid()
         self.step = threading.RLock()
-        self._rooms: list[Room] = []
+        self._owned: list[Closable] = []
         # At exit by `atexit` itself, in the reverse order of registering: JAX has registered before. When
         # `weakref.finalize` has its turn depends on who in this process used it first.
         weakref.finalize(engine, self.close).atexit = False
@@ -59,29 +75,23 @@ class Rooms:
                 self.close()
                 raise
 
-    def add(self, room: R) -> R:
-        self._rooms.append(room)
-        return room
+    def add(self, part: C) -> C:
+        """Owns a part from now on."""
+        self._owned.append(part)
+        return part
 
     def close(self) -> None:
-        """Closes every room, whatever happens in one of them. May be called again.
+        """Closes all that is owned, whatever happens. May be called again.
 
         Raises:
-            BaseException: the first that closing a room ended with.
+            BaseException: the first that closing a part ended with.
         """
         self.closed = True
         if os.getpid() != self._process:  # a fork has none of the threads
             return
-        failures = []
         entered = self.step.acquire(timeout=PATIENCE_S)
         try:
-            for room in self._rooms:
-                try:
-                    room.close()
-                except BaseException as failure:
-                    failures.append(failure)
-            if failures:
-                raise failures[0]
+            close_all(self._owned)
             atexit.unregister(self._exit)
         finally:
             if entered:

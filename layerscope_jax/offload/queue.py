@@ -1,0 +1,166 @@
+"""What is copied to the device next: demand before prefetch, expert by expert, a chunk at a time.
+
+Books without a clock, a lock or an array of their own: `layerscope_jax.offload.link.Transfers` holds its lock
+around every call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerscope_jax.scheduling.plan import ExpertId
+
+
+@dataclass(eq=False)
+class Copy:
+    """One expert on its way.
+
+    Attributes:
+        expert: which.
+        demanded: whether a layer waits for it.
+        begun: chunks that have begun.
+        arrays: those that have arrived, in order.
+    """
+
+    expert: ExpertId
+    demanded: bool
+    begun: int = 0
+    arrays: list[Any] = field(default_factory=list)
+
+
+class CopyQueue:
+    """Experts that wait for the link, are on it, or have come off it and were not asked for yet.
+
+    A copy is queued until its last chunk has begun, and in `begun` from its first chunk on until its last has
+    arrived; in between it is in both. What `cancel` gives up is in neither, and its chunks count for nobody.
+
+    Args:
+        chunks: of an expert; each crosses the link alone.
+
+    Attributes:
+        demand, prefetch: what is queued, next first.
+        begun: what has begun and not ended.
+        arrived: arrays of what has arrived since `take`.
+        failed: demands whose copy failed for good, with the reason.
+        lost: prefetches whose copy did, since `take`.
+        on_link: chunks that have begun and not ended, those given up counted.
+
+    >>> queue = CopyQueue(chunks=1)
+    >>> queue.submit([], [ExpertId(1, 0)])
+    >>> queue.submit([ExpertId(0, 0)], [])
+    >>> first = queue.begin(demand=True, prefetch=True)
+    >>> first.expert, queue.begin(demand=False, prefetch=True).expert
+    (ExpertId(layer=0, expert=0), ExpertId(layer=1, expert=0))
+    >>> queue.finish(first, "weights"); queue.take()
+    ({ExpertId(layer=0, expert=0): ['weights']}, [])
+    """
+
+    def __init__(self, chunks: int):
+        self.chunks = chunks
+        self.demand: deque[Copy] = deque()
+        self.prefetch: deque[Copy] = deque()
+        self.begun: dict[ExpertId, Copy] = {}
+        self.arrived: dict[ExpertId, list[Any]] = {}
+        self.failed: dict[ExpertId, BaseException] = {}
+        self.lost: list[ExpertId] = []
+        self.on_link = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anything is left to begin."""
+        return bool(self.demand or self.prefetch)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not (self.demand or self.prefetch or self.on_link)
+
+    def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId]) -> None:
+        """Queues copies; a load that is a prefetch already moves ahead, what has arrived stays."""
+        for expert in load:
+            copy = self.begun.get(expert) or next((c for c in self.prefetch if c.expert == expert), None)
+            if copy is not None:
+                copy.demanded = True
+                if copy in self.prefetch:  # else its last chunk is on the link
+                    self.prefetch.remove(copy)
+                    self.demand.append(copy)
+            elif expert not in self.arrived:
+                if expert in self.lost:  # failed as a prefetch, unnoticed until now
+                    self.lost.remove(expert)
+                self.demand.append(Copy(expert, demanded=True))
+        self.prefetch.extend(Copy(expert, demanded=False) for expert in prefetch)
+
+    def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
+        """Takes prefetches that have not begun off the queue where `stale(expert)`; returns them."""
+        gone = [copy for copy in self.prefetch if not copy.begun and stale(copy.expert)]
+        for copy in gone:
+            self.prefetch.remove(copy)
+        return [copy.expert for copy in gone]
+
+    def begin(self, *, demand: bool, prefetch: bool) -> Copy | None:
+        """Begins the next chunk, the copy's number `begun - 1`; None if there is none that may begin now.
+
+        While a demand waits, no prefetch begins.
+
+        Args:
+            demand, prefetch: whether there is room on the link for a chunk of the kind.
+        """
+        queue, room = (self.demand, demand) if self.demand else (self.prefetch, prefetch)
+        if not (queue and room):
+            return None
+        copy = queue[0]
+        copy.begun += 1
+        self.on_link += 1
+        self.begun[copy.expert] = copy
+        if copy.begun == self.chunks:
+            queue.popleft()
+        return copy
+
+    def wants(self, copy: Copy) -> bool:
+        """Whether a copy that has begun was neither given up nor failed."""
+        return self.begun.get(copy.expert) is copy
+
+    def finish(self, copy: Copy, array: Any) -> None:
+        """A chunk has arrived; the expert has with its last one."""
+        self.on_link -= 1
+        copy.arrays.append(array)
+        if len(copy.arrays) == self.chunks and self.wants(copy):
+            del self.begun[copy.expert]
+            self.arrived[copy.expert] = copy.arrays
+
+    def fail(self, copy: Copy, error: BaseException) -> bool:
+        """A chunk has failed for good, and the expert with it; whether that was a prefetch.
+
+        Nothing happens where another chunk of the copy failed before, or it was given up.
+        """
+        self.on_link -= 1
+        if not self.wants(copy):
+            return False
+        del self.begun[copy.expert]
+        for queue in (self.demand, self.prefetch):
+            if copy in queue:
+                queue.remove(copy)
+        if copy.demanded:
+            self.failed[copy.expert] = error
+        else:
+            self.lost.append(copy.expert)
+        return not copy.demanded
+
+    def take(self) -> tuple[dict[ExpertId, list[Any]], list[ExpertId]]:
+        """What has arrived since the last call, and which prefetches failed."""
+        arrived, self.arrived = self.arrived, {}
+        lost, self.lost = self.lost, []
+        return arrived, lost
+
+    def let_go(self) -> None:
+        """Nobody waits any more: demands that failed become prefetches that failed."""
+        self.lost.extend(self.failed)
+        self.failed.clear()
+
+    def cancel(self) -> None:
+        """Gives up every copy that has not arrived, those on the link too."""
+        for copies in (self.demand, self.prefetch, self.begun, self.failed):
+            copies.clear()

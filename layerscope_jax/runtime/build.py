@@ -1,0 +1,124 @@
+"""Which runner a model gets, and of what it is made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+
+import jax
+
+from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.kernels.cpu import default_threads
+from layerscope_jax.offload.executors import HostExperts
+from layerscope_jax.offload.link import Transfers
+from layerscope_jax.offload.residency import Residency
+from layerscope_jax.prediction.forecasts import Forecasts
+from layerscope_jax.prediction.predictors import History, Predictor, make_predictor
+from layerscope_jax.runtime.layerwise import LayerByLayer
+from layerscope_jax.runtime.resident import ResidentOnCpu
+from layerscope_jax.runtime.runner import Runner
+from layerscope_jax.runtime.whole import WholeModel
+from layerscope_jax.scheduling.baselines import Resident
+from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.plan import Policy
+from layerscope_jax.scheduling.policy import PolicyBase, completed
+from layerscope_jax.support.machine import cpu_device
+
+logger = logging.getLogger(__name__)
+
+Measure = Callable[[Model, HostExperts, Transfers, int], HardwareProfile]
+"""Measures the machine's costs: of a model, by an executor and a link that are idle, within so many slots."""
+
+
+def build(
+    model: Model,
+    policy: Policy,
+    predictor: Predictor | History | None = None,
+    *,
+    budget_bytes: int,
+    measure: Measure,
+    policy_is_obeyed: bool = False,
+    fast: bool = False,
+    costs: HardwareProfile | None = None,
+    bandwidth: int | None = None,
+    threads: int | None = None,
+    host_device: jax.Device | None = None,
+) -> Runner:
+    """Makes a model's runner, with threads of its own until it is closed.
+
+    Args:
+        model: the model, on its device.
+        policy: decides, unless every expert fits and nothing is left to decide.
+        predictor: forecasts for it; None for the policy's own, if it has one.
+        budget_bytes: of device memory, for experts and what the predictor keeps there.
+        measure: measures costs, if the policy needs them and none are given.
+        policy_is_obeyed: whether the policy decides even where every expert fits.
+        fast: whether logits may differ by rounding where everything is resident on an accelerator.
+        costs: of the machine; None if they are not known.
+        bandwidth: bytes a second that the link is paced to; None for as fast as it goes.
+        threads: that compute on the host; None for as many as suit the machine.
+        host_device: the JAX CPU device of the host; None for the last one.
+
+    Raises:
+        ValueError: if the budget is too small for the policy beside the predictor, or the predictor was made
+            for another model.
+    """
+    chosen = completed(policy)
+    nothing_to_decide = budget_bytes >= model.bank.total_bytes and (
+        isinstance(policy, Resident) or (chosen.uses_device and not policy_is_obeyed)
+    )
+    if nothing_to_decide and WholeModel.is_faster_on(model.device):
+        if fast:
+            return WholeModel(model)
+        logger.warning(
+            "every expert fits on %s: OffloadConfig(numerics='fast') runs a step as one program there, "
+            "without Python between layers; its logits agree with those of other budgets to rounding",
+            model.device,
+        )
+    if nothing_to_decide:
+        chosen, predictor = Resident(), None
+    elif predictor is None and chosen.predictor is not None:
+        predictor = make_predictor(chosen.predictor)
+    with ExitStack() as stack:
+        beside = model.device.platform == "cpu"
+        host = stack.enter_context(
+            closing(
+                HostExperts(
+                    model.bank,
+                    host_device or cpu_device(),
+                    threads or default_threads(model.device),
+                    shares_inputs=beside,
+                )
+            )
+        )
+        link = stack.enter_context(closing(Transfers(model.bank, model.device, bandwidth)))
+        geometry = model.geometry(budget_bytes // model.bank.expert_bytes)
+        forecasts = stack.enter_context(closing(Forecasts(predictor, model, geometry)))
+        runner = _layer_by_layer(model, chosen, budget_bytes, host, link, forecasts, costs, measure)
+        if nothing_to_decide:
+            runner.preload()
+        stack.pop_all()  # from now on they are the runner's to close
+        return runner
+
+
+def _layer_by_layer(
+    model: Model,
+    policy: PolicyBase,
+    budget_bytes: int,
+    host: HostExperts,
+    link: Transfers,
+    forecasts: Forecasts,
+    costs: HardwareProfile | None,
+    measure: Measure,
+) -> LayerByLayer:
+    """A runner of these parts, the device's memory shared out among them."""
+    # What the predictor keeps on the device comes first; experts have the rest.
+    residency = Residency(forecasts.beside(budget_bytes), model.bank.expert_bytes)
+    geometry = model.geometry(residency.slots)
+    if costs is None and policy.uses_costs:
+        costs = measure(model, host, link, residency.slots)
+    state = forecasts.explained(budget_bytes, lambda: policy.init(geometry, costs))
+    resident = isinstance(policy, Resident) and host.inside is not None
+    runner = ResidentOnCpu if resident else LayerByLayer
+    return runner(model, policy, state, residency, link, host, forecasts, costs)

@@ -1,0 +1,122 @@
+"""Computing: the experts of one layer on device and host at once, each as soon as it is there."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from layerscope_jax.kernels.grouping import GROUP_SIZES, Assignments
+from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts
+from layerscope_jax.runtime.device_tier import DeviceTier
+from layerscope_jax.runtime.statistics import Meter
+from layerscope_jax.scheduling.plan import LayerPlan
+from layerscope_jax.support.threads import Job
+
+ARRIVALS = GROUP_SIZES[1]
+"""Loaded experts that are computed together, so that dispatching does not hold up the link."""
+
+
+class Begun(NamedTuple):
+    """A layer's experts, while the host may still be at some of them.
+
+    Attributes:
+        outputs: [T * K + 1, D] their rows.
+        done: is ready when the device has computed its own.
+        since: when the device was given the work it is at.
+        job, host_rows: what the host is at, and the rows that it writes; None where it is through.
+    """
+
+    outputs: Any
+    done: jax.Array | None
+    since: float
+    job: Job | None
+    host_rows: Any
+
+
+class BothSides:
+    """Computes experts where a plan says.
+
+    Args:
+        device, host: the executors.
+        tier: the experts in device memory.
+    """
+
+    def __init__(self, device: DeviceExperts | SharedExperts, host: HostExperts, tier: DeviceTier):
+        self._device, self._host, self._tier = device, host, tier
+
+    def begin(
+        self, outputs: Any, inputs: jax.Array, rows: Assignments, plan: LayerPlan, meter: Meter
+    ) -> Begun:
+        """Computes the device's experts, those to be copied as they arrive; the host's meanwhile.
+
+        Where the device has nothing to do, or is the same CPU, the host's are computed at once by this
+        thread, which would only wait.
+
+        Args:
+            outputs: [T * K + 1, D] to write rows to.
+            inputs: [T, D].
+            rows: which rows are whose.
+            plan: of the layer.
+            meter: counts the device's time.
+
+        Raises:
+            TransferError: if an expert could not be copied.
+        """
+        layer, device, tier = plan.layer, self._device, self._tier
+        job: Job | None = None
+        host_rows: Any = None
+        if plan.host:
+            host_rows = device.host_rows(outputs)
+            if plan.device and not device.waits:
+                job = self._host.start(host_rows, layer, inputs, rows, plan.host)
+        since = time.perf_counter()
+        missing = tier.missing(layer, plan.device)
+        ready = [e for e in plan.device if e not in missing] if missing else plan.device
+        outputs, done = self._run(outputs, inputs, layer, rows, ready)
+        if plan.host and job is None:
+            await_device(done, since, meter)
+            self._host.compute(host_rows, layer, inputs, rows, plan.host)
+            since = time.perf_counter()
+            outputs = device.place(outputs, host_rows, rows, plan.host)
+        while missing:
+            await_device(done, since, meter)
+            # A few at a time: the last few wait for each other a little, the rest cost fewer dispatches.
+            # Where copying takes the same cores, nothing was gained by computing beside it (`NOTES.md`).
+            few = len(missing) if tier.transfers.within else min(len(missing), ARRIVALS)
+            tier.fetch(layer, missing, few)
+            since = time.perf_counter()
+            still = tier.missing(layer, missing)
+            ready = [e for e in missing if e not in still]
+            outputs, done = self._run(outputs, inputs, layer, rows, ready)
+            missing = still
+        return Begun(outputs, done, since, job, host_rows)
+
+    def end(self, begun: Begun, rows: Assignments, plan: LayerPlan, meter: Meter) -> tuple[Any, float]:
+        """Waits for the host, and puts its rows among the device's; gives all rows, and the new `since`."""
+        outputs, done, since, job, host_rows = begun
+        if job is not None:
+            await_device(done, since, meter)
+            job.result()
+            since = time.perf_counter()
+            outputs = self._device.place(outputs, host_rows, rows, plan.host)
+        return outputs, since
+
+    def _run(
+        self, outputs: Any, inputs: jax.Array, layer: int, rows: Assignments, experts: Sequence[int]
+    ) -> tuple[Any, jax.Array | None]:
+        if not experts:
+            return outputs, None
+        return self._device.run(
+            outputs, inputs, rows, experts, functools.partial(self._tier.residency.use, layer)
+        )
+
+
+def await_device(done: jax.Array | None, since: float, meter: Meter) -> None:
+    """Before waiting for the host or the link: lets the device finish, to know how long it was busy."""
+    if done is not None:
+        jax.block_until_ready(done)
+        meter.device_busy_s += time.perf_counter() - since

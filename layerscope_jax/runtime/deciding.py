@@ -1,0 +1,93 @@
+"""Deciding: what a policy sees of a layer, and the state that it goes by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container, Mapping
+from typing import Any
+
+import numpy as np
+
+from layerscope_jax.prediction.forecasts import Forecasts
+from layerscope_jax.runtime.device_tier import DeviceTier
+from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, ask, check_plan
+from layerscope_jax.scheduling.policy import PolicyBase
+
+
+class Decisions:
+    """Asks a policy for each layer's plan, and checks it.
+
+    Args:
+        policy: that decides.
+        state: its first.
+        tier: what it sees of the device.
+        forecasts: what it sees of the coming layers.
+        known: the experts that there are.
+
+    Attributes:
+        state: the policy's, as of its last plan.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyBase,
+        state: Any,
+        tier: DeviceTier,
+        forecasts: Forecasts,
+        known: Container[ExpertId],
+    ):
+        self.policy, self.state = policy, state
+        self._tier, self._forecasts, self._known = tier, forecasts, known
+        self._planned_at: float | None = None  # when the layer before was planned, within a step
+        self._last_ms = 0.0  # from the plan of the step's last layer to its end
+
+    def want_forecast(self) -> bool:
+        """Whether the layer that begins may make use of one."""
+        return self.policy.wants_forecast(self.state)
+
+    def plan(
+        self, step: int, layer: int, phase: Phase, demand: Mapping[int, int], expected: np.ndarray | None
+    ) -> tuple[Observation, LayerPlan]:
+        """What the policy saw, and what it says.
+
+        Args:
+            step, layer, phase, demand: see `Observation`.
+            expected: [W, E] as the layer's program gave it, if it gave any.
+
+        Raises:
+            ValueError: if the plan is none (see `check_plan`). What the policy raises passes through.
+        """
+        tier = self._tier
+        tier.absorb()
+        seen = Observation(
+            step=step,
+            layer=layer,
+            phase=phase,
+            demand=demand,
+            resident=tier.residency.resident,
+            in_flight=tier.residency.coming,
+            forecast=self._forecasts.read(layer, expected, sum(demand.values())),
+            elapsed_ms=self._elapsed_ms(),
+        )
+        if self.policy.awaits_link(self.state, seen):
+            tier.transfers.rest()
+            tier.absorb()
+        state, plan = ask(self.policy, self.state, seen)
+        check_plan(plan, seen, tier.residency.slots, self._known, self.policy.name)
+        self.state = state
+        return seen, plan
+
+    def end_step(self) -> None:
+        """The step has gone through all layers."""
+        self._last_ms, self._planned_at = self._elapsed_ms(), None
+
+    def abandon_step(self) -> None:
+        """It has not: no time is known until the next plan."""
+        self._planned_at, self._last_ms = None, 0.0
+
+    def _elapsed_ms(self) -> float:
+        """Since the last plan; between steps, from the last one to the end of its step."""
+        now = time.perf_counter()
+        elapsed = self._last_ms if self._planned_at is None else 1e3 * (now - self._planned_at)
+        self._planned_at = now
+        return elapsed
