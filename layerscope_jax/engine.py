@@ -27,6 +27,7 @@ from layerscope_jax.generation.requests import (
     make_requests,
 )
 from layerscope_jax.kernels.cpu import default_threads
+from layerscope_jax.models.cache import new_caches
 from layerscope_jax.offload.executors import HostExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.residency import Residency
@@ -42,7 +43,7 @@ from layerscope_jax.runtime.resident import ResidentOnCpu
 from layerscope_jax.runtime.statistics import Times
 from layerscope_jax.runtime.turns import Turns
 from layerscope_jax.runtime.warmup import rehearsal
-from layerscope_jax.runtime.whole import WholeModel, new_caches
+from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.guard import Guard
@@ -371,7 +372,9 @@ class Engine:
             running,
             max_num_seqs,
             step,
-            lambda rows, length: new_caches(self.model, rows, length, self.device),
+            lambda rows, length: new_caches(
+                self.model.config, rows, length, self.model.bank.dtype, self.device
+            ),
             self.config.prefill_chunk_size,
             self.model.config.stop_token_ids,
             self.model.tokenizer,

@@ -24,7 +24,8 @@ class ModelIdentity:
     """A model as far as its routing goes.
 
     Attributes:
-        family, num_layers, hidden_size, num_experts, experts_per_token: as in `ModelConfig`.
+        family, hidden_size, num_experts, experts_per_token: as in `ModelConfig`.
+        num_layers: its MoE layers.
         routers: digest of all routers' weights, the same whatever dtype holds them without loss.
     """
 
@@ -39,11 +40,11 @@ class ModelIdentity:
     def of(cls, model: Model) -> ModelIdentity:
         """Reads the routers back from the device."""
         config, digest = model.config, hashlib.blake2b(digest_size=8)
-        for layer in range(config.num_layers):
-            digest.update(np.asarray(model.dense["layers"][layer]["router"]["weight"], np.float32).tobytes())
+        for router in model.routers():
+            digest.update(np.asarray(router.weight, np.float32).tobytes())
         return cls(
             family=config.family,
-            num_layers=config.num_layers,
+            num_layers=config.num_moe_layers,
             hidden_size=config.hidden_size,
             num_experts=config.num_experts,
             experts_per_token=config.experts_per_token,

@@ -67,7 +67,7 @@ class ModelShape:
     def of(cls, model: Model) -> ModelShape:
         config = model.config
         return cls(
-            layers=config.num_layers,
+            layers=config.num_moe_layers,
             experts=config.num_experts,
             experts_per_token=config.experts_per_token,
             hidden=config.hidden_size,

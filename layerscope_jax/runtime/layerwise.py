@@ -14,12 +14,13 @@ import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.grouping import GROUP_SIZES, Assignments
-from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.models.decoder import Between
+from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.offload.executors import HostExperts, SharedExperts, device_experts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts, counted_rows
-from layerscope_jax.runtime.programs import Between, programs
+from layerscope_jax.runtime.programs import Layers, programs
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.runtime.statistics import Meter
 from layerscope_jax.scheduling.plan import (
@@ -40,6 +41,8 @@ from layerscope_jax.support.threads import Job
 ARRIVALS = GROUP_SIZES[1]
 """Loaded experts that are computed together, so that dispatching does not hold up the link."""
 
+NO_LAYERS = Layers((), [])
+
 
 class LayerByLayer:
     """Runs steps of a model whose experts live on the host, within a device budget.
@@ -53,8 +56,8 @@ class LayerByLayer:
     Attributes:
         account: of the call that it counts for (`layerscope_jax.runtime.accounts`).
         record: is given every plan, if not None.
-        decoded: takes the demand of each layer of each decode step, if not None.
-        tap: is given each layer's number, the inputs [T, D] of its experts, the chosen experts [T, K] and
+        decoded: takes the demand of each MoE layer of each decode step, if not None.
+        tap: is given each MoE layer's number, the inputs [T, D] of its experts, the chosen experts [T, K] and
             their weights [T, K], if not None.
         table: with which dense products and attention go by our own loops (`Inside`); None where they are
             XLA's.
@@ -93,10 +96,14 @@ class LayerByLayer:
         self._planned_at: float | None = None  # when the layer before was planned, within a step
         self._last_ms = 0.0  # from the plan of the step's last layer to its end
         dense = model.dense
-        self._layers = [dense["layers"][index] for index in range(model.config.num_layers)]
+        config = model.config
+        self._num_layers, self._tail = config.num_layers, config.tail
+        self._spans = config.spans  # by MoE layer: the decoder layers that end with it
+        self._layers = [Layers.of(model, span) for span in self._spans]
+        self._last_layers = Layers.of(model, self._tail)
         self._ends = {key: value for key, value in dense.items() if key != "layers"}
-        self._programs = programs(model.config, model.bank.dtype, forecasts.in_layer)
-        self._attend_alone = programs(model.config, model.bank.dtype, None).attend_and_route
+        self._programs = programs(config, model.bank.dtype, forecasts.in_layer)
+        self._attend_alone = programs(config, model.bank.dtype, None).attend_and_route
         self._wants_forecast = getattr(policy, "wants_forecast", lambda state: True)
         self._awaits_link = getattr(policy, "awaits_link", None)
 
@@ -110,16 +117,17 @@ class LayerByLayer:
         tokens: np.ndarray,
         positions: np.ndarray,
         last: np.ndarray,
-        caches: list[KVCache],
+        caches: list[Any],
         sampling: Sampling | None,
-    ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+    ) -> tuple[jax.Array, jax.Array, list[Any]]:
         """One forward pass: prefill (S > 1) or decode (S = 1).
 
         Args:
             tokens: [B, S] int32.
             positions: [B, S] int32; `PAD_POSITION` marks padding and finished requests, which route nowhere.
             last: [B] index in S of the token whose successor is wanted.
-            caches: one a layer; donated. With fewer, a step goes through so many layers only, to be timed.
+            caches: one a decoder layer; donated. With fewer, a step goes through the MoE layers among so many
+                layers only, to be timed.
             sampling: how the next tokens are picked, None for greedy.
 
         Returns:
@@ -143,12 +151,19 @@ class LayerByLayer:
         began = time.perf_counter()
         try:
             state, positions, counted = self._begin(tokens, positions, counted)
-            for layer in range(len(caches)):
+            for layer, span in enumerate(self._spans):
+                if span.stop > len(caches):
+                    break
                 check()
-                state, caches[layer], began = self._layer(
-                    layer, phase, state, positions, active, counted, caches[layer], began
+                state, caches[span.start : span.stop], began = self._layer(
+                    layer, phase, state, positions, active, counted, caches[span.start : span.stop], began
                 )
-            found, logits = self._programs.finish(self._ends, state, positions, last, sampling, self.table)
+            tail, rest = self._last_layers, slice(self._tail.start, self._tail.stop)
+            if len(caches) < self._num_layers:
+                tail, rest = NO_LAYERS, slice(0, 0)
+            found, logits, caches[rest] = self._programs.finish(
+                self._ends, state, positions, last, sampling, tail, caches[rest], self.table
+            )
             found.block_until_ready()  # the caller reads it next in any case
         except BaseException as error:
             self._planned_at, self._last_ms = None, 0.0
@@ -171,16 +186,19 @@ class LayerByLayer:
         positions: np.ndarray,
         active: np.ndarray,
         counted: jax.Array | None,
-        cache: KVCache,
+        caches: list[Any],
         began: float,
-    ) -> tuple[Between, KVCache, float]:
-        """One layer. `began` is when the device was given the work it is at; returns when it got its next."""
+    ) -> tuple[Between, list[Any], float]:
+        """One MoE layer, and the dense ones on the way to it.
+
+        `began` is when the device was given the work it is at; returns when it got its next.
+        """
         if self._wants_forecast(self.state):
             part, forecast = self._programs.attend_and_route, (*self.forecasts.inputs(layer), counted)
         else:
             part, forecast = self._attend_alone, (None, None, None)
-        hidden, inputs, experts, weights, cache, expected = part(
-            self._layers[layer], state, positions, cache, *forecast, self.table
+        hidden, inputs, experts, weights, caches, expected = part(
+            self._layers[layer], state, positions, caches, *forecast, self.table
         )
         for array in (experts, expected, None if self.device_experts.waits else inputs):
             if array is not None:  # all on their way at once; the host's experts read the inputs
@@ -230,7 +248,7 @@ class LayerByLayer:
             began = time.perf_counter()
             outputs = self.device_experts.place(outputs, found, rows, plan.host)
         self.device_experts.give_back(outputs)
-        return Between(hidden, outputs, weights), cache, began
+        return Between(hidden, outputs, weights), caches, began
 
     def _begin(self, tokens: Any, *others: Any) -> tuple[Any, ...]:
         """What comes into the first layer: embeddings, no experts' rows yet; and `others`, on the device."""

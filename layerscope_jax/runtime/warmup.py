@@ -12,10 +12,9 @@ import numpy as np
 
 from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, next_power, possible_groups
-from layerscope_jax.models.layers import KVCache
+from layerscope_jax.models.decoder import Between
 from layerscope_jax.offload.executors import SharedExperts, grouped_ffn, place_rows
 from layerscope_jax.runtime.layerwise import LayerByLayer
-from layerscope_jax.runtime.programs import Between
 from layerscope_jax.runtime.resident import ResidentOnCpu
 from layerscope_jax.runtime.statistics import Meter
 from layerscope_jax.runtime.whole import WholeModel
@@ -51,7 +50,7 @@ class Rehearsal(LayerByLayer):
         )
         self._runner, self.table = runner, runner.table
 
-    def step(self, tokens: np.ndarray, *others: Any) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+    def step(self, tokens: np.ndarray, *others: Any) -> tuple[jax.Array, jax.Array, list[Any]]:
         if not self._runner._settled:
             self._runner.settle()
         if tokens.shape[1] > 1 or not isinstance(self._runner, ResidentOnCpu):
@@ -82,17 +81,17 @@ class Rehearsal(LayerByLayer):
         positions: np.ndarray,
         active: np.ndarray,
         counted: jax.Array | None,
-        cache: KVCache,
+        caches: list[Any],
         began: float,
-    ) -> tuple[Between, KVCache, float]:
+    ) -> tuple[Between, list[Any], float]:
         ways: list[tuple[Callable, tuple]] = []
         if self.forecasts.in_layer is None or hasattr(self.policy, "wants_forecast"):
             ways.append((self._attend_alone, (None, None, None)))
         if self.forecasts.in_layer is not None:
             ways.append((self._programs.attend_and_route, (*self.forecasts.inputs(layer), counted)))
         for part, forecast in ways:
-            hidden, inputs, experts, weights, cache, expected = part(
-                self._layers[layer], state, positions, cache, *forecast, self.table
+            hidden, inputs, experts, weights, caches, expected = part(
+                self._layers[layer], state, positions, caches, *forecast, self.table
             )
         outputs: Any = self.device_experts.take(experts.size, hidden.shape[-1], hidden.dtype)
         if layer == 0:
@@ -100,7 +99,7 @@ class Rehearsal(LayerByLayer):
             self._ask(phase, Assignments(chosen, active), expected)
             outputs = self._experts(outputs, inputs, chosen, int(active.sum()))
         self.device_experts.give_back(outputs)
-        return Between(hidden, outputs, weights), cache, began
+        return Between(hidden, outputs, weights), caches, began
 
     def _ask(self, phase: Phase, rows: Assignments, expected: np.ndarray | None) -> None:
         """Asks the policy, whose loops are then compiled: a pure function. Its answer is dropped."""
