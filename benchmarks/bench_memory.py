@@ -27,8 +27,9 @@ from benchmarks.bench_prefill import growth
 from benchmarks.live_bytes import SLACK, watch
 from benchmarks.random_models import random_model
 from layerscope_jax import POLICIES, Engine, HardwareProfile, Model, ModelConfig, OffloadConfig, Request
-from layerscope_jax.runtime.programs import Between, programs
-from layerscope_jax.runtime.whole import new_caches
+from layerscope_jax.models.cache import new_caches
+from layerscope_jax.models.decoder import Between
+from layerscope_jax.runtime.programs import Layers, programs
 from layerscope_jax.scheduling.registry import FORECASTING
 
 RESIDENT = "resident"
@@ -145,9 +146,10 @@ def temporary_bytes(model: Model, rows: int, width: int) -> int:
         jax.ShapeDtypeStruct((tokens, config.experts_per_token), jnp.float32),
     )
     positions = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-    cache = new_caches(model, rows, width, model.device, 1)[0]
+    span = config.spans[0]
+    caches = new_caches(config, rows, width, dtype, model.device, span.stop)
     program = programs(config, dtype, None).attend_and_route
-    lowered = program.lower(model.dense["layers"][0], between, positions, cache, None, None, None)
+    lowered = program.lower(Layers.of(model, span), between, positions, caches, None, None, None)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 

@@ -24,9 +24,10 @@ import predictor
 from benchmarks import harness
 from layerscope_jax import load
 from layerscope_jax.checkpoints.identity import ModelIdentity
+from layerscope_jax.models.cache import new_caches
+from layerscope_jax.models.decoder import Between
 from layerscope_jax.prediction.traces import Passage, TraceHeader, TraceWriter
-from layerscope_jax.runtime.programs import Between, programs
-from layerscope_jax.runtime.whole import new_caches
+from layerscope_jax.runtime.programs import Layers, programs
 from predictor.pca import Basis
 from predictor.routers import Routers
 from predictor.train import TrainConfig, train
@@ -111,7 +112,8 @@ def cost(options: Options) -> list[dict[str, Any]]:
     """Milliseconds of a layer's jitted part, with the predictor and without."""
     model, llapor = load(SHIPPED), predictor.shipped()
     bound = llapor.bind(model)
-    layers = model.config.num_layers
+    spans = model.config.spans
+    layers, held_layers = len(spans), [Layers.of(model, span) for span in spans]
     numbers = [jnp.int32(layer) for layer in range(layers)]
     rows = []
     for batch in options.batches:
@@ -123,16 +125,23 @@ def cost(options: Options) -> list[dict[str, Any]]:
         caches: dict[str, Any] = {}
 
         def step(
-            with_it: bool, batch=batch, state=state, positions=positions, counted=counted, caches=caches
+            with_it: bool,
+            batch=batch,
+            state=state,
+            positions=positions,
+            counted=counted,
+            caches=caches,
+            config=config,
+            dtype=dtype,
         ):
             name = "with" if with_it else "without"
-            run = programs(model.config, model.bank.dtype, llapor if with_it else None).attend_and_route
-            held = caches.setdefault(name, new_caches(model, batch, 256, model.device))
+            run = programs(config, dtype, llapor if with_it else None).attend_and_route
+            held = caches.setdefault(name, new_caches(config, batch, 256, dtype, model.device))
             began = time.perf_counter()
-            for layer in range(layers):
+            for layer, span in enumerate(spans):
                 forecast = (bound[layer], numbers[layer], counted) if with_it else (None, None, None)
-                out = run(model.dense["layers"][layer], state, positions, held[layer], *forecast)
-                held[layer] = out[4]
+                out = run(held_layers[layer], state, positions, held[span.start : span.stop], *forecast)
+                held[span.start : span.stop] = out[4]
                 jax.device_get((out[2], out[5]))
             return {"layer": (time.perf_counter() - began) / layers}
 

@@ -11,9 +11,9 @@ from flax import nnx
 
 from layerscope_jax import Decoder, Model
 from layerscope_jax.generation.batching import bucket
+from layerscope_jax.models.cache import new_caches
 from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.runtime.sampling import sample
-from layerscope_jax.runtime.whole import new_caches
 
 
 class JittedLoop:
@@ -49,7 +49,7 @@ class JittedLoop:
         positions = np.full((rows, width), PAD_POSITION, np.int32)
         tokens[:batch], positions[:batch] = prompts, np.arange(width)
         length = bucket(width + new_tokens, 64)
-        caches = new_caches(self.model, rows, length, jax.devices()[0])
+        caches = new_caches(self.model.config, rows, length, self.model.bank.dtype, jax.devices()[0])
         jax.block_until_ready(caches)
         began = time.perf_counter()
         first, caches = self._prefill(self.params, tokens, positions, caches)

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from layerscope_jax import Decoder, Model, ModelConfig
-from layerscope_jax.checkpoints.weight_names import Naming, is_transposed
+from layerscope_jax.checkpoints.weight_names import Naming
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 
 
@@ -159,13 +159,10 @@ def random_model(config: ModelConfig, seed: int = 0) -> Model:
         gain = 1.0 if path[-1] == "embedding" else (2 if "router" in path else 1) / math.sqrt(shape[0])
         return draw(shape, gain)
 
-    def shape(name: str, path: tuple) -> tuple[int, ...]:
-        return naming.shapes[name][::-1] if is_transposed(path) else naming.shapes[name]
-
     naming, sharding = Naming.of(config), device_sharding()
     parameters = {
-        path: jax.block_until_ready(jax.device_put(dense(path, shape(name, path)), sharding))
-        for name, path in naming.dense.items()
+        path: jax.block_until_ready(jax.device_put(dense(path, shape), sharding))
+        for path, shape in naming.parameters.items()
     }
     bank = ExpertBank.build(config, lambda expert, matrix, shape: draw(shape, shape[0] ** -0.5))
     return Model(config, naming.graphdef, unflatten_dict(parameters), bank)

@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.bench_host_experts import Reading
 from layerscope_jax import ModelConfig
+from layerscope_jax.models.cache import cache_bytes
 from layerscope_jax.models.experts import matmul
 from layerscope_jax.support.machine import cores
 
@@ -76,7 +77,7 @@ class Step:
             rates: of the machine.
         """
         layers, hidden, width = config.num_layers, config.hidden_size, config.num_heads * config.head_dim
-        kept = config.num_kv_heads * config.head_dim
+        kept = config.num_kv_heads * config.head_dim  # of keys, and of values
         tokens = self.rows * self.width
         layer = hidden * (2 * width + 2 * kept + config.num_experts)
         head = hidden * config.vocab_size
@@ -91,7 +92,7 @@ class Step:
             ),
             "attention": longer(
                 4 * tokens * self.context * width * layers,
-                2 * self.rows * self.context * kept * layers * cache_itemsize,
+                cache_bytes(config, self.rows, self.context, cache_itemsize),
             ),
             "experts": longer(
                 6 * tokens * layers * config.experts_per_token * hidden * config.moe_intermediate_size,

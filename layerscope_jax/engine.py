@@ -24,6 +24,7 @@ from layerscope_jax.generation.requests import (
     encode_prompts,
     make_requests,
 )
+from layerscope_jax.models.cache import new_caches
 from layerscope_jax.prediction.predictors import make_predictor
 from layerscope_jax.profiling import measure as calibration
 from layerscope_jax.profiling.machine_profile import costs_of
@@ -33,7 +34,6 @@ from layerscope_jax.runtime.non_finite import why_not_finite
 from layerscope_jax.runtime.resources import Resources
 from layerscope_jax.runtime.statistics import Times
 from layerscope_jax.runtime.turns import Turns
-from layerscope_jax.runtime.whole import new_caches
 from layerscope_jax.scheduling.registry import make_policy
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.compile_cache import Compilations, counted
@@ -318,7 +318,9 @@ class Engine:
             running,
             max_num_seqs,
             step,
-            lambda rows, length: new_caches(self.model, rows, length, self.device),
+            lambda rows, length: new_caches(
+                self.model.config, rows, length, self.model.bank.dtype, self.device
+            ),
             self.config.prefill_chunk_size,
             self.model.config.stop_token_ids,
             self.model.tokenizer,

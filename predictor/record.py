@@ -19,11 +19,11 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
 from layerscope_jax.generation.batching import batch_rows
+from layerscope_jax.models.cache import new_caches
 from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.prediction.trace_index import Passage, Split, TraceHeader
 from layerscope_jax.prediction.traces import Trace, TraceWriter
 from layerscope_jax.runtime.layerwise import LayerByLayer
-from layerscope_jax.runtime.whole import new_caches
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.locks import locked_folder
 from predictor.documents import Document, heldout_ids, read_documents, stable_hash
@@ -201,7 +201,7 @@ class Tap:
 
     def run(self, passages: Sequence[list[int]]) -> tuple[jax.Array, np.ndarray, np.ndarray]:
         """Hidden states [N, L, D], experts [N, L, K] and their weights of all tokens, padding left out."""
-        rows, width = batch_rows(len(passages)), max(map(len, passages))
+        model, rows, width = self.engine.model, batch_rows(len(passages)), max(map(len, passages))
         tokens = np.zeros((rows, width), np.int32)
         positions = np.full((rows, width), PAD_POSITION, np.int32)
         for row, passage in enumerate(passages):
@@ -211,7 +211,7 @@ class Tap:
         seen: list[tuple[jax.Array, jax.Array, jax.Array]] = []
         self.runner.tap = lambda layer, *found: seen.append(found)
         try:
-            caches = new_caches(self.engine.model, rows, width, self.engine.device)
+            caches = new_caches(model.config, rows, width, model.bank.dtype, self.engine.device)
             self.runner.step(tokens, positions, np.zeros(rows, np.int32), caches, None)
         finally:
             self.runner.tap = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file, save
 
@@ -18,7 +20,7 @@ FILE = "routers.safetensors"
 
 @dataclass(frozen=True)
 class Routers:
-    """Every layer's router and the norm before it.
+    """Every MoE layer's router and the norm before it.
 
     Attributes:
         weight: [L, D, E] float32.
@@ -30,13 +32,11 @@ class Routers:
 
     @classmethod
     def of(cls, model: Model) -> Routers:
-        layers = [model.dense["layers"][index] for index in range(model.config.num_layers)]
+        def stack(arrays: Iterable[jax.Array]) -> np.ndarray:
+            return np.stack([np.asarray(array, np.float32) for array in arrays])
 
-        def stack(*path: str) -> np.ndarray:
-            found = [layer[path[0]][path[1]] for layer in layers]
-            return np.stack([np.asarray(array, np.float32) for array in found])
-
-        return cls(stack("router", "weight"), stack("moe_norm", "scale"))
+        weights, scales = zip(*model.routers(), strict=True)
+        return cls(stack(weights), stack(scales))
 
     def save(self, folder: Path) -> None:
         write_file(folder / FILE, save(vars(self)))

@@ -38,8 +38,8 @@ class ModelIdentity(RoutedExperts):
     def of(cls, model: Model) -> ModelIdentity:
         """Reads the routers back from the device."""
         routed, digest = model.geometry(0), hashlib.blake2b(digest_size=8)
-        for layer in range(routed.num_layers):
-            digest.update(np.asarray(model.dense["layers"][layer]["router"]["weight"], np.float32).tobytes())
+        for router in model.routers():
+            digest.update(np.asarray(router.weight, np.float32).tobytes())
         return cls(
             **routed.counts(),
             family=model.config.family,

@@ -30,14 +30,14 @@ from layerscope_jax.checkpoints.safetensors_io import (
     write_tensors,
 )
 from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
-from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, is_transposed
-from layerscope_jax.models import FAMILIES, Decoder, ExpertParam, config_from_hf, with_generation
+from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of
+from layerscope_jax.models import Decoder, ExpertParam, config_from_hf, with_generation
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.scheduling.plan import Geometry
 from layerscope_jax.support.files import is_there, read_json, replace_files
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
 
 
@@ -93,22 +93,27 @@ class Model:
         """What a policy must know of the model, within a budget with room for so many experts."""
         config = self.config
         return Geometry(
-            num_layers=config.num_layers,
+            num_layers=config.num_moe_layers,
             num_experts=config.num_experts,
             experts_per_token=config.experts_per_token,
             expert_bytes=self.bank.expert_bytes,
             slots=slots,
         )
 
+    def routers(self) -> list[RouterWeights]:
+        """The router of each MoE layer, and the norm whose output it reads, on the device."""
+        config, layers = self.config, self.dense["layers"]
+        return [layer_type(config, layer).router_of(layers[layer]) for layer in config.moe_layers]
+
     def whole(self) -> Decoder:
         """The decoder with every expert resident on the device: the oracle of the engine's tests."""
-        layers = range(self.config.num_layers)
+        layers = range(self.config.num_moe_layers)
         experts = {"experts": {layer: self.bank.stacked(layer, self.device)._asdict() for layer in layers}}
         return nnx.merge(self.graphdef, self.dense | experts)
 
 
 def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | None = None) -> Model:
-    """Loads an OLMoE, Mixtral or Qwen3-MoE checkpoint as Hugging Face lays it out.
+    """Loads a checkpoint of OLMoE, Mixtral, Qwen3-MoE or a family that was registered, laid out as by HF.
 
     Experts go straight to pinned host memory, everything else to the device; beside them only one tensor is
     in memory at a time.
@@ -132,34 +137,36 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
     config, stored = _with_head(config, stored_tensors(folder))
     check_sizes(config, folder, stored)
     naming = Naming.of(config)
-    naming.check(folder, stored)
+    naming.check(folder, stored, family_of(config).ignored)
     stored = {name: stored[name] for name in naming.shapes}
     target = dtype_named(dtype) if dtype is not None else _common_dtype(folder, stored.values(), raw)
 
     with _progress(sum(tensor.size for tensor in stored.values())) as advance:
         buffer = np.empty(0, np.uint8)
 
-        def read(name: str, transposed: bool) -> np.ndarray:
+        def read(name: str) -> np.ndarray:
             nonlocal buffer
             tensor = stored[name]
-            # What JAX transposes it copies, and is done before the next is read: new memory for each would
-            # take the system as long as reading does. What lies as it must JAX may take over.
-            reused = transposed and len(tensor.shape) == 2 and min(tensor.shape) > 1
-            if reused and buffer.size != tensor.size:
+            # Read into the same memory again and again: new memory for each would take the system as long as
+            # reading does.
+            if buffer.size != tensor.size:
                 buffer = np.empty(0, np.uint8)  # gone before there is another
                 buffer = np.empty(tensor.size, np.uint8)
-            array = cast(tensor.read(buffer if reused else None), target, name)
+            array = naming.transforms[name].load(cast(tensor.read(buffer), target, name))
             advance(tensor.size)
-            # JAX transposes on its way several times faster than NumPy would first.
-            return array.T if transposed else array
+            # What does not lie in order (what is transposed, say) JAX copies, and is done before the next is
+            # read. What does JAX may take over, and the memory with it.
+            if array.flags.c_contiguous and np.may_share_memory(array, buffer):
+                buffer = np.empty(0, np.uint8)
+            return array
 
         sharding = device_sharding(device)
         dense = {
-            path: jax.block_until_ready(jax.device_put(read(name, is_transposed(path)), sharding))
+            path: jax.block_until_ready(jax.device_put(read(name), sharding))
             for name, path in naming.dense.items()
         }
         names = naming.expert_names()
-        bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix], True), device)
+        bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix]), device)
     return Model(
         config,
         naming.graphdef,
@@ -193,12 +200,10 @@ def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None
     def value(name: str) -> np.ndarray:
         if name in naming.experts:
             expert, matrix = naming.experts[name]
-            array = np.asarray(getattr(model.bank[expert], matrix)).T
+            array = np.asarray(getattr(model.bank[expert], matrix))
         else:
-            path = naming.dense[name]
-            array = np.asarray(dense[path])
-            array = array.T if is_transposed(path) else array
-        return cast(array, target, name)
+            array = np.asarray(dense[naming.dense[name]])
+        return cast(naming.transforms[name].save(array), target, name)
 
     replace_files(
         Path(folder),
@@ -215,7 +220,7 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     Raises:
         ValueError: naming the settings that its family cannot express.
     """
-    family = FAMILIES[config.family]
+    family = family_of(config)
     settings = family.write_config(config)
     read_back = dataclasses.asdict(family.read_config(settings))
     lost = [
@@ -250,14 +255,16 @@ def _with_head(
     config: ModelConfig, stored: Mapping[str, StoredTensor]
 ) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
     """Ties head and embedding as transformers does: only if they are not two different tensors."""
-    if not config.tie_embeddings or HEAD not in stored:
+    family = family_of(config)
+    embedding, head = family.tensor_of("embedding"), family.tensor_of("head")
+    if not config.tie_embeddings or embedding is None or head is None or head not in stored:
         return config, stored
-    if EMBEDDING not in stored:
-        return config, {**stored, EMBEDDING: stored[HEAD]}
-    if equal(stored[HEAD], stored[EMBEDDING]):
+    if embedding not in stored:
+        return config, {**stored, embedding: stored[head]}
+    if equal(stored[head], stored[embedding]):
         return config, stored
     warnings.warn(
-        f"{stored[HEAD].file.parent}: config.json says tie_word_embeddings, but {HEAD} and {EMBEDDING} "
+        f"{stored[head].file.parent}: config.json says tie_word_embeddings, but {head} and {embedding} "
         "differ; both are used, as by transformers",
         stacklevel=3,
     )

@@ -1,48 +1,62 @@
-"""Which tensor of a Hugging Face checkpoint is which parameter of a `Decoder`."""
+"""Which tensors a Hugging Face checkpoint of a model has: its family's table, for each layer and expert."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from layerscope_jax.checkpoints.safetensors_io import DTYPES, StoredTensor
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
+from layerscope_jax.models.decoder_layers import layer_type
+from layerscope_jax.models.family import Family
 from layerscope_jax.models.layers import ExpertParam
 from layerscope_jax.models.registry import FAMILIES
+from layerscope_jax.models.weights import EXPERTS, Transform
 from layerscope_jax.scheduling.plan import ExpertId
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.")  # of a tensor's name
 LISTED = 100  # wrong tensors that an error spells out
 
 ParameterPath = tuple[str | int, ...]
 """Keys into the pure dict of a decoder's parameters, such as `("layers", 0, "norm", "scale")`."""
 
+SETTINGS = {
+    "embedding": "vocab_size, hidden_size",
+    "layers.{layer}.attention.q.weight": "num_attention_heads * head_dim, hidden_size",
+    "layers.{layer}.attention.k.weight": "num_key_value_heads * head_dim, hidden_size",
+    "layers.{layer}.router.weight": "num_experts, hidden_size",
+}
+"""Places whose tensors tell whether a config's sizes are the checkpoint's, and which settings say so."""
+
 
 @dataclass(frozen=True)
 class Naming:
-    """The tensors that a checkpoint of one model has, as HF names them; shapes are the decoder's own.
-
-    HF keeps linear layers as [out, in] and the decoder as [in, out], so that its matrices are transposed;
-    the embedding alone is the same in both.
+    """The tensors that a checkpoint of one model has, as HF names them.
 
     Attributes:
         graphdef: of the whole decoder.
         dense: tensor name -> path of the parameter, for everything but routed experts.
         experts: tensor name -> the expert and its matrix ("gate", "up" or "down").
         shapes: tensor name -> its shape in the checkpoint.
+        parameters: path of a dense parameter -> its shape in the decoder.
+        transforms: tensor name -> what happens to it on the way into the decoder, and back.
     """
 
     graphdef: nnx.GraphDef
     dense: dict[str, ParameterPath]
     experts: dict[str, tuple[ExpertId, str]]
     shapes: dict[str, tuple[int, ...]]
+    parameters: dict[ParameterPath, tuple[int, ...]]
+    transforms: dict[str, Transform]
 
     @classmethod
     def of(cls, config: ModelConfig) -> Naming:
@@ -51,39 +65,44 @@ class Naming:
         Raises:
             ValueError: if the family is not known, or has no name for a parameter of the model.
         """
-        family = FAMILIES.get(config.family)
-        if family is None:
-            raise ValueError(f"expected a family of {', '.join(FAMILIES)}, got {config.family!r}")
+        family = family_of(config)
         abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
         graphdef, *states = nnx.split(abstract, ExpertParam, ...)
         _, dense = map(nnx.to_pure_dict, states)
-        parameters: dict[ParameterPath, jax.ShapeDtypeStruct] = flatten_dict(dense)
-        named: dict[str, ParameterPath] = {}
-        for name, dotted in family.weights.items():
-            for layer in range(config.num_layers if "{layer}" in name else 1):
-                keys = dotted.format(layer=layer).split(".")
-                path = tuple(int(key) if key.isdigit() else key for key in keys)
+        arrays: dict[ParameterPath, jax.ShapeDtypeStruct] = flatten_dict(dense)
+        parameters = {path: array.shape for path, array in arrays.items()}
+        naming = cls(graphdef, {}, {}, {}, parameters, {})
+        for row in family.weights:
+            if row.place.startswith(EXPERTS):
+                continue
+            for layer in range(config.num_layers if "{layer}" in row.place else 1):
+                path = path_of(row.place.format(layer=layer))
                 if path in parameters:
-                    named[name.format(layer=layer)] = path
-        nameless = [".".join(map(str, path)) for path in parameters.keys() - set(named.values())]
+                    name = row.tensor.format(layer=layer)
+                    naming.dense[name] = path
+                    naming.shapes[name] = row.transform.stored_shape(parameters[path])
+                    naming.transforms[name] = row.transform
+        nameless = [".".join(map(str, path)) for path in parameters.keys() - set(naming.dense.values())]
         if nameless:
             raise ValueError(f"{family.architecture} has no such parameters: {', '.join(sorted(nameless))}")
-
-        shapes = {
-            name: parameters[path].shape[::-1] if is_transposed(path) else parameters[path].shape
-            for name, path in named.items()
-        }
-        experts = {}
-        for layer in range(config.num_layers):
+        rows = {row.place.removeprefix(EXPERTS): row for row in family.weights}
+        matrices = {matrix: (rows[matrix], shape) for matrix, shape in config.expert_shapes().items()}
+        for number, layer in enumerate(config.moe_layers):
             for expert in range(config.num_experts):
-                for matrix, shape in config.expert_shapes().items():
-                    name = family.experts[matrix].format(layer=layer, expert=expert)
-                    experts[name] = ExpertId(layer, expert), matrix
-                    shapes[name] = shape[::-1]
-        return cls(graphdef, named, experts, shapes)
+                for matrix, (row, shape) in matrices.items():
+                    name = row.tensor.format(layer=layer, expert=expert)
+                    naming.experts[name] = ExpertId(number, expert), matrix
+                    naming.shapes[name] = row.transform.stored_shape(shape)
+                    naming.transforms[name] = row.transform
+        return naming
 
-    def check(self, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+    def check(self, folder: Path, stored: Mapping[str, StoredTensor], ignored: tuple[str, ...] = ()) -> None:
         """Compares what a checkpoint holds with what its model asks for.
+
+        Args:
+            folder: of the checkpoint.
+            stored: its tensors.
+            ignored: names of tensors that it may hold besides (`Family.ignored`).
 
         Raises:
             ValueError: listing every tensor that is missing, unexpected, of another shape or not a float.
@@ -99,10 +118,7 @@ class Naming:
             if tensor.dtype not in DTYPES:
                 wrong.append(f"{name}: expected dtype {', '.join(DTYPES)}, found {tensor.dtype}")
         for name, tensor in stored.items():
-            # A head that the model does not have of its own is the embedding again; older checkpoints also
-            # hold what follows from the config.
-            redundant = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
-            if name not in self.shapes and not redundant:
+            if name not in self.shapes and not any(fnmatchcase(name, pattern) for pattern in ignored):
                 wrong.append(f"{name}: expected no such tensor, found shape {list(tensor.shape)}")
         if wrong:
             rest = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
@@ -124,33 +140,27 @@ def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTe
     Raises:
         ValueError: naming each size that the tensors do not have.
     """
-    family = FAMILIES[config.family]
-    names = {dotted: name.format(layer=0) for name, dotted in family.weights.items()}
-    layer = "layers.{layer}."
-    hidden, size = config.hidden_size, config.head_dim
-    rows = {  # name -> its rows and columns, and the settings that say so
-        names["embedding"]: ((config.vocab_size, hidden), "vocab_size, hidden_size"),
-        names[layer + "attention.q.weight"]: (
-            (config.num_heads * size, hidden),
-            "num_attention_heads * head_dim, hidden_size",
-        ),
-        names[layer + "attention.k.weight"]: (
-            (config.num_kv_heads * size, hidden),
-            "num_key_value_heads * head_dim, hidden_size",
-        ),
-        names[layer + "router.weight"]: ((config.num_experts, hidden), "num_experts, hidden_size"),
-    }
+    family = family_of(config)
+    first = next(layer for layer in range(config.num_layers) if layer not in config.dense_layers)
+    shapes = {("embedding",): (config.vocab_size, config.hidden_size)} | shapes_of_layer(config, first)
     wrong = []
-    for name, (shape, settings) in rows.items():
+    for row in family.weights:
+        path = path_of(row.place.format(layer=first, expert=0))
+        if row.place not in SETTINGS or path not in shapes:
+            continue
+        name, shape = row.tensor.format(layer=first), row.transform.stored_shape(shapes[path])
         found = stored[name].shape if name in stored else None
         if found != shape:
             got = "found no such tensor" if found is None else f"found {list(found)}"
-            wrong.append(f"{name}: expected shape {list(shape)} ({settings}), {got}")
-    layers = {match[1] for name in stored if (match := LAYER.match(name))}
-    if len(layers) < config.num_layers:
-        wrong.append(
-            f"num_hidden_layers: expected {config.num_layers} layers, found tensors of {len(layers)}"
-        )
+            wrong.append(f"{name}: expected shape {list(shape)} ({SETTINGS[row.place]}), {got}")
+    norm = family.tensor_of("layers.{layer}.attention_norm.scale")
+    if norm is not None:
+        begins = re.compile(re.escape(norm.partition("{layer}")[0]) + r"(\d+)\.")
+        layers = {match[1] for name in stored if (match := begins.match(name))}
+        if len(layers) < config.num_layers:
+            wrong.append(
+                f"num_hidden_layers: expected {config.num_layers} layers, found tensors of {len(layers)}"
+            )
     if wrong:
         raise ValueError(
             f"{folder}: the tensors are not of the sizes that config.json gives; check that both belong to "
@@ -158,6 +168,30 @@ def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTe
         )
 
 
-def is_transposed(path: ParameterPath) -> bool:
-    """Whether the checkpoint keeps this parameter as [out, in]; to transpose a vector changes nothing."""
-    return path != ("embedding",)
+def shapes_of_layer(config: ModelConfig, layer: int) -> dict[ParameterPath, tuple[int, ...]]:
+    """Shapes of a decoder layer's parameters, by their paths in the decoder, without making any array."""
+    make = layer_type(config, layer)
+    abstract = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), dtype=np.float32))
+    parameters: dict[Any, jax.ShapeDtypeStruct] = flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
+    return {("layers", layer, *path): array.shape for path, array in parameters.items()}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family of a model.
+
+    Raises:
+        ValueError: if there is none of its name.
+    """
+    family = FAMILIES.get(config.family)
+    if family is None:
+        raise ValueError(f"expected a family of {', '.join(FAMILIES)}, got {config.family!r}")
+    return family
+
+
+def path_of(place: str) -> ParameterPath:
+    """The path of a place in the pure dict of a decoder's parameters.
+
+    >>> path_of("layers.0.norm.scale")
+    ('layers', 0, 'norm', 'scale')
+    """
+    return tuple(int(key) if key.isdigit() else key for key in place.split("."))

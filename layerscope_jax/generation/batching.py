@@ -21,13 +21,13 @@ bits again.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,12 @@ from tokenizers import Tokenizer
 from layerscope_jax.generation.detokenize import TextStream
 from layerscope_jax.generation.requests import Request, Token
 from layerscope_jax.kernels.grouping import next_power
-from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.models.cache import put_rows
+from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.runtime.sampling import NO_TOKEN, Sampling
 from layerscope_jax.runtime.statistics import Times
 
-Step = Callable[..., tuple[jax.Array, jax.Array, list[KVCache]]]
+Step = Callable[..., tuple[jax.Array, jax.Array, list[Any]]]
 
 MIN_WIDTH = 16
 """Narrowest prefill step: shorter prompts are padded to it."""
@@ -114,7 +115,7 @@ class Batch:
         requests: Sequence[Running],
         slots: int,
         step: Step,
-        new_caches: Callable[[int, int], list[KVCache]],
+        new_caches: Callable[[int, int], list[Any]],
         prefill_chunk_size: int,
         stop_token_ids: Sequence[int],
         tokenizer: Tokenizer | None,
@@ -136,7 +137,7 @@ class Batch:
         self._tokens = np.zeros((rows, 1), np.int32)
         self._positions = np.full((rows, 1), PAD_POSITION, np.int32)
         self._sampling: Sampling | None = None
-        self._caches: list[KVCache] = []
+        self._caches: list[Any] = []
         self._began = self._ended = 0.0  # of the call, and of the last step
 
     def run(self) -> Iterator[list[Token]]:
@@ -269,25 +270,6 @@ class Batch:
             top_k=jnp.array([min(request.top_k, 2**31 - 1) for request in requests], jnp.int32),
             top_p=jnp.array([request.top_p for request in requests], jnp.float32),
         )
-
-
-@functools.partial(jax.jit, donate_argnames="caches")
-def put_rows(caches: list[KVCache], rows: jax.Array, newcomers: list[KVCache]) -> list[KVCache]:
-    """Writes the keys and values of newcomers over the first positions of the rows that become theirs.
-
-    What an earlier request left behind them lies after every position that the new one attends to, until the
-    new one has written there itself.
-
-    Args:
-        caches: of B rows and P positions, one a layer, donated.
-        rows: [N] int32; B or more for padding, which is dropped.
-        newcomers: of N rows and at most P positions, one a layer.
-    """
-
-    def put(held: jax.Array, new: jax.Array) -> jax.Array:
-        return held.at[rows, :, : new.shape[2], : new.shape[3]].set(new, mode="drop")
-
-    return jax.tree.map(put, caches, newcomers)
 
 
 def advance(running: Running, token: int, stop_token_ids: Sequence[int]) -> Token:

@@ -1,7 +1,21 @@
 """Flax decoders and the Hugging Face families they stand for."""
 
+from layerscope_jax.models.cache import KVCache
 from layerscope_jax.models.decoder import Decoder
-from layerscope_jax.models.layers import ExpertParam, KVCache
-from layerscope_jax.models.registry import FAMILIES, config_from_hf, with_generation
+from layerscope_jax.models.family import ConfigReader, Family
+from layerscope_jax.models.layers import ExpertParam
+from layerscope_jax.models.registry import FAMILIES, config_from_hf, register_family, with_generation
+from layerscope_jax.models.weights import Weight
 
-__all__ = ["FAMILIES", "Decoder", "ExpertParam", "KVCache", "config_from_hf", "with_generation"]
+__all__ = [
+    "FAMILIES",
+    "ConfigReader",
+    "Decoder",
+    "ExpertParam",
+    "Family",
+    "KVCache",
+    "Weight",
+    "config_from_hf",
+    "register_family",
+    "with_generation",
+]

@@ -1,49 +1,123 @@
-"""The decoder: trained, run whole (every expert resident) and run layer by layer from one definition."""
+"""The decoder: trained, run whole (every expert resident) and run layer by layer from one definition.
+
+How layers follow each other is said once, in `to_experts`, `to_end` and `through`. What computes the experts
+and adds up their outputs is the caller's: stacks on the device here, our own loops or executors in `runtime`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.decoder_layers import layer_type
 from layerscope_jax.models.experts import combine, dense, matmul, stacked_ffn
-from layerscope_jax.models.layers import Attention, Experts, KVCache, RMSNorm, Router, Routing, normal
+from layerscope_jax.models.layers import Experts, RMSNorm, Routing, normal
 
 
-class DecoderLayer(nnx.Module):
-    """The dense part of one layer: everything but its experts."""
+class Between(NamedTuple):
+    """What one MoE layer hands to the next, which adds it up: so the sum is no dispatch of its own.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
-        self.attention = Attention(config, rngs=rngs, dtype=dtype)
-        self.moe_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
-        self.router = Router(config, rngs=rngs, dtype=dtype)
+    Attributes:
+        hidden: [B, S, D] the residual stream without the experts.
+        outputs: their unweighted rows, as `Add` takes them; None before the first layer.
+        weights: [T, K] of the router, float32.
+    """
 
-    def attend_and_route(
-        self, hidden: jax.Array, positions: jax.Array, cache: KVCache | None
-    ) -> tuple[jax.Array, jax.Array, Routing, KVCache | None]:
-        """Everything of a layer that comes before its experts.
+    hidden: jax.Array
+    outputs: Any = None
+    weights: Any = None
 
-        Args:
-            hidden: [B, S, D].
-            positions: [B, S] int32; `PAD_POSITION` marks padding.
-            cache: this layer's keys and values, or None to attend within `hidden` alone.
 
-        Returns:
-            hidden: [B, S, D] after attention.
-            inputs: [T, D] what the experts read, T = B * S.
-            routing: the chosen experts.
-            cache: with the new keys and values.
-        """
-        with jax.named_scope("attend"):
-            mixed, cache = self.attention(self.attention_norm(hidden), positions, cache)
-            hidden = hidden + mixed
-        with jax.named_scope("route"):
-            inputs = self.moe_norm(hidden).reshape(-1, hidden.shape[-1])
-            return hidden, inputs, self.router(inputs), cache
+Add = Callable[[Between], jax.Array]
+"""Adds the experts' rows to the residual stream: -> [B, S, D]."""
+
+
+def to_experts(
+    span: Sequence[Any], state: Between, positions: jax.Array, caches: Sequence[Any], add: Add
+) -> tuple[jax.Array, jax.Array, Routing, list[Any]]:
+    """One MoE layer up to its experts, from where the one before has computed its own.
+
+    Args:
+        span: the dense layers on the way, and the MoE layer (`ModelConfig.spans`).
+        state: of the MoE layer before.
+        positions: [B, S] int32.
+        caches: of the span's layers; None in the place of each to attend within the inputs alone.
+        add: adds up the experts of the layer before.
+
+    Returns:
+        hidden, inputs, routing: as of `RoutedLayer.attend_and_route`.
+        caches: with the new positions.
+    """
+    *before, routed = span
+    *held, last = caches
+    hidden, kept = to_end(before, state, positions, held, add)
+    hidden, inputs, routing, last = routed.attend_and_route(hidden, positions, last)
+    return hidden, inputs, routing, [*kept, last]
+
+
+def to_end(
+    layers: Sequence[Any], state: Between, positions: jax.Array, caches: Sequence[Any], add: Add
+) -> tuple[jax.Array, list[Any]]:
+    """Dense layers behind a MoE layer, whose experts are added first: hidden [B, S, D], and caches."""
+    hidden, kept = add(state), []
+    for layer, cache in zip(layers, caches, strict=True):
+        hidden, cache = layer(hidden, positions, cache)
+        kept.append(cache)
+    return hidden, kept
+
+
+def through(
+    config: ModelConfig,
+    layers: Sequence[Any],
+    state: Between,
+    positions: jax.Array,
+    caches: Sequence[Any],
+    experts: Callable[[int, jax.Array, Routing], Any],
+    add: Add,
+) -> tuple[jax.Array, list[Routing], list[Any]]:
+    """All layers of a model.
+
+    Args:
+        config: of the model.
+        layers: every decoder layer.
+        state: what comes into the first layer.
+        positions: [B, S] int32.
+        caches: one for each decoder layer, or None for each.
+        experts: (number of the MoE layer, inputs [T, D], routing) -> the outputs that `add` takes.
+        add: adds them up.
+
+    Returns:
+        hidden: [B, S, D].
+        routings: of each MoE layer.
+        caches: with the new positions.
+    """
+    routings, kept = [], []
+    for number, span in enumerate(config.spans):
+        first, last = span.start, span.stop
+        hidden, inputs, routing, some = to_experts(
+            layers[first:last], state, positions, caches[first:last], add
+        )
+        with jax.named_scope("experts"):
+            state = Between(hidden, experts(number, inputs, routing), routing.weights)
+        routings.append(routing)
+        kept += some
+    tail = config.tail
+    hidden, some = to_end(layers[tail.start :], state, positions, caches[tail.start :], add)
+    return hidden, routings, kept + some
+
+
+def add_stacked(state: Between) -> jax.Array:
+    """Adds outputs [T, K, D], if there are any yet."""
+    if state.outputs is None:
+        return state.hidden
+    with jax.named_scope("experts"):
+        flat = state.hidden.reshape(-1, state.hidden.shape[-1])
+        return combine(flat, state.outputs, state.weights).reshape(state.hidden.shape)
 
 
 class Decoder(nnx.Module):
@@ -66,9 +140,10 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.config = config
         self.embedding = nnx.Param(normal(rngs, (config.vocab_size, config.hidden_size), dtype))
-        layers = range(config.num_layers)
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs, dtype=dtype) for _ in layers])
-        self.experts = nnx.List([Experts(config, rngs=rngs, dtype=dtype) for _ in layers])
+        layers = [layer_type(config, layer) for layer in range(config.num_layers)]
+        self.layers = nnx.List([layer(config, rngs=rngs, dtype=dtype) for layer in layers])
+        moe_layers = range(config.num_moe_layers)
+        self.experts = nnx.List([Experts(config, rngs=rngs, dtype=dtype) for _ in moe_layers])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
         head = None if config.tie_embeddings else normal(rngs, (config.hidden_size, config.vocab_size), dtype)
         self.head = None if head is None else nnx.Param(head)
@@ -93,21 +168,18 @@ class Decoder(nnx.Module):
         return self.logits(wanted)[: len(hidden)]
 
     def run(
-        self, hidden: jax.Array, positions: jax.Array, caches: Sequence[KVCache] | None
-    ) -> tuple[jax.Array, list[Routing], list[KVCache] | None]:
-        """All layers, every expert resident: hidden [B, S, D] -> [B, S, D]."""
-        routings, new_caches = [], []
-        for index, (layer, experts) in enumerate(zip(self.layers, self.experts, strict=True)):
-            cache = None if caches is None else caches[index]
-            hidden, inputs, routing, cache = layer.attend_and_route(hidden, positions, cache)
-            with jax.named_scope("experts"):
-                outputs = stacked_ffn(inputs, routing.experts, experts.weights())
-                flat = combine(hidden.reshape(inputs.shape), outputs, routing.weights)
-                hidden = flat.reshape(hidden.shape)
-            routings.append(routing)
-            if cache is not None:
-                new_caches.append(cache)
-        return hidden, routings, None if caches is None else new_caches
+        self, hidden: jax.Array, positions: jax.Array, caches: Sequence[Any] | None
+    ) -> tuple[jax.Array, list[Routing], list[Any] | None]:
+        """All layers, every expert resident: hidden [B, S, D] -> [B, S, D], routings by MoE layer, caches."""
+
+        def experts(number: int, inputs: jax.Array, routing: Routing) -> jax.Array:
+            return stacked_ffn(inputs, routing.experts, self.experts[number].weights())
+
+        held = [None] * self.config.num_layers if caches is None else caches
+        hidden, routings, kept = through(
+            self.config, self.layers, Between(hidden), positions, held, experts, add_stacked
+        )
+        return hidden, routings, None if caches is None else kept
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array | None = None
@@ -121,7 +193,7 @@ class Decoder(nnx.Module):
 
         Returns:
             logits: [B, S, V] float32 (meaningless at padding).
-            routings: what each layer's router decided for the B * S tokens.
+            routings: what the router of each MoE layer decided for the B * S tokens.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)

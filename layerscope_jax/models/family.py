@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.config_keys import HARMLESS, NEUTRAL
+from layerscope_jax.models.weights import Weight
 
 REQUIRED: Any = object()  # the default of a setting that must be given
 
@@ -16,54 +17,39 @@ UNKNOWN = "unknown key, which may change what the model computes"
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One Hugging Face architecture: its settings and its weight names.
+    """One Hugging Face architecture: its settings, its weights, and parts of its own if it has any.
 
     Attributes:
         architecture: HF's class name, as in `architectures` of `config.json`.
         model_type: HF's short name, and `ModelConfig.family`.
         read_config: `config.json` as a dict -> ModelConfig; ValueError names everything wrong at once.
         write_config: the reverse, without `architectures`, `model_type` and `dtype`.
-        weights: HF tensor name -> dotted path of the parameter in a `Decoder`; `{layer}` stands for each
-            layer. Names of parameters that a config does not have (biases, a tied head) are passed over.
-        experts: "gate", "up" and "down" -> HF tensor name with `{layer}` and `{expert}`.
+        weights: its table (`layerscope_jax.models.weights`).
+        ignored: names of tensors that are passed over where the model has no place for them; `*` stands for
+            anything.
+        attentions, feed_forwards: parts that it brings, by their names in its configs; see
+            `layerscope_jax.models.kinds`.
     """
 
     architecture: str
     model_type: str
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
-    weights: Mapping[str, str]
-    experts: Mapping[str, str]
+    weights: tuple[Weight, ...]
+    ignored: tuple[str, ...] = ("lm_head.weight", "*rotary_emb.inv_freq")
+    attentions: Mapping[str, Any] = field(default_factory=dict)
+    feed_forwards: Mapping[str, Any] = field(default_factory=dict)
 
-
-WEIGHTS = {
-    "model.embed_tokens.weight": "embedding",
-    "model.layers.{layer}.input_layernorm.weight": "layers.{layer}.attention_norm.scale",
-    "model.layers.{layer}.self_attn.q_proj.weight": "layers.{layer}.attention.q.weight",
-    "model.layers.{layer}.self_attn.k_proj.weight": "layers.{layer}.attention.k.weight",
-    "model.layers.{layer}.self_attn.v_proj.weight": "layers.{layer}.attention.v.weight",
-    "model.layers.{layer}.self_attn.o_proj.weight": "layers.{layer}.attention.o.weight",
-    "model.layers.{layer}.post_attention_layernorm.weight": "layers.{layer}.moe_norm.scale",
-    "model.norm.weight": "norm.scale",
-    "lm_head.weight": "head",
-}
-"""Names that every family here shares."""
-
-QK_NORMS = {
-    "model.layers.{layer}.self_attn.q_norm.weight": "layers.{layer}.attention.q_norm.scale",
-    "model.layers.{layer}.self_attn.k_norm.weight": "layers.{layer}.attention.k_norm.scale",
-}
-
-BIASES = {
-    "model.layers.{layer}.self_attn.q_proj.bias": "layers.{layer}.attention.q.bias",
-    "model.layers.{layer}.self_attn.k_proj.bias": "layers.{layer}.attention.k.bias",
-    "model.layers.{layer}.self_attn.v_proj.bias": "layers.{layer}.attention.v.bias",
-    "model.layers.{layer}.self_attn.o_proj.bias": "layers.{layer}.attention.o.bias",
-}
+    def tensor_of(self, place: str) -> str | None:
+        """HF's name of what lies at a place, as in the table; None where the table has none."""
+        return next((row.tensor for row in self.weights if row.place == place), None)
 
 
 MOST = 2**31 - 1
 """The largest size of a config: what is counted in 32 bits."""
+
+MOST_LISTED = 2**16
+"""The most layers that are told apart one by one."""
 
 MOST_POSITIONS = 2**30
 """The longest context: past it lies `PAD_POSITION`."""
@@ -185,6 +171,27 @@ class ConfigReader:
                 f"layer_types: expected {kind!r} for every layer, got {shown(given)}; other layers are not "
                 "supported"
             )
+
+    def dense_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers without experts, by `mlp_only_layers` and `decoder_sparse_step`."""
+        self._read_keys.add("mlp_only_layers")
+        step = self.integer("decoder_sparse_step", default=1)
+        given = self.config.get("mlp_only_layers")
+        listed = [] if given is None else given
+        if not isinstance(listed, list) or not all(map(_whole, listed)):
+            self.problems.append(
+                f"mlp_only_layers: expected a list of layers' numbers or null, got {shown(given)}"
+            )
+            return ()
+        if step == 1:
+            return tuple(sorted({layer for layer in listed if 0 <= layer < num_layers}))
+        if num_layers > MOST_LISTED:
+            self.problems.append(
+                f"decoder_sparse_step: expected 1 in a model of more than {MOST_LISTED} layers, got {step}"
+            )
+            return ()
+        only = set(listed)
+        return tuple(layer for layer in range(num_layers) if layer in only or (layer + 1) % step)
 
     def shared(self, *, theta: float, norm_eps: float, max_position_embeddings: int) -> dict[str, Any]:
         """The settings that every family here has, given the class defaults in which they differ."""

@@ -1,18 +1,20 @@
-"""Parts that every family shares: norms, rotary embedding, attention and its cache, router, experts."""
+"""Parts that every family shares: norms, rotary embedding, attention, router, experts."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layerscope_jax.models.cache import KVCache, kv_shapes
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.experts import ExpertWeights, dense, matmul
+from layerscope_jax.models.kinds import ATTENTIONS
 
 PAD_POSITION = 2**30
 """Position of a padding token: no query reaches it as a key, and no cache has a row for it."""
@@ -23,17 +25,6 @@ class ExpertParam(nnx.Param):
 
     `nnx.split(model, ExpertParam, ...)` parts them from everything else.
     """
-
-
-class KVCache(NamedTuple):
-    """Keys and values of one layer, by position.
-
-    Keys lie as their product with queries reads them: where several queries share a key, turning them there
-    takes up to twice as long again on CPUs (`benchmarks/NOTES.md`).
-    """
-
-    key: jax.Array  # [B, H_kv, D_head, P]
-    value: jax.Array  # [B, H_kv, P, D_head]
 
 
 class Routing(NamedTuple):
@@ -159,6 +150,11 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(normed[0], config.norm_eps, dtype) if normed else None
         self.k_norm = RMSNorm(normed[1], config.norm_eps, dtype) if normed else None
 
+    @staticmethod
+    def cache_shapes(config: ModelConfig, rows: int, length: int) -> Any:
+        """Its cache (`ModelConfig.cache_shapes`)."""
+        return kv_shapes(rows, config.num_kv_heads, config.head_dim, length)
+
     def __call__(
         self, hidden: jax.Array, positions: jax.Array, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
@@ -205,6 +201,9 @@ class Attention(nnx.Module):
         return norm(x) if norm is not None and config.qk_norm == "head" else x
 
 
+ATTENTIONS["grouped"] = Attention
+
+
 class Router(nnx.Module):
     """Softmax over all experts, then the K best, their weights scaled to one where the config asks."""
 
@@ -222,8 +221,22 @@ class Router(nnx.Module):
         return Routing(experts, weights, logits)
 
 
+class SwiGLU(nnx.Module):
+    """A dense feed-forward network: `(silu(x W_gate) * (x W_up)) W_down`."""
+
+    def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.gate = Linear(width, inner, bias=False, rngs=rngs, dtype=dtype)
+        self.up = Linear(width, inner, bias=False, rngs=rngs, dtype=dtype)
+        self.down = Linear(inner, width, bias=False, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]; gated in float32."""
+        gate, up = project(x, self.gate, self.up)
+        return self.down((jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype))
+
+
 class Experts(nnx.Module):
-    """The routed experts of one layer, stacked: [E, D, F], [E, D, F], [E, F, D]."""
+    """The routed experts of one MoE layer, stacked: [E, D, F], [E, D, F], [E, F, D]."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         def stack(name: str) -> ExpertParam:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.family import REQUIRED, WEIGHTS, ConfigReader, Family, write_shared
+from layerscope_jax.models.family import REQUIRED, ConfigReader, Family, write_shared
+from layerscope_jax.models.weights import EXPERTS, LAYER, ROUTER, TRANSPOSE, WEIGHTS, Weight, mapped
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -39,10 +40,15 @@ MIXTRAL = Family(
     model_type="mixtral",
     read_config=read_config,
     write_config=write_config,
-    weights=WEIGHTS | {"model.layers.{layer}.block_sparse_moe.gate.weight": "layers.{layer}.router.weight"},
-    experts={
-        "gate": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
-        "up": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
-        "down": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
-    },
+    weights=(
+        *WEIGHTS,
+        Weight(LAYER + "block_sparse_moe.gate.weight", ROUTER, TRANSPOSE),
+        *mapped(
+            LAYER + "block_sparse_moe.experts.{expert}.",
+            EXPERTS,
+            ("w1.weight", "gate", TRANSPOSE),
+            ("w3.weight", "up", TRANSPOSE),
+            ("w2.weight", "down", TRANSPOSE),
+        ),
+    ),
 )

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.family import BIASES, QK_NORMS, WEIGHTS, ConfigReader, Family, write_shared
+from layerscope_jax.models.family import ConfigReader, Family, write_shared
+from layerscope_jax.models.weights import BIASES, QK_NORMS, ROUTED_LAYERS, WEIGHTS
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -42,13 +43,5 @@ OLMOE = Family(
     model_type="olmoe",
     read_config=read_config,
     write_config=write_config,
-    weights=WEIGHTS
-    | QK_NORMS
-    | BIASES
-    | {"model.layers.{layer}.mlp.gate.weight": "layers.{layer}.router.weight"},
-    experts={
-        "gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
-        "up": "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
-        "down": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
-    },
+    weights=WEIGHTS + QK_NORMS + BIASES + ROUTED_LAYERS,
 )

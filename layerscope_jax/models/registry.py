@@ -8,12 +8,77 @@ from typing import Any
 
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.family import ConfigReader, Family, shown
+from layerscope_jax.models.kinds import ATTENTIONS, FEED_FORWARDS
 from layerscope_jax.models.mixtral import MIXTRAL
 from layerscope_jax.models.olmoe import OLMOE
 from layerscope_jax.models.qwen3_moe import QWEN3_MOE
+from layerscope_jax.models.weights import EXPERTS, ROUTER, Weight
+from layerscope_jax.support.checks import Problems
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (OLMOE, MIXTRAL, QWEN3_MOE)}
-"""Every family, by `ModelConfig.family`."""
+FAMILIES: dict[str, Family] = {}
+"""Every family, by `ModelConfig.family`; `register_family` adds to it."""
+
+
+def register_family(family: Family) -> None:
+    """Adds a family, so that its checkpoints load, run and save as those of the others do.
+
+    `examples/extend/family.py` adds one from a single file.
+
+    Args:
+        family: with a `model_type` and an `architecture` of its own. To add the same object again does
+            nothing.
+
+    Raises:
+        ValueError: with all that is wrong: what is not a `Family`, a name that another family or part has, a
+            table without one of an expert's matrices.
+
+    >>> register_family("qwen2_moe")
+    Traceback (most recent call last):
+    ValueError: family must be a layerscope_jax.models.Family, got 'qwen2_moe'
+    """
+    if not isinstance(family, Family):
+        raise ValueError(f"family must be a layerscope_jax.models.Family, got {shown(family)}")
+    if FAMILIES.get(family.model_type) is family:
+        return
+    problems = Problems()
+    for other in FAMILIES.values():
+        for name in ("model_type", "architecture"):
+            problems.expect(
+                getattr(family, name) != getattr(other, name),
+                name,
+                f"another than that of the family {other.model_type} ({other.architecture}), which is there",
+                getattr(family, name),
+            )
+    for what, table, own in (
+        ("attentions", ATTENTIONS, family.attentions),
+        ("feed_forwards", FEED_FORWARDS, family.feed_forwards),
+    ):
+        for name, part in own.items():
+            problems.expect(
+                table.get(name, part) is part, what, "new names for new parts; there is another", name
+            )
+    rows = [row for row in family.weights if isinstance(row, Weight)]
+    problems.expect(len(rows) == len(family.weights), "weights", "a table of Weight", family.weights)
+    there = {row.place for row in rows}
+    needed = ("embedding", ROUTER, *(EXPERTS + matrix for matrix in ("gate", "up", "down")))
+    problems.expect(
+        there.issuperset(needed),
+        "weights",
+        "a table with rows for embedding, routers and experts; it lacks "
+        + ", ".join(place for place in needed if place not in there),
+        family.weights,
+    )
+    try:
+        problems.raise_any()
+    except ValueError as error:
+        raise ValueError(f"cannot register {family.architecture}: {error}") from None
+    ATTENTIONS.update(family.attentions)
+    FEED_FORWARDS.update(family.feed_forwards)
+    FAMILIES[family.model_type] = family
+
+
+for _family in (OLMOE, MIXTRAL, QWEN3_MOE):
+    register_family(_family)
 
 
 def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -67,5 +132,6 @@ def _family_of(config: Mapping[str, Any]) -> Family:
     supported = ", ".join(family.architecture for family in FAMILIES.values())
     found = f"{shown(architectures)} (model_type {shown(config.get('model_type'))})"
     raise ValueError(
-        f"expected one of the architectures {supported}, got {found}; other models are not supported"
+        f"expected one of the architectures {supported}, got {found}; other models are not supported, "
+        "but layerscope_jax.models.register_family adds families"
     )

@@ -32,7 +32,7 @@ class ExpertBank:
     NumPy views of the same buffers for the host's kernels.
 
     Attributes:
-        layers: [L][E] weights of each expert, in `pinned_host` memory.
+        layers: [L][E] weights of each expert, L the MoE layers, in `pinned_host` memory.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=2, num_heads=2,
     ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
@@ -71,7 +71,7 @@ class ExpertBank:
                     ExpertWeights(**{name: matrix(ExpertId(layer, e), name, s) for name, s in shapes.items()})
                     for e in range(config.num_experts)
                 )
-                for layer in range(config.num_layers)
+                for layer in range(config.num_moe_layers)
             )
         )
 

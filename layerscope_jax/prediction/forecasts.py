@@ -185,11 +185,11 @@ def check_forecasts(predictor: Predictor, name: str, params: Sequence[Any], mode
     ahead = predictor.look_ahead
     if type(ahead) is not int or ahead < 1:
         raise ValueError(f"predictor {name!r}: look_ahead must be a whole number, 1 or more, got {ahead!r}")
-    if not isinstance(params, Sequence) or len(params) != config.num_layers:
+    if not isinstance(params, Sequence) or len(params) != config.num_moe_layers:
         got = f"{len(params)}" if isinstance(params, Sequence) else repr(type(params).__name__)
         raise ValueError(
-            f"predictor {name!r}: bind() must give parameters for each of {config.num_layers} layers, got "
-            f"{got}"
+            f"predictor {name!r}: bind() must give parameters for each of {config.num_moe_layers} layers, "
+            f"got {got}"
         )
     choices = (tokens, config.experts_per_token)
     inputs = (

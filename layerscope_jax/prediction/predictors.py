@@ -72,18 +72,18 @@ class NextGate(PredictorBase):
 
     def bind(self, model: Model) -> list[RoutersAhead]:
         """Nothing is copied: the arrays are the model's own, but for one number a layer."""
-        layers = [model.dense["layers"][index] for index in range(model.config.num_layers)]
+        routers = model.routers()
         counts = [jax.device_put(np.int32(count), model.device) for count in range(self.look_ahead + 1)]
         found = []
-        for number, layer in enumerate(layers):
-            ahead = layers[number + 1 : number + 1 + self.look_ahead]
-            rest = self.look_ahead - len(ahead)
+        for number, router in enumerate(routers):
+            ahead = routers[number + 1 : number + 1 + self.look_ahead]
+            # All layers share a program, so all have as many; what stands in is not looked at.
+            filled = [*ahead, *[router] * (self.look_ahead - len(ahead))]
             found.append(
                 RoutersAhead(
-                    own=layer["moe_norm"]["scale"],
-                    # All layers share a program, so all have as many; what stands in is not looked at.
-                    scales=tuple(each["moe_norm"]["scale"] for each in [*ahead, *[layer] * rest]),
-                    weights=tuple(each["router"]["weight"] for each in [*ahead, *[layer] * rest]),
+                    own=router.scale,
+                    scales=tuple(each.scale for each in filled),
+                    weights=tuple(each.weight for each in filled),
                     known=counts[len(ahead)],
                 )
             )

@@ -13,6 +13,7 @@ import numpy as np
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.cpu import CpuExperts
 from layerscope_jax.kernels.grouping import GROUP_SIZES, Assignments
+from layerscope_jax.models.cache import new_caches
 from layerscope_jax.models.experts import ExpertWeights
 from layerscope_jax.offload.executors import HostExperts, device_experts
 from layerscope_jax.offload.link import LinkStats, Transfers
@@ -21,7 +22,6 @@ from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.runtime.computing import ARRIVALS
 from layerscope_jax.runtime.layerwise import LayerByLayer
-from layerscope_jax.runtime.whole import new_caches
 from layerscope_jax.scheduling.baselines import HostOnly
 from layerscope_jax.scheduling.plan import ExpertId, Geometry
 from layerscope_jax.support.errors import TransferError
@@ -35,7 +35,7 @@ LAYERS = 16
 host's experts change from turn to turn too: in an engine, what is computed next is in no near cache."""
 
 IN_A_ROW = 2
-"""Layers of a step that is timed: few, as their experts are computed too."""
+"""MoE layers of a step that is timed: few, as their experts are computed too."""
 
 
 class Jobs:
@@ -70,7 +70,7 @@ class Jobs:
         self.resident = min(self.computed, max(1, slots // 2, slots - ARRIVALS))
         self.arriving = min(self.computed, max(1, slots - self.resident))
         self.roomy = slots >= 2
-        self._turns = min(LAYERS, model.config.num_layers)
+        self._turns = min(LAYERS, model.config.num_moe_layers)
         room = slots - self.arriving if self.roomy else 1
         self._held = max(1, min(self._turns, room // self.resident))  # layers with experts on the device
         self._weights: list[list[Any]] = []
@@ -150,7 +150,7 @@ class Jobs:
         model, config = self.model, self.model.config
         slots = Residency(0, model.bank.expert_bytes)
         geometry = Geometry(
-            num_layers=config.num_layers,
+            num_layers=config.num_moe_layers,
             num_experts=config.num_experts,
             experts_per_token=config.experts_per_token,
             expert_bytes=slots.expert_bytes,
@@ -163,7 +163,9 @@ class Jobs:
         tokens = random.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
         places = np.arange(length, dtype=np.int32) if length > 1 else np.array([context - 1], np.int32)
         positions, last = np.tile(places, (rows, 1)), np.full(rows, length - 1, np.int32)
-        caches = new_caches(model, rows, context, model.device, min(IN_A_ROW, config.num_layers))
+        # With the dense layers on the way to the last of these MoE layers.
+        layers = config.spans[min(IN_A_ROW, config.num_moe_layers) - 1].stop
+        caches = new_caches(config, rows, context, model.bank.dtype, model.device, layers)
 
         def seconds(layers: int) -> float:
             """Of a step of so many layers, its experts not counted."""
@@ -174,7 +176,8 @@ class Jobs:
 
         def job(round: int) -> float:
             ends = seconds(0)
-            return max(0.0, seconds(len(caches)) - ends) / len(caches) + ends / config.num_layers
+            each = max(0.0, seconds(len(caches)) - ends) / len(caches)
+            return (config.num_layers * each + ends) / config.num_moe_layers
 
         return job
 

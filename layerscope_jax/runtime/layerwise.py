@@ -12,7 +12,8 @@ import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.grouping import Assignments
-from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.models.decoder import Between
+from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.offload.executors import HostExperts, device_experts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.residency import Residency
@@ -23,7 +24,6 @@ from layerscope_jax.runtime.deciding import Decisions
 from layerscope_jax.runtime.dense import DenseParts
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.lower_bound import least_decode_s
-from layerscope_jax.runtime.programs import Between
 from layerscope_jax.runtime.resources import close_all
 from layerscope_jax.runtime.runner import RunnerStats, Stepped
 from layerscope_jax.runtime.sampling import Sampling
@@ -50,7 +50,7 @@ class LayerByLayer:
     Attributes:
         account: of the call that it counts for; nobody's at first.
         dense, decisions, tier, experts: the parts of a layer: attend and route, decide, move, compute.
-        tap: is given each layer's number, the inputs [T, D] of its experts, the chosen experts [T, K] and
+        tap: is given each MoE layer's number, the inputs [T, D] of its experts, the chosen experts [T, K] and
             their weights [T, K], if not None.
     """
 
@@ -90,7 +90,7 @@ class LayerByLayer:
         tokens: np.ndarray,
         positions: np.ndarray,
         last: np.ndarray,
-        caches: list[KVCache],
+        caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
         """One forward pass; see `Runner.step`. With fewer caches, of so many layers: to be timed."""
@@ -103,12 +103,10 @@ class LayerByLayer:
         with self.settled_after():
             began = time.perf_counter()
             state, places, counted = dense.begin(self.device_experts, tokens, positions, counted)
-            for layer in range(len(caches)):
+            for layer in dense.within(caches):
                 check()
-                state, caches[layer], began = self._layer(
-                    layer, phase, state, places, active, counted, caches[layer], began
-                )
-            found, logits = dense.finish(state, places, last, sampling)
+                state, began = self._layer(layer, phase, state, places, active, counted, caches, began)
+            found, logits = dense.finish(state, places, last, sampling, caches)
             found.block_until_ready()  # the caller reads it next in any case
         self.decisions.end_step()
         self.account.meter.device_busy_s += time.perf_counter() - began
@@ -123,13 +121,16 @@ class LayerByLayer:
         positions: jax.Array,
         active: np.ndarray,
         counted: jax.Array | None,
-        cache: KVCache,
+        caches: list[Any],
         began: float,
-    ) -> tuple[Between, KVCache, float]:
-        """One layer. `began` is when the device was given the work it is at; returns when it got its next."""
+    ) -> tuple[Between, float]:
+        """One MoE layer, and the dense ones on the way to it.
+
+        `began` is when the device was given the work it is at; returns when it got its next.
+        """
         meter, device = self.account.meter, self.device_experts
-        hidden, inputs, experts, weights, cache, expected = self.dense.attend(
-            layer, state, positions, cache, counted, self.decisions.want_forecast()
+        hidden, inputs, experts, weights, expected = self.dense.attend(
+            layer, state, positions, caches, counted, self.decisions.want_forecast()
         )
         for array in (experts, expected, None if device.waits else inputs):
             if array is not None:  # all on their way at once; the host's experts read the inputs
@@ -146,7 +147,7 @@ class LayerByLayer:
         self.forecasts.learn(seen, inputs, chosen, weights, active)
         outputs, began = self.experts.end(begun, rows, plan, meter)
         device.give_back(outputs)
-        return Between(hidden, outputs, weights), cache, began
+        return Between(hidden, outputs, weights), began
 
     def _decide(
         self, layer: int, phase: Phase, rows: Assignments, expected: np.ndarray | None

@@ -46,11 +46,12 @@ def bad_tensors(model: Model) -> Iterator[str]:
     for path, array in flatten_dict(model.dense).items():
         if not is_finite(np.asarray(array)):
             yield ".".join(map(str, path))
+    layers = model.config.moe_layers
     for expert in model.bank:
         for name, matrix in model.bank[expert]._asdict().items():
             # Through another handle on the buffer: JAX keeps with an array whatever copy NumPy was given.
             if not is_finite(np.asarray(matrix.addressable_data(0))):
-                yield f"layers.{expert.layer}.experts.{expert.expert}.{name}"
+                yield f"layers.{layers[expert.layer]}.experts.{expert.expert}.{name}"
 
 
 def is_finite(array: np.ndarray | jax.Array) -> bool:

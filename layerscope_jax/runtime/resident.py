@@ -14,11 +14,11 @@ import numpy as np
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels import inside
 from layerscope_jax.kernels.attention import our_loops
-from layerscope_jax.kernels.combining import add_experts
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.models.decoder import Between, through
+from layerscope_jax.models.layers import PAD_POSITION, Routing
 from layerscope_jax.runtime.layerwise import LayerByLayer
-from layerscope_jax.runtime.programs import dense_parts
+from layerscope_jax.runtime.programs import Layers, add_rows, dense_parts
 from layerscope_jax.runtime.runner import Stepped
 from layerscope_jax.runtime.sampling import Sampling, sample
 from layerscope_jax.runtime.warmup import Rehearsal
@@ -35,7 +35,7 @@ class DecodeRehearsal(Rehearsal):
         tokens: np.ndarray,
         positions: np.ndarray,
         last: np.ndarray,
-        caches: list[KVCache],
+        caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
         if tokens.shape[1] > 1:
@@ -67,6 +67,7 @@ class ResidentOnCpu(LayerByLayer):
         inside = self.host_experts.inside
         assert inside is not None
         self.inside = inside
+        self._layers = Layers.of(model, range(model.config.num_layers))
         self._experts = self.host_experts.everything()  # whose memory the tables name
         self._tables = [jax.device_put(inside.table_of(layer), model.device) for layer in self._experts]
         self._decode = decode_program(model.config, model.bank.dtype, inside.target)
@@ -76,13 +77,14 @@ class ResidentOnCpu(LayerByLayer):
         tokens: np.ndarray,
         positions: np.ndarray,
         last: np.ndarray,
-        caches: list[KVCache],
+        caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
         self.inside.check_open()
         check()
-        account, layers = self.account, self.model.config.num_layers
-        if tokens.shape[1] > 1 or account.records or self.tap is not None or len(caches) < layers:
+        account, config = self.account, self.model.config
+        whole = len(caches) == config.num_layers and self.tap is None
+        if tokens.shape[1] > 1 or account.records or not whole:
             return super().step(tokens, positions, last, caches, sampling)
         with self.settled_after():
             began = time.perf_counter()
@@ -91,7 +93,7 @@ class ResidentOnCpu(LayerByLayer):
         account.meter.device_busy_s += time.perf_counter() - began
         account.steps += 1
         experts, assignments = self.inside.take_counts()
-        account.meter.count_resident(layers, experts, assignments)
+        account.meter.count_resident(config.num_moe_layers, experts, assignments)
         stats, kernel = self.device_experts.stats, self.host_experts.cpu.kernel
         stats.count(experts, assignments, assignments)
         assert kernel is not None
@@ -111,7 +113,7 @@ class ResidentOnCpu(LayerByLayer):
         self.inside.check_open()
         positions, last, caches, sampling = others
         return self._decode(
-            self.dense.layers,
+            self._layers,
             self.dense.ends,
             self.dense.table,
             self._tables,
@@ -126,36 +128,34 @@ class ResidentOnCpu(LayerByLayer):
 @functools.lru_cache(maxsize=16)
 def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callable:
     """The jitted step; engines of models of one shape share it."""
-    layer_of, ends_of = dense_parts(config, dtype)
+    layers_of, ends_of = dense_parts(config, dtype)
 
     @functools.partial(jax.jit, donate_argnames="caches")
     def run(
-        layers: Sequence[Any],
+        layers: Layers,
         ends: Any,
         table: jax.Array,
         tables: Sequence[jax.Array],
         tokens: jax.Array,
         positions: jax.Array,
         last: jax.Array,
-        caches: list[KVCache],
+        caches: list[Any],
         sampling: Sampling | None,
-    ) -> tuple[jax.Array, jax.Array, list[KVCache]]:
+    ) -> tuple[jax.Array, jax.Array, list[Any]]:
         decoder = ends_of(ends)
         hidden, active = decoder.embed(tokens), (positions != PAD_POSITION).reshape(-1)
         choices = (len(tokens), config.experts_per_token)
         # As one layer a program begins: with no experts' rows yet.
         rows = jnp.zeros((choices[0] * choices[1], hidden.shape[-1]), hidden.dtype)
-        weights = jnp.zeros(choices, jnp.float32)
-        found = []
+        state = Between(hidden, rows, jnp.zeros(choices, jnp.float32))
+
+        def experts(number: int, inputs: jax.Array, routing: Routing) -> jax.Array:
+            return inside.rows(target, inputs, routing.experts, active, tables[number])
+
         with our_loops(table):
-            for params, lies, cache in zip(layers, tables, caches, strict=True):
-                hidden = add_experts(hidden, rows, weights, table)
-                hidden, inputs, routing, cache = layer_of(params).attend_and_route(hidden, positions, cache)
-                with jax.named_scope("experts"):
-                    rows = inside.rows(target, inputs, routing.experts, active, lies)
-                weights = routing.weights
-                found.append(cache)
-            hidden = add_experts(hidden, rows, weights, table)
+            hidden, _, found = through(
+                config, layers_of(layers), state, positions, caches, experts, add_rows(table)
+            )
             logits = decoder.next_logits(hidden, last)
         return sample(logits, positions[np.arange(len(tokens)), last] + 1, sampling), logits, found
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
 
-from layerscope_jax.models.layers import KVCache
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.policy import PolicyBase
@@ -16,7 +15,7 @@ from layerscope_jax.scheduling.policy import PolicyBase
 if TYPE_CHECKING:
     from layerscope_jax.runtime.accounts import Account
 
-Stepped = tuple[jax.Array, jax.Array, list[KVCache]]
+Stepped = tuple[jax.Array, jax.Array, list[Any]]
 """What a step gives: the next tokens [B], logits [B, V] in float32, caches with the new keys and values."""
 
 
@@ -63,7 +62,7 @@ class Runner(Protocol):
         tokens: np.ndarray,
         positions: np.ndarray,
         last: np.ndarray,
-        caches: list[KVCache],
+        caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
         """One forward pass: prefill (S > 1) or decode (S = 1).
@@ -72,7 +71,7 @@ class Runner(Protocol):
             tokens: [B, S] int32.
             positions: [B, S] int32; `PAD_POSITION` marks padding and finished requests, which route nowhere.
             last: [B] index in S of the token whose successor is asked for.
-            caches: one a layer; donated.
+            caches: one a decoder layer; donated.
             sampling: how the next tokens are picked, None for greedy.
 
         Raises:

@@ -10,10 +10,10 @@ import numpy as np
 
 from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, next_power, possible_groups
-from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.models.decoder import Between
+from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, grouped_ffn, place_rows
 from layerscope_jax.prediction.forecasts import counted_rows
-from layerscope_jax.runtime.programs import Between
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
 from layerscope_jax.support.devices import finish_all
@@ -44,7 +44,7 @@ class Rehearsal:
         tokens: np.ndarray,
         positions: np.ndarray,
         last: np.ndarray,
-        caches: list[KVCache],
+        caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
         """Runs every program that such a step may need; see `Runner.rehearsal`."""
@@ -58,12 +58,10 @@ class Rehearsal:
         caches = list(caches)
         try:
             state, places, counted = dense.begin(self._device_experts, tokens, positions, counted)
-            for layer in range(len(caches)):
+            for layer in dense.within(caches):
                 check()
-                state, caches[layer] = self._layer(
-                    layer, phase, state, places, active, counted, caches[layer]
-                )
-            found, logits = dense.finish(state, places, last, sampling)
+                state = self._layer(layer, phase, state, places, active, counted, caches)
+            found, logits = dense.finish(state, places, last, sampling, caches)
             found.block_until_ready()
         except BaseException:
             self.settle()
@@ -98,14 +96,14 @@ class Rehearsal:
         positions: jax.Array,
         active: np.ndarray,
         counted: jax.Array | None,
-        cache: KVCache,
-    ) -> tuple[Between, KVCache]:
+        caches: list[Any],
+    ) -> Between:
         runner, device = self.runner, self._device_experts
         looks_ahead = runner.forecasts.in_layer is not None
         if looks_ahead and runner.policy.spares_forecasts:
-            *_, cache, _ = runner.dense.attend(layer, state, positions, cache, counted, False)
-        hidden, inputs, experts, weights, cache, expected = runner.dense.attend(
-            layer, state, positions, cache, counted, looks_ahead
+            runner.dense.attend(layer, state, positions, caches, counted, False)
+        hidden, inputs, experts, weights, expected = runner.dense.attend(
+            layer, state, positions, caches, counted, looks_ahead
         )
         outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
         if layer == 0:
@@ -113,7 +111,7 @@ class Rehearsal:
             self._ask(phase, Assignments(chosen, active), expected)
             outputs = self._experts(outputs, inputs, chosen, int(active.sum()))
         device.give_back(outputs)
-        return Between(hidden, outputs, weights), cache
+        return Between(hidden, outputs, weights)
 
     def _ask(self, phase: Phase, rows: Assignments, expected: np.ndarray | None) -> None:
         """Asks the policy, whose loops are then compiled: a pure function. Its answer is dropped."""

@@ -6,6 +6,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,40 +15,11 @@ from flax import nnx
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.models.decoder import Decoder
-from layerscope_jax.models.layers import KVCache
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.runner import RunnerStats, Stepped
 from layerscope_jax.runtime.sampling import Sampling, sample
 from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.support.interrupts import check
-
-
-def new_caches(
-    model: Model, rows: int, length: int, device: jax.Device, layers: int | None = None
-) -> list[KVCache]:
-    """Empty caches for `rows` sequences of up to `length` positions, one a layer or for `layers` alone.
-
-    On a CPU they hold float32 whatever the model's dtype: there XLA widens bfloat16 anew for each product,
-    and for each write the whole cache (a step with 2,048 positions takes eight times as long).
-    """
-    config = model.config
-    dtype = np.dtype(jnp.float32) if device.platform == "cpu" else model.bank.dtype
-    empty = empty_cache(rows, config.num_kv_heads, length, config.head_dim, dtype, device)
-    return [empty() for _ in range(config.num_layers if layers is None else layers)]
-
-
-@functools.cache
-def empty_cache(
-    rows: int, heads: int, length: int, size: int, dtype: np.dtype, device: jax.Device
-) -> Callable[[], KVCache]:
-    """Makes one of one layer; jitted, so that each size is one program."""
-
-    def empty() -> KVCache:
-        return KVCache(
-            jnp.zeros((rows, heads, size, length), dtype), jnp.zeros((rows, heads, length, size), dtype)
-        )
-
-    return jax.jit(empty, out_shardings=jax.sharding.SingleDeviceSharding(device))
 
 
 class WholeModel:
@@ -81,7 +53,7 @@ class WholeModel:
         tokens: np.ndarray,
         positions: np.ndarray,
         last: np.ndarray,
-        caches: list[KVCache],
+        caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
         """One forward pass; see `Runner.step`."""

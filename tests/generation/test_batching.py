@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import lru_cache
 
-import jax
 import numpy as np
 import pytest
 from exact_cases import tap
@@ -12,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax import Engine, OffloadConfig, Request
-from layerscope_jax.generation.batching import Batch, Running, Times, joining, put_rows
+from layerscope_jax.generation.batching import Batch, Running, Times, joining
 from layerscope_jax.kernels.grouping import GROUP_SIZES
-from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.models.layers import PAD_POSITION
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")  # bits are the business of test_exactness.py
 
@@ -251,13 +250,3 @@ def test_a_longer_prompt_compiles_nothing(config):
         assert len(compiled) == before
     assert shapes[:13] == [(1, 32, 1)] * 13
     assert {shape[:2] for shape in shapes[13:]} == {(2, 1)}
-
-
-def test_rows_are_put_where_they_belong():
-    held = [KVCache(jax.numpy.full((4, 2, 3, 6), 1.0), jax.numpy.full((4, 2, 6, 3), 2.0))]
-    new = [KVCache(jax.numpy.full((2, 2, 3, 4), 3.0), jax.numpy.full((2, 2, 4, 3), 4.0))]
-    (found,) = put_rows(held, np.array([2, 4], np.int32), new)  # the second is padding
-    for part, before, after in ((found.key.swapaxes(2, 3), 1, 3), (found.value, 2, 4)):
-        expected = np.full((4, 2, 6, 3), before, np.float32)
-        expected[2, :, :4] = after
-        np.testing.assert_array_equal(part, expected)

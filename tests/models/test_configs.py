@@ -160,6 +160,16 @@ def test_tensor_shapes_are_those_of_the_checkpoint(family):
         ("qwen3_moe", {"use_sliding_window": True}, {}),
         ("qwen3_moe", {"sliding_window": ABSENT, "use_sliding_window": True}, {"sliding_window": 4096}),
         ("qwen3_moe", {"mlp_only_layers": None, "decoder_sparse_step": ABSENT}, {}),
+        (
+            "qwen3_moe",
+            {"mlp_only_layers": [99, 3, 3, 0]},
+            {"dense_layers": (0, 3), "intermediate_size": 6144},
+        ),
+        (
+            "qwen3_moe",
+            {"decoder_sparse_step": 3, "mlp_only_layers": [2], "num_hidden_layers": 6},
+            {"dense_layers": (0, 1, 2, 3, 4), "intermediate_size": 6144, "num_layers": 6},
+        ),
     ],
 )
 def test_each_key_is_read_as_transformers_reads_it(family, changes, expected):
@@ -229,12 +239,18 @@ def test_stop_tokens(config, generation, expected):
         (old("olmoe", norm_topk_prob="yes"), ["norm_topk_prob", "'yes'"]),
         (old("olmoe", num_experts_per_tok=65), ["experts_per_token", "64", "65"]),
         (old("olmoe", num_key_value_heads=3), ["num_kv_heads", "16", "3"]),
-        (old("qwen3_moe", mlp_only_layers=[0]), ["mlp_only_layers", "[0]", "not supported yet"]),
-        (old("qwen3_moe", decoder_sparse_step=2), ["decoder_sparse_step", "2", "not supported yet"]),
+        (old("qwen3_moe", mlp_only_layers="0"), ["mlp_only_layers", "a list of layers' numbers", "'0'"]),
+        (old("qwen3_moe", mlp_only_layers=[0, True]), ["mlp_only_layers", "[0, True]"]),
         (
-            old("qwen3_moe", decoder_sparse_step=2, hidden_act="gelu", vocab_size=ABSENT),
+            old("qwen3_moe", decoder_sparse_step=0, hidden_act="gelu", vocab_size=ABSENT),
             ["decoder_sparse_step", "hidden_act", "vocab_size"],
         ),
+        (
+            old("qwen3_moe", decoder_sparse_step=2, num_hidden_layers=2**31 - 1),
+            ["decoder_sparse_step: expected 1", "65536"],
+        ),
+        (old("qwen3_moe", mlp_only_layers=[0], intermediate_size=ABSENT), ["missing: intermediate_size"]),
+        (old("qwen3_moe", mlp_only_layers=list(range(48))), ["dense_layers", "fewer than all 48"]),
     ],
 )
 def test_errors_name_everything_that_is_wrong(config, words):

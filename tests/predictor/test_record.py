@@ -13,9 +13,9 @@ from helpers import random_model, spelling_model
 
 from layerscope_jax import OffloadConfig
 from layerscope_jax.checkpoints.identity import ModelIdentity
+from layerscope_jax.models.cache import new_caches
 from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.prediction.traces import Trace
-from layerscope_jax.runtime.whole import new_caches
 from predictor import record as module
 from predictor.pca import Basis
 from predictor.record import RecordConfig, choose, read_domains, record
@@ -107,7 +107,7 @@ def test_decode_steps_are_what_decoding_routes(text, tmp_path):
     trace = record(model, config(text, tmp_path / "trace"))
     chunk, passage, rows = next(trace.passages())
     tokens, (graph, variables) = np.asarray(chunk.map("tokens")[rows]), nnx.split(model.whole())
-    caches = new_caches(model, 1, passage.tokens, model.device)
+    caches = new_caches(model.config, 1, passage.tokens, model.bank.dtype, model.device)
 
     def run(start, stop, caches):
         return stepped(graph, variables, tokens[start:stop], np.arange(start, stop), caches)
