@@ -22,6 +22,7 @@ from layerscope_jax import engine as engines
 from layerscope_jax.kernels import amx
 from layerscope_jax.kernels import experts as kernels
 from layerscope_jax.kernels.cpu import AMX, CpuExperts
+from layerscope_jax.offload import link
 from layerscope_jax.offload.executors import SharedExperts
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.scheduling.baselines import Resident
@@ -202,7 +203,9 @@ def watch(model: Model, config: OffloadConfig, call: Callable[[Engine], object])
     gc.collect()
     own = {id(array) for array in jax.tree.leaves((model.dense, model.bank.layers))}
     others = [array for array in live_arrays(model.device) if id(array) not in own]
-    with Engine(model, config, copy=copies) as engine:
+    with mock.patch.object(link, "start_copy", copies):
+        engine = Engine(model, config)
+    with engine:
         found = Watch(engine, copies, others)
         with found.watching(engine):
             call(engine)

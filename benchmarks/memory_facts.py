@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.bench_prefill import status
-from layerscope_jax.generation.batching import put_rows
+from layerscope_jax.generation.cache_rows import put_rows
 from layerscope_jax.models.layers import KVCache
 from layerscope_jax.offload.bank import device_sharding, host_sharding
 from layerscope_jax.offload.executors import place_rows

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from layerscope_jax import Decoder, HardwareProfile, Model, ModelConfig, TimeTable
+from layerscope_jax.offload import link
 from layerscope_jax.runtime.whole import WholeModel
 
 TINY = ModelConfig(
@@ -188,6 +189,14 @@ class Copies:
         if self.rng.random() < 0.5:
             raise OSError("injected: did not start")
         return BrokenOff()
+
+
+@contextmanager
+def copying_by(copy: Callable[[jax.Array, jax.sharding.Sharding], Any]) -> Iterator[None]:
+    """Engines that are made within put every matrix on the device by `copy`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(link, "start_copy", copy)
+        yield
 
 
 class BrokenOff:

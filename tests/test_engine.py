@@ -6,7 +6,7 @@ import time
 
 import jax
 import pytest
-from helpers import PROFILE, PROMPTS, Copies, in_time, one_jit, random_model, spelling_model
+from helpers import PROFILE, PROMPTS, Copies, copying_by, in_time, one_jit, random_model, spelling_model
 
 from layerscope_jax import Engine, HardwareProfile, OffloadConfig, Request, TransferError, load, save
 from layerscope_jax.offload import link as transfers_module
@@ -94,7 +94,7 @@ def test_bytes_are_those_that_moved(model, policy, rate):
     copies = Copies(rate)
     budget = 10 * model.bank.expert_bytes
     config = OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)
-    with Engine(model, config, copy=copies) as engine:
+    with copying_by(copies), Engine(model, config) as engine:
         moved = 0
         for prompts in (PROMPTS, PROMPTS[:2]):
             result = engine.generate(prompts, max_new_tokens=5, record_plans=True)
@@ -264,7 +264,7 @@ def test_a_link_that_broke_is_not_tried_for_all_that_is_queued(model):
         raise OSError("injected")
 
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
-    with Engine(model, config, copy=broken) as engine:
+    with copying_by(broken), Engine(model, config) as engine:
         # As where it is paced: else more begins before the first has failed for good.
         engine.runner.transfers.ahead = 0
         with pytest.raises(TransferError, match="failed 3 times: injected"):
@@ -306,7 +306,7 @@ def test_a_copy_that_does_not_end_is_an_error_and_keeps_its_room(model, monkeypa
             return self.array.block_until_ready()
 
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
-    with Engine(model, config, copy=Chunk) as engine:
+    with copying_by(Chunk), Engine(model, config) as engine:
         residency = engine.runner.residency
         for _ in range(2):
             with pytest.raises(TransferError, match="the link to the device stands still"):

@@ -69,6 +69,11 @@ class _Chunk(NamedTuple):
     due: float  # when a link of the paced rate has carried it
 
 
+def start_copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Starts a copy of a matrix to the device, as every copy does: a test puts its faults in here."""
+    return jax.device_put(array, sharding)
+
+
 class Transfers:
     """Copies experts from the bank into device memory, one matrix a chunk, demand before prefetch.
 
@@ -84,7 +89,7 @@ class Transfers:
         device: where they go.
         bandwidth: bytes a second to pace copies to, or None. A paced chunk counts as arrived when its real
             copy is done and its time on a link of that rate has passed.
-        copy: `(array, sharding) -> array`; `jax.device_put` outside of fault-injection tests.
+        copy: `(array, sharding) -> array`; `start_copy` if None.
 
     Attributes:
         stats: what the link did.
@@ -99,12 +104,10 @@ class Transfers:
         bank: ExpertBank,
         device: jax.Device,
         bandwidth: int | None = None,
-        copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] = jax.device_put,
+        copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] | None = None,
     ):
-        self.bank = bank
-        self.bandwidth = bandwidth
-        self.stats = LinkStats()
-        self._copy = copy
+        self.bank, self.bandwidth, self.stats = bank, bandwidth, LinkStats()
+        self._copy = copy or start_copy
         self.sharding = device_sharding(device)
         self._changed = threading.Condition()
         self._demand: deque[_Copy] = deque()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from exact_cases import RandomPolicy, agree, case, oracle, run
-from helpers import in_time
+from helpers import copying_by, in_time
 
 from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
 from layerscope_jax.kernels import cpu
@@ -292,7 +292,7 @@ def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypa
         return jax.device_put(array, sharding)
 
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=Split(), numerics="exact")
-    with Engine(model, config, copy=copy) as engine:
+    with copying_by(copy), Engine(model, config) as engine:
         runner = engine.runner
         compute, wait, rest = runner.host_experts.compute, runner.transfers.wait, runner.host_experts.rest
 

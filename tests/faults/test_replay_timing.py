@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from exact_cases import RandomPolicy, case
-from helpers import PROFILE, in_time
+from helpers import PROFILE, copying_by, in_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,7 +94,7 @@ def test_a_replay_whose_prefetches_come_as_late_as_they_can_runs():
             return jax.device_put(array, sharding)
 
         config = OffloadConfig(device_budget=budget, policy=Replay(recorded.plans))
-        with Engine(model, config, copy=copy) as engine, late(engine, gate):
+        with copying_by(copy), Engine(model, config) as engine, late(engine, gate):
             rest = engine.runner.transfers.rest
             waits = []
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 import pytest
-from helpers import TINY, in_time, random_decoder, random_model
+from helpers import TINY, copying_by, in_time, random_decoder, random_model
 
 import layerscope_jax
 from layerscope_jax import Engine, OffloadConfig
@@ -139,7 +139,7 @@ def test_what_an_accelerator_runs_is_measured(small, monkeypatch):
 def test_an_engine_measures_within_its_budget(small, most):
     copy, seen, _ = most
     budget = 5 * small.bank.expert_bytes
-    with Engine(small, OffloadConfig(device_budget=budget, policy="fiddler"), copy=copy):
+    with copying_by(copy), Engine(small, OffloadConfig(device_budget=budget, policy="fiddler")):
         assert 0 < seen[0] <= budget
 
 

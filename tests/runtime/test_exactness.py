@@ -4,13 +4,15 @@ The oracle is the same engine with everything resident, whose decode steps are o
 rounding in float32 with the whole model as XLA alone compiles it.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact_cases import SHIPPED, RandomPolicy, agree, case, oracle, place, run, tap
 from fixed_forecasts import Noise
-from helpers import PROFILE, Copies, in_time, one_jit, random_model
+from helpers import PROFILE, Copies, copying_by, in_time, one_jit, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +45,7 @@ def test_any_plan_gives_the_same_bits(name, data, seed, rate):
         seed, data.draw(share, "device"), data.draw(share, "restless"), data.draw(share, "ahead")
     )
     config = OffloadConfig(device_budget=slots * model.bank.expert_bytes, policy=policy)
-    with Engine(model, config, copy=Copies(rate, seed)) as engine:
+    with copying_by(Copies(rate, seed)), Engine(model, config) as engine:
         place(
             engine,
             data.draw(st.permutations(experts), "resident")[: data.draw(st.integers(0, slots), "placed")],
@@ -63,7 +65,7 @@ def test_any_policy_gives_the_same_bits(name, policy, data, rate):
     least = model.bank.num_experts if policy in ("lru", "on-demand") else 0
     slots = data.draw(st.integers(least, len(experts) - 1), "slots")
     config = OffloadConfig(device_budget=slots * model.bank.expert_bytes, policy=policy, profile=PROFILE)
-    with Engine(model, config, copy=Copies(rate, 0)) as engine:
+    with copying_by(Copies(rate, 0)), Engine(model, config) as engine:
         place(
             engine,
             data.draw(st.permutations(experts), "resident")[: data.draw(st.integers(0, slots), "placed")],
@@ -86,7 +88,7 @@ def test_all_other_policies_give_the_same_bits(policy, data, rate):
         profile=PROFILE,
         predictor="gate" if policy in FORECASTING else None,
     )
-    with Engine(model, config, copy=Copies(rate, 0)) as engine:
+    with copying_by(Copies(rate, 0)), Engine(model, config) as engine:
         agree(in_time(lambda: run(engine, batches, steps)), oracle("float32"))
 
 
@@ -148,7 +150,7 @@ def test_the_shipped_model_gives_the_same_bits(data, policy, rate):
         policy=policy or RandomPolicy(seed, *rng.random(3)),
         profile=PROFILE,
     )
-    with Engine(model, config, copy=Copies(rate, seed)) as engine:
+    with copying_by(Copies(rate, seed)), Engine(model, config) as engine:
         place(engine, [experts[i] for i in rng.permutation(len(experts))[: rng.integers(0, slots + 1)]])
         agree(in_time(lambda: run(engine, batches, steps)), oracle("shipped"))
         assert engine.runner.residency.peak_bytes <= engine.budget_bytes
@@ -170,9 +172,9 @@ def test_joining_and_leaving_a_batch_gives_the_same_bits():
     model = random_model()
 
     def run(config):
-        with Engine(model, config) as engine:
+        with Engine(model, replace(config, max_num_seqs=3)) as engine:
             logits = tap(engine)
-            return engine.generate(requests, max_num_seqs=3).token_ids, logits
+            return engine.generate(requests).token_ids, logits
 
     expected = run(OffloadConfig(prefill_chunk_size=32))
     for seed in range(3):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact_cases import RandomPolicy, prompts, tap
-from helpers import Copies, compiled, in_time, random_model
+from helpers import Copies, compiled, copying_by, in_time, random_model
 
 from layerscope_jax import Engine, ExpertId, OffloadConfig, TransferError
 from layerscope_jax.kernels.grouping import Assignments
@@ -91,7 +91,7 @@ def test_random_plans_give_them_too_and_so_does_a_link_that_fails(model, residen
     policy = RandomPolicy(seed, device=0.6)
     config = OffloadConfig(device_budget=17 * model.bank.expert_bytes, policy=policy)
     copies = Copies(rate, seed)
-    with Engine(model, config, copy=copies) as engine:
+    with copying_by(copies), Engine(model, config) as engine:
         agree(engine, resident)
     assert copies.moved > 0
     assert (copies.failed > 0) == (rate > 0)
@@ -106,7 +106,7 @@ def test_everything_resident_in_one_program_gives_them_too(model, resident):
 def test_a_copy_that_fails_for_good_is_an_error_and_the_next_call_is_right(model, resident):
     copies = Copies()
     config = OffloadConfig(device_budget=14 * model.bank.expert_bytes, policy="lru")
-    with Engine(model, config, copy=copies) as engine:
+    with copying_by(copies), Engine(model, config) as engine:
         engine.generate(PROMPTS[:2], max_new_tokens=2)
         copies.broken = True
         with pytest.raises(TransferError, match="to the device failed 3 times: injected"):
@@ -172,5 +172,5 @@ def test_after_a_warm_up_nothing_is_compiled(policy, width):
         before = len(compiled)
         for _ in range(3):
             batch = prompts(rng, 61, 20, *rng.integers(1, 20, 2))
-            engine.generate(batch, max_num_seqs=3, max_new_tokens=6, stop_token_ids=())
+            engine.generate(batch, max_new_tokens=6, stop_token_ids=())
         assert len(compiled) == before

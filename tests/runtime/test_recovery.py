@@ -2,7 +2,7 @@
 
 import pytest
 from exact_cases import RandomPolicy, agree, case, oracle, run
-from helpers import Copies, in_time
+from helpers import Copies, copying_by, in_time
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +30,7 @@ def test_an_engine_recovers_from_a_link_that_broke(seed, slots, policy, at):
         device_budget=slots * model.bank.expert_bytes,
         policy=RandomPolicy(seed, device=1.0, restless=0.9) if policy == "random" else policy,
     )
-    with Engine(model, config, copy=copies) as engine:
+    with copying_by(copies), Engine(model, config) as engine:
         runner = engine.runner
         step, reserve, calls, needed = runner.step, runner.residency.reserve, [], []
 
