@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from layerscope_jax.checkpoints.model import Model
@@ -116,7 +116,7 @@ class Loop:
                 return
             self._drive(call, seen)
 
-    def stream(self, call: Call) -> Iterator[Token]:
+    def stream(self, call: Call) -> Generator[Token]:
         """Submits a call and follows it; whoever gives up reading cancels it."""
         self._turns.check()
         self.submit(call)

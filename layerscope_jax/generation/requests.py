@@ -259,8 +259,8 @@ def make_request(prompt: str | Sequence[int] | Request, settings: dict[str, Any]
     if isinstance(prompt, Request):
         if settings:
             raise ValueError(
-                f"{', '.join(settings)} cannot be given beside a Request, whose own settings are used; set it "
-                "in the Request"
+                f"{', '.join(settings)} cannot be given beside a Request, whose own settings are used; "
+                "set it in the Request"
             )
         return prompt
     Request(prompt="", **settings)  # what is wrong with these is not the prompt's fault

@@ -112,7 +112,7 @@ class Scheduler:
         self._rows += [None] * (self.slots - len(self._rows))
 
     def schedule(self) -> Prefill | Decode | None:
-        """Returns the next step: newcomers join where enough slots are free; None if there is nothing to do."""
+        """Returns the next step, None if there is none; newcomers join where enough slots are free."""
         if self._waiting and (group := self._group()):
             free = [row for row, request in enumerate(self._rows) if request is None]
             rows = tuple(free[: len(group)])

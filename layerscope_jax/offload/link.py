@@ -123,8 +123,7 @@ class Transfers:
         self.within = not bandwidth and device.platform == "cpu"
         self.ahead = 0 if bandwidth else WITHIN_BYTES if self.within else AHEAD_BYTES
         self.prefetch_ahead = 0 if device.platform == "cpu" else self.ahead
-        self._expected = 0.0  # when the link has news, if it moves
-        self._busy_since = 0.0
+        self._expected, self._busy_since = 0.0, 0.0  # when the link has news if it moves; when it began
         self._thread = threading.Thread(target=self._run, name="layerscope-link", daemon=True)
         self._thread.start()
 

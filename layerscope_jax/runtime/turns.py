@@ -97,14 +97,14 @@ class Turns:
         finally:  # an interrupt is taken up after calls: none may stand before the one that releases
             if self._owner == me:
                 self._owner = None
-            try:
+            try:  # noqa: SIM105
                 self._lock.release()
             except RuntimeError:  # the wait for it was interrupted
                 pass
 
     @contextmanager
     def turn_if_free(self) -> Iterator[bool]:
-        """Within, where it gives True, the engine is this thread's; it waits for nobody, and nothing is checked.
+        """Within, where it gives True, the engine is this thread's; it waits for nobody, and checks nothing.
 
         JAX's settings are as they were: for book-keeping alone.
         """
@@ -120,7 +120,7 @@ class Turns:
         finally:
             if self._owner == me:
                 self._owner = None
-            try:
+            try:  # noqa: SIM105
                 self._lock.release()
             except RuntimeError:  # it was not free
                 pass

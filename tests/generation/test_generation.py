@@ -19,8 +19,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request, load_plans, save_plans
-from layerscope_jax.generation.scheduler import batch_rows, bucket
 from layerscope_jax.generation.detokenize import TextStream
+from layerscope_jax.generation.scheduler import batch_rows, bucket
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
