@@ -97,7 +97,7 @@ def race(
             tokens[name] = []
             for start in range(0, len(requests), together):
                 part = requests[start : start + together]
-                tokens[name] += engine.generate(part, max_num_seqs=slots).token_ids
+                tokens[name] += engine.generate(part).token_ids
             taken[name] = {"prefill": steps.prefill, "decode": steps.decode}
 
         return call
@@ -125,11 +125,15 @@ def race(
     }
 
 
-def config_of(policy: str, model: Model, options: Options) -> OffloadConfig:
+def config_of(policy: str, model: Model, options: Options, slots: int) -> OffloadConfig:
     if policy == RESIDENT:
-        return OffloadConfig(numerics="fast")
-    budget = model.bank.total_bytes * options.budget // 100
-    return OffloadConfig(device_budget=budget, policy=policy, emulated_link_bandwidth=options.link)
+        return OffloadConfig(numerics="fast", max_num_seqs=slots)
+    return OffloadConfig(
+        device_budget=model.bank.total_bytes * options.budget // 100,
+        policy=policy,
+        emulated_link_bandwidth=options.link,
+        max_num_seqs=slots,
+    )
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:
@@ -170,7 +174,7 @@ def main(options: Options) -> dict[str, Any]:
     record, progress, rows = harness.machine(), Console(stderr=True), []
     for policy in options.policies:
         for slots in options.slots:
-            with Engine(model, config_of(policy, model, options)) as engine:
+            with Engine(model, config_of(policy, model, options, slots)) as engine:
                 rows.append({"policy": policy} | race(engine, prompts, counts, slots, options.rounds))
             progress.print(f"measured {policy} with {slots} slots")
     table(rows)

@@ -119,13 +119,14 @@ class Profiles:
 
 def config_of(policy: str, model: Model, point: Point, profiles: Profiles) -> OffloadConfig:
     if policy == RESIDENT:
-        return OffloadConfig(numerics="exact")
+        return OffloadConfig(numerics="exact", max_num_seqs=point.batch)
     config = OffloadConfig(
         device_budget=model.bank.total_bytes * point.budget // 100,
         policy=policy,
         numerics="exact",
         emulated_link_bandwidth=None if point.link == UNPACED else point.link,
         predictor="gate" if policy in FORECASTING else None,
+        max_num_seqs=point.batch,
     )
     if POLICIES[policy].uses_costs and point.budget < 100:
         config = replace(config, profile=profiles.of(model, config, point.link))
@@ -138,9 +139,7 @@ def run_of(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Callabl
     def run() -> harness.Parts:
         waiting, steps, prefill = set(range(len(prompts))), [], 0.0
         last = time.perf_counter()
-        for event in engine.stream(
-            prompts, max_num_seqs=len(prompts), max_new_tokens=new_tokens, stop_token_ids=()
-        ):
+        for event in engine.stream(prompts, max_new_tokens=new_tokens, stop_token_ids=()):
             if waiting:
                 waiting.discard(event.request)
                 if not waiting:
@@ -162,7 +161,7 @@ def works(
     config, itemsize = engine.model.config, engine.model.bank.dtype.itemsize
     cache_itemsize = 4 if engine.device.platform == "cpu" else itemsize
     plans: list[LayerPlan] = engine.generate(
-        prompts, max_num_seqs=len(prompts), max_new_tokens=new_tokens, stop_token_ids=(), record_plans=True
+        prompts, max_new_tokens=new_tokens, stop_token_ids=(), record_plans=True
     ).plans
     steps = 1 + max(plan.step for plan in plans)
     prefills = steps - (new_tokens - 1)

@@ -59,7 +59,7 @@ def race(
 
     def of_engine(name: str) -> Callable[[], harness.Parts]:
         def call() -> harness.Parts:
-            parts, tokens[name] = harness.run_engine(engines[name], prompts, len(prompts), options.new_tokens)
+            parts, tokens[name] = harness.run_engine(engines[name], prompts, options.new_tokens)
             assert isinstance(parts["step"], list)
             return {"prefill": parts["first"], "decode": float(np.mean(parts["step"]))}
 
@@ -141,6 +141,7 @@ def main(options: Options) -> dict[str, Any]:
                 Engine(
                     model,
                     OffloadConfig(
+                        max_num_seqs=max(options.batches),
                         device_budget=budget,
                         policy=policy,
                         predictor="gate" if policy in FORECASTING else None,

@@ -103,7 +103,7 @@ def measure(
     requests = requests_of(options, model.config.vocab_size)
 
     def call(engine: Engine) -> None:
-        engine.generate(requests, max_num_seqs=options.slots)
+        engine.generate(requests)
 
     def whole() -> None:
         with Engine(model, config) as engine:
@@ -215,9 +215,10 @@ def main(options: Options) -> dict[str, Any]:
                     policy=policy,
                     profile=profile,
                     predictor="gate" if policy in FORECASTING else None,
+                    max_num_seqs=options.slots,
                 ),
             )
-    add(RESIDENT, OffloadConfig(numerics="exact"))
+    add(RESIDENT, OffloadConfig(numerics="exact", max_num_seqs=options.slots))
     table(rows)
     return harness.finish(
         options,

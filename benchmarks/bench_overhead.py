@@ -162,7 +162,7 @@ def timed_run(engine: Engine, prompts: list[list[int]], options: Options) -> dic
     """One `generate` with timed parts: for each decode step, the mean seconds of a layer in each part."""
     watch = Stopwatch()
     with timed_parts(engine, watch):
-        found, _ = harness.run_engine(engine, prompts, options.batch, options.new_tokens)
+        found, _ = harness.run_engine(engine, prompts, options.new_tokens)
     layers = engine.model.config.num_layers
     turns = watch.parts(hidden="experts, meanwhile")
     steps = [turns[first : first + layers] for first in range(layers, len(turns), layers)]
@@ -194,6 +194,7 @@ def measure(model: Model, prompts: list[list[int]], options: Options) -> list[di
                 policy=policy,
                 numerics="exact",
                 predictor="gate" if policy in FORECASTING else None,
+                max_num_seqs=options.batch,
             )
             engine = engines[policy] = stack.enter_context(Engine(model, config))
             if isinstance(engine.runner, layerwise.LayerByLayer):
@@ -202,7 +203,7 @@ def measure(model: Model, prompts: list[list[int]], options: Options) -> list[di
         found: dict[str, list[dict[str, Any]]] = {policy: [] for policy in engines}
 
         def plain(engine: Engine) -> Callable[[], harness.Parts]:
-            return lambda: harness.run_engine(engine, prompts, options.batch, options.new_tokens)[0]
+            return lambda: harness.run_engine(engine, prompts, options.new_tokens)[0]
 
         def parts(policy: str) -> Callable[[], harness.Parts]:
             def call() -> harness.Parts:

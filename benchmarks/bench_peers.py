@@ -75,7 +75,9 @@ class Field:
         self.vocabulary = model.config.vocab_size
         self.new_tokens = options.new_tokens
         self.versions: dict[str, str] = {}
-        self.engine = stack.enter_context(Engine(model, OffloadConfig(numerics="fast")))
+        self.engine = stack.enter_context(
+            Engine(model, OffloadConfig(numerics="fast", max_num_seqs=max(options.batches)))
+        )
         self.llama: LlamaCpp | None = None
         self.vllm: VLLMPeer | None = None
         self.hf: HFPeer | None = None
@@ -104,7 +106,7 @@ class Field:
         peaks: dict[str, int | None] = {}
 
         def of_engine() -> harness.Parts:
-            parts, tokens["engine"] = harness.run_engine(self.engine, ids, batch, self.new_tokens)
+            parts, tokens["engine"] = harness.run_engine(self.engine, ids, self.new_tokens)
             assert isinstance(parts["step"], list)
             return {"prefill": parts["first"], "decode": float(np.mean(parts["step"]))}
 

@@ -79,7 +79,7 @@ def cell(
 
     def run(name: str, engine: Engine) -> Callable[[], harness.Parts]:
         def call() -> harness.Parts:
-            parts, tokens[name] = harness.run_engine(engine, prompts, options.batch, options.new_tokens)
+            parts, tokens[name] = harness.run_engine(engine, prompts, options.new_tokens)
             return parts
 
         return call
@@ -93,6 +93,7 @@ def cell(
                 emulated_link_bandwidth=link,
                 numerics="exact",
                 predictor="gate" if policy in FORECASTING else None,
+                max_num_seqs=options.batch,
             )
             try:
                 engines[policy] = stack.enter_context(Engine(model, config))
@@ -104,7 +105,7 @@ def cell(
         # One more run for what the engine itself counts. Its caches are as warm as in the rounds.
         stats = {
             name: engine.generate(
-                prompts, max_num_seqs=options.batch, max_new_tokens=options.new_tokens, stop_token_ids=()
+                prompts, max_new_tokens=options.new_tokens, stop_token_ids=()
             ).stats.to_json()
             for name, engine in engines.items()
         }
@@ -198,7 +199,7 @@ def main(options: Options) -> dict[str, Any]:
     record = harness.machine()
     progress = Console(stderr=True)
     rows = []
-    with Engine(model, OffloadConfig(numerics="exact")) as resident:
+    with Engine(model, OffloadConfig(numerics="exact", max_num_seqs=options.batch)) as resident:
         for percent in options.budgets:
             for link in options.links:
                 rows += cell(model, prompts, options, percent, link, resident)

@@ -90,7 +90,7 @@ def cell(model: Model, prompt: list[int], options: Options) -> list[dict[str, An
     chunks = [chunk for chunk in options.chunks if chunk == max(options.chunks) or chunk < len(prompt)]
 
     def run(engine: Engine) -> Callable[[], harness.Parts]:
-        return lambda: {"first": harness.run_engine(engine, [prompt], 1, 1)[0]["first"]}
+        return lambda: {"first": harness.run_engine(engine, [prompt], 1)[0]["first"]}
 
     with contextlib.ExitStack() as stack:
         engines = {

@@ -108,7 +108,6 @@ def run(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[harn
     began = time.perf_counter()
     result = engine.generate(
         prompts,
-        max_num_seqs=len(prompts),
         max_new_tokens=new_tokens,
         stop_token_ids=(),
         on_token=note,
@@ -153,6 +152,7 @@ def rows_of(model: Model, profile: MachineProfile, budget: int, options: Options
             policy=policy,
             profile=profile,
             predictor="gate" if policy in FORECASTING else None,
+            max_num_seqs=max(options.batches),
         )
         try:
             engine = Engine(model, config)

@@ -25,7 +25,7 @@ from benchmarks.hf_peer import EXPERTS, HFPeer, find_python
 from benchmarks.jitted_loop import JittedLoop
 from benchmarks.random_models import random_decoder, shapes
 from layerscope_jax import Engine, OffloadConfig, load, save
-from layerscope_jax.generation.batching import batch_rows
+from layerscope_jax.generation.scheduler import batch_rows
 
 PARTS = ("prefill", "decode")
 
@@ -59,7 +59,7 @@ def race(
     tokens: dict[str, list[list[int]]] = {}
 
     def of_engine() -> harness.Parts:
-        parts, tokens["engine"] = harness.run_engine(engine, prompts.tolist(), batch, new_tokens)
+        parts, tokens["engine"] = harness.run_engine(engine, prompts.tolist(), new_tokens)
         steps = parts["step"]
         assert isinstance(steps, list)
         return {"prefill": parts["first"], "decode": sum(steps) / len(steps)}
@@ -178,7 +178,9 @@ def main(options: Options) -> dict[str, Any]:
                 if python is not None:
                     peer = stack.enter_context(HFPeer(python, folder, threads))
                     record["versions"] |= peer.versions
-                engine = stack.enter_context(Engine(model, OffloadConfig(numerics="fast")))
+                engine = stack.enter_context(
+                    Engine(model, OffloadConfig(numerics="fast", max_num_seqs=max(options.batches)))
+                )
                 loop = JittedLoop(model)
                 for batch in batches:
                     ids = np.random.default_rng(batch).integers(0, model.config.vocab_size, (batch, width))

@@ -25,7 +25,7 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.bench_policies import SHIPPED, read_prompts
 from layerscope_jax import POLICIES, Engine, HardwareProfile, LayerPlan, Model, OffloadConfig, Policy, load
-from layerscope_jax.generation.batching import batch_rows, bucket
+from layerscope_jax.generation.scheduler import batch_rows, bucket
 from layerscope_jax.profiling.calibrate import THOROUGH, calibrate
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.profiling.measure import Points
@@ -126,7 +126,7 @@ def compare(
     recordings = {name: Recording(POLICIES[name]()) for name in options.policies}
 
     def run(engine: Engine) -> Callable[[], harness.Parts]:
-        return lambda: harness.run_engine(engine, prompts, len(prompts), options.new_tokens)[0]
+        return lambda: harness.run_engine(engine, prompts, options.new_tokens)[0]
 
     with contextlib.ExitStack() as stack:
         calls = {}

@@ -131,9 +131,11 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
 
 
 def run_engine(
-    engine: Engine, prompts: Sequence[Sequence[int]], batch_size: int, new_tokens: int
+    engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[dict[str, float | list[float]], list[list[int]]]:
     """Streams a continuation of every prompt, `new_tokens` long each, with nothing to stop it earlier.
+
+    As many as the engine runs at once are a batch.
 
     Returns:
         parts: "total" seconds; "first", of each batch until all have their first tokens, which a long prefill
@@ -143,11 +145,10 @@ def run_engine(
     tokens: list[list[int]] = [[] for _ in prompts]
     first: list[float] = []
     steps: list[float] = []
+    batch_size = engine.config.max_num_seqs
     missing = [min(batch_size, len(prompts) - start) for start in range(0, len(prompts), batch_size)]
     last = began = time.perf_counter()
-    for event in engine.stream(
-        prompts, max_num_seqs=batch_size, max_new_tokens=new_tokens, stop_token_ids=()
-    ):
+    for event in engine.stream(prompts, max_new_tokens=new_tokens, stop_token_ids=()):
         tokens[event.request].append(event.token_id)
         batch, row = divmod(event.request, batch_size)
         if is_first := len(tokens[event.request]) == 1:

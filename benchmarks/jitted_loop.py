@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from layerscope_jax import Decoder, Model
-from layerscope_jax.generation.batching import bucket
+from layerscope_jax.generation.scheduler import bucket
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.runtime.sampling import sample

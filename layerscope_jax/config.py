@@ -51,6 +51,8 @@ class OffloadConfig:
             the experts' rows take chunk * K * D numbers, the scores of attention chunk * H * context
             (float32). So does the speed: each step passes all layers, and what is not resident is copied, or
             read by the host, anew in each of them.
+        max_num_seqs: requests that run at once at most; others wait until some end. Caches and rows are made
+            for as many as there are.
     """
 
     device_budget: str | int | None = None
@@ -61,6 +63,7 @@ class OffloadConfig:
     predictor: str | Predictor | History | None = field(default=None, repr=False)
     host_threads: int | None = None
     prefill_chunk_size: int = 4096
+    max_num_seqs: int = 32
 
     def __post_init__(self) -> None:
         # Not before they are needed: both know of models, which are made of this file.
@@ -88,4 +91,6 @@ class OffloadConfig:
         expect("host_threads", counted, "1 or more")
         chunk = self.prefill_chunk_size
         expect("prefill_chunk_size", is_integer(chunk) and chunk >= 16, "16 tokens or more")
+        most = self.max_num_seqs
+        expect("max_num_seqs", is_integer(most) and most >= 1, "1 or more")
         problems.raise_any()

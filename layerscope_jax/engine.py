@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import jax
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
-from layerscope_jax.generation.batching import Batch, Running
+from layerscope_jax.generation.calls import Call
 from layerscope_jax.generation.detokenize import continuation
+from layerscope_jax.generation.handles import Handle
+from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.progress import progress_bar
 from layerscope_jax.generation.requests import (
-    Completion,
     Completions,
     Request,
     Token,
     batch_of,
     check_options,
     encode_prompts,
+    make_request,
     make_requests,
 )
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.prediction.predictors import make_predictor
 from layerscope_jax.profiling import measure as calibration
 from layerscope_jax.profiling.machine_profile import costs_of
-from layerscope_jax.runtime.accounts import Account, run_stats
 from layerscope_jax.runtime.build import build
-from layerscope_jax.runtime.non_finite import why_not_finite
 from layerscope_jax.runtime.resources import Resources
-from layerscope_jax.runtime.statistics import Times
 from layerscope_jax.runtime.turns import Turns
 from layerscope_jax.scheduling.registry import make_policy
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.compile_cache import Compilations, counted
-from layerscope_jax.support.units import is_integer, parse_bytes
-
-Turn = Callable[[], AbstractContextManager]
+from layerscope_jax.support.units import parse_bytes
 
 
 class Engine:
@@ -48,11 +44,12 @@ class Engine:
     Whatever the budget and the policy, the tokens are the same; only the time differs. An engine keeps what
     is resident from one call to the next. It is a context manager; leaving it ends its threads.
 
-    Several threads may call one engine: they take turns. A call of `generate` is one turn, unless it is given
-    `on_token`; then, and with streams, each step is, so that calls may go on beside and within each other.
-    Tokens, plans and counts are each call's own. No setting of JAX's that a caller has made, in a `with`
-    statement or for the process, has a part in the tokens. In forks of the process, and in functions that JAX
-    traces, there can be no engine: both are refused.
+    Several threads may call one engine, and calls may come from within `on_token`: requests join those that
+    run, each step gives every one of them a token, and whoever waits for one drives the next step. A call
+    that no other overlaps has the engine for itself; where calls overlap each gets the tokens that it gets
+    alone (see `layerscope_jax.generation.run` on rounding), and statistics cover all that was done meanwhile.
+    No JAX setting of a caller, in a `with` statement or for the process, changes the tokens. An engine can be
+    neither made nor used in forks of the process and in functions that JAX traces: both are refused.
 
     Args:
         model: from `layerscope_jax.load`.
@@ -95,7 +92,6 @@ class Engine:
         problems.raise_any()
         self._resources = Resources(self)
         self._turns = Turns(self._resources.step)
-        self._error: str | None = None  # why logits were not finite, once they were
         self.model = model
         self.config = config or OffloadConfig()
         self.device = device or model.device
@@ -106,6 +102,17 @@ class Engine:
             )
         with self._turns.turn():
             self._build(host_device)
+        resources = self._resources
+        self._loop = Loop(
+            model,
+            self.runner,
+            self._turns,
+            lambda: resources.closed,
+            lambda rows, length: new_caches(model.config, rows, length, model.bank.dtype, model.device),
+            int(self.config.max_num_seqs),
+            self.config.prefill_chunk_size,
+            self.budget_bytes,
+        )
 
     def _build(self, host_device: jax.Device | None) -> None:
         """Makes the runner, as the config says."""
@@ -135,7 +142,6 @@ class Engine:
         self,
         prompts: Sequence[str | Sequence[int] | Request],
         *,
-        max_num_seqs: int = 32,
         progress: bool = False,
         on_token: Callable[[Token], object] | None = None,
         record_plans: bool = False,
@@ -144,14 +150,16 @@ class Engine:
     ) -> Completions:
         """Continues every prompt.
 
+        `OffloadConfig.max_num_seqs` run at once. When some end, waiting ones take their slots while the
+        others go on (see `layerscope_jax.generation.scheduler`).
+
         Args:
             prompts: texts, lists of token ids, or `Request`s, in any mixture.
-            max_num_seqs: how many run at once. When some end, waiting ones take their slots while the others
-                go on (see `layerscope_jax.generation.batching`).
             progress: whether to show a bar on stderr.
             on_token: is given each token when it is known. It may use the engine itself; what it raises ends
                 the call.
-            record_plans: whether to keep every layer's decision in the result.
+            record_plans: whether to keep every layer's decision in the result, of all requests that ran
+                meanwhile.
             bound: whether to say which share of the least possible time the decode steps reached, by this
                 machine's costs; takes some seconds more.
             **settings: of `Request`, for prompts that are not one: max_new_tokens, temperature, top_k, top_p,
@@ -164,75 +172,78 @@ class Engine:
             TransferError: if an expert could not be copied to the device.
         """
         self._turns.check()
-        requests = make_requests(prompts, settings)
+        requests = make_requests(prompts, settings, ("progress", "on_token", "record_plans", "bound"))
         check_options(on_token, progress=progress, record_plans=record_plans, bound=bound)
         if bound and self.runner.costs is None:
             raise ValueError(
                 "a bound needs the costs of this machine: give OffloadConfig(profile=) what `layerscope "
                 "calibrate` measured, or a policy that weighs costs; and a budget with something to decide"
             )
-        running = self._running(requests, max_num_seqs)
-        account, times = Account([] if record_plans else None, [] if bound else None), Times()
-        errors: dict[int, str] = {}
-        pieces: list[list[str]] = [[] for _ in requests]
-        whole: Turn = self._turns.turn
-        each: Turn = nullcontext
-        if on_token is not None:  # which may call anybody, who may wait for a turn
-            whole, each = each, whole
-        with whole():
-            began = time.perf_counter()
-            with progress_bar(requests) if progress else nullcontext(lambda event: None) as advance:
-                for event in self._run(running, int(max_num_seqs), account, times, each):
-                    pieces[event.request].append(event.text)
-                    if event.error is not None:
-                        errors[event.request] = event.error
-                    advance(event)
-                    if on_token is not None:
-                        on_token(event)
-            total_s = time.perf_counter() - began
-            with each():
-                self.runner.reset(None)
-                stats = run_stats(
-                    account,
-                    self.runner.stats(account),
-                    times,
-                    total_s,
-                    prompts=len(running),
-                    new_tokens=sum(len(one.tokens) for one in running),
-                    budget_bytes=self.budget_bytes,
-                )
-        completions = [
-            Completion(
-                text="".join(pieces[one.index]),
-                token_ids=one.tokens,
-                finish_reason=one.finish_reason or "",
-                stats=stats,
-                error=errors.get(one.index),
-            )
-            for one in running
-        ]
-        return Completions(completions, stats, account.plans or [])
+        call = self._call(requests, record_plans=record_plans, bound=bound)
+        with (
+            progress_bar(requests) if progress else nullcontext(lambda event: None) as advance,
+            closing(self._loop.stream(call)) as events,
+        ):
+            for event in events:
+                advance(event)
+                if on_token is not None:
+                    on_token(event)
+        return self._loop.answer(call)
 
-    def stream(
-        self, prompts: Sequence[str | Sequence[int] | Request], *, max_num_seqs: int = 32, **settings: Any
-    ) -> Iterator[Token]:
-        """As `generate`, but yields each `Token` when it is known; bad input is refused at once."""
+    def stream(self, prompts: Sequence[str | Sequence[int] | Request], **settings: Any) -> Iterator[Token]:
+        """As `generate`, but yields each `Token` when it is known; bad input is refused at once.
+
+        It begins when it is first read. What stops reading it (`close`, leaving a loop, dropping it) cancels
+        its requests.
+        """
         self._turns.check()
-        running = self._running(make_requests(prompts, settings), max_num_seqs)
-        return self._run(running, int(max_num_seqs), Account(), Times(), self._turns.turn)
+        return self._loop.stream(self._call(make_requests(prompts, settings)))
+
+    def submit(self, prompt: str | Sequence[int] | Request, **settings: Any) -> Handle:
+        """Gives the engine a request, which joins those that run, and returns at once.
+
+        There is no thread behind it: steps are driven by whoever waits for tokens, of this request or of any
+        other.
+
+        Args:
+            prompt: a text, a list of token ids, or a `Request`.
+            **settings: as of `generate`, unless it is a `Request`, which has its own.
+
+        Returns:
+            A handle to wait for its tokens or the whole, or to cancel it.
+
+        Raises:
+            ValueError: as of `generate`.
+
+        Example::
+
+            handle = engine.submit("Call me Ishmael.", max_new_tokens=64)
+            for token in handle:
+                print(token.text, end="")
+            handle.result().finish_reason
+        """
+        self._turns.check()
+        call = self._call([make_request(prompt, settings)])
+        self._loop.submit(call)
+        return Handle(self, self._loop, call)
 
     def warmup(
-        self, *, prompt_tokens: int, max_num_seqs: int = 32, new_tokens: int = 64, sampled: bool = False
+        self,
+        *,
+        prompt_tokens: int,
+        max_num_seqs: int | None = None,
+        new_tokens: int = 64,
+        sampled: bool = False,
     ) -> Compilations:
         """Compiles what `generate` needs for batches of one size, so that none waits for it.
 
         The size is that of a whole batch. Requests that join it later, fewer at once, have prefill programs
         of their own for each power of two of them, compiled when they first come: as dear as the batch's, and
         only needed where more requests come than there are slots. Having warmed up with that `max_num_seqs`
-        too (`batching.joining` says which), only one small program is left. Which programs of experts a
+        too (`scheduler.joining` says which), only one small program is left. Which programs of experts a
         prefill needs hangs on how tokens fall to experts, so all are compiled that can be: on each
         side that computes, in each phase, one for each of up to 21 shapes (`possible_groups` of
-        `experts.grouping`); for an accelerator up to log2(T K) + 2 more, which place what the host computed;
+        `kernels.grouping`); for an accelerator up to log2(T K) + 2 more, which place what the host computed;
         and some dozen others. `use_compilation_cache` spares the next process most of it.
 
         What is resident or on its way, statistics, what policy and predictor have learned: all stay as they
@@ -241,7 +252,7 @@ class Engine:
 
         Args:
             prompt_tokens: of the longest prompt of a batch.
-            max_num_seqs: as of `generate`.
+            max_num_seqs: requests of a batch, as many as the engine runs at once or fewer; None for as many.
             new_tokens: `max_new_tokens` of the request that gets to the highest position.
             sampled: whether any request has a temperature.
 
@@ -251,13 +262,11 @@ class Engine:
         Raises:
             ValueError: for sizes that the model or `generate` does not take, or if the engine was closed.
         """
-        requests = batch_of(self.model.config, prompt_tokens, max_num_seqs, new_tokens, sampled)
-        running = self._running(requests, max_num_seqs)
+        most = self.config.max_num_seqs
+        requests = batch_of(self.model.config, prompt_tokens, max_num_seqs, most, new_tokens, sampled)
+        call = self._call(requests)
         with self._turns.turn(), counted() as found:
-            steps = self._batch(running, int(max_num_seqs), Times(), self.runner.rehearsal().step).run()
-            made = 0  # tokens: of all prefills, and of a decode step
-            while made < 2 * max_num_seqs and (events := next(steps, None)) is not None:
-                made += len(events)
+            self._loop.rehearse(call, self.runner.rehearsal().step)
         return found
 
     def close(self) -> None:
@@ -270,72 +279,14 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _encode(self, requests: Sequence[Request]) -> list[list[int]]:
+    def _call(self, requests: Sequence[Request], *, record_plans: bool = False, bound: bool = False) -> Call:
+        """The requests, as they are before their first step; refuses what no step can do."""
+        self._loop.check_open()
         config = self.model.config
-        return encode_prompts(
+        prompts = encode_prompts(
             requests, self.model.tokenizer, config.max_position_embeddings, config.vocab_size
         )
-
-    def _running(self, requests: Sequence[Request], max_num_seqs: int) -> list[Running]:
-        """The requests, as they are before their first step; refuses what no step can do."""
-        self._check_open()
-        if not is_integer(max_num_seqs) or max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs must be 1 or more, got {repr(max_num_seqs)[:60]}")
-        prompts = self._encode(requests)
-        room = [self.model.config.max_position_embeddings - len(prompt) for prompt in prompts]
-        return [
-            Running(index, request, prompt, min(request.max_new_tokens, left))
-            for index, (request, prompt, left) in enumerate(zip(requests, prompts, room, strict=True))
-        ]
-
-    def _run(
-        self,
-        running: list[Running],
-        max_num_seqs: int,
-        account: Account,
-        times: Times,
-        turn: Turn,
-    ) -> Iterator[Token]:
-        """Generates; `turn` is taken for each step, and given up before its tokens are."""
-
-        def step(*inputs: Any) -> Any:
-            return self.runner.step(*inputs)
-
-        steps = self._batch(running, max_num_seqs, times, step).run()
-        while True:
-            with turn():
-                self._check_open()  # a stream may outlive its engine
-                self.runner.reset(account)
-                events = next(steps, None)
-            if events is None:
-                return
-            yield from events
-
-    def _batch(
-        self, running: list[Running], max_num_seqs: int, times: Times, step: Callable[..., Any]
-    ) -> Batch:
-        return Batch(
-            running,
-            max_num_seqs,
-            step,
-            lambda rows, length: new_caches(
-                self.model.config, rows, length, self.model.bank.dtype, self.device
-            ),
-            self.config.prefill_chunk_size,
-            self.model.config.stop_token_ids,
-            self.model.tokenizer,
-            times,
-            self._why_not_finite,
-        )
-
-    def _why_not_finite(self) -> str:
-        if self._error is None:  # looking through all weights takes as long as reading them
-            self._error = why_not_finite(self.model)
-        return self._error
-
-    def _check_open(self) -> None:
-        if self._resources.closed:
-            raise ValueError("the engine was closed; make a new Engine to generate more")
+        return self._loop.call(requests, prompts, record_plans=record_plans, bound=bound)
 
     def text(self, tokens: list[int], finish: str, prompt: Sequence[int] = ()) -> str:
         """The text of new tokens behind a prompt's; a last token that ended it ("stop") is no part of it."""

@@ -18,7 +18,7 @@ from layerscope_jax.checkpoints.identity import ModelIdentity, weights_digest
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
-from layerscope_jax.generation.batching import batch_rows
+from layerscope_jax.generation.scheduler import batch_rows
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.prediction.trace_index import Passage, Split, TraceHeader

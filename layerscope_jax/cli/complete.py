@@ -18,7 +18,6 @@ def complete(
     engine: Engine,
     rows: Sequence[Row],
     *,
-    max_num_seqs: int,
     on_token: Callable[[Token], object] = lambda event: None,
     on_row: Callable[[Row, str, list[int], str, str | None], object] = lambda *completed: None,
     progress: bool = False,
@@ -29,7 +28,6 @@ def complete(
     Args:
         engine: does it.
         rows: what is to be done.
-        max_num_seqs: how many run at once.
         on_token: is given each token; its `request` is an index into `rows`.
         on_row: is given each row as soon as it is complete, as (row, text, tokens, finish, error): the last
             is None, or the sentence on what went wrong.
@@ -50,9 +48,7 @@ def complete(
             on_row(rows[event.request], text, found, event.finish_reason, event.error)
 
     requests = [row.request for row in rows]
-    return engine.generate(
-        requests, max_num_seqs=max_num_seqs, progress=progress, on_token=receive, bound=bound
-    )
+    return engine.generate(requests, progress=progress, on_token=receive, bound=bound)
 
 
 class Live:

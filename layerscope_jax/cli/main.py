@@ -174,6 +174,7 @@ class Generate:
             numerics=self.numerics,
             predictor=open_predictor(self.predictor),
             profile=open_profile(self.profile),
+            max_num_seqs=self.max_num_seqs,
         )
         make_policy(self.policy)
         rows = self._rows()
@@ -203,8 +204,6 @@ class Generate:
         if bool(self.prompt) == (self.prompts is not None):
             got = "both" if self.prompt else "neither"
             raise ValueError(f"expected either --prompt TEXT or --prompts FILE, got {got}")
-        if self.max_num_seqs < 1:
-            raise ValueError(f"max-num-seqs must be 1 or more, got {self.max_num_seqs}")
         settings: dict[str, Any] = {
             name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
         }
@@ -238,7 +237,6 @@ class Generate:
             result = complete(
                 engine,
                 rows,
-                max_num_seqs=self.max_num_seqs,
                 on_token=Live(rows) if live else lambda event: None,
                 on_row=(lambda *completed: None) if live else write,
                 # A bar and lines of output on one terminal would run into each other.

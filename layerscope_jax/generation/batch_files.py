@@ -19,11 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.generation.requests import Request, encode_prompts, is_integer, is_text
+from layerscope_jax.generation.requests import SETTINGS, Request, encode_prompts, is_integer, is_text
 from layerscope_jax.support.locks import locked
-
-SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop_token_ids")
-"""What a row may say of itself, and what a completion tells of how it was made."""
 
 NOTES = "metadata"
 """The key of what a row holds for its owner alone."""

@@ -96,10 +96,10 @@ class Token:
 
     Attributes:
         request: index of its prompt.
-        token_id: -1, which is no token, with an error.
+        token_id: -1, which is no token, with an error or where it was cancelled.
         text: what it adds to the text; empty while a later token may still change it, or without a tokenizer.
-        finish_reason: None, or why the request ended with it: "stop", "length", or "error" where the logits
-            held NaN or infinity.
+        finish_reason: None, or why the request ended with it: "stop", "length", "error" where the logits
+            held NaN or infinity, or "abort" where it was cancelled.
         error: with an error, a sentence on its cause.
     """
 
@@ -117,9 +117,10 @@ class Completion:
     Attributes:
         text: the continuation, a stop token left out; empty without a tokenizer.
         token_ids: of the continuation, a stop token included.
-        finish_reason: "stop", "length" or "error"; after an error, text and tokens are those before it.
+        finish_reason: "stop", "length", "error" or "abort"; after the last two, text and tokens are those
+            before it.
         error: with an error, a sentence on its cause.
-        stats: of the call that it was generated in, shared by all its completions.
+        stats: of the call that it was generated in, shared by all its completions; see `RunStats`.
     """
 
     text: str
@@ -219,27 +220,71 @@ def encode_within(tokenizer: Tokenizer, text: str, most: int) -> list[int] | Non
     return tokenizer.encode(text).ids
 
 
+SETTINGS = tuple([setting.name for setting in fields(Request) if setting.name != "prompt"])
+"""What a request may say of itself."""
+
+ENGINES = ("max_num_seqs", "prefill_chunk_size")
+"""What an engine is told when it is made, and no call of it."""
+
+
+def check_settings(settings: Iterable[str], options: Sequence[str] = ()) -> None:
+    """Refuses settings that no request has.
+
+    Args:
+        settings: their names.
+        options: names that the call has besides, which may have been meant.
+
+    Raises:
+        ValueError: naming each, and the nearest name that there is.
+    """
+    unknown = []
+    for name in settings:
+        if name in ENGINES:
+            unknown.append(f"{name!r} (an engine has it: OffloadConfig({name}=))")
+        elif name not in SETTINGS:
+            near = difflib.get_close_matches(name, [*SETTINGS, *options, *ENGINES], 1)
+            unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if unknown:
+        raise ValueError(f"expected settings among {', '.join(SETTINGS)}, got {', '.join(unknown)}")
+
+
+def make_request(prompt: str | Sequence[int] | Request, settings: dict[str, Any]) -> Request:
+    """Returns a prompt as a `Request`.
+
+    Raises:
+        ValueError: for a prompt that is none, for settings that there are not or that are out of range, and
+            for any beside a `Request`, which has its own.
+    """
+    check_settings(settings)
+    if isinstance(prompt, Request):
+        if settings:
+            raise ValueError(
+                f"{', '.join(settings)} cannot be given beside a Request, whose own settings are used; "
+                "set it in the Request"
+            )
+        return prompt
+    Request(prompt="", **settings)  # what is wrong with these is not the prompt's fault
+    try:
+        return _request(0, prompt, settings)
+    except ValueError as error:
+        raise ValueError(str(error).replace("prompt 0", "the prompt")) from None
+
+
 def make_requests(
-    prompts: Sequence[str | Sequence[int] | Request], settings: dict[str, Any]
+    prompts: Sequence[str | Sequence[int] | Request], settings: dict[str, Any], options: Sequence[str] = ()
 ) -> list[Request]:
     """One `Request` a prompt.
 
     Args:
         prompts: as of `Engine.generate`.
         settings: for those that are no `Request`s.
+        options: names that the call has besides.
 
     Raises:
         ValueError: if there is no prompt, or something else was given than a list of prompts; for settings
             that there are not, and for any if all prompts are `Request`s, which have their own.
     """
-    named = [setting.name for setting in fields(Request) if setting.name != "prompt"]
-    unknown = []
-    for name in settings:
-        if name not in named:
-            near = difflib.get_close_matches(name, named, 1)
-            unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
-    if unknown:
-        raise ValueError(f"expected settings among {', '.join(named)}, got {', '.join(unknown)}")
+    check_settings(settings, options)
     if isinstance(prompts, Request) or not is_list(prompts):
         raise ValueError(
             f"prompts must be a list of prompts, got {str(prompts)[:40]!r}{kind_of(prompts)}; "
@@ -284,9 +329,14 @@ def _request(index: int, prompt: Any, settings: dict[str, Any]) -> Request:
 
 
 def batch_of(
-    config: ModelConfig, prompt_tokens: int, max_num_seqs: int, new_tokens: int, sampled: bool
+    config: ModelConfig,
+    prompt_tokens: int,
+    max_num_seqs: int | None,
+    most: int,
+    new_tokens: int,
+    sampled: bool,
 ) -> list[Request]:
-    """The requests of a batch of one size.
+    """The requests of a batch of one size, `max_num_seqs` or the `most` that an engine runs at once.
 
     Raises:
         ValueError: naming each size that is none, or more than the model takes.
@@ -296,8 +346,14 @@ def batch_of(
         for name, size in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}.items()
         if not is_integer(size) or not 1 <= size < 2**31
     ]
-    if not is_integer(max_num_seqs) or max_num_seqs < 1:
-        problems.append(f"max_num_seqs must be 1 or more, got {repr(max_num_seqs)[:60]}")
+    count = most if max_num_seqs is None else max_num_seqs
+    if not is_integer(count) or count < 1:
+        problems.append(f"max_num_seqs must be 1 or more, got {repr(count)[:60]}")
+    elif count > most:
+        problems.append(
+            f"max_num_seqs must be at most what the engine runs at once, {most}, got {count}; "
+            "make it with OffloadConfig(max_num_seqs=) for more"
+        )
     if not isinstance(sampled, bool):
         problems.append(f"sampled must be True or False, got {repr(sampled)[:60]}")
     if is_integer(prompt_tokens) and prompt_tokens >= config.max_position_embeddings:
@@ -313,7 +369,7 @@ def batch_of(
         temperature=float(sampled),
         stop_token_ids=(),
     )
-    return [request] * int(max_num_seqs)
+    return [request] * int(count)
 
 
 def check_options(on_token: Any, **switches: Any) -> None:

@@ -51,11 +51,6 @@ class LinkStats:
     failed_prefetches: int = 0
 
 
-def start_copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Starts a copy of a matrix to the device, as every copy does: a test puts its faults in here."""
-    return jax.device_put(array, sharding)
-
-
 class _Chunk(NamedTuple):
     """One matrix on the link."""
 
@@ -63,6 +58,11 @@ class _Chunk(NamedTuple):
     matrix: jax.Array
     outcome: jax.Array | BaseException  # what starting the copy gave
     due: float  # when a link of the paced rate has carried it
+
+
+def start_copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Starts a copy of a matrix to the device, as every copy does: a test puts its faults in here."""
+    return jax.device_put(array, sharding)
 
 
 class Transfers:
@@ -112,8 +112,7 @@ class Transfers:
         self.within = not bandwidth and device.platform == "cpu"
         self.ahead = 0 if bandwidth else WITHIN_BYTES if self.within else AHEAD_BYTES
         self.prefetch_ahead = 0 if device.platform == "cpu" else self.ahead
-        self._expected = 0.0  # when the link has news, if it moves
-        self._busy_since = 0.0
+        self._expected, self._busy_since = 0.0, 0.0  # when the link has news if it moves; when it began
         self._thread = threading.Thread(target=self._run, name="layerscope-link", daemon=True)
         self._thread.start()
 

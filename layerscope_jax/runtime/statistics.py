@@ -74,7 +74,10 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStats:
-    """Statistics of one `generate` call.
+    """Statistics of one call.
+
+    Where calls overlap they share steps, and what is counted and timed by steps, layers, experts and bytes is
+    that of all, from the call's beginning to its end; prompts, tokens and times to first token are its own.
 
     Attributes:
         policy: what decided ("resident" where everything fits).

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from typing import Protocol
 
 import jax
 
@@ -14,8 +16,16 @@ _first: int | None = None
 """The process in which the first engine of this program was made: its threads live there alone."""
 
 
+class Lock(Protocol):
+    """A lock that its thread may take again, and no other thread may release."""
+
+    def acquire(self, blocking: bool = True) -> bool: ...
+
+    def release(self) -> None: ...
+
+
 class Turns:
-    """The turns of an engine: a step each, or a whole call. Whoever comes meanwhile waits.
+    """The turns of an engine, a step each. Whoever comes meanwhile waits.
 
     Nothing of a caller's is run within a turn but policies, predictors and the like, which have no business
     with the engine; so nobody waits for somebody who waits for them.
@@ -28,7 +38,7 @@ class Turns:
             has had one.
     """
 
-    def __init__(self, lock: AbstractContextManager) -> None:
+    def __init__(self, lock: Lock) -> None:
         global _first
         check_untraced("make an Engine")
         self._process = os.getpid()
@@ -40,7 +50,8 @@ class Turns:
                 'does not work in such a process; start it by multiprocessing.get_context("spawn")'
             )
         self._lock = lock
-        self._taken = False
+        self._next = threading.RLock()  # whoever waits has it, and comes before who had the last turn
+        self._owner: int | None = None  # the thread whose turn it is
 
     @property
     def inherited(self) -> bool:
@@ -65,22 +76,54 @@ class Turns:
     def turn(self) -> Iterator[None]:
         """Within, the engine is this thread's, and so are JAX's settings.
 
+        Threads that want it all the time have it one after another.
+
         Raises:
             ValueError: as `check`, and from within a turn of the same thread.
         """
         self.check()
-        with self._lock:
-            if self._taken:
-                raise ValueError(
-                    "the engine is in the midst of a step that this call comes out of: a policy, predictor, "
-                    "copy or signal handler cannot generate; call from on_token, or when the step is over"
-                )
-            try:
-                self._taken = True
-                with own_settings():
-                    yield
-            finally:
-                self._taken = False
+        me = threading.get_ident()
+        if self._owner == me:
+            raise ValueError(
+                "the engine is in the midst of a step that this call comes out of: a policy, predictor, "
+                "copy or signal handler cannot generate; call from on_token, or when the step is over"
+            )
+        try:
+            with self._next:
+                self._lock.acquire()
+            self._owner = me
+            with own_settings():
+                yield
+        finally:  # an interrupt is taken up after calls: none may stand before the one that releases
+            if self._owner == me:
+                self._owner = None
+            try:  # noqa: SIM105
+                self._lock.release()
+            except RuntimeError:  # the wait for it was interrupted
+                pass
+
+    @contextmanager
+    def turn_if_free(self) -> Iterator[bool]:
+        """Within, where it gives True, the engine is this thread's; it waits for nobody, and checks nothing.
+
+        JAX's settings are as they were: for book-keeping alone.
+        """
+        me = threading.get_ident()
+        if self.inherited or self._owner == me:
+            yield False
+            return
+        try:
+            taken = self._lock.acquire(blocking=False)
+            if taken:
+                self._owner = me
+            yield taken
+        finally:
+            if self._owner == me:
+                self._owner = None
+            try:  # noqa: SIM105
+                self._lock.release()
+            except RuntimeError:  # it was not free
+                pass
 
 
 def check_untraced(what: str) -> None:

@@ -124,7 +124,7 @@ def test_time_in_which_another_thread_computes_is_not_the_engines():
 def test_a_batch_has_begun_when_all_its_prompts_have():
     """Prompts of 64 tokens, two a prefill step: four of them need two steps, and then decode together."""
     with Engine(random_model(), OffloadConfig(prefill_chunk_size=128)) as engine:
-        parts, tokens = harness.run_engine(engine, [[row] * 64 for row in range(4)], 4, 5)
+        parts, tokens = harness.run_engine(engine, [[row] * 64 for row in range(4)], 5)
     assert [len(answer) for answer in tokens] == [5] * 4
     assert (len(parts["first"]), len(parts["step"])) == (1, 4)
     assert sum(parts["first"]) + sum(parts["step"]) <= parts["total"]

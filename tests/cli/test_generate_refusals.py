@@ -22,7 +22,7 @@ from layerscope_jax.cli import main as cli
             "device_budget is too small for policy 'lru'",
         ),
         (["--prompt=x", "--emulated-link-bandwidth=0"], "emulated_link_bandwidth must be more than 0"),
-        (["--prompt=x", "--max-num-seqs=0"], "max-num-seqs must be 1 or more, got 0"),
+        (["--prompt=x", "--max-num-seqs=0"], "max_num_seqs must be 1 or more, got 0"),
         (["--prompt=x", "--top-p=0"], "top_p must be a number in (0, 1], got 0.0"),
         (["--prompt=x", "--device-budget=" + "9" * 400 + "TiB"], "device_budget must be less than 2**63"),
         (["--prompt=a\udcffb"], "the prompt holds half a surrogate pair"),

@@ -146,7 +146,7 @@ def test_texts_streams_and_rows_have_it(monkeypatch):
     with Engine(model, OffloadConfig(policy="host-only")) as engine:
         monkeypatch.setattr(engine.runner, "step", lambda *inputs: spoken.step(*inputs))
         monkeypatch.setattr(
-            "layerscope_jax.generation.batching.put_rows", lambda caches, rows, newcomers: caches
+            "layerscope_jax.generation.slots.put_rows", lambda caches, rows, newcomers: caches
         )
         call = {"max_new_tokens": 3, "stop_token_ids": [6]}
         spoken = Dictation(new)
@@ -160,6 +160,6 @@ def test_texts_streams_and_rows_have_it(monkeypatch):
         assert texts == expected
         spoken, rows = Dictation(new), {}
         requests = [Row(index, Request(prompt=p, **call), "") for index, p in enumerate(prompts)]
-        complete(engine, requests, max_num_seqs=4, on_row=lambda row, text, *_: rows.update({row.id: text}))
+        complete(engine, requests, on_row=lambda row, text, *_: rows.update({row.id: text}))
         assert rows == dict(enumerate(expected))
         assert engine.text(new[0], "stop", [5, 0]) == expected[0]

@@ -28,9 +28,9 @@ def spoilt(path, index, value=np.nan):
 
 
 def engine_of(model, kind):
-    config = OffloadConfig()
+    config = OffloadConfig(max_num_seqs=64)
     if kind not in ("resident", "whole"):
-        config = OffloadConfig(policy=kind, device_budget=9 * model.bank.expert_bytes)
+        config = replace(config, policy=kind, device_budget=9 * model.bank.expert_bytes)
     with one_jit(kind == "whole"):
         return Engine(model, config)
 
@@ -62,9 +62,11 @@ def test_only_the_request_with_it_ends(engine, settings):
 
 def test_a_slot_that_an_error_freed_is_used_again(engine):
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[3]]
-    result = engine.generate(prompts, max_new_tokens=3, max_num_seqs=1)
+    one_slot = replace(engine.config, max_num_seqs=1)
+    with one_jit(engine.runner.mode == "whole"), Engine(engine.model, one_slot) as engine:
+        result = engine.generate(prompts, max_new_tokens=3)
+        alone = engine.generate(PROMPTS[1:], max_new_tokens=3)
     assert [one.finish_reason for one in result] == ["error", "length", "error", "length"]
-    alone = engine.generate(PROMPTS[1:], max_new_tokens=3, max_num_seqs=1)
     assert [result.token_ids[1], result.token_ids[3]] == [alone.token_ids[0], alone.token_ids[2]]
 
 
@@ -92,7 +94,7 @@ def test_an_expert_that_is_not_finite_reaches_nobody_else(kind):
     decoder.experts[0].down[...] = decoder.experts[0].down[...].at[5, 0, 0].set(jnp.nan)
     model = Model.from_decoder(decoder, spelling_model().tokenizer)
     prompts = [[token] for token in range(40)]
-    asked = {"max_new_tokens": 2, "max_num_seqs": 64}
+    asked = {"max_new_tokens": 2}
     with engine_of(spelling_model(), kind) as engine:
         right = engine.generate(prompts, **asked)
     with engine_of(model, kind) as engine:

@@ -11,7 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax import Engine, OffloadConfig, Request
-from layerscope_jax.generation.batching import Batch, Running, Times, joining
+from layerscope_jax.generation.calls import Call, RequestState
+from layerscope_jax.generation.run import Run
+from layerscope_jax.generation.scheduler import joining
 from layerscope_jax.kernels.grouping import GROUP_SIZES
 from layerscope_jax.models.layers import PAD_POSITION
 
@@ -34,17 +36,21 @@ def model():
     return random_model()
 
 
+MADE = []
+
+
 @lru_cache
-def engine(name):
+def engine(name, slots=32):
     with one_jit(name == "whole"):
-        return Engine(model(), CONFIGS[name])
+        MADE.append(Engine(model(), replace(CONFIGS[name], max_num_seqs=slots)))
+    return MADE[-1]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def closing():
     yield
-    for name in CONFIGS:
-        engine(name).close()
+    while MADE:
+        MADE.pop().close()
     engine.cache_clear()  # tests of another file may run between two of this one
 
 
@@ -92,7 +98,7 @@ def test_each_request_gets_what_it_gets_alone(name, requests, slots, stop):
         expected.append(tokens[: tokens.index(stop) + 1] if stop in tokens else tokens)
     stops = () if stop is None else (stop,)
     given = [Request(prompt=POOL[p], max_new_tokens=count, stop_token_ids=stops) for p, count in requests]
-    result, shapes = steps_of(engine(name), lambda: engine(name).generate(given, max_num_seqs=slots))
+    result, shapes = steps_of(engine(name, slots), lambda: engine(name, slots).generate(given))
     assert result.token_ids == expected
     assert [one.finish_reason for one in result] == [
         "stop" if tokens[-1] == stop else "length" for tokens in expected
@@ -105,7 +111,7 @@ def test_each_request_gets_what_it_gets_alone(name, requests, slots, stop):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_long_request_does_not_hold_up_the_others(name):
     counts = [20, 2, 2, 2, 2, 2, 2, 20, 2, 2, 2, 2]
-    whole, shapes = steps_of(engine(name), lambda: engine(name).generate(mixed(counts), max_num_seqs=2))
+    whole, shapes = steps_of(engine(name, 2), lambda: engine(name, 2).generate(mixed(counts)))
     steps = sum(width == 1 for _, width, _ in shapes)
     parted = 0
     for start in range(0, len(counts), 2):
@@ -136,9 +142,11 @@ def joins(answers, slots, limit, prompt_tokens=1, chunk=4096):
         return tokens[np.arange(len(tokens)), last] - 1, None, caches
 
     requests = [Request(prompt=[count] * prompt_tokens) for count in answers]
-    waiting = [Running(index, request, request.prompt, limit) for index, request in enumerate(requests)]
-    events = Batch(waiting, slots, step, lambda rows, length: [], chunk, (0,), None, Times(), str).run()
-    assert sum(map(len, events)) == sum(answers)
+    call, run, made = Call(), Run(slots, lambda rows, length: [], chunk, (0,), None, str), 0
+    run.add([RequestState(n, n, request, request.prompt, limit, call) for n, request in enumerate(requests)])
+    while states := run.step(step):
+        made += len(states)
+    assert made == len(call.log) == sum(answers)
     return groups, idle
 
 
@@ -171,7 +179,7 @@ def test_who_cannot_share_a_prefill_does_not_wait_to():
 
 def test_times_are_those_of_requests_and_steps():
     times = []
-    stats = engine("layers").generate(mixed([3] * 6), max_num_seqs=2, on_token=times.append).stats
+    stats = engine("layers", 2).generate(mixed([3] * 6), on_token=times.append).stats
     assert [event.request for event in times if event.finish_reason] == list(range(6))
     # The last ones had to wait for two others: time to first token counts from the start of the call.
     assert stats.ttft_s > stats.tpot_s
@@ -182,11 +190,11 @@ def test_times_are_those_of_requests_and_steps():
 def test_few_programs_are_compiled_whoever_comes_and_goes(name):
     model = random_model(num_layers=2, hidden_size=24, head_dim=6, seed=8)  # a shape of its own
     before, kinds = len(compiled), set()
-    config = replace(CONFIGS[name], device_budget=None, policy="auto")
+    config = replace(CONFIGS[name], device_budget=None, policy="auto", max_num_seqs=4)
     with one_jit(name == "whole"), Engine(model, config) as engine:
         for counts in ([9, 1, 4, 2, 7, 3], [2, 5, 9, 1], [9], [1, 1, 6], [3, 8, 8, 2, 1], [7, 2, 5]):
             requests = mixed(counts * 3, (1, 7, 4))
-            _, shapes = steps_of(engine, lambda given=requests: engine.generate(given, max_num_seqs=4))
+            _, shapes = steps_of(engine, lambda given=requests: engine.generate(given))
             kinds |= {shape[:2] for shape in shapes}
     # One shape of decode steps; 1, 2 or 4 newcomers, of 16 tokens at most or of 40 in 48.
     assert kinds <= {(4, 1), *((rows, width) for rows in (1, 2, 4) for width in (16, 48))}
@@ -230,14 +238,14 @@ def test_a_prefill_in_chunks_says_the_same(changes):
 
 @pytest.mark.parametrize("chunk", [16, 100])
 def test_no_prefill_step_is_larger_than_a_chunk(chunk):
-    with long_engine(chunk, policy="host-only") as engine:
-        result, shapes = steps_of(engine, lambda: engine.generate(LONG, max_new_tokens=3, max_num_seqs=4))
+    with long_engine(chunk, policy="host-only", max_num_seqs=4) as engine:
+        result, shapes = steps_of(engine, lambda: engine.generate(LONG, max_new_tokens=3))
     prefills = [(rows, width) for rows, width, _ in shapes if width > 1]
     assert max(rows * width for rows, width in prefills) <= chunk
     long = sum(-(-len(prompt) // chunk) for prompt in LONG if len(prompt) > chunk)
     assert prefills.count((1, chunk)) >= long
-    with long_engine(4096, policy="host-only") as engine:
-        assert engine.generate(LONG, max_new_tokens=3, max_num_seqs=4).token_ids == result.token_ids
+    with long_engine(4096, policy="host-only", max_num_seqs=4) as engine:
+        assert engine.generate(LONG, max_new_tokens=3).token_ids == result.token_ids
 
 
 @pytest.mark.parametrize("config", [{}, {"policy": "host-only"}], ids=["whole", "host-only"])

@@ -19,8 +19,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request, load_plans, save_plans
-from layerscope_jax.generation.batching import batch_rows, bucket
 from layerscope_jax.generation.detokenize import TextStream
+from layerscope_jax.generation.scheduler import batch_rows, bucket
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -56,7 +56,6 @@ class Dictation:
 
     def __init__(self, rows):
         self.rows, self.said = rows, -1
-        self.account = self.meter = None
 
     def step(self, tokens, positions, last, caches, sampling):
         self.said += 1
@@ -77,7 +76,9 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(engine):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_how_prompts_are_parted_into_batches_does_not_matter(engine, size):
     together = engine.generate(PROMPTS, max_new_tokens=6)
-    parted = engine.generate(PROMPTS, max_new_tokens=6, max_num_seqs=size)
+    few = replace(engine.config, max_num_seqs=size)
+    with one_jit(engine.runner.mode == "whole"), Engine(engine.model, few) as engine:
+        parted = engine.generate(PROMPTS, max_new_tokens=6)
     assert parted.token_ids == together.token_ids
     assert parted.texts == together.texts
     assert (parted.stats.prompts, parted.stats.prompt_tokens) == (4, 23)
@@ -135,7 +136,7 @@ def test_the_context_ends_a_request(model, monkeypatch):
     prompts = [[1] * 95, [1] * 90, [1] * 4]
     assert model.config.max_position_embeddings == 96
     with Engine(model, OffloadConfig(policy="host-only")) as engine:
-        monkeypatch.setattr(engine, "runner", Dictation([[7, 8, 9]] * 3))
+        monkeypatch.setattr(engine.runner, "step", Dictation([[7, 8, 9]] * 3).step)
         events = list(engine.stream(prompts, max_new_tokens=10))
     counts = [sum(event.request == index for event in events) for index in range(3)]
     assert counts == [1, 6, 10]
@@ -143,7 +144,7 @@ def test_the_context_ends_a_request(model, monkeypatch):
 
 
 def check_stream(engine, **settings):
-    settings |= {"max_new_tokens": 12, "stop_token_ids": [PAD], "max_num_seqs": 3}
+    settings |= {"max_new_tokens": 12, "stop_token_ids": [PAD]}
     expected = engine.generate(PROMPTS, **settings)
     tokens, texts, finish = [[] for _ in PROMPTS], [""] * 4, [None] * 4
     for event in engine.stream(PROMPTS, **settings):
@@ -187,7 +188,7 @@ def test_pieces_of_text_join_to_the_text(
     ids = model.tokenizer.encode(text).ids
     ids = ids[: len(ids) - cut] + specials if text else specials
     with Engine(model, OffloadConfig(policy="host-only")) as engine:
-        monkeypatch.setattr(engine, "runner", Dictation([ids]))
+        monkeypatch.setattr(engine.runner, "step", Dictation([ids]).step)
         # Behind a prompt without text, so that a text's beginning is one here too.
         events = list(engine.stream([[PAD]], max_new_tokens=len(ids), stop_token_ids=[EOS]))
         assert [event.token_id for event in events] == ids
@@ -249,8 +250,9 @@ def test_a_long_text_is_not_decoded_again_and_again(tokenizer, token):
 
 @pytest.mark.parametrize("policy", ["lru", "fiddler"])
 def test_a_recording_can_be_replayed_on_any_engine(model, tmp_path, policy):
-    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=policy, profile=PROFILE)
-    call = {"max_new_tokens": 5, "max_num_seqs": 3, "record_plans": True}
+    budget = 9 * model.bank.expert_bytes
+    config = OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE, max_num_seqs=3)
+    call = {"max_new_tokens": 5, "record_plans": True}
     with Engine(model, config) as engine:
         cold = engine.generate(PROMPTS, **call)
         warm = engine.generate(PROMPTS, **call)
@@ -269,8 +271,8 @@ def test_a_recording_can_be_replayed_on_any_engine(model, tmp_path, policy):
 
 def test_steps_are_counted_within_a_call(layers):
     for _ in range(2):
-        plans = layers.generate(PROMPTS[:2], max_new_tokens=3, max_num_seqs=1, record_plans=True).plans
-        assert [plan.step for plan in plans] == [step for step in range(6) for _ in range(2)]
+        plans = layers.generate(PROMPTS[:2], max_new_tokens=3, record_plans=True).plans
+        assert [plan.step for plan in plans] == [step for step in range(3) for _ in range(2)]
 
 
 SAMPLED = {"max_new_tokens": 8, "temperature": 1.2}
@@ -357,7 +359,7 @@ def test_bad_prompts_are_refused_at_once(layers, call, prompts, message):
         pytest.param({"stop_token_ids": iter([3])}, "stop_token_ids must be", id="an iterator"),
         ({"stop_token_ids": [3.5]}, "stop_token_ids must be"),
         ({"top_k": -1, "top_p": 2.0}, "top_k must be.*; top_p must be"),
-        ({"max_num_seqs": 0}, "max_num_seqs must be 1 or more, got 0"),
+        ({"max_num_seqs": 8}, r"got 'max_num_seqs' \(an engine has it: OffloadConfig\(max_num_seqs=\)\)"),
     ],
     ids=str,
 )

@@ -197,14 +197,18 @@ def test_next_tokens_are_those_of_the_same_requests(monkeypatch):
         online, "_learn", lambda learner, seen, rows, follows: linked.append((len(rows), follows))
     )
     config = OffloadConfig(
-        device_budget=model.bank.total_bytes // 2, policy="fate", predictor=online, prefill_chunk_size=16
+        device_budget=model.bank.total_bytes // 2,
+        policy="fate",
+        predictor=online,
+        prefill_chunk_size=16,
+        max_num_seqs=2,
     )
     requests = [Request(prompt=[3] * size, max_new_tokens=new) for size, new in ((2, 6), (2, 3), (33, 3))]
     with Engine(model, config) as engine:
         # It keeps up: else steps are left out.
         step = engine.runner.step
         monkeypatch.setattr(engine.runner, "step", lambda *inputs: online.finish() and step(*inputs))
-        engine.generate(requests, max_num_seqs=2)
+        engine.generate(requests)
         online.finish()
     prefill = [(2, False), (2, False)]  # each of the first two is all that a step of 16 tokens has room for
     decode = [(2, False), (2, True)]  # then one has ended

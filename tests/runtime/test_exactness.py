@@ -4,6 +4,8 @@ The oracle is the same engine with everything resident, whose decode steps are o
 rounding in float32 with the whole model as XLA alone compiles it.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,9 +172,9 @@ def test_joining_and_leaving_a_batch_gives_the_same_bits():
     model = random_model()
 
     def run(config):
-        with Engine(model, config) as engine:
+        with Engine(model, replace(config, max_num_seqs=3)) as engine:
             logits = tap(engine)
-            return engine.generate(requests, max_num_seqs=3).token_ids, logits
+            return engine.generate(requests).token_ids, logits
 
     expected = run(OffloadConfig(prefill_chunk_size=32))
     for seed in range(3):

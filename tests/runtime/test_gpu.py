@@ -172,5 +172,5 @@ def test_after_a_warm_up_nothing_is_compiled(policy, width):
         before = len(compiled)
         for _ in range(3):
             batch = prompts(rng, 61, 20, *rng.integers(1, 20, 2))
-            engine.generate(batch, max_num_seqs=3, max_new_tokens=6, stop_token_ids=())
+            engine.generate(batch, max_new_tokens=6, stop_token_ids=())
         assert len(compiled) == before

@@ -65,12 +65,14 @@ class Gate:
         return jax.device_put(array, sharding)
 
 
-def start(prefetch, failing=()):
+def start(prefetch, failing=(), max_num_seqs=32):
     """An engine whose link stands still until a layer waits for it."""
     policy, gate = Ahead(prefetch), Gate(model().bank, failing)
     budget = len(prefetch) * model().bank.expert_bytes
     with copying_by(gate):
-        engine = Engine(model(), OffloadConfig(device_budget=budget, policy=policy))
+        engine = Engine(
+            model(), OffloadConfig(device_budget=budget, policy=policy, max_num_seqs=max_num_seqs)
+        )
     wait = engine.runner.transfers.wait
 
     def opening(*arguments):
@@ -139,9 +141,9 @@ def test_bytes_that_were_moved_in_vain_are_counted():
 
 
 def test_policies_see_steps_layers_and_demand():
-    engine, policy, _ = start([])
+    engine, policy, _ = start([], max_num_seqs=2)
     with engine:
-        engine.generate([*PROMPTS, [4]], max_new_tokens=3, max_num_seqs=2)
+        engine.generate([*PROMPTS, [4]], max_new_tokens=3)
         engine.generate(PROMPTS, max_new_tokens=1)
     seen = [(step, layer, phase) for step, layer, phase, *_ in policy.seen]
     phases = ["prefill", "decode", "decode"] * 2

@@ -43,7 +43,7 @@ def watched(config, hold=lambda: None, whole=False):
 
     def call(engine):
         held = hold()
-        stats.append(engine.generate(REQUESTS, max_num_seqs=4).stats)
+        stats.append(engine.generate(REQUESTS).stats)
         if not whole:
             engine.runner.transfers.rest()
             link = engine.runner.transfers.stats  # with what was still on its way
@@ -59,7 +59,7 @@ def watched(config, hold=lambda: None, whole=False):
 
 def config(policy, eighths, **settings):
     budget = model().bank.total_bytes * eighths // 8
-    return OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE, **settings)
+    return OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE, max_num_seqs=4, **settings)
 
 
 MOVING = [
@@ -94,7 +94,7 @@ def test_nothing_on_the_device_but_what_is_dense():
 
 def test_with_everything_resident_one_cpu_copies_nothing():
     """Experts stay in the bank, and the device has no bytes of them."""
-    taken, stats = watched(OffloadConfig())
+    taken, stats = watched(OffloadConfig(max_num_seqs=4))
     assert stats.policy == "resident"
     assert taken.moved == taken.named["experts"] == 0
     assert taken.named["dense"] < taken.device["prefill"] <= taken.limit("prefill")
@@ -107,7 +107,7 @@ def test_with_everything_resident_one_cpu_copies_nothing():
 
 
 def test_in_one_jit_the_device_holds_the_experts_once_more():
-    taken, stats = watched(OffloadConfig(numerics="fast"), whole=True)
+    taken, stats = watched(OffloadConfig(numerics="fast", max_num_seqs=4), whole=True)
     assert stats.mode == "whole"
     for phase in ("prefill", "decode"):
         assert taken.bank + taken.named["dense"] < taken.device[phase] <= taken.limit(phase)

@@ -31,10 +31,10 @@ def test_it_gives_the_tokens_of_layers(name):
     model = random_model(dtype=jnp.dtype(name), **SHAPES[name])
     found = []
     for by_layers in (True, False):
-        with Engine(model) as engine:
+        with Engine(model, OffloadConfig(max_num_seqs=3)) as engine:
             assert engine.runner.mode == "decode"
             engine.runner.tap = watch if by_layers else None
-            found.append(engine.generate(requests(), max_num_seqs=3))
+            found.append(engine.generate(requests()))
     layers, fast = found
     assert fast.token_ids == layers.token_ids
     assert fast.stats.hit_rate == fast.stats.token_hit_rate == 1
@@ -47,9 +47,9 @@ def test_it_gives_the_tokens_of_layers(name):
 def test_it_counts_the_experts_of_layers():
     model, counted = random_model(), []
     for by_layers in (True, False):
-        with Engine(model) as engine:
+        with Engine(model, OffloadConfig(max_num_seqs=3)) as engine:
             engine.runner.tap = watch if by_layers else None
-            engine.generate(requests(), max_num_seqs=3)
+            engine.generate(requests())
             meter, stats = engine.runner.account.meter, engine.runner.device_experts.stats
             work = stats.experts, stats.tokens, stats.rows
             counted.append((meter.layers, meter.experts, meter.tokens, *work))

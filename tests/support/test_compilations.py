@@ -105,9 +105,7 @@ def test_after_a_warm_up_the_whole_model_compiles_nothing(temperature):
         # settings of sampling are arrays of two types. Small programs may be there from another test.
         assert 2 <= found.programs <= 2 + 3 + 1 + (2 if temperature else 0)
         with compiling() as counted:
-            result = engine.generate(
-                random_prompts(1, 3, 18), max_num_seqs=3, max_new_tokens=4, temperature=temperature
-            )
+            result = engine.generate(random_prompts(1, 3, 18), max_new_tokens=4, temperature=temperature)
         assert counted == [0]
         assert result.stats.device_share < 1
         assert (
@@ -121,7 +119,7 @@ def test_after_a_warm_up_what_is_resident_compiles_nothing():
         engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4)
         prompts = [[1] * 18, [2] * 5, [3]]
         with compiling() as counted:
-            engine.generate(prompts, max_num_seqs=3, max_new_tokens=4, stop_token_ids=())
+            engine.generate(prompts, max_new_tokens=4, stop_token_ids=())
         assert counted == [0]
 
 
@@ -142,7 +140,7 @@ def test_after_a_warm_up_no_layer_compiles_anything(policy, dtype):
         assert found.programs <= experts + OTHERS
         with compiling() as counted:
             for seed in range(3):
-                engine.generate(random_prompts(seed, batch, length), max_num_seqs=batch, max_new_tokens=6)
+                engine.generate(random_prompts(seed, batch, length), max_new_tokens=6)
         assert counted == [0]
 
 
@@ -162,7 +160,7 @@ def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch, policy):
         assert found.programs <= rows_of_experts(model, batch, length) + placing + OTHERS
         with compiling() as counted:
             for seed in range(4):
-                engine.generate(random_prompts(seed, batch, length), max_num_seqs=batch, max_new_tokens=8)
+                engine.generate(random_prompts(seed, batch, length), max_new_tokens=8)
         assert counted == [0]
 
 

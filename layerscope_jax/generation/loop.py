@@ -1,0 +1,301 @@
+"""The loop of a running engine: calls come at any time and share its steps, which whoever waits drives.
+
+There is no thread behind it. Whoever waits for a token takes the engine's turn and drives a step, in which
+all requests that run get one; the others find theirs in their calls' logs when they have the turn. From the
+time when an engine is idle to when it is so again is one run: a call that nobody overlaps has one of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.generation.calls import Call, RequestState
+from layerscope_jax.generation.requests import Completion, Completions, Request, Token
+from layerscope_jax.generation.run import Run
+from layerscope_jax.generation.shares import join, leave
+from layerscope_jax.runtime.accounts import Account, run_stats
+from layerscope_jax.runtime.non_finite import why_not_finite
+from layerscope_jax.runtime.runner import Runner
+from layerscope_jax.runtime.turns import Turns
+
+
+class Loop:
+    """Calls that wait or run, and the run that they share.
+
+    A step that fails, or is interrupted, takes the caches with it. Its exception goes to whoever drove it,
+    and the requests of that call are aborted; those of other calls are prefilled anew, with the tokens that they
+    have, in the next step. Nothing here waits for anything but the turn.
+
+    Args:
+        model: the model.
+        runner: does the steps.
+        turns: of the engine.
+        is_closed: whether no step may begin any more.
+        new_caches: `(rows, length)` -> empty caches.
+        max_num_seqs, prefill_chunk_size: see `OffloadConfig`.
+        budget_bytes: of the engine, for statistics.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        runner: Runner,
+        turns: Turns,
+        is_closed: Callable[[], bool],
+        new_caches: Callable[[int, int], Any],
+        max_num_seqs: int,
+        prefill_chunk_size: int,
+        budget_bytes: int,
+    ):
+        self._model, self._runner, self._turns, self._is_closed = model, runner, turns, is_closed
+        self._new_caches = new_caches
+        self._most, self._chunk = max_num_seqs, prefill_chunk_size
+        self._budget_bytes = budget_bytes
+        self._ids = itertools.count()
+        self._inbox: deque[Call] = deque()  # calls that no step knows of yet
+        self._cancelled: deque[Call] = deque()
+        self._calls: dict[Call, None] = {}  # those that have not ended, in the order in which they came
+        self._run: Run | None = None
+        self._account = Account()
+        self._settled = True  # whether all of these agree, else something came in between
+        self._error: str | None = None  # why logits were not finite, once they were
+
+    # ---- any thread's side -------------------------------------------------------------------------------
+
+    def call(
+        self, requests: Sequence[Request], prompts: Sequence[list[int]], *, record_plans: bool, bound: bool
+    ) -> Call:
+        """Returns a call for requests and their prompts' token ids, which has yet to be submitted."""
+        call, context = Call(record_plans, bound), self._model.config.max_position_embeddings
+        call.states = [
+            RequestState(
+                next(self._ids),
+                index,
+                request,
+                prompt,
+                min(request.max_new_tokens, context - len(prompt)),
+                call,
+            )
+            for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
+        ]
+        return call
+
+    def submit(self, call: Call) -> None:
+        """Lets the next step know of a call; does not wait."""
+        call.began = time.perf_counter()
+        self._inbox.append(call)
+
+    def cancel(self, call: Call) -> None:
+        """Ends a call's requests at the next step, or now where no step is under way; does not wait.
+
+        May be called at any time, by whoever collects garbage too, and again.
+        """
+        if call.ended or call.cancelled:
+            return
+        call.cancelled = True
+        self._cancelled.append(call)
+        with self._turns.turn_if_free() as taken:
+            if taken:
+                self._ready()
+
+    def follow(self, call: Call) -> Iterator[Token]:
+        """Yields every token of a call as it comes, from the first one on; drives steps meanwhile."""
+        seen = 0
+        while True:
+            ended = call.ended  # looked at first: nothing comes after it
+            while seen < len(call.log):
+                seen += 1
+                yield call.log[seen - 1]
+            if ended:
+                return
+            self._drive(call, seen)
+
+    def stream(self, call: Call) -> Generator[Token]:
+        """Submits a call and follows it; whoever gives up reading cancels it."""
+        self._turns.check()
+        self.submit(call)
+        try:
+            yield from self.follow(call)
+        finally:
+            self.cancel(call)
+
+    def answer(self, call: Call) -> Completions:
+        """Waits for all of a call, and returns what came of it."""
+        for _ in self.follow(call):
+            pass
+        with self._turns.turn():
+            assert call.counted is not None
+            stats = run_stats(
+                call.counted,
+                self._runner.stats(call.counted),
+                call.times,
+                call.total_s,
+                prompts=len(call.states),
+                new_tokens=sum([len(state.tokens) for state in call.states]),
+                budget_bytes=self._budget_bytes,
+            )
+        events: list[list[Token]] = [[] for _ in call.states]
+        for event in call.log:
+            events[event.request].append(event)
+        completions = [
+            Completion(
+                text="".join([event.text for event in own]),
+                token_ids=state.tokens,
+                finish_reason=own[-1].finish_reason or "",
+                stats=stats,
+                error=own[-1].error,
+            )
+            for state, own in zip(call.states, events, strict=True)
+        ]
+        return Completions(completions, stats, call.counted.plans or [])
+
+    def rehearse(self, call: Call, step: Callable[..., Any]) -> None:
+        """Goes through the prefills of a call and one decode step by another `step`, beside all else."""
+        run, most = self._new_run(len(call.states)), 2 * len(call.states)
+        run.add(call.states)
+        made = 0  # tokens: of all prefills, and of a decode step
+        while made < most and (states := run.step(step)):
+            made += len(states)
+
+    def check_open(self) -> None:
+        """Refuses to go on where no step may begin.
+
+        Raises:
+            ValueError: if the engine was closed.
+        """
+        if self._is_closed():
+            raise ValueError("the engine was closed; make a new Engine to generate more")
+
+    # ---- within a turn -----------------------------------------------------------------------------------
+
+    def _drive(self, call: Call, seen: int) -> None:
+        """Waits for the turn, and does a step unless there is news for the call by then."""
+        with self._turns.turn():
+            if len(call.log) > seen or call.ended:
+                return
+            self.check_open()
+            try:
+                self._step()
+                assert call.ended or call in self._calls, "a call that no step knows of"
+            except BaseException:
+                call.cancelled = True  # before anything else: nobody waits for it any more
+                self._recover()
+                raise
+
+    def _step(self) -> None:
+        """Does one step for all."""
+        self._ready()
+        if self._run is None:
+            return
+        self._settled = False
+        self._runner.reset(self._account)
+        states = self._run.step(self._runner.step)
+        if not states:
+            raise AssertionError("requests were left that no step was scheduled for")
+        for state in states:
+            if state.finish_reason is not None:
+                self._close_ended()
+                break
+        self._settled = True
+
+    def _ready(self) -> None:
+        """Lets newcomers in and those who cancelled out."""
+        if not self._settled:
+            self._recover()
+        if not (self._inbox or self._cancelled):
+            return
+        self._settled = False
+        if self._inbox:
+            self._begin(self._arrived())
+        while self._cancelled:
+            call = self._cancelled[0]
+            if call in self._calls and self._run is not None:
+                for state in call.unfinished:
+                    self._run.abort(state)
+            self._cancelled.popleft()
+        self._close_ended()
+        self._settled = True
+
+    def _arrived(self) -> list[Call]:
+        """Returns the calls that came since the last step, now among the others."""
+        new = []
+        while self._inbox:
+            call = self._inbox[0]  # which is forgotten only when it is in the other place
+            if call not in self._calls:
+                self._calls[call] = None
+                new.append(call)
+            self._inbox.popleft()
+        return new
+
+    def _begin(self, calls: Sequence[Call]) -> None:
+        """Lets calls into the run, which begins with them if there is none."""
+        if self._run is None:
+            self._run, self._account = self._new_run(self._most), Account()
+        self._runner.reset(None)
+        for call in calls:
+            if call.joined is None:
+                join(call, self._account, self._run.decode_s)
+        self._run.add([state for call in calls for state in call.unfinished])
+
+    def _close_ended(self) -> None:
+        """Gives finished calls what was counted for them; with the last one, the run is over."""
+        ended = [call for call in self._calls if not call.unfinished]
+        if not ended:
+            return
+        assert self._run is not None
+        self._runner.reset(None)
+        now = time.perf_counter()
+        for call in ended:
+            leave(call, self._account, self._run.decode_s, now)
+            call.ended = True
+            del self._calls[call]
+        if not any(call.record_plans for call in self._calls):
+            self._account.plans = None
+        if not any(call.bound for call in self._calls):
+            self._account.decoded = None
+        if not self._calls:
+            self._run = None
+
+    def _recover(self) -> None:
+        """After whatever went wrong in a step: what happened is in the logs, all else begins anew."""
+        self._settled = False
+        self._runner.reset(None)
+        self._arrived()
+        run = self._new_run(self._most)
+        if self._run is None:
+            self._account = Account()
+        else:  # which goes, with its caches: the step may have taken them with it
+            run.decode_s = self._run.decode_s
+        self._run = run
+        for call in self._calls:
+            if call.joined is None:
+                join(call, self._account, run.decode_s)
+            for state in call.states:
+                state.recall()
+                if call.cancelled and state.finish_reason is None:
+                    state.begin(self._model.tokenizer)
+                    state.end("abort")
+        run.add([state for call in self._calls for state in call.unfinished])
+        self._cancelled.clear()
+        self._close_ended()
+        self._settled = True
+
+    def _new_run(self, max_num_seqs: int) -> Run:
+        return Run(
+            max_num_seqs,
+            self._new_caches,
+            self._chunk,
+            self._model.config.stop_token_ids,
+            self._model.tokenizer,
+            self._why_not_finite,
+        )
+
+    def _why_not_finite(self) -> str:
+        if self._error is None:  # looking through all weights takes as long as reading them
+            self._error = why_not_finite(self._model)
+        return self._error

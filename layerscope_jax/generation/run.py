@@ -1,0 +1,208 @@
+"""A run: the steps of requests that share slots, from the first that comes to an idle engine to the last.
+
+Keys and values of newcomers, prefilled in small caches of their own, are put into the rows of those that
+ended. A request whose logits are not finite ends with an error; rows are apart, so the others go on.
+
+What runs beside a request changes no number that it is computed from, only the shapes of the products that
+it is a part of. Where experts run on a CPU, in float32 or bfloat16, a row has the same bits whatever the
+other rows are (`layerscope_jax.kernels.cpu`), as do attention, sums over experts and products with other
+weights there, where their sizes suit our loops (`layerscope_jax.kernels.inside`). Stale keys weigh nothing.
+The rest is XLA's, as are experts on an accelerator: another number of rows, width of prompts or
+length of a cache may round it differently. In float32 two greedy runs hardly ever part by that; in bfloat16,
+where two tokens often score nearly the same, they may. The same call alone has the same shapes, and so the
+same bits again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from layerscope_jax.generation.calls import RequestState
+from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.scheduler import (
+    MIN_LENGTH,
+    MIN_WIDTH,
+    Decode,
+    Prefill,
+    Scheduler,
+    Waiting,
+    batch_rows,
+    bucket,
+)
+from layerscope_jax.generation.slots import Slots
+from layerscope_jax.kernels.grouping import next_power
+from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.runtime.sampling import NO_TOKEN, Sampling
+
+Step = Callable[..., tuple[jax.Array, jax.Array, Any]]
+
+
+class Run:
+    """Requests in slots, a step at a time.
+
+    Args:
+        max_num_seqs: requests that run at once at most.
+        new_caches: `(rows, length)` -> empty caches.
+        prefill_chunk_size: tokens of a prefill step at most; see `OffloadConfig`.
+        stop_token_ids: end a request that has none of its own.
+        tokenizer: None if there is to be no text.
+        why_not_finite: says why a step found no token for somebody.
+
+    Attributes:
+        decode_s: of each decode step: from the end of the step before it.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        new_caches: Callable[[int, int], Any],
+        prefill_chunk_size: int,
+        stop_token_ids: Sequence[int],
+        tokenizer: Tokenizer | None,
+        why_not_finite: Callable[[], str],
+    ):
+        self.decode_s: list[float] = []
+        self._scheduler = Scheduler(max_num_seqs, prefill_chunk_size)
+        self._slots = Slots(new_caches)
+        self._new_caches, self._chunk = new_caches, prefill_chunk_size
+        self._stop_tokens, self._tokenizer = stop_token_ids, tokenizer
+        self._why_not_finite = why_not_finite
+        self._states: dict[int, RequestState] = {}  # of those that wait or run, by id
+        # Decided for the run: a step that samples is another program than one that does not.
+        self._samples = False
+        self._sampling: Sampling | None = None  # of the slots
+        self._ended = 0.0  # when the last step did
+
+    def add(self, states: Iterable[RequestState]) -> None:
+        """Enters requests, new ones or such as are to go on."""
+        states = list(states)
+        self._states |= {state.id: state for state in states}
+        self._samples = self._samples or any(state.request.temperature > 0 for state in states)
+        self._scheduler.add(
+            [
+                Waiting(state.id, len(state.prompt) + len(state.tokens), state.room - len(state.tokens))
+                for state in states
+            ]
+        )
+        self._ended = time.perf_counter()  # what came before is no part of their steps
+
+    def abort(self, state: RequestState) -> None:
+        """Ends a request that waits or runs."""
+        if (row := self._scheduler.abort(state.id)) is not None:
+            self._slots.free(row)
+        del self._states[state.id]
+        state.end("abort")
+
+    def step(self, step: Step) -> list[RequestState]:
+        """Carries out the step that is scheduled next.
+
+        Args:
+            step: of a runner; see `LayerByLayer.step`.
+
+        Returns:
+            Who has got a token, or an error; nobody where there is nothing to do.
+        """
+        scheduled = self._scheduler.schedule()
+        if isinstance(scheduled, Prefill):
+            return self._prefill(step, scheduled)
+        return [] if scheduled is None else self._decode(step, scheduled)
+
+    def _prefill(self, step: Step, scheduled: Prefill) -> list[RequestState]:
+        """Begins a group of requests: one step, or several for one long prompt.
+
+        All steps of a long prompt have one shape, [1, prefill_chunk_size], and caches as long as the slots':
+        its length compiles nothing.
+        """
+        slots, scheduler = self._slots, self._scheduler
+        slots.fit(batch_rows(scheduler.slots), bucket(scheduler.length, MIN_LENGTH))
+        group = [self._states[request] for request in scheduled.requests]
+        prompts = [[*state.prompt, *state.tokens] for state in group]
+        rows = next_power(len(group))
+        longest = max(map(len, prompts))
+        width = min(bucket(longest, MIN_WIDTH), self._chunk)
+        caches = self._new_caches(rows, width if longest <= width else slots.length)
+        sampling = self._sampling_of(dict(enumerate(group)), rows)
+        for start in range(0, longest, width):
+            tokens, positions, last = prefill_inputs(prompts, rows, start, width)
+            found, _, caches = step(tokens, positions, last, caches, sampling)
+        new = np.asarray(found).tolist()
+        ended = time.perf_counter()
+        slots.put(scheduled.rows, caches, rows)
+        for state, row, token in zip(group, scheduled.rows, new, strict=False):
+            if state.first_token_s is None:
+                state.first_token_s = ended - state.call.began
+            state.begin(self._tokenizer)
+            self._enter(state, row, token)
+        self._sampling = None  # of other rows
+        self._ended = time.perf_counter()
+        return group
+
+    def _decode(self, step: Step, scheduled: Decode) -> list[RequestState]:
+        """Gives every running request one token."""
+        slots = self._slots
+        states = [self._states[request] for request in scheduled.requests]
+        if self._samples and self._sampling is None:
+            self._sampling = self._sampling_of(dict(zip(scheduled.rows, states, strict=True)), slots.rows)
+        last = np.zeros(slots.rows, np.int32)
+        found, _, slots.caches = step(slots.tokens, slots.positions, last, slots.caches, self._sampling)
+        new = np.asarray(found).tolist()
+        ended = time.perf_counter()
+        self.decode_s.append(ended - self._ended)
+        self._ended = ended
+        for state, row in zip(states, scheduled.rows, strict=True):
+            self._enter(state, row, new[row])
+        return states
+
+    def _enter(self, state: RequestState, row: int, token: int) -> None:
+        """Enters the new token of the request at `row`, and frees the row if it was its last."""
+        if token == NO_TOKEN:
+            state.end("error", self._why_not_finite())
+        else:
+            state.advance(token, self._stop_tokens)
+        if state.finish_reason is None:
+            self._slots.enter(row, token, len(state.prompt) + len(state.tokens) - 1)
+        else:
+            self._scheduler.finish(state.id)
+            self._slots.free(row)
+            del self._states[state.id]
+
+    def _sampling_of(self, running: dict[int, RequestState], rows: int) -> Sampling | None:
+        """Returns how each row samples, greedy where nobody runs; None if the whole run is greedy."""
+        if not self._samples:
+            return None
+        requests = [Request(prompt=[0])] * rows
+        for row, state in running.items():
+            requests[row] = state.request
+        return Sampling(
+            seed=jnp.array([request.seed for request in requests], jnp.uint32),
+            temperature=jnp.array([request.temperature for request in requests], jnp.float32),
+            top_k=jnp.array([min(request.top_k, 2**31 - 1) for request in requests], jnp.int32),
+            top_p=jnp.array([request.top_p for request in requests], jnp.float32),
+        )
+
+
+def prefill_inputs(
+    prompts: Sequence[Sequence[int]], rows: int, start: int, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns what a prefill step reads: tokens and positions [B, S] from `start` on, and the last index [B].
+
+    >>> tokens, positions, last = prefill_inputs([[5, 6, 7], [8]], rows=2, start=0, width=4)
+    >>> tokens.tolist(), last.tolist()
+    ([[5, 6, 7, 0], [8, 0, 0, 0]], [2, 0])
+    """
+    tokens = np.zeros((rows, width), np.int32)
+    positions = np.full((rows, width), PAD_POSITION, np.int32)
+    last = np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        part = prompt[start : start + width]
+        tokens[row, : len(part)] = part
+        positions[row, : len(part)] = np.arange(start, start + len(part))
+        last[row] = len(part) - 1
+    return tokens, positions, last

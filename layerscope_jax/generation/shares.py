@@ -1,0 +1,81 @@
+"""What a run counted while one call was in it: all of it where the call was alone."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from layerscope_jax.generation.calls import Call, Joined
+from layerscope_jax.runtime.accounts import Account
+from layerscope_jax.runtime.statistics import Times
+
+COUNTS = ("meter", "link", "host", "device")
+
+C = TypeVar("C")
+
+
+def join(call: Call, account: Account, decode_s: list[float]) -> None:
+    """Notes how far a run is when a call comes into it, and has it keep what the call wants kept.
+
+    Args:
+        call: that comes.
+        account: of the run; nobody counts for it at the moment.
+        decode_s: of the run's decode steps so far.
+    """
+    if call.record_plans and account.plans is None:
+        account.plans = []
+    if call.bound and account.decoded is None:
+        account.decoded = []
+    call.joined = Joined(
+        counts={name: copy.deepcopy(getattr(account, name)) for name in COUNTS},
+        wasted_bytes=account.wasted_bytes,
+        steps=account.steps,
+        decode_steps=len(decode_s),
+        plans=len(account.plans or ()),
+        decoded=len(account.decoded or ()),
+    )
+
+
+def leave(call: Call, account: Account, decode_s: list[float], now: float) -> None:
+    """Gives a call that has ended what the run has counted since it came.
+
+    Args:
+        call: that has ended.
+        account: of the run; nobody counts for it at the moment.
+        decode_s: of the run's decode steps so far.
+        now: the time.
+    """
+    assert call.joined is not None
+    before = call.joined
+    call.counted = Account(
+        plans=(account.plans or [])[before.plans :] if call.record_plans else None,
+        decoded=(account.decoded or [])[before.decoded :] if call.bound else None,
+        steps=account.steps - before.steps,
+        peak_bytes=account.peak_bytes,
+        wasted_bytes=max(0, account.wasted_bytes - before.wasted_bytes),
+        **{name: difference(getattr(account, name), before.counts[name]) for name in COUNTS},
+    )
+    began = [state for state in call.states if state.first_token_s is not None]
+    call.times = Times(
+        prompt_tokens=sum([len(state.prompt) for state in began]),
+        first_token_s=[state.first_token_s for state in began if state.first_token_s is not None],
+        decode_s=decode_s[before.decode_steps :],
+    )
+    call.total_s = now - call.began
+
+
+def difference(later: C, earlier: C) -> C:
+    """Returns what was counted between two states of one record of counts.
+
+    >>> from layerscope_jax.offload.link import LinkStats
+    >>> difference(LinkStats(retries=5, dropped=1), LinkStats(retries=2)).retries
+    3
+    """
+    found: Any = copy.copy(later)
+    for field in fields(found):
+        now, then = getattr(later, field.name), getattr(earlier, field.name)
+        if isinstance(now, int | float | Counter):
+            setattr(found, field.name, now - then)
+    return found
