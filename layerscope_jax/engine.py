@@ -13,6 +13,7 @@ import jax
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
+from layerscope_jax.formats import PlainFormat
 from layerscope_jax.generation.batching import Batch, Running
 from layerscope_jax.generation.detokenize import continuation
 from layerscope_jax.generation.progress import progress_bar
@@ -149,11 +150,13 @@ class Engine:
         left_to_us = isinstance(config.policy, str) and config.policy != "host-only"
         everything = fits and (left_to_us or isinstance(policy, Resident))
         self.runner: WholeModel | LayerByLayer
-        if everything and config.numerics == "fast" and WholeModel.is_faster_on(self.device):
+        # Packed experts are computed as they lie, which is not how a whole model has them.
+        one_program = isinstance(bank.format, PlainFormat) and WholeModel.is_faster_on(self.device)
+        if everything and config.numerics == "fast" and one_program:
             self.policy: Policy = Resident()
             self.runner = WholeModel(model)
             return
-        if everything and WholeModel.is_faster_on(self.device):
+        if everything and one_program:
             logger.warning(
                 "every expert fits on %s: OffloadConfig(numerics='fast') runs a step as one program there, "
                 "without Python between layers; its logits agree with those of other budgets to rounding",
@@ -176,7 +179,8 @@ class Engine:
                 profile = calibration.measure(model, host, transfers, residency.slots)
             state = forecasts.explained(self.budget_bytes, lambda: self.policy.init(geometry, profile))
             self._costs = profile
-            runner = ResidentOnCpu if everything and host.inside is not None else LayerByLayer
+            in_programs = host.inside is not None and host.inside.target is not None
+            runner = ResidentOnCpu if everything and in_programs else LayerByLayer
             self.runner = runner(model, self.policy, state, residency, transfers, host, forecasts)
             if everything:
                 self.runner.preload()

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from layerscope_jax.models.experts import ExpertWeights
-
 if TYPE_CHECKING:
     from layerscope_jax.checkpoints.model import Model
 
@@ -106,6 +104,6 @@ def weights_digest(model: Model) -> str:
     ):
         count(path, np.asarray(leaf))
     for expert in model.bank:
-        for name, view in zip(ExpertWeights._fields, model.bank.views(expert), strict=True):
+        for name, view in zip(model.bank.format.Expert._fields, model.bank.views(expert), strict=True):
             count(f"{expert} {name}", view)
     return found.hexdigest()

@@ -35,7 +35,7 @@ SHORT_ROWS, HIGH = 512, 256
 
 
 @functools.cache
-def suits(dtype: np.dtype, width: int, hidden: int) -> bool:
+def suit(dtype: np.dtype, width: int, hidden: int) -> bool:
     """Whether experts [width, hidden] can be computed here."""
     return dtype.name == "bfloat16" and width % DEPTH == 0 == hidden % DEPTH and available()
 
@@ -199,8 +199,8 @@ def shape_tiles(at, rows):
 
 
 @njit(cache=True, nogil=True)
-def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, counter, scratch):
-    """As `kernels.run_experts`.
+def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, kind, counter, scratch):
+    """As `loops.run_experts`, of weights in bfloat16 alone.
 
     Args:
         firsts, lasts: at most `PIECE` apart.

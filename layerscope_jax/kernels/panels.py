@@ -1,6 +1,6 @@
 """Products of many tokens: a matrix passes panel by panel, the next one laid out while one is multiplied.
 
-With few tokens reading takes the time, and a matrix is best read in whole rows (`kernels`). With many it is
+With few tokens reading takes the time, and a matrix is best read in whole rows (`loops`). With many it is
 arithmetic: a panel is a few strips (`strips`), each small enough to stay in the nearest cache until all
 tokens had it. Sums run over the same rows in the same order, so that their bits are the same.
 """
@@ -144,29 +144,27 @@ def two_rooms():
 
 @njit(cache=True, nogil=True, inline="always")
 def swiglu_of_many(x, gate, up, down, outputs, slots):
-    """`kernels.swiglu` of `MANY` tokens or more; sizes are multiples of `vectors.ROWS` and `COLUMNS`."""
+    """`loops.swiglu` of `MANY` tokens or more; sizes are multiples of `vectors.ROWS` and `COLUMNS`."""
     tokens, width = x.shape
     hidden = gate.shape[1]
-    ends, inner = shared_out(tokens), room(tokens, hidden, outputs)
+    ends, inner = shared_out(tokens), room(tokens, hidden, down)
     gates, ups = np.empty((tokens, APART), np.float32), np.empty((tokens, APART), np.float32)
     memory, here, there = two_rooms()
-    inputs = packed(x, ends, outputs)
-    lay_first(panel_of(gate, 0, hidden), here, outputs)
+    inputs = packed(x, ends, gate)
+    lay_first(panel_of(gate, 0, hidden), here, gate)
     for first in range(0, hidden, WIDE):
         last = min(first + WIDE, hidden)
         of_up = panel_of(up, first, hidden)
         after = panel_of(gate, last, hidden) if last < hidden else panel_of(down, 0, width)
-        here, there = add_panel(
-            inputs, ends, panel_of(gate, first, hidden), of_up, here, there, gates, outputs
-        )
-        here, there = add_panel(inputs, ends, of_up, after, here, there, ups, outputs)
+        here, there = add_panel(inputs, ends, panel_of(gate, first, hidden), of_up, here, there, gates, gate)
+        here, there = add_panel(inputs, ends, of_up, after, here, there, ups, gate)
         for m in range(tokens):
-            activate(gates[m], ups[m], inner[m, first:last], outputs)
-    inputs = packed(inner, ends, outputs)
+            activate(gates[m], ups[m], inner[m, first:last], outputs, down)
+    inputs = packed(inner, ends, down)
     for first in range(0, width, WIDE):
         last = min(first + WIDE, width)
         panel, after = panel_of(down, first, width), panel_of(down, last, width)
-        here, there = add_panel(inputs, ends, panel, after, here, there, gates, outputs)
+        here, there = add_panel(inputs, ends, panel, after, here, there, gates, down)
         for m in range(tokens):
             round_row(gates[m], outputs[slots[m], first:last])
     memory[0] = 0  # kept until here
@@ -177,12 +175,12 @@ def multiply_many(x, weights, outputs, start, first, last):
     """`x [M, K] @ weights [K, N]` into the columns `first` to `last` of `outputs`, from row `start` on."""
     ends, sums = shared_out(len(x)), np.empty((len(x), APART), np.float32)
     memory, here, there = two_rooms()
-    inputs = packed(x, ends, outputs)
-    lay_first(panel_of(weights, first, last), here, outputs)
+    inputs = packed(x, ends, weights)
+    lay_first(panel_of(weights, first, last), here, weights)
     for begin in range(first, last, WIDE):
         end = min(begin + WIDE, last)
         panel, after = panel_of(weights, begin, last), panel_of(weights, end, last)
-        here, there = add_panel(inputs, ends, panel, after, here, there, sums, outputs)
+        here, there = add_panel(inputs, ends, panel, after, here, there, sums, weights)
         for m in range(len(x)):
             round_row(sums[m], outputs[start + m, begin:end])
     memory[0] = 0

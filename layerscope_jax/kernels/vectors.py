@@ -1,10 +1,10 @@
-"""A few rows of a matrix, times inputs of a few tokens, added to their sums: a step of `kernels` for LLVM.
+"""A few rows of a matrix, times inputs of a few tokens, added to their sums: a step of `loops` for LLVM.
 
 Numba leaves it to LLVM to find vectors in loops; here they are named, as are the registers' uses: weights are
 read once for up to eight tokens, sums once for as many rows as registers hold, and the rows that come next
 are asked for, which the CPU by itself does too late.
 
-How weights lie and are multiplied is a kind, named by the type of the experts' rows:
+How weights lie and are multiplied is a kind, told by the type of their array:
 
 - float32: multiplied and added, rounded once.
 - uint16: bfloat16, widened to float32 first.
@@ -42,7 +42,7 @@ binding.initialize_native_asmparser()
 
 
 @functools.cache
-def suit_pairs(dtype: np.dtype, width: int, hidden: int) -> bool:
+def suit(dtype: np.dtype, width: int, hidden: int) -> bool:
     """Whether experts [width, hidden] can be multiplied in pairs, without a rest, as numba compiles here."""
     able = WIDE and {"avx512bw", "avx512bf16"} <= features()
     return able and dtype.name == "bfloat16" and width % COLUMNS == 0 == hidden % COLUMNS

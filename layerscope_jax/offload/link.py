@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,7 +17,7 @@ from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.errors import TransferError
 from layerscope_jax.support.jax_settings import settle_thread
 
-MATRICES = len(ExpertWeights._fields)
+MATRICES = len(ExpertWeights._fields)  # chunks of a plain expert; in any format one for each array
 ATTEMPTS = 3
 
 AHEAD_BYTES = 16 * 2**20
@@ -52,7 +52,7 @@ class LinkStats:
 
 @dataclass(eq=False)
 class _Copy:
-    """One expert on its way, a matrix at a time."""
+    """One expert on its way, an array at a time."""
 
     expert: ExpertId
     demanded: bool
@@ -70,7 +70,7 @@ class _Chunk(NamedTuple):
 
 
 class Transfers:
-    """Copies experts from the bank into device memory, one matrix a chunk, demand before prefetch.
+    """Copies experts from the bank into device memory, one array a chunk, demand before prefetch.
 
     A chunk that has begun is finished. A prefetch chunk begins only when no demand waits and nothing else is
     on the link, so a demand load waits for at most one prefetch chunk. Demand chunks overlap by one, which
@@ -110,7 +110,9 @@ class Transfers:
         self._demand: deque[_Copy] = deque()
         self._prefetch: deque[_Copy] = deque()
         self._begun: dict[ExpertId, _Copy] = {}
-        self._arrived: dict[ExpertId, ExpertWeights] = {}
+        self._expert = bank.format.Expert
+        self._chunks = len(self._expert._fields)
+        self._arrived: dict[ExpertId, Any] = {}
         self._failed: dict[ExpertId, BaseException] = {}  # those that somebody waits for
         self._lost: list[ExpertId] = []  # those that nobody waits for
         self._enough = 1  # arrivals worth waking the engine for
@@ -170,7 +172,7 @@ class Transfers:
             self.stats.dropped += len(gone)
             return [copy.expert for copy in gone]
 
-    def arrivals(self) -> tuple[dict[ExpertId, ExpertWeights], list[ExpertId]]:
+    def arrivals(self) -> tuple[dict[ExpertId, Any], list[ExpertId]]:
         """What has arrived since the last call, and which prefetches failed for good; does not wait."""
         if not (self._arrived or self._lost):
             return {}, []  # what comes at this moment comes with the next call
@@ -315,7 +317,7 @@ class Transfers:
         copy.begun += 1
         self._on_link += 1
         self._begun[copy.expert] = copy
-        if copy.begun == MATRICES:
+        if copy.begun == self._chunks:
             queue.popleft()
         return copy, matrix
 
@@ -350,9 +352,9 @@ class Transfers:
             else:
                 self.stats.prefetch_bytes += array.nbytes
             copy.arrays.append(array)
-            if len(copy.arrays) == MATRICES and self._begun.get(copy.expert) is copy:
+            if len(copy.arrays) == self._chunks and self._begun.get(copy.expert) is copy:
                 del self._begun[copy.expert]
-                self._arrived[copy.expert] = ExpertWeights(*copy.arrays)
+                self._arrived[copy.expert] = self._expert(*copy.arrays)
             self._ended()
         return across
 

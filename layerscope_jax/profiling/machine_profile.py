@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerscope_jax.checkpoints.safetensors_io import dtype_named
+from layerscope_jax.formats import format_named
 from layerscope_jax.scheduling.costs import MOST_MS, NOTHING, HardwareProfile, TimeTable, is_time
 from layerscope_jax.scheduling.plan import Geometry
 from layerscope_jax.support import machine
@@ -53,7 +53,7 @@ class ModelShape:
         layers: L, those with routed experts.
         experts, experts_per_token: E, K.
         hidden, moe_intermediate_size: D, F.
-        dtype: of the weights.
+        dtype: of the weights, the name of their format (`layerscope_jax.formats`).
     """
 
     layers: int
@@ -72,13 +72,13 @@ class ModelShape:
             experts_per_token=config.experts_per_token,
             hidden=config.hidden_size,
             moe_intermediate_size=config.moe_intermediate_size,
-            dtype=model.bank.dtype.name,
+            dtype=model.bank.format.name,
         )
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert's three matrices."""
-        return 3 * self.hidden * self.moe_intermediate_size * dtype_named(self.dtype).itemsize
+        """Bytes of one expert."""
+        return format_named(self.dtype).expert_bytes(self.hidden, self.moe_intermediate_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class MachineProfile:
             others["host_start_ms"] = found.read("costs.alone.host_start_ms", partial(read_start, alone))
         start_ms = found.read("costs.host_start_ms", partial(read_start, costs))
         if not found.wrong:
-            found.read("model", lambda: dtype_named(profile["model"]["dtype"]))
+            found.read("model", lambda: format_named(profile["model"]["dtype"]))
             found.read("model", partial(check_size, profile["model"]))
         if found.wrong:
             raise ValueError(f"{'; '.join(found.wrong)}; calibrate again or correct the file")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from layerscope_jax.kernels.cpu import WorkStats
+from layerscope_jax.kernels.registry import REFERENCE, fallbacks
 from layerscope_jax.offload.link import LinkStats
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.lower_bound import lower_bound_ms
@@ -132,7 +133,9 @@ def stats_of(
         prefetch_on_time=meter.on_time / used_prefetches if used_prefetches else None,
         padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
         dispatches=host.dispatches + device.dispatches,
-        kernels=kernels | {"xla": 1 - sum(kernels.values())} if experts else None,
+        format=runner.model.bank.format.name,
+        kernels=kernels | {REFERENCE: 1 - sum(kernels.values())} if experts else None,
+        kernel_fallbacks=fallbacks(),
         mode=runner.mode,
         **known,
     )

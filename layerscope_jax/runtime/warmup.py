@@ -130,12 +130,13 @@ class Rehearsal(LayerByLayer):
                 outputs = place_rows(outputs, slots, np.zeros((1 << power, outputs.shape[1]), outputs.dtype))
         if self.residency.slots and not isinstance(self.policy, HostOnly) and not (shared and resident):
             weights = jax.device_put(self.model.bank[first], self.transfers.sharding)
-            if shared:
-                self._on_cpu(inputs, chosen, tokens, InMemory.of(weights))
+            if isinstance(self.device_experts, SharedExperts):
+                self._on_cpu(inputs, chosen, tokens, self.device_experts.keep(weights))
             else:
+                _, product = self.device_experts.product(weights, inputs.dtype)
                 for bucket, size in possible_groups(tokens, choices, self.model.config.num_experts):
                     slots = np.full((size, bucket), total, np.int32)
-                    outputs, _ = grouped_ffn(outputs, inputs, slots, (weights,) * size, choices)
+                    outputs, _ = grouped_ffn(outputs, inputs, slots, (weights,) * size, choices, product)
         return outputs
 
     def _on_cpu(self, inputs: jax.Array, chosen: np.ndarray, tokens: int, weights: InMemory) -> None:
@@ -148,7 +149,8 @@ class Rehearsal(LayerByLayer):
         )
         if self.host_experts.cpu.kernel is not None:
             return  # compiled by that
-        local = jax.device_put(np.asarray(inputs), weights.arrays.gate.sharding)
+        local = jax.device_put(np.asarray(inputs), weights.arrays[0].sharding)
         for bucket, size in possible_groups(tokens, choices, self.model.config.num_experts):
             slots = np.full((size, bucket), chosen.size, np.int32)
-            jax.block_until_ready(grouped_rows(local, slots, (weights.arrays,) * size, choices))
+            same = (weights.arrays,) * size
+            jax.block_until_ready(grouped_rows(local, slots, same, choices, weights.layout.format.ffn))

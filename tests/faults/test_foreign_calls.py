@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from layerscope_jax.kernels.foreign import target
 
 from layerscope_jax.kernels import cpu, crew, foreign, inside
 from layerscope_jax.kernels.attention import compute_attention, fit_attention, rows
 from layerscope_jax.kernels.combining import compute_sums, fit_sums, tokens
 from layerscope_jax.kernels.cpu import LOOPS, CpuExperts, InMemory, WorkStats
-from layerscope_jax.kernels.foreign import target
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.prefill_attention import blocks, compute_attention_of_many
