@@ -32,17 +32,8 @@ from layerscope_jax.kernels.prefill_attention import (
 from layerscope_jax.kernels.products import products
 from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
 from layerscope_jax.kernels.vectors import COLUMNS
-from layerscope_jax.kernels.xla_ffi import (
-    ARGUMENTS,
-    RESULTS,
-    Unavailable,
-    buffer,
-    layout,
-    long_at,
-    matches,
-    register,
-    within,
-)
+from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches, within
+from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.models.experts import products_by
 from layerscope_jax.models.layers import attending_by
 from layerscope_jax.support.njit import cfunc, njit
@@ -65,9 +56,9 @@ def attend_group(queries, keys, values, first, last, outputs):
         clear(sums, end - begin)
         add_product(x, keys, begin, end, sums)
         for group in range(groups):
-            some = scores[group, begin - first : end - first]
+            columns = scores[group, begin - first : end - first]
             for index in range(np.uint64(end - begin)):
-                some[index] = scale * sums[group, index]
+                columns[index] = scale * sums[group, index]
     for group in range(groups):
         weigh(scores[group, : last - first], outputs)
         for index in range(np.uint64(last - first), np.uint64(until - first)):
@@ -153,7 +144,7 @@ def compute_attention(call, do, size):
     keys, cache = buffer(call, ARGUMENTS, 1)
     values, _ = buffer(call, ARGUMENTS, 2)
     bounds, _ = buffer(call, ARGUMENTS, 3)
-    known, _ = buffer(call, ARGUMENTS, 4)
+    table_at, _ = buffer(call, ARGUMENTS, 4)
     outputs, _ = buffer(call, RESULTS, 0)
     job = np.zeros(crew.SIZE, np.int64)
     job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = do, queries, keys, outputs
@@ -164,12 +155,12 @@ def compute_attention(call, do, size):
         long_at(cache + 24),
     )
     job[crew.ROWS], job[GROUPS], job[crew.PARTS] = count, heads // job[HEADS], count * job[HEADS]
-    of = carray(pointer(bounds), (count, 2), np.int32)
+    limits = carray(pointer(bounds), (count, 2), np.int32)
     positions = 0
     for row in range(count):
-        positions += of[row, 1] - of[row, 0]
+        positions += limits[row, 1] - limits[row, 0]
     # Where queries share keys the arithmetic takes longer than reading, so it is what counts.
-    crew.share_out(pool_at(long_at(known)), job, 8 * positions * heads * job[crew.DEPTH])
+    crew.share_out(pool_at(long_at(table_at)), job, 8 * positions * heads * job[crew.DEPTH])
 
 
 def attention(
@@ -214,7 +205,7 @@ def attention_target(dtype: np.dtype, one: bool) -> str:
     Raises:
         Unavailable: if there can be none.
     """
-    words = WORDS[dtype.name].type
+    words: Any = WORDS[dtype.name].type
     if one:
         name = f"layerscope_attention_{dtype.name}"
         return register(name, compute_attention, lambda: rows(words), dtype, fit_attention)
@@ -245,8 +236,8 @@ def attend_by_loops(
     if one:
         query, bounds = query[:, 0], bounds[:, 0]
     name, shape = attention_target(np.dtype(query.dtype), one), jax.ShapeDtypeStruct(query.shape, query.dtype)
-    found = jax.ffi.ffi_call(name, shape)(query, key, value, bounds, table)
-    return found.reshape(*positions.shape, -1)
+    result = jax.ffi.ffi_call(name, shape)(query, key, value, bounds, table)
+    return result.reshape(*positions.shape, -1)
 
 
 built_in(Kernel("loops", "attention", suits, attend_by_loops, obstacle))

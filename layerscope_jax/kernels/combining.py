@@ -19,16 +19,8 @@ from layerscope_jax.kernels.host_kernels import WORDS
 from layerscope_jax.kernels.inside import pool_at
 from layerscope_jax.kernels.numbers import pointer, rounded, taken, widened
 from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
-from layerscope_jax.kernels.xla_ffi import (
-    ARGUMENTS,
-    RESULTS,
-    Unavailable,
-    buffer,
-    layout,
-    long_at,
-    matches,
-    register,
-)
+from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches
+from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.models import experts as compute
 from layerscope_jax.support.njit import cfunc, njit
 
@@ -96,7 +88,7 @@ def compute_sums(call, do, size):
     hidden, sizes = buffer(call, ARGUMENTS, 0)
     rows, _ = buffer(call, ARGUMENTS, 1)
     weights, choices = buffer(call, ARGUMENTS, 2)
-    known, _ = buffer(call, ARGUMENTS, 3)
+    table_at, _ = buffer(call, ARGUMENTS, 3)
     outputs, _ = buffer(call, RESULTS, 0)
     job = np.zeros(crew.SIZE, np.int64)
     job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = do, hidden, weights, outputs
@@ -104,7 +96,7 @@ def compute_sums(call, do, size):
     job[EXPERTS], job[CHOICES] = rows, long_at(choices + 8)
     job[crew.PARTS] = (job[crew.ROWS] + PIECE - 1) // PIECE
     work = job[crew.ROWS] * (job[CHOICES] + 2) * job[crew.DEPTH] * size
-    crew.share_out(pool_at(long_at(known)), job, work)
+    crew.share_out(pool_at(long_at(table_at)), job, work)
 
 
 def combine(table: jax.Array | None, hidden: jax.Array, outputs: jax.Array, weights: jax.Array) -> jax.Array:
@@ -138,7 +130,7 @@ def sums_target(dtype: np.dtype) -> str:
     Raises:
         Unavailable: if there can be none.
     """
-    words = WORDS[dtype.name].type
+    words: Any = WORDS[dtype.name].type
     return register(f"layerscope_sums_{dtype.name}", compute_sums, lambda: tokens(words), dtype, fit_sums)
 
 

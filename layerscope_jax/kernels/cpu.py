@@ -304,10 +304,10 @@ class CpuExperts:
         def share(_: int) -> None:
             while (index := next(numbers)) < len(held):
                 slots, arrays = rows.order[firsts[index] : lasts[index]], held[index].arrays
-                found = np.empty((len(slots), outputs.shape[1]), outputs.dtype)
+                result = np.empty((len(slots), outputs.shape[1]), outputs.dtype)
                 expert = type(arrays)(*map(np.asarray, arrays))
-                kernel.run(read[slots // rows.choices], expert, found)
-                outputs[slots] = found
+                kernel.run(read[slots // rows.choices], expert, result)
+                outputs[slots] = result
 
         return share
 

@@ -225,8 +225,8 @@ class Crew:
         self.pool[[HELPERS, WORTH]] = count, WORTH_BYTES
         first = self.pool.ctypes.data + 8 * SEMAPHORES
         self._semaphores = [first + 8 * SEMAPHORE * index for index in range(2 * count)]
-        for one in self._semaphores:
-            ctypes.CDLL(None).sem_init(ctypes.c_void_p(one), 0, 0)
+        for place in self._semaphores:
+            ctypes.CDLL(None).sem_init(ctypes.c_void_p(place), 0, 0)
 
         self._threads = [
             Thread(target=serve, args=(self.pool, n), name=f"layerscope-crew_{n}", daemon=True)
@@ -243,7 +243,7 @@ class Crew:
     def close(self) -> None:
         """Ends the threads, after the job that they are at. May be called again."""
         retire(self.pool)  # in one call, which no interrupt divides
-        for one in self._semaphores[::2]:
-            ctypes.CDLL(None).sem_post(ctypes.c_void_p(one))
+        for place in self._semaphores[::2]:
+            ctypes.CDLL(None).sem_post(ctypes.c_void_p(place))
         for thread in self._threads:
             thread.join()

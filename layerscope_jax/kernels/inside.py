@@ -17,20 +17,12 @@ from numba import carray
 from layerscope_jax.kernels import crew
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory
 from layerscope_jax.kernels.crew import SEMAPHORE, SEMAPHORES, Crew
+from layerscope_jax.kernels.grouping import by_expert
 from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel
 from layerscope_jax.kernels.numbers import pointer
 from layerscope_jax.kernels.registry import warn_fallback
-from layerscope_jax.kernels.xla_ffi import (
-    ARGUMENTS,
-    RESULTS,
-    Unavailable,
-    buffer,
-    layout,
-    long_at,
-    matches,
-    register,
-    within,
-)
+from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches, within
+from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.support import target
 from layerscope_jax.support.njit import njit
 
@@ -60,34 +52,24 @@ def pool_at(address):
     return carray(pointer(address), SEMAPHORES + 2 * SEMAPHORE * helpers, np.int64)
 
 
-@njit(cache=True, nogil=True, inline="always")
-def sort(experts, active, count, piece):
-    """Slots by expert [A], as `Assignments`, and pieces of at most so many: [N] expert, first and last."""
-    choices = experts.shape[1]
-    starts = np.zeros(count + 1, np.int64)
-    for token in range(len(experts)):
-        if active[token]:
-            for choice in range(choices):
-                starts[experts[token, choice] + 1] += 1
-    pieces = 0
-    for expert in range(count):
-        pieces += (starts[expert + 1] + piece - 1) // piece
-        starts[expert + 1] += starts[expert]
-    order, ends = np.empty(starts[count], np.int32), starts.copy()
-    for token in range(len(experts)):
-        if active[token]:
-            for choice in range(choices):
-                expert = experts[token, choice]
-                order[ends[expert]] = token * choices + choice
-                ends[expert] += 1
-    whose, firsts, lasts = np.empty(pieces, np.int64), np.empty(pieces, np.int64), np.empty(pieces, np.int64)
-    found = 0
-    for expert in range(count):
-        for first in range(starts[expert], starts[expert + 1], piece):
-            whose[found], firsts[found] = expert, first
-            lasts[found] = min(first + piece, starts[expert + 1])
-            found += 1
-    return order, whose, firsts, lasts
+@njit(cache=True, nogil=True)
+def pieces(bounds, most):
+    """Pieces of at most so many slots [N]: whose they are, their first and last slots.
+
+    Args:
+        bounds: [2, E] where each expert's slots begin and end.
+    """
+    count = 0
+    for expert in range(bounds.shape[1]):
+        count += (bounds[1, expert] - bounds[0, expert] + most - 1) // most
+    whose, firsts, lasts = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+    index = 0
+    for expert in range(bounds.shape[1]):
+        for first in range(bounds[0, expert], bounds[1, expert], most):
+            whose[index], firsts[index] = expert, first
+            lasts[index] = min(first + most, bounds[1, expert])
+            index += 1
+    return whose, firsts, lasts
 
 
 @njit(cache=True, nogil=True)
@@ -104,15 +86,14 @@ def compute_experts(call, do, size):
     chosen, sizes = buffer(call, ARGUMENTS, 1)
     tokens, choices = long_at(sizes), long_at(sizes + 8)
     flags, _ = buffer(call, ARGUMENTS, 2)
-    known, sizes = buffer(call, ARGUMENTS, 3)
+    table_at, sizes = buffer(call, ARGUMENTS, 3)
     count = (long_at(sizes) // 2 - FACTS) // 3
     rows, _ = buffer(call, RESULTS, 0)
-    table = carray(pointer(known), FACTS + 3 * count, np.int64)
+    table = carray(pointer(table_at), FACTS + 3 * count, np.int64)
     pool, hidden, piece = pool_at(table[0]), table[1], table[2]
     active = carray(pointer(flags), tokens, np.uint8)
-    order, whose, firsts, lasts = sort(
-        carray(pointer(chosen), (tokens, choices), np.int32), active, count, piece
-    )
+    order, bounds, _ = by_expert(carray(pointer(chosen), tokens * choices, np.int32), active, choices)
+    whose, firsts, lasts = pieces(bounds, piece)
     addresses = np.empty((len(whose), 3), np.int64)
     for index in range(len(whose)):
         for matrix in range(3):
@@ -199,9 +180,9 @@ class Inside:
     def take_counts(self) -> tuple[int, int]:
         """Experts and assignments computed since the last time."""
         pool = self._crew.pool
-        found = int(pool[crew.COUNTED]), int(pool[crew.ASSIGNED])
+        counts = int(pool[crew.COUNTED]), int(pool[crew.ASSIGNED])
         pool[[crew.COUNTED, crew.ASSIGNED]] = 0
-        return found
+        return counts
 
 
 def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, table: jax.Array) -> jax.Array:
@@ -223,10 +204,10 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
     tokens = len(inputs)
     kinds = [(inputs, 2, np.dtype(name.rpartition("_")[2])), (experts, 2, np.dtype(np.int32))]
     kinds += [(active, 1, np.dtype(np.bool_)), (table, 1, np.dtype(np.uint32))]
-    fit = all(one.ndim == rank and one.dtype == dtype for one, rank, dtype in kinds)
+    fit = all(array.ndim == rank and array.dtype == dtype for array, rank, dtype in kinds)
     numbers, rest = divmod(len(table) - 2 * FACTS, 6) if fit else (0, 0)
     if numbers < 1 or rest or not len(experts) == len(active) == tokens:
-        got = ", ".join(f"{one.dtype}{list(one.shape)}" for one, *_ in kinds)
+        got = ", ".join(f"{array.dtype}{list(array.shape)}" for array, *_ in kinds)
         raise ValueError(
             f"{name} takes inputs [T, D], experts int32 [T, K], active bool [T] and a table, got {got}"
         )

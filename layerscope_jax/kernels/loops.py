@@ -61,10 +61,10 @@ def add_rows(x, weights, high, first, last, sums):
         begin = weights.ctypes.data + row * k + weights.itemsize * first
         m, ahead = 0, ROWS * row
         while m < len(x):
-            here, inputs = sums.ctypes.data + FAR * m, x.ctypes.data + deep * m + x.itemsize * k
+            sums_at, inputs = sums.ctypes.data + FAR * m, x.ctypes.data + deep * m + x.itemsize * k
             left = len(x) - m
             for c in range(0, last - first, COLUMNS):
-                at, to = begin + weights.itemsize * c, here + 4 * c
+                at, to = begin + weights.itemsize * c, sums_at + 4 * c
                 if left >= 8:
                     add8(at, row, ahead, to, FAR, inputs, deep, weights)
                 elif left >= 4:
@@ -120,19 +120,19 @@ def swiglu(x, gate, up, down, outputs, slots):
 def multiply(x, weights, outputs, first, last):
     """`x [M, K] @ weights [K, N]` into the columns `first` to `last` of `outputs`, of the type of `x`."""
     for start in range(0, len(x), PIECE):
-        some = room(min(PIECE, len(x) - start), x.shape[1], weights)
-        for m in range(len(some)):
+        piece = room(min(PIECE, len(x) - start), x.shape[1], weights)
+        for m in range(len(piece)):
             for k in range(np.uint64(x.shape[1])):
-                some[m, k] = as_input(x[start + m, k], weights)
-        if are_many(len(some), x.shape[1], last - first):
-            multiply_many(some, weights, outputs, start, first, last)
+                piece[m, k] = as_input(x[start + m, k], weights)
+        if are_many(len(piece), x.shape[1], last - first):
+            multiply_many(piece, weights, outputs, start, first, last)
             continue
-        sums = np.empty((len(some), STRIDE), np.float32)
+        sums = np.empty((len(piece), STRIDE), np.float32)
         for begin in range(first, last, BLOCK):
             end = min(begin + BLOCK, last)
             sums[:, : end - begin] = 0
-            add_product(some, weights, begin, end, sums)
-            for m in range(len(some)):
+            add_product(piece, weights, begin, end, sums)
+            for m in range(len(piece)):
                 round_row(sums[m], outputs[start + m, begin:end])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -9,7 +11,7 @@ from layerscope_jax.kernels import crew, loops, vectors
 from layerscope_jax.kernels.host_kernels import WORDS
 from layerscope_jax.kernels.inside import pool_at
 from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
-from layerscope_jax.kernels.xla_ffi import (
+from layerscope_jax.kernels.xla_calls import (
     ARGUMENTS,
     ARGUMENTS_NUMBER,
     NUMBER,
@@ -17,13 +19,12 @@ from layerscope_jax.kernels.xla_ffi import (
     RESULTS,
     SIZES,
     TYPE,
-    Unavailable,
     buffer,
     description,
     int_at,
     long_at,
-    register,
 )
+from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.models.experts import matmuls
 from layerscope_jax.support.njit import njit
 
@@ -55,8 +56,8 @@ def multiply(call, do, size):
     """`x [M, K] @ weights [K, N]` of some weights, helped by a crew: the last argument is its address."""
     x, sizes = buffer(call, ARGUMENTS, 0)
     count = long_at(call + NUMBER)
-    known, _ = buffer(call, ARGUMENTS, count + 1)
-    pool = pool_at(long_at(known))
+    table_at, _ = buffer(call, ARGUMENTS, count + 1)
+    pool = pool_at(long_at(table_at))
     matrices, all_columns = np.empty((count, 3), np.int64), 0
     for index in range(count):
         matrices[index, 0], sizes_of = buffer(call, ARGUMENTS, index + 1)
@@ -84,8 +85,8 @@ def multiply(call, do, size):
 
 def products(table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
     """`dense` of x [..., K] and weights [K, N], inside a jitted program, by the kernel that suits."""
-    formats = {one.dtype.name for one in weights}
-    sizes = (x.shape[-1], *(one.shape[1] for one in weights))
+    formats = {matrix.dtype.name for matrix in weights}
+    sizes = (x.shape[-1], *(matrix.shape[1] for matrix in weights))
     name = formats.pop() if len(formats) == 1 else "mixed"
     kernel = choose(Work("products", name, np.dtype(x.dtype), sizes))
     return matmuls(x, *weights) if kernel is None else kernel.run(table, x, *weights)
@@ -103,8 +104,8 @@ def products_target(dtype: np.dtype, pairs: bool) -> str:
     Raises:
         Unavailable: if there can be none.
     """
-    rows = WORDS[dtype.name].type
-    weights = np.int16 if pairs else rows
+    rows: Any = WORDS[dtype.name].type
+    weights: Any = np.int16 if pairs else rows
     name = f"layerscope_products_{'pairs' if pairs else 'loops'}_{dtype.name}"
     return register(name, multiply, lambda: crew.products(rows, weights), dtype, fit_products)
 
@@ -123,12 +124,12 @@ def in_pairs(dtype: np.dtype, depth: int, *widths: int) -> bool:
 
 def multiply_by_loops(table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
     """`x @ weights` of x [..., K] and each of some weights [K, N]."""
-    dtype, depth, widths = np.dtype(x.dtype), x.shape[-1], [one.shape[1] for one in weights]
+    dtype, depth, widths = np.dtype(x.dtype), x.shape[-1], [matrix.shape[1] for matrix in weights]
     name = products_target(dtype, in_pairs(dtype, depth, *widths))
     flat = x.reshape(-1, depth)
     shapes = [jax.ShapeDtypeStruct((len(flat), width), x.dtype) for width in widths]
-    found = jax.ffi.ffi_call(name, shapes)(flat, *weights, table)
-    return [one.reshape(*x.shape[:-1], -1) for one in found]
+    results = jax.ffi.ffi_call(name, shapes)(flat, *weights, table)
+    return [matrix.reshape(*x.shape[:-1], -1) for matrix in results]
 
 
 built_in(Kernel("loops", "products", suits, multiply_by_loops, obstacle))

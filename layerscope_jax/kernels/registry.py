@@ -55,7 +55,7 @@ class Kernel:
 
     - "experts" on a CPU: `run(inputs, expert, outputs)`, NumPy arrays: inputs [M, D]; an `Expert` of the
       format, of read-only arrays; outputs [M, D], to be written. Several threads call it at once.
-    - "experts" on another platform: `run(x, expert) -> [M, D]`, as `ExpertFormat.ffn`, inside a jitted program.
+    - "experts" on another platform: `run(x, expert) -> [M, D]`, as `ExpertFormat.ffn`, in a jitted program.
     - the others, on CPUs only, inside a jitted program: "products" `run(table, x, *weights) -> list`,
       "attention" `run(table, query, key, value, positions, window)`, "sums" `run(table, hidden, outputs,
       weights)`, as the references `products`, `attention` and `combine` in `layerscope_jax.kernels`. `table`
@@ -145,7 +145,7 @@ def choose(work: Work) -> Kernel | None:
 
 
 def warn_fallback(reason: str) -> None:
-    """Warns, once for a reason, that a kernel does not compute what suits it; `fallbacks` has it from then on."""
+    """Warns, once for a reason, that a kernel does not compute what suits it; see `fallbacks`."""
     if reason in _fallbacks:
         return
     _fallbacks[reason] = None

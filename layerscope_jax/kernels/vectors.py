@@ -67,20 +67,20 @@ def adding(tokens: int) -> Callable:
         steps = [loaded(builder, kind, rows[k : k + high]) for k in range(0, ROWS, high)]
         add = add_pairs if pairs else add_product
         for first in range(0, tokens, 2):  # four sums at a time, so that none waits for itself
-            some = range(first, min(first + 2, tokens))
+            pair = range(first, min(first + 2, tokens))
             places = [
                 builder.inttoptr(builder.add(moved(sums, far, token), LONG(4 * half)), NUMBERS.as_pointer())
-                for token in some
+                for token in pair
                 for half in (0, LANES)
             ]
             totals = [builder.load(place, align=4) for place in places]
-            for step, both in enumerate(steps):
-                for index, token in enumerate(some):
+            for step, halves in enumerate(steps):
+                for index, token in enumerate(pair):
                     at = builder.add(moved(x, depth, token), LONG(4 * step))
                     value = everywhere(builder, at, BITS if pairs else NUMBERS)
                     for half in range(2):
                         place = 2 * index + half
-                        totals[place] = add(builder, both[half], value, totals[place])
+                        totals[place] = add(builder, halves[half], value, totals[place])
             for place, total in zip(places, totals, strict=True):
                 builder.store(total, place, align=4)
         return context.get_dummy_value()
@@ -93,8 +93,8 @@ def adding(tokens: int) -> Callable:
 
 def external(builder: Any, name: str, result: Any, kinds: list[Any]) -> Any:
     """A function that LLVM or the process knows by its name."""
-    found = builder.module.globals.get(name)
-    return found or ir.Function(builder.module, ir.FunctionType(result, kinds), name)
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, kinds), name)
 
 
 def fetch(builder: Any, address: Any) -> None:
@@ -138,12 +138,12 @@ def plain(builder: Any, row: Any) -> list[Any]:
 
 def widened(builder: Any, row: Any) -> list[Any]:
     """The same of weights in bfloat16: float32 with the lower bits gone."""
-    found = []
+    result = []
     for half in (0, LANES):
         words = read(builder, builder.add(row, LONG(2 * half)), ir.VectorType(WORD, LANES), 2)
         bits = builder.shl(builder.zext(words, BITS), BITS([16] * LANES))
-        found.append(builder.bitcast(bits, NUMBERS))
-    return found
+        result.append(builder.bitcast(bits, NUMBERS))
+    return result
 
 
 def woven(builder: Any, first: Any, second: Any) -> list[Any]:

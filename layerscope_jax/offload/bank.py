@@ -71,8 +71,9 @@ class ExpertBank:
     ) -> ExpertBank:
         """Fills a bank matrix by matrix from `read(expert, "gate" | "up" | "down", shape)`.
 
-        Only one matrix at a time exists beside its pinned copy, or one expert where it is packed. On a CPU the
-        bank may share the memory of the array that `read` returns, which must not be written afterwards.
+        Only one matrix at a time exists beside its pinned copy; where a format is given, one expert. Without
+        one, the bank may share, on a CPU, the memory of the array that `read` returns, which must not be
+        written afterwards.
 
         Args:
             config: shapes and numbers of experts.
@@ -90,13 +91,11 @@ class ExpertBank:
         def build(expert: ExpertId) -> Any:
             nonlocal dtype
             if format is None:
-                return ExpertWeights(
-                    **{name: put(read(expert, name, shape)) for name, shape in shapes.items()}
-                )
+                return ExpertWeights(*[put(read(expert, name, shape)) for name, shape in shapes.items()])
             # Copies: a reader may use its memory again for the next matrix.
-            matrices = [np.array(read(expert, name, shape)) for name, shape in shapes.items()]
-            dtype = np.dtype(matrices[0].dtype)
-            return packed(format, put, ExpertWeights(*matrices))  # type: ignore[arg-type]
+            copies: Any = [np.array(read(expert, name, shape)) for name, shape in shapes.items()]
+            dtype = np.dtype(copies[0].dtype)
+            return packed(format, put, ExpertWeights(*copies))
 
         layers = tuple(
             tuple(build(ExpertId(layer, expert)) for expert in range(config.num_experts))
@@ -136,7 +135,7 @@ class ExpertBank:
                 yield ExpertId(layer, index)
 
     def views(self, expert: ExpertId) -> tuple[np.ndarray, ...]:
-        """NumPy views of an expert's arrays, in the format's order: no copy where the backend shares memory."""
+        """NumPy views of an expert's arrays, in their order: no copy where the backend shares memory."""
         return tuple(map(_view, self[expert]))
 
     def unpacked(self, expert: ExpertId) -> ExpertWeights:

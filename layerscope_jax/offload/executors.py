@@ -38,7 +38,7 @@ def grouped_ffn(
     choices: int,
     product: Callable,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes N experts by `product(x, expert)` and writes their rows into `outputs` [T * K + 1, D], donated.
+    """Computes N experts and writes their rows into `outputs` [T * K + 1, D], which is donated.
 
     Also returns one number of the result: it is ready when the whole result is, and may be waited for after
     `outputs` has been donated on.
@@ -52,6 +52,16 @@ def grouped_ffn(
 def place_rows(outputs: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
     """Writes rows [R, D] that the host computed into `outputs` [T * K + 1, D]."""
     return outputs.at[slots].set(rows)
+
+
+def product_of(
+    format: ExpertFormat, expert: Any, dtype: np.dtype, device: jax.Device
+) -> tuple[str, Callable]:
+    """Name in statistics, and product for `grouped_ffn`, of what computes such experts on a device."""
+    work = Work("experts", format.name, np.dtype(dtype), format.sizes(expert), device.platform)
+    # A CPU stands for an accelerator in tests alone; its kernels compute outside of programs.
+    kernel = None if work.platform == "cpu" else choose(work)
+    return (REFERENCE, format.ffn) if kernel is None else (kernel.name, kernel.run)
 
 
 class DeviceExperts:
@@ -81,16 +91,6 @@ class DeviceExperts:
         """An expert that has come, in the form that `run` takes."""
         return weights
 
-    def product(self, expert: Any, dtype: np.dtype) -> tuple[str, Callable]:
-        """What multiplies rows of a dtype with such experts, and its name in statistics."""
-        if self._product is None:
-            format = self._format or plain_of(expert)
-            work = Work("experts", format.name, np.dtype(dtype), format.sizes(expert), self._device.platform)
-            # Where tests let a CPU stand for an accelerator, kernels that compute outside of programs are no use.
-            kernel = None if work.platform == "cpu" else choose(work)
-            self._product = (REFERENCE, format.ffn) if kernel is None else (kernel.name, kernel.run)
-        return self._product
-
     def nothing(self, total: int, width: int, dtype: np.dtype) -> jax.Array:
         """[total + 1, width] zeros, the rows of a layer before the first."""
         if total not in self._nothing:
@@ -99,8 +99,8 @@ class DeviceExperts:
 
     def take(self, total: int, width: int, dtype: np.dtype) -> jax.Array:
         """[total + 1, width] to write a layer's rows to; what nobody writes keeps any finite value."""
-        found = self._outputs.pop(total, None)
-        return jnp.zeros((total + 1, width), dtype, device=self._device) if found is None else found
+        result = self._outputs.pop(total, None)
+        return jnp.zeros((total + 1, width), dtype, device=self._device) if result is None else result
 
     def give_back(self, outputs: jax.Array) -> None:
         """Rows that have been dispatched to whoever reads them, to be overwritten in the next layer."""
@@ -120,7 +120,10 @@ class DeviceExperts:
         for group in rows.groups(experts):
             self.stats.count_group(group)
             arrays = tuple(weights(group.experts))
-            name, product = self.product(arrays[0], inputs.dtype)
+            if self._product is None:
+                format = self._format or plain_of(arrays[0])
+                self._product = product_of(format, arrays[0], inputs.dtype, self._device)
+            name, product = self._product
             if name != REFERENCE:
                 self.stats.by_kernel[name] += len(set(group.experts))
             outputs, done = grouped_ffn(outputs, inputs, group.slots, arrays, rows.choices, product)
@@ -133,14 +136,14 @@ class DeviceExperts:
         return self._host_rows[len(outputs)]
 
     def place(
-        self, outputs: jax.Array, found: np.ndarray, rows: Assignments, experts: Sequence[int]
+        self, outputs: jax.Array, result: np.ndarray, rows: Assignments, experts: Sequence[int]
     ) -> jax.Array:
         """Puts the rows of `experts` that the host `found` among the others."""
         taken = np.concatenate([rows.slots(expert) for expert in experts])
         slots = np.full(next_power(len(taken)), rows.total, np.int32)  # few shapes to compile
         slots[: len(taken)] = taken
-        values = np.zeros((len(slots), found.shape[1]), found.dtype)
-        np.take(found, taken, 0, out=values[: len(taken)])
+        values = np.zeros((len(slots), result.shape[1]), result.dtype)
+        np.take(result, taken, 0, out=values[: len(taken)])
         return place_rows(outputs, slots, values)
 
     def clear(self) -> None:
@@ -174,12 +177,12 @@ class SharedExperts:
         return self._array(total, width, dtype, True)
 
     def _array(self, total: int, width: int, dtype: np.dtype, written: bool) -> np.ndarray:
-        found = self._arrays.pop((total, written), None)
-        if found is None:
-            found = aligned_zeros((total + 1, width), dtype)
-        self._arrays[total, written] = found
+        result = self._arrays.pop((total, written), None)
+        if result is None:
+            result = aligned_zeros((total + 1, width), dtype)
+        self._arrays[total, written] = result
         forget_oldest(self._arrays, 2 * SIZES)
-        return found
+        return result
 
     def give_back(self, outputs: np.ndarray) -> None:
         pass
@@ -199,7 +202,7 @@ class SharedExperts:
         return outputs
 
     def place(
-        self, outputs: np.ndarray, found: np.ndarray, rows: Assignments, experts: Sequence[int]
+        self, outputs: np.ndarray, result: np.ndarray, rows: Assignments, experts: Sequence[int]
     ) -> np.ndarray:
         return outputs
 
@@ -308,17 +311,17 @@ class HostExperts:
         Where the backend shares memory they are kept. Where it copies they are not: all of them together
         would be the bank once more.
         """
-        found = self._weights.get(expert)
-        if found is None:
+        result = self._weights.get(expert)
+        if result is None:
             # Through another handle on the buffer: JAX keeps with an array whatever copy NumPy was given.
             handles = [matrix.addressable_data(0) for matrix in self.bank[expert]]
             arrays = self.bank.format.Expert(
                 *(jax.device_put(np.asarray(handle), self.device) for handle in handles)
             )
-            found = InMemory.of(arrays, self.bank.format)
+            result = InMemory.of(arrays, self.bank.format)
             if share_memory(arrays, self.bank[expert]):
-                self._weights[expert] = found
-        return found
+                self._weights[expert] = result
+        return result
 
 
 def share_memory(some: Iterable[jax.Array], others: Iterable[jax.Array]) -> bool:

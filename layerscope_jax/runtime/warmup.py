@@ -13,7 +13,7 @@ import numpy as np
 from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, next_power, possible_groups
 from layerscope_jax.models.layers import KVCache
-from layerscope_jax.offload.executors import SharedExperts, grouped_ffn, place_rows
+from layerscope_jax.offload.executors import SharedExperts, grouped_ffn, place_rows, product_of
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.programs import Between
 from layerscope_jax.runtime.resident import ResidentOnCpu
@@ -133,7 +133,7 @@ class Rehearsal(LayerByLayer):
             if isinstance(self.device_experts, SharedExperts):
                 self._on_cpu(inputs, chosen, tokens, self.device_experts.keep(weights))
             else:
-                _, product = self.device_experts.product(weights, inputs.dtype)
+                _, product = product_of(self.model.bank.format, weights, inputs.dtype, self.model.device)
                 for bucket, size in possible_groups(tokens, choices, self.model.config.num_experts):
                     slots = np.full((size, bucket), total, np.int32)
                     outputs, _ = grouped_ffn(outputs, inputs, slots, (weights,) * size, choices, product)
