@@ -26,7 +26,7 @@ from benchmarks import harness
 from benchmarks.memory_facts import donation, on_device, ordinary, pinned, pinned_memory, views, waited
 from layerscope_jax import parse_bytes
 from layerscope_jax.kernels.grouping import GROUP_SIZES
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.models.experts import ExpertWeights, ffn
 from layerscope_jax.offload.bank import device_sharding
 from layerscope_jax.offload.executors import grouped_ffn
 
@@ -207,7 +207,7 @@ def same_bits(width: int, hidden: int) -> dict[str, bool]:
             weights = [on_device(ExpertWeights(wide, wide, narrow)) for _ in range(size)]
             slots = np.arange(size * rows, dtype=np.int32).reshape(size, rows)
             outputs = jnp.zeros((len(inputs) + 1, width), jnp.bfloat16, device=device_sharding())
-            outputs, _ = grouped_ffn(outputs, on_device(inputs), slots, tuple(weights), 1)
+            outputs, _ = grouped_ffn(outputs, on_device(inputs), slots, tuple(weights), 1, ffn)
             seen.add(np.asarray(outputs)[:rows].tobytes())
         found[str(rows)] = len(seen) == 1
     return found

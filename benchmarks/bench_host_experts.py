@@ -22,9 +22,10 @@ import tyro
 from numba import njit
 
 from benchmarks import harness
-from layerscope_jax.kernels import cpu
+from layerscope_jax.formats import format_named
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.host_kernels import LOOPS, AddressKernel, RowsKernel, kernel_of
 from layerscope_jax.models.experts import ExpertWeights
 from layerscope_jax.support.machine import cores
 
@@ -105,9 +106,9 @@ def cell(
     def plain() -> None:
         jax.block_until_ready([product(x, matrix) for matrix in matrices])
 
-    kernel = cpu.kernel_of(inputs.dtype, options.width, options.hidden)
+    kernel = kernel_of(format_named(dtype), inputs.dtype, options.width, options.hidden)
     assert kernel is not None
-    ways: dict[str, cpu.Kernel | None] = {"loops": cpu.LOOPS, kernel.name: kernel, "xla": None}
+    ways: dict[str, AddressKernel | RowsKernel | None] = {"loops": LOOPS, kernel.name: kernel, "xla": None}
     computers = {name: CpuExperts(options.threads, way) for name, way in ways.items()}
     calls = {
         name: functools.partial(computer.compute, outputs, inputs, rows, range(count), chosen, WorkStats())

@@ -27,8 +27,7 @@ from benchmarks.bench_policies import SHIPPED
 from benchmarks.random_models import random_decoder
 from benchmarks.stopwatch import Stopwatch
 from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig, load, save
-from layerscope_jax.kernels import amx, cpu
-from layerscope_jax.kernels import experts as kernels
+from layerscope_jax.kernels import cpu
 from layerscope_jax.runtime import deciding, layerwise
 from layerscope_jax.runtime.statistics import Meter
 from layerscope_jax.scheduling.registry import FORECASTING
@@ -99,6 +98,13 @@ def timed_parts(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         """XLA's products, waited for."""
         return watch.timed(lambda *some: jax.block_until_ready(call(*some)), "experts", arithmetic=True)
 
+    def looping(call: Callable) -> Callable:
+        def loops(*arguments: Any) -> tuple[Callable, int]:
+            share, count = call(*arguments)
+            return watch.timed(share, "experts", arithmetic=True), count
+
+        return loops
+
     def starting(call: Callable) -> Callable:
         def start(*arguments: Any) -> Any:
             future = call(*arguments)
@@ -127,8 +133,7 @@ def timed_parts(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         (host, "compute", "around the experts"),
         (host, "start", starting),
         (runner.forecasts, "learn", "forecasts.learn"),
-        (kernels, "run_experts", lambda call: watch.timed(call, "experts", arithmetic=True)),
-        (amx, "run_experts", lambda call: watch.timed(call, "experts", arithmetic=True)),
+        (cpu.CpuExperts, "_loops", looping),
         (cpu, "grouped_rows", products),
     ]
     programs = runner.dense.programs

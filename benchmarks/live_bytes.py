@@ -19,9 +19,9 @@ import numpy as np
 
 from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig
 from layerscope_jax import engine as engines
-from layerscope_jax.kernels import amx
-from layerscope_jax.kernels import experts as kernels
-from layerscope_jax.kernels.cpu import AMX, CpuExperts
+from layerscope_jax.kernels import amx, loops
+from layerscope_jax.kernels.cpu import CpuExperts
+from layerscope_jax.kernels.host_kernels import AMX
 from layerscope_jax.offload import link
 from layerscope_jax.offload.executors import SharedExperts
 from layerscope_jax.runtime.layerwise import LayerByLayer
@@ -190,7 +190,7 @@ def scratch_bytes(config: ModelConfig, cpu: CpuExperts, tokens: int) -> int:
         sizes = np.minimum([amx.FEW_TILES * amx.TILE, amx.PIECE], tokens)
         return cpu.threads * (amx.scratch_bytes(np.zeros(2, int), sizes, width, hidden) + 64)
     if cpu.kernel is not None:  # inputs, what is between them and outputs, and two rows of sums
-        return cpu.threads * min(tokens, kernels.PIECE) * 4 * (width + hidden + 2 * kernels.STRIDE)
+        return cpu.threads * min(tokens, loops.PIECE) * 4 * (width + hidden + 2 * loops.STRIDE)
     return 0
 
 

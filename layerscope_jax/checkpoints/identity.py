@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from layerscope_jax.models.experts import ExpertWeights
 from layerscope_jax.scheduling.geometry import RoutedExperts
 from layerscope_jax.support.json_fields import of_record
 
@@ -93,6 +92,6 @@ def weights_digest(model: Model) -> str:
     ):
         count(path, np.asarray(leaf))
     for expert in model.bank:
-        for name, view in zip(ExpertWeights._fields, model.bank.views(expert), strict=True):
+        for name, view in zip(model.bank.format.Expert._fields, model.bank.views(expert), strict=True):
             count(f"{expert} {name}", view)
     return found.hexdigest()

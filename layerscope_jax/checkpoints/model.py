@@ -31,6 +31,7 @@ from layerscope_jax.checkpoints.safetensors_io import (
 )
 from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
 from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of
+from layerscope_jax.formats import ExpertFormat, format_named
 from layerscope_jax.models import Decoder, ExpertParam, config_from_hf, with_generation
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
@@ -105,14 +106,24 @@ class Model:
         config, layers = self.config, self.dense["layers"]
         return [layer_type(config, layer).router_of(layers[layer]) for layer in config.moe_layers]
 
+    def with_format(self, format: ExpertFormat) -> Model:
+        """The same model with its experts in another format; the experts of both are in memory meanwhile."""
+        return dataclasses.replace(self, bank=self.bank.converted(format))
+
     def whole(self) -> Decoder:
-        """The decoder with every expert resident on the device: the oracle of the engine's tests."""
+        """The decoder with every expert on the device, unpacked: the oracle of the engine's tests."""
         layers = range(self.config.num_moe_layers)
         experts = {"experts": {layer: self.bank.stacked(layer, self.device)._asdict() for layer in layers}}
         return nnx.merge(self.graphdef, self.dense | experts)
 
 
-def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | None = None) -> Model:
+def load(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    device: jax.Device | None = None,
+    format: str | ExpertFormat | None = None,
+) -> Model:
     """Loads a checkpoint of OLMoE, Mixtral, Qwen3-MoE or a family that was registered, laid out as by HF.
 
     Experts go straight to pinned host memory, everything else to the device; beside them only one tensor is
@@ -122,6 +133,8 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
         folder: with `config.json`, one or more safetensors files, and `tokenizer.json` if there is one.
         dtype: "float32", "bfloat16" or "float16" to convert to; None keeps what the checkpoint has.
         device: where the dense parameters go, and beside which the experts lie; None for the default device.
+        format: that experts are packed in (`layerscope_jax.formats`), or its name; None leaves them in the
+            dtype of the rest.
 
     Warns:
         UserWarning: of files and tensors that are passed over, and of a head that is not the embedding though
@@ -131,6 +144,9 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
         ValueError: if the folder is incomplete, damaged or not supported; all wrong tensors are named.
     """
     folder = Path(folder)
+    form = format_named(format) if isinstance(format, str) else format
+    if not isinstance(form, ExpertFormat | None):
+        raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with config.json and safetensors files, found none")
     config, raw = _read_config(folder)
@@ -166,7 +182,7 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
             for name, path in naming.dense.items()
         }
         names = naming.expert_names()
-        bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix]), device)
+        bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix]), device, form)
     return Model(
         config,
         naming.graphdef,
@@ -180,8 +196,9 @@ def load(folder: str | Path, *, dtype: str | None = None, device: jax.Device | N
 def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None) -> None:
     """Writes `config.json` and `model.safetensors` that `load` and transformers 5 or newer read.
 
-    Both are written under temporary names first, so that a failure leaves nothing half-written. A tokenizer's
-    files are not written: copy them into the folder.
+    Experts are written unpacked, whatever their format. Both files are written under temporary names first,
+    so that a failure leaves nothing half-written. A tokenizer's files are not written: copy them into the
+    folder.
 
     Args:
         model: of any family that `load` reads.
@@ -200,7 +217,7 @@ def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None
     def value(name: str) -> np.ndarray:
         if name in naming.experts:
             expert, matrix = naming.experts[name]
-            array = np.asarray(getattr(model.bank[expert], matrix))
+            array = np.asarray(getattr(model.bank.unpacked(expert), matrix))
         else:
             array = np.asarray(dense[naming.dense[name]])
         return cast(naming.transforms[name].save(array), target, name)

@@ -28,8 +28,8 @@ class Loop:
     """Calls that wait or run, and the run that they share.
 
     A step that fails, or is interrupted, takes the caches with it. Its exception goes to whoever drove it,
-    and the requests of that call are aborted; those of other calls are prefilled anew, with the tokens that they
-    have, in the next step. Nothing here waits for anything but the turn.
+    and the requests of that call are aborted; those of other calls are prefilled anew, with the tokens that
+    they have, in the next step. Nothing here waits for anything but the turn.
 
     Args:
         model: the model.

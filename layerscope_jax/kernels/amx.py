@@ -35,7 +35,7 @@ SHORT_ROWS, HIGH = 512, 256
 
 
 @functools.cache
-def suits(dtype: np.dtype, width: int, hidden: int) -> bool:
+def suit(dtype: np.dtype, width: int, hidden: int) -> bool:
     """Whether experts [width, hidden] can be computed here."""
     return dtype.name == "bfloat16" and width % DEPTH == 0 == hidden % DEPTH and available()
 
@@ -125,20 +125,20 @@ def product(x, depth, weights, width, first, last, tiles, sums, woven, high):
                 weave(begin + 64 * column, begin + 2 * width + 64 * column, to + column * steps * 2048)
         for column in range(wide):
             for tile in range(0, tiles, 2):
-                both = tile + 1 < tiles
-                here, a = sums + tile * TILE * stride + 128 * column, x + tile * TILE * row + 2 * start
-                below = here + TILE * stride
+                two_tiles = tile + 1 < tiles
+                upper, a = sums + tile * TILE * stride + 128 * column, x + tile * TILE * row + 2 * start
+                lower = upper + TILE * stride
                 if start == 0:
                     clear0()
                     clear1()
                     clear2()
                     clear3()
                 else:
-                    load0(here, stride)
-                    load1(here + 64, stride)
-                    if both:
-                        load2(below, stride)
-                        load3(below + 64, stride)
+                    load0(upper, stride)
+                    load1(upper + 64, stride)
+                    if two_tiles:
+                        load2(lower, stride)
+                        load3(lower + 64, stride)
                 for step in range(steps):
                     b = woven + (column * steps + step) * 2048
                     weights0(b, 64)
@@ -146,15 +146,15 @@ def product(x, depth, weights, width, first, last, tiles, sums, woven, high):
                     rows0(a + 64 * step, row)
                     add0()
                     add1()
-                    if both:
+                    if two_tiles:
                         rows1(a + 64 * step + TILE * row, row)
                         add2()
                         add3()
-                store0(here, stride)
-                store1(here + 64, stride)
-                if both:
-                    store2(below, stride)
-                    store3(below + 64, stride)
+                store0(upper, stride)
+                store1(upper + 64, stride)
+                if two_tiles:
+                    store2(lower, stride)
+                    store3(lower + 64, stride)
 
 
 @njit(cache=True, nogil=True)
@@ -199,8 +199,8 @@ def shape_tiles(at, rows):
 
 
 @njit(cache=True, nogil=True)
-def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, counter, scratch):
-    """As `kernels.run_experts`.
+def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, kind, counter, scratch):
+    """As `loops.run_experts`, of weights in bfloat16 alone.
 
     Args:
         firsts, lasts: at most `PIECE` apart.
@@ -236,9 +236,9 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
         for first in range(0, width, wide):
             last = min(first + wide, width)
             product(y, hidden, down, width, first, last, tiles, sums, woven, high)
-            found = carray(pointer(sums), (tokens, last - first), np.float32)
+            totals = carray(pointer(sums), (tokens, last - first), np.float32)
             for m in range(tokens):
-                round_row(found[m], outputs[slots[m], first:last])
+                round_row(totals[m], outputs[slots[m], first:last])
     load_shapes(scratch + 64)
 
 

@@ -17,23 +17,9 @@ import numpy as np
 from numba import carray, types
 
 from layerscope_jax.kernels import crew
-from layerscope_jax.kernels.experts import BLOCK, STRIDE, add_product
-from layerscope_jax.kernels.foreign import (
-    ARGUMENTS,
-    ARGUMENTS_NUMBER,
-    DATA,
-    FLOAT32,
-    INT32,
-    NUMBER,
-    RANK,
-    RESULTS,
-    SIZES,
-    buffer,
-    is_of,
-    long_at,
-    target,
-)
+from layerscope_jax.kernels.host_kernels import WORDS
 from layerscope_jax.kernels.inside import pool_at
+from layerscope_jax.kernels.loops import BLOCK, STRIDE, add_product
 from layerscope_jax.kernels.numbers import pointer, round_row, taken, weigh, widened
 from layerscope_jax.kernels.prefill_attention import (
     BOUNDS,
@@ -44,7 +30,10 @@ from layerscope_jax.kernels.prefill_attention import (
     compute_attention_of_many,
 )
 from layerscope_jax.kernels.products import products
+from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
 from layerscope_jax.kernels.vectors import COLUMNS
+from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches, within
+from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.models.experts import products_by
 from layerscope_jax.models.layers import attending_by
 from layerscope_jax.support.njit import cfunc, njit
@@ -65,11 +54,11 @@ def attend_group(queries, keys, values, first, last, outputs):
     for begin in range(first, until, BLOCK):
         end = min(begin + BLOCK, until)
         clear(sums, end - begin)
-        add_product(x, keys, begin, end, sums, keys)
+        add_product(x, keys, begin, end, sums)
         for group in range(groups):
-            some = scores[group, begin - first : end - first]
+            columns = scores[group, begin - first : end - first]
             for index in range(np.uint64(end - begin)):
-                some[index] = scale * sums[group, index]
+                columns[index] = scale * sums[group, index]
     for group in range(groups):
         weigh(scores[group, : last - first], outputs)
         for index in range(np.uint64(last - first), np.uint64(until - first)):
@@ -77,7 +66,7 @@ def attend_group(queries, keys, values, first, last, outputs):
     for begin in range(0, size, BLOCK):
         end = min(begin + BLOCK, size)
         clear(sums, end - begin)
-        add_product(scores, values[first:until], begin, end, sums, values)
+        add_product(scores, values[first:until], begin, end, sums)
         for group in range(groups):
             round_row(sums[group], outputs[group, begin:end])
 
@@ -119,42 +108,32 @@ def rows(words: Any) -> Any:
     return attend_rows
 
 
+# Of a batch B: tokens S, query heads H and key heads G of size D, positions P; bounds are two numbers N each.
+BATCH, _, KEY_HEADS, QUERY_HEADS, BOUND, POSITIONS, TOKENS = range(7)  # letters, in their order
+ONE = layout("x B H D, float32 B G D P, float32 B G P D, int32 B N", "x B H D")
+MANY = layout("x B S H D, float32 B G D P, float32 B G P D, int32 B S N", "x B S H D")
+
+
+@njit(cache=True, nogil=True)
+def share_heads(sizes):
+    """Whether as many query heads go to each key head, and bounds are two numbers each."""
+    heads = sizes[KEY_HEADS]
+    return sizes[BOUND] == 2 and heads > 0 and sizes[QUERY_HEADS] % heads == 0
+
+
 @njit(cache=True, nogil=True)
 def fit_attention(call):
-    """Whether a call that `fits` is one of attention, and no bound past the positions that there are."""
-    if long_at(call + ARGUMENTS_NUMBER) != 5 or long_at(call + NUMBER) != 1:
-        return False
-    buffers = long_at(call + ARGUMENTS)
-    queries, keys, values = long_at(buffers), long_at(buffers + 8), long_at(buffers + 16)
-    bounds, outputs, rank = long_at(buffers + 24), long_at(long_at(call + RESULTS)), long_at(queries + RANK)
-    if rank < 3 or rank > 4 or long_at(outputs + RANK) != rank or not is_of(bounds, INT32, rank - 1):
-        return False
-    if not is_of(keys, FLOAT32, 4) or not is_of(values, FLOAT32, 4):
-        return False
-    of_queries, of_keys, of_values = long_at(queries + SIZES), long_at(keys + SIZES), long_at(values + SIZES)
-    of_bounds, of_outputs, tokens = long_at(bounds + SIZES), long_at(outputs + SIZES), 1
-    for axis in range(rank):
-        if long_at(of_outputs + 8 * axis) != long_at(of_queries + 8 * axis):
-            return False
-    for axis in range(rank - 2):  # [B] or [B, S]
-        if long_at(of_bounds + 8 * axis) != long_at(of_queries + 8 * axis):
-            return False
-        tokens *= long_at(of_bounds + 8 * axis)
-    batch, heads, size, length = of_keys, of_keys + 8, of_keys + 16, of_keys + 24
-    of_heads, of_size = of_queries + 8 * (rank - 2), of_queries + 8 * (rank - 1)
-    if long_at(of_bounds + 8 * (rank - 2)) != 2 or long_at(batch) != long_at(of_queries):
-        return False
-    if long_at(of_values) != long_at(batch) or long_at(of_values + 8) != long_at(heads):
-        return False
-    if long_at(of_values + 16) != long_at(length) or long_at(of_values + 24) != long_at(size):
-        return False
-    if long_at(of_size) != long_at(size) or long_at(heads) < 1 or long_at(of_heads) % long_at(heads) != 0:
-        return False
-    positions = carray(pointer(long_at(bounds + DATA)), 2 * tokens, np.int32)
-    low = high = np.int32(0)
-    for position in positions:
-        low, high = min(low, position), max(high, position)
-    return low >= 0 and high <= long_at(length)
+    """Whether a call that `fits` is one of attention of a token a row, and no bound past all positions."""
+    like, sizes = matches(call, ONE)
+    return like and share_heads(sizes) and within(call, 3, 2 * sizes[BATCH], sizes[POSITIONS])
+
+
+@njit(cache=True, nogil=True)
+def fit_attention_of_many(call):
+    """The same of several tokens a row."""
+    like, sizes = matches(call, MANY)
+    count = 2 * sizes[BATCH] * sizes[TOKENS]
+    return like and share_heads(sizes) and within(call, 3, count, sizes[POSITIONS])
 
 
 @njit(cache=True, nogil=True)
@@ -165,7 +144,7 @@ def compute_attention(call, do, size):
     keys, cache = buffer(call, ARGUMENTS, 1)
     values, _ = buffer(call, ARGUMENTS, 2)
     bounds, _ = buffer(call, ARGUMENTS, 3)
-    known, _ = buffer(call, ARGUMENTS, 4)
+    table_at, _ = buffer(call, ARGUMENTS, 4)
     outputs, _ = buffer(call, RESULTS, 0)
     job = np.zeros(crew.SIZE, np.int64)
     job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = do, queries, keys, outputs
@@ -176,12 +155,12 @@ def compute_attention(call, do, size):
         long_at(cache + 24),
     )
     job[crew.ROWS], job[GROUPS], job[crew.PARTS] = count, heads // job[HEADS], count * job[HEADS]
-    of = carray(pointer(bounds), (count, 2), np.int32)
+    limits = carray(pointer(bounds), (count, 2), np.int32)
     positions = 0
     for row in range(count):
-        positions += of[row, 1] - of[row, 0]
+        positions += limits[row, 1] - limits[row, 0]
     # Where queries share keys the arithmetic takes longer than reading, so it is what counts.
-    crew.share_out(pool_at(long_at(known)), job, 8 * positions * heads * job[crew.DEPTH])
+    crew.share_out(pool_at(long_at(table_at)), job, 8 * positions * heads * job[crew.DEPTH])
 
 
 def attention(
@@ -203,28 +182,65 @@ def attention(
         window: positions that each sees at most, its own counted.
 
     Returns:
-        [B, S, H * D_head], zeros where there is no token. None for what is XLA's: several tokens in shapes
-        with a rest, and all where our own loops cannot be compiled.
+        [B, S, H * D_head], zeros where there is no token. None where no kernel suits: several tokens in
+        shapes with a rest, and all where our own loops cannot be compiled.
     """
-    words: Any = np.float32 if query.dtype == np.float32 else np.uint16
-    length, kind = key.shape[3], np.dtype(words).name
-    last = jnp.where(positions < length, positions + 1, 0)
+    length = key.shape[3]
+    formats = {key.dtype.name, value.dtype.name}
+    name = formats.pop() if len(formats) == 1 else "mixed"
+    sizes = (query.shape[1], query.shape[3], length)
+    kernel = choose(Work("attention", name, np.dtype(query.dtype), sizes))
+    return None if kernel is None else kernel.run(table, query, key, value, positions, window)
+
+
+def suits(work: Work) -> bool:
+    tokens, size, length = work.sizes
+    even = tokens == 1 or (length % COLUMNS == 0 and size % COLUMNS == 0)
+    return even and work.format == "float32" and work.dtype.name in WORDS
+
+
+def attention_target(dtype: np.dtype, one: bool) -> str:
+    """XLA's name for the function of attention, of one token a row or of many.
+
+    Raises:
+        Unavailable: if there can be none.
+    """
+    words: Any = WORDS[dtype.name].type
+    if one:
+        name = f"layerscope_attention_{dtype.name}"
+        return register(name, compute_attention, lambda: rows(words), dtype, fit_attention)
+    name = f"layerscope_attention_of_many_{dtype.name}"
+    return register(name, compute_attention_of_many, lambda: blocks(words), dtype, fit_attention_of_many)
+
+
+def obstacle(work: Work) -> str | None:
+    try:
+        attention_target(work.dtype, work.sizes[0] == 1)
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def attend_by_loops(
+    table: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """`attention` by our own loops."""
+    last = jnp.where(positions < key.shape[3], positions + 1, 0)
     first = jnp.zeros_like(last) if window is None else jnp.maximum(last - window, 0)
-    bounds = jnp.stack([first, last], axis=-1)
-    if query.shape[1] == 1:
-        name = target(f"layerscope_attention_{kind}", compute_attention, rows, words, fit_attention)
+    bounds, one = jnp.stack([first, last], axis=-1), query.shape[1] == 1
+    if one:
         query, bounds = query[:, 0], bounds[:, 0]
-    elif length % COLUMNS or query.shape[3] % COLUMNS:
-        return None
-    else:
-        name = target(
-            f"layerscope_attention_of_many_{kind}", compute_attention_of_many, blocks, words, fit_attention
-        )
-    if name is None:
-        return None
-    shape = jax.ShapeDtypeStruct(query.shape, query.dtype)
-    found = jax.ffi.ffi_call(name, shape)(query, key, value, bounds, table)
-    return found.reshape(*positions.shape, -1)
+    name, shape = attention_target(np.dtype(query.dtype), one), jax.ShapeDtypeStruct(query.shape, query.dtype)
+    result = jax.ffi.ffi_call(name, shape)(query, key, value, bounds, table)
+    return result.reshape(*positions.shape, -1)
+
+
+built_in(Kernel("loops", "attention", suits, attend_by_loops, obstacle))
 
 
 @contextlib.contextmanager

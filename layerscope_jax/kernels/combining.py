@@ -15,23 +15,12 @@ import numpy as np
 from numba import carray, types
 
 from layerscope_jax.kernels import crew
-from layerscope_jax.kernels.foreign import (
-    ARGUMENTS,
-    ARGUMENTS_NUMBER,
-    FLOAT32,
-    NUMBER,
-    RANK,
-    RESULTS,
-    SIZES,
-    TYPE,
-    buffer,
-    int_at,
-    is_of,
-    long_at,
-    target,
-)
+from layerscope_jax.kernels.host_kernels import WORDS
 from layerscope_jax.kernels.inside import pool_at
 from layerscope_jax.kernels.numbers import pointer, rounded, taken, widened
+from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
+from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches
+from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.models import experts as compute
 from layerscope_jax.support.njit import cfunc, njit
 
@@ -82,25 +71,15 @@ def tokens(words: Any) -> Any:
     return add_tokens
 
 
+_, CHOICES_OF, ROWS, TOKENS = range(4)  # letters, in their order
+SUMS = layout("x T D, x R D, float32 T K", "x T D")
+
+
 @njit(cache=True, nogil=True)
 def fit_sums(call):
     """Whether a call that `fits` is one of `compute_sums`."""
-    if long_at(call + ARGUMENTS_NUMBER) != 4 or long_at(call + NUMBER) != 1:
-        return False
-    buffers = long_at(call + ARGUMENTS)
-    hidden, rows, weights = long_at(buffers), long_at(buffers + 8), long_at(buffers + 16)
-    outputs = long_at(long_at(call + RESULTS))
-    if long_at(hidden + RANK) != 2 or long_at(outputs + RANK) != 2 or not is_of(weights, FLOAT32, 2):
-        return False
-    if not is_of(rows, int_at(hidden + TYPE), 2):
-        return False
-    of_hidden, of_rows, of_weights = long_at(hidden + SIZES), long_at(rows + SIZES), long_at(weights + SIZES)
-    tokens, width, of_outputs = long_at(of_hidden), long_at(of_hidden + 8), long_at(outputs + SIZES)
-    if long_at(of_outputs) != tokens or long_at(of_outputs + 8) != width:
-        return False
-    if long_at(of_weights) != tokens or long_at(of_rows + 8) != width:
-        return False
-    return long_at(of_rows) >= tokens * long_at(of_weights + 8)
+    like, sizes = matches(call, SUMS)
+    return like and sizes[ROWS] >= sizes[TOKENS] * sizes[CHOICES_OF]
 
 
 @njit(cache=True, nogil=True)
@@ -109,7 +88,7 @@ def compute_sums(call, do, size):
     hidden, sizes = buffer(call, ARGUMENTS, 0)
     rows, _ = buffer(call, ARGUMENTS, 1)
     weights, choices = buffer(call, ARGUMENTS, 2)
-    known, _ = buffer(call, ARGUMENTS, 3)
+    table_at, _ = buffer(call, ARGUMENTS, 3)
     outputs, _ = buffer(call, RESULTS, 0)
     job = np.zeros(crew.SIZE, np.int64)
     job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = do, hidden, weights, outputs
@@ -117,7 +96,7 @@ def compute_sums(call, do, size):
     job[EXPERTS], job[CHOICES] = rows, long_at(choices + 8)
     job[crew.PARTS] = (job[crew.ROWS] + PIECE - 1) // PIECE
     work = job[crew.ROWS] * (job[CHOICES] + 2) * job[crew.DEPTH] * size
-    crew.share_out(pool_at(long_at(known)), job, work)
+    crew.share_out(pool_at(long_at(table_at)), job, work)
 
 
 def combine(table: jax.Array | None, hidden: jax.Array, outputs: jax.Array, weights: jax.Array) -> jax.Array:
@@ -133,14 +112,45 @@ def combine(table: jax.Array | None, hidden: jax.Array, outputs: jax.Array, weig
         [T, D].
     """
     count, choices = weights.shape
-    ours = hidden.dtype == outputs.dtype and hidden.dtype.name in ("float32", "bfloat16")
-    if table is not None and ours:
-        words: Any = np.float32 if hidden.dtype == np.float32 else np.uint16
-        name = target(f"layerscope_sums_{np.dtype(words).name}", compute_sums, tokens, words, fit_sums)
-        if name is not None:
-            shape = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
-            return jax.ffi.ffi_call(name, shape)(hidden, outputs, weights, table)
+    if table is not None:
+        dtype = np.dtype(hidden.dtype)
+        kernel = choose(Work("sums", outputs.dtype.name, dtype, hidden.shape[1:]))
+        if kernel is not None:
+            return kernel.run(table, hidden, outputs, weights)
     return compute.combine(hidden, outputs[: count * choices].reshape(count, choices, -1), weights)
+
+
+def suits(work: Work) -> bool:
+    return work.format == work.dtype.name and work.dtype.name in WORDS
+
+
+def sums_target(dtype: np.dtype) -> str:
+    """XLA's name for the function of sums.
+
+    Raises:
+        Unavailable: if there can be none.
+    """
+    words: Any = WORDS[dtype.name].type
+    return register(f"layerscope_sums_{dtype.name}", compute_sums, lambda: tokens(words), dtype, fit_sums)
+
+
+def obstacle(work: Work) -> str | None:
+    try:
+        sums_target(work.dtype)
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def combine_by_loops(
+    table: jax.Array, hidden: jax.Array, outputs: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """`combine` by our own loop."""
+    shape = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
+    return jax.ffi.ffi_call(sums_target(np.dtype(hidden.dtype)), shape)(hidden, outputs, weights, table)
+
+
+built_in(Kernel("loops", "sums", suits, combine_by_loops, obstacle))
 
 
 def add_experts(

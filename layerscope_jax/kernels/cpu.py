@@ -1,29 +1,27 @@
-"""Experts computed by this machine's CPU, by the kernel that suits their shape.
+"""Experts computed by this machine's CPU, by the kernel that suits their format and shape.
 
 float32 and bfloat16 by loops of our own: bfloat16 by AMX or by products of pairs where the CPU has them.
-Other types by XLA's products.
+Other formats by kernels that were registered for them, or by their reference: XLA's products.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numba import types
 
-from layerscope_jax.kernels import amx, vectors
-from layerscope_jax.kernels import experts as kernels
+from layerscope_jax.formats import ExpertFormat, plain_of
 from layerscope_jax.kernels.grouping import Assignments, Group
-from layerscope_jax.models.experts import ExpertWeights, ffn
-from layerscope_jax.support import target
+from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel, RowsKernel, suits
+from layerscope_jax.kernels.registry import Work
 from layerscope_jax.support.machine import cores
 from layerscope_jax.support.threads import Helpers
 
@@ -36,76 +34,19 @@ def default_threads(device: jax.Device) -> int:
     return max(1, cores() - (device.platform != "cpu"))
 
 
-class Kernel(NamedTuple):
-    """A way to compute experts that is not XLA's.
-
-    Attributes:
-        name: as in the statistics.
-        piece: rows of an expert that it computes at a time.
-        words: what it takes bfloat16 for (`vectors.py`).
-    """
-
-    name: str
-    piece: int
-    words: np.dtype = np.dtype(np.uint16)
-
-
-LOOPS, AMX = Kernel("loops", kernels.PIECE), Kernel("amx", amx.PIECE)
-PAIRS = Kernel("pairs", kernels.PIECE, np.dtype(np.int16))
-
-
-COMPILED = {"loops": kernels.run_experts, "pairs": kernels.run_experts, "amx": amx.run_experts}
-"""What numba compiles for each kernel."""
-
-
-def kernel_of(dtype: np.dtype, width: int, hidden: int) -> Kernel | None:
-    """For experts [D, F] of a dtype, on this CPU, compiled for it. None: they are XLA's."""
-    suitable = [LOOPS] if dtype in (np.float32, jnp.bfloat16) else []
-    if vectors.suit_pairs(dtype, width, hidden):
-        suitable.insert(0, PAIRS)
-    if amx.suits(dtype, width, hidden):
-        suitable.insert(0, AMX)
-    return next((kernel for kernel in suitable if compiles(kernel, dtype)), None)
-
-
-@functools.cache
-def compiles(kernel: Kernel, dtype: np.dtype) -> bool:
-    """Whether numba can compile a kernel for experts of a dtype, which it then has; says so if it cannot."""
-    reason = target.refusal()
-    if reason is None:
-        words = types.float32 if dtype.itemsize == 4 else types.int16 if kernel is PAIRS else types.uint16
-        whole, number = types.int64[::1], types.int64
-        signature = [types.int64[:, ::1], whole, whole, types.int32[::1], number, number, number]
-        signature += [words[:, ::1], number] + [number] * (kernel is AMX)
-        try:
-            COMPILED[kernel.name].compile(tuple(signature))
-            return True
-        except Exception as error:  # whatever numba and LLVM raise
-            reason = f"{type(error).__name__}: {error}"
-    say_it_is_slower(reason)
-    return False
-
-
-@functools.cache
-def say_it_is_slower(reason: str) -> None:
-    """Warns once that something of our own does not compute experts."""
-    warnings.warn(
-        "a kernel of our own cannot be compiled or called, so that another or XLA computes in its place, "
-        f"more slowly (`RunStats.kernels` says which computed experts): {reason}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
 def expert_rows(
-    inputs: jax.Array, slots: jax.Array, weights: tuple[ExpertWeights, ...], choices: int
+    inputs: jax.Array, slots: jax.Array, experts: tuple[Any, ...], choices: int, product: Callable
 ) -> jax.Array:
-    """N experts of M rows each, unrolled: [T, D], [N, M] -> [N * M, D]."""
+    """N experts of M rows each, unrolled: [T, D], [N, M] -> [N * M, D].
+
+    Args:
+        product: `product(x, expert)` of some rows, as `ExpertFormat.ffn`.
+    """
     token = jnp.minimum(slots // choices, inputs.shape[0] - 1)  # padding reads any row
-    return jnp.concatenate([ffn(inputs[token[i]], expert) for i, expert in enumerate(weights)])
+    return jnp.concatenate([product(inputs[token[i]], expert) for i, expert in enumerate(experts)])
 
 
-grouped_rows = jax.jit(expert_rows, static_argnames="choices")
+grouped_rows = jax.jit(expert_rows, static_argnames=("choices", "product"))
 
 
 @dataclass
@@ -137,34 +78,57 @@ class WorkStats:
         self.count(len(set(group.experts)), group.rows, group.slots.size)
 
 
+class Layout(NamedTuple):
+    """How experts of one bank lie in memory; of equal ones there is one (`layout_of`).
+
+    Attributes:
+        format: of the experts.
+        width, hidden: D, F.
+        nbytes: of an expert.
+    """
+
+    format: ExpertFormat
+    width: int
+    hidden: int
+    nbytes: int
+
+
+@functools.lru_cache(maxsize=256)
+def layout_of(format: ExpertFormat, width: int, hidden: int) -> Layout:
+    return Layout(format, width, hidden, format.expert_bytes(width, hidden))
+
+
 class InMemory(NamedTuple):
     """An expert that this process can read.
 
     Attributes:
-        arrays: its matrices, copied already and not on the way: our own loops do not wait for copies.
-        addresses: of the three of them, int64 as bytes: those of many experts are joined faster than numbers.
+        arrays: of its format, copied already and not on the way: our own loops do not wait for copies.
+        addresses: of these arrays, int64 as bytes: those of many experts are joined faster than numbers.
+        layout: how it lies in memory.
     """
 
-    arrays: ExpertWeights
+    arrays: Any
     addresses: bytes
+    layout: Layout
 
     @classmethod
-    def of(cls, arrays: ExpertWeights) -> InMemory:
-        """Waits until the matrices are there.
+    def of(cls, arrays: Any, format: ExpertFormat | None = None) -> InMemory:
+        """Waits until the arrays are there.
+
+        Args:
+            arrays: an `Expert` of the format.
+            format: None for the plain one of these matrices.
 
         Raises:
-            ValueError: if they are not those of an expert, of one dtype, in this machine's memory.
+            ValueError: if they are not those of an expert in the format, in this machine's memory.
         """
-        gate, up, down = arrays
-        same = gate.ndim == 2 and gate.shape == up.shape == down.shape[::-1]
-        if not same or not gate.dtype == up.dtype == down.dtype:
-            found = ", ".join(f"{matrix.dtype}{list(matrix.shape)}" for matrix in arrays)
-            raise ValueError(f"an expert is gate [D, F], up [D, F] and down [F, D] of one dtype, got {found}")
-        if any(device.platform != "cpu" for matrix in arrays for device in matrix.devices()):
-            raise ValueError(f"expected an expert on a CPU device, got one on {gate.sharding}")
+        format = plain_of(arrays) if format is None else format
+        format.check(arrays)
+        if any(device.platform != "cpu" for array in arrays for device in array.devices()):
+            raise ValueError(f"expected an expert on a CPU device, got one on {arrays[0].sharding}")
         jax.block_until_ready(arrays)
-        addresses = np.array([matrix.unsafe_buffer_pointer() for matrix in arrays], np.int64)
-        return cls(arrays, addresses.tobytes())
+        addresses = np.array([array.unsafe_buffer_pointer() for array in arrays], np.int64)
+        return cls(arrays, addresses.tobytes(), layout_of(format, *format.sizes(arrays)))
 
 
 def address(array: jax.Array | np.ndarray) -> int:
@@ -182,12 +146,18 @@ class CpuExperts:
 
     Args:
         threads: that share the experts of a call, the caller's own counted.
-        kernel: that computes them; None: XLA.
+        kernel: that computes them; None: the reference of their format.
+        format: of the experts; None for plain ones.
     """
 
-    def __init__(self, threads: int, kernel: Kernel | None):
+    def __init__(
+        self, threads: int, kernel: AddressKernel | RowsKernel | None, format: ExpertFormat | None = None
+    ):
         self.threads = threads
         self.kernel = kernel
+        self.format = format
+        self._taken: tuple[Layout, np.dtype] | None = None  # experts and rows that the kernel was asked about
+        self._kind = np.empty(1)  # an array of the type that loops of our own take weights for
         self._kept = [np.empty(0, np.uint8)] * threads
         self._helpers = Helpers(threads - 1)
 
@@ -217,65 +187,129 @@ class CpuExperts:
             weights: of some experts.
             stats: counts what is done.
         """
-        if self.kernel is not None:
-            self._by(self.kernel, outputs, inputs, rows, list(experts), weights, stats)
+        if self.kernel is None:
+            self._by_reference(outputs, inputs, rows, experts, weights, stats)
             return
+        chosen = list(experts)
+        if not chosen:
+            return
+        held = weights(chosen)
+        check(outputs, inputs, rows, held)
+        index = np.array(chosen)
+        firsts, lasts = rows.starts[index], rows.ends[index]
+        tokens = len(rows.order)
+        if len(chosen) < len(rows.demand):
+            tokens = sum([rows.demand[expert] for expert in chosen])
+        stats.count(experts=len(chosen), tokens=tokens, rows=tokens)
+        stats.by_kernel[self.kernel.name] += len(chosen)
+        if isinstance(self.kernel, RowsKernel):
+            call, parts = self._rows(self.kernel, outputs, inputs, rows, held, firsts, lasts), len(held)
+        else:
+            call, parts = self._loops(self.kernel, outputs, inputs, rows, held, firsts, lasts, tokens)
+        shares = min(self.threads, parts, max(1, held[0].layout.nbytes * len(held) // SHARE_BYTES))
+        began = time.perf_counter()
+        self._helpers.run(call, shares)
+        stats.arithmetic_s += time.perf_counter() - began
+
+    def _by_reference(
+        self,
+        outputs: np.ndarray,
+        inputs: jax.Array | np.ndarray,
+        rows: Assignments,
+        experts: Iterable[int],
+        weights: Callable[[Sequence[int]], Sequence[InMemory]],
+        stats: WorkStats,
+    ) -> None:
         began = time.perf_counter()
         groups, parts, local = rows.groups(experts), [], None
         for group in groups:
             stats.count_group(group)
-            arrays = tuple(expert.arrays for expert in weights(group.experts))
+            held = weights(group.experts)
+            arrays = tuple(expert.arrays for expert in held)
             if local is None:
-                local = jax.device_put(np.asarray(inputs), arrays[0].gate.sharding)
-            parts.append(grouped_rows(local, group.slots, arrays, rows.choices))
+                local = jax.device_put(np.asarray(inputs), arrays[0][0].sharding)
+            parts.append(grouped_rows(local, group.slots, arrays, rows.choices, held[0].layout.format.ffn))
         for group, part in zip(groups, parts, strict=True):
             outputs[group.slots.reshape(-1)] = part
         stats.arithmetic_s += time.perf_counter() - began
 
-    def _by(
+    def _loops(
         self,
-        kernel: Kernel,
+        kernel: AddressKernel,
         outputs: np.ndarray,
         inputs: jax.Array | np.ndarray,
         rows: Assignments,
-        experts: list[int],
-        weights: Callable[[Sequence[int]], Sequence[InMemory]],
-        stats: WorkStats,
-    ) -> None:
-        if not experts:
-            return
-        held = weights(experts)
-        width, hidden = held[0].arrays.gate.shape
-        check(outputs, inputs, rows, held[0].arrays.gate)
+        held: Sequence[InMemory],
+        firsts: np.ndarray,
+        lasts: np.ndarray,
+        tokens: int,
+    ) -> tuple[Callable[[int], None], int]:
+        """A thread's share of a call by our own loops, and how many parts there are to share."""
+        layout = held[0].layout
+        if self._taken is None or self._taken[0] is not layout or self._taken[1] != outputs.dtype:
+            self._take(kernel, layout, outputs.dtype)
+        words = outputs.view(WORDS[outputs.dtype.name])
         addresses = np.frombuffer(bytearray().join([expert.addresses for expert in held]), np.int64)
         addresses = addresses.reshape(-1, 3)
-        index = np.array(experts)
-        firsts, lasts = rows.starts[index], rows.ends[index]
-        tokens = len(rows.order)
-        if len(experts) < len(rows.demand):
-            tokens = sum([rows.demand[expert] for expert in experts])
-        stats.count(experts=len(experts), tokens=tokens, rows=tokens)
-        stats.by_kernel[kernel.name] += len(experts)
         if tokens > kernel.piece:
             addresses, firsts, lasts = pieces(addresses, firsts, lasts, kernel.piece)
-        size = 3 * width * hidden * outputs.itemsize * len(held)
-        words = outputs.view(kernel.words) if outputs.itemsize == 2 else outputs
-        begins = address(inputs)
-        counter = np.zeros(1, np.int64)
-        of_all = addresses, firsts, lasts, rows.order, rows.choices, begins, hidden, words
+        counter, begins = np.zeros(1, np.int64), address(inputs)
+        size = kernel.scratch_bytes(firsts, lasts, layout.width, layout.hidden)
 
-        scratch = amx.scratch_bytes(firsts, lasts, width, hidden) if kernel is AMX else 0
+        def share(number: int) -> None:
+            kernel.run(
+                addresses,
+                firsts,
+                lasts,
+                rows.order,
+                rows.choices,
+                begins,
+                layout.hidden,
+                words,
+                self._kind,
+                address(counter),
+                self._scratch(number, size) if size else 0,
+            )
 
-        def part(share: int) -> None:
-            if kernel is AMX:
-                amx.run_experts(*of_all, address(counter), self._scratch(share, scratch))
-            else:
-                kernels.run_experts(*of_all, address(counter))
+        return share, len(firsts)
 
-        shares = min(self.threads, len(firsts), max(1, size // SHARE_BYTES))
-        began = time.perf_counter()
-        self._helpers.run(part, shares)
-        stats.arithmetic_s += time.perf_counter() - began
+    def _take(self, kernel: AddressKernel, layout: Layout, dtype: np.dtype) -> None:
+        """Makes sure that loops of our own can read such experts, and such rows.
+
+        Raises:
+            ValueError: if they cannot.
+        """
+        work = Work("experts", layout.format.name, dtype, (layout.width, layout.hidden))
+        if not suits(kernel, work):
+            raise ValueError(
+                f"the kernel {kernel.name!r} cannot compute experts [{layout.width}, {layout.hidden}] in the "
+                f"format {layout.format.name!r} with rows of {dtype}"
+            )
+        self._kind = np.empty(1, kernel.words(layout.format.name))
+        self._taken = layout, dtype
+
+    def _rows(
+        self,
+        kernel: RowsKernel,
+        outputs: np.ndarray,
+        inputs: jax.Array | np.ndarray,
+        rows: Assignments,
+        held: Sequence[InMemory],
+        firsts: np.ndarray,
+        lasts: np.ndarray,
+    ) -> Callable[[int], None]:
+        """A thread's share of a call by a kernel that takes one expert after the other."""
+        read, numbers = np.asarray(inputs), itertools.count()  # whose next number no two threads get
+
+        def share(_: int) -> None:
+            while (index := next(numbers)) < len(held):
+                slots, arrays = rows.order[firsts[index] : lasts[index]], held[index].arrays
+                result = np.empty((len(slots), outputs.shape[1]), outputs.dtype)
+                expert = type(arrays)(*map(np.asarray, arrays))
+                kernel.run(read[slots // rows.choices], expert, result)
+                outputs[slots] = result
+
+        return share
 
     def _scratch(self, share: int, size: int) -> int:
         """Address of memory that no other thread of this call uses; it grows as it has to."""
@@ -284,24 +318,28 @@ class CpuExperts:
         return -(-self._kept[share].ctypes.data // 64) * 64
 
 
-def check(outputs: np.ndarray, inputs: jax.Array | np.ndarray, rows: Assignments, gate: jax.Array) -> None:
-    """Before loops go by addresses alone.
+def check(
+    outputs: np.ndarray, inputs: jax.Array | np.ndarray, rows: Assignments, held: Sequence[InMemory]
+) -> None:
+    """Compares arrays with each other and with the experts, before loops go by addresses alone.
 
     Raises:
-        ValueError: if arrays do not fit each other, or do not lie row after row.
+        ValueError: if they do not fit, do not lie row after row, or if the experts differ in shape or format.
     """
-    width = gate.shape[0]
+    layout = held[0].layout
+    if any([expert.layout is not layout for expert in held]):
+        raise ValueError("expected experts of one shape and format in a call, got several")
     if (
-        outputs.shape == (rows.total + 1, width)
-        and inputs.shape == (rows.total // rows.choices, width)
-        and outputs.dtype == inputs.dtype == gate.dtype
+        outputs.shape == (rows.total + 1, layout.width)
+        and inputs.shape == (rows.total // rows.choices, layout.width)
+        and outputs.dtype == inputs.dtype
         and outputs.flags.carray
         and (isinstance(inputs, jax.Array) or inputs.flags.c_contiguous)
     ):
         return
     raise ValueError(
-        f"expected inputs [{rows.total // rows.choices}, {width}] and outputs [{rows.total + 1}, {width}] of "
-        f"{gate.dtype}, row after row, got {inputs.dtype}{list(inputs.shape)} and "
+        f"expected inputs [{rows.total // rows.choices}, {layout.width}] and outputs [{rows.total + 1}, "
+        f"{layout.width}] of one dtype, row after row, got {inputs.dtype}{list(inputs.shape)} and "
         f"{outputs.dtype}{list(outputs.shape)}"
     )
 

@@ -17,19 +17,18 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from layerscope_jax.kernels import amx
-from layerscope_jax.kernels import experts as kernels
+from layerscope_jax.kernels import loops
 from layerscope_jax.kernels.numbers import pointer, taken
 from layerscope_jax.kernels.vectors import BYTE, INT, LONG, external
 from layerscope_jax.support.njit import cfunc, njit
 
-# Of all jobs: the address of a thread's share of it (`products`, `experts_by_loops`), how many parts there
+# Of all jobs: the address of a thread's share of it (`products`, `experts`), how many parts there
 # are, and how many were taken; then what is read and written.
 DO, PARTS, TAKEN, INPUTS, WEIGHTS, OUTPUTS, ROWS, DEPTH, WIDTH = range(9)
 # Of products: columns and rows of a part, and how many parts these rows have; WEIGHTS are COUNT times an
 # address of weights, their columns and the address of the outputs.
 COLUMNS, HEIGHT, BESIDE, COUNT = range(9, 13)
-# Of experts: as `kernels.run_experts`; WEIGHTS are addresses, DEPTH is F.
+# Of experts: as `loops.run_experts`; WEIGHTS are addresses, DEPTH is F.
 FIRSTS, LASTS, ORDER, LENGTH, CHOICES = range(9, 14)
 SIZE = 14
 
@@ -84,13 +83,18 @@ def wait_for(address):
 
 
 @functools.cache
-def products(words: Any) -> Any:
-    """A C function: a thread's share of products, in numbers of a type; for the address of a job."""
+def products(rows: Any, weights_of: Any) -> Any:
+    """A C function: a thread's share of products of two types, for the address of a job.
+
+    Args:
+        rows: type of activations and outputs.
+        weights_of: type of weights.
+    """
 
     @cfunc(types.void(types.int64), cache=True)
     def multiply(address):
         job = carray(pointer(address), SIZE, np.int64)
-        x = carray(pointer(job[INPUTS]), (job[ROWS], job[DEPTH]), words)
+        x = carray(pointer(job[INPUTS]), (job[ROWS], job[DEPTH]), rows)
         matrices = carray(pointer(job[WEIGHTS]), (job[COUNT], 3), np.int64)
         while True:
             part = taken(address + 8 * TAKEN)
@@ -102,47 +106,25 @@ def products(words: Any) -> Any:
                 first -= (matrices[matrix, 1] + job[COLUMNS] - 1) // job[COLUMNS] * job[COLUMNS]
                 matrix += 1
             width = matrices[matrix, 1]
-            weights = carray(pointer(matrices[matrix, 0]), (job[DEPTH], width), words)
-            outputs = carray(pointer(matrices[matrix, 2]), (job[ROWS], width), words)
+            weights = carray(pointer(matrices[matrix, 0]), (job[DEPTH], width), weights_of)
+            outputs = carray(pointer(matrices[matrix, 2]), (job[ROWS], width), rows)
             last = min(first + job[COLUMNS], width)
-            kernels.multiply(x[top:end], weights, outputs[top:end], first, last)
+            loops.multiply(x[top:end], weights, outputs[top:end], first, last)
 
     return multiply
 
 
 @functools.cache
-def experts_by_loops(words: Any) -> Any:
-    """The same of experts, by `kernels`."""
-
-    @cfunc(types.void(types.int64), cache=True)
-    def run(address):
-        job = carray(pointer(address), SIZE, np.int64)
-        kernels.run_experts(
-            carray(pointer(job[WEIGHTS]), (job[PARTS], 3), np.int64),
-            carray(pointer(job[FIRSTS]), job[PARTS], np.int64),
-            carray(pointer(job[LASTS]), job[PARTS], np.int64),
-            carray(pointer(job[ORDER]), job[LENGTH], np.int32),
-            job[CHOICES],
-            job[INPUTS],
-            job[DEPTH],
-            carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), words),
-            address + 8 * TAKEN,
-        )
-
-    return run
-
-
-@functools.cache
-def experts_by_tiles(words: Any) -> Any:
-    """The same by `amx`, which other CPUs cannot even compile."""
+def experts(run_experts: Any, scratch_bytes: Any, rows: Any, weights_of: Any) -> Any:
+    """The same of experts, by what an `AddressKernel` has compiled."""
 
     @cfunc(types.void(types.int64), cache=True)
     def run(address):
         job = carray(pointer(address), SIZE, np.int64)
         firsts = carray(pointer(job[FIRSTS]), job[PARTS], np.int64)
         lasts = carray(pointer(job[LASTS]), job[PARTS], np.int64)
-        memory = np.empty(amx.scratch_bytes(firsts, lasts, job[WIDTH], job[DEPTH]) + 64, np.uint8)
-        amx.run_experts(
+        memory = np.empty(scratch_bytes(firsts, lasts, job[WIDTH], job[DEPTH]) + 64, np.uint8)
+        run_experts(
             carray(pointer(job[WEIGHTS]), (job[PARTS], 3), np.int64),
             firsts,
             lasts,
@@ -150,7 +132,8 @@ def experts_by_tiles(words: Any) -> Any:
             job[CHOICES],
             job[INPUTS],
             job[DEPTH],
-            carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), words),
+            carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), rows),
+            carray(pointer(job[WEIGHTS]), 1, weights_of),  # of which the type alone counts
             address + 8 * TAKEN,
             (memory.ctypes.data + 63) // 64 * 64,
         )
@@ -242,8 +225,8 @@ class Crew:
         self.pool[[HELPERS, WORTH]] = count, WORTH_BYTES
         first = self.pool.ctypes.data + 8 * SEMAPHORES
         self._semaphores = [first + 8 * SEMAPHORE * index for index in range(2 * count)]
-        for one in self._semaphores:
-            ctypes.CDLL(None).sem_init(ctypes.c_void_p(one), 0, 0)
+        for place in self._semaphores:
+            ctypes.CDLL(None).sem_init(ctypes.c_void_p(place), 0, 0)
 
         self._threads = [
             Thread(target=serve, args=(self.pool, n), name=f"layerscope-crew_{n}", daemon=True)
@@ -260,7 +243,7 @@ class Crew:
     def close(self) -> None:
         """Ends the threads, after the job that they are at. May be called again."""
         retire(self.pool)  # in one call, which no interrupt divides
-        for one in self._semaphores[::2]:
-            ctypes.CDLL(None).sem_post(ctypes.c_void_p(one))
+        for place in self._semaphores[::2]:
+            ctypes.CDLL(None).sem_post(ctypes.c_void_p(place))
         for thread in self._threads:
             thread.join()

@@ -97,8 +97,8 @@ class Assignments:
         chosen = experts.reshape(-1).astype(np.int32, copy=False)
         if active is None:
             active = np.ones(len(experts), np.bool_)
-        self.order, (self.starts, self.ends), (wanted, tokens) = by_expert(chosen, active, self.choices)
-        self.demand = dict(zip(wanted.tolist(), tokens.tolist(), strict=True))
+        self.order, (self.starts, self.ends), (demanded, tokens) = by_expert(chosen, active, self.choices)
+        self.demand = dict(zip(demanded.tolist(), tokens.tolist(), strict=True))
 
     def slots(self, expert: int) -> np.ndarray:
         """Output rows of an expert, in token order."""
@@ -119,8 +119,8 @@ class Assignments:
                 pieces.setdefault(row_bucket(len(piece)), []).append((expert, piece))
         return [
             self._group(bucket, size, part)
-            for bucket, found in sorted(pieces.items())
-            for size, part in dispatches(found)
+            for bucket, cut in sorted(pieces.items())
+            for size, part in dispatches(cut)
         ]
 
     def _group(self, bucket: int, size: int, pieces: list[tuple[int, np.ndarray]]) -> Group:
@@ -143,7 +143,7 @@ def possible_groups(tokens: int, choices: int, num_experts: int) -> list[tuple[i
     >>> possible_groups(tokens=2, choices=2, num_experts=8)
     [(2, 1), (2, 4)]
     """
-    found = []
+    result = []
     for bucket in [row_bucket(1 << power) for power in range(1, MAX_ROWS.bit_length())]:
         rows = 1 if bucket == MIN_ROWS else bucket // 2 + 1  # the fewest that it is taken for
         for size in reversed(GROUP_SIZES):
@@ -151,8 +151,8 @@ def possible_groups(tokens: int, choices: int, num_experts: int) -> list[tuple[i
             # Of full pieces an expert may have several, of all others one.
             enough = pieces <= num_experts or bucket == MAX_ROWS
             if enough and rows <= tokens and pieces * rows <= tokens * choices:
-                found.append((bucket, size))
-    return found
+                result.append((bucket, size))
+    return result
 
 
 def row_bucket(tokens: int) -> int:

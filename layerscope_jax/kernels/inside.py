@@ -1,6 +1,6 @@
 """Our own loops inside a jitted program: a layer is no dispatch, no read-back, no Python.
 
-XLA calls a compiled function at the place of a layer's experts (`foreign.py`), and in the same way at that of
+XLA calls a compiled function at the place of a layer's experts (`xla_ffi.py`), and in the same way at that of
 its other products and of its attention (`products.py`, `attention.py`). A crew of threads helps it.
 """
 
@@ -11,68 +11,39 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numba import carray
 
 from layerscope_jax.kernels import crew
-from layerscope_jax.kernels.cpu import AMX, CpuExperts, InMemory, Kernel
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory
 from layerscope_jax.kernels.crew import SEMAPHORE, SEMAPHORES, Crew
-from layerscope_jax.kernels.foreign import (
-    ARGUMENTS,
-    ARGUMENTS_NUMBER,
-    DATA,
-    FLAG,
-    INT32,
-    NUMBER,
-    RANK,
-    RESULTS,
-    SIZES,
-    buffer,
-    is_of,
-    long_at,
-    target,
-)
+from layerscope_jax.kernels.grouping import by_expert
+from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel
 from layerscope_jax.kernels.numbers import pointer
+from layerscope_jax.kernels.registry import warn_fallback
+from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches, within
+from layerscope_jax.kernels.xla_ffi import Unavailable, register
+from layerscope_jax.support import target
 from layerscope_jax.support.njit import njit
 
 FACTS = 3
 """Numbers of a layer's table before its addresses (`Inside.table_of`)."""
 
+_, CHOICES, ROWS, TOKENS = range(4)  # letters, in their order
+EXPERTS = layout("x T D, int32 T K, flag T", "x R D")
+
 
 @njit(cache=True, nogil=True)
 def fit_experts(call):
     """Whether a call that `fits` is one of `compute_experts`, and no choice an expert that is not there."""
-    if long_at(call + ARGUMENTS_NUMBER) != 4 or long_at(call + NUMBER) != 1:
+    like, sizes = matches(call, EXPERTS)
+    if not like or sizes[ROWS] != sizes[TOKENS] * sizes[CHOICES]:
         return False
-    buffers = long_at(call + ARGUMENTS)
-    inputs, chosen, flags = long_at(buffers), long_at(buffers + 8), long_at(buffers + 16)
-    rows = long_at(long_at(call + RESULTS))
-    if long_at(inputs + RANK) != 2 or long_at(rows + RANK) != 2:
-        return False
-    if not is_of(chosen, INT32, 2) or not is_of(flags, FLAG, 1):
-        return False
-    of_inputs, of_chosen, of_rows = long_at(inputs + SIZES), long_at(chosen + SIZES), long_at(rows + SIZES)
-    tokens, choices = long_at(of_inputs), long_at(of_chosen + 8)
-    words = long_at(long_at(long_at(buffers + 24) + SIZES))
+    _, of_table = buffer(call, ARGUMENTS, 3)
+    words = long_at(of_table)
     if words < 2 * FACTS or (words - 2 * FACTS) % 6 != 0:
         return False
-    if long_at(of_chosen) != tokens or long_at(long_at(flags + SIZES)) != tokens:
-        return False
-    if long_at(of_rows) != tokens * choices or long_at(of_rows + 8) != long_at(of_inputs + 8):
-        return False
-    count = (words // 2 - FACTS) // 3
-    numbers = carray(pointer(long_at(chosen + DATA)), tokens * choices, np.int32)
-    return are_within(numbers, count)
-
-
-@njit(cache=True, nogil=True)
-def are_within(numbers, count):
-    """Whether all numbers are less than `count`, and none is negative."""
-    low = high = np.int32(0)
-    for number in numbers:
-        low, high = min(low, number), max(high, number)
-    return low >= 0 and high < count
+    return within(call, 1, sizes[ROWS], (words // 2 - FACTS) // 3 - 1)
 
 
 @njit(cache=True, nogil=True)
@@ -81,34 +52,24 @@ def pool_at(address):
     return carray(pointer(address), SEMAPHORES + 2 * SEMAPHORE * helpers, np.int64)
 
 
-@njit(cache=True, nogil=True, inline="always")
-def sort(experts, active, count, piece):
-    """Slots by expert [A], as `Assignments`, and pieces of at most so many: [N] expert, first and last."""
-    choices = experts.shape[1]
-    starts = np.zeros(count + 1, np.int64)
-    for token in range(len(experts)):
-        if active[token]:
-            for choice in range(choices):
-                starts[experts[token, choice] + 1] += 1
-    pieces = 0
-    for expert in range(count):
-        pieces += (starts[expert + 1] + piece - 1) // piece
-        starts[expert + 1] += starts[expert]
-    order, ends = np.empty(starts[count], np.int32), starts.copy()
-    for token in range(len(experts)):
-        if active[token]:
-            for choice in range(choices):
-                expert = experts[token, choice]
-                order[ends[expert]] = token * choices + choice
-                ends[expert] += 1
-    whose, firsts, lasts = np.empty(pieces, np.int64), np.empty(pieces, np.int64), np.empty(pieces, np.int64)
-    found = 0
-    for expert in range(count):
-        for first in range(starts[expert], starts[expert + 1], piece):
-            whose[found], firsts[found] = expert, first
-            lasts[found] = min(first + piece, starts[expert + 1])
-            found += 1
-    return order, whose, firsts, lasts
+@njit(cache=True, nogil=True)
+def pieces(bounds, most):
+    """Pieces of at most so many slots [N]: whose they are, their first and last slots.
+
+    Args:
+        bounds: [2, E] where each expert's slots begin and end.
+    """
+    count = 0
+    for expert in range(bounds.shape[1]):
+        count += (bounds[1, expert] - bounds[0, expert] + most - 1) // most
+    whose, firsts, lasts = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+    index = 0
+    for expert in range(bounds.shape[1]):
+        for first in range(bounds[0, expert], bounds[1, expert], most):
+            whose[index], firsts[index] = expert, first
+            lasts[index] = min(first + most, bounds[1, expert])
+            index += 1
+    return whose, firsts, lasts
 
 
 @njit(cache=True, nogil=True)
@@ -125,15 +86,14 @@ def compute_experts(call, do, size):
     chosen, sizes = buffer(call, ARGUMENTS, 1)
     tokens, choices = long_at(sizes), long_at(sizes + 8)
     flags, _ = buffer(call, ARGUMENTS, 2)
-    known, sizes = buffer(call, ARGUMENTS, 3)
+    table_at, sizes = buffer(call, ARGUMENTS, 3)
     count = (long_at(sizes) // 2 - FACTS) // 3
     rows, _ = buffer(call, RESULTS, 0)
-    table = carray(pointer(known), FACTS + 3 * count, np.int64)
+    table = carray(pointer(table_at), FACTS + 3 * count, np.int64)
     pool, hidden, piece = pool_at(table[0]), table[1], table[2]
     active = carray(pointer(flags), tokens, np.uint8)
-    order, whose, firsts, lasts = sort(
-        carray(pointer(chosen), (tokens, choices), np.int32), active, count, piece
-    )
+    order, bounds, _ = by_expert(carray(pointer(chosen), tokens * choices, np.int32), active, choices)
+    whose, firsts, lasts = pieces(bounds, piece)
     addresses = np.empty((len(whose), 3), np.int64)
     for index in range(len(whose)):
         for matrix in range(3):
@@ -156,11 +116,21 @@ def compute_experts(call, do, size):
     job[crew.LENGTH] = addresses.size + firsts.size + lasts.size + order.size
 
 
-def experts_target(kernel: Kernel, dtype: np.dtype) -> str | None:
-    words: Any = kernel.words.type if dtype.itemsize == 2 else np.float32
-    share = crew.experts_by_tiles if kernel is AMX else crew.experts_by_loops
-    name = f"layerscope_experts_{kernel.name}_{np.dtype(words).name}"
-    return target(name, compute_experts, share, words, fit_experts)
+def experts_target(kernel: AddressKernel, format: str, dtype: np.dtype) -> str:
+    """XLA's name for the function of experts in a format, with activations of a dtype.
+
+    Raises:
+        Unavailable: if there can be none.
+    """
+    rows: Any = WORDS[dtype.name].type
+    weights: Any = kernel.words(format).type
+    return register(
+        f"layerscope_experts_{kernel.name}_{format}_{dtype.name}",
+        compute_experts,
+        lambda: crew.experts(kernel.run, kernel.scratch_bytes, rows, weights),
+        dtype,
+        fit_experts,
+    )
 
 
 class Inside:
@@ -168,30 +138,32 @@ class Inside:
 
     Args:
         cpu: what would compute experts outside: how, and by how many threads.
-        dtype: of the experts.
+        format: name of their format.
+        dtype: of activations.
 
     Attributes:
-        target: XLA's name for the function of experts.
+        target: XLA's name for the function of experts; None where programs cannot compute them.
         table: [2] uint32, an int64 in two words: where the crew's memory is. It is all that products and
             attention need.
     """
 
-    def __init__(self, cpu: CpuExperts, dtype: np.dtype):
-        assert cpu.kernel is not None
-        found = experts_target(cpu.kernel, dtype)
-        assert found is not None
-        self.target = found
-        self._piece = cpu.kernel.piece
+    def __init__(self, cpu: CpuExperts, format: str, dtype: np.dtype):
+        self.dtype = dtype
+        self.target: str | None = None
+        if isinstance(cpu.kernel, AddressKernel):
+            self._piece = cpu.kernel.piece
+            try:
+                self.target = experts_target(cpu.kernel, format, dtype)
+            except Unavailable as error:
+                warn_fallback(str(error))
         self._crew = Crew(cpu.threads - 1)
         self.table = np.array([self._crew.pool.ctypes.data], np.int64).view(np.uint32)
         self.check_open, self.close = self._crew.check_open, self._crew.close
 
     @staticmethod
-    def is_possible(cpu: CpuExperts, dtype: np.dtype) -> bool:
-        """Whether this system and this version of XLA can."""
-        if cpu.kernel is None or platform.system() != "Linux":
-            return False
-        return experts_target(cpu.kernel, dtype) is not None
+    def is_possible(dtype: np.dtype) -> bool:
+        """Whether this system can let programs call our own loops, for activations of a dtype."""
+        return platform.system() == "Linux" and dtype.name in WORDS and target.refusal() is None
 
     def table_of(self, experts: Sequence[InMemory]) -> np.ndarray:
         """[2 * (FACTS + 3 E)] uint32 for a layer: `table`, then F, tokens of an expert at a time, and where
@@ -208,9 +180,9 @@ class Inside:
     def take_counts(self) -> tuple[int, int]:
         """Experts and assignments computed since the last time."""
         pool = self._crew.pool
-        found = int(pool[crew.COUNTED]), int(pool[crew.ASSIGNED])
+        counts = int(pool[crew.COUNTED]), int(pool[crew.ASSIGNED])
         pool[[crew.COUNTED, crew.ASSIGNED]] = 0
-        return found
+        return counts
 
 
 def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, table: jax.Array) -> jax.Array:
@@ -230,12 +202,12 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
         ValueError: for arguments of other shapes or types.
     """
     tokens = len(inputs)
-    kinds = [(inputs, 2, jnp.float32 if name.endswith("float32") else jnp.bfloat16)]
-    kinds += [(experts, 2, jnp.int32), (active, 1, jnp.bool_), (table, 1, jnp.uint32)]
-    fit = all(one.ndim == rank and one.dtype == dtype for one, rank, dtype in kinds)
+    kinds = [(inputs, 2, np.dtype(name.rpartition("_")[2])), (experts, 2, np.dtype(np.int32))]
+    kinds += [(active, 1, np.dtype(np.bool_)), (table, 1, np.dtype(np.uint32))]
+    fit = all(array.ndim == rank and array.dtype == dtype for array, rank, dtype in kinds)
     numbers, rest = divmod(len(table) - 2 * FACTS, 6) if fit else (0, 0)
     if numbers < 1 or rest or not len(experts) == len(active) == tokens:
-        got = ", ".join(f"{one.dtype}{list(one.shape)}" for one, *_ in kinds)
+        got = ", ".join(f"{array.dtype}{list(array.shape)}" for array, *_ in kinds)
         raise ValueError(
             f"{name} takes inputs [T, D], experts int32 [T, K], active bool [T] and a table, got {got}"
         )

@@ -1,4 +1,8 @@
-"""What compiled loops are made of: addresses, numbers in bfloat16 and their rounding, `exp` and `silu`."""
+"""Arithmetic of compiled loops: addresses, bfloat16 and its rounding, `exp`, `silu` and softmax.
+
+bfloat16 comes as its 16 bits: of activations as uint16; of weights as uint16, or as int16 where they are
+multiplied in pairs (`vectors.py`).
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,7 @@ def rounded(number, kind):
 
 @overload(rounded, inline="always")
 def _rounded(number, kind):
-    if kind.dtype in (types.uint16, types.int16):
+    if kind.dtype is types.uint16:
 
         def nearest(number, kind):
             bits = bits_of(number)
@@ -119,32 +123,35 @@ def round_row(sums, outputs):
         outputs[d] = rounded(sums[d], outputs)
 
 
-def kept(number: Any, kind: Any) -> Any:
-    """A float32 rounded to the type of `kind`, as products take it (`vectors.py`)."""
+def as_input(word: Any, weights: Any) -> Any:
+    """An activation in the form in which products with an array of weights take it (`vectors.py`)."""
 
 
-@overload(kept, inline="always")
-def _kept(number, kind):
-    if kind.dtype is types.int16:
-        return lambda number, kind: rounded(number, kind)
-    return lambda number, kind: widened(rounded(number, kind))
+@overload(as_input, inline="always")
+def _as_input(word, weights):
+    if weights.dtype is types.int16:
+        return lambda word, weights: word
+    return lambda word, weights: widened(word)
 
 
-def room(tokens: int, width: int, kind: Any) -> Any:
-    """[tokens, width] of such numbers."""
+def room(tokens: int, width: int, weights: Any) -> Any:
+    """[tokens, width] of activations in that form."""
 
 
 @overload(room)
-def _room(tokens, width, kind):
-    dtype = np.int16 if kind.dtype is types.int16 else np.float32
-    return lambda tokens, width, kind: np.empty((tokens, width), dtype)
+def _room(tokens, width, weights):
+    dtype = np.int16 if weights.dtype is types.int16 else np.float32
+    return lambda tokens, width, weights: np.empty((tokens, width), dtype)
 
 
 @njit(cache=True, nogil=True)
-def activate(gates, ups, inner, kind):
-    """A row of `silu(gates) * ups`. Of an index that may be negative the compiler makes no vectors."""
+def activate(gates, ups, inner, outputs, weights):
+    """A row of `silu(gates) * ups`, rounded to the type of `outputs`, as an input of products with `weights`.
+
+    Of an index that may be negative the compiler makes no vectors.
+    """
     for f in range(np.uint64(len(inner))):
-        inner[f] = kept(silu(gates[f]) * ups[f], kind)
+        inner[f] = as_input(rounded(silu(gates[f]) * ups[f], outputs), weights)
 
 
 LANES = 16

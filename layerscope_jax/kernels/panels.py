@@ -1,6 +1,6 @@
 """Products of many tokens: a matrix passes panel by panel, the next one laid out while one is multiplied.
 
-With few tokens reading takes the time, and a matrix is best read in whole rows (`kernels`). With many it is
+With few tokens reading takes the time, and a matrix is best read in whole rows (`loops`). With many it is
 arithmetic: a panel is a few strips (`strips`), each small enough to stay in the nearest cache until all
 tokens had it. Sums run over the same rows in the same order, so that their bits are the same.
 """
@@ -49,7 +49,7 @@ def packed(x, ends, kind):
     Places that may be negative would take twice as long.
     """
     depth, step = x.shape[1], rows_of_step(kind)
-    found = np.empty(x.size, x.dtype)
+    result = np.empty(x.size, x.dtype)
     begin = 0
     for k in range(0, depth, DEEP * step):
         end = min(k + DEEP * step, depth)
@@ -59,10 +59,10 @@ def packed(x, ends, kind):
                 row, to = x[m], np.uint64(begin + step * (m - first))
                 for j in range(np.uint64(k), np.uint64(end), np.uint64(step)):
                     for i in range(np.uint64(step)):
-                        found[to + i] = row[j + i]
+                        result[to + i] = row[j + i]
                     to += np.uint64(step * (last - first))
             begin += (last - first) * (end - k)
-    return found
+    return result
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -76,21 +76,21 @@ def panel_of(weights, first, last):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def lay_first(panel, here, kind):
+def lay_first(panel, current, kind):
     """Lays out the first steps of a panel, which nothing went before."""
     begin, row, depth, strips = panel
-    lay_out(begin, row, min(DEEP, depth // rows_of_step(kind)), here, strips, kind)
+    lay_out(begin, row, min(DEEP, depth // rows_of_step(kind)), current, strips, kind)
 
 
 @njit(cache=True, nogil=True)
-def add_panel(inputs, ends, panel, after, here, there, sums, kind):
+def add_panel(inputs, ends, panel, after, current, spare, sums, kind):
     """Adds packed inputs times a panel.
 
     Args:
         inputs, ends: as `packed` and `shared_out`.
         panel: as `panel_of`, its first steps laid out.
         after: the next one, whose first steps will be laid out; without strips if there is none.
-        here, there: addresses of room for what is laid out, and for what will be.
+        current, spare: addresses of room for what is laid out, and for what will be.
         sums: [M, APART] are begun anew.
         kind: an array of the kind of the weights.
 
@@ -105,9 +105,9 @@ def add_panel(inputs, ends, panel, after, here, there, sums, kind):
         steps = min(DEEP, (depth - k) // step)
         left = (depth - k) // step - steps
         if left > 0:
-            ahead, far, coming, wide = begin + row * (k + steps * step), row, min(DEEP, left), strips
+            ahead, stride, coming, wide = begin + row * (k + steps * step), row, min(DEEP, left), strips
         else:
-            ahead, far, coming, wide = after[0], after[1], min(DEEP, after[2] // step), after[3]
+            ahead, stride, coming, wide = after[0], after[1], min(DEEP, after[2] // step), after[3]
             if wide == 0:
                 coming = 0
         lines = (wide * COLUMNS * size + LINE - 1) // LINE
@@ -117,56 +117,61 @@ def add_panel(inputs, ends, panel, after, here, there, sums, kind):
                 call += 1
                 until = min(coming, coming * (call + AHEAD) // calls)
                 if until > asked:
-                    ask(ahead + far * step * asked, far, step * (until - asked), lines)
+                    ask(ahead + stride * step * asked, stride, step * (until - asked), lines)
                     asked = until
                 until = coming * call // calls
                 if until > done:
-                    to = there + 4 * COLUMNS * done
-                    lay_out(ahead + far * step * done, far, until - done, to, wide, kind)
+                    to = spare + 4 * COLUMNS * done
+                    lay_out(ahead + stride * step * done, stride, until - done, to, wide, kind)
                     done = until
                 first = ends[group]
                 to = sums.ctypes.data + 4 * (APART * first + COLUMNS * strip)
                 add_strip(
-                    here + 4 * STRIP * strip, steps, to, at + 4 * steps * first, ends[group + 1] - first, kind
+                    current + 4 * STRIP * strip,
+                    steps,
+                    to,
+                    at + 4 * steps * first,
+                    ends[group + 1] - first,
+                    kind,
                 )
         at += 4 * steps * len(sums)
-        here, there = there, here
-    return here, there
+        current, spare = spare, current
+    return current, spare
 
 
 @njit(cache=True, nogil=True, inline="always")
 def two_rooms():
     """Memory for two panels, and where they begin."""
     memory = np.empty(2 * PANEL * STRIP + LINE // 4, np.float32)
-    here = (memory.ctypes.data + LINE - 1) // LINE * LINE
-    return memory, here, here + 4 * PANEL * STRIP
+    current = (memory.ctypes.data + LINE - 1) // LINE * LINE
+    return memory, current, current + 4 * PANEL * STRIP
 
 
 @njit(cache=True, nogil=True, inline="always")
 def swiglu_of_many(x, gate, up, down, outputs, slots):
-    """`kernels.swiglu` of `MANY` tokens or more; sizes are multiples of `vectors.ROWS` and `COLUMNS`."""
+    """`loops.swiglu` of `MANY` tokens or more; sizes are multiples of `vectors.ROWS` and `COLUMNS`."""
     tokens, width = x.shape
     hidden = gate.shape[1]
-    ends, inner = shared_out(tokens), room(tokens, hidden, outputs)
+    ends, inner = shared_out(tokens), room(tokens, hidden, down)
     gates, ups = np.empty((tokens, APART), np.float32), np.empty((tokens, APART), np.float32)
-    memory, here, there = two_rooms()
-    inputs = packed(x, ends, outputs)
-    lay_first(panel_of(gate, 0, hidden), here, outputs)
+    memory, current, spare = two_rooms()
+    inputs = packed(x, ends, gate)
+    lay_first(panel_of(gate, 0, hidden), current, gate)
     for first in range(0, hidden, WIDE):
         last = min(first + WIDE, hidden)
         of_up = panel_of(up, first, hidden)
         after = panel_of(gate, last, hidden) if last < hidden else panel_of(down, 0, width)
-        here, there = add_panel(
-            inputs, ends, panel_of(gate, first, hidden), of_up, here, there, gates, outputs
+        current, spare = add_panel(
+            inputs, ends, panel_of(gate, first, hidden), of_up, current, spare, gates, gate
         )
-        here, there = add_panel(inputs, ends, of_up, after, here, there, ups, outputs)
+        current, spare = add_panel(inputs, ends, of_up, after, current, spare, ups, gate)
         for m in range(tokens):
-            activate(gates[m], ups[m], inner[m, first:last], outputs)
-    inputs = packed(inner, ends, outputs)
+            activate(gates[m], ups[m], inner[m, first:last], outputs, down)
+    inputs = packed(inner, ends, down)
     for first in range(0, width, WIDE):
         last = min(first + WIDE, width)
         panel, after = panel_of(down, first, width), panel_of(down, last, width)
-        here, there = add_panel(inputs, ends, panel, after, here, there, gates, outputs)
+        current, spare = add_panel(inputs, ends, panel, after, current, spare, gates, down)
         for m in range(tokens):
             round_row(gates[m], outputs[slots[m], first:last])
     memory[0] = 0  # kept until here
@@ -176,13 +181,13 @@ def swiglu_of_many(x, gate, up, down, outputs, slots):
 def multiply_many(x, weights, outputs, start, first, last):
     """`x [M, K] @ weights [K, N]` into the columns `first` to `last` of `outputs`, from row `start` on."""
     ends, sums = shared_out(len(x)), np.empty((len(x), APART), np.float32)
-    memory, here, there = two_rooms()
-    inputs = packed(x, ends, outputs)
-    lay_first(panel_of(weights, first, last), here, outputs)
+    memory, current, spare = two_rooms()
+    inputs = packed(x, ends, weights)
+    lay_first(panel_of(weights, first, last), current, weights)
     for begin in range(first, last, WIDE):
         end = min(begin + WIDE, last)
         panel, after = panel_of(weights, begin, last), panel_of(weights, end, last)
-        here, there = add_panel(inputs, ends, panel, after, here, there, sums, outputs)
+        current, spare = add_panel(inputs, ends, panel, after, current, spare, sums, weights)
         for m in range(len(x)):
             round_row(sums[m], outputs[start + m, begin:end])
     memory[0] = 0

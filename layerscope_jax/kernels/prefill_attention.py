@@ -13,11 +13,11 @@ import numpy as np
 from numba import carray, types
 
 from layerscope_jax.kernels import crew
-from layerscope_jax.kernels.foreign import ARGUMENTS, RESULTS, buffer, long_at
 from layerscope_jax.kernels.inside import pool_at
 from layerscope_jax.kernels.numbers import pointer, round_row, taken, weigh, widened
 from layerscope_jax.kernels.panels import WIDE, add_panel, lay_first, packed, panel_of, shared_out, two_rooms
 from layerscope_jax.kernels.strips import APART, COLUMNS, MANY
+from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, long_at
 from layerscope_jax.support.njit import cfunc, njit
 
 # Of a job of attention (`crew`), of one token a row too: INPUTS are queries, WEIGHTS keys; ROWS are B, DEPTH
@@ -59,28 +59,28 @@ def attend_block(queries, keys, values, bounds, start, end, head, groups, output
             x[row, d] = widened(query[d])
     ends = shared_out(count)
     inputs = packed(x, ends, keys)
-    memory, here, there = two_rooms()
+    memory, current, spare = two_rooms()
     scores = np.empty((count, last - first), np.float32)
     sums = np.empty((count, APART), np.float32)
     scale, of_values = np.float32(1 / np.sqrt(size)), values[first:last]
-    lay_first(panel_of(keys, first, last), here, keys)
+    lay_first(panel_of(keys, first, last), current, keys)
     for begin in range(first, last, WIDE):
         after = panel_of(keys, begin + WIDE, last)
         if begin + WIDE >= last:
             after = panel_of(of_values, 0, size)
         panel = panel_of(keys, begin, last)
-        here, there = add_panel(inputs, ends, panel, after, here, there, sums, keys)
+        current, spare = add_panel(inputs, ends, panel, after, current, spare, sums, keys)
         for row in range(count):
-            some = scores[row, begin - first : min(begin + WIDE, last) - first]
-            for index in range(np.uint64(len(some))):
-                some[index] = scale * sums[row, index]
+            columns = scores[row, begin - first : min(begin + WIDE, last) - first]
+            for index in range(np.uint64(len(columns))):
+                columns[index] = scale * sums[row, index]
     for row in range(count):
         token = min(start + row // groups, end - 1)
         weigh_within(scores[row], bounds[token, 0] - first, bounds[token, 1] - first, outputs)
     inputs = packed(scores, ends, keys)
     for begin in range(0, size, WIDE):
         panel, after = panel_of(of_values, begin, size), panel_of(of_values, begin + WIDE, size)
-        here, there = add_panel(inputs, ends, panel, after, here, there, sums, keys)
+        current, spare = add_panel(inputs, ends, panel, after, current, spare, sums, keys)
         for row in range(groups * (end - start)):
             output = outputs[start + row // groups, head + row % groups]
             round_row(sums[row], output[begin : min(begin + WIDE, size)])
@@ -151,7 +151,7 @@ def compute_attention_of_many(call, do, size):
     heads, depth, length = long_at(cache + 8), long_at(cache + 16), long_at(cache + 24)
     values, _ = buffer(call, ARGUMENTS, 2)
     bounds, _ = buffer(call, ARGUMENTS, 3)
-    known, _ = buffer(call, ARGUMENTS, 4)
+    table_at, _ = buffer(call, ARGUMENTS, 4)
     outputs, _ = buffer(call, RESULTS, 0)
     most = tokens_of_block(all_heads // heads)
     job = np.zeros(crew.SIZE, np.int64)
@@ -159,4 +159,4 @@ def compute_attention_of_many(call, do, size):
     job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = count, depth, length
     job[VALUES], job[BOUNDS], job[HEADS], job[TOKENS] = values, bounds, heads, tokens
     job[GROUPS], job[crew.PARTS] = all_heads // heads, count * heads * ((tokens + most - 1) // most)
-    crew.share_out(pool_at(long_at(known)), job, count * tokens * all_heads * depth * size)
+    crew.share_out(pool_at(long_at(table_at)), job, count * tokens * all_heads * depth * size)

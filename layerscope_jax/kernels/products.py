@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from layerscope_jax.kernels import crew, vectors
-from layerscope_jax.kernels import experts as kernels
-from layerscope_jax.kernels.foreign import (
+from layerscope_jax.kernels import crew, loops, vectors
+from layerscope_jax.kernels.host_kernels import WORDS
+from layerscope_jax.kernels.inside import pool_at
+from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
+from layerscope_jax.kernels.xla_calls import (
     ARGUMENTS,
     ARGUMENTS_NUMBER,
     NUMBER,
@@ -18,12 +20,11 @@ from layerscope_jax.kernels.foreign import (
     SIZES,
     TYPE,
     buffer,
+    description,
     int_at,
-    is_of,
     long_at,
-    target,
 )
-from layerscope_jax.kernels.inside import pool_at
+from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.models.experts import matmuls
 from layerscope_jax.support.njit import njit
 
@@ -31,19 +32,21 @@ from layerscope_jax.support.njit import njit
 @njit(cache=True, nogil=True)
 def fit_products(call):
     """Whether a call that `fits` is one of `multiply`."""
-    count, buffers = long_at(call + NUMBER), long_at(call + ARGUMENTS)
-    x, results = long_at(buffers), long_at(call + RESULTS)
+    count, x = long_at(call + NUMBER), description(call, ARGUMENTS, 0)
     if long_at(call + ARGUMENTS_NUMBER) != count + 2 or long_at(x + RANK) != 2:
         return False
-    rows, depth = long_at(long_at(x + SIZES)), long_at(long_at(x + SIZES) + 8)
     for index in range(count):
-        weights, result = long_at(buffers + 8 * (index + 1)), long_at(results + 8 * index)
-        if not is_of(weights, int_at(x + TYPE), 2) or long_at(result + RANK) != 2:
+        weights, result = description(call, ARGUMENTS, index + 1), description(call, RESULTS, index)
+        if (
+            int_at(weights + TYPE) != int_at(x + TYPE)
+            or long_at(weights + RANK) != 2
+            or long_at(result + RANK) != 2
+        ):
             return False
-        sizes, of_result = long_at(weights + SIZES), long_at(result + SIZES)
-        if long_at(sizes) != depth or long_at(of_result) != rows:
+        of_x, of_weights, of_result = long_at(x + SIZES), long_at(weights + SIZES), long_at(result + SIZES)
+        if long_at(of_weights) != long_at(of_x + 8) or long_at(of_result) != long_at(of_x):
             return False
-        if long_at(of_result + 8) != long_at(sizes + 8):
+        if long_at(of_result + 8) != long_at(of_weights + 8):
             return False
     return True
 
@@ -53,8 +56,8 @@ def multiply(call, do, size):
     """`x [M, K] @ weights [K, N]` of some weights, helped by a crew: the last argument is its address."""
     x, sizes = buffer(call, ARGUMENTS, 0)
     count = long_at(call + NUMBER)
-    known, _ = buffer(call, ARGUMENTS, count + 1)
-    pool = pool_at(long_at(known))
+    table_at, _ = buffer(call, ARGUMENTS, count + 1)
+    pool = pool_at(long_at(table_at))
     matrices, all_columns = np.empty((count, 3), np.int64), 0
     for index in range(count):
         matrices[index, 0], sizes_of = buffer(call, ARGUMENTS, index + 1)
@@ -65,8 +68,8 @@ def multiply(call, do, size):
     work = depth * all_columns * size * max(1, rows // vectors.TOKENS)
     threads = max(1, min(pool[crew.HELPERS] + 1, work // pool[crew.WORTH]))
     height, columns = rows, (all_columns + threads - 1) // threads
-    if rows >= threads * kernels.PIECE:  # each thread has tokens enough to take all columns
-        height, columns = kernels.PIECE, all_columns
+    if rows >= threads * loops.PIECE:  # each thread has tokens enough to take all columns
+        height, columns = loops.PIECE, all_columns
     columns = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
     beside = 0
     for index in range(count):
@@ -81,23 +84,52 @@ def multiply(call, do, size):
 
 
 def products(table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-    """`compute.dense` of x [..., K] and weights [K, N], inside a jitted program, with any layer's table."""
-    depth, widths = x.shape[-1], [one.shape[1] for one in weights]
-    if x.dtype == np.float32:
-        words: Any = np.float32
-    else:
-        pairs = all(vectors.suit_pairs(np.dtype(x.dtype), depth, width) for width in widths)
-        words = np.int16 if pairs else np.uint16
-    odd = depth % vectors.ROWS or any(width % vectors.COLUMNS for width in widths)
-    odd = odd or any(one.dtype != x.dtype for one in weights)
-    name = None
-    if not odd:
-        name = target(
-            f"layerscope_products_{np.dtype(words).name}", multiply, crew.products, words, fit_products
-        )
-    if name is None:
-        return matmuls(x, *weights)
+    """`dense` of x [..., K] and weights [K, N], inside a jitted program, by the kernel that suits."""
+    formats = {matrix.dtype.name for matrix in weights}
+    sizes = (x.shape[-1], *(matrix.shape[1] for matrix in weights))
+    name = formats.pop() if len(formats) == 1 else "mixed"
+    kernel = choose(Work("products", name, np.dtype(x.dtype), sizes))
+    return matmuls(x, *weights) if kernel is None else kernel.run(table, x, *weights)
+
+
+def suits(work: Work) -> bool:
+    depth, *widths = work.sizes
+    even = depth % vectors.ROWS == 0 and not any(width % vectors.COLUMNS for width in widths)
+    return even and work.format == work.dtype.name and work.dtype.name in WORDS
+
+
+def products_target(dtype: np.dtype, pairs: bool) -> str:
+    """XLA's name for the function of products; in pairs or not.
+
+    Raises:
+        Unavailable: if there can be none.
+    """
+    rows: Any = WORDS[dtype.name].type
+    weights: Any = np.int16 if pairs else rows
+    name = f"layerscope_products_{'pairs' if pairs else 'loops'}_{dtype.name}"
+    return register(name, multiply, lambda: crew.products(rows, weights), dtype, fit_products)
+
+
+def obstacle(work: Work) -> str | None:
+    try:
+        products_target(work.dtype, in_pairs(work.dtype, *work.sizes))
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def in_pairs(dtype: np.dtype, depth: int, *widths: int) -> bool:
+    return all(vectors.suit(dtype, depth, width) for width in widths)
+
+
+def multiply_by_loops(table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+    """`x @ weights` of x [..., K] and each of some weights [K, N]."""
+    dtype, depth, widths = np.dtype(x.dtype), x.shape[-1], [matrix.shape[1] for matrix in weights]
+    name = products_target(dtype, in_pairs(dtype, depth, *widths))
     flat = x.reshape(-1, depth)
     shapes = [jax.ShapeDtypeStruct((len(flat), width), x.dtype) for width in widths]
-    found = jax.ffi.ffi_call(name, shapes)(flat, *weights, table)
-    return [one.reshape(*x.shape[:-1], -1) for one in found]
+    results = jax.ffi.ffi_call(name, shapes)(flat, *weights, table)
+    return [matrix.reshape(*x.shape[:-1], -1) for matrix in results]
+
+
+built_in(Kernel("loops", "products", suits, multiply_by_loops, obstacle))

@@ -1,6 +1,6 @@
 """A matrix times inputs of many tokens: strips of it stay in the nearest cache until all tokens had them.
 
-With few tokens reading takes the time, and a matrix is best read in whole rows (`kernels`). With many it is
+With few tokens reading takes the time, and a matrix is best read in whole rows (`loops`). With many it is
 arithmetic: here the sums of some tokens stay in registers for all rows of a strip, and a weight, loaded once,
 is used for all of them. Sums run over the same rows in the same order, so that their bits are the same.
 """
@@ -62,14 +62,14 @@ def repeat(builder: Any, times: Any, starts: list[Any], body: Callable) -> list[
     builder.position_at_end(loop)
     turn = builder.phi(LONG)
     values = [builder.phi(start.type) for start in starts]
-    found = body(turn, values)
+    results = body(turn, values)
     following = builder.add(turn, LONG(1))
-    for phi, start, value in zip([turn, *values], [LONG(0), *starts], [following, *found], strict=True):
+    for phi, start, value in zip([turn, *values], [LONG(0), *starts], [following, *results], strict=True):
         phi.add_incoming(start, before)
         phi.add_incoming(value, builder.block)
     builder.cbranch(builder.icmp_signed("<", following, times), loop, after)
     builder.position_at_end(after)
-    return found
+    return results
 
 
 def place(builder: Any, base: Any, number: Any, distance: Any, kind: Any) -> Any:
@@ -104,10 +104,10 @@ def lay_out(typing: Any, weights: Any, row: Any, steps: Any, panel: Any, strips:
 
             def strip(number: Any, _: list[Any]) -> list[Any]:
                 first = builder.add(at, builder.mul(number, LONG(size * COLUMNS)))
-                both = loaded(builder, kind, [first, builder.add(first, row)][:high])
-                there = builder.add(to, builder.mul(number, LONG(4 * STRIP)))
-                for half, numbers in enumerate(both):
-                    where = place(builder, there, LONG(half), LONG(4 * LANES), numbers.type)
+                halves = loaded(builder, kind, [first, builder.add(first, row)][:high])
+                strip_at = builder.add(to, builder.mul(number, LONG(4 * STRIP)))
+                for half, numbers in enumerate(halves):
+                    where = place(builder, strip_at, LONG(half), LONG(4 * LANES), numbers.type)
                     builder.store(numbers, where, align=4 * LANES)
                 return []
 
@@ -164,16 +164,18 @@ def add_strip(typing: Any, strip: Any, steps: Any, sums: Any, x: Any, tokens: An
 
             def step(turn: Any, totals: list[Any]) -> list[Any]:
                 at = builder.add(strip, builder.mul(turn, LONG(4 * COLUMNS)))
-                one = builder.add(x, builder.mul(turn, LONG(4 * count)))
-                both = [
+                inputs_at = builder.add(x, builder.mul(turn, LONG(4 * count)))
+                halves = [
                     read(builder, builder.add(at, LONG(4 * half)), numbers, align=4 * LANES)
                     for half in (0, LANES)
                 ]
-                found = []
+                results = []
                 for token in range(count):
-                    value = everywhere(builder, builder.add(one, LONG(4 * token)), numbers)
-                    found += [add(builder, both[half], value, totals[2 * token + half]) for half in (0, 1)]
-                return found
+                    value = everywhere(builder, builder.add(inputs_at, LONG(4 * token)), numbers)
+                    results += [
+                        add(builder, halves[half], value, totals[2 * token + half]) for half in (0, 1)
+                    ]
+                return results
 
             starts = [builder.load(where, align=4) for where in places]
             for where, total in zip(places, repeat(builder, steps, starts, step), strict=True):

@@ -1,10 +1,10 @@
-"""A few rows of a matrix, times inputs of a few tokens, added to their sums: a step of `kernels` for LLVM.
+"""A few rows of a matrix, times inputs of a few tokens, added to their sums: a step of `loops` for LLVM.
 
 Numba leaves it to LLVM to find vectors in loops; here they are named, as are the registers' uses: weights are
 read once for up to eight tokens, sums once for as many rows as registers hold, and the rows that come next
 are asked for, which the CPU by itself does too late.
 
-How weights lie and are multiplied is a kind, named by the type of the experts' rows:
+How weights lie and are multiplied is a kind, told by the type of their array:
 
 - float32: multiplied and added, rounded once.
 - uint16: bfloat16, widened to float32 first.
@@ -42,7 +42,7 @@ binding.initialize_native_asmparser()
 
 
 @functools.cache
-def suit_pairs(dtype: np.dtype, width: int, hidden: int) -> bool:
+def suit(dtype: np.dtype, width: int, hidden: int) -> bool:
     """Whether experts [width, hidden] can be multiplied in pairs, without a rest, as numba compiles here."""
     able = WIDE and {"avx512bw", "avx512bf16"} <= features()
     return able and dtype.name == "bfloat16" and width % COLUMNS == 0 == hidden % COLUMNS
@@ -67,20 +67,20 @@ def adding(tokens: int) -> Callable:
         steps = [loaded(builder, kind, rows[k : k + high]) for k in range(0, ROWS, high)]
         add = add_pairs if pairs else add_product
         for first in range(0, tokens, 2):  # four sums at a time, so that none waits for itself
-            some = range(first, min(first + 2, tokens))
+            pair = range(first, min(first + 2, tokens))
             places = [
                 builder.inttoptr(builder.add(moved(sums, far, token), LONG(4 * half)), NUMBERS.as_pointer())
-                for token in some
+                for token in pair
                 for half in (0, LANES)
             ]
             totals = [builder.load(place, align=4) for place in places]
-            for step, both in enumerate(steps):
-                for index, token in enumerate(some):
+            for step, halves in enumerate(steps):
+                for index, token in enumerate(pair):
                     at = builder.add(moved(x, depth, token), LONG(4 * step))
                     value = everywhere(builder, at, BITS if pairs else NUMBERS)
                     for half in range(2):
                         place = 2 * index + half
-                        totals[place] = add(builder, both[half], value, totals[place])
+                        totals[place] = add(builder, halves[half], value, totals[place])
             for place, total in zip(places, totals, strict=True):
                 builder.store(total, place, align=4)
         return context.get_dummy_value()
@@ -93,8 +93,8 @@ def adding(tokens: int) -> Callable:
 
 def external(builder: Any, name: str, result: Any, kinds: list[Any]) -> Any:
     """A function that LLVM or the process knows by its name."""
-    found = builder.module.globals.get(name)
-    return found or ir.Function(builder.module, ir.FunctionType(result, kinds), name)
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, kinds), name)
 
 
 def fetch(builder: Any, address: Any) -> None:
@@ -138,12 +138,12 @@ def plain(builder: Any, row: Any) -> list[Any]:
 
 def widened(builder: Any, row: Any) -> list[Any]:
     """The same of weights in bfloat16: float32 with the lower bits gone."""
-    found = []
+    result = []
     for half in (0, LANES):
         words = read(builder, builder.add(row, LONG(2 * half)), ir.VectorType(WORD, LANES), 2)
         bits = builder.shl(builder.zext(words, BITS), BITS([16] * LANES))
-        found.append(builder.bitcast(bits, NUMBERS))
-    return found
+        result.append(builder.bitcast(bits, NUMBERS))
+    return result
 
 
 def woven(builder: Any, first: Any, second: Any) -> list[Any]:

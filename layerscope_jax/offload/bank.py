@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from layerscope_jax.formats import ExpertFormat, PlainFormat, plain_of
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.experts import ExpertWeights
 from layerscope_jax.scheduling.plan import ExpertId
@@ -26,13 +27,16 @@ def device_sharding(device: jax.Device | None = None) -> jax.sharding.Sharding:
 
 @dataclass(frozen=True)
 class ExpertBank:
-    """All routed experts in host memory; three separate arrays each, so that each crosses the link alone.
+    """All routed experts in host memory, each as the arrays of one format, which cross the link one by one.
 
-    One copy in RAM serves both tiers of computing: `weights` is what is copied to the device, `views` are
+    One copy in RAM serves both tiers of computing: the arrays are what is copied to the device, `views` are
     NumPy views of the same buffers for the host's kernels.
 
     Attributes:
-        layers: [L][E] weights of each expert, L the MoE layers, in `pinned_host` memory.
+        layers: [L][E] each expert's arrays, L the MoE layers: an `Expert` of the format, in `pinned_host`
+            memory.
+        format: how they lie in memory; where it is not given, the plain one of the first expert's matrices.
+        dtype: of what goes into and comes out of experts; where it is not given, that of the plain format.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=2, num_heads=2,
     ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
@@ -44,7 +48,19 @@ class ExpertBank:
     (384, 3072)
     """
 
-    layers: tuple[tuple[ExpertWeights, ...], ...]
+    layers: tuple[tuple[Any, ...], ...]
+    format: ExpertFormat = None  # type: ignore[assignment]
+    dtype: np.dtype = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.format is None:
+            object.__setattr__(self, "format", plain_of(self.layers[0][0]))
+        if self.dtype is None:
+            if not isinstance(self.format, PlainFormat):
+                raise ValueError(
+                    f"a bank of experts in the format {self.format.name!r} needs dtype=, that of activations"
+                )
+            object.__setattr__(self, "dtype", self.format.dtype)
 
     @classmethod
     def build(
@@ -52,30 +68,59 @@ class ExpertBank:
         config: ModelConfig,
         read: Callable[[ExpertId, str, tuple[int, int]], np.ndarray],
         device: jax.Device | None = None,
+        format: ExpertFormat | None = None,
     ) -> ExpertBank:
         """Fills a bank matrix by matrix from `read(expert, "gate" | "up" | "down", shape)`.
 
-        Only one matrix at a time exists beside its pinned copy. On a CPU the bank may share the memory of the
-        array that `read` returns, which must not be written afterwards.
+        Only one matrix at a time exists beside its pinned copy; where a format is given, one expert. Without
+        one, the bank may share, on a CPU, the memory of the array that `read` returns, which must not be
+        written afterwards.
+
+        Args:
+            config: shapes and numbers of experts.
+            read: gives a matrix, in the dtype of activations.
+            device: beside which experts lie; None for the default one.
+            format: to pack experts in; None leaves them as they are read.
         """
-        sharding = host_sharding(device)
+        sharding, shapes = host_sharding(device), config.expert_shapes()
+        dtype: np.dtype | None = None
 
-        def matrix(expert: ExpertId, name: str, shape: tuple[int, int]) -> jax.Array:
+        def put(array: np.ndarray) -> jax.Array:
             # Blocking here keeps the sources of unfinished copies from piling up in memory.
-            return jax.block_until_ready(jax.device_put(read(expert, name, shape), sharding))
+            return jax.block_until_ready(jax.device_put(array, sharding))
 
-        shapes = config.expert_shapes()
-        return cls(
-            tuple(
-                tuple(
-                    ExpertWeights(**{name: matrix(ExpertId(layer, e), name, s) for name, s in shapes.items()})
-                    for e in range(config.num_experts)
-                )
-                for layer in range(config.num_moe_layers)
-            )
+        def build(expert: ExpertId) -> Any:
+            nonlocal dtype
+            if format is None:
+                return ExpertWeights(*[put(read(expert, name, shape)) for name, shape in shapes.items()])
+            # Copies: a reader may use its memory again for the next matrix.
+            copies: Any = [np.array(read(expert, name, shape)) for name, shape in shapes.items()]
+            dtype = np.dtype(copies[0].dtype)
+            return packed(format, put, ExpertWeights(*copies))
+
+        layers = tuple(
+            tuple(build(ExpertId(layer, expert)) for expert in range(config.num_experts))
+            for layer in range(config.num_moe_layers)
         )
+        return cls(layers, format, dtype)  # type: ignore[arg-type]
 
-    def __getitem__(self, expert: ExpertId) -> ExpertWeights:
+    def converted(self, format: ExpertFormat) -> ExpertBank:
+        """A bank of the same experts in another format, for activations of the same dtype.
+
+        Both are in memory until this one is let go of.
+        """
+        sharding = self.layers[0][0][0].sharding
+
+        def put(array: np.ndarray) -> jax.Array:
+            return jax.block_until_ready(jax.device_put(array, sharding))
+
+        layers = tuple(
+            tuple(packed(format, put, self.unpacked(ExpertId(layer, index))) for index in range(len(experts)))
+            for layer, experts in enumerate(self.layers)
+        )
+        return ExpertBank(layers, format, self.dtype)
+
+    def __getitem__(self, expert: ExpertId) -> Any:
         return self.layers[expert.layer][expert.expert]
 
     def __contains__(self, expert: object) -> bool:
@@ -91,17 +136,22 @@ class ExpertBank:
                 yield ExpertId(layer, index)
 
     def views(self, expert: ExpertId) -> tuple[np.ndarray, ...]:
-        """NumPy views of an expert's buffers (gate, up, down): no copy where the backend shares memory."""
+        """NumPy views of an expert's arrays, in their order: no copy where the backend shares memory."""
         return tuple(map(_view, self[expert]))
 
+    def unpacked(self, expert: ExpertId) -> ExpertWeights:
+        """The matrices of an expert as NumPy arrays: in `dtype`, or as they are in a plain format."""
+        if isinstance(self.format, PlainFormat):
+            return ExpertWeights(*self.views(expert))  # type: ignore[arg-type]
+        matrices = self.format.unpack(self.format.Expert(*self.views(expert)))
+        return ExpertWeights(*(np.asarray(matrix, self.dtype) for matrix in matrices))  # type: ignore[arg-type]
+
     def stacked(self, layer: int, device: jax.Device | None = None) -> ExpertWeights:
-        """A copy on the device of one layer's experts as [E, D, F], [E, D, F], [E, F, D]."""
+        """A copy on the device of one layer's experts, unpacked, as [E, D, F], [E, D, F], [E, F, D]."""
         sharding = device_sharding(device)
+        experts = [self.unpacked(ExpertId(layer, index)) for index in range(len(self.layers[layer]))]
         return ExpertWeights(
-            *(
-                jax.device_put(np.stack(list(map(_view, name))), sharding)
-                for name in zip(*self.layers[layer], strict=True)
-            )
+            *(jax.device_put(np.stack(list(matrices)), sharding) for matrices in zip(*experts, strict=True))
         )
 
     @property
@@ -110,17 +160,29 @@ class ExpertBank:
         return len(self.layers[0])
 
     @property
-    def dtype(self) -> jnp.dtype:
-        return self.layers[0][0].gate.dtype
+    def sizes(self) -> tuple[int, int]:
+        """D and F of the experts."""
+        return self.format.sizes(self.layers[0][0])
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert's three matrices."""
-        return sum(matrix.nbytes for matrix in self.layers[0][0])
+        """Bytes of one expert, in memory and on the link."""
+        return self.format.expert_bytes(*self.sizes)
 
     @property
     def total_bytes(self) -> int:
         return self.expert_bytes * sum(len(experts) for experts in self.layers)
+
+
+def packed(format: ExpertFormat, put: Callable[[np.ndarray], jax.Array], matrices: ExpertWeights) -> Any:
+    """An expert in a format, its arrays where `put` puts them.
+
+    Raises:
+        ValueError: if what the format packs is not what it says.
+    """
+    expert = format.Expert(*map(put, format.pack(*matrices)))  # type: ignore[arg-type]
+    format.check(expert)
+    return expert
 
 
 def _view(matrix: jax.Array) -> np.ndarray:

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats, expert_rows, kernel_of
+from layerscope_jax.formats import ExpertFormat, plain_of
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats, expert_rows
 from layerscope_jax.kernels.grouping import Assignments, next_power
+from layerscope_jax.kernels.host_kernels import kernel_of
 from layerscope_jax.kernels.inside import Inside
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.kernels.registry import REFERENCE, Work, choose
 from layerscope_jax.offload.bank import ExpertBank
 from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.threads import Helpers, Job
@@ -27,16 +29,21 @@ SIZES = 2
 """Sizes of rows to write to that are kept: a decode step's and those of the last prefill."""
 
 
-@functools.partial(jax.jit, static_argnames="choices", donate_argnames="outputs")
+@functools.partial(jax.jit, static_argnames=("choices", "product"), donate_argnames="outputs")
 def grouped_ffn(
-    outputs: jax.Array, inputs: jax.Array, slots: jax.Array, weights: tuple[ExpertWeights, ...], choices: int
+    outputs: jax.Array,
+    inputs: jax.Array,
+    slots: jax.Array,
+    experts: tuple[Any, ...],
+    choices: int,
+    product: Callable,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes N experts and writes their rows into `outputs` [T * K + 1, D], which is donated.
 
     Also returns one number of the result: it is ready when the whole result is, and may be waited for after
     `outputs` has been donated on.
     """
-    rows = expert_rows(inputs, slots, weights, choices)
+    rows = expert_rows(inputs, slots, experts, choices, product)
     outputs = outputs.at[slots.reshape(-1)].set(rows)
     return outputs, rows[-1, 0]
 
@@ -47,8 +54,22 @@ def place_rows(outputs: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Arr
     return outputs.at[slots].set(rows)
 
 
+def product_of(
+    format: ExpertFormat, expert: Any, dtype: np.dtype, device: jax.Device
+) -> tuple[str, Callable]:
+    """Name in statistics, and product for `grouped_ffn`, of what computes such experts on a device."""
+    work = Work("experts", format.name, np.dtype(dtype), format.sizes(expert), device.platform)
+    # A CPU stands for an accelerator in tests alone; its kernels compute outside of programs.
+    kernel = None if work.platform == "cpu" else choose(work)
+    return (REFERENCE, format.ffn) if kernel is None else (kernel.name, kernel.run)
+
+
 class DeviceExperts:
     """Computes experts whose weights are in device memory, without waiting for them.
+
+    Args:
+        device: that computes.
+        format: of the experts; None for plain ones.
 
     Attributes:
         stats: what was done.
@@ -57,14 +78,16 @@ class DeviceExperts:
     waits = False
     """Whether `run` returns only when it is done."""
 
-    def __init__(self, device: jax.Device):
+    def __init__(self, device: jax.Device, format: ExpertFormat | None = None):
         self.stats = WorkStats()
         self._device = device
+        self._format = format
+        self._product: tuple[str, Callable] | None = None
         self._nothing: dict[int, jax.Array] = {}
         self._outputs: dict[int, jax.Array] = {}
         self._host_rows: dict[int, np.ndarray] = {}
 
-    def keep(self, weights: ExpertWeights) -> ExpertWeights:
+    def keep(self, weights: Any) -> Any:
         """An expert that has come, in the form that `run` takes."""
         return weights
 
@@ -76,8 +99,8 @@ class DeviceExperts:
 
     def take(self, total: int, width: int, dtype: np.dtype) -> jax.Array:
         """[total + 1, width] to write a layer's rows to; what nobody writes keeps any finite value."""
-        found = self._outputs.pop(total, None)
-        return jnp.zeros((total + 1, width), dtype, device=self._device) if found is None else found
+        result = self._outputs.pop(total, None)
+        return jnp.zeros((total + 1, width), dtype, device=self._device) if result is None else result
 
     def give_back(self, outputs: jax.Array) -> None:
         """Rows that have been dispatched to whoever reads them, to be overwritten in the next layer."""
@@ -90,14 +113,20 @@ class DeviceExperts:
         inputs: jax.Array,
         rows: Assignments,
         experts: Iterable[int],
-        weights: Callable[[Sequence[int]], Sequence[ExpertWeights]],
+        weights: Callable[[Sequence[int]], Sequence[Any]],
     ) -> tuple[jax.Array, jax.Array | None]:
         """Dispatches `experts`; returns the outputs and something that is ready when they are."""
         done: jax.Array | None = None
         for group in rows.groups(experts):
             self.stats.count_group(group)
             arrays = tuple(weights(group.experts))
-            outputs, done = grouped_ffn(outputs, inputs, group.slots, arrays, rows.choices)
+            if self._product is None:
+                format = self._format or plain_of(arrays[0])
+                self._product = product_of(format, arrays[0], inputs.dtype, self._device)
+            name, product = self._product
+            if name != REFERENCE:
+                self.stats.by_kernel[name] += len(set(group.experts))
+            outputs, done = grouped_ffn(outputs, inputs, group.slots, arrays, rows.choices, product)
         return outputs, done
 
     def host_rows(self, outputs: jax.Array) -> np.ndarray:
@@ -107,14 +136,14 @@ class DeviceExperts:
         return self._host_rows[len(outputs)]
 
     def place(
-        self, outputs: jax.Array, found: np.ndarray, rows: Assignments, experts: Sequence[int]
+        self, outputs: jax.Array, result: np.ndarray, rows: Assignments, experts: Sequence[int]
     ) -> jax.Array:
         """Puts the rows of `experts` that the host `found` among the others."""
         taken = np.concatenate([rows.slots(expert) for expert in experts])
         slots = np.full(next_power(len(taken)), rows.total, np.int32)  # few shapes to compile
         slots[: len(taken)] = taken
-        values = np.zeros((len(slots), found.shape[1]), found.dtype)
-        np.take(found, taken, 0, out=values[: len(taken)])
+        values = np.zeros((len(slots), result.shape[1]), result.dtype)
+        np.take(result, taken, 0, out=values[: len(taken)])
         return place_rows(outputs, slots, values)
 
     def clear(self) -> None:
@@ -137,8 +166,8 @@ class SharedExperts:
         self._cpu = cpu
         self._arrays: dict[tuple[int, bool], np.ndarray] = {}
 
-    def keep(self, weights: ExpertWeights) -> InMemory:
-        return InMemory.of(weights)
+    def keep(self, weights: Any) -> InMemory:
+        return InMemory.of(weights, self._cpu.format)
 
     def nothing(self, total: int, width: int, dtype: np.dtype) -> np.ndarray:
         return self._array(total, width, dtype, False)
@@ -148,12 +177,12 @@ class SharedExperts:
         return self._array(total, width, dtype, True)
 
     def _array(self, total: int, width: int, dtype: np.dtype, written: bool) -> np.ndarray:
-        found = self._arrays.pop((total, written), None)
-        if found is None:
-            found = aligned_zeros((total + 1, width), dtype)
-        self._arrays[total, written] = found
+        result = self._arrays.pop((total, written), None)
+        if result is None:
+            result = aligned_zeros((total + 1, width), dtype)
+        self._arrays[total, written] = result
         forget_oldest(self._arrays, 2 * SIZES)
-        return found
+        return result
 
     def give_back(self, outputs: np.ndarray) -> None:
         pass
@@ -173,7 +202,7 @@ class SharedExperts:
         return outputs
 
     def place(
-        self, outputs: np.ndarray, found: np.ndarray, rows: Assignments, experts: Sequence[int]
+        self, outputs: np.ndarray, result: np.ndarray, rows: Assignments, experts: Sequence[int]
     ) -> np.ndarray:
         return outputs
 
@@ -183,7 +212,7 @@ class SharedExperts:
 
 def device_experts(device: jax.Device, cpu: CpuExperts) -> DeviceExperts | SharedExperts:
     """What computes resident experts."""
-    return SharedExperts(cpu) if device.platform == "cpu" else DeviceExperts(device)
+    return SharedExperts(cpu) if device.platform == "cpu" else DeviceExperts(device, cpu.format)
 
 
 def forget_oldest(arrays: dict[Any, Any], most: int) -> None:
@@ -222,9 +251,9 @@ class HostExperts:
         self._weights: dict[tuple[int, int], InMemory] = {}  # those that share the bank's memory
         self._closed = False
         self._shares_inputs = shares_inputs
-        self.cpu = CpuExperts(threads, kernel_of(bank.dtype, *bank.layers[0][0].gate.shape))
-        possible = shares_inputs and Inside.is_possible(self.cpu, bank.dtype)
-        self.inside = Inside(self.cpu, bank.dtype) if possible else None
+        self.cpu = CpuExperts(threads, kernel_of(bank.format, bank.dtype, *bank.sizes), bank.format)
+        possible = shares_inputs and Inside.is_possible(bank.dtype)
+        self.inside = Inside(self.cpu, bank.format.name, bank.dtype) if possible else None
         self._thread = Helpers(1, "layerscope-host")
 
     def start(
@@ -282,18 +311,20 @@ class HostExperts:
         Where the backend shares memory they are kept. Where it copies they are not: all of them together
         would be the bank once more.
         """
-        found = self._weights.get(expert)
-        if found is None:
+        result = self._weights.get(expert)
+        if result is None:
             # Through another handle on the buffer: JAX keeps with an array whatever copy NumPy was given.
             handles = [matrix.addressable_data(0) for matrix in self.bank[expert]]
-            arrays = ExpertWeights(*(jax.device_put(np.asarray(handle), self.device) for handle in handles))
-            found = InMemory.of(arrays)
+            arrays = self.bank.format.Expert(
+                *(jax.device_put(np.asarray(handle), self.device) for handle in handles)
+            )
+            result = InMemory.of(arrays, self.bank.format)
             if share_memory(arrays, self.bank[expert]):
-                self._weights[expert] = found
-        return found
+                self._weights[expert] = result
+        return result
 
 
-def share_memory(some: ExpertWeights, others: ExpertWeights) -> bool:
+def share_memory(some: Iterable[jax.Array], others: Iterable[jax.Array]) -> bool:
     """Whether two experts lie in the same buffers."""
     return all(
         a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in zip(some, others, strict=True)

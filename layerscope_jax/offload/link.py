@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,7 +18,8 @@ from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.errors import TransferError
 from layerscope_jax.support.jax_settings import settle_thread
 
-MATRICES = len(ExpertWeights._fields)
+MATRICES = len(ExpertWeights._fields)  # chunks of a plain expert; in any format one for each array
+
 ATTEMPTS = 3
 
 AHEAD_BYTES = 16 * 2**20
@@ -66,7 +67,7 @@ def start_copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 class Transfers:
-    """Copies experts from the bank into device memory, one matrix a chunk, demand before prefetch.
+    """Copies experts from the bank into device memory, one array a chunk, demand before prefetch.
 
     A chunk that has begun is finished. A prefetch chunk begins only when no demand waits and nothing else is
     on the link, so a demand load waits for at most one prefetch chunk. Demand chunks overlap by one, which
@@ -104,7 +105,8 @@ class Transfers:
         self.stats = LinkStats()
         self.copy = copy or start_copy
         self.sharding = device_sharding(device)
-        self.queue = CopyQueue(MATRICES)
+        self._expert = bank.format.Expert
+        self.queue = CopyQueue(chunks=len(self._expert._fields))
         self._changed = threading.Condition()
         self._enough = 1  # arrivals worth waking the engine for
         self._closed = False
@@ -146,14 +148,14 @@ class Transfers:
             self.stats.dropped += len(gone)
             return gone
 
-    def arrivals(self) -> tuple[dict[ExpertId, ExpertWeights], list[ExpertId]]:
+    def arrivals(self) -> tuple[dict[ExpertId, Any], list[ExpertId]]:
         """What has arrived since the last call, and which prefetches failed for good; does not wait."""
         queue = self.queue
         if not (queue.arrived or queue.lost):
             return {}, []  # what comes at this moment comes with the next call
         with self._changed:
             arrived, lost = queue.take()
-            return {expert: ExpertWeights(*arrays) for expert, arrays in arrived.items()}, lost
+            return {expert: self._expert(*arrays) for expert, arrays in arrived.items()}, lost
 
     def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:
         """Returns when `count` experts have arrived, no more than are wanted.

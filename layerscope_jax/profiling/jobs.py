@@ -14,7 +14,6 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.cpu import CpuExperts
 from layerscope_jax.kernels.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.models.cache import new_caches
-from layerscope_jax.models.experts import ExpertWeights
 from layerscope_jax.offload.executors import HostExperts, device_experts
 from layerscope_jax.offload.link import LinkStats, Transfers
 from layerscope_jax.offload.residency import Residency
@@ -64,7 +63,7 @@ class Jobs:
         self._host, self._transfers = host, transfers
         # Where the device is this machine's CPU, its threads are others than the host's: a job of the one may
         # run beside a job of the other, and `CpuExperts` takes one caller at a time.
-        self._cpu = CpuExperts(host.cpu.threads, host.cpu.kernel)
+        self._cpu = CpuExperts(host.cpu.threads, host.cpu.kernel, host.cpu.format)
         self._device = device_experts(model.device, self._cpu)
         self.computed = min(GROUP_SIZES[0], model.bank.num_experts)
         self.resident = min(self.computed, max(1, slots // 2, slots - ARRIVALS))
@@ -228,7 +227,7 @@ class NoCopies:
     def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
         return []
 
-    def arrivals(self) -> tuple[dict[ExpertId, ExpertWeights], list[ExpertId]]:
+    def arrivals(self) -> tuple[dict[ExpertId, Any], list[ExpertId]]:
         return {}, []
 
     def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerscope_jax.checkpoints.safetensors_io import dtype_named
+from layerscope_jax.formats import format_named
 from layerscope_jax.scheduling.costs import MOST_MS, NOTHING, HardwareProfile, TimeTable, is_time
 from layerscope_jax.scheduling.geometry import Geometry, RoutedExperts
 from layerscope_jax.support import machine
@@ -47,7 +47,7 @@ class ModelShape(RoutedExperts):
 
     Attributes:
         hidden_size, moe_intermediate_size: D, F.
-        dtype: of the weights.
+        dtype: of the weights, the name of their format (`layerscope_jax.formats`).
     """
 
     hidden_size: int
@@ -61,13 +61,13 @@ class ModelShape(RoutedExperts):
             **model.geometry(0).counts(),
             hidden_size=model.config.hidden_size,
             moe_intermediate_size=model.config.moe_intermediate_size,
-            dtype=model.bank.dtype.name,
+            dtype=model.bank.format.name,
         )
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert's three matrices."""
-        return 3 * self.hidden_size * self.moe_intermediate_size * dtype_named(self.dtype).itemsize
+        """Bytes of one expert."""
+        return format_named(self.dtype).expert_bytes(self.hidden_size, self.moe_intermediate_size)
 
     def geometry(self, slots: int) -> Geometry:
         """The same as policies see it, within a budget with room for so many experts."""
@@ -162,7 +162,7 @@ class MachineProfile:
             details=found.of("details", dict),
         )
         if profile["model"] is not None:
-            found.check(dtype_named, profile["model"].dtype, of="model")
+            found.check(format_named, profile["model"].dtype, of="model")
         source = found.of("source", str)
         times = read_times(found, costs, "costs.")
         alone = None

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from layerscope_jax.kernels.cpu import WorkStats
+from layerscope_jax.kernels.registry import REFERENCE, fallbacks
 from layerscope_jax.offload.link import LinkStats
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.runtime.runner import RunnerStats
@@ -118,6 +119,7 @@ def run_stats(
         share_of_bound=None if least_s is None else least_s / sum(times.decode_s),
         padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
         dispatches=host.dispatches + device.dispatches,
-        kernels=kernels | {"xla": 1 - sum(kernels.values())} if experts else None,
+        kernels=kernels | {REFERENCE: 1 - sum(kernels.values())} if experts else None,
+        kernel_fallbacks=fallbacks(),
         **known,
     )

@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 import jax
 
 from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.formats import PlainFormat
 from layerscope_jax.kernels.cpu import default_threads
 from layerscope_jax.offload.executors import HostExperts
 from layerscope_jax.offload.link import Transfers
@@ -68,7 +69,9 @@ def build(
     nothing_to_decide = budget_bytes >= model.bank.total_bytes and (
         isinstance(policy, Resident) or (chosen.uses_device and not policy_is_obeyed)
     )
-    if nothing_to_decide and WholeModel.is_faster_on(model.device):
+    # Packed experts are computed as they lie, which is not how a whole model has them.
+    plain = isinstance(model.bank.format, PlainFormat)
+    if nothing_to_decide and plain and WholeModel.is_faster_on(model.device):
         if fast:
             return WholeModel(model)
         logger.warning(
@@ -119,6 +122,6 @@ def _layer_by_layer(
     if costs is None and policy.uses_costs:
         costs = measure(model, host, link, residency.slots)
     state = forecasts.explained(budget_bytes, lambda: policy.init(geometry, costs))
-    resident = isinstance(policy, Resident) and host.inside is not None
+    resident = isinstance(policy, Resident) and host.inside is not None and host.inside.target is not None
     runner = ResidentOnCpu if resident else LayerByLayer
     return runner(model, policy, state, residency, link, host, forecasts, costs)

@@ -228,6 +228,7 @@ class LayerByLayer:
         return RunnerStats(
             policy=self.policy.name,
             mode=self.mode,
+            format=self.model.bank.format.name,
             peak_expert_bytes=account.peak_bytes,
             predictor=self.forecasts.name,
             predictor_bytes=self.forecasts.kept_bytes,

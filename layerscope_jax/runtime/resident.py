@@ -70,6 +70,7 @@ class ResidentOnCpu(LayerByLayer):
         self._layers = Layers.of(model, range(model.config.num_layers))
         self._experts = self.host_experts.everything()  # whose memory the tables name
         self._tables = [jax.device_put(inside.table_of(layer), model.device) for layer in self._experts]
+        assert inside.target is not None
         self._decode = decode_program(model.config, model.bank.dtype, inside.target)
 
     def step(

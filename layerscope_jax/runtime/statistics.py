@@ -108,8 +108,11 @@ class RunStats:
             None if not asked for. See `layerscope_jax.runtime.lower_bound`.
         padding: computed expert rows that were padding, by all computed rows.
         dispatches: calls that computed experts, device and host together.
+        format: how experts lie in memory, by its name (`layerscope_jax.formats`).
         kernels: parts of these experts by what computed them: "amx", "pairs" and "loops" (our own, on
-            a CPU) and "xla"; None where no expert was computed apart from its layer.
+            a CPU), kernels that were registered, and "xla", the reference; None where no expert was computed
+            apart from its layer.
+        kernel_fallbacks: why kernels that suit some work were not used for it in this process.
     """
 
     policy: str
@@ -140,7 +143,9 @@ class RunStats:
     share_of_bound: float | None
     padding: float
     dispatches: int
+    format: str
     kernels: dict[str, float] | None
+    kernel_fallbacks: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

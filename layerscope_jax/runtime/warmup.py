@@ -12,7 +12,7 @@ from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, next_power, possible_groups
 from layerscope_jax.models.decoder import Between
 from layerscope_jax.models.layers import PAD_POSITION
-from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, grouped_ffn, place_rows
+from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, grouped_ffn, place_rows, product_of
 from layerscope_jax.prediction.forecasts import counted_rows
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
@@ -145,11 +145,13 @@ class Rehearsal:
         if copies:
             weights = jax.device_put(runner.model.bank[first], runner.transfers.sharding)
             if shared:
-                self._on_cpu(inputs, chosen, tokens, InMemory.of(weights))
+                self._on_cpu(inputs, chosen, tokens, self._device_experts.keep(weights))
             else:
-                for bucket, size in possible_groups(tokens, choices, runner.model.config.num_experts):
+                model = runner.model
+                _, product = product_of(model.bank.format, weights, inputs.dtype, model.device)
+                for bucket, size in possible_groups(tokens, choices, model.config.num_experts):
                     places = np.full((size, bucket), total, np.int32)
-                    outputs, _ = grouped_ffn(outputs, inputs, places, (weights,) * size, choices)
+                    outputs, _ = grouped_ffn(outputs, inputs, places, (weights,) * size, choices, product)
         return outputs
 
     def _on_cpu(self, inputs: jax.Array, chosen: np.ndarray, tokens: int, weights: InMemory) -> None:
@@ -162,7 +164,8 @@ class Rehearsal:
         )
         if self.runner.host_experts.cpu.kernel is not None:
             return  # compiled by that
-        local = jax.device_put(np.asarray(inputs), weights.arrays.gate.sharding)
+        local = jax.device_put(np.asarray(inputs), weights.arrays[0].sharding)
         for bucket, size in possible_groups(tokens, choices, self.runner.model.config.num_experts):
             slots = np.full((size, bucket), chosen.size, np.int32)
-            jax.block_until_ready(grouped_rows(local, slots, (weights.arrays,) * size, choices))
+            same = (weights.arrays,) * size
+            jax.block_until_ready(grouped_rows(local, slots, same, choices, weights.layout.format.ffn))

@@ -71,7 +71,10 @@ class WholeModel:
     def stats(self, account: Account) -> RunnerStats:
         """What it did for a call; see `Runner.stats`."""
         return RunnerStats(
-            policy=self.policy.name, mode=self.mode, peak_expert_bytes=self.model.bank.total_bytes
+            policy=self.policy.name,
+            mode=self.mode,
+            format=self.model.bank.format.name,
+            peak_expert_bytes=self.model.bank.total_bytes,
         )
 
     def rehearsal(self) -> WholeModel:

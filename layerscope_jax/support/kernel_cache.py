@@ -82,7 +82,7 @@ class KernelCache:
         for folder in folders():
             file = folder / self._file(key)
             try:
-                found = read(file, key, context)
+                result = read(file, key, context)
             except FileNotFoundError:
                 continue
             except Exception as error:  # damaged in a way that nobody thought of
@@ -90,7 +90,7 @@ class KernelCache:
                 discard(file)
                 continue
             touch(folder)
-            return found
+            return result
         say_if_cold()
         return None
 
@@ -187,10 +187,10 @@ def folders() -> tuple[Path, ...]:
     if not sources:
         return ()
     parts = [numba.__version__, llvmlite.__version__, str(sys.implementation.cache_tag), target.describe()]
-    found = hashlib.sha256("\n".join(parts).encode())
+    result = hashlib.sha256("\n".join(parts).encode())
     for name, content in sources:
-        found.update(f"\n{name} {len(content)}\n".encode() + content)
-    name = f"kernels-{found.hexdigest()[:16]}"
+        result.update(f"\n{name} {len(content)}\n".encode() + content)
+    name = f"kernels-{result.hexdigest()[:16]}"
     if config.CACHE_DIR:
         return (Path(config.CACHE_DIR) / "layerscope_jax" / name,)
     bases = [PACKAGE / "__pycache__"]

@@ -51,10 +51,10 @@ def features() -> frozenset[str]:
     A compiler that is told of an instruction which it may not use ends the process.
     """
     named = told()
-    found = of_host() if named is None else named & of_host()
+    result = of_host() if named is None else named & of_host()
     if named is None and not config.ENABLE_AVX:
-        return frozenset(name for name in found if not name.startswith("avx"))
-    return found
+        return frozenset(name for name in result if not name.startswith("avx"))
+    return result
 
 
 @functools.cache
@@ -62,6 +62,10 @@ def refusal() -> str | None:
     """Why nothing can be compiled as numba is set; None if it can."""
     if config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set"
+    name = config.CPU_NAME
+    if name not in (None, "generic", binding.get_host_cpu_name()) and config.CPU_FEATURES is not None:
+        # LLVM then takes whatever that CPU has; without a list numba says what this one lacks.
+        return f"NUMBA_CPU_NAME names {name}, and NUMBA_CPU_FEATURES does not say what of it this CPU lacks"
     foreign = (told() or frozenset()) & lacking()
     if foreign:
         return f"NUMBA_CPU_FEATURES names {', '.join(sorted(foreign))}, which this CPU lacks"

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax.kernels import amx, attention, combining, crew, prefill_attention, vectors
-from layerscope_jax.kernels.cpu import AMX, LOOPS, PAIRS, CpuExperts, InMemory, WorkStats
-from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
+from layerscope_jax.kernels.grouping import Assignments, by_expert
+from layerscope_jax.kernels.host_kernels import AMX, LOOPS, PAIRS
+from layerscope_jax.kernels.inside import pieces
 from layerscope_jax.models.experts import ExpertWeights
 
 AROUND = 4096
@@ -51,21 +53,23 @@ def numbers(rng, shape, dtype):
     return (rng.standard_normal(shape) / 4).astype(dtype)
 
 
-pairs = vectors.suit_pairs(np.dtype(ml_dtypes.bfloat16), 32, 32)
-KERNELS = [(LOOPS, np.float32, 1), (LOOPS, ml_dtypes.bfloat16, 1)]
-KERNELS += [(PAIRS, ml_dtypes.bfloat16, 32)] if pairs else []
-KERNELS += [(AMX, ml_dtypes.bfloat16, 32)] if amx.available() else []
+pairs = vectors.suit(np.dtype(ml_dtypes.bfloat16), 32, 32)
+TYPES = (np.float32, ml_dtypes.bfloat16)
+KERNELS = [(LOOPS, dtype, dtype, 1) for dtype in TYPES]
+KERNELS += [(PAIRS, ml_dtypes.bfloat16, ml_dtypes.bfloat16, 32)] if pairs else []
+KERNELS += [(AMX, ml_dtypes.bfloat16, ml_dtypes.bfloat16, 32)] if amx.available() else []
 
 
 @given(data=st.data(), tokens=st.integers(1, 70), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=60)
 def test_experts(data, tokens, seed):
-    kernel, dtype, step = data.draw(st.sampled_from(KERNELS), "kernel")
+    every = [*KERNELS, (LOOPS, np.float32, ml_dtypes.bfloat16, 1)]
+    kernel, dtype, of_weights, step = data.draw(st.sampled_from(every), "kernel")
     width, hidden = (step * data.draw(st.integers(1, 160 // step if step > 1 else 100)) for _ in range(2))
     rng, guarded = np.random.default_rng(seed), Guarded()
     shapes = ((width, hidden), (width, hidden), (hidden, width))
     held = [
-        InMemory.of(ExpertWeights(*(jnp.asarray(numbers(rng, shape, dtype)) for shape in shapes)))
+        InMemory.of(ExpertWeights(*(jnp.asarray(numbers(rng, shape, of_weights)) for shape in shapes)))
         for _ in range(3)
     ]
     choices = data.draw(st.integers(1, 3))
@@ -131,7 +135,7 @@ def test_products(words, rows, steps, widths, columns, height, seed):
         HEIGHT=height,
         BESIDE=beside,
     )
-    crew.products(WORDS[words]).ctypes(work.ctypes.data)
+    crew.products(np.float32 if words == "float32" else np.uint16, WORDS[words]).ctypes(work.ctypes.data)
     guarded.check()
     for weights, outputs in zip(held, found, strict=True):
         exact = x.astype(np.float64) @ weights.astype(np.float64)
@@ -248,6 +252,63 @@ def test_sums(words, tokens, choices, width, seed):
     combining.tokens(WORDS[words]).ctypes(work.ctypes.data)
     guarded.check()
     assert np.isfinite(outputs.astype(np.float32)).all()
+
+
+@given(
+    kernel=st.sampled_from(KERNELS),
+    tokens=st.integers(1, 40),
+    choices=st.integers(1, 3),
+    steps=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_experts_as_a_job_of_a_program(kernel, tokens, choices, steps, seed):
+    """As XLA's call hands them on: pieces of experts, by addresses."""
+    kernel, dtype, of_weights, step = kernel
+    width, hidden = (max(step, 8) * size for size in steps)
+    rng, guarded = np.random.default_rng(seed), Guarded()
+    shapes = ((width, hidden), (width, hidden), (hidden, width))
+    held = [[numbers(rng, shape, of_weights) for shape in shapes] for _ in range(3)]
+    chosen = np.argsort(rng.random((tokens, 3)), 1)[:, :choices].astype(np.int32)
+    order, bounds, demand = by_expert(chosen.reshape(-1), np.ones(tokens, bool), choices)
+    whose, firsts, lasts = pieces(bounds, 7)
+    addresses = np.array([[matrix.ctypes.data for matrix in held[one]] for one in whose], np.int64)
+    inputs = numbers(rng, (tokens, width), dtype)
+    outputs = guarded.array((tokens * choices, width), dtype)
+    work = job(
+        PARTS=len(firsts),
+        INPUTS=inputs,
+        WEIGHTS=addresses,
+        OUTPUTS=outputs,
+        ROWS=tokens * choices,
+        DEPTH=hidden,
+        WIDTH=width,
+        FIRSTS=firsts,
+        LASTS=lasts,
+        ORDER=order,
+        LENGTH=len(order),
+        CHOICES=choices,
+    )
+    words = [WORDS["float32" if one is np.float32 else "uint16"] for one in (dtype, of_weights)]
+    words[1] = np.int16 if kernel is PAIRS else words[1]
+    crew.experts(kernel.run, kernel.scratch_bytes, *words).ctypes(work.ctypes.data)
+    guarded.check()
+    assert len(demand[0]) == len(np.unique(chosen))
+    assert np.isfinite(outputs.astype(np.float32)).all()
+
+
+@given(
+    bounds=st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    most=st.integers(1, 9),
+)
+def test_pieces_are_all_slots_once(bounds, most):
+    ends = np.cumsum(bounds)
+    whose, firsts, lasts = pieces(np.array([ends - bounds, ends]), most)
+    assert (lasts - firsts).max(initial=0) <= most
+    slots = [
+        (expert, slot) for expert, a, b in zip(whose, firsts, lasts, strict=True) for slot in range(a, b)
+    ]
+    assert slots == [(e, slot) for e, count in enumerate(bounds) for slot in range(ends[e] - count, ends[e])]
 
 
 def test_a_byte_beside_is_seen():

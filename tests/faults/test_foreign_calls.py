@@ -1,6 +1,5 @@
 """What reads memory by addresses is given only what it takes: all else is refused in words."""
 
-import functools
 import warnings
 from pathlib import Path
 
@@ -10,18 +9,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from layerscope_jax.kernels import cpu, crew, foreign, inside
-from layerscope_jax.kernels.attention import compute_attention, fit_attention, rows
-from layerscope_jax.kernels.combining import compute_sums, fit_sums, tokens
-from layerscope_jax.kernels.cpu import LOOPS, CpuExperts, InMemory, WorkStats
-from layerscope_jax.kernels.foreign import target
+from layerscope_jax.kernels import crew, inside, registry, xla_calls, xla_ffi
+from layerscope_jax.kernels.attention import attention_target
+from layerscope_jax.kernels.combining import sums_target
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.host_kernels import LOOPS
 from layerscope_jax.kernels.inside import Inside
-from layerscope_jax.kernels.prefill_attention import blocks, compute_attention_of_many
-from layerscope_jax.kernels.products import fit_products, multiply
+from layerscope_jax.kernels.products import products, products_target
 from layerscope_jax.models.experts import ExpertWeights
 
 WIDTH, HIDDEN, EXPERTS = 44, 36, 3
+FLOAT32 = np.dtype(np.float32)
 REFUSED = (jax.errors.JaxRuntimeError, ValueError)  # as it is raised where it is called, or waited for
 
 
@@ -35,7 +34,7 @@ def expert(dtype=np.float32):
 def within():
     computer = CpuExperts(1, LOOPS)
     held = [InMemory.of(expert()) for _ in range(EXPERTS)]
-    made = Inside(computer, np.dtype(np.float32))
+    made = Inside(computer, "float32", np.dtype(np.float32))
     made.held = held
     yield made
     made.close()
@@ -108,22 +107,22 @@ def struct(*shape, dtype=np.float32):
 
 OTHERS = {
     "products": (
-        ("layerscope_products_float32", multiply, crew.products, fit_products),
+        lambda: products_target(FLOAT32, False),
         [struct(3, 32), struct(32, 64), struct(32, 32)],
         [struct(3, 64), struct(3, 32)],
     ),
     "sums": (
-        ("layerscope_sums_float32", compute_sums, tokens, fit_sums),
+        lambda: sums_target(FLOAT32),
         [struct(3, 8), struct(7, 8), struct(3, 2)],
         [struct(3, 8)],
     ),
     "attention of a token": (
-        ("layerscope_attention_float32", compute_attention, rows, fit_attention),
+        lambda: attention_target(FLOAT32, True),
         [struct(2, 4, 8), struct(2, 2, 8, 32), struct(2, 2, 32, 8), struct(2, 2, dtype=np.int32)],
         [struct(2, 4, 8)],
     ),
     "attention of many": (
-        ("layerscope_attention_of_many_float32", compute_attention_of_many, blocks, fit_attention),
+        lambda: attention_target(FLOAT32, False),
         [struct(2, 3, 4, 32), struct(2, 2, 32, 32), struct(2, 2, 32, 32), struct(2, 3, 2, dtype=np.int32)],
         [struct(2, 3, 4, 32)],
     ),
@@ -132,8 +131,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_others_are_refused_where_any_size_or_type_is_another(within, kind):
-    (name, compute, share, accepts), arguments, results = OTHERS[kind]
-    name = target(name, compute, share, np.float32, accepts)
+    target, arguments, results = OTHERS[kind]
+    name = target()
     table = jnp.asarray(within.table)
 
     def call(arguments, results):
@@ -158,8 +157,8 @@ def test_others_are_refused_where_any_size_or_type_is_another(within, kind):
 
 @pytest.mark.parametrize("bound", [[0, 33], [-1, 5]])
 def test_a_bound_where_nothing_is_is_refused(within, bound):
-    (name, compute, share, accepts), (queries, keys, values, _), results = OTHERS["attention of a token"]
-    name = target(name, compute, share, np.float32, accepts)
+    target, (queries, keys, values, _), results = OTHERS["attention of a token"]
+    name = target()
     zeros = [jnp.zeros(one.shape, one.dtype) for one in (queries, keys, values)]
     call = jax.ffi.ffi_call(name, results)
     with pytest.raises(REFUSED, match="INVALID_ARGUMENT"):
@@ -191,7 +190,6 @@ def strided(shape):
         (np.zeros((4, WIDTH - 1), np.float32), np.zeros((3, WIDTH), np.float32)),
         (np.zeros((4, WIDTH), np.float32), np.zeros((2, WIDTH), np.float32)),
         (np.zeros((4, WIDTH), np.float32), np.zeros((3, WIDTH), ml_dtypes.bfloat16)),
-        (np.zeros((4, WIDTH), np.float64), np.zeros((3, WIDTH), np.float64)),
         (strided((4, WIDTH)), np.zeros((3, WIDTH), np.float32)),
         (np.zeros((4, WIDTH), np.float32), strided((3, WIDTH))),
     ],
@@ -207,8 +205,9 @@ def test_rows_that_do_not_fit_are_refused(outputs, inputs):
 @pytest.fixture
 def afresh(monkeypatch):
     """As in a new process; XLA keeps the functions that it knows."""
-    monkeypatch.setattr(foreign, "_registered", functools.cache(foreign._registered.__wrapped__))
-    once = (foreign.interface, cpu.say_it_is_slower)
+    monkeypatch.setattr(xla_ffi, "_known", {})
+    monkeypatch.setattr(registry, "_fallbacks", {})
+    once = (xla_ffi.interface, xla_ffi.try_out, registry.choose)
     for one in once:
         one.cache_clear()
     yield
@@ -216,44 +215,87 @@ def afresh(monkeypatch):
         one.cache_clear()
 
 
-def test_the_version_that_comes_with_jax_is_known(afresh):
-    major, minor = foreign.interface()
-    assert major == foreign.MAJOR
-    assert minor >= foreign.MINOR
+def test_the_version_that_comes_with_jax_is_the_one_that_is_told(afresh):
+    version = xla_ffi.interface()
+    assert version[0] == xla_ffi.MAJOR
+    assert version[1] in xla_ffi.MINORS
+    assert xla_ffi.version_to_tell() == version
+
+
+def test_the_version_is_written_where_xla_asks_for_it():
+    """Into the structure behind a call's extension, and nowhere else."""
+    extension, metadata, call = (np.zeros(8, np.int64) for _ in range(3))
+    call[xla_calls.EXTENSION // 8] = extension.ctypes.data
+    extension.view(np.int32)[xla_calls.KIND // 4] = xla_calls.ASKS_VERSION
+    extension[xla_calls.METADATA // 8] = metadata.ctypes.data
+    assert xla_calls.asks_version(call.ctypes.data, 5 << 32 | 7)
+    told = metadata.view(np.int32)[xla_calls.VERSION // 4 :][:2]
+    assert told.tolist() == [5, 7]
+    told[:] = 0
+    assert not metadata.any()
+    extension[:] = 0
+    assert not xla_calls.asks_version(call.ctypes.data, 5 << 32 | 7)
 
 
 @pytest.mark.parametrize("version", [(1, 0), (0, 0)])
 def test_another_version_is_left_to_xla_with_one_warning(afresh, monkeypatch, version):
-    monkeypatch.setattr(foreign, "interface", lambda: version)
+    monkeypatch.setattr(xla_ffi, "interface", lambda: version)
     computer = CpuExperts(1, LOOPS)
-    with pytest.warns(
-        RuntimeWarning, match=rf"interface is of version \({version[0]}, {version[1]}\)"
-    ) as said:
-        found = [Inside.is_possible(computer, np.dtype(np.float32)) for _ in range(2)]
-    assert found == [False, False]
-    assert len(said) == 1
-    computer.close()
+    x, weights = np.ones((2, 32), np.float32), np.ones((32, 32), np.float32)
+    made, results = [], []
+
+    def use():
+        for _ in range(2):
+            made.append(Inside(computer, "float32", FLOAT32))
+            results.extend(products(made[-1].table, jnp.asarray(x), jnp.asarray(weights)))
+
+    with pytest.warns(RuntimeWarning, match=rf"interface is of version {version[0]}\.{version[1]}") as said:
+        use()
+    assert [one.target for one in made] == [None, None]
+    assert len(said) == len(registry.fallbacks()) == 1
+    for result in results:
+        np.testing.assert_array_equal(result, x @ weights)
+    for one in (*made, computer):
+        one.close()
+
+
+def test_a_later_minor_version_is_tried_before_it_is_trusted(afresh, monkeypatch):
+    monkeypatch.setattr(xla_ffi, "interface", lambda: (0, 99))
+    tried = []
+    monkeypatch.setattr(xla_ffi, "announce", lambda name, *rest: tried.append((name, rest[-1])) or name)
+    with pytest.raises(xla_ffi.Unavailable, match=r"0\.99, and a trial failed: .*layerscope_trial"):
+        xla_ffi.version_to_tell()
+    assert tried == [("layerscope_trial", (0, 99))]
+
+
+def test_a_trial_at_the_version_that_is_there_succeeds(afresh):
+    xla_ffi.try_out(xla_ffi.interface())
 
 
 def test_the_header_tells_the_version(afresh, monkeypatch, tmp_path):
     monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
-    assert foreign.interface() is None
-    foreign.interface.cache_clear()
+    assert xla_ffi.interface() is None
+    assert xla_ffi.version_to_tell() == (xla_ffi.MAJOR, xla_ffi.MINORS[0])
+    xla_ffi.interface.cache_clear()
     header = Path(tmp_path, "xla", "ffi", "api", "c_api.h")
     header.parent.mkdir(parents=True)
     header.write_text("#define XLA_FFI_API_MAJOR 3\n#define XLA_FFI_API_MINOR 14\n")
-    assert foreign.interface() == (3, 14)
+    assert xla_ffi.interface() == (3, 14)
 
 
 def test_what_fails_to_compile_is_left_to_xla(afresh, monkeypatch):
-    def broken(words):
+    def broken(*_):
         raise RuntimeError("LLVM gave up")
 
-    monkeypatch.setattr(crew, "experts_by_loops", broken)
+    monkeypatch.setattr(crew, "experts", broken)
     computer = CpuExperts(1, LOOPS)
-    with pytest.warns(RuntimeWarning, match="layerscope_experts_loops_float32: RuntimeError: LLVM gave up"):
-        assert not Inside.is_possible(computer, np.dtype(np.float32))
+    reason = "layerscope_experts_loops_float32_float32: RuntimeError: LLVM gave up"
+    with pytest.warns(RuntimeWarning, match=reason):
+        first = Inside(computer, "float32", FLOAT32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not Inside.is_possible(computer, np.dtype(np.float32))
-    computer.close()
+        second = Inside(computer, "float32", FLOAT32)
+    assert first.target is second.target is None
+    assert registry.fallbacks() == (reason,)
+    for one in (first, second, computer):
+        one.close()

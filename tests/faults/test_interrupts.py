@@ -15,7 +15,6 @@ from helpers import copying_by, in_time
 
 from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
 from layerscope_jax.kernels import cpu
-from layerscope_jax.kernels import experts as kernels
 from layerscope_jax.offload.executors import DeviceExperts
 from layerscope_jax.runtime import layerwise
 from layerscope_jax.support import threads
@@ -94,21 +93,26 @@ class Work:
 
     def __init__(self, monkeypatch):
         self.busy, self.waits_for, self.lock, self.by = 0, None, threading.Lock(), Counter()
-        compute = kernels.run_experts
+        loops = cpu.CpuExperts._loops
 
-        def counted(*arguments):
-            with self.lock:
-                self.busy += 1
-            try:
-                if self.waits_for is not None and "layerscope-cpu" in threading.current_thread().name:
-                    assert self.waits_for.wait(60)
-                compute(*arguments)
-            finally:
+        def watched(computer, *arguments):
+            share, parts = loops(computer, *arguments)
+
+            def counted(number):
                 with self.lock:
-                    self.busy -= 1
-                    self.by[threading.current_thread().name] += 1
+                    self.busy += 1
+                try:
+                    if self.waits_for is not None and "layerscope-cpu" in threading.current_thread().name:
+                        assert self.waits_for.wait(60)
+                    share(number)
+                finally:
+                    with self.lock:
+                        self.busy -= 1
+                        self.by[threading.current_thread().name] += 1
 
-        monkeypatch.setattr(kernels, "run_experts", counted)
+            return counted, parts
+
+        monkeypatch.setattr(cpu.CpuExperts, "_loops", watched)
         monkeypatch.setattr(cpu, "SHARE_BYTES", 1)
 
 

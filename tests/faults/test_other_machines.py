@@ -13,8 +13,9 @@ import pytest
 from helpers import in_time, random_model
 
 from layerscope_jax import Engine, OffloadConfig
-from layerscope_jax.kernels import cpu
-from layerscope_jax.kernels.cpu import AMX, LOOPS, kernel_of
+from layerscope_jax.formats import format_named
+from layerscope_jax.kernels import host_kernels, registry
+from layerscope_jax.kernels.host_kernels import AMX, LOOPS, PAIRS, kernel_of
 from layerscope_jax.support import machine, target
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +103,7 @@ for name in ("sysconf", "sched_getaffinity"):
 @pytest.mark.usefixtures("quick_compiles")
 def test_on_other_systems_it_computes_layer_by_layer():
     """Where there are no semaphores of Linux, no /proc, no sysconf: what of that can be made up."""
-    before = ELSEWHERE + "from layerscope_jax import machine\n"
+    before = ELSEWHERE + "from layerscope_jax.support import machine\n"
     before += "machine.describe(jax.devices()[0]), machine.free_bytes(), machine.cpu_name()\n"
     ((tokens, _),), said = generated(["float32"], before=before)
     assert said == []
@@ -116,10 +117,18 @@ def test_memory_that_is_not_told_is_not_known(monkeypatch):
     assert machine.free_bytes() == machine.UNKNOWN_BYTES // 2
 
 
+FLOAT32, BFLOAT16 = (np.dtype(jnp.dtype(name)) for name in ("float32", "bfloat16"))
+
+
+def kernel_for(dtype, *sizes):
+    return kernel_of(format_named(dtype.name), dtype, *sizes)
+
+
 @pytest.fixture
-def afresh():
+def afresh(monkeypatch):
     """What was found out of numba is found out again."""
-    once = (target.features, target.of_host, target.refusal, cpu.compiles, cpu.say_it_is_slower)
+    monkeypatch.setattr(registry, "_fallbacks", {})
+    once = (target.features, target.of_host, target.refusal, host_kernels.not_compiled, registry.choose)
     for one in once:
         one.cache_clear()
     yield
@@ -146,7 +155,17 @@ def test_instructions_that_this_cpu_lacks_are_refused(afresh, monkeypatch):
     lacking = min(target.lacking())
     monkeypatch.setattr(target.config, "CPU_FEATURES", f"+sse2,+nosuch,+{lacking}")
     with pytest.warns(RuntimeWarning, match=f"NUMBA_CPU_FEATURES names {lacking}, which this CPU lacks"):
-        assert kernel_of(np.dtype(np.float32), 64, 64) is None
+        assert kernel_for(FLOAT32, 64, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "refused"), [("other", "", True), ("other", None, False), ("generic", "", False)]
+)
+def test_another_cpu_is_taken_only_with_what_this_one_lacks(afresh, monkeypatch, name, features, refused):
+    """With no list of its own numba gives LLVM one of all that this CPU has and has not."""
+    monkeypatch.setattr(target.config, "CPU_NAME", name)
+    monkeypatch.setattr(target.config, "CPU_FEATURES", features)
+    assert ("NUMBA_CPU_NAME names other" in (target.refusal() or "")) == refused
 
 
 class Broken:
@@ -156,12 +175,25 @@ class Broken:
         raise RuntimeError("LLVM gave up")
 
 
+@pytest.fixture
+def broken(afresh, monkeypatch):
+    """Kernels that cannot be compiled, by their names."""
+    whole = host_kernels.not_compiled.__wrapped__
+
+    def breaks(*names):
+        def compiled(kernel, *of):
+            return whole(kernel._replace(run=Broken()) if kernel.name in names else kernel, *of)
+
+        monkeypatch.setattr(host_kernels, "not_compiled", compiled)
+        registry.choose.cache_clear()
+
+    return breaks
+
+
 @pytest.mark.usefixtures("quick_compiles")
-def test_what_fails_to_compile_is_left_to_xla_with_one_warning(afresh, monkeypatch):
+def test_what_fails_to_compile_is_left_to_xla_with_one_warning(broken):
     tokens = expected("float32", ON_HOST)
-    for name in cpu.COMPILED:
-        monkeypatch.setitem(cpu.COMPILED, name, Broken())
-    cpu.compiles.cache_clear()
+    broken("loops", "pairs", "amx")
     model = random_model(num_layers=2, hidden_size=64, moe_intermediate_size=32, dtype=jnp.float32)
     with (
         pytest.warns(RuntimeWarning, match="RuntimeError: LLVM gave up") as said,
@@ -170,15 +202,15 @@ def test_what_fails_to_compile_is_left_to_xla_with_one_warning(afresh, monkeypat
         result = engine.generate([[1, 2, 3], [9] * 30], max_new_tokens=4)
     assert len(said) == 1
     assert (result.token_ids, result.stats.kernels) == (tokens, {"xla": 1})
+    assert result.stats.kernel_fallbacks == ("RuntimeError: LLVM gave up",)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernel_of(np.dtype(jnp.bfloat16), 64, 64) is None  # and says nothing more
+        assert kernel_for(BFLOAT16, 64, 64) is None  # and says nothing more
 
 
-def test_the_next_kernel_takes_over(afresh, monkeypatch):
-    monkeypatch.setattr(cpu.amx, "suits", lambda *_: True)
-    monkeypatch.setitem(cpu.COMPILED, "amx", Broken())
-    monkeypatch.setitem(cpu.COMPILED, "pairs", Broken())
+def test_the_next_kernel_takes_over(broken, monkeypatch):
+    monkeypatch.setattr(host_kernels.amx, "suit", lambda *_: True)
+    broken("amx", "pairs")
     with pytest.warns(RuntimeWarning, match="gave up"):
-        assert kernel_of(np.dtype(jnp.bfloat16), 64, 64) is LOOPS
-    assert not cpu.compiles(AMX, np.dtype(jnp.bfloat16))
+        assert kernel_for(BFLOAT16, 64, 64) is LOOPS
+    assert {kernel.name for kernel in (AMX, PAIRS, LOOPS)} == {"amx", "pairs", "loops"}

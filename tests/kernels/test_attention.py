@@ -10,9 +10,10 @@ from helpers import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax.kernels import attention, crew
-from layerscope_jax.kernels import experts as kernels
-from layerscope_jax.kernels.cpu import CpuExperts, kernel_of
+from layerscope_jax.formats import format_named
+from layerscope_jax.kernels import attention, crew, loops
+from layerscope_jax.kernels.cpu import CpuExperts
+from layerscope_jax.kernels.host_kernels import kernel_of
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.models.layers import PAD_POSITION, attend
 
@@ -24,10 +25,10 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 @functools.cache
 def table(threads):
     """A crew of so many, one of them the caller."""
-    computer = CpuExperts(threads, kernel_of(np.dtype(np.float32), 32, 20))
+    computer = CpuExperts(threads, kernel_of(format_named("float32"), np.dtype(np.float32), 32, 20))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crew, "WORTH_BYTES", 1)
-        made = Inside(computer, np.dtype(np.float32))
+        made = Inside(computer, "float32", np.dtype(np.float32))
     return made, jnp.asarray(made.table)
 
 
@@ -73,8 +74,8 @@ def test_it_is_what_xla_computes(heads, groups, size, length, dtype, window, thr
 
 
 def test_more_positions_than_are_summed_at_once():
-    query, key, value = drawn(1, 2, 2, 8, kernels.BLOCK + 500, "float32", 0)
-    positions = np.array([[kernels.BLOCK + 401]], np.int32)
+    query, key, value = drawn(1, 2, 2, 8, loops.BLOCK + 500, "float32", 0)
+    positions = np.array([[loops.BLOCK + 401]], np.int32)
     found = ours(table(3)[1], query, key, value, positions, window=None)
     np.testing.assert_allclose(found, by_xla(query, key, value, positions, None), rtol=0, atol=2e-6)
 

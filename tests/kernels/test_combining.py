@@ -10,8 +10,10 @@ from helpers import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerscope_jax.formats import format_named
 from layerscope_jax.kernels import combining, crew
-from layerscope_jax.kernels.cpu import CpuExperts, kernel_of
+from layerscope_jax.kernels.cpu import CpuExperts
+from layerscope_jax.kernels.host_kernels import kernel_of
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.models import experts as compute
 
@@ -21,10 +23,10 @@ by_xla = jax.jit(functools.partial(combining.combine, None))
 
 @functools.cache
 def made(threads):
-    computer = CpuExperts(threads, kernel_of(np.dtype(np.float32), 32, 20))
+    computer = CpuExperts(threads, kernel_of(format_named("float32"), np.dtype(np.float32), 32, 20))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crew, "WORTH_BYTES", 1)
-        return Inside(computer, np.dtype(np.float32))
+        return Inside(computer, "float32", np.dtype(np.float32))
 
 
 def drawn(seed, tokens, choices, width, dtype):

@@ -11,9 +11,11 @@ from helpers import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerscope_jax.formats import format_named
 from layerscope_jax.kernels import crew, inside
-from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats, kernel_of
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.host_kernels import kernel_of
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.products import products
 from layerscope_jax.models.experts import ExpertWeights
@@ -41,10 +43,12 @@ def made(case, threads):
         InMemory.of(ExpertWeights(matrix(width, hidden), matrix(width, hidden), matrix(hidden, width)))
         for _ in range(EXPERTS)
     ]
-    computer = CpuExperts(threads, kernel_of(np.dtype(dtype), width, hidden))
+    computer = CpuExperts(
+        threads, kernel_of(format_named(np.dtype(dtype).name), np.dtype(dtype), width, hidden)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crew, "WORTH_BYTES", 1)  # else one thread would compute experts of this size
-        return computer, Inside(computer, np.dtype(dtype)), held
+        return computer, Inside(computer, np.dtype(dtype).name, np.dtype(dtype)), held
 
 
 @given(tokens=st.integers(1, 150), choices=st.integers(1, 4), seed=st.integers(0, 99), data=st.data())
@@ -72,7 +76,7 @@ def test_rows_are_those_outside(tokens, choices, seed, data):
 
 def test_after_the_end_it_says_so():
     computer, _, _ = made("float32", 3)
-    one = Inside(computer, np.dtype(np.float32))
+    one = Inside(computer, "float32", np.dtype(np.float32))
     one.check_open()
     one.close()
     with pytest.raises(ValueError, match="make a new Engine"):

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
+from layerscope_jax.formats import format_named
 from layerscope_jax.kernels import amx, cpu, strips, vectors
-from layerscope_jax.kernels.cpu import AMX, LOOPS, PAIRS, CpuExperts, InMemory, WorkStats, kernel_of
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.host_kernels import AMX, LOOPS, PAIRS, kernel_of
 from layerscope_jax.kernels.numbers import silu
 from layerscope_jax.models.experts import ExpertWeights
 
@@ -70,7 +72,7 @@ EVEN = [(32, 32), (96, 64), (64, 4128), (288, 544)]
 COUNTS = (1, 2, 3, 4, 7, 8, 15, 16, 29, 40, 64, 65, 130)
 
 pairs_only = pytest.mark.skipif(
-    not vectors.suit_pairs(np.dtype(ml_dtypes.bfloat16), 32, 32), reason="this CPU has no AVX512_BF16"
+    not vectors.suit(np.dtype(ml_dtypes.bfloat16), 32, 32), reason="this CPU has no AVX512_BF16"
 )
 WAYS = [
     *[(name, LOOPS, shape) for name in TYPES for shape in SHAPES],
@@ -111,6 +113,40 @@ def test_a_row_has_the_same_bits_in_any_company(computers, name, kernel, shape):
         np.testing.assert_array_equal(bits(found), bits(np.concatenate(alone)[some]))
 
 
+@pytest.mark.parametrize(("name", "weights_name"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("shape", [(37, 29), (96, 64)])
+def test_weights_are_read_by_their_own_type(computers, name, weights_name, shape):
+    """Whatever type the rows have: what the format's reference gives, with few tokens and with many."""
+    (weights,) = experts(TYPES[weights_name][0], *shape, 1)
+    inputs = np.random.default_rng(1).standard_normal((40, shape[0])).astype(TYPES[name][0])
+    expected = format_named(weights_name).ffn(jnp.asarray(inputs), weights)
+    expected = np.asarray(expected, np.float32)
+    for count in (1, 3, 40):
+        found = rows_of(computers(1, LOOPS), inputs, np.arange(count), weights)
+        assert found.dtype == inputs.dtype
+        error = np.abs(found.astype(np.float32) - expected[:count]).max() / np.abs(expected).max()
+        assert error < TYPES[name][1]
+
+
+def test_experts_and_rows_that_a_kernel_cannot_read_are_refused(computers):
+    plain, wide = experts(np.float32, 32, 32, 1)[0], np.ones((2, 32), np.float32)
+    with pytest.raises(ValueError, match=r"'amx' cannot compute experts \[32, 32\] in the format 'float32'"):
+        rows_of(computers(1, AMX), wide, np.arange(2), plain)
+    with pytest.raises(ValueError, match=r"'loops' cannot compute .* with rows of float16"):
+        rows_of(computers(1, LOOPS), wide.astype(np.float16), np.arange(2), plain)
+    other = InMemory.of(experts(np.float32, 32, 64, 1)[0])
+    rows = Assignments(np.array([[0, 1]], np.int32))
+    with pytest.raises(ValueError, match="of one shape and format"):
+        computers(1, LOOPS).compute(
+            np.zeros((3, 32), np.float32),
+            wide[:1],
+            rows,
+            [0, 1],
+            lambda _: [InMemory.of(plain), other],
+            WorkStats(),
+        )
+
+
 def test_tokens_are_shared_out_into_groups_that_are_compiled():
     for tokens in range(strips.MANY, 500):
         groups = -(-tokens // strips.TOKENS)
@@ -121,8 +157,14 @@ def test_tokens_are_shared_out_into_groups_that_are_compiled():
 def test_the_kernel_that_suits():
     kinds = {"float32": {LOOPS}, "bfloat16": {LOOPS, PAIRS, AMX}, "float16": {None}}
     for name, possible in kinds.items():
-        assert kernel_of(np.dtype(name), 64, 96) in possible
-    assert kernel_of(np.dtype("bfloat16"), 64, 100) is LOOPS  # neither pairs nor tiles without a rest
+        assert kernel_of(format_named(name), np.dtype(name), 64, 96) in possible
+    bfloat16 = format_named("bfloat16")
+    assert (
+        kernel_of(bfloat16, np.dtype("bfloat16"), 64, 100) is LOOPS
+    )  # neither pairs nor tiles without a rest
+    assert (
+        kernel_of(bfloat16, np.dtype("float32"), 64, 96) is LOOPS
+    )  # which widens weights, whatever the rows
 
 
 amx_only = pytest.mark.skipif(not amx.available(), reason="this CPU has no AMX")
@@ -131,7 +173,7 @@ amx_only = pytest.mark.skipif(not amx.available(), reason="this CPU has no AMX")
 @amx_only
 @pytest.mark.parametrize("shape", EVEN)
 def test_matrix_instructions_are_the_network(computers, shape):
-    assert kernel_of(np.dtype(ml_dtypes.bfloat16), *shape) is AMX
+    assert kernel_of(format_named("bfloat16"), np.dtype(ml_dtypes.bfloat16), *shape) is AMX
     (weights,) = experts(ml_dtypes.bfloat16, *shape, 1)
     inputs = np.random.default_rng(1).standard_normal((300, shape[0])).astype(ml_dtypes.bfloat16)
     expected = network(inputs, weights)

@@ -8,8 +8,9 @@ import pytest
 from helpers import TINY, bits, in_time
 
 from layerscope_jax import ExpertBank, ExpertId, ModelConfig
-from layerscope_jax.kernels.cpu import LOOPS, CpuExperts
+from layerscope_jax.kernels.cpu import CpuExperts
 from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.host_kernels import LOOPS
 from layerscope_jax.models.experts import ExpertWeights
 from layerscope_jax.offload.bank import device_sharding
 from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts, aligned_zeros

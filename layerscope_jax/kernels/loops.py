@@ -1,9 +1,10 @@
-"""Experts on the CPU by compiled loops that read every weight once, in the order in which it lies.
+"""Experts and products on the CPU by compiled loops that read every weight once, in the order it lies in.
 
 A matrix is streamed some rows at a time, whole rows, and added to the sums of all tokens, which stay in the
 cache (`vectors.py` has one step of it, and says how weights are multiplied); for many tokens panel by panel
-(`panels.py`). A row of the result has the same bits whatever other rows or experts are computed with it, and
-on whichever thread: its sums run over the matrix in one fixed order.
+(`panels.py`). How weights are read follows from their own type, never from that of activations. A row of the
+result has the same bits whatever other rows or experts are computed with it, and on whichever thread: its
+sums run over the matrix in one fixed order.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from layerscope_jax.kernels.numbers import activate, kept, pointer, room, round_row, taken, widened
+from layerscope_jax.kernels.numbers import activate, as_input, pointer, room, round_row, taken, widened
 from layerscope_jax.kernels.panels import multiply_many, swiglu_of_many
 from layerscope_jax.kernels.strips import MANY
 from layerscope_jax.kernels.vectors import COLUMNS, ROWS, adding
@@ -50,7 +51,7 @@ def are_many(tokens, depth, columns):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def add_rows(x, weights, high, first, last, sums, kind):
+def add_rows(x, weights, high, first, last, sums):
     """Adds `x [M, :high] @ weights[:high, first:last]` to sums, whole rows after whole rows.
 
     `high` and `last - first` are multiples of `vectors.ROWS` and `COLUMNS`.
@@ -60,29 +61,29 @@ def add_rows(x, weights, high, first, last, sums, kind):
         begin = weights.ctypes.data + row * k + weights.itemsize * first
         m, ahead = 0, ROWS * row
         while m < len(x):
-            here, inputs = sums.ctypes.data + FAR * m, x.ctypes.data + deep * m + x.itemsize * k
+            sums_at, inputs = sums.ctypes.data + FAR * m, x.ctypes.data + deep * m + x.itemsize * k
             left = len(x) - m
             for c in range(0, last - first, COLUMNS):
-                at, to = begin + weights.itemsize * c, here + 4 * c
+                at, to = begin + weights.itemsize * c, sums_at + 4 * c
                 if left >= 8:
-                    add8(at, row, ahead, to, FAR, inputs, deep, kind)
+                    add8(at, row, ahead, to, FAR, inputs, deep, weights)
                 elif left >= 4:
-                    add4(at, row, ahead, to, FAR, inputs, deep, kind)
+                    add4(at, row, ahead, to, FAR, inputs, deep, weights)
                 elif left >= 2:
-                    add2(at, row, ahead, to, FAR, inputs, deep, kind)
+                    add2(at, row, ahead, to, FAR, inputs, deep, weights)
                 else:
-                    add1(at, row, ahead, to, FAR, inputs, deep, kind)
+                    add1(at, row, ahead, to, FAR, inputs, deep, weights)
             m += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
             ahead = 0
 
 
 @njit(cache=True, nogil=True)
-def add_product(x, weights, first, last, sums, kind):
+def add_product(x, weights, first, last, sums):
     """Adds `x [M, K] @ weights[:, first:last]` to `sums [M, STRIDE]`."""
     depth = x.shape[1]
     high, columns = depth - depth % ROWS, last - first
     wide = columns - columns % COLUMNS
-    add_rows(x, weights, high, first, first + wide, sums, kind)
+    add_rows(x, weights, high, first, first + wide, sums)
     if high < depth:
         add_rest(x[:, high:], weights[high:, first : first + wide], sums[:, :wide])
     if wide < columns:  # all of x as a slice, the same kind of array as above: it compiles once
@@ -97,58 +98,65 @@ def swiglu(x, gate, up, down, outputs, slots):
     if are_many(tokens, width, hidden) and are_many(tokens, hidden, width):
         swiglu_of_many(x, gate, up, down, outputs, slots)
         return
-    inner = room(tokens, hidden, outputs)
+    inner = room(tokens, hidden, down)
     gates, ups = np.empty((tokens, STRIDE), np.float32), np.empty((tokens, STRIDE), np.float32)
     for first in range(0, hidden, BLOCK):
         last = min(first + BLOCK, hidden)
         gates[:, : last - first] = 0
         ups[:, : last - first] = 0
-        add_product(x, gate, first, last, gates, outputs)
-        add_product(x, up, first, last, ups, outputs)
+        add_product(x, gate, first, last, gates)
+        add_product(x, up, first, last, ups)
         for m in range(tokens):
-            activate(gates[m], ups[m], inner[m, first:last], outputs)
+            activate(gates[m], ups[m], inner[m, first:last], outputs, down)
     for first in range(0, width, BLOCK):
         last = min(first + BLOCK, width)
         gates[:, : last - first] = 0
-        add_product(inner, down, first, last, gates, outputs)
+        add_product(inner, down, first, last, gates)
         for m in range(tokens):
             round_row(gates[m], outputs[slots[m], first:last])
 
 
 @njit(cache=True, nogil=True)
 def multiply(x, weights, outputs, first, last):
-    """`x [M, K] @ weights [K, N]` into the columns `first` to `last` of `outputs`, all of one type."""
+    """`x [M, K] @ weights [K, N]` into the columns `first` to `last` of `outputs`, of the type of `x`."""
     for start in range(0, len(x), PIECE):
-        some = room(min(PIECE, len(x) - start), x.shape[1], outputs)
-        for m in range(len(some)):
+        piece = room(min(PIECE, len(x) - start), x.shape[1], weights)
+        for m in range(len(piece)):
             for k in range(np.uint64(x.shape[1])):
-                some[m, k] = kept(widened(x[start + m, k]), outputs)
-        if are_many(len(some), x.shape[1], last - first):
-            multiply_many(some, weights, outputs, start, first, last)
+                piece[m, k] = as_input(x[start + m, k], weights)
+        if are_many(len(piece), x.shape[1], last - first):
+            multiply_many(piece, weights, outputs, start, first, last)
             continue
-        sums = np.empty((len(some), STRIDE), np.float32)
+        sums = np.empty((len(piece), STRIDE), np.float32)
         for begin in range(first, last, BLOCK):
             end = min(begin + BLOCK, last)
             sums[:, : end - begin] = 0
-            add_product(some, weights, begin, end, sums, outputs)
-            for m in range(len(some)):
+            add_product(piece, weights, begin, end, sums)
+            for m in range(len(piece)):
                 round_row(sums[m], outputs[start + m, begin:end])
 
 
 @njit(cache=True, nogil=True)
-def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, counter):
-    """Those of N experts that no other thread takes first.
+def no_scratch(firsts, lasts, width, hidden):
+    """Bytes of scratch that `run_experts` needs."""
+    return 0
+
+
+@njit(cache=True, nogil=True)
+def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, kind, counter, scratch):
+    """Computes those of N experts that no other thread takes first.
 
     Args:
-        addresses: [N, 3] of each expert's gate, up and down, of the type of `outputs`.
+        addresses: [N, 3] of each expert's gate, up and down.
         firsts, lasts: [N] where each expert's slots begin and end in `order`.
         order: [A] slots `token * choices + choice`.
         choices: K.
         inputs: address of [T, D] of the type of `outputs`.
         hidden: F.
-        outputs: [T * K + 1, D], a row for each slot; those of these experts are written. bfloat16 comes as
-            uint16, or as int16 to be multiplied in pairs.
+        outputs: [T * K + 1, D], a row for each slot; those of these experts are written.
+        kind: an array of the type of the weights, whatever it holds (`vectors.py`).
         counter: address of the number of experts taken so far.
+        scratch: address of scratch, of which none is needed here.
     """
     width = outputs.shape[1]
     read = carray(pointer(inputs), (len(outputs) // choices, width), outputs.dtype)
@@ -157,12 +165,12 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
         if expert >= len(firsts):
             break
         slots = order[firsts[expert] : lasts[expert]]
-        x = room(len(slots), width, outputs)
+        x = room(len(slots), width, kind)
         for m in range(len(slots)):
             row = read[slots[m] // choices]
             for d in range(np.uint64(width)):
-                x[m, d] = kept(widened(row[d]), outputs)
-        gate = carray(pointer(addresses[expert, 0]), (width, hidden), outputs.dtype)
-        up = carray(pointer(addresses[expert, 1]), (width, hidden), outputs.dtype)
-        down = carray(pointer(addresses[expert, 2]), (hidden, width), outputs.dtype)
+                x[m, d] = as_input(row[d], kind)
+        gate = carray(pointer(addresses[expert, 0]), (width, hidden), kind.dtype)
+        up = carray(pointer(addresses[expert, 1]), (width, hidden), kind.dtype)
+        down = carray(pointer(addresses[expert, 2]), (hidden, width), kind.dtype)
         swiglu(x, gate, up, down, outputs, slots)
