@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         Replay,
     )
     from layerscope_jax.scheduling.plan_files import load_plans, save_plans
-    from layerscope_jax.scheduling.registry import POLICIES
+    from layerscope_jax.scheduling.registry import POLICIES, register_policy
     from layerscope_jax.simulation.comparison import simulate_profile
     from layerscope_jax.support.compile_cache import use_compilation_cache
     from layerscope_jax.support.errors import TransferError
@@ -51,8 +51,6 @@ _CONTENTS = {
         "Token",
     ),
     "models": (
-        "Completion",
-        "Completions",
         "Decoder",
         "ExpertParam",
     ),
@@ -81,7 +79,10 @@ _CONTENTS = {
         "load_plans",
         "save_plans",
     ),
-    "scheduling.registry": ("POLICIES",),
+    "scheduling.registry": (
+        "POLICIES",
+        "register_policy",
+    ),
     "simulation.comparison": ("simulate_profile",),
     "support.compile_cache": ("use_compilation_cache",),
     "support.errors": ("TransferError",),
@@ -119,6 +120,7 @@ __all__ = [
     "load",
     "load_plans",
     "parse_bytes",
+    "register_policy",
     "save",
     "save_plans",
     "simulate_profile",

@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg, subcommand
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from layerscope_jax.checkpoints.fingerprint import fingerprint
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
+from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
 from layerscope_jax.cli.options import (
     POLICY_NAMES,
@@ -253,21 +254,27 @@ class Generate:
         return len(errors)
 
 
+COMMANDS = {
+    "demo": Demo,
+    "generate": Generate,
+    "trace": Record,
+    "calibrate": Calibrate,
+    "simulate": Simulate,
+}
+"""Commands of this package; other packages add theirs, see `layerscope_jax.cli.commands`."""
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Runs `layerscope` and returns its exit code; see `layerscope_jax.support.exits`."""
     return exits.run(_run, args)
 
 
-def _run(args: list[str]) -> int:
+def _run(args: list[str]) -> int | None:
     if args == ["--version"]:
         print(", ".join(f"{name} {number}" for name, number in demo.versions().items()))
         return 0
-    command: Demo | Generate | Record | Calibrate | Simulate = tyro.cli(
-        Annotated[Demo, subcommand("demo")]  # type: ignore[arg-type]
-        | Annotated[Generate, subcommand("generate")]
-        | Annotated[Record, subcommand("trace")]
-        | Annotated[Calibrate, subcommand("calibrate")]
-        | Annotated[Simulate, subcommand("simulate")],
+    command: Command = tyro.cli(
+        union(with_added(COMMANDS, args)),
         prog="layerscope",
         description=(
             "Run mixture-of-experts language models whose experts do not fit on the accelerator. "

@@ -14,12 +14,12 @@ from layerscope_jax.checkpoints.model import Model, load
 from layerscope_jax.cli import demo
 from layerscope_jax.prediction.predictors import PREDICTORS, Predictor
 from layerscope_jax.profiling.machine_profile import MachineProfile
-from layerscope_jax.scheduling.registry import POLICIES
+from layerscope_jax.scheduling.registry import policy_names
 from layerscope_jax.support.exits import say
 from layerscope_jax.support.option_errors import option
 
 SHIPPED = "shipped"
-POLICY_NAMES = ", ".join(sorted(POLICIES))
+POLICY_NAMES = ", ".join(policy_names())
 PREDICTOR_HELP = f"One of {', '.join(sorted(PREDICTORS))}, the folder of a trained one, or 'shipped'."
 
 Checkpoint = Annotated[
