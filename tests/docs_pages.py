@@ -15,7 +15,7 @@ PAGES = sorted(
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         *(ROOT / "docs").glob("*.md"),
-        *(ROOT / "benchmarks").glob("*.md"),
+        *(ROOT / "benchmarks").rglob("*.md"),
         ROOT / "predictor" / "README.md",
         *(ROOT / "layerscope_jax").glob("*/README.md"),
     ]

@@ -1,5 +1,6 @@
 """The pages: their Python runs, and every file, command and option that they name exists."""
 
+import ast
 import dataclasses
 import re
 from importlib.util import find_spec
@@ -143,10 +144,29 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(file), target + anchor
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "benchmarks"], ids=shown)
+@pytest.mark.parametrize(("walk", "rooms"), [("prompt", 12), ("plan", 3), ("tensor", 5)])
+def test_walks_name_functions_that_exist(walk, rooms):
+    """And go through few rooms: who changes the walk of a prompt past twelve should think again."""
+    rows = re.findall(
+        r"^\| \d+ \| `(\w+)` \| `([\w/]+\.py)` \| `(\w+)(?:\.(\w+))?` \|",
+        (ROOT / "docs" / f"walk_{walk}.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) > rooms
+    assert len({room for room, *_ in rows}) <= rooms
+    for room, file, name, method in rows:
+        assert file.partition("/")[0].removesuffix(".py") == room
+        tree = ast.parse((ROOT / "layerscope_jax" / file).read_text())
+        found = [node for node in tree.body if getattr(node, "name", None) == name]
+        assert found, f"{file} has no {name}"
+        if method:
+            assert method in {getattr(node, "name", None) for node in found[0].body}, f"{name}.{method}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "benchmarks" not in shown(page)], ids=shown)
 def test_named_options_exist(page):
     ours = {f"--{field.name.replace('_', '-')}" for c in COMMANDS.values() for field in dataclasses.fields(c)}
-    for module in ("predictor.train", "predictor.scorecard"):
+    for module in ("predictor.train", "predictor.scorecard", "benchmarks.harness"):
         ours |= options_of(module)
-    foreign = {"--cpu-moe"}  # llama.cpp's
+    foreign = {"--cpu-moe", "--check"}  # of llama.cpp and ruff
     assert set(OPTION.findall(prose(page))) <= ours | COMMON_OPTIONS | foreign
