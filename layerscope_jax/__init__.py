@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from layerscope_jax.scheduling.plan_files import load_plans, save_plans
     from layerscope_jax.scheduling.policy import PolicyBase
-    from layerscope_jax.scheduling.registry import POLICIES
+    from layerscope_jax.scheduling.registry import POLICIES, register_policy
     from layerscope_jax.simulation.comparison import simulate_profile
     from layerscope_jax.support.compile_cache import use_compilation_cache
     from layerscope_jax.support.errors import TransferError
@@ -53,8 +53,6 @@ _CONTENTS = {
         "Token",
     ),
     "models": (
-        "Completion",
-        "Completions",
         "Decoder",
         "ExpertParam",
     ),
@@ -85,7 +83,10 @@ _CONTENTS = {
         "save_plans",
     ),
     "scheduling.policy": ("PolicyBase",),
-    "scheduling.registry": ("POLICIES",),
+    "scheduling.registry": (
+        "POLICIES",
+        "register_policy",
+    ),
     "simulation.comparison": ("simulate_profile",),
     "support.compile_cache": ("use_compilation_cache",),
     "support.errors": ("TransferError",),
@@ -125,6 +126,7 @@ __all__ = [
     "load",
     "load_plans",
     "parse_bytes",
+    "register_policy",
     "save",
     "save_plans",
     "simulate_profile",

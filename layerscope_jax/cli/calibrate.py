@@ -19,16 +19,16 @@ from layerscope_jax.support.option_errors import writing
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate:
-    """Measure what experts, layers and copies cost on this machine, alone and while its other parts are busy.
+    """Measure what experts, layers and copies cost on this machine, alone and while other parts are busy.
 
     `layerscope generate --profile` then plans by these times instead of measuring a few each time.
     """
 
     checkpoint: Checkpoint
-    out: Annotated[Path, arg(metavar="FILE", help="For the profile.")] = Path("profile.json")
+    out: Annotated[Path, arg(metavar="FILE", help="File for the profile.")] = Path("profile.json")
     device_budget: Annotated[
         str | None,
-        arg(metavar="SIZE", help="Device memory for experts; no more of them are there while measuring."),
+        arg(metavar="SIZE", help="Device memory for experts, which measuring keeps to as well."),
     ] = None
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
@@ -40,10 +40,10 @@ class Calibrate:
             "device_budget": self.device_budget,
             "emulated_link_bandwidth": self.emulated_link_bandwidth,
         }
-        OffloadConfig(**sizes)  # refuses what is no size, before a model is loaded
+        OffloadConfig(**sizes)  # refuses a malformed size before the model is loaded
         with writing("--out", self.out):
             model = open_model(self.checkpoint, self.dtype)
-            exits.say("measuring; other work on this machine would end up in the figures")
+            exits.say("measuring; other work on this machine distorts the figures")
             profile = calibrate(model, **sizes)
             profile.save(self.out)
         profile_view.show(profile, Console(highlight=False))

@@ -1,4 +1,4 @@
-"""What `layerscope simulate` prints: a table of decode a batch, one of all prefills, who did not run."""
+"""Prints a comparison of policies: a table of decode steps for each batch, one of prefills, refusals."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ DECODE = (
     "fore-\nseen",
     "on\ntime",
 )
-"""Columns; moved and waste are of a step. With the policy they take 79 letters."""
+"""Column headings; moved and waste are of one step. With the policy they take 79 letters."""
 
 
-def show(found: Comparison, console: Console) -> None:
-    """Prints a comparison; no wider than 80 columns, up to four batches."""
-    budget = f"{found.budget_experts} of {found.all_experts} experts"
+def show(comparison: Comparison, console: Console) -> None:
+    """Prints a comparison, at most 80 columns wide for up to four batches."""
+    budget = f"{comparison.budget_experts} of {comparison.all_experts} experts"
     console.print(
-        f"{found.profile}: {found.source}\n"
-        f"Routing {found.routing}; the device has room for {budget}, "
-        f"{found.budget_experts * found.expert_bytes / 1e9:.3g} GB"
+        f"{comparison.profile}: {comparison.source}\n"
+        f"Routing {comparison.routing}; the device has room for {budget}, "
+        f"{comparison.budget_experts * comparison.expert_bytes / 1e9:.3g} GB"
     )
-    batches = list(dict.fromkeys(row.batch for row in found.rows))
+    batches = list(dict.fromkeys(row.batch for row in comparison.rows))
     for batch in batches:
-        rows = [row for row in found.rows if row.batch == batch and row.phase == "decode"]
+        rows = [row for row in comparison.rows if row.batch == batch and row.phase == "decode"]
         console.print(f"\nDecode, batch {batch}, {rows[0].steps} steps; hit rates at {budget}\n")
         console.print(decode_table(rows))
         console.print(
@@ -46,16 +46,16 @@ def show(found: Comparison, console: Console) -> None:
         )
     if batches:
         console.print("\nPrefill of the batch's prompts, from an empty device\n")
-        console.print(prefill_table([row for row in found.rows if row.phase == "prefill"]))
+        console.print(prefill_table([row for row in comparison.rows if row.phase == "prefill"]))
     reasons: dict[str, list[str]] = {}
-    for policy, reason in found.refused.items():
+    for policy, reason in comparison.refused.items():
         reasons.setdefault(short(reason, policy), []).append(policy)
     for why, policies in reasons.items():
         console.print(f"\nNot run: {', '.join(policies)}: {why}")
 
 
 def decode_table(rows: Sequence[Row]) -> Table:
-    """One line a policy, the fastest first."""
+    """Returns the table of decode steps, a line for each policy, the fastest first."""
     table = _table(("policy", *DECODE))
     for row in sorted(rows, key=lambda row: row.step_ms):
         table.add_row(
@@ -73,7 +73,7 @@ def decode_table(rows: Sequence[Row]) -> Table:
 
 
 def prefill_table(rows: Sequence[Row]) -> Table:
-    """One line a policy, in the order of its first batch's time; two columns a batch."""
+    """Returns the table of prefills, a line for each policy, ordered by its time for the first batch."""
     by_policy: dict[str, list[Row]] = {}
     for row in rows:
         by_policy.setdefault(row.policy, []).append(row)
@@ -81,14 +81,14 @@ def prefill_table(rows: Sequence[Row]) -> Table:
     table = _table(
         ("policy", *(heading for batch in batches for heading in (f"batch {batch}\nms", "of\nbound")))
     )
-    for policy, found in sorted(by_policy.items(), key=lambda item: item[1][0].step_ms):
-        cells = ((f"{row.step_ms:.0f}", percent(row.share_of_bound, 1)) for row in found)
+    for policy, cells_of in sorted(by_policy.items(), key=lambda item: item[1][0].step_ms):
+        cells = ((f"{row.step_ms:.0f}", percent(row.share_of_bound, 1)) for row in cells_of)
         table.add_row(policy, *(cell for pair in cells for cell in pair))
     return table
 
 
 def short(reason: str, policy: str) -> str:
-    """A refusal's first clause, without the policy's name, so that those of several are one.
+    """Returns a refusal's first clause without the policy's name, so that equal refusals can be grouped.
 
     >>> short("device_budget is too small for policy 'lru': it holds 3 experts (9 bytes); raise it", "lru")
     'device_budget is too small: it holds 3 experts'
@@ -97,7 +97,7 @@ def short(reason: str, policy: str) -> str:
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """A share for a table.
+    """Formats a share for a table.
 
     >>> percent(0.964, 1), percent(0.5), percent(None)
     ('96.4%', '50%', '-')
@@ -106,7 +106,7 @@ def percent(share: float | None, digits: int = 0) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """A ratio for a table, in five letters.
+    """Formats a ratio for a table, in five letters.
 
     >>> times(1.0026), times(10.1814), times(None)
     ('1.003', '10.18', '-')

@@ -1,4 +1,4 @@
-"""The demo: one model, eight real prompts, every policy; what each costs, and that none changes a token."""
+"""The demo: runs eight real prompts under several policies and checks that all give the same tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WARM_STEPS, MOST_RUNS = 4, 3
 
 
 def versions() -> dict[str, str]:
-    """Of this package, JAX and Python."""
+    """Returns the versions of this package, JAX and Python."""
     try:
         own = version("layerscope-jax")
     except PackageNotFoundError:
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def read_demo_prompts() -> list[dict[str, str]]:
-    """The prompts that ship with the model: rows of id, domain and prompt."""
+    """Returns the prompts that ship with the model: rows of id, domain and prompt."""
     lines = (SHIPPED / "prompts.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     return [json.loads(line) for line in lines]
 
@@ -59,20 +59,20 @@ def compare(
         model: the model.
         prompts: rows of id, domain and prompt.
         policies: names of `layerscope_jax.POLICIES`.
-        max_new_tokens: of every prompt.
-        budget_share: of the experts' bytes, over 0 and below 1.
-        emulated_link_bandwidth: what copies are paced to, "50MB" say; None for as fast as they go.
-        predictor: of the policies that make use of one.
+        max_new_tokens: tokens to generate for every prompt.
+        budget_share: share of the experts' bytes that the device may hold, between 0 and 1.
+        emulated_link_bandwidth: bytes a second that copies are limited to, such as "50MB"; None for no limit.
+        predictor: for the policies that use one.
 
     Raises:
         ValueError: for an unknown policy, a share out of range or a budget too small.
     """
     configs = configurations(model, policies, budget_share, emulated_link_bandwidth, predictor)
     texts = [row["prompt"] for row in prompts]
-    Request(prompt="", max_new_tokens=max_new_tokens)  # refuses what is out of range, before anything has run
+    Request(prompt="", max_new_tokens=max_new_tokens)  # refuses a number out of range before anything runs
     results, runs = [], []
     console = Console(stderr=True)
-    # Refreshed rarely: the spinner shares this process with what is measured.
+    # Refreshed rarely: the spinner takes time of the process that is measured.
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -97,7 +97,7 @@ def compare(
     for run, result in zip(runs, results, strict=True):
         run["same_tokens"] = result.token_ids == oracle.token_ids
     return {
-        # The one jit is fused differently: it agrees to rounding, and its own row says whether it parted.
+        # One jitted step rounds differently; its own row says whether its tokens differ.
         "exact": all(run["same_tokens"] for run in runs if run["mode"] != "whole"),
         "model": described(model),
         "versions": versions(),
@@ -120,12 +120,12 @@ def configurations(
     emulated_link_bandwidth: str | None,
     predictor: Predictor | str | None,
 ) -> list[tuple[str, OffloadConfig]]:
-    """What is compared, by name: everything resident, in each way that there is here, then each policy.
+    """Returns the runs to compare: everything resident, in each way this device has, then each policy.
 
     The first with exact numerics is the oracle.
     """
     if not 0 < budget_share < 1:
-        raise ValueError(f"budget-share must lie between 0 and 1, got {budget_share}")
+        raise ValueError(f"--budget-share must lie between 0 and 1, got {budget_share}")
     limited = OffloadConfig(
         device_budget=int(model.bank.total_bytes * budget_share),
         emulated_link_bandwidth=emulated_link_bandwidth,
@@ -135,8 +135,8 @@ def configurations(
         for policy in policies
     ]
     for policy, config in offloaded:
-        if not make_policy(policy).uses_costs:  # measuring costs would take seconds
-            Engine(model, config).close()  # refuses a budget too small before anything has run
+        if not make_policy(policy).uses_costs:  # those measure costs first, which takes seconds
+            Engine(model, config).close()  # refuses a budget that is too small before anything runs
     one_jit = [("everything resident, one jit", OffloadConfig(numerics="fast"))]
     return [
         *(one_jit if WholeModel.is_faster_on(model.device) else []),
@@ -146,28 +146,28 @@ def configurations(
 
 
 def warm_up(engine: Engine, prompts: list[str], max_new_tokens: int) -> None:
-    """Generates a few tokens in the shapes of a full run, which compiles nearly all that it needs."""
+    """Generates a few tokens in the shapes of a full run, to compile nearly all programs that it needs."""
     for done, _ in enumerate(engine.stream(prompts, max_new_tokens=max_new_tokens), 1):
         if done >= WARM_STEPS * len(prompts):
             break
 
 
 def measured(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[Completions, int]:
-    """Generates, and again if a program was compiled on the way, a few times at most.
+    """Generates, and repeats a few times as long as a program was compiled during the run.
 
     Returns:
-        The last result, and how many programs were compiled in it: 0 unless each time brought new shapes.
+        The last result, and how many programs were compiled during it: 0 unless every run had new shapes.
     """
     for _ in range(MOST_RUNS):
-        with counted() as found:
+        with counted() as compilations:
             result = engine.generate(prompts, max_new_tokens=max_new_tokens)
-        if not found.programs:
+        if not compilations.programs:
             break
-    return result, found.programs
+    return result, compilations.programs
 
 
 def described(model: Model) -> dict[str, Any]:
-    """The model's shape, in numbers that matter to offloading."""
+    """Returns the numbers of a model that matter to offloading."""
     config, bank = model.config, model.bank
     return {
         "path": str(model.path),

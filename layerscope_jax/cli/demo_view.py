@@ -1,4 +1,4 @@
-"""What the demo prints: texts, a table, whether tokens were the same, and what one sees."""
+"""Prints the demo's report: texts, a table, whether tokens were the same, and a summary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN_PROMPT, SHOWN_TEXT = 48, 90  # characters
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """Prints a report of `layerscope_jax.cli.demo.compare`."""
+    """Prints a report that `layerscope_jax.cli.demo.compare` returned."""
     model = report["model"]
     console.print(
         f"{model['family']}, {model['layers']} layers of {model['experts']} experts, "
@@ -29,7 +29,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def excerpt(domain: str, prompt: str, text: str) -> Text:
-    """The end of a prompt, dimmed, and the beginning of its continuation: about two lines."""
+    """Returns the end of a prompt, dimmed, and the beginning of its continuation: about two lines."""
     prompt, text = (" ".join(part.split()) for part in (prompt, text))
     if len(prompt) > SHOWN_PROMPT:
         prompt = "... " + prompt[-SHOWN_PROMPT:].partition(" ")[2]
@@ -39,9 +39,9 @@ def excerpt(domain: str, prompt: str, text: str) -> Text:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
-    """One line a run; narrow enough for 80 columns."""
-    found = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    found.add_column("policy", vertical="bottom", no_wrap=True)
+    """Returns the table of runs, a line each, at most 80 columns wide."""
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("policy", vertical="bottom", no_wrap=True)
     for header in (
         "tokens\n/s",
         "TTFT\nms",
@@ -53,9 +53,9 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
         "host\nbusy",
         "link\nbusy",
     ):
-        found.add_column(header, justify="right", vertical="bottom", no_wrap=True)
+        grid.add_column(header, justify="right", vertical="bottom", no_wrap=True)
     for run in runs:
-        found.add_row(
+        grid.add_row(
             run["policy"]
             + (", one jit" if run["mode"] == "whole" else "")
             + (f", {run['predictor']}" if run["predictor"] else ""),
@@ -67,65 +67,65 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
             megabytes(run["bytes_moved"]),
             *(f"{run[f'{part}_share']:.0%}" for part in ("device", "host", "link")),
         )
-    return found
+    return grid
 
 
 def verdict(report: dict[str, Any]) -> Text:
-    """Whether every run gave the same tokens, and how they were measured."""
+    """Says whether every run gave the same tokens, and whether compilation is in the figures."""
     runs = report["runs"]
     tokens = sum(len(row["tokens"]) for row in report["prompts"])
     if not report["exact"]:
         layers = (run for run in runs if run["mode"] == "layers")
         others = ", ".join(run["policy"] for run in layers if not run["same_tokens"])
-        same = Text(f"Other tokens than everything resident: {others}. ", style="red")
+        same = Text(f"Tokens differ from those of everything resident: {others}. ", style="red")
     elif all(run["same_tokens"] for run in runs):
         same = Text(f"All {len(runs)} runs gave the same {tokens} tokens. ", style="green")
     else:
         same = Text(f"All runs gave the same {tokens} tokens; ", style="green")
-        same += Text("one jit rounds differently and gave some others. ")
+        same += Text("one jit rounds differently and gave some other tokens. ")
     late = [run["policy"] for run in runs if run["programs_compiled"]]
-    how = "Each was warmed up first: no compilation is in the figures."
+    how = "Each was warmed up first, so no compilation is in the figures."
     if late:
-        how = f"Compilation is in the figures of {', '.join(late)}: new shapes came up in every run."
+        how = f"Compilation is in the figures of {', '.join(late)}, because every run had new shapes."
     return same + Text(how)
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """What one sees, in plain words."""
+    """Returns the summary: the fastest policy, the one that moves most, and how good forecasts were."""
     policies = [run for run in report["runs"] if run["policy"] != "resident"]
     if not policies:
-        return "Everything was resident: name --policies to see what a budget costs."
+        return "Everything was resident; name some --policies to see what a budget costs."
     best = max(policies, key=lambda run: run["tokens_per_s"])
     most = max(policies, key=lambda run: run["bytes_moved"])
-    seen = (
+    summary = (
         f"With {report['budget_share']:.0%} of the experts' bytes on the device, {best['policy']} is fastest "
         f"with {best['tokens_per_s']:.0f} tokens/s"
     )
     if most["bytes_moved"]:
         rate = megabytes(int(most["bytes_moved"] / most["total_s"]))
         link = report["emulated_link_bandwidth"]
-        seen += (
+        summary += (
             f"; {most['policy']} moves most, {megabytes(most['bytes_moved'])} MB at {rate} MB/s "
             f"({f'the link is paced to {link}/s' if link else 'the link is not paced'} and "
             f"{most['link_share']:.0%} busy) for {most['tokens_per_s']:.0f} tokens/s"
         )
-    foreseen = [
+    recalls = [
         f"{run['forecast_recall']:.0%} by {run['predictor']} under {run['policy']}"
         for run in policies
         if run["forecast_recall"] is not None
     ]
-    if foreseen:
-        seen += f"; of the experts of each layer were foreseen {', '.join(foreseen)}"
+    if recalls:
+        summary += f"; forecast of each layer's experts: {', '.join(recalls)}"
     if report["platform"] == "cpu":
-        seen += (
-            ". The device is played by a CPU here, so computing on the host looks better than beside an "
+        summary += (
+            ". A CPU stands in for the device, so computing on the host looks better than beside an "
             "accelerator"
         )
-    return seen + "."
+    return summary + "."
 
 
 def megabytes(size: int) -> str:
-    """Bytes in MB, with a digit after the point where there are few.
+    """Returns bytes in MB, with a digit after the point below 100 MB.
 
     >>> megabytes(4_720_000), megabytes(336_100_000), megabytes(0)
     ('4.7', '336', '0')

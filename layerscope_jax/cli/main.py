@@ -1,4 +1,4 @@
-"""The command line, `layerscope`: every refusal is one line that says what to do."""
+"""The command line `layerscope`: `demo`, `generate`, and the table of all commands."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg, subcommand
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from layerscope_jax.checkpoints.fingerprint import fingerprint
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
+from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
 from layerscope_jax.cli.options import (
     POLICY_NAMES,
@@ -50,8 +51,8 @@ from layerscope_jax.support.option_errors import option
 class Demo:
     """Run the shipped model with everything resident, then within a budget under each policy.
 
-    Prints the texts, what each policy cost, and whether all gave the same tokens; exits with 1 if one
-    with exact numerics gave others.
+    Prints the texts, the statistics of each policy, and whether all gave the same tokens; exits with 1 if a
+    run with exact numerics gave other tokens.
     """
 
     json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
@@ -61,7 +62,10 @@ class Demo:
     ] = ("on-demand", "lru", "host-only", "fiddler", "fate", "auto")
     predictor: Annotated[
         str | None,
-        arg(metavar="PREDICTOR", help=f"Of policies that use one. {PREDICTOR_HELP} By default gate."),
+        arg(
+            metavar="PREDICTOR",
+            help=f"Forecasts experts, for policies that use a predictor. {PREDICTOR_HELP} Default: gate.",
+        ),
     ] = None
     max_new_tokens: Annotated[int, arg(help="Tokens to generate for each prompt.")] = 24
     budget_share: Annotated[float, arg(help="Share of the experts' bytes that the device may hold.")] = 0.25
@@ -69,9 +73,8 @@ class Demo:
         str | None,
         arg(
             metavar="SIZE",
-            help="Bytes a second that copies to the device are paced to; None leaves them as fast as they "
-            "go. At the default an expert of the shipped model takes as long as one of Qwen3-30B-A3B over "
-            "PCIe 4.0.",
+            help="Bytes a second that copies to the device are limited to; None for no limit. With the "
+            "default, an expert of the shipped model takes as long as one of Qwen3-30B-A3B over PCIe 4.0.",
         ),
     ] = "50MB"
 
@@ -102,25 +105,25 @@ class Generate:
 
     checkpoint: Checkpoint
     prompt: Annotated[
-        UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="A prompt; may be given many times.")
+        UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="A prompt; can be given several times.")
     ] = ()
     prompts: Annotated[
         Path | None,
         arg(
             metavar="FILE",
-            help='Many prompts: JSON lines {"prompt": text or [token ids]}, each with an "id" (else its '
-            "number, from 0), settings of its own (max_new_tokens, temperature, top_k, top_p, seed, "
-            'stop_token_ids) and, if you like, "metadata" of any kind, which is not looked at.',
+            help='File of prompts, a JSON object {"prompt": text or [token ids]} a line. Optional keys: "id" '
+            "(default: the line's number, from 0), settings for this prompt (max_new_tokens, temperature, "
+            'top_k, top_p, seed, stop_token_ids) and "metadata", which is ignored.',
         ),
     ] = None
     out: Annotated[
         Path | None,
         arg(
             metavar="FILE",
-            help='Where a line {"id", "prompt", "text", "tokens", "finish", "settings", "model"} goes as '
-            'soon as a prompt is complete, with an "error" where it could not be; a file left half done is '
-            "gone on with, if checkpoint and settings are the same. Meanwhile FILE.lock keeps other runs "
-            "away. Without --out they go to standard output.",
+            help='File of completions. A line {"id", "prompt", "text", "tokens", "finish", "settings", '
+            '"model"} is appended as soon as a prompt is complete, with an "error" if it failed. The same '
+            "command continues an interrupted file, if checkpoint and settings are unchanged. FILE.lock "
+            "keeps other runs away meanwhile. Without --out the lines go to standard output.",
         ),
     ] = None
     device_budget: DeviceBudget = None
@@ -133,22 +136,22 @@ class Generate:
         str | None,
         arg(
             metavar="FILE",
-            help="What `layerscope calibrate` measured, for policies that weigh costs; without it they are "
-            "measured roughly before the first token.",
+            help="A profile that `layerscope calibrate` wrote, for policies that weigh costs; without it, "
+            "costs are measured roughly before the first token.",
         ),
     ] = None
-    max_new_tokens: Annotated[int, arg(help="At most so many tokens for each prompt.")] = 64
+    max_new_tokens: Annotated[int, arg(help="Most new tokens for each prompt.")] = 64
     temperature: Annotated[float, arg(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0
-    top_k: Annotated[int, arg(help="Sample from so many of the likeliest tokens; 0 for all.")] = 0
+    top_k: Annotated[int, arg(help="Sample from this many of the likeliest tokens; 0 for all.")] = 0
     top_p: Annotated[
-        float, arg(help="Sample from the fewest tokens that reach this probability together.")
+        float, arg(help="Sample from the fewest likeliest tokens whose probabilities reach this sum.")
     ] = 1.0
-    seed: Annotated[int, arg(help="Of sampling.")] = 0
+    seed: Annotated[int, arg(help="Seed of sampling.")] = 0
     max_num_seqs: Annotated[
         int,
         arg(
-            help="How many prompts run at once; when some end, others take their places. Batches of another "
-            "shape round differently, which can part a prompt's tokens, in bfloat16 above all."
+            help="Most prompts that run at once; when one ends, a waiting one takes its slot. In a batch of "
+            "another shape a prompt may get other tokens, because sums round differently, mostly in bfloat16."
         ),
     ] = 32
     emulated_link_bandwidth: LinkBandwidth = None
@@ -162,7 +165,9 @@ class Generate:
     ] = "exact"
     bound: Annotated[
         bool,
-        arg(help="Also say which share of the least possible time was reached, by this machine's costs."),
+        arg(
+            help="Also print the share of the least possible time that was reached, by this machine's costs."
+        ),
     ] = False
 
     def run(self) -> int:
@@ -184,7 +189,7 @@ class Generate:
         model = self._model()
         with option("--out"):
             completions = Completions(self.out, rows, model)
-        interrupts.promise(f"interrupted; the same command goes on with {self.out}")
+        interrupts.promise(f"interrupted; the same command continues {self.out}")
         with completions as file:
             left = [row for row in rows if row.id not in file.done]
             failed = len(file.failed)
@@ -193,11 +198,11 @@ class Generate:
             if left:
                 failed += self._complete(left, config, file)
         if file.failed:
-            say(f"{len(file.failed)} of the completions in {self.out} had ended with an error before")
+            say(f"{len(file.failed)} of the completions in {self.out} ended with an error in an earlier run")
         return exits.FAILED if failed else exits.DONE
 
     def _model(self) -> str:
-        """What is to generate, for the lines of completions."""
+        """Returns the model's name in the lines of completions: its fingerprint and dtype."""
         return fingerprint(folder_of(self.checkpoint)) + (f" as {self.dtype}" if self.dtype else "")
 
     def _rows(self) -> list[Row]:
@@ -214,12 +219,12 @@ class Generate:
                 for index, prompt in enumerate(self.prompt)
             ]
         if self.out is not None and self.out.resolve() == self.prompts.resolve():
-            raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another")
+            raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another file")
         with option("--prompts"):
             return read_prompts(self.prompts, settings)
 
     def _complete(self, rows: list[Row], config: OffloadConfig, file: Completions | None) -> int:
-        """Returns how many ended with an error."""
+        """Completes the rows; returns how many ended with an error."""
         model = open_model(self.checkpoint, self.dtype)
         check_prompts(rows, model)
         name = self._model()
@@ -239,11 +244,11 @@ class Generate:
                 rows,
                 on_token=Live(rows) if live else lambda event: None,
                 on_row=(lambda *completed: None) if live else write,
-                # A bar and lines of output on one terminal would run into each other.
+                # A progress bar would garble lines of output on the same terminal.
                 progress=file is not None or not sys.stdout.isatty(),
                 bound=self.bound,
             )
-        interrupts.check()  # nothing more is said if it was interrupted in the end
+        interrupts.check()  # an interrupted run prints no statistics
         say(summary(result.stats, model.bank.total_bytes))
         errors = [one.error for one in result if one.error is not None]
         for sentence, count in Counter(errors).items():
@@ -251,32 +256,38 @@ class Generate:
         return len(errors)
 
 
+COMMANDS = {
+    "demo": Demo,
+    "generate": Generate,
+    "trace": Record,
+    "calibrate": Calibrate,
+    "simulate": Simulate,
+}
+"""Commands of this package; other packages add theirs, see `layerscope_jax.cli.commands`."""
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Runs `layerscope` and returns its exit code; see `layerscope_jax.support.exits`."""
     return exits.run(_run, args)
 
 
-def _run(args: list[str]) -> int:
+def _run(args: list[str]) -> int | None:
     if args == ["--version"]:
         print(", ".join(f"{name} {number}" for name, number in demo.versions().items()))
         return 0
-    command: Demo | Generate | Record | Calibrate | Simulate = tyro.cli(
-        Annotated[Demo, subcommand("demo")]  # type: ignore[arg-type]
-        | Annotated[Generate, subcommand("generate")]
-        | Annotated[Record, subcommand("trace")]
-        | Annotated[Calibrate, subcommand("calibrate")]
-        | Annotated[Simulate, subcommand("simulate")],
+    command: Command = tyro.cli(
+        union(with_added(COMMANDS, args)),
         prog="layerscope",
         description=(
             "Run mixture-of-experts language models whose experts do not fit on the accelerator. "
-            "`layerscope --version` tells the versions; with --debug, before or after a command, the "
-            f"traceback is shown of whatever goes wrong. {exits.EXIT_CODES}"
+            "`layerscope --version` prints the versions; --debug, before or after a command, adds the "
+            f"traceback to an error. {exits.EXIT_CODES}"
         ),
         args=args or ["--help"],
         config=(FlagCreatePairsOff,),
     )
     with suppress(OSError, RuntimeError):  # no home, or a read-only one: each run compiles anew
         use_compilation_cache()
-    interrupts.check()  # one that came while all this was imported
+    interrupts.check()  # Ctrl-C may have come during the imports
     with heard():
         return command.run()

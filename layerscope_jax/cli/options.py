@@ -1,4 +1,4 @@
-"""What several commands of `layerscope` share: options, opening a checkpoint, saying something."""
+"""Options that several commands share, and what they open: checkpoint, predictor, profile."""
 
 from __future__ import annotations
 
@@ -14,44 +14,53 @@ from layerscope_jax.checkpoints.model import Model, load
 from layerscope_jax.cli import demo
 from layerscope_jax.prediction.predictors import PREDICTORS, Predictor
 from layerscope_jax.profiling.machine_profile import MachineProfile
-from layerscope_jax.scheduling.registry import POLICIES
+from layerscope_jax.scheduling.registry import policy_names
 from layerscope_jax.support.exits import say
 from layerscope_jax.support.option_errors import option
 
 SHIPPED = "shipped"
-POLICY_NAMES = ", ".join(sorted(POLICIES))
+POLICY_NAMES = ", ".join(policy_names())
 PREDICTOR_HELP = f"One of {', '.join(sorted(PREDICTORS))}, the folder of a trained one, or 'shipped'."
 
 Checkpoint = Annotated[
     Positional[str],
-    arg(metavar="CHECKPOINT", help="A Hugging Face folder, or 'shipped' for the model that comes along."),
+    arg(
+        metavar="CHECKPOINT",
+        help="A Hugging Face folder, or 'shipped' for the model in the package.",
+    ),
 ]
 DeviceBudget = Annotated[
     str | None,
-    arg(metavar="SIZE", help="Device memory for experts, '2GiB' say; without it everything is resident."),
+    arg(metavar="SIZE", help="Device memory for experts, such as '2GiB'; without it all are resident."),
 ]
-PolicyName = Annotated[str, arg(metavar="POLICY", help=f"Who moves what within a budget: {POLICY_NAMES}.")]
+PolicyName = Annotated[
+    str,
+    arg(
+        metavar="POLICY", help=f"Decides which experts are moved and where each is computed: {POLICY_NAMES}."
+    ),
+]
 LinkBandwidth = Annotated[
     str | None,
-    arg(metavar="SIZE", help="Bytes a second, '500MB' say, that copies to the device are paced to."),
+    arg(metavar="SIZE", help="Limits copies to the device to this many bytes a second, such as '500MB'."),
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    arg(help="Converts the weights; without it they stay as they are."),
+    arg(help="Converts the weights; without it they keep their dtype."),
 ]
 
 
 def folder_of(checkpoint: str) -> Path:
+    """Returns the folder of a checkpoint, or of the shipped model."""
     return demo.SHIPPED if checkpoint == SHIPPED else Path(checkpoint)
 
 
 def open_model(checkpoint: str, dtype: str | None = None) -> Model:
-    """Loads a checkpoint, or the shipped one."""
+    """Loads a checkpoint, or the shipped model."""
     return load(folder_of(checkpoint), dtype=dtype)
 
 
 class Aloud(logging.Handler):
-    """Prints to stderr what the library logs."""
+    """Prints the library's log messages to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
@@ -59,7 +68,7 @@ class Aloud(logging.Handler):
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Within, what the library says of its work is printed."""
+    """Prints the library's log messages, from INFO up, within the `with` block."""
     logger, handler = logging.getLogger("layerscope_jax"), Aloud()
     level = logger.level
     logger.addHandler(handler)
@@ -72,21 +81,21 @@ def heard() -> Iterator[None]:
 
 
 def open_predictor(predictor: str | None) -> Predictor | str | None:
-    """A predictor from its name or folder, "shipped" being the one that comes with the shipped model.
+    """Opens a predictor by its name or folder; "shipped" is the one that ships with the shipped model.
 
-    That one is not taken without being asked for: on the device it takes a third of what all experts of so
-    small a model do, and they make better use of the room.
+    The shipped one is used only on request: on the device it takes a third of the bytes of all experts of so
+    small a model, and the experts make better use of the room.
     """
     if predictor is None or predictor in PREDICTORS:
         return predictor
-    import predictor as trained  # not before it is needed: it brings Optax along
+    import predictor as trained  # imported late, because it imports Optax
 
     with option("--predictor"):
         return trained.shipped() if predictor == SHIPPED else trained.load(predictor)
 
 
 def open_profile(profile: str | None) -> MachineProfile | None:
-    """The profile in a file or of a name, if there is to be one."""
+    """Loads a profile from a file or by its name; None for none."""
     if profile is None:
         return None
     with option("--profile"):

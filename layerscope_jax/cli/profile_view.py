@@ -1,4 +1,4 @@
-"""What `layerscope calibrate` prints: each part's times alone, and while the others are busy."""
+"""Prints a measured profile: each part's times alone, and while the other parts are busy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from layerscope_jax.profiling.machine_profile import MachineProfile, costs_json
 
 
 def show(profile: MachineProfile, console: Console) -> None:
-    """Prints a profile that was measured."""
+    """Prints a measured profile."""
     model, details = profile.model, profile.details
     busy = costs_json(profile.costs)
     alone = busy["alone"]
@@ -51,12 +51,12 @@ def show(profile: MachineProfile, console: Console) -> None:
         f"Host memory: {memory['host_read_bytes_per_s'] / 1e9:.3g} GB/s read by all cores, {', '.join(free)}"
     )
     console.print(
-        f"Plans are made by the times taken while the other parts were busy ({details['seconds']} s)."
+        f"Policies plan by the times with the other parts busy. Measuring took {details['seconds']} s."
     )
 
 
 def contexts(profile: MachineProfile) -> Iterable[tuple[str, tuple[dict, dict]]]:
-    """Tables of layers, alone and busy, by what their requests have room for."""
+    """Yields the positions that requests have room for, and a layer's times there, alone and busy."""
     details = profile.details
     usual = details["costs"]["context_of_layer_ms"]
     yield str(usual), (costs_json(profile.costs)["alone"]["layer_ms"], profile.costs.layer_ms.to_json())
@@ -65,10 +65,10 @@ def contexts(profile: MachineProfile) -> Iterable[tuple[str, tuple[dict, dict]]]
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[float | str]]) -> Table:
-    """Numbers to three digits, each column to the right."""
-    found = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    """Returns a table of numbers to three digits, each column aligned right."""
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in headings:
-        found.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+        grid.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for row in rows:
-        found.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
-    return found
+        grid.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
+    return grid

@@ -28,48 +28,51 @@ ALL = "all"
 class Simulate:
     """Compare policies on the machine of a profile, on a virtual clock: nothing is computed.
 
-    Every policy prefills the prompts of a batch, beginning with an empty device, and goes on with the decode
-    steps, over routing that was recorded of a model. Beside them stands what no policy can beat.
+    Every policy prefills the prompts of a batch, starting with an empty device, then runs the decode steps,
+    over recorded routing of a model. Beside them stands the bound that no policy can beat.
     """
 
     profile: Annotated[
         str,
         arg(
             metavar="PROFILE",
-            help="What `layerscope calibrate` measured, or a shipped one: deepseek-v2-lite, moonlight, "
-            "qwen3-30b-a3b or mixtral-8x7b; with @pcie3-x8, @pcie4-x16 or @pcie5-x16 over another link.",
+            help="A file that `layerscope calibrate` wrote, or a shipped profile: deepseek-v2-lite, "
+            "moonlight, qwen3-30b-a3b or mixtral-8x7b; append @pcie3-x8, @pcie4-x16 or @pcie5-x16 for "
+            "another link.",
         ),
     ]
     trace: Annotated[
         Path | None,
         arg(
             metavar="FILE",
-            help="Recorded routing, an .npz file of tools/record_routing.py; without it what the "
+            help="Recorded routing, an .npz file of tools/record_routing.py; without it, the one that the "
             "profile names.",
         ),
     ] = None
-    batch: Annotated[tuple[int, ...], arg(metavar="INT ...", help="Requests of each batch.")] = BATCHES
+    batch: Annotated[tuple[int, ...], arg(metavar="INT ...", help="Batch sizes, in requests.")] = BATCHES
     budget: Annotated[
         str | None,
         arg(
             metavar="SIZE",
-            help="Device memory for experts: '24GiB' say, or, without a unit, a number of experts; without "
-            "it what the profile says.",
+            help="Device memory for experts, such as '24GiB', or a number of experts; without it, the "
+            "profile's budget.",
         ),
     ] = None
     policy: Annotated[
-        tuple[str, ...], arg(metavar="POLICY ...", help=f"Some of {', '.join(SIMULATED)}, or {ALL}.")
+        tuple[str, ...],
+        arg(metavar="POLICY ...", help=f"Some of {', '.join(SIMULATED)}, or {ALL}."),
     ] = (ALL,)
     predictor: Annotated[
         str,
         arg(
             metavar="PREDICTOR",
-            help="Whose forecasts policies get that make use of any: one that the routing was recorded with "
-            f"(llapor or gate, as a rule) or one of {', '.join(DERIVED)}.",
+            help="Predictor whose forecasts the policies are given: one that the routing was recorded with "
+            f"(usually llapor or gate), or one of {', '.join(DERIVED)}.",
         ),
     ] = "llapor"
     json: Annotated[
-        Path | None, arg(metavar="FILE", help="For the rows of the tables, as one JSON object.")
+        Path | None,
+        arg(metavar="FILE", help="Write the rows of the tables there, as one JSON object."),
     ] = None
 
     def run(self) -> int:
@@ -78,7 +81,7 @@ class Simulate:
         with option("--profile"):
             profile = MachineProfile.load(self.profile)
         if profile.slots is None and self.budget is None:
-            raise ValueError(f"the profile {self.profile} says no budget of its own: give --budget")
+            raise ValueError(f"the profile {self.profile} has no budget: give --budget")
         with nullcontext() if self.json is None else writing("--json", self.json):
             self._simulate(profile)
         return 0
@@ -90,7 +93,7 @@ class Simulate:
             return Routing.load(self.trace)
 
     def _simulate(self, profile: MachineProfile) -> None:
-        found = simulate_profile(
+        comparison = simulate_profile(
             profile,
             self._routing(),
             batches=self.batch,
@@ -100,22 +103,22 @@ class Simulate:
             progress=True,
         )
         if self.trace is not None:
-            found = replace(found, routing=str(self.trace))
-        comparison_view.show(found, Console(highlight=False))
+            comparison = replace(comparison, routing=str(self.trace))
+        comparison_view.show(comparison, Console(highlight=False))
         if self.json is not None:
-            write_file(self.json, json.dumps(found.to_json(), indent=1) + "\n")
+            write_file(self.json, json.dumps(comparison.to_json(), indent=1) + "\n")
             print(f"The rows are in {self.json}")
 
 
 def experts_of(budget: str, expert_bytes: int) -> int:
-    """How many experts a budget holds.
+    """Returns how many experts a budget holds.
 
     Args:
         budget: bytes with a unit, or a number of experts.
-        expert_bytes: of one.
+        expert_bytes: bytes of one expert.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if the budget is neither.
 
     >>> experts_of("1GiB", 300 * 2**20), experts_of("62", 300 * 2**20)
     (3, 62)

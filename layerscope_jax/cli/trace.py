@@ -17,9 +17,9 @@ from layerscope_jax.support.exits import say
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """Record which experts a model chooses on real text, and the hidden states that they are chosen by.
+    """Record which experts a model chooses on real text, and the hidden states they are chosen by.
 
-    A predictor is trained on what is recorded: `python -m predictor.train`.
+    `python -m predictor.train` trains a predictor on the trace.
     """
 
     checkpoint: Checkpoint
@@ -28,24 +28,24 @@ class Record:
         arg(
             metavar="FILE ...",
             help='JSON lines {"id", "text"}, whose domain is the name of the file, or plain texts, each a '
-            "document of the domain named as its folder.",
+            "document whose domain is the name of its folder.",
         ),
     ]
-    out: Annotated[Path, arg(metavar="FOLDER", help="For the trace; one that was cut off is gone on with.")]
+    out: Annotated[Path, arg(metavar="FOLDER", help="Folder for the trace; an interrupted one is continued.")]
     heldout_domains: Annotated[
         tuple[str, ...],
-        arg(metavar="DOMAIN ...", help="Domains that no predictor may be trained on, only measured."),
+        arg(metavar="DOMAIN ...", help="Domains that predictors are only measured on, never trained on."),
     ] = ()
-    train_tokens: Annotated[int, arg(help="At most so many of each domain, to train on.")] = 100_000
-    heldout_tokens: Annotated[int, arg(help="At most so many of each domain, to measure on.")] = 10_000
-    length: Annotated[int, arg(help="Tokens of a passage; at most what the model's context holds.")] = 256
-    prompt: Annotated[float, arg(help="Share of a passage that is its prompt, before decode steps.")] = 0.5
-    hidden: Annotated[int, arg(help="Components that hidden states are reduced to; 0 records none.")] = 512
+    train_tokens: Annotated[int, arg(help="Most tokens of each domain to train on.")] = 100_000
+    heldout_tokens: Annotated[int, arg(help="Most tokens of each domain to measure on.")] = 10_000
+    length: Annotated[int, arg(help="Tokens of a passage; no more than the model's context.")] = 256
+    prompt: Annotated[float, arg(help="Share of a passage that is prefilled; the rest is decoded.")] = 0.5
+    hidden: Annotated[int, arg(help="Components that hidden states are reduced to; 0 for none.")] = 512
     batch_size: Annotated[int, arg(help="Passages that run at once.")] = 16
     device_budget: DeviceBudget = None
     policy: PolicyName = "lru"
     dtype: Dtype = None
-    seed: Annotated[int, arg(help="Of the choice and order of passages.")] = 0
+    seed: Annotated[int, arg(help="Seed of the choice and order of passages.")] = 0
 
     def run(self) -> int:
         """Returns the exit code."""
@@ -66,7 +66,7 @@ class Record:
             seed=self.seed,
         )
         model = open_model(self.checkpoint, self.dtype)
-        interrupts.promise(f"interrupted; the same command goes on with {self.out}")
+        interrupts.promise(f"interrupted; the same command continues {self.out}")
         trace = record(model, config)
         passages = sum(len(chunk.passages) for chunk in trace.chunks)
         say(f"{trace.folder} holds {trace.rows:,} tokens of {passages:,} passages")

@@ -1,4 +1,4 @@
-"""Makes the profile of a machine for a model: each part alone and beside the others, by size and context."""
+"""Measures a machine's profile for a model: each part alone and beside the others, by size and context."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from layerscope_jax.support.units import parse_bytes
 
 THOROUGH = Points(tokens=(1, 4, 8, 16, 32, 64, 128, 256), decode=(1, 4, 16, 64), prefill=(1024,))
 CONTEXTS = (64, 1024, 4096)
-"""Positions beside those of `Points.context` that decode steps of one and of 16 requests are timed at."""
+"""Cache lengths, besides `Points.context`, at which decode steps of 1 and of 16 requests are timed."""
 
 WAYS = {"alone": False, "together": True}
 
@@ -44,14 +44,14 @@ def calibrate(
     points: Points = THOROUGH,
     contexts: Sequence[int] = CONTEXTS,
 ) -> MachineProfile:
-    """Measures what `model` costs on this machine.
+    """Measures the costs of a model on this machine.
 
     Args:
-        model: on the device that it is to be run on.
-        device_budget: bytes of device memory for experts; no more are ever there. None for all.
-        emulated_link_bandwidth: bytes a second that copies are paced to, or None.
-        points: where to take times.
-        contexts: positions at which layers are timed too, where the model is made for so many.
+        model: on the device that it will run on.
+        device_budget: bytes of device memory for experts, which measuring keeps to as well; None for all.
+        emulated_link_bandwidth: bytes a second that copies are limited to; None for no limit.
+        points: token counts and positions to take times at.
+        contexts: more positions to time layers at, as far as the model's context reaches.
 
     Raises:
         ValueError: if the budget has no room for an expert.
@@ -114,7 +114,7 @@ def calibrate(
 
 
 def by_size(jobs: Jobs) -> dict[str, dict[str, Any]]:
-    """Copies of one expert, and of more in a row: alone and together, each as `line` gives it."""
+    """Times copies of one expert, and of several in a row, alone and together, each as `line` returns it."""
     sizes = [2**power for power in range(jobs.arriving.bit_length())]
     beside = {"alone": [], "together": others(jobs, "link")}
     times = {size: [timed_ms(jobs.link(size), some) for some in beside.values()] for size in sizes}
@@ -126,7 +126,7 @@ def by_size(jobs: Jobs) -> dict[str, dict[str, Any]]:
 
 
 def line(sizes: Sequence[int], expert_bytes: int, times: Sequence[float]) -> dict[str, Any]:
-    """Times of copies, with latency and bandwidth of the line through them; None where noise has no line.
+    """Fits latency and bandwidth to times of copies; both are None where noise hides the slope.
 
     >>> line([1, 2], 1000, [0.5, 0.7])["latency_ms"], line([1, 2], 1000, [0.5, 0.7])["bytes_per_s"]
     (0.3, 5000000.0)
@@ -147,7 +147,7 @@ def line(sizes: Sequence[int], expert_bytes: int, times: Sequence[float]) -> dic
 
 
 def by_context(jobs: Jobs, points: Points, contexts: Sequence[int]) -> dict[str, Any]:
-    """Decode steps by the positions that their requests have room for: context -> alone, together."""
+    """Times decode steps by the length of their caches: context -> alone, together."""
     requests = [rows for rows in points.decode if rows in (1, 16)]
     known = [context for context in contexts if context <= jobs.model.config.max_position_embeddings]
     link = others(jobs, "layer")

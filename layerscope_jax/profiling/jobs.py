@@ -1,4 +1,4 @@
-"""Pieces of what an engine does, each alone: to be timed, or to keep a part of the machine busy meanwhile."""
+"""Single parts of an engine's work, to be timed or to keep a part of the machine busy."""
 
 from __future__ import annotations
 
@@ -26,30 +26,29 @@ from layerscope_jax.scheduling.plan import ExpertId, Geometry
 from layerscope_jax.support.errors import TransferError
 
 Job = Callable[[int], float | None]
-"""`job(round)` does its work once and returns when it is done; a round turns to another layer. It may return
-the seconds that count, where not all of them do."""
+"""`job(round)` does its work once; each round takes another layer. It may return the seconds that count,
+where not all of its time does."""
 
 LAYERS = 16
-"""Layers that rounds take in turn: the weights of a round are not those of the few before. The
-host's experts change from turn to turn too: in an engine, what is computed next is in no near cache."""
+"""Layers that rounds take in turn, so that a round's weights are not in a near cache, as in an engine. The
+host's experts change every time around for the same reason."""
 
 IN_A_ROW = 2
-"""MoE layers of a step that is timed: few, as their experts are computed too."""
+"""MoE layers of a timed step: few, because their experts are computed too."""
 
 
 class Jobs:
     """Makes jobs of a model on its machine.
 
-    Experts are computed as a layer computes them, several in a call, and copied several in a row. Those
-    resident and those on the link fit into `slots` together; if that is less than two, one or the other is on
-    the device, and no job of the one may run beside a job of the other.
+    Experts are computed as in a layer, several in a call, and copied several in a row. Resident experts and
+    those on the link fit into `slots` together. With fewer than two slots they take turns, so that device and
+    link jobs may not run at the same time.
 
     Args:
-        model: whose experts and layers.
+        model: the model.
         host: the host executor.
-        transfers: the link, idle; used as it is, with its pace and its thread.
-        slots: experts that the budget has room for. If none, one expert at a time is on the device all the
-            same.
+        transfers: the link, idle, with its pace and its thread.
+        slots: experts that the budget has room for; with none, one expert at a time is on the device.
 
     Attributes:
         computed: experts of a host job.
@@ -87,7 +86,7 @@ class Jobs:
         return job
 
     def host_start(self) -> Job:
-        """Gives the host one expert with one token, and takes its row over into a layer's outputs."""
+        """Hands the host one expert with one token, and places its row into a layer's outputs."""
         inputs, rows = self._routed(1, 1)
         outputs = self._outputs(inputs, rows)
 
@@ -120,31 +119,30 @@ class Jobs:
         return job
 
     def link(self, experts: int) -> Job:
-        """Copies experts to the device, no more than `arriving`, where they do not stay."""
+        """Copies experts to the device, at most `arriving`, and drops them there."""
 
         def job(round: int) -> None:
             if not self.roomy:
                 self._weights = []
             wanted = {ExpertId(round % self._turns, expert) for expert in range(experts)}
             self._transfers.submit(wanted, [])
-            self._transfers.wait(wanted, len(wanted))  # who is woken by each would hinder the others more
+            self._transfers.wait(wanted, len(wanted))  # one wake-up disturbs the other jobs less than several
             for weights in self._transfers.arrivals()[0].values():
                 self._device.keep(weights)
 
         return job
 
     def layer(self, rows: int, length: int, context: int, predictor: Predictor | None = None) -> Job:
-        """Everything of a layer but its experts, as an engine goes through one that leaves them to the host.
+        """Runs everything of a layer but its experts, as an engine does that leaves them to the host.
 
-        Dispatch, attention and router, read-back, grouping, a plan, the books; and the layer's part of what
-        a step begins and ends with, embeddings and logits. The seconds in which experts were computed do
-        not count.
+        That is dispatch, attention and router, read-back, grouping, a plan, the books, and the layer's share
+        of embeddings and logits. Time in which experts are computed does not count.
 
         Args:
             rows: B, requests.
             length: S, tokens of each: 1 in decode, more in prefill.
-            context: P, positions that each has room for in its cache; decode is at the last of them.
-            predictor: what looks ahead in the layer; None for nothing.
+            context: P, cache length of each request; decode is at its last position.
+            predictor: computes its forecast in the layer; None for no forecast.
         """
         model, config = self.model, self.model.config
         slots = Residency(0, model.bank.expert_bytes)
@@ -167,7 +165,7 @@ class Jobs:
         caches = new_caches(config, rows, context, model.bank.dtype, model.device, layers)
 
         def seconds(layers: int) -> float:
-            """Of a step of so many layers, its experts not counted."""
+            """Returns the time of a step of so many layers, without its experts."""
             nonlocal caches
             began, computed = time.perf_counter(), self._host.stats.arithmetic_s
             *_, caches[:layers] = runner.step(tokens, positions, last, caches[:layers], None)
@@ -183,7 +181,7 @@ class Jobs:
     def _on_host(
         self, found: Any, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
     ) -> None:
-        """As an engine does it: by a thread of its own beside an accelerator, by the caller's on one CPU."""
+        """Computes as an engine does: in another thread beside an accelerator, else in the caller's."""
         if self._device.waits:
             self._host.compute(found, layer, inputs, rows, experts)
         else:
@@ -194,24 +192,24 @@ class Jobs:
         self._weights = []
 
     def close(self) -> None:
-        """Ends threads of its own, and does what `clear` does."""
+        """Ends its own threads and takes the resident experts off the device."""
         self.clear()
         self._cpu.close()
 
     def _outputs(self, inputs: jax.Array, rows: Assignments) -> Any:
-        """[T * K + 1, D] to write rows to, no other job's: two may run at once."""
+        """Returns [T * K + 1, D] rows to write to, for this job alone, because two jobs may run at once."""
         own = device_experts(self.model.device, self._cpu)
         return own.take(rows.total, inputs.shape[1], inputs.dtype)
 
     def _routed(self, experts: int, tokens: int, first: int = 0) -> tuple[jax.Array, Assignments]:
-        """Inputs [T, D] of which each expert, from the `first` on, has `tokens`."""
+        """Returns inputs [T, D] and assignments that give each expert from `first` on `tokens` tokens."""
         chosen = np.repeat(np.arange(first, first + experts, dtype=np.int32), tokens)
         inputs = jnp.ones((len(chosen), self.model.config.hidden_size), self.model.bank.dtype)
         return jax.device_put(inputs, self._transfers.sharding), Assignments(chosen[:, None])
 
 
 class NoCopies:
-    """The link of an engine that loads nothing, while copies of a job are on the real one."""
+    """Stands in for the link of an engine that copies nothing, while another job uses the real link."""
 
     within = True
 
@@ -222,7 +220,7 @@ class NoCopies:
     def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId]) -> None:
         asked = [*load, *prefetch]
         if asked:
-            raise RuntimeError(f"nothing is to be copied here, but {asked} were asked for")
+            raise RuntimeError(f"this engine must not copy anything, but copies of {asked} were submitted")
 
     def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
         return []
@@ -231,7 +229,7 @@ class NoCopies:
         return {}, []
 
     def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:
-        raise TransferError(f"nothing is copied here, but {sorted(wanted)} are waited for")
+        raise TransferError(f"this engine copies nothing, but waits for {sorted(wanted)}")
 
     def rest(self) -> None:
         pass

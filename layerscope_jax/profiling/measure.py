@@ -1,4 +1,4 @@
-"""Measures what layers and experts cost on this machine: each part alone, and while the others are busy."""
+"""Measures the costs of layers and experts on this machine, each alone and while the other parts are busy."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from layerscope_jax.support import machine
 from layerscope_jax.support.threads import Helpers
 
 CONTEXT = 256
-"""Positions of a request in the table of layers, if nothing else is said."""
+"""Default cache length of the requests in the table of layers."""
 
 BUSY_TOKENS = 4
-"""Tokens of each expert that is computed to keep the host or the device busy."""
+"""Tokens of each expert that keeps the host or the device busy during a measurement."""
 
 ROUNDS, MOST_ROUNDS, ROUNDS_S = 5, 25, 0.1
-"""A job is timed so often, and on until it took so many seconds or was done most often."""
+"""A job is timed at least `ROUNDS` times, and up to `MOST_ROUNDS` until that took `ROUNDS_S` seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Points:
-    """Where times are taken; each costs a compilation or two, which is most of what measuring takes.
+    """Token counts and positions to measure at; each costs a compilation or two, most of the measuring time.
 
     Attributes:
-        tokens: of an expert.
+        tokens: tokens of an expert.
         decode: requests of a decode step.
         prefill: tokens of a prefill, all requests together; more than in any decode step.
-        context: positions of a request in the table of layers; fewer where the model is made for fewer.
+        context: cache length of a request in the table of layers, at most the model's context.
     """
 
     tokens: tuple[int, ...]
@@ -48,17 +48,16 @@ class Points:
 
 
 ROUGH = Points(tokens=(1, 4, 16, 64, 256), decode=(1,), prefill=(256,))
-"""What an engine measures where it was given no profile."""
+"""What an engine measures when it has no profile."""
 
 
 def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -> HardwareProfile:
-    """Times the parts of a layer while the others are busy, and alone, at a few points; some seconds in all.
+    """Measures the parts of a layer at a few points, while the others are busy and alone; takes some seconds.
 
-    At no time are there more experts on the device than `slots` (see `Jobs`), and there are none when this is
-    over.
+    Never more than `slots` experts are on the device (see `Jobs`), and none afterwards.
 
     Args:
-        model: whose experts, on an idle device.
+        model: the model, on an idle device.
         host: the host executor.
         transfers: the link, idle.
         slots: experts that the budget has room for.
@@ -74,14 +73,14 @@ def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -
 def costs(
     jobs: Jobs, points: Points, ways: Sequence[bool], predictor: Predictor | None = None
 ) -> list[HardwareProfile]:
-    """Times of all parts.
+    """Measures all parts of a layer.
 
     Args:
         jobs: of the model.
-        points: where to take times.
-        ways: whether the other parts are busy meanwhile (see `others`); one profile is given for each. At
-            each point one way follows the other, so that a machine that drifts drifts under all alike.
-        predictor: whose look ahead is timed too; None leaves it out.
+        points: token counts and positions to take times at.
+        ways: whether the other parts are busy meanwhile (see `others`); a profile is returned for each. The
+            ways take turns at each point, so that a machine that drifts drifts under all of them.
+        predictor: its forecast is timed too; None times none.
     """
     config = jobs.model.config
     context = min(points.context, config.max_position_embeddings)
@@ -119,10 +118,10 @@ def costs(
 
 
 def others(jobs: Jobs, part: str) -> list[Job]:
-    """What an engine may be at while it waits for `part`.
+    """Returns the jobs that keep the other parts busy while `part` is timed, as in an engine.
 
-    Experts are computed on both sides while the link brings some. While a layer attends, only the link goes
-    on, with what it brings for later layers.
+    Both sides compute experts while the link copies some. During attention only the link is busy, with copies
+    for later layers.
     """
     host, device, link = jobs.host(BUSY_TOKENS), jobs.device(BUSY_TOKENS), jobs.link(jobs.arriving)
     return {
@@ -134,9 +133,9 @@ def others(jobs: Jobs, part: str) -> list[Job]:
 
 
 def tables(jobs: dict[int, Job], besides: Sequence[list[Job]], share: int = 1) -> list[TimeTable]:
-    """Times of jobs by token count, a table for each of `besides`, what is done meanwhile.
+    """Times jobs by token count; returns a table for each of `besides`, the jobs that run meanwhile.
 
-    None is longer than that of more tokens: noise only ever makes a time longer.
+    Each time is at most that of the next larger count, because noise only makes times longer.
     """
     times = [[timed_ms(job, beside, share) for beside in besides] for job in jobs.values()]
     return [
@@ -146,7 +145,7 @@ def tables(jobs: dict[int, Job], besides: Sequence[list[Job]], share: int = 1) -
 
 
 def difference(longer: TimeTable, shorter: TimeTable) -> TimeTable:
-    """What one takes more than the other, at the same points; nothing where noise says less.
+    """Returns how much longer the first takes at the same points; 0 where noise says less.
 
     >>> difference(TimeTable((1, 8), (2.5, 3.0)), TimeTable((1, 8), (2.0, 3.5)))
     TimeTable(tokens=(1, 8), ms=(0.5, 0.0))
@@ -156,7 +155,7 @@ def difference(longer: TimeTable, shorter: TimeTable) -> TimeTable:
 
 
 def timed_ms(job: Job, beside: list[Job], share: int = 1) -> float:
-    """Median time of `job` while each of `beside` is done over and over; divided by `share`, four digits."""
+    """Median time (ms) of `job` while each of `beside` repeats, divided by `share`, to four digits."""
     for each in (job, *beside):
         warm_up(each)
     times: list[float] = []
@@ -169,7 +168,7 @@ def timed_ms(job: Job, beside: list[Job], share: int = 1) -> float:
 
 
 def warm_up(job: Job) -> None:
-    """Compiles, and meets each expert for the first time; a job that takes long is not done often."""
+    """Runs a job until it is compiled and has used its experts once; a long job runs fewer times."""
     job(0)
     began = time.perf_counter()
     for round in range(1, 4 * LAYERS):
@@ -179,7 +178,7 @@ def warm_up(job: Job) -> None:
 
 @contextmanager
 def busy(jobs: Iterable[Job]) -> Iterator[None]:
-    """Does each job over and over, on a thread of its own; all have begun when this is entered."""
+    """Repeats each job on a thread of its own; all have begun when the `with` block is entered."""
     jobs = list(jobs)
     if not jobs:
         yield
@@ -206,4 +205,4 @@ def busy(jobs: Iterable[Job]) -> Iterator[None]:
     finally:
         ended.set()
         helpers.close()
-    done.result()  # what went wrong there
+    done.result()  # raises what a job raised

@@ -1,4 +1,4 @@
-"""Policies that share each layer out anew between device, host and link, and keep a share of every layer."""
+"""Policies that balance each layer between device, host and link, and keep some experts of every layer."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.scheduling.split import Split, balance
 
 WEIGHT = 0.25
-"""Of the newest share of demand in HybriMoE's score."""
+"""Weight of the newest share of demand in HybriMoE's score."""
 
 WINDOW, SWAPS = 4, 2
-"""After how many passes DALI changes what a layer keeps, and how many experts at most."""
+"""Passes after which DALI changes what a layer keeps, and the most experts that it swaps then."""
 
 
 @dataclass(frozen=True)
 class Shares:
-    """The model's shape, costs, and what passed through, to leave when room is needed next."""
+    """Model shape, costs, and the experts to evict when room is needed next."""
 
     geometry: Geometry
     costs: HardwareProfile
@@ -30,11 +30,11 @@ class Shares:
 
     @property
     def each(self) -> int:
-        """Experts that a layer keeps: three quarters of the budget; the rest is for passing through."""
+        """Number of experts that each layer keeps: its share of three quarters of the budget."""
         return self.geometry.slots * 3 // 4 // self.geometry.num_layers
 
     def gone(self, seen: Observation, kept: frozenset[int] = frozenset()) -> list[ExpertId]:
-        """Who leaves before anything is loaded."""
+        """Returns the experts to evict before anything is loaded."""
         return [
             e
             for e in self.leaving
@@ -43,21 +43,21 @@ class Shares:
         ]
 
     def room(self, seen: Observation, gone: Sequence[ExpertId]) -> int:
-        """How many copies find room."""
+        """Returns how many copies there is room for after the evictions."""
         return self.geometry.slots - len(seen.resident) - len(seen.in_flight) + len(gone)
 
     def here(self, seen: Observation, gone: Sequence[ExpertId]) -> set[int]:
-        """Experts of this layer that are resident and stay for it."""
+        """Returns this layer's experts that are resident and not evicted."""
         copies = {ExpertId(seen.layer, expert) for expert in range(self.geometry.num_experts)}
         return {copy.expert for copy in copies.difference(gone) if copy in seen.resident}
 
     def coming(self, seen: Observation) -> list[tuple[int, float]]:
-        """Active experts on their way, the busiest first, and when each should be there."""
+        """Returns active experts in flight, busiest first, with the time (ms) until each should arrive."""
         away = [e for e in busiest_first(seen) if ExpertId(seen.layer, e) in seen.in_flight]
         return [(expert, place * self.costs.transfer_ms) for place, expert in enumerate(away, 1)]
 
     def idle_copies(self, seen: Observation, split: Split) -> int:
-        """How many more copies can begin while this layer runs, after its own and those under way."""
+        """Returns how many more copies the link can begin while this layer runs, after those queued."""
         if self.costs.transfer_ms <= 0:
             return self.geometry.slots
         tokens = max(1, sum(seen.demand.values()) // self.geometry.experts_per_token)
@@ -65,7 +65,7 @@ class Shares:
         return max(0, ceil(layer_ms / self.costs.transfer_ms) - len(split.load) - len(seen.in_flight))
 
     def ahead(self, seen: Observation, layers: int) -> list[tuple[int, dict[int, int]]]:
-        """The next layers, this one excepted, and the whole tokens expected of their experts."""
+        """Returns the next layers, each with the whole tokens expected for its experts."""
         number = self.geometry.num_layers
         return [
             ((seen.layer + ahead) % number, {e: max(1, round(x)) for e, x in enumerate(tokens) if x >= 0.5})
@@ -75,21 +75,23 @@ class Shares:
 
 @dataclass(frozen=True)
 class HybriMoEState(Shares):
-    """And the score of each layer's experts."""
+    """The state of `Shares`, with the score of each layer's experts."""
 
     scores: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
 
 
 class HybriMoE(PolicyBase):
-    """Each layer shared out greedily; prefetches by impact; who scored low of late leaves (arXiv 2504.05897).
+    """Balances each layer greedily, prefetches by impact, evicts by recent score (arXiv 2504.05897).
 
-    The device takes resident experts by falling load, the host the others by rising load, the link the
-    busiest of these, and the host resident ones when the device would end last (`balance`). While the link
-    would be idle, the experts are prefetched that save one of the next three layers most, each shared out in
-    the same way. HybriMoE forecasts with those layers' routers (`predictor="gate"`). Simplified: its cache
-    score (Minus Recent Score) averages routing probabilities; only token counts are seen here, so it is the
-    moving average of each expert's share of the layer's demand. A layer keeps its share of three quarters
-    of the budget, best scores first; the rest is room for experts passing through.
+    The device computes resident experts, those with most tokens first; the host computes the others, those
+    with fewest first; the link copies the busiest of these; and the host takes over resident experts where
+    the device would end last (`balance`). While the link would be idle, it prefetches the experts that save
+    most time in the next three layers. HybriMoE forecasts with those layers' routers (`predictor="gate"`).
+
+    Simplified: HybriMoE's cache score averages routing probabilities (Minus Recent Score); a policy sees only
+    token counts, so the score is the moving average of an expert's share of the layer's demand. Three
+    quarters of the budget are split evenly between layers, which keep their best-scored experts; the rest is
+    room for experts that are evicted soon.
     """
 
     name = "hybrimoe"
@@ -125,9 +127,9 @@ class HybriMoE(PolicyBase):
 
 
 def with_most_impact(state: Shares, seen: Observation, most: int) -> list[ExpertId]:
-    """Experts of the next three layers, each the one whose presence saves its layer most after those before.
+    """Returns experts of the next three layers to prefetch, each the one that saves its layer most time next.
 
-    Within a layer that is always the busiest that is absent.
+    Within a layer, that is always the busiest absent expert.
     """
 
     def ends(demand: dict[int, int], held: list[int]) -> float:
@@ -155,23 +157,25 @@ def with_most_impact(state: Shares, seen: Observation, most: int) -> list[Expert
 
 @dataclass(frozen=True)
 class DALIState(Shares):
-    """And what each layer keeps, with the tokens since that was last changed and over how many passes."""
+    """The state of `Shares`, with what each layer keeps, and its passes and tokens since the last swap."""
 
     kept: Mapping[int, frozenset[int]] = field(default_factory=dict)
     windows: Mapping[int, tuple[int, Mapping[int, int]]] = field(default_factory=dict)
 
 
 class DALI(PolicyBase):
-    """Experts are assigned, cached and prefetched by their workload (arXiv 2602.03495).
+    """Assigns, caches and prefetches experts by their workload (arXiv 2602.03495).
 
-    From the busiest on, each expert goes where it would be done first, on the device after its copy if it is
-    not there, so that the later of device and host ends soon (`assign`). Of the next layer, what `assign`
-    would load is prefetched. Every few passes a layer's cache takes in the experts with the most tokens of
-    late, in place of those with the fewest. DALI forecasts with the next layer's router, on a hidden state
-    corrected by the mean step of the residual stream between the two layers; `predictor="gate"` stands in.
-    Simplified: window and number of swaps, which DALI tunes for each model, are fixed; the first prefill
-    fills the cache with what it used most; then swaps and prefetches take the link only while it is idle. A
-    layer keeps its share of three quarters of the budget; the rest is room for experts passing through.
+    Starting with the busiest, each expert is assigned to the side that would finish it first; on the device
+    that includes its copy, if it is absent (`assign`). The experts of the next layer that `assign` would load
+    are prefetched. Every few passes a layer's cache swaps the cached experts with the fewest recent tokens
+    for those with the most. DALI forecasts with the next layer's router, on a hidden state corrected by the
+    mean step of the residual stream between the two layers; `predictor="gate"` stands in.
+
+    Simplified: window and number of swaps are fixed, while DALI tunes them for each model; the first prefill
+    fills the cache with the experts it used most; later swaps and prefetches use the link only while it is
+    idle. Three quarters of the budget are split evenly between layers; the rest is room for experts that are
+    evicted soon.
     """
 
     name = "dali"
@@ -197,7 +201,7 @@ class DALI(PolicyBase):
             there = {e: 0.0 for e in expected if present(ExpertId(number, e), seen)}
             prefetch += [ExpertId(number, e) for e in assign(state.costs, expected, there, most).load]
         absent = [e for e in kept.difference(here, split.load) if not present(ExpertId(layer, e), seen)]
-        # At first the layer's cache is to be filled, however long that takes.
+        # The first pass fills the layer's cache, however long that takes.
         most = most if layer in state.kept else room
         busiest = sorted(absent, key=lambda e: (-window[1].get(e, 0), e))
         prefetch += [ExpertId(layer, e) for e in busiest[: max(0, most - len(prefetch))]]
@@ -214,13 +218,13 @@ class DALI(PolicyBase):
 def assign(
     costs: HardwareProfile, demand: Mapping[int, int], there: Mapping[int, float], loads: int
 ) -> Split:
-    """Sends each expert, the busiest first, to where it would be done first.
+    """Assigns each expert, the busiest first, to the side that would finish it first.
 
     Args:
-        costs: of an expert.
+        costs: of the machine.
         demand: expert -> tokens.
-        there: experts on the device or on their way, with the ms until they are there.
-        loads: most that may be loaded; one after the other, after all that is on its way.
+        there: experts resident or in flight, with the time (ms) until each is resident.
+        loads: most experts to load, one after the other, behind those in flight.
 
     >>> from layerscope_jax import TimeTable
     >>> costs = HardwareProfile(host_ms=TimeTable((1, 9), (2.0, 18.0)), device_ms=TimeTable((1,), (1.0,)),
@@ -236,7 +240,7 @@ def assign(
     for expert in sorted(demand, key=lambda e: (-demand[e], e)):
         arrival = there.get(expert, link_end + costs.transfer_ms)
         device_ms = costs.device_ms(demand[expert])
-        # The device takes experts as they come: it ends when all are done, and the last to come is.
+        # The device computes experts as they arrive: it ends after all of them, and after the last arrival.
         on_device = max(device_end, device_busy + device_ms, arrival + device_ms)
         on_host = host_end + costs.host_ms(demand[expert])
         if on_device <= on_host and (expert in there or len(load) < loads):
@@ -254,7 +258,7 @@ def assign(
 def keep_workload(
     kept: frozenset[int] | None, window: tuple[int, Mapping[int, int]], demand: Mapping[int, int], size: int
 ) -> tuple[frozenset[int], tuple[int, Mapping[int, int]]]:
-    """What a layer keeps after this pass, and its window: passes and tokens since that last changed."""
+    """Returns what a layer keeps after this pass, and its window: passes and tokens since the last swap."""
     passes, tokens = window[0] + 1, dict(window[1])
     for expert, count in demand.items():
         tokens[expert] = tokens.get(expert, 0) + count

@@ -1,4 +1,4 @@
-"""Policies that weigh nothing: all on the device, all on the host, on demand."""
+"""Policies that weigh no costs: everything on the device, everything on the host, on demand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from layerscope_jax.scheduling.policy import PolicyBase
 
 
 class Resident(PolicyBase):
-    """Everything in device memory, nothing moves: the oracle of the others."""
+    """Keeps every expert in device memory and moves nothing: the oracle of the other policies."""
 
     name = "resident"
     uses_forecasts = False
@@ -28,7 +28,7 @@ class Resident(PolicyBase):
 
 
 class HostOnly(PolicyBase):
-    """Every expert on the host's CPU; the device keeps the dense layers (llama.cpp's `--cpu-moe`)."""
+    """Computes every expert on the host's CPU, the dense layers on the device (llama.cpp's `--cpu-moe`)."""
 
     name = "host-only"
     uses_forecasts = False
@@ -42,7 +42,7 @@ class HostOnly(PolicyBase):
 
 
 class OnDemand(PolicyBase):
-    """Copies each active expert when it is needed and keeps none: the floor that caching must beat."""
+    """Copies each active expert when it is needed and keeps none: the baseline that caching must beat."""
 
     name = "on-demand"
     uses_forecasts = False

@@ -1,4 +1,4 @@
-"""The highest hit rate that any replacement of experts can reach."""
+"""Highest hit rate that any replacement policy can reach."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from layerscope_jax.scheduling.plan import ExpertId
 
 
 def belady_hit_rate(counts: np.ndarray, slots: int, resident: Iterable[ExpertId] = ()) -> float:
-    """Highest hit rate that any replacement can reach, if nothing is copied before it is asked for.
+    """Returns the highest hit rate that any replacement policy can reach without prefetching.
 
-    What is needed again farthest in the future leaves (Belady, "A study of replacement algorithms for a
-    virtual-storage computer", IBM Systems Journal 5(2), 1966). Here a whole layer is asked for at a time, and
-    what was asked for need not be kept: after each layer's turn, of the experts that were there and those
-    that were asked for, the ones stay whose next use comes soonest.
+    Evicts the expert that is needed again farthest in the future (Belady, "A study of replacement algorithms
+    for a virtual-storage computer", IBM Systems Journal 5(2), 1966). A whole layer is requested at a time,
+    and a requested expert need not be kept: after each layer, of the resident and the requested experts those
+    stay whose next use comes soonest.
 
     Args:
         counts: [S, L, E] tokens routed to each expert.
@@ -24,7 +24,7 @@ def belady_hit_rate(counts: np.ndarray, slots: int, resident: Iterable[ExpertId]
         resident: experts on the device at the beginning.
 
     Returns:
-        Active experts that are resident when their layer's turn comes, by all active experts; 1 if none is.
+        Active experts that are resident when their layer is planned, by all active experts; 1 without any.
 
     >>> counts = np.array([[[1, 0, 0]], [[0, 1, 1]], [[1, 0, 1]]])  # one layer, three steps
     >>> belady_hit_rate(counts, slots=1), belady_hit_rate(counts, slots=2)

@@ -1,4 +1,4 @@
-"""Caches: what is missing is copied and kept until something must make room; they differ in who leaves."""
+"""Cache policies: a missing expert is copied and kept; they differ in which expert they evict."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from layerscope_jax.scheduling.policy import PolicyBase
 
 @dataclass(frozen=True)
 class CacheState:
-    """Room on the device, and what was used and stayed, least recently used first (the order of a dict).
+    """Slots on the device, and the resident experts in order of use, least recent first.
 
-    The numbers are each policy's own; `left` has those of experts that left, where they still count.
+    What the numbers count is each policy's own; `left` has those of evicted experts, where they still count.
     """
 
     slots: int
@@ -25,15 +25,15 @@ class CacheState:
 
 
 class Cache(PolicyBase):
-    """Copies what is missing and keeps it until something must make room.
+    """Copies missing experts and keeps them until room is needed.
 
-    Everything is computed on the device. Only if copies that someone else asked for hold the room is an
-    expert computed on the host.
+    Everything is computed on the device. An expert is computed on the host only if copies in flight, which
+    the policy did not ask for, take the room.
     """
 
     uses_forecasts = False
     remembers = False
-    """Whether the numbers of experts that left still count."""
+    """Whether the numbers of evicted experts still count."""
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> CacheState:
         need_a_layer(geometry, self.name)
@@ -42,15 +42,20 @@ class Cache(PolicyBase):
     def victims(
         self, state: CacheState, seen: Observation, idle: Iterable[ExpertId], count: int
     ) -> Iterable[ExpertId]:
-        """Who leaves first, of used experts that this layer does without, least recently used first."""
+        """Returns the experts to evict first.
+
+        Args:
+            idle: resident experts that this layer does not need, least recently used first.
+            count: how many must be evicted.
+        """
         return idle
 
     def number(self, state: CacheState, seen: Observation, expert: ExpertId) -> int:
-        """What to note of an expert that is used now."""
+        """Returns the number to remember for an expert that is used now."""
         return 0
 
     def copies(self, state: CacheState, seen: Observation, missing: int) -> int:
-        """How many of the missing experts are copied; the others are computed on the host."""
+        """Returns how many of the missing experts are copied; the host computes the others."""
         return missing
 
     def plan(self, state: CacheState, seen: Observation) -> tuple[CacheState, LayerPlan]:
@@ -68,7 +73,7 @@ class Cache(PolicyBase):
             left = left | {expert: used[expert] for expert in evict if expert in used}
         for expert in evict:
             used.pop(expert, None)
-        for expert in reversed(here):  # within a layer, the least busy count as least recent
+        for expert in reversed(here):  # within a layer, the least busy expert counts as the least recent
             used.pop(expert, None)
             used[expert] = self.number(state, seen, expert)
         return replace(state, used=used, left=left), answer(
@@ -78,11 +83,11 @@ class Cache(PolicyBase):
     def _evict(
         self, state: CacheState, seen: Observation, needed: set[ExpertId], short: int
     ) -> list[ExpertId]:
-        # Experts that came in some other way were never used: they go first.
+        # Experts that this policy did not load were never used: they are evicted first.
         unknown = sorted(filterfalse(state.used.__contains__, seen.resident))
         evict = list(islice(filterfalse(needed.__contains__, unknown), short))
         used: Iterable[ExpertId] = state.used
-        if unknown or len(state.used) > len(seen.resident):  # else they are the same experts
+        if unknown or len(state.used) > len(seen.resident):  # otherwise the two sets are equal
             used = filter(seen.resident.__contains__, used)
         more = short - len(evict)
         idle = filterfalse(needed.__contains__, used)
@@ -90,16 +95,16 @@ class Cache(PolicyBase):
 
 
 class LRU(Cache):
-    """The least recently used leaves (arXiv 2312.17238, where each layer has a cache of its own)."""
+    """Evicts the least recently used expert (arXiv 2312.17238, where each layer has its own cache)."""
 
     name = "lru"
 
 
 class LFU(Cache):
-    """The least frequently used leaves, of equals the least recently used (arXiv 2511.05814).
+    """Evicts the least frequently used expert; of equals, the least recently used (arXiv 2511.05814).
 
-    A use is a layer of a step that has tokens for the expert, however many; it counts for good, also while
-    the expert is away. Simplified: one cache for all layers instead of one a layer.
+    A use is a layer of a step that has tokens for the expert, however many. Uses are never forgotten, also
+    while the expert is evicted. Simplified: one cache for all layers instead of one for each.
     """
 
     name = "lfu"
@@ -116,12 +121,12 @@ class LFU(Cache):
 
 
 class LeastStale(Cache):
-    """What this pass has not used leaves first, by layer (SpecMD, arXiv 2602.03921).
+    """Evicts first what this pass went past without using (SpecMD, arXiv 2602.03921).
 
-    A pass goes through the layers in order, so what a layer that it has passed did not use is the most stale:
-    it goes first. Then what layers yet to come used in an earlier pass, the furthest layer first; then what
-    this pass has used. Of equals the least recently used goes first. Simplified: nothing is prefetched, so
-    what SpecMD counts as used when it was fetched ahead is only used when its layer comes.
+    A pass runs the layers in order, so experts of passed layers that were not used are the most stale and are
+    evicted first. Then come experts of later layers, the farthest layer first, then those that this pass has
+    used. Of equals the least recently used is evicted first. Simplified: nothing is prefetched; SpecMD counts
+    a prefetched expert as used.
     """
 
     name = "least-stale"
@@ -143,14 +148,14 @@ class LeastStale(Cache):
         return behind + sorted(ahead, key=lambda expert: -expert.layer) + fresh
 
     def number(self, state: CacheState, seen: Observation, expert: ExpertId) -> int:
-        """The pass. The next one has begun if this layer does not come after the last one used."""
+        """Returns the number of the pass; a new pass begins when the layer is not after the last one used."""
         last = next(reversed(state.used), None)
         return 0 if last is None else state.used[last] + (seen.layer <= last.layer)
 
 
 @dataclass(frozen=True)
 class ARCState:
-    """The lists of the paper, least recently used first, and the size that T1 should have."""
+    """The paper's lists T1, T2, B1 and B2, least recently used first, and p, the target size of T1."""
 
     slots: int
     p: float = 0.0
@@ -161,11 +166,12 @@ class ARCState:
 
 
 class ARC(PolicyBase):
-    """Adaptive Replacement Cache: recency against frequency, as the misses teach (Megiddo, Modha, FAST 2003).
+    """Adaptive Replacement Cache: balances recency and frequency by its misses (Megiddo, Modha, FAST 2003).
 
-    T1 holds what was used once of late, T2 what was used again; B1 and B2 remember as many that left either.
-    A miss that B1 remembers lets T1 grow, one that B2 remembers lets it shrink. The experts of a layer are
-    requests one after the other, the least busy first. Changed: what this layer needs can not leave.
+    T1 holds experts used once recently, T2 those used again; B1 and B2 remember experts evicted from each. A
+    miss that B1 remembers lets T1 grow, one that B2 remembers lets it shrink. The experts of a layer count as
+    requests one after the other, the least busy first. Changed from the paper: an expert that this layer
+    needs is never evicted.
     """
 
     name = "arc"
@@ -183,7 +189,7 @@ class ARC(PolicyBase):
         missing = {expert for expert in wanted if not present(expert, seen)}
         free = size - len(seen.resident) - len(seen.in_flight)
         if len(missing) > free:
-            # Experts that came in some other way count as used once, long ago; what is lost is forgotten.
+            # Experts that this policy did not load count as used once, long ago; lost ones are forgotten.
             unknown = sorted(filterfalse(t2.__contains__, filterfalse(t1.__contains__, seen.resident)))
             if unknown or len(t1) + len(t2) > len(seen.resident) + len(seen.in_flight):
                 t1 = dict.fromkeys(unknown) | {e: None for e in t1 if present(e, seen)}

@@ -1,4 +1,4 @@
-"""What computing and moving an expert costs on a machine: tables, not formulas."""
+"""Costs of computing and copying an expert on a machine, as measured tables."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 from layerscope_jax.support.njit import njit
 
 MOST_MS = 1e9
-"""Longest time that is one, eleven days: beyond it, and sums of it, there is no machine, but an overflow."""
+"""Longest time (ms) that is accepted, eleven days: a larger one is an overflow."""
 
 MOST_TOKENS = 2**20
-"""Largest count in a table; curves are as long."""
+"""Largest token count in a table, and so the length of a curve."""
 
 KNOWN = 1024
-"""Token counts up to here are looked up; policies ask for thousands of times within a step."""
+"""Times up to this many tokens are kept in a list: policies ask for thousands within a step."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,22 @@ class TimeTable:
         return self.known[tokens] if 0 < tokens <= KNOWN else self._interpolated(tokens)
 
     def upto(self, most: int) -> Callable[[int], float]:
-        """The same, for whoever asks often for counts of at most so many tokens."""
+        """Returns a faster function with the same values, for counts up to `most`."""
         return self.known.__getitem__ if most <= KNOWN else self
 
     def total(self, counts: Collection[int]) -> float:
-        """Of computing all of them, one after the other."""
+        """Returns the total time (ms) of several experts, one after the other, by their token counts."""
         time = self.upto(max(counts, default=0))
         return sum(map(time, counts), 0.0)
 
     @cached_property
     def known(self) -> list[float]:
-        """Times of 0 to `KNOWN` tokens; nothing is done for none."""
+        """Times (ms) of 0 to `KNOWN` tokens; 0 for no tokens."""
         return [0.0] + [self._interpolated(tokens) for tokens in range(1, KNOWN + 1)]
 
     @cached_property
     def curve(self) -> np.ndarray:
-        """[N + 1] ms of 0 to N tokens, for `ms_of`: twice as many as were measured, and `KNOWN` at least."""
+        """Times (ms) [N + 1] of 0 to N tokens, for `ms_of`: twice the largest measured count, or `KNOWN`."""
         more = range(KNOWN + 1, 2 * self.tokens[-1] + 1)
         return np.array(self.known + [self._interpolated(tokens) for tokens in more])
 
@@ -106,7 +106,7 @@ class TimeTable:
 
 
 def is_time(value: Any) -> bool:
-    """Whether it is a number of milliseconds that something could take."""
+    """Whether a value is a number of milliseconds between 0 and `MOST_MS`."""
     return isinstance(value, Real) and type(value) is not bool and bool(0 <= value <= MOST_MS)  # type: ignore
 
 
@@ -122,15 +122,16 @@ class Curves(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def ms_of(tokens: float, curve: np.ndarray) -> float:
-    """The time of so many tokens, which may be expected ones, on a curve that goes straight on at its end.
+    """Returns the time (ms) of a number of tokens, which may be an expectation, from a curve.
 
-    Below one token it is one's time by the chance that it comes; of what is no number of tokens it is 0.
+    Beyond its end the curve is extended linearly. Below one token the time is that of one token times the
+    expectation; for NaN and numbers up to 0 it is 0.
 
     >>> curve = TimeTable((1, 4), (1.0, 2.5)).curve
     >>> ms_of(0.3, curve), ms_of(2.0, curve), ms_of(3.5, curve)
     (0.3, 1.5, 2.25)
     """
-    if not tokens > 0:  # nor a number
+    if not tokens > 0:  # or NaN
         return 0.0
     whole = int(min(tokens, len(curve) - 2.0))
     return curve[whole] + (tokens - whole) * (curve[whole + 1] - curve[whole])
@@ -141,15 +142,14 @@ class HardwareProfile:
     """Costs of one layer of a model on one machine, in milliseconds.
 
     Attributes:
-        host_ms: of computing an expert on the host, by its tokens.
-        device_ms: of computing a resident expert on the device, by its tokens.
-        transfer_ms: of copying one expert to the device.
-        layer_ms: of everything else in a layer (attention, router, shared experts, the sum), by tokens of the
-            step.
-        forecast_ms: more of it in a layer that looks ahead, by tokens of the step.
-        host_start_ms: of giving a layer's experts to the host and taking its results over, however many.
+        host_ms: time to compute an expert on the host, by its tokens. device_ms: time to compute a resident
+        expert on the device, by its tokens. transfer_ms: time to copy one expert to the device. layer_ms:
+        time of everything else in a layer (attention, router, shared experts, the sum), by tokens of
+            the step.
+        forecast_ms: additional time of a layer that computes a forecast, by tokens of the step.
+        host_start_ms: time to hand a layer's experts to the host and to take over its results, however many.
         source: where the figures come from.
-        alone: the same where host, device and link do not work at once, if they hinder each other; else None.
+        alone: the same costs with the other parts idle, if the parts slow each other down; otherwise None.
     """
 
     host_ms: TimeTable

@@ -1,4 +1,4 @@
-"""What policies ask of an observation, who is busiest, there, expected next; and how they answer it."""
+"""Helpers of policies: the busiest experts, the present and the expected ones, and building the plan."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observ
 
 
 def busiest_first(seen: Observation) -> list[int]:
-    """Active experts, most tokens first; ties by number."""
+    """Returns the active experts, most tokens first; ties by number."""
     return sorted(sorted(seen.demand), key=seen.demand.__getitem__, reverse=True)  # keeps the order of ties
 
 
 def present(expert: ExpertId, seen: Observation) -> bool:
-    """Resident or on its way."""
+    """Whether an expert is resident or in flight."""
     return expert in seen.resident or expert in seen.in_flight
 
 
 def need_a_layer(geometry: Geometry, policy: str) -> None:
-    """Refuses a budget that can not hold every expert of one layer, which a prefill may need at once.
+    """Refuses a budget that cannot hold every expert of one layer, which a prefill may need at once.
 
     Raises:
         ValueError: with both sizes.
@@ -35,7 +35,7 @@ def need_a_layer(geometry: Geometry, policy: str) -> None:
 
 
 def need_costs(profile: HardwareProfile | None, policy: str) -> HardwareProfile:
-    """The profile, which this policy can not do without.
+    """Returns the profile of a policy that cannot do without one.
 
     Raises:
         ValueError: if there is none.
@@ -46,7 +46,7 @@ def need_costs(profile: HardwareProfile | None, policy: str) -> HardwareProfile:
 
 
 def expected_next(seen: Observation, geometry: Geometry, layers: int = 1) -> list[ExpertId]:
-    """Experts of the next layers that half a token or more is expected for, nearest layer, most tokens first.
+    """Returns experts of the next layers with half an expected token or more, nearest and busiest first.
 
     >>> geometry = Geometry(num_layers=2, num_experts=3, experts_per_token=1, expert_bytes=1, slots=3)
     >>> seen = Observation(step=0, layer=1, phase="decode", demand={}, resident=(), in_flight=(),
@@ -72,7 +72,7 @@ def answer(
     load: Iterable[ExpertId] = (),
     prefetch: Iterable[ExpertId] = (),
 ) -> LayerPlan:
-    """The plan that computes `device` on the device and the rest of the layer on the host, busiest first."""
+    """Returns the plan that computes `device` on the device and the other active experts on the host."""
     rest = busiest_first(seen)
     if device:
         chosen = set(device)

@@ -1,4 +1,4 @@
-"""Never slower than the simple way: a watch over what moving and splitting gain on this machine."""
+"""Policy "auto": PreSched, cut back where measured times show that moving or splitting does not pay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layerscope_jax.scheduling.presched import PreSched, PreSchedState
 
 
 class Way(NamedTuple):
-    """A way to run a layer: with the forecast or without, with transfers or without, on both sides or one."""
+    """A way to run a layer: with or without forecast, transfers and the device."""
 
     name: str
     forecast: bool
@@ -32,30 +32,30 @@ WAYS = (
 )
 
 TRIAL = {"prefill": 1, "decode": 3}
-"""Steps of a trial. In decode the first one clears what the way before left behind, and is not measured."""
+"""Steps of a trial. In decode the first one clears what the previous way left behind, and is not measured."""
 
 FIRST_WAIT, LONGEST_WAIT, LONGER = 16, 1024, 4
-"""Steps between rounds of trials: the wait grows by a factor with each that changes nothing and never falls,
-so that on a machine whose times jump about trials do not go on for ever."""
+"""Steps between rounds of trials. The wait grows by `LONGER` after each round that changes nothing, and never
+falls, so that trials end on a machine whose times vary a lot."""
 
 SLACK = 0.15
-"""Part by which measured times may differ from the planned ones before other ways are tried."""
+"""Share by which measured times may differ from planned ones before other ways are tried."""
 
 HOPELESS = 1.25
-"""The host alone is not tried where, by the costs, it takes so many times what is measured, and planned."""
+"""The host alone is not tried where, by the costs, it takes this many times what is measured and planned."""
 
 MARGIN, LAYER_MARGIN = 0.06, 0.45
-"""Part of its time by which another way must be faster to be taken, by all layers and by one alone, if each
-was measured once; the more measurements, the less. By one alone, each time too has to be less than all of
-the way it has."""
+"""Share of the time by which another way must be faster to be chosen, for all layers and for a single one, if
+each was measured once; it falls with the number of measurements. For a single layer, each measured time must
+also be below all of its current way."""
 
 SAMPLES = 5
-"""Measurements of a layer's turn that are kept; their median counts, so that one stall decides nothing."""
+"""Measurements kept for each layer and way; their median counts, so that a single stall decides nothing."""
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What is known of one phase at about one number of tokens.
+    """Measurements and choices for one phase at about one number of tokens.
 
     Attributes:
         ms: [ways, L, samples] newest measured times of a layer's turn, infinite where there are fewer.
@@ -83,7 +83,7 @@ class Watch:
 
 
 class Turn(NamedTuple):
-    """A layer's turn in the step under way: by which way, and what the costs said of it."""
+    """A layer in the current step: the way it is run, its planned time, and its demand."""
 
     way: int
     planned_ms: float
@@ -92,7 +92,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class GuardState:
-    """PreSched's state, and what the guard knows.
+    """PreSched's state, and the guard's measurements.
 
     Attributes:
         inner: the policy's own.
@@ -116,16 +116,16 @@ class GuardState:
 
 
 class Guard(PolicyBase):
-    """PreSched, layer by layer as far as it pays: it is compared with itself with parts of it left out.
+    """Runs PreSched in each layer as far as it pays, by comparing it with simpler ways to run the layer.
 
-    PreSched says of each layer how long it will take. Where the clock agrees, its choice of all possible ways
-    is as good as its word. Where it does not, or the host alone should take less, some steps are run in the
-    other `WAYS` (the tokens are the same), and the measured time of each layer remembered; what is faster by
-    a margin is taken. Trials become rare as long as they change nothing. Phases, and steps of other numbers
-    of tokens, are watched apart.
+    PreSched predicts how long each layer will take. Where the clock agrees, its choice is trusted. Where it
+    does not, or where the host alone should take less, some steps are run in the other `WAYS` (the tokens are
+    the same), each layer's time is remembered, and a way that is faster by a margin is chosen. Trials become
+    rare as long as they change nothing. Phases, and steps with other numbers of tokens, are watched
+    separately.
 
-    What it knows of time comes with the observation (`Observation.elapsed_ms`), so that it too is a pure
-    function, and runs in the simulator.
+    Times come with the observation (`Observation.elapsed_ms`), so the policy is a pure function, and runs in
+    the simulator.
     """
 
     name = "auto"
@@ -168,11 +168,11 @@ class Guard(PolicyBase):
         return GuardState(inner, forecasts, watches, key, turns, took_ms, ended, wants), plan
 
     def wants_forecast(self, state: GuardState) -> bool:
-        """Whether the coming layers may make use of a forecast; if not, it need not be computed."""
+        """Whether the coming layers may use a forecast; if not, none is computed."""
         return state.wants
 
     def report(self, state: GuardState) -> dict[str, Any]:
-        """Parts of the layers' turns that were run each way, by phase."""
+        """Returns the share of layers that was run each way, by phase."""
         found: dict[str, Any] = {}
         now = turns_of(state)
         for phase in ("prefill", "decode"):
@@ -186,7 +186,7 @@ class Guard(PolicyBase):
         return found
 
     def _measured(self, watch: Watch, state: GuardState, took_ms: Sequence[float]) -> Watch:
-        """With the step that has ended."""
+        """Returns the watch with the measurements of the step that has ended."""
         watch = replace(watch, turns=watch.turns + turns_of(state))
         if not state.turns:
             return watch
@@ -210,7 +210,7 @@ class Guard(PolicyBase):
 
 
 def turns_of(state: GuardState) -> np.ndarray:
-    """[ways] of the layers of the step under way, or of the last one if it has ended."""
+    """Counts the layers of the current step, or of the last one if it has ended, by way [ways]."""
     ways: Sequence[int] | np.ndarray = [turn.way for turn in state.turns]
     if not ways and state.ended and state.key in state.watches:
         ways = state.watches[state.key].chosen  # nothing was measured in it
@@ -218,7 +218,7 @@ def turns_of(state: GuardState) -> np.ndarray:
 
 
 def uses_forecast(watch: Watch, ended: bool) -> bool:
-    """Whether any layer of the step under way uses one, or may in the next if this one has `ended`."""
+    """Whether a layer of the current step uses a forecast, or one of the next step if this has ended."""
     ways: Sequence[int] = watch.chosen.tolist() if watch.trial is None else (watch.trial,)
     if ended and watch.trial is not None and watch.left == 1:
         ways = watch.untried[:1]
@@ -228,7 +228,7 @@ def uses_forecast(watch: Watch, ended: bool) -> bool:
 
 
 def new_watch(layers: int, phase: str) -> Watch:
-    """Nothing is known, and trials begin soon."""
+    """Returns a watch without measurements, whose trials begin soon."""
     return Watch(
         np.full((len(WAYS), layers, SAMPLES), np.inf),
         np.zeros(layers, np.int64),
@@ -239,7 +239,7 @@ def new_watch(layers: int, phase: str) -> Watch:
 
 
 def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
-    """What a step that begins is to be: a trial, or each layer's own way."""
+    """Decides how the next step is run: as a trial, or with each layer's chosen way."""
     if watch.trial is not None and watch.left > 1:
         return replace(watch, left=watch.left - 1)
     if watch.trial is not None:  # it is over
@@ -270,7 +270,7 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
 
 
 def choose(watch: Watch) -> np.ndarray:
-    """[L] the way of each layer: the fastest for all, and another where a layer is much faster by it."""
+    """Chooses the way of each layer [L]: the fastest overall, or another that is much faster for a layer."""
     known, layers = medians(watch.ms), np.arange(len(watch.chosen))
     measured = np.count_nonzero(np.isfinite(watch.ms), -1)  # [ways, L]
     samples = np.maximum(1, np.minimum(measured, measured[watch.chosen, layers]))
@@ -285,7 +285,7 @@ def choose(watch: Watch) -> np.ndarray:
 
 
 def medians(samples: np.ndarray) -> np.ndarray:
-    """Of [..., samples], the newest first; infinite where there are none."""
+    """Returns the medians of [..., samples], newest sample first; infinite where there are none."""
     known = np.where(np.isinf(samples), np.nan, samples)
     known[..., 0] = samples[..., 0]  # the newest is there if any is
     return np.nanmedian(known, -1)

@@ -1,4 +1,4 @@
-"""Policies that send each missing expert over the link or to the host by a fixed rule of their costs."""
+"""Policies that copy a missing expert or leave it to the host, by a fixed rule on their costs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from layerscope_jax.scheduling.policy import PolicyBase
 
 @dataclass(frozen=True)
 class HotTable:
-    """Costs, the model's shape, and the hot experts, fixed for a layer once that layer has been seen.
+    """Costs, model shape, and the hot experts, which are fixed when their layer is first planned.
 
-    They take three quarters of the budget, evenly over the layers.
+    Hot experts take three quarters of the budget, split evenly between layers.
     """
 
     costs: HardwareProfile
@@ -25,7 +25,7 @@ class HotTable:
     layers: frozenset[int] = frozenset()
 
     def with_layer(self, layer: int, order: Sequence[int]) -> HotTable:
-        """The table with a layer's experts, given by falling demand, if it has not been seen before."""
+        """Returns the table with a layer's hot experts, chosen from `order` when it is first planned."""
         if layer in self.layers:
             return self
         each = self.geometry.slots * 3 // 4 // self.geometry.num_layers
@@ -34,12 +34,12 @@ class HotTable:
 
 
 class Fiddler(PolicyBase):
-    """A fixed hot set on the device; each missing expert goes where it is done first (arXiv 2402.07033).
+    """Keeps a fixed hot set on the device; the faster side computes each missing expert (arXiv 2402.07033).
 
     Missing experts are computed on the host, or copied and computed on the device, whichever the measured
-    costs say takes less time; a copy made for one layer is given up after it. Simplified: the popularity that
-    places the hot set is that of the first prefill, instead of an offline calibration text; the hot set takes
-    three quarters of the budget, evenly over the layers, the rest is room for experts passing through.
+    costs say takes less time; a copy made for one layer is evicted after it. Simplified: the hot set is
+    chosen by the first prefill instead of an offline calibration text; it takes three quarters of the budget,
+    split evenly between layers, and the rest is room for experts that are evicted soon.
     """
 
     name = "fiddler"
@@ -76,17 +76,17 @@ def device_is_faster(profile: HardwareProfile, tokens: int) -> bool:
 
 @dataclass(frozen=True)
 class SplitState(CacheState):
-    """A cache, and the share of what it misses that crosses the link."""
+    """The state of a cache, and the share of misses that is copied."""
 
     share: float = 0.0
 
 
 class BandwidthSplit(Cache):
-    """LRU; of what a decode step misses, a fixed share is copied, the host computes the rest (FreeToken).
+    """LRU that copies a fixed share of a decode step's misses; the host computes the rest (FreeToken).
 
     The share q* (arXiv 2608.16157) is the one at which link and host end together: h / (h + t), for h ms that
     the host takes for an expert with one token and t ms that a copy takes, or the device if that is slower.
-    The busiest experts are copied. In a prefill all that is missing is copied, as far as there is room.
+    The busiest experts are copied. In a prefill every missing expert is copied, as far as there is room.
     Simplified: both times come from the profile, where FreeToken measures them against each other.
     """
 

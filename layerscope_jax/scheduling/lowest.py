@@ -1,4 +1,4 @@
-"""The few lowest of many values, in order: it compiles in less time than NumPy's sorting does."""
+"""Finds the few lowest of many values in order; compiles faster than NumPy's sorting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from layerscope_jax.support.njit import njit
 
 @njit(cache=True, nogil=True)
 def lowest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` lowest values, lowest first, ties by place. From the twelfth digit on all ties.
+    """Returns the places of the `count` lowest values, lowest first; ties, to eleven digits, by place.
 
     A heap of the lowest so far, highest on top: few of many are wanted, and most are looked at once. Value
     and place are one integer, since comparing costs more than all else here.
@@ -37,7 +37,7 @@ def lowest(values: np.ndarray, count: int) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def sink(heap: np.ndarray, size: int, root: int, key: int) -> None:
-    """Puts a key at a heap's `root`, or below it, where it belongs."""
+    """Places a key at a heap's `root` or below it, so that the heap stays ordered."""
     child = 2 * root + 1
     while child < size:
         child += child + 1 < size and heap[child] < heap[child + 1]

@@ -1,4 +1,4 @@
-"""The oracle: what can be made of knowing all demand to come. Not for an engine, which does not know it."""
+"""The oracle policy, which is told all future demand; for the simulator, since an engine does not know it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from layerscope_jax.scheduling.presched import arrivals
 from layerscope_jax.scheduling.split import Split, balance
 
 AHEAD = 64
-"""Layers ahead that are looked at for something to copy; the link is full long before."""
+"""Layers ahead that are searched for experts to prefetch; the link is full long before."""
 
 LOAD_GAIN = 0.25
-"""What a load must gain at least, by the time that it takes on the link, where it holds prefetches up."""
+"""Least gain of an on-demand load that delays prefetches, as a share of its time on the link."""
 
 
 @dataclass(frozen=True)
 class OracleState:
-    """What is known, and what is on the link.
+    """The future demand, and what is on the link.
 
     Attributes:
         costs, geometry: of machine and model.
@@ -42,7 +42,7 @@ class OracleState:
 
 
 class Oracle(PolicyBase):
-    """Copies what is wanted next, in the place of what is wanted last.
+    """Prefetches the expert needed next in place of the one needed last.
 
     Each layer's experts are shared out by `balance`. Then, while the link has time until the next plan, the
     absent experts of the coming layers are copied, the next layer's first, of a layer those with most tokens;
@@ -84,7 +84,7 @@ class Oracle(PolicyBase):
         return OracleState(costs, geometry, tuple(wanted), next_turn)
 
     def plan(self, state: OracleState, seen: Observation) -> tuple[OracleState, LayerPlan]:
-        """As `Policy.plan`. Raises ValueError if this is not the run that was foretold."""
+        """Plans a layer as `Policy.plan` does. Raises ValueError if demand differs from what it was told."""
         step, layer, demand = seen.step, seen.layer, seen.demand
         if step >= len(self.counts) or demand != self._demand(step, layer):
             raise ValueError(f"policy {self.name!r} was told of other demand for step {step}, layer {layer}")
@@ -117,7 +117,7 @@ class Oracle(PolicyBase):
         return dict(zip(active.tolist(), row[active].tolist(), strict=True))
 
     def _leaving(self, state: OracleState, seen: Observation) -> list[tuple[ExpertId, int]]:
-        """Residents that this layer does without, with their next turns, the farthest first."""
+        """Returns residents that this layer does not need, with their next turns, the farthest first."""
         this_step, next_step = state.next_turn[seen.step], state.next_turn[seen.step + 1]
         idle = [e for e in seen.resident if e.layer != seen.layer or e.expert not in seen.demand]
         turns = [-(this_step if e.layer > seen.layer else next_step)[e.layer][e.expert] for e in idle]
@@ -132,7 +132,7 @@ class Oracle(PolicyBase):
         free: int,
         leaving: list[tuple[ExpertId, int]],
     ) -> tuple[list[ExpertId], int]:
-        """What to copy until the next plan; how many of `leaving`, from its end, need not leave for it."""
+        """Returns what to prefetch until the next plan, and how many of `leaving`, from its end, may stay."""
         costs, layers, transfer_ms = state.costs, state.geometry.num_layers, state.costs.transfer_ms
         tokens = sum(seen.demand.values()) / state.geometry.experts_per_token
         # The first copy of the queue is half across, on average.

@@ -62,6 +62,7 @@ class OnlyPlans(PolicyBase):
 
     def __init__(self, policy: Policy):
         self.name, self.uses_costs = policy.name, policy.uses_costs
+        self.uses_forecasts = getattr(policy, "uses_forecasts", True)
         self._policy = policy
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> Any:

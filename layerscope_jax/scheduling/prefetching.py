@@ -1,4 +1,4 @@
-"""Policies that copy experts of the coming layers ahead of their turn, as a predictor forecasts them."""
+"""Policies that prefetch experts of the next layers by a predictor's forecast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from layerscope_jax.scheduling.policy import PolicyBase
 
 @dataclass(frozen=True)
 class RecentState:
-    """The model's shape, and what was used or prefetched, least recently first (the order of a dict)."""
+    """Model shape, and the experts that were used or prefetched, least recent first."""
 
     geometry: Geometry
     recent: dict[ExpertId, None] = field(default_factory=dict)
@@ -23,15 +23,15 @@ class RecentState:
 def ahead_of_lru(
     state: RecentState, seen: Observation, coming: Sequence[ExpertId], most: int
 ) -> tuple[RecentState, LayerPlan]:
-    """LRU for what is needed now; prefetches at most so many of what is coming.
+    """Plans a layer as LRU, and prefetches at most `most` of the experts in `coming`.
 
-    A prefetch pushes out nothing that is needed or coming; demand pushes out what is coming last of all.
+    A prefetch never evicts an expert that is needed or coming. On-demand loads evict coming ones last.
 
     Args:
-        state: the policy's.
-        seen: the layer.
-        coming: experts of later layers, the one that should be there first in front.
-        most: limit of prefetches; what is absent beyond it waits for the next layer.
+        state: of the policy.
+        seen: the layer to plan.
+        coming: experts of later layers, the one needed first in front.
+        most: limit of prefetches; the others are left to the next layer's plan.
     """
     wanted = [ExpertId(seen.layer, expert) for expert in busiest_first(seen)]
     needed = set(wanted)
@@ -43,8 +43,8 @@ def ahead_of_lru(
     last: list[ExpertId] = []
     if len(missing) + len(absent) > free:
         kept = needed.union(coming)
-        # Experts that came in some other way were never used: they go first. Of what is coming, which goes
-        # last and for demand alone, the last in line first.
+        # Experts that this policy did not load were never used: they are evicted first. Coming ones are
+        # evicted last, and for on-demand loads alone, the one needed last first.
         unknown = sorted(filterfalse(state.recent.__contains__, seen.resident))
         leaving = (e for e in chain(unknown, state.recent) if e in seen.resident and e not in kept)
         idle = list(islice(leaving, len(missing) + len(absent) - free))
@@ -68,21 +68,21 @@ def ahead_of_lru(
 
 
 def room_ahead(seen: Observation, geometry: Geometry) -> int:
-    """How many prefetches may be sent off so that the next layer finds room for all of its experts.
+    """Returns how many prefetches leave enough room for all experts of the next layer.
 
-    What is on its way when a layer is planned can not be made to leave.
+    An expert in flight cannot be evicted when that layer is planned.
     """
     away = sum(not (e.layer == seen.layer and e.expert in seen.demand) for e in seen.in_flight)
     return max(0, geometry.slots - geometry.num_experts - away)
 
 
 class Fate(PolicyBase):
-    """LRU that also prefetches what the next layer is expected to use (arXiv 2502.12224).
+    """LRU that also prefetches the experts that the next layer is expected to use (arXiv 2502.12224).
 
-    An expert of the next layer is copied ahead if half a token or more is expected for it, most tokens first,
-    as long as that pushes out nothing of this layer or of the forecast. Fate forecasts with the next layer's
-    router (`predictor="gate"`); any predictor will do. Simplified: the cache is LRU for all layers alike,
-    experts cross the link at full precision, and what finds no room is computed on the host.
+    An expert of the next layer is prefetched if half a token or more is expected for it, most tokens first,
+    as long as nothing of this layer or of the forecast is evicted for it. Fate forecasts with the next
+    layer's router (`predictor="gate"`); any predictor will do. Simplified: one LRU cache for all layers,
+    experts are copied at full precision, and the host computes what finds no room.
     """
 
     name = "fate"
@@ -95,13 +95,13 @@ class Fate(PolicyBase):
 
 
 class ProMoE(PolicyBase):
-    """LRU that keeps prefetching for several layers ahead; everything on the device (arXiv 2410.22134).
+    """LRU that prefetches for several layers ahead and computes on the device only (arXiv 2410.22134).
 
-    The nearest layer comes first, in it the expert with the most tokens. Demand overtakes prefetches, and
-    what is already there is computed first, as in every plan. ProMoE forecasts with a small trained network
-    a layer, some layers ahead (its stride); give it a trained predictor, or `predictor="gate"`. Simplified:
-    every forecast layer counts, not only the one a stride away; one LRU cache for all layers instead of one a
-    layer; experts cross the link whole or in matrices, as the engine has it.
+    The nearest layer comes first, in it the expert with the most tokens. On-demand loads overtake prefetches,
+    and resident experts are computed first, as in every plan. ProMoE forecasts with a small trained network
+    for each layer, some layers ahead (its stride); give it a trained predictor, or `predictor="gate"`.
+    Simplified: every forecast layer counts, not only the one a stride away; one LRU cache for all layers
+    instead of one for each; experts are copied matrix by matrix, as the engine does.
     """
 
     name = "promoe"
@@ -117,7 +117,7 @@ class ProMoE(PolicyBase):
 
 @dataclass(frozen=True)
 class KlotskiState:
-    """The model's shape, how many layers (the first ones) stay whole, and what is there of the others."""
+    """Model shape, the number of first layers that stay whole, and the resident experts of the others."""
 
     geometry: Geometry
     kept_layers: int
@@ -125,14 +125,14 @@ class KlotskiState:
 
 
 class Klotski(PolicyBase):
-    """Hot experts of the next layer ahead; computing them hides the loads of the cold (arXiv 2502.06888).
+    """Prefetches the next layer's hot experts; computing them hides the loads of the cold (arXiv 2502.06888).
 
-    All prompts of a batch go through an expert together. As many experts of the next layer as a token has are
-    prefetched, those with the most expected tokens; they are computed first, while the others are loaded, the
-    busiest first. An expert that was used is given up at once. Nothing is computed on the host. What memory
-    is left beyond two layers keeps the first layers whole. Klotski forecasts with a table of which experts
-    followed which in a test run; `predictor="gate"` stands in. Simplified: the batch is the caller's choice
-    (Klotski plans how many to run together), and there is no disk.
+    All prompts of a batch go through an expert together. The K experts of the next layer with the most
+    expected tokens are prefetched; they are computed first, while the others are loaded, the busiest first.
+    An expert is evicted as soon as it was used. Nothing is computed on the host. Memory beyond two layers
+    keeps the first layers whole. Klotski forecasts with a table of which experts followed which in a test
+    run; `predictor="gate"` stands in. Simplified: the caller chooses the batch (Klotski plans how many to run
+    together), and there is no disk tier.
     """
 
     name = "klotski"
@@ -150,7 +150,7 @@ class Klotski(PolicyBase):
         missing = [expert for expert in wanted if not present(expert, seen)]
         free = geometry.slots - len(seen.resident) - len(seen.in_flight) + len(evict)
         if len(missing) > free:
-            # Something came in some other way, or is still on its way: all that is not needed now may go.
+            # Something was loaded by others, or is still in flight: everything not needed now may be evicted.
             others = (expert for expert in seen.resident if expert not in evict and expert not in wanted)
             more = sorted(others, key=lambda e: (e in hot, e.layer < state.kept_layers, e))
             evict += more[: len(missing) - free]

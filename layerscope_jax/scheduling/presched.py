@@ -1,4 +1,4 @@
-"""PreSched: the experts of this layer and the transfers for the coming ones, decided together."""
+"""PreSched: decides this layer's experts and the prefetches for the next layers together."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observ
 from layerscope_jax.scheduling.policy import PolicyBase
 
 CERTAIN = {"prefill": 0.0, "decode": 0.5}
-"""A load for this layer must gain so much of what a prefetch would, since what it gains is no forecast. In a
-prefill nearly all experts of all layers are needed, and the link has work for this layer until it ends."""
+"""Share of a prefetch's gain that a load for this layer must gain, as its gain is certain. In a prefill
+nearly all experts of all layers are needed, and the link is busy with this layer until it ends."""
 
 
 @dataclass(frozen=True)
 class PreSchedState:
-    """What is remembered; arrays are copied before they change.
+    """What PreSched remembers; arrays are copied before they change.
 
     Attributes:
         costs, geometry: of machine and model.
@@ -46,15 +46,15 @@ class PreSchedState:
 
 
 class PreSched(PolicyBase):
-    """Weighs every possible transfer by the time that it saves, over all layers that a forecast reaches.
+    """Ranks every possible transfer by the time that it saves, over all layers that a forecast covers.
 
-    After the LayerScope paper (arXiv 2509.23638), and past it. This layer's experts are shared out so that
-    device and host end together (`balance`). The link is then kept busy until the next plan with those
-    experts of the coming layers that save most: expected host time, less what they cost the device, if they
-    can be there in time. Each takes the place of the resident expert that is expected to save least in its
-    layer's next turn, and only if it saves more. A load for this layer must gain more than the prefetch that
-    it would hold up. No more is queued than the link can begin before the next plan, so that little goes
-    stale. Without a predictor, each layer's popular experts are the forecast.
+    Extends the LayerScope paper (arXiv 2509.23638). This layer's experts are assigned so that device and host
+    end together (`balance`). Until the next plan the link then copies the experts of the coming layers that
+    save most time: expected host time, less their time on the device, if they can arrive in time. Each
+    replaces the resident expert that is expected to save least when its layer runs next, and only if it saves
+    more. A load for this layer must gain more than the prefetch that it would delay. No more is queued than
+    the link can begin before the next plan, so that little goes stale. Without a predictor, each layer's
+    popular experts are the forecast.
     """
 
     name = "presched"
@@ -78,7 +78,7 @@ class PreSched(PolicyBase):
     def decide(
         self, state: PreSchedState, seen: Observation, *, move: bool = True
     ) -> tuple[PreSchedState, LayerPlan]:
-        """As `plan`; without `move` nothing is copied in this layer."""
+        """Plans a layer as `plan` does; if `move` is False, copies nothing in it."""
         costs, layer, demand = state.costs, seen.layer, seen.demand
         rows = sum(demand.values()) / state.geometry.experts_per_token
         queue = [expert for expert in state.queue if expert in seen.in_flight]
@@ -141,7 +141,7 @@ class PreSched(PolicyBase):
 
 @lru_cache(maxsize=8)
 def numbered(layers: int, experts: int) -> tuple[ExpertId, ...]:
-    """The experts by flat number, made once: making them takes longer than deciding about them.
+    """Returns the experts by flat number, made once: making them takes longer than deciding about them.
 
     >>> numbered(2, 3)[4]
     ExpertId(layer=1, expert=1)
@@ -150,7 +150,7 @@ def numbered(layers: int, experts: int) -> tuple[ExpertId, ...]:
 
 
 def presence(state: PreSchedState, seen: Observation) -> np.ndarray:
-    """[L, E] bool, a new array: what should be on the device or on its way, by these books."""
+    """Returns which experts [L, E] are resident or in flight by the policy's own books, as a new array."""
     present = state.present.copy()
     for copy in state.queue:
         if copy not in seen.resident and copy not in seen.in_flight:  # lost, or dropped as stale
@@ -161,7 +161,7 @@ def presence(state: PreSchedState, seen: Observation) -> np.ndarray:
 
 
 def counted(state: PreSchedState, seen: Observation) -> np.ndarray:
-    """The same, counted anew: slower, and true."""
+    """Returns the same as `presence`, counted from the observation: slower, but always right."""
     present = np.zeros_like(state.present)
     for copy in (*seen.resident, *seen.in_flight):
         present[copy] = True
@@ -169,7 +169,7 @@ def counted(state: PreSchedState, seen: Observation) -> np.ndarray:
 
 
 def agree(plan: LayerPlan, device: Sequence[ExpertId], seen: Observation) -> bool:
-    """Whether what the plan takes to be present is, and to be absent too."""
+    """Whether every expert that the plan takes to be present is present, and every absent one absent."""
     resident, away = seen.resident.__contains__, seen.in_flight.__contains__
     new = (*plan.load, *plan.prefetch)
     absent = [copy for copy in device if not resident(copy)]
@@ -184,7 +184,7 @@ def agree(plan: LayerPlan, device: Sequence[ExpertId], seen: Observation) -> boo
 def arrivals(
     queue: Sequence[ExpertId], layer: int, demand: Mapping[int, int], transfer_ms: float
 ) -> tuple[list[tuple[int, float]], float]:
-    """This layer's active experts on the link with the ms until each is there, and when a load can begin."""
+    """This layer's active experts on the link, the ms until each arrives, and when a load can begin."""
     found: list[tuple[int, float]] = []
     ahead = 0.0
     for position, expert in enumerate(queue):

@@ -1,4 +1,4 @@
-"""PreSched as the LayerScope paper has it (arXiv 2509.23638), for comparison with the default."""
+"""PreSched as published in the LayerScope paper (arXiv 2509.23638), for comparison with the default."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LOOK_AHEAD = 2
 
 
 class PaperPreSched(PolicyBase):
-    """A joint queue of this layer's known and the next layers' forecast demand, most tokens first.
+    """Queues this layer's demand and the next layers' forecast together, most tokens first.
 
     This layer's missing experts are copied while `copies * transfer + device time < host time of the rest`
     (on-demand loading is monotone in tokens); the forecast ones fill the gap between host and device time and
-    the next attention. What is not in the hot-expert table leaves after its layer. Simplified: the table
-    takes three quarters of the budget, evenly over the layers, and is made of the first prefill; the rest is
-    one buffer for loads and prefetches, where the paper keeps two groups.
+    the next attention. An expert outside the hot-expert table is evicted after its layer. Simplified: the
+    table takes three quarters of the budget, split evenly between layers, and is made by the first prefill;
+    the rest is one buffer for loads and prefetches, where the paper keeps two groups.
     """
 
     name = "presched-paper"
@@ -65,7 +65,7 @@ class PaperPreSched(PolicyBase):
         return state, answer(seen, device, evict=leave, load=load, prefetch=prefetch)
 
     def _forecast(self, geometry: Geometry, seen: Observation) -> list[ExpertId]:
-        """Experts of the next layers that half a token or more is expected for, most tokens first."""
+        """Returns experts of the next layers with half an expected token or more, most tokens first."""
         found = [
             (tokens, ExpertId((seen.layer + 1 + ahead) % geometry.num_layers, expert))
             for ahead, row in enumerate(seen.forecast[: min(LOOK_AHEAD, geometry.num_layers - 1)])

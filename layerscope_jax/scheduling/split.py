@@ -1,4 +1,4 @@
-"""Sharing one layer's experts out to device, host and link, so that the last of them ends soonest."""
+"""Splits one layer's experts between device, host and link so that the layer ends soonest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layerscope_jax.support.njit import njit
 
 
 class Split(NamedTuple):
-    """Where the experts of a layer go.
+    """The side that computes each expert of a layer, and what is loaded.
 
     Attributes:
         device, host: experts computed there; each once.
@@ -40,7 +40,7 @@ def balance(
     loads: int = 0,
     worth_ms: float = 0.0,
 ) -> Split:
-    """Splits a layer by greedy moves, each of which lets the layer end earlier.
+    """Splits a layer by greedy moves, each of which makes the layer end earlier.
 
     Begins with what is resident on the device and the rest on the host. While the host ends last, experts are
     handed to the device: those on their way as they arrive, then loads, most tokens first, one after the
@@ -94,7 +94,7 @@ def balance(
 
 @njit(cache=True, nogil=True)
 def ordered(experts: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Experts and their tokens, most tokens first; ties by number."""
+    """Returns experts and their tokens, most tokens first; ties by number."""
     number = 1
     for expert in experts:
         number = max(number, expert + 1)

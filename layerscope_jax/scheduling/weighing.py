@@ -1,6 +1,6 @@
-"""PreSched's arithmetic, compiled: a layer's plan from arrays, in tens of microseconds.
+"""PreSched's compiled arithmetic: computes a layer's plan from arrays in tens of microseconds.
 
-`layerscope_jax.scheduling.presched` says what it is for.
+`layerscope_jax.scheduling.presched` explains the policy.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from layerscope_jax.scheduling.split import ordered, share_out
 from layerscope_jax.support.njit import njit
 
 MEMORY = 512
-"""Tokens after which half of what is known of an expert's popularity is forgotten."""
+"""Tokens after which half of an expert's known popularity is forgotten."""
 
 REACH = 2
-"""Layers ahead that are looked at without a predictor."""
+"""Layers that are planned ahead without a predictor."""
 
 WORTHWHILE = 0.02
-"""Part of its time on the link that a prefetch must save; less is not worth the bytes."""
+"""Share of its time on the link that a prefetch must save to be worth its bytes."""
 
 AGAIN = 0.4
-"""Part of its worth that an expert has lost when its turn is a whole step away: it can be copied again."""
+"""Share of its worth that an expert loses when its layer runs a whole step later: it can be copied again."""
 
 SPARE = 48
-"""Candidates beyond those that the link can carry before the next plan: some are not there in time."""
+"""Candidates beyond what the link can copy before the next plan: some would arrive too late."""
 
 
 class Books(NamedTuple):
-    """What PreSched remembers, as `PreSchedState` has it. Written to here: the caller gives copies."""
+    """The arrays of `PreSchedState`. They are written to: the caller gives copies."""
 
     popularity: np.ndarray  # [L, E]
     worth: np.ndarray  # [L, E]
@@ -41,20 +41,20 @@ class Books(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """The layer whose turn it is.
+    """The layer to plan.
 
     Attributes:
         layer: its number.
         rows: tokens of the step.
-        other_ms: of all that is no expert's.
-        transfer_ms: of one copy.
-        alone_ms: of the host by itself, were the device idle; infinite where that makes no difference.
-        ahead_ms: until the link could begin a load.
+        other_ms: time of the layer without its experts.
+        transfer_ms: time of one copy.
+        alone_ms: time of the host alone with the device idle; infinite where that makes no difference.
+        ahead_ms: time until the link could begin a load.
         queued: copies on the link.
         free: experts that there is room for.
         fitting: copies that the link can begin before the next plan.
-        crowd: how many more residents to look through for who may leave.
-        certain: part of a prefetch's gain that a load must gain, as it is no forecast.
+        crowd: additional residents to consider for eviction.
+        certain: share of a prefetch's gain that a load must gain, as its gain is certain.
         move: whether anything may be copied.
     """
 
@@ -84,7 +84,7 @@ def decide(
     coming_ms: np.ndarray,
     forecast: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One layer's plan.
+    """Computes one layer's plan.
 
     Args:
         curves: costs of an expert.
@@ -129,8 +129,8 @@ def decide(
     )
     price = device_price(curves, moved)
     if turn.alone_ms < max(device_ms, host_ms):
-        # The host alone is done sooner than two that hinder each other; then an expert saves nothing by
-        # being on the device.
+        # The host alone ends sooner than both sides that slow each other down; then an expert on the device
+        # saves nothing.
         device, load, host = device[:0], load[:0], np.arange(len(experts))
         device_ms, host_ms, price = 0.0, turn.alone_ms, 1.0
     span_ms = max(device_ms, host_ms) + turn.other_ms
@@ -144,7 +144,7 @@ def decide(
         if link_ms >= span_ms:
             break
         if link_ms + turn.transfer_ms > span_ms + due_ms[wishes[index] // number]:
-            continue  # it would come too late
+            continue  # it would arrive too late
         if free:
             free -= 1
         elif gone < len(spare) and worth[gone] < saves[index]:
@@ -173,7 +173,7 @@ def nothing() -> tuple[np.ndarray, np.ndarray]:
 
 @njit(cache=True, nogil=True, inline="always")
 def remember(popularity: np.ndarray, experts: np.ndarray, tokens: np.ndarray, rows: float) -> None:
-    """Changes a layer's mean tokens [E] by token of the step after its turn with so many `rows`."""
+    """Updates a layer's mean tokens [E] per token of the step, after a step with `rows` tokens."""
     weight = rows / (rows + MEMORY) if popularity.any() else 1.0
     popularity *= 1 - weight
     for place in range(len(experts)):
@@ -182,7 +182,7 @@ def remember(popularity: np.ndarray, experts: np.ndarray, tokens: np.ndarray, ro
 
 @njit(cache=True, nogil=True)
 def saved_ms(curves: Curves, expected: np.ndarray, price: float) -> np.ndarray:
-    """What it saves of a layer's time to have each expert on the device, by its expected tokens [E]."""
+    """Returns the time (ms) that each expert on the device saves its layer, by its expected tokens [E]."""
     saves = np.empty(len(expected))
     for expert, tokens in enumerate(expected):
         host_ms = ms_of(tokens, curves.host)
@@ -192,7 +192,7 @@ def saved_ms(curves: Curves, expected: np.ndarray, price: float) -> np.ndarray:
 
 @njit(cache=True, nogil=True, inline="always")
 def device_price(curves: Curves, moved: int) -> float:
-    """The price at which the host does as well with the busiest expert that the device gave away."""
+    """Returns the price at which both sides are equally good for the busiest expert moved to the host."""
     if not moved:
         return 0.0
     host_ms = ms_of(moved, curves.host)
@@ -201,9 +201,9 @@ def device_price(curves: Curves, moved: int) -> float:
 
 @njit(cache=True, nogil=True, inline="always")
 def foresee(curves: Curves, books: Books, turn: Turn, forecast: np.ndarray) -> np.ndarray:
-    """[W, E] what each expert of the coming layers saves; by their popularity where there is no forecast.
+    """Returns the ms [W, E] that each expert of the coming layers saves; by popularity without a forecast.
 
-    Not as far ahead as this layer's own next turn.
+    Looks less far ahead than this layer's own next turn.
     """
     layers, number = books.present.shape
     near = min(len(forecast) if len(forecast) else REACH, layers - 1)
@@ -217,7 +217,7 @@ def foresee(curves: Curves, books: Books, turn: Turn, forecast: np.ndarray) -> n
 
 @njit(cache=True, nogil=True, inline="always")
 def wish(books: Books, turn: Turn, saves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Absent experts of the coming layers, flat, and the ms that each saves, most first."""
+    """Returns absent experts of the coming layers (flat numbers) and the ms that each saves, most first."""
     layers, number = books.present.shape
     least, found = WORTHWHILE * turn.transfer_ms, 0
     wishes, losses = np.empty(saves.size, np.int64), np.empty(saves.size)
@@ -236,7 +236,7 @@ def wish(books: Books, turn: Turn, saves: np.ndarray) -> tuple[np.ndarray, np.nd
 def leaving(
     books: Books, turn: Turn, saves: np.ndarray, experts: np.ndarray, on_link: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Residents, flat, and what each is worth in ms, least first; none that this layer needs."""
+    """Returns residents that this layer does not need (flat numbers) and their worth in ms, least first."""
     layers, number = books.present.shape
     may = books.present & ~on_link.reshape(layers, number)
     may[turn.layer][experts] = False
@@ -257,7 +257,7 @@ def leaving(
 
 @njit(cache=True, nogil=True, inline="always")
 def link_price(saves: np.ndarray, worth: np.ndarray, free: int, fitting: int) -> float:
-    """What a load must gain: what leaves for it, and the prefetch that it holds up."""
+    """Returns what a load must gain (ms): the worth of what it evicts and of the prefetch that it delays."""
     price = 0.0 if free > 0 or not len(worth) else worth[0]
     if fitting < len(saves):
         place = fitting - free
@@ -268,7 +268,7 @@ def link_price(saves: np.ndarray, worth: np.ndarray, free: int, fitting: int) ->
 
 @njit(cache=True, nogil=True, inline="always")
 def until_turn(span_ms: np.ndarray, layer: int, other_ms: float) -> np.ndarray:
-    """[L] ms from the next plan until each layer's turn."""
+    """Returns the time (ms) [L] from the next plan until each layer runs."""
     due, total = np.empty(len(span_ms)), 0.0
     for ahead in range(len(span_ms)):
         turn = (layer + 1 + ahead) % len(span_ms)

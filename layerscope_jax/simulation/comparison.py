@@ -13,12 +13,13 @@ from rich.progress import track
 
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.runtime.lower_bound import lower_bound_ms
+from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.scheduling.belady import belady_hit_rate
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.geometry import Geometry, RoutedExperts
 from layerscope_jax.scheduling.plan import Phase
 from layerscope_jax.scheduling.presched import PreSched
-from layerscope_jax.scheduling.registry import FORECASTING
+from layerscope_jax.scheduling.registry import FORECASTING, is_policy
 from layerscope_jax.simulation.policies import BATCHES, SIMULATED, refusals, run, workloads
 from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.simulation.simulator import Simulated, Workload
@@ -120,7 +121,7 @@ def simulate_profile(
             one that the profile names.
         batches: requests of each batch.
         slots: experts that the device has room for; None for what the profile says.
-        policies: some of `SIMULATED`.
+        policies: some of `SIMULATED`, or names of registered policies.
         predictor: one of the routing's, for the policies that make use of forecasts; prefills have none.
         progress: whether to draw a bar on stderr, if that is a terminal.
 
@@ -137,7 +138,7 @@ def simulate_profile(
     if not isinstance(profile, MachineProfile):
         profile = MachineProfile.load(profile)
     policies, batches = tuple(dict.fromkeys(policies)), tuple(dict.fromkeys(batches))
-    unknown = [name for name in policies if name not in SIMULATED]
+    unknown = [name for name in policies if name not in SIMULATED and not _is_from_outside(name)]
     if unknown or not policies:
         raise ValueError(
             f"policies must be some of {', '.join(SIMULATED)}; got {', '.join(unknown) or 'none'}"
@@ -175,6 +176,11 @@ def simulate_profile(
         refused=refused,
         rows=_with_ratios(rows),
     )
+
+
+def _is_from_outside(name: str) -> bool:
+    """Whether other code registered a policy of this name; "resident" has nothing to compare."""
+    return name != Resident.name and is_policy(name)
 
 
 def _routing(profile: MachineProfile, routing: Routing | str | Path | None) -> tuple[Routing, str]:

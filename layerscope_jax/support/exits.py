@@ -10,16 +10,18 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import Any
 
 from layerscope_jax.support import interrupts
 from layerscope_jax.support.errors import TransferError
+from layerscope_jax.support.plugins import LOADED
 
 DONE, FAILED, REFUSED, FAULT = 0, 1, 2, 70
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 not done, for lack of memory, disk space or a working device, or because nobody "
-    "reads the output any more (of demo also: other tokens came out); 2 refused, with what to change; 70 a "
-    "fault of layerscope, which --debug shows; 130 interrupted."
+    "Exit codes: 0 done; 1 failed, for lack of memory, disk space or a working device, because nobody reads "
+    "the output, or because a prompt ended with an error (demo: also because tokens differed); 2 refused, "
+    "with what to change; 70 a fault of layerscope, whose traceback --debug shows; 130 interrupted."
 )
 
 OURS = ("layerscope_jax", "predictor")
@@ -86,9 +88,24 @@ def is_deliberate(error: BaseException) -> bool:
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    if place is None or place.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in OURS:
+    if place is None or _package(place) not in (*OURS, *LOADED):
         return False
     return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+
+
+def culprit(error: BaseException) -> str:
+    """Returns the package at fault: that of the innermost frame of layerscope or of a plugin."""
+    name, place = "layerscope", error.__traceback__
+    while place is not None:
+        package = _package(place)
+        name = "layerscope" if package in OURS else LOADED.get(package, name)
+        place = place.tb_next
+    return name
+
+
+def _package(place: TracebackType) -> str:
+    """Returns the top-level module of a traceback's frame."""
+    return place.tb_frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def code_of(error: Exception) -> int:
@@ -139,7 +156,7 @@ def _explain(error: Exception, debug: bool) -> int:
         advice = "report it with the lines above" if debug else "run again with --debug and report it"
         name = type(error).__name__
         what = name if text == name else f"{name}: {text}"
-        text = f"this is a fault of layerscope, not of your input: {what}; {advice}"
+        text = f"this is a fault of {culprit(error)}, not of your input: {what}; {advice}"
     say("error: " + " ".join(text.split()))
     return code
 

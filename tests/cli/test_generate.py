@@ -82,7 +82,7 @@ def test_an_interrupted_run_keeps_whole_rows(tiny, prompts, tmp_path, monkeypatc
 
     monkeypatch.setattr(cli, "complete", interrupted)
     assert cli.main(["generate", str(tiny), f"--prompts={prompts}", f"--out={out}"]) == 130
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert "interrupted; the same command continues" in capsys.readouterr().err
     assert [row["id"] for row in read(out)] == ["sea"]
 
 

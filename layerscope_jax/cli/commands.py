@@ -1,0 +1,61 @@
+"""The subcommands of `layerscope`: those of this package, and those that other packages add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Annotated, Any, Protocol, Union
+
+from tyro.conf import subcommand
+
+from layerscope_jax.support.exits import say
+from layerscope_jax.support.plugins import entry_points_of, load
+
+GROUP = "layerscope.commands"
+"""Entry points of this group add commands: `plans = "my_module:Plans"` adds `layerscope plans`."""
+
+
+class Command(Protocol):
+    """A dataclass whose fields are the options of a command; its docstring is the command's help."""
+
+    def run(self) -> int | None:
+        """Does what the command is for; returns the exit code, or None for 0."""
+
+
+def with_added(built_in: Mapping[str, type], args: list[str]) -> dict[str, type]:
+    """Returns the commands that a command line may name.
+
+    Packages are imported only if the command line names no built-in command. A command that cannot be
+    used is left out, with a warning on stderr.
+
+    Args:
+        built_in: commands of this package by name; no other package can replace them.
+        args: the command line.
+
+    Raises:
+        ValueError: if the command line names a command that cannot be used.
+    """
+    commands = dict(built_in)
+    if args and args[0] in built_in:
+        return commands
+    for name, point in entry_points_of(GROUP).items():
+        try:
+            if name in built_in:
+                raise ValueError(f"{name!r} ({point.value}) has the name of a command of layerscope's own")
+            commands[name] = _checked(name, load(point))
+        except ValueError as error:
+            if args and args[0] == name:
+                raise ValueError(f"command {error}") from error
+            say(f"warning: command {error}")
+    return commands
+
+
+def union(commands: Mapping[str, type]) -> Any:
+    """Returns the type that tyro parses a command line into, a subcommand for each name."""
+    return Union[tuple(Annotated[command, subcommand(name)] for name, command in commands.items())]  # noqa: UP007
+
+
+def _checked(name: str, command: Any) -> type:
+    if not (isinstance(command, type) and is_dataclass(command) and callable(getattr(command, "run", None))):
+        raise ValueError(f"{name!r} must be a dataclass with a method run(), got {command!r}")
+    return command
