@@ -10,14 +10,13 @@ import numpy as np
 
 from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, next_power, possible_groups
-from layerscope_jax.models.layers import PAD_POSITION, KVCache
+from layerscope_jax.models.layers import KVCache
 from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, grouped_ffn, place_rows
-from layerscope_jax.prediction.forecasts import counted_rows
+from layerscope_jax.runtime.dense import StepInputs
 from layerscope_jax.runtime.programs import Between
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
 from layerscope_jax.support.devices import finish_all
-from layerscope_jax.support.interrupts import check
 
 if TYPE_CHECKING:
     from layerscope_jax.runtime.accounts import Account
@@ -48,27 +47,14 @@ class Rehearsal:
         sampling: Sampling | None,
     ) -> Stepped:
         """Runs every program that such a step may need; see `Runner.rehearsal`."""
-        runner, dense = self.runner, self.runner.dense
-        runner.settle_if_needed()
-        phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
-        active = (positions != PAD_POSITION).reshape(-1)
-        counted = None
-        if runner.forecasts.in_layer is not None:
-            counted = counted_rows(active, last, tokens.shape[1])
-        caches = list(caches)
+        self.runner.settle_if_needed()
         try:
-            state, places, counted = dense.begin(self._device_experts, tokens, positions, counted)
-            for layer in range(len(caches)):
-                check()
-                state, caches[layer] = self._layer(
-                    layer, phase, state, places, active, counted, caches[layer]
-                )
-            found, logits = dense.finish(state, places, last, sampling)
-            found.block_until_ready()
+            return self.runner.dense.through(
+                self._layer, self._device_experts, tokens, positions, last, caches, sampling
+            )
         except BaseException:
             self.settle()
             raise
-        return found, logits, caches
 
     def settle(self) -> None:
         """After a failure: all threads come to rest, but the link's, which is at work for somebody else."""
@@ -90,28 +76,19 @@ class Rehearsal:
     def close(self) -> None:
         """Nothing: the threads are the runner's."""
 
-    def _layer(
-        self,
-        layer: int,
-        phase: Phase,
-        state: Between,
-        positions: jax.Array,
-        active: np.ndarray,
-        counted: jax.Array | None,
-        cache: KVCache,
-    ) -> tuple[Between, KVCache]:
+    def _layer(self, layer: int, step: StepInputs, state: Between, cache: KVCache) -> tuple[Between, KVCache]:
         runner, device = self.runner, self._device_experts
         looks_ahead = runner.forecasts.in_layer is not None
         if looks_ahead and runner.policy.spares_forecasts:
-            *_, cache, _ = runner.dense.attend(layer, state, positions, cache, counted, False)
+            *_, cache, _ = runner.dense.attend(layer, step, state, cache, False)
         hidden, inputs, experts, weights, cache, expected = runner.dense.attend(
-            layer, state, positions, cache, counted, looks_ahead
+            layer, step, state, cache, looks_ahead
         )
         outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
         if layer == 0:
             chosen, expected = jax.device_get((experts, expected))
-            self._ask(phase, Assignments(chosen, active), expected)
-            outputs = self._experts(outputs, inputs, chosen, int(active.sum()))
+            self._ask(step.phase, Assignments(chosen, step.active), expected)
+            outputs = self._experts(outputs, inputs, chosen, int(step.active.sum()))
         device.give_back(outputs)
         return Between(hidden, outputs, weights), cache
 
