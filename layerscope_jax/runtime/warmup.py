@@ -124,7 +124,8 @@ class Rehearsal:
         if copies:
             weights = jax.device_put(runner.model.bank[first], runner.transfers.sharding)
             if shared:
-                self._on_cpu(inputs, chosen, tokens, InMemory.of(weights))
+                kept: Any = self._device_experts.keep(weights)
+                self._on_cpu(inputs, chosen, tokens, kept)
             else:
                 for bucket, size in possible_groups(tokens, choices, runner.model.config.num_experts):
                     places = np.full((size, bucket), total, np.int32)
