@@ -13,15 +13,14 @@ import numpy as np
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.models.decoder import Between
-from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.offload.executors import HostExperts, device_experts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.residency import Residency
-from layerscope_jax.prediction.forecasts import Forecasts, counted_rows
+from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.computing import BothSides
 from layerscope_jax.runtime.deciding import Decisions
-from layerscope_jax.runtime.dense import DenseParts
+from layerscope_jax.runtime.dense import DenseParts, StepInputs
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.lower_bound import least_decode_s
 from layerscope_jax.runtime.resources import close_all
@@ -33,7 +32,6 @@ from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Observation, Pha
 from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.support.devices import finish_all
 from layerscope_jax.support.errors import TransferError
-from layerscope_jax.support.interrupts import check
 
 
 class LayerByLayer:
@@ -78,6 +76,7 @@ class LayerByLayer:
         self.experts = BothSides(self.device_experts, host_experts, self.tier)
         self.account = Account()
         self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
+        self._since = 0.0  # when the device was given the work it is at
         self._settled = True  # whether all threads are idle, and the books agree with the link
 
     @property
@@ -94,60 +93,40 @@ class LayerByLayer:
         sampling: Sampling | None,
     ) -> Stepped:
         """One forward pass; see `Runner.step`. With fewer caches, of so many layers: to be timed."""
-        phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
-        active = (positions != PAD_POSITION).reshape(-1)
-        counted = None
-        if self.forecasts.in_layer is not None:
-            counted = counted_rows(active, last, tokens.shape[1])
-        caches, dense = list(caches), self.dense
         with self.settled_after():
-            began = time.perf_counter()
-            state, places, counted = dense.begin(self.device_experts, tokens, positions, counted)
-            for layer in dense.within(caches):
-                check()
-                state, began = self._layer(layer, phase, state, places, active, counted, caches, began)
-            found, logits = dense.finish(state, places, last, sampling, caches)
-            found.block_until_ready()  # the caller reads it next in any case
+            self._since = time.perf_counter()
+            found = self.dense.through(
+                self._layer, self.device_experts, tokens, positions, last, caches, sampling
+            )
         self.decisions.end_step()
-        self.account.meter.device_busy_s += time.perf_counter() - began
+        self.account.meter.device_busy_s += time.perf_counter() - self._since
         self.account.steps += 1
-        return found, logits, caches
+        return found
 
     def _layer(
-        self,
-        layer: int,
-        phase: Phase,
-        state: Between,
-        positions: jax.Array,
-        active: np.ndarray,
-        counted: jax.Array | None,
-        caches: list[Any],
-        began: float,
-    ) -> tuple[Between, float]:
-        """One MoE layer, and the dense ones on the way to it.
-
-        `began` is when the device was given the work it is at; returns when it got its next.
-        """
+        self, layer: int, step: StepInputs, state: Between, caches: list[Any]
+    ) -> tuple[Between, list[Any]]:
+        """One MoE layer and the dense ones before it: attends, routes, reads back, decides, moves, computes."""
         meter, device = self.account.meter, self.device_experts
-        hidden, inputs, experts, weights, expected = self.dense.attend(
-            layer, state, positions, caches, counted, self.decisions.want_forecast()
+        hidden, inputs, experts, weights, caches, expected = self.dense.attend(
+            layer, step, state, caches, self.decisions.want_forecast()
         )
         for array in (experts, expected, None if device.waits else inputs):
             if array is not None:  # all on their way at once; the host's experts read the inputs
                 array.copy_to_host_async()
         # The only read-back of the layer; `jax.device_get` does the same, but through trees.
         chosen, expected = np.asarray(experts), None if expected is None else np.asarray(expected)
-        meter.device_busy_s += time.perf_counter() - began
-        rows = Assignments(chosen, active)
+        meter.device_busy_s += time.perf_counter() - self._since
+        rows = Assignments(chosen, step.active)
         if self.tap is not None:
             self.tap(layer, inputs, chosen, weights)
-        seen, plan = self._decide(layer, phase, rows, expected)
+        seen, plan = self._decide(layer, step.phase, rows, expected)
         outputs = device.take(rows.total, hidden.shape[-1], hidden.dtype)
         begun = self.experts.begin(outputs, inputs, rows, plan, meter)
-        self.forecasts.learn(seen, inputs, chosen, weights, active)
-        outputs, began = self.experts.end(begun, rows, plan, meter)
+        self.forecasts.learn(seen, inputs, chosen, weights, step.active)
+        outputs, self._since = self.experts.end(begun, rows, plan, meter)
         device.give_back(outputs)
-        return Between(hidden, outputs, weights), began
+        return Between(hidden, outputs, weights), caches
 
     def _decide(
         self, layer: int, phase: Phase, rows: Assignments, expected: np.ndarray | None

@@ -11,13 +11,11 @@ import numpy as np
 from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, next_power, possible_groups
 from layerscope_jax.models.decoder import Between
-from layerscope_jax.models.layers import PAD_POSITION
 from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, grouped_ffn, place_rows, product_of
-from layerscope_jax.prediction.forecasts import counted_rows
+from layerscope_jax.runtime.dense import StepInputs
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
 from layerscope_jax.support.devices import finish_all
-from layerscope_jax.support.interrupts import check
 
 if TYPE_CHECKING:
     from layerscope_jax.runtime.accounts import Account
@@ -48,25 +46,14 @@ class Rehearsal:
         sampling: Sampling | None,
     ) -> Stepped:
         """Runs every program that such a step may need; see `Runner.rehearsal`."""
-        runner, dense = self.runner, self.runner.dense
-        runner.settle_if_needed()
-        phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
-        active = (positions != PAD_POSITION).reshape(-1)
-        counted = None
-        if runner.forecasts.in_layer is not None:
-            counted = counted_rows(active, last, tokens.shape[1])
-        caches = list(caches)
+        self.runner.settle_if_needed()
         try:
-            state, places, counted = dense.begin(self._device_experts, tokens, positions, counted)
-            for layer in dense.within(caches):
-                check()
-                state = self._layer(layer, phase, state, places, active, counted, caches)
-            found, logits = dense.finish(state, places, last, sampling, caches)
-            found.block_until_ready()
+            return self.runner.dense.through(
+                self._layer, self._device_experts, tokens, positions, last, caches, sampling
+            )
         except BaseException:
             self.settle()
             raise
-        return found, logits, caches
 
     def settle(self) -> None:
         """After a failure: all threads come to rest, but the link's, which is at work for somebody else."""
@@ -89,29 +76,22 @@ class Rehearsal:
         """Nothing: the threads are the runner's."""
 
     def _layer(
-        self,
-        layer: int,
-        phase: Phase,
-        state: Between,
-        positions: jax.Array,
-        active: np.ndarray,
-        counted: jax.Array | None,
-        caches: list[Any],
-    ) -> Between:
+        self, layer: int, step: StepInputs, state: Between, caches: list[Any]
+    ) -> tuple[Between, list[Any]]:
         runner, device = self.runner, self._device_experts
         looks_ahead = runner.forecasts.in_layer is not None
         if looks_ahead and runner.policy.spares_forecasts:
-            runner.dense.attend(layer, state, positions, caches, counted, False)
-        hidden, inputs, experts, weights, expected = runner.dense.attend(
-            layer, state, positions, caches, counted, looks_ahead
+            *_, caches, _ = runner.dense.attend(layer, step, state, caches, False)
+        hidden, inputs, experts, weights, caches, expected = runner.dense.attend(
+            layer, step, state, caches, looks_ahead
         )
         outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
         if layer == 0:
             chosen, expected = jax.device_get((experts, expected))
-            self._ask(phase, Assignments(chosen, active), expected)
-            outputs = self._experts(outputs, inputs, chosen, int(active.sum()))
+            self._ask(step.phase, Assignments(chosen, step.active), expected)
+            outputs = self._experts(outputs, inputs, chosen, int(step.active.sum()))
         device.give_back(outputs)
-        return Between(hidden, outputs, weights)
+        return Between(hidden, outputs, weights), caches
 
     def _ask(self, phase: Phase, rows: Assignments, expected: np.ndarray | None) -> None:
         """Asks the policy, whose loops are then compiled: a pure function. Its answer is dropped."""
@@ -145,7 +125,8 @@ class Rehearsal:
         if copies:
             weights = jax.device_put(runner.model.bank[first], runner.transfers.sharding)
             if shared:
-                self._on_cpu(inputs, chosen, tokens, self._device_experts.keep(weights))
+                kept: Any = self._device_experts.keep(weights)
+                self._on_cpu(inputs, chosen, tokens, kept)
             else:
                 model = runner.model
                 _, product = product_of(model.bank.format, weights, inputs.dtype, model.device)

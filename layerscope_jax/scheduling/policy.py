@@ -19,6 +19,13 @@ class PolicyBase:
         spares_forecasts: whether `wants_forecast` is ever false.
         uses_device, uses_host: whether it ever computes an expert there.
         predictor: the predictor that an engine gives it where none was chosen; None for no predictor.
+
+    >>> class Blind(PolicyBase):
+    ...     name, uses_forecasts, spares_forecasts = "blind", False, True
+    ...     def wants_forecast(self, state):
+    ...         return False
+    >>> Blind().uses_costs, Blind().report(None)
+    (False, None)
     """
 
     name: str
