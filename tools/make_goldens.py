@@ -27,7 +27,9 @@ except ImportError as error:
         "of their own: pip install torch==2.13.0 transformers"
     )
 
-HERE = Path(__file__).resolve().parents[1] / "tests" / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "tests" / "golden"
+EXAMPLES = ROOT / "examples" / "extend"
 LENGTHS = (5, 17, 9, 24)
 NEW_TOKENS = 64
 LEFT_RIGHT_TOLERANCE = 1e-4
@@ -48,8 +50,9 @@ SHARED = {
     "pad_token_id": None,
 }
 
-# name -> config class, its arguments, the shard size, and changes of the config that must change the logits:
-# if one did not, the goldens could not tell whether an implementation honours that key.
+# name -> config class, its arguments, the shard size, the layers with routers (all if not said), the folder
+# (among the goldens if not said), and changes of the config that must change the logits: if one did not, the
+# goldens could not tell whether an implementation honours that key.
 CASES = {
     "olmoe": {
         "class": transformers.OlmoeConfig,
@@ -139,11 +142,53 @@ CASES = {
         },
         "must_matter": [{"norm_topk_prob": True}, {"rms_norm_eps": 1e-1}],
     },
+    "qwen3_moe_dense": {
+        "class": transformers.Qwen3MoeConfig,
+        "config": {
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 7,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "initializer_range": 0.25,
+            "tie_word_embeddings": False,
+        },
+        "moe_layers": [1, 5],
+        "must_matter": [{"norm_topk_prob": False}],
+    },
+    "qwen2_moe": {
+        "class": transformers.Qwen2MoeConfig,
+        "folder": EXAMPLES / "qwen2_moe",
+        "config": {
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [0],
+            "qkv_bias": True,
+            "tie_word_embeddings": False,
+        },
+        "moe_layers": [1, 2, 3],
+        "must_matter": [{"norm_topk_prob": True}],
+    },
 }
 
 
+def folder_of(name):
+    return CASES[name].get("folder", HERE / name)
+
+
 class UnsuitableSeed(Exception):
-    """These weights make a choice too close to call, so that others could rightly differ, or a dull text."""
+    """These weights make a choice too close to call, so that others could rightly differ, leave an expert
+    idle, or give a dull text."""
 
 
 def load(folder, **overrides):
@@ -202,6 +247,7 @@ def forward(model, tokens, mask):
     hooks = [
         layer.mlp.gate.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
         for layer in model.model.layers
+        if hasattr(layer.mlp, "gate")
     ]
     output = model(
         input_ids=torch.from_numpy(tokens),
@@ -278,7 +324,7 @@ def check_window(folder, logits, tokens, mask, window):
 
 
 def compute(name, case, seed):
-    folder = HERE / name
+    folder = folder_of(name)
     save_random_model(case, folder, seed)
     model = load(folder)  # from the files, so that the goldens are of what was saved
     config = model.config
@@ -307,9 +353,13 @@ def compute(name, case, seed):
         margins.append(margin)
     continuations, margins = np.stack(continuations), np.stack(margins)
 
+    routed = case.get("moe_layers", range(config.num_hidden_layers))
+    gates = [n for n, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")]
+    assert gates == list(routed), gates
     # No expert is idle, none is always chosen, the weights are not nearly one-hot, the logits are spread.
     load_of_experts = np.array([np.bincount(layer[mask].ravel(), minlength=8) for layer in experts])
-    assert (load_of_experts > 0).all(), load_of_experts
+    if not load_of_experts.all():
+        raise UnsuitableSeed(f"idle experts {load_of_experts.tolist()}")
     assert load_of_experts.max() < 0.9 * mask.sum(), load_of_experts
     assert weights[:, mask].min(axis=-1).mean() > 0.02
     assert logits[mask].std() > 1.0, logits[mask].std()
@@ -319,7 +369,7 @@ def compute(name, case, seed):
         assert np.abs(changed - logits).max() > 1e-2, f"{change} changes nothing"
     if getattr(config, "clip_qkv", None) is not None:
         check_clipping(model, tokens, mask)
-    if getattr(config, "sliding_window", None) is not None:
+    if getattr(config, "sliding_window", None):
         check_window(folder, logits, tokens, mask, config.sliding_window)
     if "max_shard_size" in case:
         print(f"{name}: {check_sharding(folder)} experts have their matrices in several shards")
@@ -367,7 +417,7 @@ def main():
             except UnsuitableSeed as reason:
                 print(f"{name}: seed {seed} does not suit ({reason}), trying another")
                 seed += NEXT_SEED
-        folder = HERE / name
+        folder = folder_of(name)
         versions = {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
