@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 try:
     import torch
     import transformers
+    from golden_cases import CASES, SHARED
     from safetensors import safe_open
 except ImportError as error:
     sys.exit(
@@ -27,7 +28,7 @@ except ImportError as error:
         "of their own: pip install torch==2.13.0 transformers"
     )
 
-HERE = Path(__file__).resolve().parents[1] / "tests" / "golden"
+ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (5, 17, 9, 24)
 NEW_TOKENS = 64
 LEFT_RIGHT_TOLERANCE = 1e-4
@@ -36,114 +37,14 @@ MIN_DISTINCT = 16  # tokens among those of a greedy continuation
 MIN_ROUTER_MARGIN = 1e-4  # between the logits of the last chosen expert and of the first one left out
 NEXT_SEED = 1000
 
-SHARED = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.35,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 
-# name -> config class, its arguments, the shard size, and changes of the config that must change the logits:
-# if one did not, the goldens could not tell whether an implementation honours that key.
-CASES = {
-    "olmoe": {
-        "class": transformers.OlmoeConfig,
-        "config": {
-            "intermediate_size": 24,
-            "num_key_value_heads": 4,
-            "num_experts": 8,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": False,
-            "clip_qkv": 1.5,
-            "tie_word_embeddings": False,
-        },
-        "must_matter": [{"clip_qkv": None}, {"norm_topk_prob": True}, {"rms_norm_eps": 1e-1}],
-    },
-    "olmoe_normalised": {
-        "class": transformers.OlmoeConfig,
-        "config": {
-            "intermediate_size": 24,
-            "num_key_value_heads": 2,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
-            "clip_qkv": None,
-            "attention_bias": True,
-            "initializer_range": 0.5,
-            "tie_word_embeddings": True,
-        },
-        "must_matter": [{"norm_topk_prob": False}, {"clip_qkv": 1.0}],
-    },
-    "mixtral": {
-        "class": transformers.MixtralConfig,
-        "config": {
-            "intermediate_size": 40,
-            "num_key_value_heads": 2,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "sliding_window": None,
-            "tie_word_embeddings": False,
-        },
-        "max_shard_size": "120KB",
-        "must_matter": [{"sliding_window": 8}],
-    },
-    "mixtral_window": {
-        "class": transformers.MixtralConfig,
-        "config": {
-            "intermediate_size": 28,
-            "num_hidden_layers": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "sliding_window": 8,
-            "tie_word_embeddings": False,
-        },
-        "must_matter": [{"sliding_window": None}, {"sliding_window": 7}, {"sliding_window": 9}],
-    },
-    "qwen3_moe": {
-        "class": transformers.Qwen3MoeConfig,
-        "config": {
-            "intermediate_size": 56,
-            "moe_intermediate_size": 24,
-            "num_hidden_layers": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        },
-        "must_matter": [
-            {"norm_topk_prob": False},
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-        ],
-    },
-    "qwen3_moe_plain": {
-        "class": transformers.Qwen3MoeConfig,
-        "config": {
-            "intermediate_size": 56,
-            "moe_intermediate_size": 24,
-            "num_key_value_heads": 4,
-            "head_dim": 12,
-            "num_experts": 8,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": False,
-            "tie_word_embeddings": False,
-        },
-        "must_matter": [{"norm_topk_prob": True}, {"rms_norm_eps": 1e-1}],
-    },
-}
+def folder_of(name):
+    return ROOT / CASES[name].get("folder", f"tests/golden/{name}")
 
 
 class UnsuitableSeed(Exception):
-    """These weights make a choice too close to call, so that others could rightly differ, or a dull text."""
+    """These weights make a choice too close to call, so that others could rightly differ, leave an expert
+    idle, or give a dull text."""
 
 
 def load(folder, **overrides):
@@ -202,6 +103,7 @@ def forward(model, tokens, mask):
     hooks = [
         layer.mlp.gate.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
         for layer in model.model.layers
+        if hasattr(layer.mlp, "gate")
     ]
     output = model(
         input_ids=torch.from_numpy(tokens),
@@ -278,7 +180,7 @@ def check_window(folder, logits, tokens, mask, window):
 
 
 def compute(name, case, seed):
-    folder = HERE / name
+    folder = folder_of(name)
     save_random_model(case, folder, seed)
     model = load(folder)  # from the files, so that the goldens are of what was saved
     config = model.config
@@ -307,9 +209,13 @@ def compute(name, case, seed):
         margins.append(margin)
     continuations, margins = np.stack(continuations), np.stack(margins)
 
+    routed = case.get("moe_layers", range(config.num_hidden_layers))
+    gates = [n for n, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")]
+    assert gates == list(routed), gates
     # No expert is idle, none is always chosen, the weights are not nearly one-hot, the logits are spread.
     load_of_experts = np.array([np.bincount(layer[mask].ravel(), minlength=8) for layer in experts])
-    assert (load_of_experts > 0).all(), load_of_experts
+    if not load_of_experts.all():
+        raise UnsuitableSeed(f"idle experts {load_of_experts.tolist()}")
     assert load_of_experts.max() < 0.9 * mask.sum(), load_of_experts
     assert weights[:, mask].min(axis=-1).mean() > 0.02
     assert logits[mask].std() > 1.0, logits[mask].std()
@@ -319,7 +225,7 @@ def compute(name, case, seed):
         assert np.abs(changed - logits).max() > 1e-2, f"{change} changes nothing"
     if getattr(config, "clip_qkv", None) is not None:
         check_clipping(model, tokens, mask)
-    if getattr(config, "sliding_window", None) is not None:
+    if getattr(config, "sliding_window", None):
         check_window(folder, logits, tokens, mask, config.sliding_window)
     if "max_shard_size" in case:
         print(f"{name}: {check_sharding(folder)} experts have their matrices in several shards")
@@ -367,7 +273,7 @@ def main():
             except UnsuitableSeed as reason:
                 print(f"{name}: seed {seed} does not suit ({reason}), trying another")
                 seed += NEXT_SEED
-        folder = HERE / name
+        folder = folder_of(name)
         versions = {
             "torch": torch.__version__,
             "transformers": transformers.__version__,

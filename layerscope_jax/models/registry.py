@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.decoder_layers import DecoderLayer
 from layerscope_jax.models.family import ConfigReader, Family, shown
 from layerscope_jax.models.kinds import ATTENTIONS, FEED_FORWARDS
 from layerscope_jax.models.mixtral import MIXTRAL
@@ -41,40 +42,50 @@ def register_family(family: Family) -> None:
     if FAMILIES.get(family.model_type) is family:
         return
     problems = Problems()
+    for name in ("architecture", "model_type"):
+        problems.expect(isinstance(getattr(family, name), str), name, "HF's name", getattr(family, name))
+    for name in ("read_config", "write_config"):
+        problems.expect(callable(getattr(family, name)), name, "a function", getattr(family, name))
+    problems.expect(isinstance(family.weights, tuple), "weights", "a tuple of Weight", family.weights)
+    for name in ("attentions", "feed_forwards"):
+        problems.expect(isinstance(getattr(family, name), Mapping), name, "a dict", getattr(family, name))
+    _refuse(family, problems)
     for other in FAMILIES.values():
         for name in ("model_type", "architecture"):
             problems.expect(
                 getattr(family, name) != getattr(other, name),
                 name,
-                f"another than that of the family {other.model_type} ({other.architecture}), which is there",
+                f"another than that of the family {other.model_type} ({other.architecture})",
                 getattr(family, name),
             )
-    for what, table, own in (
-        ("attentions", ATTENTIONS, family.attentions),
-        ("feed_forwards", FEED_FORWARDS, family.feed_forwards),
-    ):
-        for name, part in own.items():
-            problems.expect(
-                table.get(name, part) is part, what, "new names for new parts; there is another", name
-            )
+    for name, part in family.attentions.items():
+        fits = hasattr(part, "cache_shapes") and ATTENTIONS.get(name, part) is part
+        problems.expect(fits, "attentions", "modules with cache_shapes, under names that are free", name)
+    for name, part in family.feed_forwards.items():
+        fits = isinstance(part, type) and issubclass(part, DecoderLayer)
+        fits &= FEED_FORWARDS.get(name, part) is part
+        problems.expect(fits, "feed_forwards", "kinds of DecoderLayer, under names that are free", name)
     rows = [row for row in family.weights if isinstance(row, Weight)]
-    problems.expect(len(rows) == len(family.weights), "weights", "a table of Weight", family.weights)
-    there = {row.place for row in rows}
-    needed = ("embedding", ROUTER, *(EXPERTS + matrix for matrix in ("gate", "up", "down")))
+    problems.expect(len(rows) == len(family.weights), "weights", "a tuple of Weight", family.weights)
+    missing = {"embedding", ROUTER, *(EXPERTS + matrix for matrix in ("gate", "up", "down"))}
+    missing -= {row.place for row in rows}
     problems.expect(
-        there.issuperset(needed),
+        not missing,
         "weights",
-        "a table with rows for embedding, routers and experts; it lacks "
-        + ", ".join(place for place in needed if place not in there),
+        f"a table with embedding, routers and experts; it lacks {', '.join(sorted(missing))}",
         family.weights,
     )
-    try:
-        problems.raise_any()
-    except ValueError as error:
-        raise ValueError(f"cannot register {family.architecture}: {error}") from None
+    _refuse(family, problems)
     ATTENTIONS.update(family.attentions)
     FEED_FORWARDS.update(family.feed_forwards)
     FAMILIES[family.model_type] = family
+
+
+def _refuse(family: Family, problems: Problems) -> None:
+    try:
+        problems.raise_any()
+    except ValueError as error:
+        raise ValueError(f"cannot register {shown(family.architecture)}: {error}") from None
 
 
 for _family in (OLMOE, MIXTRAL, QWEN3_MOE):

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from layerscope_jax.checkpoints.model import load
-from layerscope_jax.models import KVCache
+from layerscope_jax.models.cache import new_caches
 from layerscope_jax.models.layers import PAD_POSITION
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -62,6 +62,7 @@ def test_all_cases_are_here():
         "olmoe",
         "olmoe_normalised",
         "qwen3_moe",
+        "qwen3_moe_dense",
         "qwen3_moe_plain",
     ]
 
@@ -97,11 +98,7 @@ def greedy(decoder, tokens, positions, steps):
     """Continues each row by `steps` tokens [B, steps]: a prefill, then one token a step from the cache."""
     config = decoder.config
     rows, length = tokens.shape
-    heads, size, longest = config.num_kv_heads, config.head_dim, length + steps
-    caches = [
-        KVCache(jnp.zeros((rows, heads, size, longest)), jnp.zeros((rows, heads, longest, size)))
-        for _ in range(config.num_layers)
-    ]
+    caches = new_caches(config, rows, length + steps, np.dtype(np.float32), jax.devices()[0])
     hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
     real = positions < PAD_POSITION
     last = jnp.argmax(jnp.where(real, positions, -1), axis=1)
