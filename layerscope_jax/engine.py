@@ -271,9 +271,14 @@ class Engine:
             handle.result().finish_reason
         """
         self._turns.check()
-        call = self._call([make_request(prompt, settings)])
+        request = make_request(prompt, settings)
+        try:
+            call = self._call([request])
+        except ValueError as error:
+            raise ValueError(str(error).replace("prompt 0", "the prompt")) from None
+        handle = Handle(self, self._loop, call)
         self._loop.submit(call)
-        return Handle(self, self._loop, call)
+        return handle
 
     def warmup(
         self,

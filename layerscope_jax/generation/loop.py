@@ -119,8 +119,8 @@ class Loop:
     def stream(self, call: Call) -> Generator[Token]:
         """Submits a call and follows it; whoever gives up reading cancels it."""
         self._turns.check()
-        self.submit(call)
         try:
+            self.submit(call)
             yield from self.follow(call)
         finally:
             self.cancel(call)
@@ -157,7 +157,7 @@ class Loop:
         return Completions(completions, stats, call.counted.plans or [])
 
     def rehearse(self, call: Call, step: Callable[..., Any]) -> None:
-        """Goes through the prefills of a call and one decode step, by another `step`, beside everything else."""
+        """Goes through the prefills of a call and a decode step, by another `step`, beside everything else."""
         run, most = self._new_run(len(call.states)), 2 * len(call.states)
         run.add(call.states)
         made = 0  # tokens: of all prefills, and of a decode step
@@ -245,7 +245,7 @@ class Loop:
         self._run.add([state for call in calls for state in call.unfinished])
 
     def _close_ended(self) -> None:
-        """Gives the calls all of whose requests have ended what was counted; with the last, the run is over."""
+        """Gives calls that have ended what the run has counted; with the last of all, the run is over."""
         ended = [call for call in self._calls if not call.unfinished]
         if not ended:
             return
