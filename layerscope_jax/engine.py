@@ -63,9 +63,10 @@ class Engine:
     Several threads may call one engine, and calls may come from within `on_token`: requests join those that
     run, each step gives every one of them a token, and whoever waits for one drives the next step. A call
     that no other overlaps has the engine for itself; where calls overlap each gets the tokens that it gets
-    alone (see `layerscope_jax.generation.run` on rounding), and statistics are of all that was done meanwhile.
-    No setting of JAX's that a caller has made, in a `with` statement or for the process, has a part in the
-    tokens. In forks of the process, and in functions that JAX traces, there can be no engine: both are refused.
+    alone (see `layerscope_jax.generation.run` on rounding), and its statistics are of all that was done
+    meanwhile. No setting of JAX's that a caller has made, in a `with` statement or for the process, has a
+    part in the tokens. In forks of the process, and in functions that JAX traces, there can be no engine:
+    both are refused.
 
     Args:
         model: from `layerscope_jax.load`.
@@ -198,8 +199,8 @@ class Engine:
     ) -> Completions:
         """Continues every prompt.
 
-        `OffloadConfig.max_num_seqs` run at once. When some end, waiting ones take their slots while the others
-        go on (see `layerscope_jax.generation.scheduler`).
+        `OffloadConfig.max_num_seqs` run at once. When some end, waiting ones take their slots while the
+        others go on (see `layerscope_jax.generation.scheduler`).
 
         Args:
             prompts: texts, lists of token ids, or `Request`s, in any mixture.

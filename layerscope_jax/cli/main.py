@@ -110,7 +110,8 @@ class Generate:
             metavar="FILE",
             help='Many prompts: JSON lines {"prompt": text or [token ids]}, each with an "id" (else its '
             "number, from 0), settings of its own (max_new_tokens, temperature, top_k, top_p, seed, "
-            'stop_token_ids) and, if you like, "metadata" of any kind, which is not looked at.',
+            'stop_token_ids), which no option may contradict, and, if you like, "metadata" of any kind, '
+            "which is not looked at.",
         ),
     ] = None
     out: Annotated[
@@ -137,13 +138,24 @@ class Generate:
             "measured roughly before the first token.",
         ),
     ] = None
-    max_new_tokens: Annotated[int, arg(help="At most so many tokens for each prompt.")] = 64
-    temperature: Annotated[float, arg(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0
-    top_k: Annotated[int, arg(help="Sample from so many of the likeliest tokens; 0 for all.")] = 0
+    max_new_tokens: Annotated[
+        int | None, arg(metavar="INT", help="At most so many tokens for each prompt; 64 if nothing says.")
+    ] = None
+    temperature: Annotated[
+        float | None,
+        arg(metavar="FLOAT", help="Of sampling; 0, if nothing says, takes the likeliest token each time."),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        arg(metavar="INT", help="Sample from so many of the likeliest tokens; 0, if nothing says, for all."),
+    ] = None
     top_p: Annotated[
-        float, arg(help="Sample from the fewest tokens that reach this probability together.")
-    ] = 1.0
-    seed: Annotated[int, arg(help="Of sampling.")] = 0
+        float | None,
+        arg(
+            metavar="FLOAT", help="Sample from the fewest tokens that reach this probability together; or 1."
+        ),
+    ] = None
+    seed: Annotated[int | None, arg(metavar="INT", help="Of sampling; 0 if nothing says.")] = None
     max_num_seqs: Annotated[
         int,
         arg(
@@ -205,7 +217,9 @@ class Generate:
             got = "both" if self.prompt else "neither"
             raise ValueError(f"expected either --prompt TEXT or --prompts FILE, got {got}")
         settings: dict[str, Any] = {
-            name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+            name: value
+            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+            if (value := getattr(self, name)) is not None
         }
         Request(prompt="", **settings)  # refuses what is out of range
         if self.prompts is None:

@@ -39,8 +39,8 @@ class Handle:
 
         Raises:
             ValueError: if the engine was closed.
-            TransferError: if an expert could not be copied to the device. What a step that it drives fails with
-                otherwise, an interrupt among it, comes through as well; the request is then aborted.
+            TransferError: if an expert could not be copied to the device. What else a step that it drives
+                fails with, an interrupt too, comes through as well; the request is then aborted.
         """
         return self._loop.follow(self._call)
 

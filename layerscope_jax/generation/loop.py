@@ -27,9 +27,9 @@ from layerscope_jax.scheduling.costs import HardwareProfile
 class Loop:
     """Calls that wait or run, and the run that they share.
 
-    A step that fails, or is interrupted, takes the caches with it. Its exception goes to whoever drove it, and
-    the requests of that call are aborted; those of other calls are prefilled anew, with the tokens that they
-    have, in the next step. Nothing here waits for anything but the turn.
+    A step that fails, or is interrupted, takes the caches with it. Its exception goes to whoever drove it,
+    and the requests of that call are aborted; those of other calls are prefilled anew, with the tokens that
+    they have, in the next steps. Nothing here waits for anything but the turn.
 
     Args:
         model: the model.
@@ -157,7 +157,7 @@ class Loop:
         return Completions(completions, stats, call.counted.plans or [])
 
     def rehearse(self, call: Call, step: Callable[..., Any]) -> None:
-        """Goes through the prefills of a call and a decode step, by another `step`, beside everything else."""
+        """Goes through a call's prefills and a decode step, by another `step`, beside everything else."""
         run, most = self._new_run(len(call.states)), 2 * len(call.states)
         run.add(call.states)
         made = 0  # tokens: of all prefills, and of a decode step

@@ -226,7 +226,7 @@ def test_threads_with_a_handle_each_share_every_step():
 
 
 def test_a_thread_that_drives_all_the_time_leaves_others_their_turn():
-    """A long answer is being read; a short one of another thread ends meanwhile, and so does whoever cancels."""
+    """One reads long answers until the other has had its short ones."""
     made, _ = looped(2)
     ended = threading.Event()
 
