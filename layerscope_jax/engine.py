@@ -229,6 +229,8 @@ class Engine:
                 "calibrate` measured, or a policy that weighs costs; and a budget with something to decide"
             )
         call = self._call(requests, record_plans=record_plans, bound=bound)
+        if not progress and on_token is None:
+            return self._loop.complete(call)
         with (
             progress_bar(requests) if progress else nullcontext(lambda event: None) as advance,
             closing(self._loop.stream(call)) as events,
