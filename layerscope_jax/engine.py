@@ -180,6 +180,8 @@ class Engine:
                 "calibrate` measured, or a policy that weighs costs; and a budget with something to decide"
             )
         call = self._call(requests, record_plans=record_plans, bound=bound)
+        if not progress and on_token is None:
+            return self._loop.complete(call)
         with (
             progress_bar(requests) if progress else nullcontext(lambda event: None) as advance,
             closing(self._loop.stream(call)) as events,
@@ -223,9 +225,14 @@ class Engine:
             handle.result().finish_reason
         """
         self._turns.check()
-        call = self._call([make_request(prompt, settings)])
+        request = make_request(prompt, settings)
+        try:
+            call = self._call([request])
+        except ValueError as error:
+            raise ValueError(str(error).replace("prompt 0", "the prompt")) from None
+        handle = Handle(self, self._loop, call)
         self._loop.submit(call)
-        return Handle(self, self._loop, call)
+        return handle
 
     def warmup(
         self,

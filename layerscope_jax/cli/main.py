@@ -113,7 +113,8 @@ class Generate:
             metavar="FILE",
             help='File of prompts, a JSON object {"prompt": text or [token ids]} a line. Optional keys: "id" '
             "(default: the line's number, from 0), settings for this prompt (max_new_tokens, temperature, "
-            'top_k, top_p, seed, stop_token_ids) and "metadata", which is ignored.',
+            "top_k, top_p, seed, stop_token_ids), which no option may contradict, and "
+            '"metadata", which is ignored.',
         ),
     ] = None
     out: Annotated[
@@ -140,13 +141,25 @@ class Generate:
             "costs are measured roughly before the first token.",
         ),
     ] = None
-    max_new_tokens: Annotated[int, arg(help="Most new tokens for each prompt.")] = 64
-    temperature: Annotated[float, arg(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0
-    top_k: Annotated[int, arg(help="Sample from this many of the likeliest tokens; 0 for all.")] = 0
+    max_new_tokens: Annotated[
+        int | None, arg(metavar="INT", help="Most new tokens for each prompt; 64 by default.")
+    ] = None
+    temperature: Annotated[
+        float | None,
+        arg(metavar="FLOAT", help="Of sampling; 0, the default, takes the likeliest token each time."),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        arg(metavar="INT", help="Sample from this many of the likeliest tokens; 0, the default, for all."),
+    ] = None
     top_p: Annotated[
-        float, arg(help="Sample from the fewest likeliest tokens whose probabilities reach this sum.")
-    ] = 1.0
-    seed: Annotated[int, arg(help="Seed of sampling.")] = 0
+        float | None,
+        arg(
+            metavar="FLOAT",
+            help="Sample from the fewest likeliest tokens whose probabilities reach this sum; 1 by default.",
+        ),
+    ] = None
+    seed: Annotated[int | None, arg(metavar="INT", help="Seed of sampling; 0 by default.")] = None
     max_num_seqs: Annotated[
         int,
         arg(
@@ -210,7 +223,9 @@ class Generate:
             got = "both" if self.prompt else "neither"
             raise ValueError(f"expected either --prompt TEXT or --prompts FILE, got {got}")
         settings: dict[str, Any] = {
-            name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+            name: value
+            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+            if (value := getattr(self, name)) is not None
         }
         Request(prompt="", **settings)  # refuses what is out of range
         if self.prompts is None:

@@ -43,7 +43,7 @@ class Row:
     where: str
 
 
-def read_prompts(file: Path, defaults: dict[str, Any]) -> list[Row]:
+def read_prompts(file: Path, options: dict[str, Any]) -> list[Row]:
     """The prompts in a file of lines `{"prompt": text or [token ids], "id": ..., "temperature": ...}`.
 
     Without an id a row has its number, counted from 0. Its "metadata" may be anything, and is not looked at;
@@ -51,10 +51,11 @@ def read_prompts(file: Path, defaults: dict[str, Any]) -> list[Row]:
 
     Args:
         file: the file; blank lines are passed over.
-        defaults: settings of `Request` for rows that do not say.
+        options: settings of `Request` that were given for all rows.
 
     Raises:
-        ValueError: naming the line that is wrong and what was expected.
+        ValueError: naming the line that is wrong and what was expected; also where a row has another value of
+            its own than was given for all.
     """
     try:
         content = read_whole(file).removeprefix(codecs.BOM_UTF8)
@@ -70,7 +71,7 @@ def read_prompts(file: Path, defaults: dict[str, Any]) -> list[Row]:
             continue
         where = f"{file}:{number}"
         try:
-            row = _row(parsed(line), len(rows), defaults, where)
+            row = _row(parsed(line), len(rows), options, where)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if row.id in seen:
@@ -82,7 +83,7 @@ def read_prompts(file: Path, defaults: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _row(content: Any, number: int, defaults: dict[str, Any], where: str) -> Row:
+def _row(content: Any, number: int, options: dict[str, Any], where: str) -> Row:
     if not isinstance(content, dict):
         raise ValueError(f'expected a JSON object {{"prompt": ...}}, got {json.dumps(content)[:60]}')
     name = content.get("id", number)
@@ -96,8 +97,13 @@ def _row(content: Any, number: int, defaults: dict[str, Any], where: str) -> Row
             raise ValueError(
                 f"the {key} holds half a surrogate pair (\\ud800 to \\udfff), which is no character"
             )
-    settings = dict(defaults)
+    settings = dict(options)
     for key, value in content.items():
+        if key in options and options[key] != value:
+            raise ValueError(
+                f"{key} is {shortened(value)} in the row and {options[key]} for all rows "
+                f"(--{key.replace('_', '-')}); say it in one of the two places"
+            )
         if key in SETTINGS:
             settings[key] = value
         elif key not in KEYS:

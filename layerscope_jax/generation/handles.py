@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from layerscope_jax.generation.calls import Call
@@ -61,5 +62,5 @@ class Handle:
         return self._call.ended
 
     def __del__(self) -> None:
-        if not self._call.ended:
+        if not (self._call.ended or sys.is_finalizing()):
             self._loop.cancel(self._call)

@@ -115,19 +115,32 @@ class Loop:
                 return
             self._drive(call, seen)
 
+    def finish(self, call: Call) -> None:
+        """Drives steps until a call has ended, without giving up a turn that nobody else wants."""
+        while not call.ended:
+            self._drive(call, 0, to_the_end=True)
+
     def stream(self, call: Call) -> Generator[Token]:
         """Submits a call and follows it; whoever gives up reading cancels it."""
         self._turns.check()
-        self.submit(call)
         try:
+            self.submit(call)
             yield from self.follow(call)
         finally:
             self.cancel(call)
 
+    def complete(self, call: Call) -> Completions:
+        """Submits a call and returns what comes of it; an exception cancels it."""
+        try:
+            self.submit(call)
+            self.finish(call)
+        finally:
+            self.cancel(call)
+        return self.answer(call)
+
     def answer(self, call: Call) -> Completions:
         """Waits for all of a call, and returns what came of it."""
-        for _ in self.follow(call):
-            pass
+        self.finish(call)
         with self._turns.turn():
             assert call.counted is not None
             stats = run_stats(
@@ -173,15 +186,18 @@ class Loop:
 
     # ---- within a turn -----------------------------------------------------------------------------------
 
-    def _drive(self, call: Call, seen: int) -> None:
-        """Waits for the turn, and does a step unless there is news for the call by then."""
+    def _drive(self, call: Call, seen: int, to_the_end: bool = False) -> None:
+        """Waits for the turn, and does a step, or all, unless there is news for the call by then."""
         with self._turns.turn():
-            if len(call.log) > seen or call.ended:
+            if call.ended or (len(call.log) > seen and not to_the_end):
                 return
             self.check_open()
             try:
                 self._step()
                 assert call.ended or call in self._calls, "a call that no step knows of"
+                while to_the_end and not (call.ended or self._turns.wanted):
+                    self.check_open()
+                    self._step()
             except BaseException:
                 call.cancelled = True  # before anything else: nobody waits for it any more
                 self._recover()

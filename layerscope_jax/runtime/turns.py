@@ -52,11 +52,17 @@ class Turns:
         self._lock = lock
         self._next = threading.RLock()  # whoever waits has it, and comes before who had the last turn
         self._owner: int | None = None  # the thread whose turn it is
+        self._waiting: dict[int, None] = {}  # threads that wait for one
 
     @property
     def inherited(self) -> bool:
         """Whether this process is a fork of the engine's own, and has none of its threads."""
         return os.getpid() != self._process
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a thread waits for its turn."""
+        return bool(self._waiting)
 
     def check(self) -> None:
         """Refuses a call where no turn can be had.
@@ -89,11 +95,16 @@ class Turns:
                 "copy or signal handler cannot generate; call from on_token, or when the step is over"
             )
         try:
+            self._waiting[me] = None
             with self._next:
                 self._lock.acquire()
             self._owner = me
+            self._waiting.pop(me, None)
             with own_settings():
                 yield
+        except BaseException:
+            self._waiting.pop(me, None)
+            raise
         finally:  # an interrupt is taken up after calls: none may stand before the one that releases
             if self._owner == me:
                 self._owner = None

@@ -5,18 +5,19 @@ import json
 from layerscope_jax.cli import main as cli
 
 PROMPTS = [
-    {"id": "sea", "prompt": "Call me Ishmael."},
+    {"id": "sea", "prompt": "Call me Ishmael.", "max_new_tokens": 5},
     {"id": 7, "prompt": "ein Löffel: 匙\u2028", "max_new_tokens": 3},
     {
         "id": "ids",
         "prompt": [5, 6, 7],
+        "max_new_tokens": 5,
         "temperature": 0.9,
         "top_k": 20,
         "top_p": 0.9,
         "seed": 3,
         "metadata": "x",
     },
-    {"id": "stop", "prompt": "x", "stop_token_ids": list(range(600))},
+    {"id": "stop", "prompt": "x", "max_new_tokens": 5, "stop_token_ids": list(range(600))},
 ]
 
 

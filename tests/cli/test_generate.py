@@ -7,7 +7,7 @@ import sys
 from io import BytesIO, TextIOWrapper
 
 import pytest
-from command_lines import PROMPTS, read, refusal
+from command_lines import PROMPTS, read, refusal, write
 
 import layerscope_jax
 from layerscope_jax.cli import main as cli
@@ -30,7 +30,7 @@ def test_texts(tiny, capsys):
 
 
 def test_rows_to_stdout(tiny, prompts, capsys):
-    code = cli.main(["generate", str(tiny), f"--prompts={prompts}", "--max-new-tokens=5"])
+    code = cli.main(["generate", str(tiny), f"--prompts={prompts}"])
     assert code == 0
     rows = {row["id"]: row for row in map(json.loads, capsys.readouterr().out.split("\n")[:-1])}
     assert list(rows) == ["stop", 7, "sea", "ids"]  # as they are complete
@@ -58,7 +58,6 @@ def test_goes_on_with_a_file(tiny, prompts, tmp_path, capsys):
         str(tiny),
         f"--prompts={prompts}",
         f"--out={out}",
-        "--max-new-tokens=5",
         *budget,
     ]
     assert cli.main(command) == 0
@@ -97,7 +96,9 @@ def test_an_interrupted_run_keeps_whole_rows(tiny, prompts, tmp_path, monkeypatc
         (["--dtype=bfloat16"], r":1: .*, got model (\w{12}) .now \1 as bfloat16.;"),
     ],
 )
-def test_other_settings_do_not_go_on_with_a_file(tiny, prompts, tmp_path, capsys, args, message):
+def test_other_settings_do_not_go_on_with_a_file(tiny, tmp_path, capsys, args, message):
+    rows = [{"id": row["id"], "prompt": row["prompt"]} for row in PROMPTS]
+    prompts = write(tmp_path / "prompts.jsonl", rows)
     out = tmp_path / "out.jsonl"
     command = ["generate", str(tiny), f"--prompts={prompts}", f"--out={out}", "--max-new-tokens=5"]
     assert cli.main(command) == 0
@@ -110,7 +111,7 @@ def test_other_settings_do_not_go_on_with_a_file(tiny, prompts, tmp_path, capsys
 def test_another_checkpoint_does_not_go_on_with_a_file(tiny, prompts, tmp_path, capsys):
     out, other = tmp_path / "out.jsonl", tmp_path / "other"
     shutil.copytree(tiny, other)
-    command = [f"--prompts={prompts}", f"--out={out}", "--max-new-tokens=1"]
+    command = [f"--prompts={prompts}", f"--out={out}"]
     assert cli.main(["generate", str(tiny), *command]) == 0
     assert cli.main(["generate", str(other), *command]) == 0  # a copy of it is the same
     weights = bytearray((other / "model.safetensors").read_bytes())

@@ -8,6 +8,7 @@ from command_lines import refusal
 
 import layerscope_jax
 from layerscope_jax.cli import main as cli
+from layerscope_jax.generation.batch_files import read_prompts
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,23 @@ def test_bad_lines(tiny, tmp_path, capsys, lines, message):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_an_option_that_contradicts_a_row(tiny, tmp_path, capsys):
+    """The same value may be said twice, and an option is for the rows that say nothing."""
+    file, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"prompt": "x", "seed": 2}\n{"prompt": "y", "top_p": 0.5, "seed": 3}\n')
+    start = ("generate", tiny, f"--prompts={file}", f"--out={out}")
+    assert refusal(capsys, *start, "--temperature=1", "--seed=2") == (
+        f"--prompts: {file}:2: seed is 3 in the row and 2 for all rows (--seed); "
+        "say it in one of the two places"
+    )
+    assert "top_p is 0.5 in the row and 0.9 for all rows (--top-p)" in refusal(capsys, *start, "--top-p=0.9")
+    found = read_prompts(file, {"temperature": 1.0, "top_p": 0.5})
+    assert [(row.request.temperature, row.request.top_p, row.request.seed) for row in found] == [
+        (1.0, 0.5, 2),
+        (1.0, 0.5, 3),
+    ]
+
+
 def test_files_that_cannot_be_used(tiny, prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "open_model", lambda *_: pytest.fail("it must be refused before"))
     start = ("generate", tiny, f"--prompts={prompts}")
@@ -155,5 +173,5 @@ def test_lack_of_memory_is_one_line(tiny, monkeypatch, capsys, error, message):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_full_device_is_named(tiny, prompts, capsys):
-    args = ("generate", str(tiny), f"--prompts={prompts}", "--out=/dev/full", "--max-new-tokens=1")
+    args = ("generate", str(tiny), f"--prompts={prompts}", "--out=/dev/full")
     assert refusal(capsys, *args, code=1) == "/dev/full: No space left on device"
