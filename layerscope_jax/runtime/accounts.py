@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from layerscope_jax.kernels.cpu import WorkStats
+from layerscope_jax.kernels.dense import dense_kernels
 from layerscope_jax.kernels.registry import REFERENCE, fallbacks
 from layerscope_jax.offload.link import LinkStats
 from layerscope_jax.runtime.layerwise import LayerByLayer
@@ -135,6 +136,11 @@ def stats_of(
         dispatches=host.dispatches + device.dispatches,
         format=runner.model.bank.format.name,
         kernels=kernels | {REFERENCE: 1 - sum(kernels.values())} if experts else None,
+        dense_kernels=dense_kernels(
+            runner.model.config.hidden_size,
+            runner.model.bank.dtype,
+            isinstance(runner, LayerByLayer) and runner.table is not None,
+        ),
         kernel_fallbacks=fallbacks(),
         mode=runner.mode,
         **known,

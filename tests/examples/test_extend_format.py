@@ -69,6 +69,8 @@ def test_every_policy_has_the_bits_of_everything_resident_and_is_near_the_plain_
     assert bank.dtype == plain.bank.dtype
     tokens, stats, everything = run(packed, OffloadConfig(profile=PROFILE))
     assert (stats.format, stats.policy, stats.kernels) == ("float8_e4m3", "resident", {"xla": 1})
+    # On a CPU attention and sums go by our own loops all the same; D is no multiple of what products take.
+    assert stats.dense_kernels["attention"] in ("loops", "xla")
     for policy in POLICIES:
         budget = 0 if policy == "host-only" else 10 * bank.expert_bytes
         config = OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)
@@ -119,7 +121,7 @@ def test_what_it_packs_it_unpacks(example):
 
 
 def test_a_checkpoint_is_loaded_into_it_and_saved_unpacked(example, tmp_path):
-    decoder = random_decoder(replace(random_model().config, num_layers=1, num_experts=2))
+    decoder = random_decoder(replace(random_model().config, num_layers=1, num_experts=2, qk_norm="all"))
     save(decoder, tmp_path / "plain")
     loaded = load(tmp_path / "plain", format="float8_e4m3")
     converted = Model.from_decoder(decoder).with_format(example.FLOAT8)
