@@ -110,8 +110,6 @@ class Transfers:
         self._demand: deque[_Copy] = deque()
         self._prefetch: deque[_Copy] = deque()
         self._begun: dict[ExpertId, _Copy] = {}
-        self._expert = bank.format.Expert
-        self._chunks = len(self._expert._fields)
         self._arrived: dict[ExpertId, Any] = {}
         self._failed: dict[ExpertId, BaseException] = {}  # those that somebody waits for
         self._lost: list[ExpertId] = []  # those that nobody waits for
@@ -313,11 +311,12 @@ class Transfers:
         else:
             return None
         copy = queue[0]
-        matrix = self.bank[copy.expert][copy.begun]
+        arrays = self.bank[copy.expert]
+        matrix = arrays[copy.begun]
         copy.begun += 1
         self._on_link += 1
         self._begun[copy.expert] = copy
-        if copy.begun == self._chunks:
+        if copy.begun == len(arrays):
             queue.popleft()
         return copy, matrix
 
@@ -352,9 +351,10 @@ class Transfers:
             else:
                 self.stats.prefetch_bytes += array.nbytes
             copy.arrays.append(array)
-            if len(copy.arrays) == self._chunks and self._begun.get(copy.expert) is copy:
+            source = self.bank[copy.expert]
+            if len(copy.arrays) == len(source) and self._begun.get(copy.expert) is copy:
                 del self._begun[copy.expert]
-                self._arrived[copy.expert] = self._expert(*copy.arrays)
+                self._arrived[copy.expert] = type(source)(*copy.arrays)
             self._ended()
         return across
 
