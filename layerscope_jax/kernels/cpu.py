@@ -21,6 +21,7 @@ import numpy as np
 from layerscope_jax.formats import ExpertFormat, plain_of
 from layerscope_jax.kernels.grouping import Assignments, Group
 from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel, RowsKernel, suits
+from layerscope_jax.kernels.loops import no_scratch
 from layerscope_jax.kernels.registry import Work
 from layerscope_jax.support.machine import cores
 from layerscope_jax.support.threads import Helpers
@@ -254,7 +255,9 @@ class CpuExperts:
         if tokens > kernel.piece:
             addresses, firsts, lasts = pieces(addresses, firsts, lasts, kernel.piece)
         counter, begins = np.zeros(1, np.int64), address(inputs)
-        size = kernel.scratch_bytes(firsts, lasts, layout.width, layout.hidden)
+        size = 0
+        if kernel.scratch_bytes is not no_scratch:
+            size = kernel.scratch_bytes(firsts, lasts, layout.width, layout.hidden)
 
         def share(number: int) -> None:
             kernel.run(

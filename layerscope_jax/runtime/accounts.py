@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from layerscope_jax.kernels.cpu import WorkStats
+from layerscope_jax.kernels.dense import dense_kernels
 from layerscope_jax.kernels.registry import REFERENCE, fallbacks
 from layerscope_jax.offload.link import LinkStats
 from layerscope_jax.offload.residency import Residency
@@ -120,6 +121,11 @@ def run_stats(
         padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
         dispatches=host.dispatches + device.dispatches,
         kernels=kernels | {REFERENCE: 1 - sum(kernels.values())} if experts else None,
+        dense_kernels=dense_kernels(
+            runner.model.config.hidden_size,
+            runner.model.bank.dtype,
+            isinstance(runner, LayerByLayer) and runner.table is not None,
+        ),
         kernel_fallbacks=fallbacks(),
         **known,
     )

@@ -106,7 +106,7 @@ class LayerByLayer:
     def _layer(
         self, layer: int, step: StepInputs, state: Between, caches: list[Any]
     ) -> tuple[Between, list[Any]]:
-        """One MoE layer and the dense ones before it: attends, routes, reads back, decides, moves, computes."""
+        """One MoE layer and the dense ones before it: attends and routes, decides, moves, computes."""
         meter, device = self.account.meter, self.device_experts
         hidden, inputs, experts, weights, caches, expected = self.dense.attend(
             layer, step, state, caches, self.decisions.want_forecast()

@@ -112,6 +112,8 @@ class RunStats:
         kernels: parts of these experts by what computed them: "amx", "pairs" and "loops" (our own, on
             a CPU), kernels that were registered, and "xla", the reference; None where no expert was computed
             apart from its layer.
+        dense_kernels: what computes the rest of a decode step: its "products" with dense weights, its
+            "attention" and the "sums" over experts.
         kernel_fallbacks: why kernels that suit some work were not used for it in this process.
     """
 
@@ -145,6 +147,7 @@ class RunStats:
     dispatches: int
     format: str
     kernels: dict[str, float] | None
+    dense_kernels: dict[str, str]
     kernel_fallbacks: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:

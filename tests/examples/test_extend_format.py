@@ -1,6 +1,5 @@
 """A format from outside of the package goes end to end: every policy has the bits of everything resident."""
 
-import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +58,7 @@ def run(model, config):
     return result.token_ids, result.stats, logits
 
 
-POLICIES = ["on-demand", "lru", "host-only", "fiddler", "presched", "auto"]
+POLICIES = ["lru", "host-only", "presched", "auto"]
 
 
 @pytest.mark.usefixtures("quick_compiles")
@@ -69,6 +68,8 @@ def test_every_policy_has_the_bits_of_everything_resident_and_is_near_the_plain_
     assert bank.dtype == plain.bank.dtype
     tokens, stats, everything = run(packed, OffloadConfig(profile=PROFILE))
     assert (stats.format, stats.policy, stats.kernels) == ("float8_e4m3", "resident", {"xla": 1})
+    # On a CPU attention and sums go by our own loops all the same; D is no multiple of what products take.
+    assert stats.dense_kernels["attention"] in ("loops", "xla")
     for policy in POLICIES:
         budget = 0 if policy == "host-only" else 10 * bank.expert_bytes
         config = OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)
@@ -119,7 +120,7 @@ def test_what_it_packs_it_unpacks(example):
 
 
 def test_a_checkpoint_is_loaded_into_it_and_saved_unpacked(example, tmp_path):
-    decoder = random_decoder(replace(random_model().config, num_layers=1, num_experts=2))
+    decoder = random_decoder(replace(random_model().config, num_layers=1, num_experts=2, qk_norm="all"))
     save(decoder, tmp_path / "plain")
     loaded = load(tmp_path / "plain", format="float8_e4m3")
     converted = Model.from_decoder(decoder).with_format(example.FLOAT8)
@@ -154,7 +155,6 @@ def test_another_one_of_its_name_is_refused(example):
         format_named("float9")
 
 
-def test_the_example_runs(example, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["format.py"])
-    runpy.run_path(str(EXTEND / "format.py"), run_name="__main__")
+def test_the_example_runs(example, capsys):
+    example.main()
     assert "format float8_e4m3, kernels {'xla': 1" in capsys.readouterr().out

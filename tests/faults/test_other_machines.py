@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -16,9 +17,11 @@ from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.formats import format_named
 from layerscope_jax.kernels import host_kernels, registry
 from layerscope_jax.kernels.host_kernels import AMX, LOOPS, PAIRS, kernel_of
+from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.support import machine, target
 
 ROOT = Path(__file__).parents[2]
+FLOAT32, BFLOAT16 = (np.dtype(jnp.dtype(name)) for name in ("float32", "bfloat16"))
 
 GENERATE = """
 import sys, warnings
@@ -93,6 +96,7 @@ def read_text(self, *others, **named):
 
 platform.system, platform.machine = lambda: "Windows", lambda: "ARM64"
 ctypes.CDLL = refuse
+jax.ffi.include_dir = lambda: "/nowhere"
 pathlib.Path.read_text = read_text
 for name in ("sysconf", "sched_getaffinity"):
     if hasattr(os, name):
@@ -102,12 +106,21 @@ for name in ("sysconf", "sched_getaffinity"):
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_on_other_systems_it_computes_layer_by_layer():
-    """Where there are no semaphores of Linux, no /proc, no sysconf: what of that can be made up."""
+    """Without semaphores of Linux, /proc, sysconf, XLA's header: what of that can be made up."""
     before = ELSEWHERE + "from layerscope_jax.support import machine\n"
     before += "machine.describe(jax.devices()[0]), machine.free_bytes(), machine.cpu_name()\n"
-    ((tokens, _),), said = generated(["float32"], before=before)
+    ((tokens, kernels),), said = generated(["float32"], before=before)
     assert said == []
+    assert kernels == {"loops": 1, "xla": 0}  # which numba compiles anywhere; programs do not call them there
     assert tokens == expected("float32", OffloadConfig())
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Windows", "FreeBSD"])
+def test_what_only_linux_has_is_asked_of_linux_alone(monkeypatch, system):
+    """Semaphores within an array, and leave to use the tiles of AMX."""
+    monkeypatch.setattr(platform, "system", lambda: system)
+    assert not Inside.is_possible(FLOAT32)
+    assert not host_kernels.amx.available.__wrapped__()
 
 
 def test_memory_that_is_not_told_is_not_known(monkeypatch):
@@ -115,9 +128,6 @@ def test_memory_that_is_not_told_is_not_known(monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: (_ for _ in ()).throw(ValueError("unrecognized name")))
     assert machine.memory_bytes() is None
     assert machine.free_bytes() == machine.UNKNOWN_BYTES // 2
-
-
-FLOAT32, BFLOAT16 = (np.dtype(jnp.dtype(name)) for name in ("float32", "bfloat16"))
 
 
 def kernel_for(dtype, *sizes):
