@@ -19,6 +19,7 @@ from layerscope_jax.offload.executors import HostExperts, SharedExperts, device_
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts, counted_rows
+from layerscope_jax.runtime.deciding import decide
 from layerscope_jax.runtime.programs import Between, programs
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.runtime.statistics import Meter
@@ -29,8 +30,6 @@ from layerscope_jax.scheduling.plan import (
     Observation,
     Phase,
     Policy,
-    ask,
-    check_plan,
 )
 from layerscope_jax.support.devices import finish_all
 from layerscope_jax.support.errors import TransferError
@@ -262,14 +261,11 @@ class LayerByLayer:
         if self._awaits_link is not None and self._awaits_link(self.state, seen):
             self.transfers.rest()
             self._absorb()
-        state, plan = ask(self.policy, self.state, seen)
-        check_plan(plan, seen, residency.slots, self.model.bank, self.policy.name)
-        self.state = state
+        self.state, plan = decide(
+            self.policy, self.state, seen, residency, self.model.bank, self.meter, self.record
+        )
         if self.decoded is not None and phase == "decode":
             self.decoded.append(rows.demand)
-        self.meter.count(seen, residency.idle_prefetches)
-        if self.record is not None:
-            self.record(plan)
         self.transfers.submit(residency.follow(plan, self.transfers.drop), plan.prefetch)
         return seen, plan
 

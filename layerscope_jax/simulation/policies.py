@@ -32,14 +32,16 @@ def workloads(routing: Routing, batch: int, predictor: str) -> tuple[Workload, W
     requests = range(batch)
     counts, forecasts = routing.batch(requests, predictor)
     tokens = int(routing.prefill_lengths[:batch].sum())
+    # An engine without a predictor sees no forecast, rather than one of nothing.
+    named = None if predictor == "none" else predictor
     return (
-        Workload(phase="prefill", tokens=tokens, counts=routing.prefill(requests)[None]),
+        Workload(phase="prefill", tokens=tokens, counts=routing.prefill(requests)[None], predictor=named),
         Workload(
             phase="decode",
             tokens=batch,
             counts=counts,
-            # An engine without a predictor sees no forecast, rather than one of nothing.
-            forecasts=None if predictor == "none" else forecasts,
+            forecasts=None if named is None else forecasts,
+            predictor=named,
         ),
     )
 
@@ -49,7 +51,7 @@ def run(
 ) -> list[Simulated]:
     """One of `SIMULATED` over workloads, from an empty device; forecasts are for those that use them."""
     if policy not in FORECASTING:
-        workloads = [replace(part, forecasts=None) for part in workloads]
+        workloads = [replace(part, forecasts=None, predictor=None) for part in workloads]
     made = Oracle([part.counts for part in workloads]) if policy == Oracle.name else POLICIES[policy]()
     return simulate(made, workloads, geometry, costs)
 

@@ -9,6 +9,8 @@ from typing import Any, get_args
 import numpy as np
 
 from layerscope_jax.offload.residency import Residency
+from layerscope_jax.runtime.deciding import decide
+from layerscope_jax.runtime.outcome import Outcome, busy, counted
 from layerscope_jax.runtime.statistics import Meter
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import (
@@ -18,8 +20,6 @@ from layerscope_jax.scheduling.plan import (
     Observation,
     Phase,
     Policy,
-    ask,
-    check_plan,
 )
 from layerscope_jax.simulation.contention import side_by_side
 from layerscope_jax.simulation.virtual_link import CHUNKS, Link
@@ -38,48 +38,31 @@ class Workload:
         counts: [S, L, E] tokens routed to each expert.
         forecasts: [S, L, W, E] tokens expected of the W layers after each, or None; see
             `layerscope_jax.scheduling.plan.Observation`.
+        predictor: whose forecasts they are, for reports.
     """
 
     phase: Phase
     tokens: int
     counts: np.ndarray
     forecasts: np.ndarray | None = None
+    predictor: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Simulated:
-    """What a run came to; times in milliseconds of the virtual clock.
+class Simulated(Outcome):
+    """What a workload came to on the virtual clock.
 
     Attributes:
-        policy: its name.
-        step_ms: of each step.
-        device_share, host_share, link_share: busy time of each by all time.
-        hit_rate, token_hit_rate: as in `layerscope_jax.runtime.statistics.RunStats`.
-        bytes_demand, bytes_prefetch, bytes_wasted: over the link; prefetched and never used.
-        forecast_recall, prefetch_on_time: as there.
-        peak_bytes: most of the budget in use at any time.
+        phase: of all its steps; of the times to first and per output token, the other one's is 0.
+        step_ms: milliseconds of each step.
     """
 
-    policy: str
+    phase: Phase
     step_ms: tuple[float, ...]
-    device_share: float
-    host_share: float
-    link_share: float
-    hit_rate: float
-    token_hit_rate: float
-    bytes_demand: int
-    bytes_prefetch: int
-    bytes_wasted: int
-    forecast_recall: float | None
-    prefetch_on_time: float | None
-    peak_bytes: int
-
-    @property
-    def bytes_moved(self) -> int:
-        return self.bytes_demand + self.bytes_prefetch
 
     @property
     def total_ms(self) -> float:
+        """Milliseconds of all steps."""
         return sum(self.step_ms)
 
 
@@ -178,11 +161,7 @@ class _Run:
         record: Callable[[LayerPlan], None] | None,
     ):
         self.policy, self.geometry, self.costs, self.record = policy, geometry, costs, record
-        self.known = {
-            ExpertId(layer, expert)
-            for layer in range(geometry.num_layers)
-            for expert in range(geometry.num_experts)
-        }
+        self.known = set(geometry.every_expert())
         self.state: Any = policy.init(geometry, costs)
         self.link = Link(costs.transfer_ms)
         self.books = Residency(geometry.slots * geometry.expert_bytes, geometry.expert_bytes)
@@ -226,7 +205,7 @@ class _Run:
                 self.layer(seen, other_ms)
             self.steps += 1
             ends.append(self.now)
-        return self.result(ends)
+        return self.result(workload, ends)
 
     def layer(self, seen: Observation, other_ms: float) -> None:
         """One layer, as `layerscope_jax.runtime.layerwise.LayerByLayer` runs it."""
@@ -274,12 +253,7 @@ class _Run:
             self.now = link.rest(self.now)
             self._absorb(self.now)  # `seen` looks at the books
         now = self.now
-        state, plan = ask(self.policy, self.state, seen)
-        check_plan(plan, seen, books.slots, self.known, self.policy.name)
-        self.state = state
-        self.meter.count(seen, books.idle_prefetches)
-        if self.record is not None:
-            self.record(plan)
+        self.state, plan = decide(self.policy, self.state, seen, books, self.known, self.meter, self.record)
         demanded = books.follow(plan, lambda stale: link.drop(stale, now))
         if self.costs.alone is not None:
             link.pace((self.costs if plan.host else self.costs.alone).transfer_ms, now)
@@ -290,27 +264,30 @@ class _Run:
         for expert in self.link.arrivals(now):
             self.books.arrive(expert, NO_WEIGHTS)
 
-    def result(self, ends: Sequence[float]) -> Simulated:
+    def result(self, workload: Workload, ends: Sequence[float]) -> Simulated:
+        """What a workload came to, whose steps lie between `ends`."""
         self._absorb(self.now)  # what the link began during the last layer is this workload's
-        meter, chunk_bytes = self.meter, self.geometry.expert_bytes / CHUNKS
-        used = meter.on_time + meter.late
-        total = ends[-1] - ends[0]
-
-        def share(busy_ms: float) -> float:
-            return min(1.0, busy_ms / total) if total else 0.0  # sums are rounded
-
+        geometry, link = self.geometry, self.link
+        chunk_bytes = geometry.expert_bytes / CHUNKS
+        step_ms = tuple(np.diff(ends).tolist())
+        mean_s = 1e-3 * sum(step_ms) / len(step_ms) if step_ms else 0.0
+        busy_ms = {"device": self.device_ms, "host": self.host_ms, "link": link.busy_ms(self.now)}
         return Simulated(
             policy=self.policy.name,
-            step_ms=tuple(np.diff(ends).tolist()),
-            device_share=share(self.device_ms),
-            host_share=share(self.host_ms),
-            link_share=share(self.link.busy_ms(self.now)),
-            hit_rate=meter.expert_hits / meter.experts if meter.experts else 1.0,
-            token_hit_rate=meter.token_hits / meter.tokens if meter.tokens else 1.0,
-            bytes_demand=round(self.link.demanded * chunk_bytes),
-            bytes_prefetch=round(self.link.prefetched * chunk_bytes),
-            bytes_wasted=self.books.unused_prefetch_bytes(),
-            forecast_recall=meter.foreseen / meter.foreseeable if meter.foreseeable else None,
-            prefetch_on_time=meter.on_time / used if used else None,
-            peak_bytes=self.books.peak_bytes,
+            predictor=workload.predictor,
+            phase=workload.phase,
+            budget_bytes=geometry.slots * geometry.expert_bytes,
+            peak_expert_bytes=self.books.peak_bytes,
+            step_ms=step_ms,
+            total_s=1e-3 * (ends[-1] - ends[0]),
+            ttft_s=mean_s if workload.phase == "prefill" else 0.0,
+            tpot_s=mean_s if workload.phase == "decode" else 0.0,
+            **busy(ends[-1] - ends[0], **busy_ms),
+            **counted(
+                self.meter,
+                demand_bytes=round(link.demanded * chunk_bytes),
+                prefetch_bytes=round(link.prefetched * chunk_bytes),
+                wasted_bytes=self.books.unused_prefetch_bytes(),
+            ),
+            share_of_bound=None,
         )
