@@ -13,7 +13,7 @@ from layerscope_jax import (
     LayerPlan,
     TimeTable,
 )
-from layerscope_jax.simulation.simulator import Workload, hottest, simulate
+from layerscope_jax.simulation.simulator import Workload, simulate
 
 # An expert takes 4 ms on the host, 1 ms on the device and 3 ms to get there; a layer 0.5 ms in any case.
 COSTS = HardwareProfile(
@@ -229,8 +229,3 @@ def test_residents_that_do_not_fit_are_refused(resident):
 def test_a_plan_that_is_none_is_refused(plan):
     with pytest.raises(ValueError, match="plan for step 0, layer 0"):
         run([plan], [[[1, 0, 0, 0]]])
-
-
-def test_the_hottest_experts():
-    assert hottest(np.array([[0, 2, 2], [5, 0, 2]]), 3) == [ExpertId(1, 0), ExpertId(0, 1), ExpertId(0, 2)]
-    assert hottest(np.ones((1, 2)), 9) == [ExpertId(0, 0), ExpertId(0, 1)]
