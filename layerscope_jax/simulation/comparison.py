@@ -26,7 +26,7 @@ from layerscope_jax.simulation.simulator import Simulated, Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Outcome):
-    """What one policy came to in one phase of one batch. Bytes are of all steps together.
+    """Outcome of one policy in one phase of one batch. Bytes are of all steps together.
 
     The share of the bound is that of this phase's steps; 1 if the bound is reached.
 
@@ -35,9 +35,8 @@ class Row(Outcome):
         batch: requests.
         phase: "prefill", of all prompts in one step that begins with an empty device, or "decode" after it.
         steps: S.
-        bound_s: what no policy could take less than for a step, in decode whatever was resident at its
-            beginning.
-        ratio_to_presched: time of a step by that of policy "presched"; None if that was not simulated.
+        bound_s: least time of a step under any policy, in decode whatever was resident at its beginning.
+        ratio_to_presched: time of a step divided by that under "presched"; None if that was not simulated.
         belady_hit_rate: highest hit rate within the budget if nothing is copied before it is asked for.
     """
 
@@ -63,8 +62,9 @@ class Comparison:
         profile: its name.
         source: where its costs come from.
         routing: name or file of the recorded routing.
-        budget_experts, all_experts: that the device has room for; that there are.
-        expert_bytes: of one.
+        budget_experts: how many experts the device has room for.
+        all_experts: how many there are.
+        expert_bytes: bytes of one expert.
         refused: policy -> why it does not run within this budget.
         rows: by batch, then by policy, prefill before decode.
     """
@@ -94,8 +94,8 @@ def simulate_profile(
 ) -> Comparison:
     """Runs recorded routing under policies on the machine of a profile, on a virtual clock.
 
-    Each policy prefills the prompts of a batch, in one step that begins with an empty device, and goes on
-    with the decode steps and what is resident by then. A batch is the first requests of the routing.
+    Each policy prefills the prompts of a batch in one step, from an empty device, then runs the decode steps
+    with what is resident by then. A batch consists of the first requests of the routing.
 
     Args:
         profile: what `layerscope calibrate` measured, or the name of a shipped one.
@@ -111,10 +111,10 @@ def simulate_profile(
         ValueError: for what is not known or out of range, saying what there is; if the routing is of another
             shape than the profile's model.
 
-    >>> found = simulate_profile("mixtral-8x7b", batches=[4], policies=["presched", "lru"])
-    >>> [(row.policy, row.predictor, row.phase, row.steps) for row in found.rows][1:3]
+    >>> comparison = simulate_profile("mixtral-8x7b", batches=[4], policies=["presched", "lru"])
+    >>> [(row.policy, row.predictor, row.phase, row.steps) for row in comparison.rows][1:3]
     [('presched', 'llapor', 'decode', 16), ('lru', None, 'prefill', 1)]
-    >>> found.budget_experts, all(row.share_of_bound <= 1 for row in found.rows)
+    >>> comparison.budget_experts, all(row.share_of_bound <= 1 for row in comparison.rows)
     (62, True)
     """
     if not isinstance(profile, MachineProfile):
@@ -193,9 +193,9 @@ def _sizes(model: RoutedExperts) -> str:
 
 
 def _limits(workload: Workload, geometry: Geometry, costs: HardwareProfile) -> tuple[float, float]:
-    """Milliseconds of a step, and the hit rate, that no policy can better.
+    """Least time of a step (ms) and highest hit rate of any policy.
 
-    What is resident when decode begins is the policy's own doing: it may be the best there is.
+    What is resident when decode begins is up to the policy, so the best is assumed.
     """
     counts, decode = workload.counts, workload.phase == "decode"
     bound = lower_bound_ms(counts, workload.tokens, geometry, costs, resident=None if decode else ())
