@@ -68,7 +68,11 @@ class Device:
 
 def geometry(slots, num_layers=3, num_experts=6):
     return Geometry(
-        num_layers=num_layers, num_experts=num_experts, experts_per_token=2, expert_bytes=1000, slots=slots
+        num_layers=num_layers,
+        num_experts=num_experts,
+        experts_per_token=min(2, num_experts),
+        expert_bytes=1000,
+        slots=slots,
     )
 
 

@@ -41,8 +41,8 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(f"\nDecode, batch {batch}, {rows[0].steps} steps; hit rates at {budget}\n")
         console.print(decode_table(rows))
         console.print(
-            f"No policy takes less than {rows[0].bound_ms:.4g} ms a step. Without copying ahead none has a "
-            f"hit rate over {rows[0].belady_hit_rate:.1%}."
+            f"No policy takes less than {1e3 * rows[0].bound_s:.4g} ms a step. "
+            f"Without copying ahead none has a hit rate over {rows[0].belady_hit_rate:.1%}."
         )
     if batches:
         console.print("\nPrefill of the batch's prompts, from an empty device\n")
@@ -57,10 +57,10 @@ def show(comparison: Comparison, console: Console) -> None:
 def decode_table(rows: Sequence[Row]) -> Table:
     """Returns the table of decode steps, a line for each policy, the fastest first."""
     table = _table(("policy", *DECODE))
-    for row in sorted(rows, key=lambda row: row.step_ms):
+    for row in sorted(rows, key=lambda row: row.step_s):
         table.add_row(
             row.policy,
-            f"{row.step_ms:.1f}",
+            f"{1e3 * row.step_s:.1f}",
             percent(row.share_of_bound, 1),
             times(row.ratio_to_presched),
             percent(row.hit_rate),
@@ -81,8 +81,8 @@ def prefill_table(rows: Sequence[Row]) -> Table:
     table = _table(
         ("policy", *(heading for batch in batches for heading in (f"batch {batch}\nms", "of\nbound")))
     )
-    for policy, cells_of in sorted(by_policy.items(), key=lambda item: item[1][0].step_ms):
-        cells = ((f"{row.step_ms:.0f}", percent(row.share_of_bound, 1)) for row in cells_of)
+    for policy, cells_of in sorted(by_policy.items(), key=lambda item: item[1][0].step_s):
+        cells = ((f"{1e3 * row.step_s:.0f}", percent(row.share_of_bound, 1)) for row in cells_of)
         table.add_row(policy, *(cell for pair in cells for cell in pair))
     return table
 

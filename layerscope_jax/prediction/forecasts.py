@@ -1,4 +1,4 @@
-"""What an engine does with a predictor: binds it, sums its probabilities, tells the next layers' demand."""
+"""A predictor at work in an engine: bound to the model, its probabilities summed to expected tokens."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ class Forecasts:
     """A predictor at work for one engine.
 
     Args:
-        predictor: what forecasts; None for nobody.
-        model: whose experts.
+        predictor: whose forecasts are used; None for no forecasts.
+        model: whose experts are predicted.
         geometry: of the model.
 
     Raises:
-        ValueError: if the predictor was made for another model, or gives no forecasts of this one's experts.
+        ValueError: if the predictor was made for another model, or its output is of another shape than this
+            model's.
 
     Attributes:
-        in_layer: the predictor, if it runs inside the layer's jitted part; without its weights, if it can be.
-        kept_bytes: what it keeps on the device, beside what is there without it.
+        in_layer: the predictor (or its `architecture`) if it runs inside the layer's jitted part.
+        kept_bytes: device memory that it keeps, apart from the model's own arrays.
     """
 
     def __init__(self, predictor: Predictor | History | None, model: Model, geometry: Geometry):
@@ -65,10 +66,10 @@ class Forecasts:
             self._state = self._history.init(geometry)
 
     def beside(self, budget_bytes: int) -> int:
-        """Bytes of a device budget that are left to experts.
+        """Bytes of a device budget that are left for experts.
 
         Raises:
-            ValueError: if the predictor takes more than all of it.
+            ValueError: if the predictor needs more than the budget.
         """
         if self.kept_bytes > budget_bytes:
             raise ValueError(
@@ -79,10 +80,10 @@ class Forecasts:
         return budget_bytes - self.kept_bytes
 
     def explained(self, budget_bytes: int, init: Callable[[], Any]) -> Any:
-        """What `init` of a policy gives; if it refuses the budget, with what the predictor takes of that.
+        """Calls `init` of a policy; adds the predictor's share of the budget to its refusal.
 
         Raises:
-            ValueError: if it does.
+            ValueError: if the policy refuses the budget.
         """
         try:
             return init()
@@ -95,26 +96,26 @@ class Forecasts:
             ) from error
 
     def check(self) -> None:
-        """Warns, once, if a predictor that learns has failed: its forecasts go on as they were."""
+        """Warns, once, if learning has failed: the forecasts go on as they were."""
         failure = self._learner.check()
         if failure is not None:
             warnings.warn(f"predictor {self.name!r}: {failure}", RuntimeWarning, stacklevel=4)
 
     def close(self) -> None:
-        """Ends what learns along; raises what it failed with, if nobody was told."""
+        """Ends the learner; raises its failure, if no warning was given before."""
         learner, self._learner = self._learner, Learner(self._learner.params)  # which closes only once
         learner.close()
 
     def inputs(self, layer: int) -> tuple[Any, jax.Array | None]:
-        """What a layer's jitted part takes for the forecast: its parameters and its number, on the device."""
+        """Inputs of the forecast in a layer's jitted part: its parameters and its number, on the device."""
         return self._learner.params[layer], self._numbers[layer]
 
     def read(self, layer: int, expected: np.ndarray | None, tokens: int) -> Forecast:
-        """The forecast of the layers after `layer`.
+        """Forecast of the layers after `layer`.
 
         Args:
             layer: the layer that is about to be planned.
-            expected: [W, E] as the jitted part gave it, if it gave any.
+            expected: [W, E] from the jitted part, if the predictor runs there.
             tokens: (token, choice) pairs of this layer.
         """
         if expected is not None:
@@ -131,14 +132,14 @@ class Forecasts:
         weights: jax.Array,
         active: np.ndarray,
     ) -> None:
-        """Shows the predictor what became of a layer, if it wants to know."""
+        """Passes a layer's routing on to a predictor that learns or remembers."""
         if self._history is not None:
             self._state = self._history.update(self._state, seen)
         if self._learner.learns:
             self._learner.observe(seen.layer, inputs, experts, weights, active, seen.phase)
 
     def _sane(self, expected: Forecast, tokens: int) -> Forecast:
-        """What is no number of tokens counts as none, and more than there are as all.
+        """Forecast of a predictor as lists, with every number clipped to those that tokens can have.
 
         Raises:
             ValueError: if there is not a number for each expert.
@@ -160,7 +161,7 @@ class Forecasts:
 
 
 def kept_bytes(params: Any, model: Model) -> int:
-    """Bytes of what a predictor keeps on the model's device: no arrays of the model's, nor single numbers."""
+    """Bytes that a predictor keeps on the model's device; the model's own arrays and scalars do not count."""
     own = {id(array) for array in jax.tree.leaves(model.dense)}
     return sum(
         {
@@ -175,11 +176,10 @@ def kept_bytes(params: Any, model: Model) -> int:
 
 
 def check_forecasts(predictor: Predictor, name: str, params: Sequence[Any], model: Model) -> None:
-    """Traces a predictor for every layer that differs from the others; nothing is compiled or computed.
+    """Traces a predictor once for each kind of layer parameters; nothing is compiled or computed.
 
     Raises:
-        ValueError: if it does not give probabilities [W, T, E], or has not as many parameters as there are
-            layers.
+        ValueError: if its output is not probabilities [W, T, E], or it has not one set of parameters a layer.
     """
     config, tokens = model.config, 3
     ahead = predictor.look_ahead

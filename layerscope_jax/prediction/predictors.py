@@ -1,4 +1,4 @@
-"""Forecasts of the coming layers' experts: what a predictor is, and those that need no training."""
+"""Forecasts of the coming layers' experts: the protocol of predictors, and the one that reads routers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 
 class Predictor(Protocol):
-    """Says, within the jitted part of a layer, which experts each token will choose in the next W layers.
+    """Forecasts, in the jitted part of a layer, which experts each token will choose in the next W layers.
 
     Past the last layer the look-ahead goes on into the first layers of the next step. Forecasts decide when
-    things move, never what is computed: a wrong one costs time alone.
+    experts are moved, never what is computed: a wrong forecast costs time only.
 
-    It is hashable: engines with equal predictors share compiled programs, which are kept for the next engine
-    and the predictor with them. So one with weights should say what is equal. A class derived from
-    `PredictorBase` can say more: what stands for it in programs, and who is shown what became of each layer.
+    A predictor is hashable: engines with equal predictors share compiled programs, and these are kept for
+    the next engine together with the predictor. A predictor with weights therefore defines equality itself.
+    A class derived from `PredictorBase` can do more: name what stands for it in programs, and learn from the
+    routing of each layer.
 
     Attributes:
-        name: as in statistics and tables.
+        name: in statistics and tables.
         look_ahead: W.
     """
 
@@ -41,9 +42,9 @@ class Predictor(Protocol):
     def __hash__(self) -> int: ...
 
     def bind(self, model: Model) -> Sequence[Any]:
-        """What each layer of `model` is forecast with: a pytree of arrays on the device for each.
+        """Parameters of the forecast in each layer of `model`: a pytree of arrays on the device for each.
 
-        What they take there, but for the model's own arrays, is taken off the device budget.
+        The device memory they take, apart from the model's own arrays, is taken off the device budget.
 
         Raises:
             ValueError: if the predictor was made for another model, with what differs.
@@ -53,33 +54,33 @@ class Predictor(Protocol):
         """Probabilities [W, T, E] that a token chooses an expert; pure and jittable.
 
         Args:
-            params: the layer's, as `bind` gave them.
-            inputs: [T, D] what this layer's router read.
-            experts, weights: [T, K] what it chose.
+            params: of the layer, from `bind`.
+            inputs: [T, D] input of this layer's router.
+            experts, weights: [T, K] its choice.
         """
 
 
 @dataclass(frozen=True)
 class NextGate(PredictorBase):
-    """The routers of the next layers, read on this layer's hidden state (Fate, arXiv 2502.12224, and others).
+    """The next layers' routers, applied to this layer's hidden state (Fate, arXiv 2502.12224, and others).
 
-    The hidden state is taken to reach them unchanged; `x / scale_l` is what all their norms scale. Knows
-    nothing of the next step.
+    The hidden state is assumed to reach them unchanged: `x / scale_l` is what each of their norms scales. It
+    has no forecast of the next step.
     """
 
     look_ahead: int = LOOK_AHEAD
     name = "gate"
 
     def bind(self, model: Model) -> list[RoutersAhead]:
-        """Nothing is copied: the arrays are the model's own, but for one number a layer."""
+        """Takes the model's own arrays, without copies; only one number a layer is new."""
         routers = model.routers()
         counts = [jax.device_put(np.int32(count), model.device) for count in range(self.look_ahead + 1)]
-        found = []
+        params = []
         for number, router in enumerate(routers):
             ahead = routers[number + 1 : number + 1 + self.look_ahead]
-            # All layers share a program, so all have as many; what stands in is not looked at.
+            # All layers share a program, so all have W; those that stand in are masked by `known`.
             filled = [*ahead, *[router] * (self.look_ahead - len(ahead))]
-            found.append(
+            params.append(
                 RoutersAhead(
                     own=router.scale,
                     scales=tuple(each.scale for each in filled),
@@ -87,12 +88,12 @@ class NextGate(PredictorBase):
                     known=counts[len(ahead)],
                 )
             )
-        return found
+        return params
 
     def predict(
         self, params: RoutersAhead, inputs: jax.Array, experts: jax.Array, weights: jax.Array
     ) -> jax.Array:
-        """`min(1, K softmax)`, zero where there is no router to ask."""
+        """`min(1, K softmax)`; zero past the last layer."""
         own = params.own.astype(jnp.float32)
         plain = inputs.astype(jnp.float32) / jnp.where(jnp.abs(own) > 1e-6, own, 1.0)[None]
         logits = [
@@ -116,12 +117,12 @@ def router_shares(logits: jax.Array, choices: int) -> jax.Array:
 
 
 class RoutersAhead(NamedTuple):
-    """What `NextGate` forecasts with in one layer.
+    """Parameters of `NextGate` in one layer.
 
     Attributes:
         own: [D] scale of the norm before the layer's own router.
         scales, weights: W of [D] and [D, E], of the next layers.
-        known: [] how many of them there are; the rest stand in.
+        known: [] how many next layers there are; the rest of the W only stand in.
     """
 
     own: jax.Array
@@ -131,7 +132,7 @@ class RoutersAhead(NamedTuple):
 
 
 def routers_ahead(weight: np.ndarray, scale: np.ndarray, layer: int, look_ahead: int) -> np.ndarray:
-    """[W, D, E] what the routers of the next W layers make of one layer's normed hidden state.
+    """[W, D, E] routers of the next W layers, to be applied to one layer's normed hidden state.
 
     Zeros past the last layer.
 
@@ -142,11 +143,11 @@ def routers_ahead(weight: np.ndarray, scale: np.ndarray, layer: int, look_ahead:
         look_ahead: W.
     """
     layers, width, experts = weight.shape
-    found = np.zeros((look_ahead, width, experts), np.float32)
+    routers = np.zeros((look_ahead, width, experts), np.float32)
     own = np.where(np.abs(scale[layer]) > 1e-6, scale[layer], 1.0)
     for step, target in enumerate(range(layer + 1, min(layer + 1 + look_ahead, layers))):
-        found[step] = (scale[target] / own)[:, None] * weight[target]
-    return found
+        routers[step] = (scale[target] / own)[:, None] * weight[target]
+    return routers
 
 
 PREDICTORS: dict[str, Any] = {kind.name: kind for kind in (NextGate, PreviousToken, Popularity)}
@@ -154,10 +155,10 @@ PREDICTORS: dict[str, Any] = {kind.name: kind for kind in (NextGate, PreviousTok
 
 
 def make_predictor(predictor: str | Predictor | History) -> Predictor | History:
-    """A predictor from its name, or the object itself.
+    """Makes the predictor of a name; returns an object as it is.
 
     Raises:
-        ValueError: with the names there are, or with what is missing.
+        ValueError: if there is no predictor of that name, or the object lacks a method of predictors.
     """
     if isinstance(predictor, str):
         if predictor not in PREDICTORS:

@@ -22,7 +22,7 @@ from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.runtime.computing import ARRIVALS
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.scheduling.baselines import HostOnly
-from layerscope_jax.scheduling.plan import ExpertId, Geometry
+from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.errors import TransferError
 
 Job = Callable[[int], float | None]
@@ -146,15 +146,8 @@ class Jobs:
         """
         model, config = self.model, self.model.config
         slots = Residency(0, model.bank.expert_bytes)
-        geometry = Geometry(
-            num_layers=config.num_moe_layers,
-            num_experts=config.num_experts,
-            experts_per_token=config.experts_per_token,
-            expert_bytes=slots.expert_bytes,
-            slots=0,
-        )
         link: Any = NoCopies(self._transfers.sharding)
-        forecasts = Forecasts(predictor, model, geometry)
+        forecasts = Forecasts(predictor, model, model.geometry(0))
         runner = LayerByLayer(model, HostOnly(), None, slots, link, self._host, forecasts)
         random = np.random.default_rng(0)
         tokens = random.integers(0, config.vocab_size, (rows, length)).astype(np.int32)

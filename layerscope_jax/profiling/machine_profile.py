@@ -1,4 +1,4 @@
-"""A profile: what computing and moving the experts of one model costs on one machine, as a JSON file."""
+"""A profile: times to compute and to move the experts of one model on one machine, as a JSON file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DECISIVE = ("cpu", "cores", "device")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape(RoutedExperts):
-    """What the costs of a model's experts depend on.
+    """Sizes that the costs of a model's experts depend on.
 
     Attributes:
         hidden_size, moe_intermediate_size: D, F.
@@ -76,20 +76,20 @@ class ModelShape(RoutedExperts):
 
 @dataclass(frozen=True, kw_only=True)
 class MachineProfile:
-    """Costs of a model on a machine, with what they are of and where they come from.
+    """Costs of a model on a machine, with the model, the machine and where the figures come from.
 
     Measured by `layerscope calibrate`, or published with a paper and shipped (`names`).
 
     Attributes:
-        name: of a shipped profile; of a measured one, the model's.
-        costs: what plans are made by: times measured while the rest of the machine was busy too.
-        model: whose experts.
+        name: name of a shipped profile, or of the model that was measured.
+        costs: times that plans are made by, measured while the rest of the machine was busy too.
+        model: sizes of the model whose experts they are of.
         machine: cpu, cores, device, memory_bytes; None where it is not known.
-        versions: of what computed.
-        slots: experts that a device of this machine has room for; None if it was not said.
+        versions: versions of the software that computed.
+        slots: experts that the device has room for; None if that was not given.
         routing: name of the recorded routing that this model is simulated with, if there is one.
         emulated_link_bandwidth: bytes a second that copies were paced to, or None.
-        details: what else was measured: each part alone, by size, by context. For readers.
+        details: other measurements, for readers: each part alone, by size, by context.
 
     >>> profile = MachineProfile.load("mixtral-8x7b")
     >>> profile.costs.transfer_ms, MachineProfile.load("mixtral-8x7b@pcie4-x16").costs.transfer_ms
@@ -146,31 +146,31 @@ class MachineProfile:
                 f"expected a profile of format {FORMAT}, got {str(got)[:40]}; calibrate again (format 1 had "
                 "other names for the model's sizes)"
             )
-        found = Fields(record)
-        costs, where = found.of("costs", dict) or {}, found.of("machine", dict) or {}
-        found.only((*HEAD, "costs", "details"))
-        found.only(MACHINE, where, "machine.")
-        found.only((*COSTS, "alone"), costs, "costs.")
+        fields = Fields(record)
+        costs, where = fields.of("costs", dict) or {}, fields.of("machine", dict) or {}
+        fields.only((*HEAD, "costs", "details"))
+        fields.only(MACHINE, where, "machine.")
+        fields.only((*COSTS, "alone"), costs, "costs.")
         profile: dict[str, Any] = dict(
-            name=found.of("name", str),
-            model=found.check(of_record, ModelShape, record.get("model"), "model"),
-            machine={name: found.of(name, kind, where, "machine.", True) for name, kind in MACHINE.items()},
-            versions=found.of("versions", dict),
-            slots=found.of("slots", int, optional=True),
-            routing=found.of("routing", str, optional=True),
-            emulated_link_bandwidth=found.of("emulated_link_bandwidth", int, optional=True),
-            details=found.of("details", dict),
+            name=fields.of("name", str),
+            model=fields.check(of_record, ModelShape, record.get("model"), "model"),
+            machine={name: fields.of(name, kind, where, "machine.", True) for name, kind in MACHINE.items()},
+            versions=fields.of("versions", dict),
+            slots=fields.of("slots", int, optional=True),
+            routing=fields.of("routing", str, optional=True),
+            emulated_link_bandwidth=fields.of("emulated_link_bandwidth", int, optional=True),
+            details=fields.of("details", dict),
         )
         if profile["model"] is not None:
-            found.check(format_named, profile["model"].dtype, of="model")
-        source = found.of("source", str)
-        times = read_times(found, costs, "costs.")
+            fields.check(format_named, profile["model"].dtype, of="model")
+        source = fields.of("source", str)
+        times = read_times(fields, costs, "costs.")
         alone = None
         if "alone" in costs:
-            parts = found.of("alone", dict, costs, "costs.") or {}
-            found.only(COSTS, parts, "costs.alone.")
-            alone = read_times(found, parts, "costs.alone.")
-        found.raise_any(remedy="calibrate again or correct the file")
+            parts = fields.of("alone", dict, costs, "costs.") or {}
+            fields.only(COSTS, parts, "costs.alone.")
+            alone = read_times(fields, parts, "costs.alone.")
+        fields.raise_any(remedy="calibrate again or correct the file")
         if alone is not None:
             times["alone"] = HardwareProfile(**alone, source=source)
         return cls(**profile, costs=HardwareProfile(**times, source=source))
@@ -200,7 +200,7 @@ class MachineProfile:
         write_file(Path(path), readable(self.to_json()) + "\n")
 
     def check(self, model: Model, emulated_link_bandwidth: int | None = None) -> None:
-        """Refuses to speak for another machine or another model.
+        """Refuses another machine or another model than this profile's.
 
         Args:
             model: that is to be run, on the device that it is to be run on.
@@ -236,7 +236,7 @@ class MachineProfile:
         return self.model.geometry(slots)
 
     def _over(self, link: str) -> MachineProfile:
-        """The same over another link, which is assumed to change the time of a transfer alone."""
+        """This profile over another link, which is assumed to change the time of a transfer only."""
         factor = LINKS[link]
         source = f"{self.costs.source}; derived for {link}: transfer_ms x {factor:g} from PCIe 3 x16"
         costs = replace(self.costs, transfer_ms=self.costs.transfer_ms * factor, source=source)
@@ -249,8 +249,8 @@ def names() -> list[str]:
     >>> names()[-4:]
     ['qwen3-30b-a3b', 'qwen3-30b-a3b@pcie3-x8', 'qwen3-30b-a3b@pcie4-x16', 'qwen3-30b-a3b@pcie5-x16']
     """
-    found = sorted(file.stem for file in PUBLISHED.glob("*.json"))
-    return [name + link for name in found for link in ("", *(f"@{link}" for link in LINKS))]
+    published = sorted(file.stem for file in PUBLISHED.glob("*.json"))
+    return [name + link for name in published for link in ("", *(f"@{link}" for link in LINKS))]
 
 
 def costs_of(
@@ -258,10 +258,10 @@ def costs_of(
     model: Model,
     emulated_link_bandwidth: int | None,
 ) -> HardwareProfile | None:
-    """The times in whatever was given for a profile.
+    """The times of a profile, given in any of the forms that a profile may have.
 
     Raises:
-        ValueError: if it can not be read, or is of another machine or model than `model` and where it lies.
+        ValueError: if it cannot be read, or is of another machine or model than `model` and its device.
     """
     if profile is None or isinstance(profile, HardwareProfile):
         return profile
@@ -291,14 +291,14 @@ def costs_json(costs: HardwareProfile) -> dict[str, Any]:
     return record if costs.alone is None else record | {"alone": costs_json(costs.alone)}
 
 
-def read_times(found: Fields, costs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The times of a `HardwareProfile` in `costs`, by name; what is wrong with them is noted in `found`."""
+def read_times(fields: Fields, costs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The times of a `HardwareProfile` in `costs`, by name; what is wrong with them is noted in `fields`."""
     times = {
-        name: found.check(read_table, costs, name, of=prefix + name)
+        name: fields.check(read_table, costs, name, of=prefix + name)
         for name in ("host_ms", "device_ms", "layer_ms", "forecast_ms")
     }
-    transfer_ms = found.of("transfer_ms", float, costs, prefix)
-    start_ms = found.check(read_start, costs, of=f"{prefix}host_start_ms")
+    transfer_ms = fields.of("transfer_ms", float, costs, prefix)
+    start_ms = fields.check(read_start, costs, of=f"{prefix}host_start_ms")
     return times | {"transfer_ms": transfer_ms and float(transfer_ms), "host_start_ms": start_ms}
 
 
@@ -308,10 +308,10 @@ def read_start(costs: Mapping[str, Any]) -> float:
     Raises:
         ValueError: if it is no time.
     """
-    found = costs.get("host_start_ms", 0.0)
-    if not is_time(found):
-        raise ValueError(f"expected a time in 0..{MOST_MS:g} ms, got {str(found)[:40]!r}")
-    return float(found)
+    start_ms = costs.get("host_start_ms", 0.0)
+    if not is_time(start_ms):
+        raise ValueError(f"expected a time in 0..{MOST_MS:g} ms, got {str(start_ms)[:40]!r}")
+    return float(start_ms)
 
 
 def read_table(costs: Mapping[str, Any], name: str) -> TimeTable:

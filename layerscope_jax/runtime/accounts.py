@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from layerscope_jax.kernels.cpu import WorkStats
-from layerscope_jax.kernels.dense import dense_kernels
 from layerscope_jax.kernels.registry import REFERENCE, fallbacks
 from layerscope_jax.offload.link import LinkStats
 from layerscope_jax.offload.residency import Residency
+from layerscope_jax.runtime.outcome import busy, counted
 from layerscope_jax.runtime.runner import RunnerStats
 from layerscope_jax.runtime.statistics import Meter, RunStats, Times
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation
@@ -94,7 +94,6 @@ def run_stats(
     meter, link, host, device = account.meter, account.link, account.host, account.device
     rows, experts = host.rows + device.rows, host.experts + device.experts
     kernels = {name: n / experts for name, n in (host.by_kernel + device.by_kernel).items()}
-    used_prefetches = meter.on_time + meter.late
     known = asdict(runner)
     least_s = known.pop("least_decode_s")
     return RunStats(
@@ -106,26 +105,17 @@ def run_stats(
         ttft_s=float(np.mean(times.first_token_s)) if times.first_token_s else 0.0,
         tpot_s=float(np.mean(times.decode_s)) if times.decode_s else 0.0,
         tokens_per_s=new_tokens / total_s,
-        device_share=meter.device_busy_s / total_s,
-        host_share=host.busy_s / total_s,
-        link_share=link.busy_s / total_s,
-        hit_rate=meter.expert_hits / meter.experts if meter.experts else 1.0,
-        token_hit_rate=meter.token_hits / meter.tokens if meter.tokens else 1.0,
-        bytes_demand=link.demand_bytes,
-        bytes_prefetch=link.prefetch_bytes,
-        bytes_moved=link.demand_bytes + link.prefetch_bytes,
-        bytes_wasted=account.wasted_bytes,
-        forecast_recall=meter.foreseen / meter.foreseeable if meter.foreseeable else None,
-        prefetch_on_time=meter.on_time / used_prefetches if used_prefetches else None,
+        **busy(total_s, device=meter.device_busy_s, host=host.busy_s, link=link.busy_s),
+        **counted(
+            meter,
+            demand_bytes=link.demand_bytes,
+            prefetch_bytes=link.prefetch_bytes,
+            wasted_bytes=account.wasted_bytes,
+        ),
         share_of_bound=None if least_s is None else least_s / sum(times.decode_s),
         padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
         dispatches=host.dispatches + device.dispatches,
         kernels=kernels | {REFERENCE: 1 - sum(kernels.values())} if experts else None,
-        dense_kernels=dense_kernels(
-            runner.model.config.hidden_size,
-            runner.model.bank.dtype,
-            isinstance(runner, LayerByLayer) and runner.table is not None,
-        ),
         kernel_fallbacks=fallbacks(),
         **known,
     )

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Set
 from typing import Any
 
 import numpy as np
 
+from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts
+from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, ask, check_plan
 from layerscope_jax.scheduling.policy import PolicyBase
+
+Enter = Callable[[Observation, LayerPlan, Set[ExpertId]], None]
+"""Counts and records a plan: what the policy saw, what it decided, prefetches not used yet."""
+
+
+def decide(
+    policy: PolicyBase,
+    state: Any,
+    seen: Observation,
+    books: Residency,
+    known: Container[ExpertId],
+    enter: Enter,
+) -> tuple[Any, LayerPlan]:
+    """Asks a policy for one layer's plan, checks and enters it: in the engine and in the simulator.
+
+    Args:
+        policy, state: what decides.
+        seen: what it is shown.
+        books: of the device tier; the plan is not carried out yet.
+        known: the experts of the model.
+        enter: counts and records the plan.
+
+    Returns:
+        The policy's new state, and the plan.
+
+    Raises:
+        ValueError: if the plan is not one (see `check_plan`). What the policy raises passes through.
+    """
+    state, plan = ask(policy, state, seen)
+    check_plan(plan, seen, books.slots, known, policy.name)
+    enter(seen, plan, books.idle_prefetches)
+    return state, plan
 
 
 class Decisions:
@@ -46,12 +80,18 @@ class Decisions:
         return self.policy.wants_forecast(self.state)
 
     def plan(
-        self, step: int, layer: int, phase: Phase, demand: Mapping[int, int], expected: np.ndarray | None
+        self,
+        account: Account,
+        layer: int,
+        phase: Phase,
+        demand: Mapping[int, int],
+        expected: np.ndarray | None,
     ) -> tuple[Observation, LayerPlan]:
         """What the policy saw, and what it says.
 
         Args:
-            step, layer, phase, demand: see `Observation`.
+            account: of the call, in which the plan is entered.
+            layer, phase, demand: see `Observation`.
             expected: [W, E] as the layer's program gave it, if it gave any.
 
         Raises:
@@ -60,7 +100,7 @@ class Decisions:
         tier = self._tier
         tier.absorb()
         seen = Observation(
-            step=step,
+            step=account.steps,
             layer=layer,
             phase=phase,
             demand=demand,
@@ -72,9 +112,7 @@ class Decisions:
         if self.policy.awaits_link(self.state, seen):
             tier.transfers.rest()
             tier.absorb()
-        state, plan = ask(self.policy, self.state, seen)
-        check_plan(plan, seen, tier.residency.slots, self._known, self.policy.name)
-        self.state = state
+        self.state, plan = decide(self.policy, self.state, seen, tier.residency, self._known, account.enter)
         return seen, plan
 
     def end_step(self) -> None:

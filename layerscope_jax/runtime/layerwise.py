@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.kernels.dense import dense_kernels
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.models.decoder import Between
 from layerscope_jax.offload.executors import HostExperts, device_experts
@@ -132,9 +133,7 @@ class LayerByLayer:
         self, layer: int, phase: Phase, rows: Assignments, expected: np.ndarray | None
     ) -> tuple[Observation, LayerPlan]:
         """Asks the policy, counts, and carries out what the plan says of memory and the link."""
-        account = self.account
-        seen, plan = self.decisions.plan(account.steps, layer, phase, rows.demand, expected)
-        account.enter(seen, plan, self.residency.idle_prefetches)
+        seen, plan = self.decisions.plan(self.account, layer, phase, rows.demand, expected)
         self.tier.follow(plan)
         return seen, plan
 
@@ -208,6 +207,9 @@ class LayerByLayer:
             policy=self.policy.name,
             mode=self.mode,
             format=self.model.bank.format.name,
+            dense_kernels=dense_kernels(
+                self.model.config.hidden_size, self.model.bank.dtype, self.dense.table is not None
+            ),
             peak_expert_bytes=account.peak_bytes,
             predictor=self.forecasts.name,
             predictor_bytes=self.forecasts.kept_bytes,

@@ -24,7 +24,7 @@ class RunnerStats:
     """What the statistics of a call say of the runner that it went by; see `RunStats`.
 
     Attributes:
-        policy, mode, format, predictor, ways: as there.
+        policy, mode, format, dense_kernels, predictor, ways: as there.
         peak_expert_bytes, predictor_bytes: as there.
         least_decode_s: least time that the costs allow any policy for the call's decode steps; None if the
             call's account did not ask for it, or no costs are known.
@@ -33,6 +33,7 @@ class RunnerStats:
     policy: str
     mode: str
     format: str
+    dense_kernels: dict[str, str]
     peak_expert_bytes: int
     predictor: str | None = None
     predictor_bytes: int = 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
+from layerscope_jax.runtime.outcome import Outcome
 from layerscope_jax.scheduling.plan import ExpertId, Observation
 
 
@@ -73,39 +73,22 @@ class Times:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunStats:
-    """Statistics of one call.
+class RunStats(Outcome):
+    """Statistics of one call: an `Outcome` by the wall clock, and what only an engine can tell.
 
     Where calls overlap they share steps, and what is counted and timed by steps, layers, experts and bytes is
     that of all, from the call's beginning to its end; prompts, tokens and times to first token are its own.
+    Time to first token is counted from the start of the call, so that waiting for a slot counts. In a decode
+    step each running request gets one token; prefills of newcomers in between are in none. The share of the
+    bound is that of the decode steps.
 
     Attributes:
-        policy: what decided ("resident" where everything fits).
         mode: "whole" (each step one jitted function), "layers" (layer by layer) or "decode" (resident on a
             CPU: decode steps are one jitted function).
-        budget_bytes: device memory allowed for experts and predictor; every hit rate is at this budget.
-        peak_expert_bytes: most ever taken by resident experts and copies on their way.
         predictor_bytes: what the predictor kept on the device, taken off the budget before any expert.
         prompts, prompt_tokens, new_tokens: how much was done.
-        total_s: wall time of the call.
-        ttft_s: time to first token, mean over requests: each from the start of the call, so that waiting for
-            a slot counts.
-        tpot_s: time per output token: mean time of a decode step (each running request gets one token in it);
-            prefills of newcomers in between are not in it.
         tokens_per_s: new tokens by total time.
-        device_share, host_share, link_share: busy time of each by total time.
-        hit_rate: active experts that were resident when their layer was planned, by active experts.
-        token_hit_rate: the same, each expert counted by its tokens.
-        bytes_demand, bytes_prefetch, bytes_moved: sent over the link.
-        bytes_wasted: prefetched and never used.
-        predictor: what forecast, if anything did.
-        forecast_recall: in decode steps, where n experts were active: those of them among the n that were
-            expected most tokens for, one layer before; None without a forecast.
-        prefetch_on_time: prefetched experts that were used and had arrived when their layer was planned, by
-            all that were used; None where none was.
         ways: parts of the layers' turns that policy "auto" ran in each of its ways, by phase; None of others.
-        share_of_bound: least time that the costs allow any policy for the decode steps, by what they took;
-            None if not asked for. See `layerscope_jax.runtime.lower_bound`.
         padding: computed expert rows that were padding, by all computed rows.
         dispatches: calls that computed experts, device and host together.
         format: how experts lie in memory, by its name (`layerscope_jax.formats`).
@@ -117,38 +100,16 @@ class RunStats:
         kernel_fallbacks: why kernels that suit some work were not used for it in this process.
     """
 
-    policy: str
     mode: str
-    budget_bytes: int
-    peak_expert_bytes: int
     predictor_bytes: int
     prompts: int
     prompt_tokens: int
     new_tokens: int
-    total_s: float
-    ttft_s: float
-    tpot_s: float
     tokens_per_s: float
-    device_share: float
-    host_share: float
-    link_share: float
-    hit_rate: float
-    token_hit_rate: float
-    bytes_demand: int
-    bytes_prefetch: int
-    bytes_moved: int
-    bytes_wasted: int
-    predictor: str | None
-    forecast_recall: float | None
-    prefetch_on_time: float | None
     ways: dict[str, dict[str, float]] | None
-    share_of_bound: float | None
     padding: float
     dispatches: int
     format: str
     kernels: dict[str, float] | None
     dense_kernels: dict[str, str]
     kernel_fallbacks: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)

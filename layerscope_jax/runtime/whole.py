@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.kernels.dense import dense_kernels
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.runner import RunnerStats, Stepped
@@ -70,11 +71,13 @@ class WholeModel:
 
     def stats(self, account: Account) -> RunnerStats:
         """What it did for a call; see `Runner.stats`."""
+        bank = self.model.bank
         return RunnerStats(
             policy=self.policy.name,
             mode=self.mode,
-            format=self.model.bank.format.name,
-            peak_expert_bytes=self.model.bank.total_bytes,
+            format=bank.format.name,
+            dense_kernels=dense_kernels(self.model.config.hidden_size, bank.dtype, False),
+            peak_expert_bytes=bank.total_bytes,
         )
 
     def rehearsal(self) -> WholeModel:

@@ -16,7 +16,7 @@ class Resident(PolicyBase):
     uses_host = False
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> None:
-        total = geometry.num_layers * geometry.num_experts
+        total = geometry.total_experts
         if geometry.slots < total:
             raise ValueError(
                 f"policy 'resident' needs a device_budget for all {total} experts "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,64 +13,47 @@ from rich.progress import track
 
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.runtime.lower_bound import lower_bound_ms
+from layerscope_jax.runtime.outcome import Outcome
 from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.scheduling.belady import belady_hit_rate
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.geometry import Geometry, RoutedExperts
 from layerscope_jax.scheduling.plan import Phase
 from layerscope_jax.scheduling.presched import PreSched
-from layerscope_jax.scheduling.registry import FORECASTING, is_policy
+from layerscope_jax.scheduling.registry import is_policy
 from layerscope_jax.simulation.policies import BATCHES, SIMULATED, refusals, run, workloads
 from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.simulation.simulator import Simulated, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What one policy came to in one phase of one batch. Bytes are of all steps together.
+class Row(Outcome):
+    """Outcome of one policy in one phase of one batch. Bytes are of all steps together.
+
+    The share of the bound is that of this phase's steps; 1 if the bound is reached.
 
     Attributes:
-        profile, policy: their names.
-        predictor: whose forecasts the policy is given in decode; None if none.
+        profile: its name.
         batch: requests.
         phase: "prefill", of all prompts in one step that begins with an empty device, or "decode" after it.
         steps: S.
-        step_ms: milliseconds of a step, on average.
-        bound_ms: what no policy could take less than, in decode whatever was resident at its beginning.
-        share_of_bound: bound_ms by step_ms; 1 if the bound is reached.
-        ratio_to_presched: step_ms by that of policy "presched"; None if that was not simulated.
-        hit_rate, token_hit_rate: experts, and tokens, that found their expert resident, by all.
+        bound_s: least time of a step under any policy, in decode whatever was resident at its beginning.
+        ratio_to_presched: time of a step divided by that under "presched"; None if that was not simulated.
         belady_hit_rate: highest hit rate within the budget if nothing is copied before it is asked for.
-        bytes_moved, bytes_demand, bytes_prefetch: over the link, by demand, and ahead of it.
-        bytes_wasted: prefetched and never used.
-        device_share, host_share, link_share: busy time of each by all time.
-        forecast_recall, prefetch_on_time: as in `layerscope_jax.runtime.statistics.RunStats`.
-        peak_bytes: most of the budget in use at any time.
     """
 
     profile: str
-    policy: str
-    predictor: str | None
     batch: int
     phase: Phase
     steps: int
-    step_ms: float
-    bound_ms: float
-    share_of_bound: float
+    bound_s: float
     ratio_to_presched: float | None
-    hit_rate: float
-    token_hit_rate: float
     belady_hit_rate: float
-    bytes_moved: int
-    bytes_demand: int
-    bytes_prefetch: int
-    bytes_wasted: int
-    device_share: float
-    host_share: float
-    link_share: float
-    forecast_recall: float | None
-    prefetch_on_time: float | None
-    peak_bytes: int
+
+    @property
+    def step_s(self) -> float:
+        """Time of a step, on average: to the first token in prefill, per output token in decode."""
+        return self.ttft_s if self.phase == "prefill" else self.tpot_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +64,9 @@ class Comparison:
         profile: its name.
         source: where its costs come from.
         routing: name or file of the recorded routing.
-        budget_experts, all_experts: that the device has room for; that there are.
-        expert_bytes: of one.
+        budget_experts: how many experts the device has room for.
+        all_experts: how many there are.
+        expert_bytes: bytes of one expert.
         refused: policy -> why it does not run within this budget.
         rows: by batch, then by policy, prefill before decode.
     """
@@ -112,8 +96,8 @@ def simulate_profile(
 ) -> Comparison:
     """Runs recorded routing under policies on the machine of a profile, on a virtual clock.
 
-    Each policy prefills the prompts of a batch, in one step that begins with an empty device, and goes on
-    with the decode steps and what is resident by then. A batch is the first requests of the routing.
+    Each policy prefills the prompts of a batch in one step, from an empty device, then runs the decode steps
+    with what is resident by then. A batch consists of the first requests of the routing.
 
     Args:
         profile: what `layerscope calibrate` measured, or the name of a shipped one.
@@ -129,10 +113,10 @@ def simulate_profile(
         ValueError: for what is not known or out of range, saying what there is; if the routing is of another
             shape than the profile's model.
 
-    >>> found = simulate_profile("mixtral-8x7b", batches=[4], policies=["presched", "lru"])
-    >>> [(row.policy, row.predictor, row.phase, row.steps) for row in found.rows][1:3]
+    >>> comparison = simulate_profile("mixtral-8x7b", batches=[4], policies=["presched", "lru"])
+    >>> [(row.policy, row.predictor, row.phase, row.steps) for row in comparison.rows][1:3]
     [('presched', 'llapor', 'decode', 16), ('lru', None, 'prefill', 1)]
-    >>> found.budget_experts, all(row.share_of_bound <= 1 for row in found.rows)
+    >>> comparison.budget_experts, all(row.share_of_bound <= 1 for row in comparison.rows)
     (62, True)
     """
     if not isinstance(profile, MachineProfile):
@@ -164,8 +148,8 @@ def simulate_profile(
         if batch not in limits:
             limits[batch] = [_limits(workload, geometry, profile.costs) for workload in demand[batch]]
         results = run(name, demand[batch], geometry, profile.costs)
-        for workload, result, limit in zip(demand[batch], results, limits[batch], strict=True):
-            rows.append(_row(profile.name, predictor, batch, workload, result, limit))
+        for result, limit in zip(results, limits[batch], strict=True):
+            rows.append(_row(profile.name, batch, result, limit))
     return Comparison(
         profile=profile.name,
         source=profile.costs.source,
@@ -216,9 +200,9 @@ def _sizes(model: RoutedExperts) -> str:
 
 
 def _limits(workload: Workload, geometry: Geometry, costs: HardwareProfile) -> tuple[float, float]:
-    """Milliseconds of a step, and the hit rate, that no policy can better.
+    """Least time of a step (ms) and highest hit rate of any policy.
 
-    What is resident when decode begins is the policy's own doing: it may be the best there is.
+    What is resident when decode begins is up to the policy, so the best is assumed.
     """
     counts, decode = workload.counts, workload.phase == "decode"
     bound = lower_bound_ms(counts, workload.tokens, geometry, costs, resident=None if decode else ())
@@ -226,37 +210,27 @@ def _limits(workload: Workload, geometry: Geometry, costs: HardwareProfile) -> t
     return bound / len(counts), hits
 
 
-def _row(
-    profile: str,
-    predictor: str,
-    batch: int,
-    workload: Workload,
-    result: Simulated,
-    limits: tuple[float, float],
-) -> Row:
-    bound_ms, hits = limits
-    steps, parts = len(result.step_ms), asdict(result)
+def _row(profile: str, batch: int, result: Simulated, limits: tuple[float, float]) -> Row:
+    bound_ms, hit_rate = limits
+    steps = len(result.step_ms)
     step_ms = result.total_ms / steps
-    forecasts = result.policy in FORECASTING and predictor != "none"
+    shared = {field.name: getattr(result, field.name) for field in fields(Outcome)}
     return Row(
+        **shared | {"share_of_bound": bound_ms / step_ms if step_ms else 1.0},
         profile=profile,
-        predictor=predictor if forecasts else None,
         batch=batch,
-        phase=workload.phase,
+        phase=result.phase,
         steps=steps,
-        bound_ms=bound_ms,
-        share_of_bound=bound_ms / step_ms if step_ms else 1.0,
+        bound_s=1e-3 * bound_ms,
         ratio_to_presched=None,
-        belady_hit_rate=hits,
-        bytes_moved=result.bytes_moved,
-        **{**parts, "step_ms": step_ms},
+        belady_hit_rate=hit_rate,
     )
 
 
 def _with_ratios(rows: Sequence[Row]) -> tuple[Row, ...]:
-    best = {(row.batch, row.phase): row.step_ms for row in rows if row.policy == PreSched.name}
+    best = {(row.batch, row.phase): row.step_s for row in rows if row.policy == PreSched.name}
     return tuple(
-        replace(row, ratio_to_presched=row.step_ms / best[row.batch, row.phase])
+        replace(row, ratio_to_presched=row.step_s / best[row.batch, row.phase])
         if best.get((row.batch, row.phase))
         else row
         for row in rows

@@ -1,4 +1,4 @@
-"""Host, device and link at work at once on one machine, where they hinder each other."""
+"""Times of host and device on a machine where they, and copies, slow each other down."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from layerscope_jax.scheduling.plan import LayerPlan
 def side_by_side(
     costs: HardwareProfile, plan: LayerPlan, demand: Mapping[int, int], copying: bool
 ) -> tuple[float, float]:
-    """How long the host takes for its part of a plan, and the device's time for its own by `costs.device_ms`.
+    """Time (ms) of the host for its part of a plan, and the device's time for its own by `costs.device_ms`.
 
-    Beside copies, both work as `costs` say, and so they do without until one has ended; the other goes on as
-    `costs.alone` say. The device may wait for copies between; that is left to the caller.
+    While copies are made, both take the times of `costs`. Without copies they do so until one of them is
+    done; the other goes on at the pace of `costs.alone`. Any wait of the device for copies is left to the
+    caller.
+
+    Args:
+        costs: of the machine.
+        plan: of the layer.
+        demand: expert -> tokens.
+        copying: whether copies are made meanwhile.
 
     >>> from layerscope_jax import TimeTable
     >>> def machine(host_ms, alone=None):
@@ -36,7 +43,7 @@ def side_by_side(
 
 
 def _times(costs: HardwareProfile, plan: LayerPlan, demand: Mapping[int, int]) -> tuple[float, float]:
-    """Of host and device."""
+    """Times (ms) of host and device for their parts of a plan."""
     host_ms = costs.host_start_ms if plan.host else 0.0
     device_ms = 0.0
     for expert in plan.host:

@@ -1,4 +1,4 @@
-"""Recorded routing as workloads, and every policy by name on them, the oracle too."""
+"""Recorded routing as workloads, and runs of policies on them by name, the oracle's too."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SIMULATED = (*(name for name in POLICIES if name != Resident.name), Oracle.name)
 """Policies that can be compared by name; the oracle is told all demand to come."""
 
 BATCHES = (4, 16, 64)
-"""What is compared if nothing else is said."""
+"""Batch sizes that are compared by default."""
 
 
 def workloads(routing: Routing, batch: int, predictor: str) -> tuple[Workload, Workload]:
-    """What the first `batch` requests ask for: their prompts in one step, and their decode steps.
+    """Demand of the first `batch` requests: their prompts in one step, and their decode steps.
 
     Raises:
         ValueError: if there are not so many requests, or for an unknown predictor.
@@ -32,14 +32,16 @@ def workloads(routing: Routing, batch: int, predictor: str) -> tuple[Workload, W
     requests = range(batch)
     counts, forecasts = routing.batch(requests, predictor)
     tokens = int(routing.prefill_lengths[:batch].sum())
+    # An engine without a predictor sees no forecast, rather than one of nothing.
+    named = None if predictor == "none" else predictor
     return (
-        Workload(phase="prefill", tokens=tokens, counts=routing.prefill(requests)[None]),
+        Workload(phase="prefill", tokens=tokens, counts=routing.prefill(requests)[None], predictor=named),
         Workload(
             phase="decode",
             tokens=batch,
             counts=counts,
-            # An engine without a predictor sees no forecast, rather than one of nothing.
-            forecasts=None if predictor == "none" else forecasts,
+            forecasts=None if named is None else forecasts,
+            predictor=named,
         ),
     )
 
@@ -47,20 +49,20 @@ def workloads(routing: Routing, batch: int, predictor: str) -> tuple[Workload, W
 def run(
     policy: str, workloads: Sequence[Workload], geometry: Geometry, costs: HardwareProfile
 ) -> list[Simulated]:
-    """One of `SIMULATED` over workloads, from an empty device; forecasts are for those that use them."""
+    """Simulates one of `SIMULATED`, from an empty device; only policies that use forecasts are given them."""
     if policy not in FORECASTING:
-        workloads = [replace(part, forecasts=None) for part in workloads]
+        workloads = [replace(part, forecasts=None, predictor=None) for part in workloads]
     made = Oracle([part.counts for part in workloads]) if policy == Oracle.name else POLICIES[policy]()
     return simulate(made, workloads, geometry, costs)
 
 
 def refusals(policies: Iterable[str], geometry: Geometry, costs: HardwareProfile) -> dict[str, str]:
-    """Policies that do not run within the budget, with the reason; the oracle always does."""
-    found = {}
+    """Reasons of the policies that do not run within the budget, by name; the oracle always runs."""
+    reasons = {}
     for name in policies:
         if name != Oracle.name:
             try:
                 POLICIES[name]().init(geometry, costs)
             except ValueError as error:
-                found[name] = str(error)
-    return found
+                reasons[name] = str(error)
+    return reasons

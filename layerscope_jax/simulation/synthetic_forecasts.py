@@ -1,4 +1,4 @@
-"""Forecasts as good as one wishes, made from the truth: what would a predictor of some recall be worth?"""
+"""Forecasts of any recall, made from the truth: what would such a predictor be worth?"""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import numpy as np
 
 
 def forecast_of_recall(counts: np.ndarray, recall: float, look_ahead: int, seed: int) -> np.ndarray:
-    """Forecasts of recorded demand that are right as often as is asked.
+    """Forecasts of recorded demand that are right with a given probability.
 
-    Each choice of a token is forecast as it will be, with probability `recall`; else in its place an expert
-    is drawn from its layer's popularity over all steps, what a forecast that knows nothing of the token would
-    go by. So at 1 it is the truth and at 0 popularity alone. What is drawn is sometimes right by chance: the
-    more tokens and the fewer experts, the more often. Forecasts of one layer that are made at different times
-    are drawn apart.
+    Each choice of a token is forecast correctly with probability `recall`; otherwise an expert is drawn in
+    its place by the layer's popularity over all steps, which is all that a forecast without knowledge of the
+    token has. So at 1 the forecast is the truth, at 0 it is popularity alone. A drawn expert may be right by
+    chance: the more tokens and the fewer experts, the more often. Forecasts of one layer made at different
+    times are drawn independently.
 
     Args:
         counts: [S, L, E] tokens routed to each expert.
         recall: 0..1.
         look_ahead: W.
-        seed: of what is drawn.
+        seed: of the random numbers.
 
     Returns:
         [S, L, W, E] float32 tokens expected of the W layers after each, the first layers of the next step
@@ -41,11 +41,11 @@ def forecast_of_recall(counts: np.ndarray, recall: float, look_ahead: int, seed:
     turns = steps * layers
     popularity = counts.sum(0) / np.maximum(1, counts.sum((0, 2)))[:, None]  # [L, E]
     random = np.random.default_rng(seed)
-    found = np.zeros((turns, look_ahead, experts), np.float32)
+    forecasts = np.zeros((turns, look_ahead, experts), np.float32)
     flat = counts.reshape(turns, experts)
     for ahead in range(1, min(look_ahead + 1, turns)):
         coming = flat[ahead:]  # of the turns from the first on
         right = random.binomial(coming, recall)
         layer = np.arange(ahead, turns) % layers
-        found[:-ahead, ahead - 1] = right + random.multinomial((coming - right).sum(1), popularity[layer])
-    return found.reshape(steps, layers, look_ahead, experts)
+        forecasts[:-ahead, ahead - 1] = right + random.multinomial((coming - right).sum(1), popularity[layer])
+    return forecasts.reshape(steps, layers, look_ahead, experts)

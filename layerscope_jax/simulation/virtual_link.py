@@ -9,17 +9,17 @@ from layerscope_jax.offload.link import MATRICES
 from layerscope_jax.scheduling.plan import ExpertId
 
 CHUNKS = MATRICES
-"""Parts that an expert crosses the link in."""
+"""Chunks that the copy of an expert is made of, as in the engine."""
 
 
 class Link:
-    """A serial link: demand before prefetch, a chunk that has begun is finished.
+    """A serial link: on-demand loads before prefetches; a chunk that has begun is finished.
 
-    The clock is the caller's. It never goes back, and of two things at one time the link is first: a chunk
-    that may begin now has begun.
+    The clock is the caller's, and never goes back. Where two things happen at one time the link is first: a
+    chunk that may begin now has begun.
 
     Args:
-        transfer_ms: of one expert.
+        transfer_ms: time that one expert takes.
 
     Attributes:
         demanded, prefetched: chunks begun since the last reset.
@@ -42,28 +42,28 @@ class Link:
         self._arrived: dict[ExpertId, float] = {}  # those whose last chunk has begun, with its end
 
     def reset(self, now: float) -> None:
-        """Begins the counts anew; the queues stay."""
+        """Sets the counts to 0; the queues stay."""
         self._run(now)
         self.demanded = self.prefetched = 0
         self._busy_ms = max(0.0, self._free - now)
 
     def pace(self, transfer_ms: float, now: float) -> None:
-        """Sets how long an expert takes from now on; a chunk that has begun is finished as it was."""
+        """Sets the time that an expert takes from now on; a chunk that has begun takes what it would have."""
         self._run(now)
         self._chunk_ms = transfer_ms / CHUNKS
 
     def idle(self, now: float) -> bool:
-        """Whether nothing is on the link or waits for it."""
+        """Whether no copy is on the link or waits for it."""
         self._run(now)
         return not self._left and self._free <= now
 
     def busy_ms(self, now: float) -> float:
-        """How long the link was busy between the last reset and now."""
+        """Busy time of the link between the last reset and now."""
         self._run(now)
         return self._busy_ms - max(0.0, self._free - now)
 
     def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId], now: float) -> None:
-        """Queues copies; a load that is queued or has begun as a prefetch is moved ahead."""
+        """Queues copies; a load that is queued or has begun as a prefetch becomes an on-demand load."""
         self._run(now)
         if not self._left:
             self._free = max(self._free, now)
@@ -80,43 +80,43 @@ class Link:
             self._prefetch.append(expert)
 
     def drop(self, stale: Callable[[ExpertId], bool], now: float) -> list[ExpertId]:
-        """Takes prefetches that have not begun off the queue where `stale(expert)`; returns them."""
+        """Removes the prefetches that have not begun and for which `stale(expert)` holds; returns them."""
         self._run(now)
-        gone = [expert for expert in self._prefetch if self._left[expert] == CHUNKS and stale(expert)]
-        for expert in gone:
+        dropped = [expert for expert in self._prefetch if self._left[expert] == CHUNKS and stale(expert)]
+        for expert in dropped:
             self._prefetch.remove(expert)
             del self._left[expert]
-        return gone
+        return dropped
 
     def arrivals(self, now: float) -> list[ExpertId]:
-        """What has come since the last call."""
+        """Experts that have arrived since the last call."""
         self._run(now)
-        found = [expert for expert, when in self._arrived.items() if when <= now]
-        for expert in found:
+        arrived = [expert for expert, when in self._arrived.items() if when <= now]
+        for expert in arrived:
             del self._arrived[expert]
-        return found
+        return arrived
 
     def rest(self, now: float) -> float:
-        """When nothing is on the link any more or waits for it, if nothing is submitted before."""
+        """Time at which the link becomes idle, if nothing is submitted before."""
         self._run(now)
         while self._left:
             self._run(self._free)
         return max(self._free, now)
 
-    def next_arrival(self, wanted: Collection[ExpertId]) -> float:
-        """When the first of them will be there, if nothing is submitted before.
+    def next_arrival(self, experts: Collection[ExpertId]) -> float:
+        """Time at which the first of some experts arrives, if nothing is submitted before.
 
         Raises:
             RuntimeError: if none of them is on its way: the wait would have no end.
         """
-        while not any(expert in self._arrived for expert in wanted):
-            if not any(expert in self._left for expert in wanted):
-                raise RuntimeError(f"none of {sorted(wanted)} is on its way to the device")
+        while not any(expert in self._arrived for expert in experts):
+            if not any(expert in self._left for expert in experts):
+                raise RuntimeError(f"none of {sorted(experts)} is on its way to the device")
             self._run(self._free)
-        return min(self._arrived[expert] for expert in wanted if expert in self._arrived)
+        return min(self._arrived[expert] for expert in experts if expert in self._arrived)
 
     def _run(self, now: float) -> None:
-        """Begins every chunk that begins until `now`."""
+        """Begins every chunk whose turn comes by `now`."""
         while self._left and self._free <= now:
             queue = self._demand or self._prefetch
             expert = queue[0]

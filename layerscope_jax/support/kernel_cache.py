@@ -16,7 +16,6 @@ import pickle
 import shutil
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +27,7 @@ from numba import config
 from numba.core.serialize import dumps
 
 from layerscope_jax.support import target
-from layerscope_jax.support.files import user_cache
+from layerscope_jax.support.files import user_cache, write_file
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -109,7 +108,7 @@ class KernelCache:
         for folder in folders():
             try:
                 write(folder / self._file(key), content)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 logger.debug("%s cannot be written to: %s", folder, error)
                 continue
             prune(folder)
@@ -154,17 +153,13 @@ def read(file: Path, key: tuple[str, ...], context: Any) -> Any:
 
 
 def write(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, whoever else writes it."""
+    """Writes a file whole or not at all, whoever else writes it, with its digest before it.
+
+    Raises:
+        OSError, ValueError: if it cannot be written.
+    """
     file.parent.mkdir(mode=0o777 if file.is_relative_to(PACKAGE) else 0o700, parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as opened:
-            opened.write(hashlib.sha256(content).digest())
-            opened.write(content)
-        os.replace(temporary, file)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_file(file, hashlib.sha256(content).digest() + content)
 
 
 def discard(file: Path) -> None:
@@ -214,7 +209,7 @@ def say_if_cold() -> None:
         return
     what = "compiling kernels for this CPU, which takes up to a minute"
     for folder in folders():
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             write(folder / "probe", b"")
             (folder / "probe").unlink()
             logger.info("%s; they are kept in %s for the next time", what, folder)

@@ -4,6 +4,7 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from layerscope_jax.support import files
@@ -217,6 +218,19 @@ def test_files_are_as_readable_as_any(folder):
     finally:
         os.umask(mask)
     assert (folder / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_holds_text_bytes_an_array_or_arrays(tmp_path):
+    numbers = np.arange(6, dtype=np.int32).reshape(2, 3)
+    contents = {"text": "é\n", "bytes": b"\xff", "array": numbers, "arrays": {"a": numbers, "b": numbers[0]}}
+    replace_files(tmp_path / "new", contents)
+    folder = tmp_path / "new"
+    assert ((folder / "text").read_bytes(), (folder / "bytes").read_bytes()) == ("é\n".encode(), b"\xff")
+    np.testing.assert_array_equal(np.load(folder / "array"), numbers)
+    with np.load(folder / "arrays") as arrays:
+        assert sorted(arrays) == ["a", "b"]
+        np.testing.assert_array_equal(arrays["b"], numbers[0])
+    assert len(list(folder.iterdir())) == 4
 
 
 def test_a_link_to_nowhere_is_said(tmp_path):

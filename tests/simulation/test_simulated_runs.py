@@ -1,6 +1,6 @@
 """Simulated runs: the real engine's decisions, and what holds whatever is asked for."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ from layerscope_jax import (
     OffloadConfig,
     TimeTable,
 )
+from layerscope_jax.runtime.outcome import Outcome
 from layerscope_jax.scheduling.presched import PreSched
 from layerscope_jax.simulation.simulator import Workload, simulate
 
@@ -28,7 +29,11 @@ PROMPTS = [[5, 6, 7], [3, 9, 27, 20, 60, 58, 52, 34, 41, 1, 3]]
 
 def geometry(slots, layers, experts, expert_bytes=300):
     return Geometry(
-        num_layers=layers, num_experts=experts, experts_per_token=2, expert_bytes=expert_bytes, slots=slots
+        num_layers=layers,
+        num_experts=experts,
+        experts_per_token=min(2, experts),
+        expert_bytes=expert_bytes,
+        slots=slots,
     )
 
 
@@ -67,8 +72,11 @@ def test_the_engine_and_its_simulation_decide_alike(name):
     simulated = simulate(POLICIES[name](), workloads, shape, PROFILE, record=plans.append)
     assert plans == result.plans
     stats = result.stats
+    for outcome in (stats, *simulated):
+        assert {field.name for field in fields(Outcome)} <= outcome.to_json().keys()
+        assert (outcome.policy, outcome.budget_bytes) == (name, slots * model.bank.expert_bytes)
     assert sum(part.bytes_demand for part in simulated) == stats.bytes_demand
-    assert max(part.peak_bytes for part in simulated) == stats.peak_expert_bytes
+    assert max(part.peak_expert_bytes for part in simulated) == stats.peak_expert_bytes
     active = np.count_nonzero(counts[:1]), np.count_nonzero(counts[1:])
     hits = sum(part.hit_rate * count for part, count in zip(simulated, active, strict=True))
     assert hits / sum(active) == pytest.approx(stats.hit_rate)
@@ -142,7 +150,7 @@ def test_every_policy_runs_through(name, scene):
         assert result.total_ms >= least_ms - 1e-9
         assert result.host_share * result.total_ms == pytest.approx(host_ms)
         assert (0 <= result.link_share <= 1 and 0 < result.device_share <= 1) or result.total_ms == 0
-        assert result.peak_bytes <= shape.slots * shape.expert_bytes
+        assert result.peak_expert_bytes <= shape.slots * shape.expert_bytes
         assert result.bytes_demand % chunk == result.bytes_prefetch % chunk == 0
         assert result.bytes_wasted % shape.expert_bytes == 0
         assert 0 <= result.hit_rate <= 1
