@@ -26,8 +26,8 @@ from layerscope_jax.scheduling.plan import ExpertId, Geometry
 from layerscope_jax.support.errors import TransferError
 
 Job = Callable[[int], float | None]
-"""`job(round)` does its work once; each round takes another layer. It may return the seconds that count, where
-not all of its time does."""
+"""`job(round)` does its work once; each round takes another layer. It may return the seconds that count,
+where not all of its time does."""
 
 LAYERS = 16
 """Layers that rounds take in turn, so that a round's weights are not in a near cache, as in an engine. The
@@ -178,7 +178,7 @@ class Jobs:
     def _on_host(
         self, found: Any, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
     ) -> None:
-        """Computes as an engine does: in another thread beside an accelerator, in the caller's on a lone CPU."""
+        """Computes as an engine does: in another thread beside an accelerator, else in the caller's."""
         if self._device.waits:
             self._host.compute(found, layer, inputs, rows, experts)
         else:
@@ -217,7 +217,7 @@ class NoCopies:
     def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId]) -> None:
         asked = [*load, *prefetch]
         if asked:
-            raise RuntimeError(f"this engine must not copy anything, but copies of {asked} were submitted")
+            raise RuntimeError(f"nothing is to be copied here, but {asked} were asked for")
 
     def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
         return []
