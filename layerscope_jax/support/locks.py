@@ -97,8 +97,8 @@ def _taken(path: Path, place: Path) -> int:
             number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ValueError(
-                f"cannot write to {path}: {error.strerror}; choose a place in a folder that is there and "
-                "yours"
+                f"cannot write to {path}: {error.strerror}; choose a place in a folder that exists and "
+                "that you may write to"
             ) from None
         try:
             if _is_free(number, place) and _is_at(number, path):

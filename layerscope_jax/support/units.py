@@ -56,5 +56,7 @@ def parse_pace(emulated_link_bandwidth: str | int) -> int:
     """
     found = parse_bytes(emulated_link_bandwidth, "emulated_link_bandwidth")
     if found == 0:
-        raise ValueError("emulated_link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
+        raise ValueError(
+            "emulated_link_bandwidth must be more than 0 bytes a second; leave it out for no limit"
+        )
     return found
