@@ -136,7 +136,7 @@ def make_policy(policy: str | Policy) -> Policy:
 
 
 def _hint(policy: Any, missing: list[str]) -> str:
-    """Returns what to change about something that is no policy."""
+    """Returns what to change about a value that is not a policy."""
     if isinstance(policy, str):
         near = get_close_matches(policy, policy_names(), 1)
         return f"; did you mean {near[0]!r}?" if near else ""

@@ -71,8 +71,10 @@ def use_compilation_cache(folder: str | Path | None = None, *, max_size: int | s
     if jax.config.values["jax_compilation_cache_max_size"] == -1:
         # JAX's own limit needs another package, and a file of access times beside each program, or it fails.
         with suppress(OSError):  # another process may be pruning too
-            others = [] if folder is not None else [one for one in path.parent.iterdir() if one.is_dir()]
-            prune([path, *(one for one in others if one != path)], most)
+            others = (
+                [] if folder is not None else [other for other in path.parent.iterdir() if other.is_dir()]
+            )
+            prune([path, *(other for other in others if other != path)], most)
             discard_damaged(path)
     # By default JAX keeps only what took a second to compile, which little of a model on a CPU does.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -129,14 +131,14 @@ def prune(folders: list[Path], most: int) -> None:
 
     The first folder stays; the others are removed when they are empty.
     """
-    found = []
+    programs = []
     for folder in folders:
         for program in folder.glob("*-cache"):
             with suppress(FileNotFoundError):
                 facts = program.stat()
-                found.append((max(facts.st_atime, facts.st_mtime), facts.st_size, program))
-    total = sum(size for _, size, _ in found)
-    for _, size, program in sorted(found):
+                programs.append((max(facts.st_atime, facts.st_mtime), facts.st_size, program))
+    total = sum(size for _, size, _ in programs)
+    for _, size, program in sorted(programs):
         if total <= most:
             break
         program.unlink(missing_ok=True)
@@ -163,18 +165,18 @@ class Compilations:
 @contextmanager
 def counted() -> Iterator[Compilations]:
     """Counts what JAX compiles within the `with` block, on all threads."""
-    found = Compilations()
+    compilations = Compilations()
 
     def compiled(event: str, duration_secs: float, **_: Any) -> None:
-        found.programs += event == "/jax/core/compile/backend_compile_duration"
+        compilations.programs += event == "/jax/core/compile/backend_compile_duration"
 
     def cached(event: str, **_: Any) -> None:
-        found.cached += event == "/jax/compilation_cache/cache_hits"
+        compilations.cached += event == "/jax/compilation_cache/cache_hits"
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
     jax.monitoring.register_event_listener(cached)
     try:
-        yield found
+        yield compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(compiled)
         jax.monitoring.unregister_event_listener(cached)

@@ -25,9 +25,9 @@ def importer(package: str, contents: Mapping[str, Sequence[str]]) -> Callable[[s
 
     def get(name: str) -> Any:
         if name in module_of:
-            found = getattr(import_module(f"{package}.{module_of[name]}"), name)
-            setattr(sys.modules[package], name, found)
-            return found
+            value = getattr(import_module(f"{package}.{module_of[name]}"), name)
+            setattr(sys.modules[package], name, value)
+            return value
         if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
             for module in contents:
                 if module.startswith(f"{name}."):

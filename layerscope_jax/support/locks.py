@@ -142,7 +142,7 @@ def _holder(number: int) -> str:
     """Returns the run that the lock file names, in parentheses; empty if it names none."""
     try:
         os.lseek(number, 0, os.SEEK_SET)
-        found = json.loads(os.read(number, 4096))
-        return f" (process {found['pid']} on {found['host']}, since {found['since']})"
+        holder = json.loads(os.read(number, 4096))
+        return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
     except (OSError, ValueError, KeyError, TypeError):  # it is being written right now
         return ""

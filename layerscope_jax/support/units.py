@@ -34,18 +34,18 @@ def parse_bytes(size: str | int, what: str = "size") -> int:
     >>> parse_bytes("1.5GiB"), parse_bytes("2 MB"), parse_bytes(4096)
     (1610612736, 2000000, 4096)
     """
-    found = -1
+    count = -1
     if is_integer(size):
-        found = int(size)
+        count = int(size)
     elif isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
         if match is not None and match[2] in _UNITS:
-            found = int(Decimal(match[1]) * _UNITS[match[2]])
-    if found < 0:
+            count = int(Decimal(match[1]) * _UNITS[match[2]])
+    if count < 0:
         raise ValueError(f"{what} must be a size such as '8GiB', '500 MB' or a number of bytes, got {size!r}")
-    if found >= 2**63:
+    if count >= 2**63:
         raise ValueError(f"{what} must be less than 2**63 bytes, got {str(size)[:40]}")
-    return found
+    return count
 
 
 def parse_pace(emulated_link_bandwidth: str | int) -> int:
@@ -54,9 +54,9 @@ def parse_pace(emulated_link_bandwidth: str | int) -> int:
     Raises:
         ValueError: if it is not a size above 0.
     """
-    found = parse_bytes(emulated_link_bandwidth, "emulated_link_bandwidth")
-    if found == 0:
+    count = parse_bytes(emulated_link_bandwidth, "emulated_link_bandwidth")
+    if count == 0:
         raise ValueError(
             "emulated_link_bandwidth must be more than 0 bytes a second; leave it out for no limit"
         )
-    return found
+    return count
