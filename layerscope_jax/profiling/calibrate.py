@@ -69,7 +69,9 @@ def calibrate(
         else parse_bytes(emulated_link_bandwidth, "emulated_link_bandwidth")
     )
     if pace == 0:
-        raise ValueError("emulated_link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
+        raise ValueError(
+            "emulated_link_bandwidth must be more than 0 bytes a second; leave it out for no limit"
+        )
     began = time.perf_counter()
     free = {"host": machine.free_bytes(), "device": machine.device_free_bytes(model.device)}
     on_cpu = model.device.platform == "cpu"

@@ -213,7 +213,7 @@ class NoCopies:
     def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId]) -> None:
         asked = [*load, *prefetch]
         if asked:
-            raise RuntimeError(f"this engine must not copy anything, but copies of {asked} were submitted")
+            raise RuntimeError(f"nothing is to be copied here, but {asked} were asked for")
 
     def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
         return []

@@ -155,7 +155,7 @@ def difference(longer: TimeTable, shorter: TimeTable) -> TimeTable:
 
 
 def timed_ms(job: Job, beside: list[Job], share: int = 1) -> float:
-    """Median time (ms) of `job` while each of `beside` repeats, divided by `share`, to four digits."""
+    """Returns the median ms of `job` while each of `beside` repeats, divided by `share`, to four digits."""
     for each in (job, *beside):
         warm_up(each)
     times: list[float] = []

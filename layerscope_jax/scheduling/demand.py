@@ -22,15 +22,15 @@ def need_a_layer(geometry: Geometry, policy: str) -> None:
     """Refuses a budget that cannot hold every expert of one layer, which a prefill may need at once.
 
     Raises:
-        ValueError: with both sizes.
+        ValueError: naming both sizes.
     """
     if geometry.slots < geometry.num_experts:
         raise ValueError(
             f"device_budget is too small for policy {policy!r}: a layer may need all of its "
             f"{geometry.num_experts} experts on the device at once "
-            f"({geometry.num_experts * geometry.expert_bytes:,} bytes), the budget holds {geometry.slots} "
-            f"({geometry.slots * geometry.expert_bytes:,} bytes); raise it, or use policy 'host-only' or "
-            "'fiddler', which compute the rest on the host"
+            f"({geometry.num_experts * geometry.expert_bytes:,} bytes), the budget has room for "
+            f"{geometry.slots}; raise it, or use policy 'host-only' or 'fiddler', which compute the others "
+            "on the host"
         )
 
 

@@ -184,7 +184,7 @@ def agree(plan: LayerPlan, device: Sequence[ExpertId], seen: Observation) -> boo
 def arrivals(
     queue: Sequence[ExpertId], layer: int, demand: Mapping[int, int], transfer_ms: float
 ) -> tuple[list[tuple[int, float]], float]:
-    """This layer's active experts on the link, the ms until each arrives, and when a load can begin."""
+    """Returns this layer's active experts on the link with the ms to their arrival, and to the next load."""
     found: list[tuple[int, float]] = []
     ahead = 0.0
     for position, expert in enumerate(queue):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from layerscope_jax.scheduling.balanced import DALI, HybriMoE
@@ -124,10 +125,20 @@ def make_policy(policy: str | Policy) -> Policy:
     """
     if isinstance(policy, str) and is_policy(policy):
         return POLICIES[policy]()
-    if isinstance(policy, str | type) or not all(hasattr(policy, part) for part in PARTS):
-        hint = "; make an object of the class" if isinstance(policy, type) else ""
+    missing = [part for part in PARTS if not hasattr(policy, part)]
+    if isinstance(policy, str | type) or missing:
         raise ValueError(
-            f"policy must be one of {', '.join(policy_names())} or a Policy object, with "
-            f"{', '.join(PARTS)}, got {policy!r}{hint}"
+            f"policy must be one of {', '.join(policy_names())} or a Policy object, got {policy!r}"
+            f"{_hint(policy, missing)}"
         )
     return policy
+
+
+def _hint(policy: Any, missing: list[str]) -> str:
+    """Returns what to change about a value that is not a policy."""
+    if isinstance(policy, str):
+        near = get_close_matches(policy, policy_names(), 1)
+        return f"; did you mean {near[0]!r}?" if near else ""
+    if isinstance(policy, type):
+        return "; make an object of the class"
+    return f", which has no {', '.join(missing)}"

@@ -1,4 +1,4 @@
-"""What compiling costs once: kept on disk from process to process, and counted."""
+"""Keeps compiled programs on disk from process to process, and counts compilations."""
 
 from __future__ import annotations
 
@@ -20,38 +20,37 @@ from layerscope_jax.support.files import user_cache
 from layerscope_jax.support.units import parse_bytes
 
 CHECKED = ".checked"
-"""File whose age says which programs were looked at."""
+"""File whose age says which programs were checked already."""
 
 ZSTD = b"\x28\xb5\x2f\xfd"
-"""How a file begins that JAX compressed by zstandard; else it is by zlib."""
+"""First bytes of a file that JAX compressed with zstandard; others use zlib."""
 
 
 def use_compilation_cache(folder: str | Path | None = None, *, max_size: int | str = "1GiB") -> str | None:
     """Keeps what JAX compiles on disk, for the next process that needs the same programs.
 
-    The `layerscope` command does this by itself. A library may not: the cache is JAX's own setting, for all
-    that a process compiles, and an application may have made up its mind. So call this once, before the first
-    engine. A cache that is on already (`jax_compilation_cache_dir`, `JAX_COMPILATION_CACHE_DIR`) stays as it
-    is, and `JAX_ENABLE_COMPILATION_CACHE=0` keeps all of them off.
+    The `layerscope` command does this by itself. In a program, call it once, before the first engine: the
+    cache is a setting of JAX for everything that the process compiles, so the library leaves it to the
+    application. A cache that is already on (`jax_compilation_cache_dir`, `JAX_COMPILATION_CACHE_DIR`) stays
+    as it is, and `JAX_ENABLE_COMPILATION_CACHE=0` keeps all caches off.
 
-    Everything is kept, however quickly it was compiled: a model is many small programs. Each call removes
-    what was cut off while it was written, and what was used longest ago until no more than `max_size` is
-    left; the folder may be deleted at any time. Whoever can write to it can make this process run what they
-    like: do not share it.
+    Every program is kept, however quickly it was compiled, because a model is many small programs. Each call
+    removes files that were cut off while they were written, and the programs used longest ago until no more
+    than `max_size` is left. The folder may be deleted at any time. Do not share it: whoever can write to it
+    can make this process run any code.
 
     Args:
         folder: made if needed. None for one of this user and kind of CPU: `layerscope_jax` in
             `$XDG_CACHE_HOME` or `~/.cache` (on macOS `~/Library/Caches`, on Windows `%LOCALAPPDATA%`).
-        max_size: bytes of programs, 1 GiB by default: those in the folder, or where none is named those for
-            all kinds of CPU together. JAX's own bound, if set (`jax_compilation_cache_max_size`), stands
-            instead.
+        max_size: most bytes of programs: those in the folder, or, for the default folder, those for all kinds
+            of CPU together. JAX's own limit (`jax_compilation_cache_max_size`), if set, is used instead.
 
     Returns:
         The folder in use; None if caches are switched off.
 
     Raises:
         ValueError: if JAX keeps a cache in another folder than the one that was asked for, or if `max_size`
-            is no size.
+            is not a size.
         OSError: if the folder cannot be made or written to.
     """
     most = parse_bytes(max_size, "max_size")
@@ -70,32 +69,34 @@ def use_compilation_cache(folder: str | Path | None = None, *, max_size: int | s
     if not os.access(path, os.W_OK):
         raise PermissionError(f"{path}: expected a folder that can be written to")
     if jax.config.values["jax_compilation_cache_max_size"] == -1:
-        # JAX's own way wants another package, and the time of use of each program beside it, else it fails.
-        with suppress(OSError):  # another process is at it too
-            others = [] if folder is not None else [one for one in path.parent.iterdir() if one.is_dir()]
-            prune([path, *(one for one in others if one != path)], most)
+        # JAX's own limit needs another package, and a file of access times beside each program, or it fails.
+        with suppress(OSError):  # another process may be pruning too
+            others = (
+                [] if folder is not None else [other for other in path.parent.iterdir() if other.is_dir()]
+            )
+            prune([path, *(other for other in others if other != path)], most)
             discard_damaged(path)
-    # By default only what took a second to compile is kept: little of a model on a CPU does.
+    # By default JAX keeps only what took a second to compile, which little of a model on a CPU does.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_dir", str(path))
     return str(path)
 
 
 def default_folder() -> Path:
-    """This user's, for this kind of CPU.
+    """Returns this user's cache folder for this kind of CPU.
 
-    Programs for a CPU use its own instructions, and JAX does not tell CPUs apart: one home that several
-    machines share would hand them programs that they cannot run.
+    Compiled programs use instructions of their CPU, and JAX does not tell CPUs apart: machines that share a
+    home folder would read programs that they cannot run.
     """
     kind = hashlib.sha256(f"{machine.cpu_name()} {machine.cpu_features()}".encode()).hexdigest()
     return user_cache() / kind[:12]
 
 
 def discard_damaged(folder: Path) -> None:
-    """Removes programs that are not whole, of those that were written since the last time.
+    """Removes incomplete programs among those written since the last check.
 
-    A full disk leaves such, or whoever was killed. JAX reads each anew in every process, warns, compiles the
-    program, and never replaces the file.
+    A full disk or a killed process leaves such files. JAX would read each in every process, warn, compile the
+    program, and never replace the file.
     """
     checked = folder / CHECKED
     began = time.time()
@@ -126,18 +127,18 @@ def is_whole(program: bytes) -> bool:
 
 
 def prune(folders: list[Path], most: int) -> None:
-    """Removes the programs that were used longest ago, until the rest takes at most so many bytes.
+    """Removes the programs used longest ago until the others take at most `most` bytes.
 
-    Of the folders, the first stays; others go when nothing is left in them.
+    The first folder stays; the others are removed when they are empty.
     """
-    found = []
+    programs = []
     for folder in folders:
         for program in folder.glob("*-cache"):
             with suppress(FileNotFoundError):
                 facts = program.stat()
-                found.append((max(facts.st_atime, facts.st_mtime), facts.st_size, program))
-    total = sum(size for _, size, _ in found)
-    for _, size, program in sorted(found):
+                programs.append((max(facts.st_atime, facts.st_mtime), facts.st_size, program))
+    total = sum(size for _, size, _ in programs)
+    for _, size, program in sorted(programs):
         if total <= most:
             break
         program.unlink(missing_ok=True)
@@ -150,11 +151,11 @@ def prune(folders: list[Path], most: int) -> None:
 
 @dataclass
 class Compilations:
-    """Programs that this process did not have before.
+    """Counts of programs that JAX compiled or read.
 
     Attributes:
         programs: all of them.
-        cached: those that came from the cache on disk.
+        cached: those read from the cache on disk.
     """
 
     programs: int = 0
@@ -163,19 +164,19 @@ class Compilations:
 
 @contextmanager
 def counted() -> Iterator[Compilations]:
-    """Counts what JAX compiles meanwhile, on whatever thread."""
-    found = Compilations()
+    """Counts what JAX compiles within the `with` block, on all threads."""
+    compilations = Compilations()
 
     def compiled(event: str, duration_secs: float, **_: Any) -> None:
-        found.programs += event == "/jax/core/compile/backend_compile_duration"
+        compilations.programs += event == "/jax/core/compile/backend_compile_duration"
 
     def cached(event: str, **_: Any) -> None:
-        found.cached += event == "/jax/compilation_cache/cache_hits"
+        compilations.cached += event == "/jax/compilation_cache/cache_hits"
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
     jax.monitoring.register_event_listener(cached)
     try:
-        yield found
+        yield compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(compiled)
         jax.monitoring.unregister_event_listener(cached)

@@ -1,4 +1,4 @@
-"""Runs a module as a command: Ctrl-C is seen to before anything is imported that takes its time."""
+"""Runs a module as a command, with Ctrl-C handled before any slow import."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def run(module: str) -> NoReturn:
     """Calls a module's `main` and ends the process with what it returns, 0 for None.
 
     Args:
-        module: imported by this name. A module that `python -m` runs gives its own here, before it imports
-            anything else.
+        module: name to import it by. A module that `python -m` runs passes its own name, before its other
+            imports.
     """
     interrupts.install()
     occupy_standard_streams()
@@ -35,7 +35,7 @@ def run(module: str) -> NoReturn:
 
 
 def occupy_standard_streams() -> None:
-    """Puts nothing where a standard stream is closed: a file that is opened later would come to be there."""
+    """Opens the null device for each closed standard stream, so that no file opened later takes its place."""
     number = os.open(os.devnull, os.O_RDWR)
     while number <= 2:
         number = os.open(os.devnull, os.O_RDWR)

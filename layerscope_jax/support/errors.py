@@ -1,5 +1,5 @@
-"""Errors that are nobody's input: what runs failed."""
+"""Errors of a running engine that no input caused."""
 
 
 class TransferError(RuntimeError):
-    """A copy that a layer was waiting for failed, also when tried again, or does not end."""
+    """Raised when a copy that a layer waits for fails repeatedly, or does not end."""

@@ -1,4 +1,4 @@
-"""How commands end: an exit code, and one line on stderr for whatever went wrong."""
+"""Exit codes of commands, and the one line on stderr for whatever went wrong."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ EXIT_CODES = (
 OURS = ("layerscope_jax", "predictor")
 OUTPUT = "standard output"
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EPIPE)
-"""What no other file's name would help against."""
+"""Errors of the machine, which another file name would not avoid."""
 
 
 def run(command: Callable[[list[str]], int | None], args: Sequence[str] | None = None) -> int:
     """Calls a command with its arguments and returns its exit code (None counts as 0).
 
-    What it raises becomes one line on stderr; an argument `--debug`, wherever it stands, asks for the
-    traceback too, and is not passed on.
+    What it raises becomes one line on stderr. An argument `--debug`, anywhere, adds the traceback and is not
+    passed on.
 
     Args:
-        command: is given the arguments.
-        args: those of the process if None.
+        command: called with the arguments.
+        args: the arguments; None for those of the process.
     """
     args = list(sys.argv[1:] if args is None else args)
     debug, rest = "--debug" in args, [arg for arg in args if arg != "--debug"]
@@ -46,7 +46,7 @@ def run(command: Callable[[list[str]], int | None], args: Sequence[str] | None =
     with _output():
         try:
             code = _outcome(lambda: command(rest), debug)
-        except SystemExit:  # help was asked for, or the command line cannot be read
+        except SystemExit:  # after --help, or for a command line that cannot be parsed
             if lost := _outcome(_flush, debug):
                 return lost
             raise
@@ -54,10 +54,10 @@ def run(command: Callable[[list[str]], int | None], args: Sequence[str] | None =
 
 
 def end(command: Callable[[list[str]], object], args: Sequence[str] | None = None) -> None:
-    """As `run`, for a module's `main` that returns nothing.
+    """Calls a command as `run` does, for a module's `main` that returns nothing.
 
     Raises:
-        SystemExit: if something went wrong, with the exit code.
+        SystemExit: with the exit code, if something went wrong.
     """
 
     def call(rest: list[str]) -> None:
@@ -74,7 +74,7 @@ def say(text: str) -> None:
 
 
 def need_output() -> None:
-    """Refuses to begin what nobody could be told of.
+    """Refuses to begin a command whose output nobody could read.
 
     Raises:
         OSError: if the standard output is closed.
@@ -84,7 +84,7 @@ def need_output() -> None:
 
 
 def is_deliberate(error: BaseException) -> bool:
-    """Whether code of ours raised it, with `raise`, to say something; else it came up from beneath."""
+    """Whether layerscope or a plugin raised the error with `raise`; otherwise it came from a library."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
@@ -109,7 +109,7 @@ def _package(place: TracebackType) -> str:
 
 
 def code_of(error: Exception) -> int:
-    """Whose matter it is: of who gave the input, of the machine, or a fault of ours."""
+    """Returns the exit code of an error: bad input, the machine's failure, or a fault of ours."""
     if isinstance(error, OSError):
         return FAILED if error.filename in (None, OUTPUT) or error.errno in MACHINE else REFUSED
     if isinstance(error, ValueError) and is_deliberate(error):
@@ -125,7 +125,7 @@ def code_of(error: Exception) -> int:
 
 
 def described(error: Exception) -> str:
-    """What went wrong, without the number that OSError puts before it; for lack of memory, what to change."""
+    """Returns the message of an error, without OSError's number; for lack of memory, with what to change."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     what = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else str(error)
@@ -143,7 +143,7 @@ def _outcome(call: Callable[[], int | None], debug: bool) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.filename == OUTPUT:
             _give_output_up()
-        if isinstance(error, BrokenPipeError):  # whoever read the output has gone: nothing is to be said
+        if isinstance(error, BrokenPipeError):  # the reader of the output has gone, so nothing is said
             return FAILED
         return _explain(error, debug)
 
@@ -166,7 +166,7 @@ def _flush() -> None:
 
 
 def _give_output_up() -> None:
-    """Drops what is left to be written, which Python would try again in the end."""
+    """Discards what is left to be written, which Python would otherwise try to write at exit."""
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -175,13 +175,13 @@ def _give_output_up() -> None:
 
 @contextmanager
 def _output() -> Iterator[None]:
-    """Makes the standard output take any letter, and name itself where it takes nothing."""
+    """Makes the standard output accept any character, and name itself in its errors."""
     before = sys.stdout
     if before is None:
         sys.stdout = _Closed()
     elif isinstance(before, io.TextIOWrapper):
-        errors = "backslashreplace"  # no letter that a terminal lacks may end a run
-        buffer: Any = before.buffer  # where Python buffers nothing, the file itself
+        errors = "backslashreplace"  # a character that the terminal lacks must not end a run
+        buffer: Any = before.buffer  # the file itself, where Python does not buffer
         if isinstance(getattr(buffer, "raw", buffer), io.FileIO):
             before.flush()
             named = _Named(before.fileno(), "w", closefd=False)
@@ -201,7 +201,7 @@ def _output() -> Iterator[None]:
 
 
 class _Named(io.FileIO):
-    """The standard output, whose errors say so."""
+    """A standard output whose errors name it."""
 
     def write(self, data: Any) -> Any:
         try:
@@ -211,7 +211,7 @@ class _Named(io.FileIO):
 
 
 class _Closed(io.TextIOBase):
-    """Stands for a standard output that is not there."""
+    """Stands in for a closed standard output."""
 
     encoding = "utf-8"
 

@@ -1,13 +1,13 @@
-"""Ctrl-C in a command: noted at once, heeded where nothing is half done, or else two seconds later.
+"""Handles Ctrl-C in a command: ends it where nothing is half done, or after two seconds in any case.
 
 A handler that raised would do so wherever Python happens to be: in a callback of a compiled program or in a
-destructor the exception is printed and lost, in an import it is a traceback. So this one only notes the
-signal, and long loops call `check` where they may end. Where the main thread does not get there, because it
-compiles or waits, a thread that the signal wakes ends the process: files that can be gone on with hold whole
-lines, and at worst the beginning of one, which the next run cuts off. A second Ctrl-C ends it so at once.
+destructor the exception is printed and lost, in an import it is a traceback. So the handler only notes the
+signal, and long loops call `check` where they may end. If the main thread does not get there, because it
+compiles or waits, a thread that the signal wakes ends the process. Files that can be continued then hold
+whole lines, and at worst the beginning of one, which the next run cuts off. A second Ctrl-C ends it at once.
 
-None of this is in force unless a command is run as one (`support.entry`). In a program that uses the
-library `check` does nothing, and the program's own handler stays.
+This applies only to a command run as a process (`support.entry`). In a program that uses the library, `check`
+does nothing, and the program's own handler stays.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import socket
 
 PATIENCE_S = 1.5
-"""How long the main thread has to end by itself."""
+"""Seconds that the main thread has to end by itself."""
 
 INTERRUPTED = 130  # exit code, as of shells
 PLAIN = "interrupted"
@@ -38,7 +38,7 @@ _telling = _thread.allocate_lock()
 
 
 def check() -> None:
-    """Ends the command if its user asked for that.
+    """Ends the command if it was interrupted.
 
     Raises:
         KeyboardInterrupt: after a Ctrl-C.
@@ -48,13 +48,13 @@ def check() -> None:
 
 
 def promise(line: str) -> None:
-    """Sets what an interruption is answered with: how to go on, say."""
+    """Sets the line that an interruption prints, such as how to continue."""
     global _line
     _line = line
 
 
 def install() -> None:
-    """Takes Ctrl-C over in this process, unless it is ignored, as in what a shell runs in the background."""
+    """Takes over Ctrl-C in this process, unless it is ignored, as in a shell's background jobs."""
     if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         return
     signal.signal(signal.SIGINT, _note)  # before the imports below, which take a while too
@@ -73,13 +73,13 @@ def install() -> None:
 
 
 def begin() -> None:
-    """From now on a command is at work; before, while it is imported, Ctrl-C ends the process at once."""
+    """Says that the command begins its work; before that, during imports, Ctrl-C ends the process at once."""
     global _busy
     _busy = True
 
 
 def close() -> None:
-    """Lets Ctrl-C end the process at once again, now that the command is done; also one that came before."""
+    """Says that the command is done, so that Ctrl-C, also an earlier one, ends the process at once."""
     global _busy
     _busy = False
     if _noted:
@@ -87,7 +87,7 @@ def close() -> None:
 
 
 def tell() -> None:
-    """Says once on stderr that the command was interrupted; when it returns, that was said."""
+    """Prints once on stderr that the command was interrupted; returns after it was printed."""
     global _told
     with _telling:
         if not _told:
@@ -96,7 +96,7 @@ def tell() -> None:
 
 
 def _say() -> None:
-    with suppress(OSError, ValueError, AttributeError):  # nobody is there to be told
+    with suppress(OSError, ValueError, AttributeError):  # there is no stderr
         try:
             number = sys.stderr.fileno()
         except OSError:  # it is kept in memory
@@ -109,13 +109,13 @@ def _say() -> None:
 
 
 def leave() -> None:
-    """Ends the process, whatever its threads are doing."""
+    """Ends the process at once, whatever its threads are doing."""
     tell()
     os._exit(INTERRUPTED)
 
 
 def _takes(number: int) -> bool:
-    """Whether a line can be written there without waiting for whoever reads it."""
+    """Whether a line can be written to a file without waiting for its reader."""
     import select
 
     try:
@@ -130,7 +130,7 @@ def _note(signum: int, frame: object) -> None:
 
 
 def _watch(woken: socket.socket) -> None:
-    """Ends the process some time after the first Ctrl-C, or at the second."""
+    """Ends the process `PATIENCE_S` after the first Ctrl-C, or at the second."""
     came = 0
     while came < (2 if _busy else 1):
         woken.settimeout(PATIENCE_S if came else None)

@@ -1,9 +1,9 @@
-"""JAX's settings under which an engine computes: its own, whatever its caller's are.
+"""JAX settings that an engine computes under, whatever its caller's are.
 
-Tokens are not to hang on a setting that a caller made for something else, in a `with` statement or for the
-whole process: another type of numbers, other products, other randomness, another mesh. So each turn of an
-engine changes those back that are not as they should be, for its own thread and its own time. How strictly
-types and ranks are promoted stays the caller's: the engine leaves none to be promoted.
+Tokens must not depend on a setting that a caller made for something else, in a `with` statement or for the
+whole process: another number type, other precision, other randomness, another mesh. So each turn of an engine
+resets the settings that differ, for its own thread and its own time. How strictly types and ranks are
+promoted stays the caller's choice: the engine relies on no promotion.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 PRNG = "threefry2x32"
-"""The implementation of random numbers, by JAX's name: whoever makes a key names it."""
+"""JAX's name of the random number generator that every key here uses."""
 
 GUARDED = "jax_transfer_guard_host_to_device", "jax_transfer_guard_device_to_host"
 
@@ -32,8 +32,7 @@ OURS: dict[str, tuple[tuple[Any, ...], Callable[[], AbstractContextManager]]] = 
     GUARDED[0]: ((None, "allow"), lambda: jax.transfer_guard("allow")),
     GUARDED[1]: ((None, "allow"), lambda: jax.transfer_guard("allow")),
 }
-"""Settings that numbers, or whether there are any, hang on: values that leave all as it should be, and how to
-get there."""
+"""Settings that results depend on: the values that are fine, and how to reset the others."""
 
 _values = attrgetter(*OURS)
 _ALLOWED = [allowed for allowed, _ in OURS.values()]
@@ -42,7 +41,7 @@ _of_thread = threading.local()
 
 
 def own_settings() -> AbstractContextManager:
-    """Within, on this thread, nothing hangs on the caller's settings; costs little where they are as ours."""
+    """Resets the caller's settings on this thread within the `with` block; cheap where none differs."""
     changed = [
         change
         for value, allowed, (_, change) in zip(_values(jax.config), _ALLOWED, OURS.values(), strict=True)
@@ -54,7 +53,7 @@ def own_settings() -> AbstractContextManager:
 
 
 def random_key(seed: int) -> jax.Array:
-    """A key of our own kind, whatever kind JAX makes by default."""
+    """Returns a random key of the engine's generator, whatever JAX's default is."""
     return jax.random.key(seed, impl=PRNG)
 
 
@@ -64,7 +63,7 @@ def without_mesh() -> AbstractContextManager:
 
 
 def settle_thread() -> None:
-    """Gives the thread that calls, one of ours, these settings for all its life."""
+    """Gives the calling thread, one of the engine's own, these settings for its whole life."""
     _of_thread.settings = _all_of([change for _, change in OURS.values()])
 
 

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first asked for."""
+"""Imports a package's names when they are first used."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def importer(package: str, contents: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """A package's `__getattr__` (PEP 562).
+    """Returns a package's `__getattr__` (PEP 562) that imports names when they are first used.
 
-    Modules are there without an import of their own too, as if all had been imported at once.
+    Submodules can be used without importing them, as if all had been imported.
 
     Args:
-        package: its name.
-        contents: module within it -> the names that it gives.
+        package: the package's name.
+        contents: submodule -> the names that it provides.
 
     >>> importer("layerscope_jax", {"support.units": ["parse_bytes"]})("parse_bytes")("1KiB")
     1024
@@ -25,9 +25,9 @@ def importer(package: str, contents: Mapping[str, Sequence[str]]) -> Callable[[s
 
     def get(name: str) -> Any:
         if name in module_of:
-            found = getattr(import_module(f"{package}.{module_of[name]}"), name)
-            setattr(sys.modules[package], name, found)
-            return found
+            value = getattr(import_module(f"{package}.{module_of[name]}"), name)
+            setattr(sys.modules[package], name, value)
+            return value
         if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
             for module in contents:
                 if module.startswith(f"{name}."):

@@ -1,7 +1,8 @@
-"""One run at a time for a place that is written to and gone on with: the second is told who has it.
+"""Lets one run at a time write to a file or folder; a second run is told which run that is.
 
-The lock is the operating system's, on a file of its own beside the place: one that a killed run left there
-holds nobody up. It keeps out runs on this machine; on a network file system perhaps not those of others.
+The lock is the operating system's, on a file of its own beside the place, so a file left by a killed run
+locks nothing. It keeps out runs on this machine; on a network file system perhaps not those on other
+machines.
 """
 
 from __future__ import annotations
@@ -31,20 +32,21 @@ else:
 
 
 FAR = 1 << 30
-"""Where Windows locks a byte, which nobody could read then: behind all that is in the file."""
+"""Offset of the byte that Windows locks: behind the file's content, since a locked byte cannot be read."""
 
 
 @contextmanager
 def locked(place: Path) -> Iterator[None]:
-    """Keeps other runs away from a file, or from a folder, for the while.
+    """Keeps other runs away from a file or a folder within the `with` block.
 
-    The lock is `FILE.lock`, or `.lock` in a folder, and is removed in the end.
+    The lock is `FILE.lock`, or `.lock` in a folder, and is removed at the end.
 
     Args:
-        place: a file that is or is to be, or a folder that is there. A device, say, gets no lock.
+        place: a file, which need not exist yet, or an existing folder. Other kinds, such as devices, are not
+            locked.
 
     Raises:
-        ValueError: if another run has it, saying which; or if the lock cannot be made.
+        ValueError: if another run holds the lock, naming it; or if the lock file cannot be made.
     """
     place = place.resolve()
     if place.exists() and not place.is_file() and not place.is_dir():
@@ -55,22 +57,22 @@ def locked(place: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is still held, so that nobody's but this run's is removed.
-        with suppress(OSError):  # Windows removes no open file
+        # Removed while it is held, so that no other run's lock is.
+        with suppress(OSError):  # Windows cannot remove an open file
             path.unlink()
         os.close(number)
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """As `locked`, of a folder that is `made` if needed."""
+    """Keeps other runs away from a folder, which is made if needed."""
     with made(folder), locked(folder):
         yield
 
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Makes a folder if it is not there; one that it made is not left behind empty.
+    """Makes a folder within the `with` block if it does not exist; removes it again if it stays empty.
 
     Raises:
         ValueError: if it cannot be made.
@@ -84,19 +86,19 @@ def made(folder: Path) -> Iterator[None]:
         yield
     finally:
         if new:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
 def _taken(path: Path, place: Path) -> int:
-    """The open lock file at `path`, which is this run's alone."""
+    """Opens and locks the lock file at `path`; returns its descriptor."""
     while True:
         try:
             number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ValueError(
-                f"cannot write to {path}: {error.strerror}; choose a place in a folder that is there and "
-                "yours"
+                f"cannot write to {path}: {error.strerror}; choose a place in a folder that exists and "
+                "that you may write to"
             ) from None
         try:
             if _is_free(number, place) and _is_at(number, path):
@@ -107,7 +109,7 @@ def _taken(path: Path, place: Path) -> int:
         except BaseException:
             os.close(number)
             raise
-        os.close(number)  # its run has just removed it: try again
+        os.close(number)  # the run that held it has just removed it: try again
 
 
 def _is_free(number: int, place: Path) -> bool:
@@ -118,13 +120,13 @@ def _is_free(number: int, place: Path) -> bool:
             f"{place} is being written by another run{_holder(number)}; wait until it has ended, or choose "
             "another place"
         ) from None
-    except OSError:  # a file system that has no locks: then nobody can be kept out
+    except OSError:  # a file system without locks keeps nobody out
         pass
     return True
 
 
 def _is_at(number: int, path: Path) -> bool:
-    """Whether the open file still has that name; who held it before may have removed it."""
+    """Whether the open file still has that name; the run that held it before may have removed it."""
     try:
         return os.path.samestat(os.fstat(number), path.stat())
     except FileNotFoundError:
@@ -137,10 +139,10 @@ def _self() -> dict[str, Any]:
 
 
 def _holder(number: int) -> str:
-    """Who says in the lock file that it is theirs."""
+    """Returns the run that the lock file names, in parentheses; empty if it names none."""
     try:
         os.lseek(number, 0, os.SEEK_SET)
-        found = json.loads(os.read(number, 4096))
-        return f" (process {found['pid']} on {found['host']}, since {found['since']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it is just being written
+        holder = json.loads(os.read(number, 4096))
+        return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
+    except (OSError, ValueError, KeyError, TypeError):  # it is being written right now
         return ""

@@ -1,4 +1,4 @@
-"""What this machine is: its processor, accelerator and memory, and the versions of what runs on it."""
+"""Facts about this machine: processor, accelerator, memory, and versions of Python, JAX and NumPy."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 from layerscope_jax.support.threads import Helpers
 
 MOST_BYTES = 256 * 2**20
-"""Read to measure the memory: more than most caches hold."""
+"""Bytes to read when memory is measured: more than most caches hold."""
 
 READS = 5
 
 UNKNOWN_BYTES = 2**32
-"""What a machine that does not tell is taken to have."""
+"""Bytes of memory assumed where the system does not tell."""
 
 
 def describe(device: jax.Device) -> dict[str, Any]:
-    """The parts that costs depend on.
+    """Returns the parts of this machine that costs depend on.
 
     Args:
         device: the accelerator.
@@ -37,33 +37,33 @@ def describe(device: jax.Device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
+    """Returns the versions of Python, JAX and NumPy."""
     return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__}
 
 
 def cpu_name() -> str:
-    """As Linux tells it, elsewhere as much as Python knows."""
+    """Returns the processor's name, from Linux or, elsewhere, from Python."""
     named = _field("/proc/cpuinfo", "model name")
     return named or platform.processor() or platform.machine()
 
 
 def cpu_features() -> str:
-    """The instructions that it knows, as Linux tells them; empty elsewhere."""
+    """Returns the processor's instruction sets as Linux lists them; empty elsewhere."""
     return _field("/proc/cpuinfo", "flags") or _field("/proc/cpuinfo", "Features") or ""
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Returns how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_device() -> jax.Device:
-    """The last of JAX's CPU devices.
+    """Returns the last of JAX's CPU devices.
 
     Raises:
-        ValueError: if JAX was told to do without.
+        ValueError: if JAX's CPU backend is off.
     """
     try:
         return jax.devices("cpu")[-1]
@@ -75,15 +75,15 @@ def cpu_device() -> jax.Device:
 
 
 def free_bytes() -> int:
-    """Host memory that may still be taken, what the system would give up for it included."""
+    """Returns the host memory (bytes) that can still be allocated, reclaimable memory included."""
     available = _field("/proc/meminfo", "MemAvailable")
     if available is not None:
         return int(available.split()[0]) * 1024
-    return (memory_bytes() or UNKNOWN_BYTES) // 2  # a guess where none can be had
+    return (memory_bytes() or UNKNOWN_BYTES) // 2  # a guess where the system does not tell
 
 
 def memory_bytes() -> int | None:
-    """Host memory in all; None where the system does not tell."""
+    """Returns the total host memory (bytes); None where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no such call, other systems not these names
@@ -91,7 +91,7 @@ def memory_bytes() -> int | None:
 
 
 def device_free_bytes(device: jax.Device) -> int | None:
-    """Memory of the accelerator that may still be taken; None where it does not say, as CPUs do not."""
+    """Returns the accelerator's free memory (bytes); None where it does not tell, as on a CPU."""
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats or "bytes_in_use" not in stats:
         return None
@@ -99,7 +99,7 @@ def device_free_bytes(device: jax.Device) -> int | None:
 
 
 def read_bytes_per_s() -> float:
-    """How fast all cores together read host memory: the most that computing few tokens on the host can reach.
+    """Returns how fast all cores together read host memory, which limits computing few tokens on the host.
 
     Reads less than `MOST_BYTES` where little memory is free.
     """
@@ -119,7 +119,7 @@ def read_bytes_per_s() -> float:
 
 
 def _field(file: str, name: str) -> str | None:
-    """The value of the first line `name: value` in a file of /proc; None if there is none."""
+    """Returns the value of the first line `name: value` in a file of /proc; None without such a line."""
     try:
         lines = Path(file).read_text().splitlines()
     except OSError:

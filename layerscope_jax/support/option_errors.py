@@ -1,4 +1,4 @@
-"""Errors of commands that name the option whose value is wrong."""
+"""Puts the name of a command's option before an error about its value."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from layerscope_jax.support.locks import locked, made
 
 @contextmanager
 def option(name: str) -> Iterator[None]:
-    """Puts the name of an option before what is wrong with its value.
+    """Puts the name of an option before errors about its value within the `with` block.
 
     Raises:
-        ValueError: with that.
+        ValueError: with the name in front.
     """
     try:
         yield
@@ -27,13 +27,13 @@ def option(name: str) -> Iterator[None]:
 
 @contextmanager
 def writing(name: str, file: Path) -> Iterator[None]:
-    """Keeps other runs away from the file that an option names, in a folder that is made if needed.
+    """Keeps other runs away from the file that an option names, whose folder is made if needed.
 
     Raises:
-        ValueError: if it cannot be written, which shows here before anything is computed.
+        ValueError: if it cannot be written, before anything is computed.
     """
     with option(name):
-        is_folder = file.is_dir()  # of a name that is too long nothing can be asked
+        is_folder = file.is_dir()  # raises OSError for a name that is too long
     if is_folder:
         raise ValueError(f"{name} must be a file, got the folder {file}")
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Sizes and rates as people write them, and whole numbers."""
+"""Parses sizes and rates as people write them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is a whole number; True and False are none."""
+    """Whether a value is a whole number; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def parse_bytes(size: str | int, what: str = "size") -> int:
-    """Bytes from `"8GiB"`, `"1.5 GB"`, `"4096"` or an int.
+    """Returns the bytes of a size such as `"8GiB"`, `"1.5 GB"`, `"4096"` or an int.
 
     Args:
         size: a number of bytes, or a number with one of the units B, KB, MB, GB, TB (powers of 1000),
@@ -29,32 +29,34 @@ def parse_bytes(size: str | int, what: str = "size") -> int:
         what: the setting's name, for the error message.
 
     Raises:
-        ValueError: if `size` is negative, not a size, or past what 64 bits count.
+        ValueError: if `size` is negative, not a size, or 2**63 or more.
 
     >>> parse_bytes("1.5GiB"), parse_bytes("2 MB"), parse_bytes(4096)
     (1610612736, 2000000, 4096)
     """
-    found = -1
+    count = -1
     if is_integer(size):
-        found = int(size)
+        count = int(size)
     elif isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
         if match is not None and match[2] in _UNITS:
-            found = int(Decimal(match[1]) * _UNITS[match[2]])
-    if found < 0:
+            count = int(Decimal(match[1]) * _UNITS[match[2]])
+    if count < 0:
         raise ValueError(f"{what} must be a size such as '8GiB', '500 MB' or a number of bytes, got {size!r}")
-    if found >= 2**63:
+    if count >= 2**63:
         raise ValueError(f"{what} must be less than 2**63 bytes, got {str(size)[:40]}")
-    return found
+    return count
 
 
 def parse_pace(emulated_link_bandwidth: str | int) -> int:
-    """Bytes a second, more than none.
+    """Returns the bytes a second of an emulated link.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if it is not a size above 0.
     """
-    found = parse_bytes(emulated_link_bandwidth, "emulated_link_bandwidth")
-    if found == 0:
-        raise ValueError("emulated_link_bandwidth must be more than 0 bytes a second; None leaves it unpaced")
-    return found
+    count = parse_bytes(emulated_link_bandwidth, "emulated_link_bandwidth")
+    if count == 0:
+        raise ValueError(
+            "emulated_link_bandwidth must be more than 0 bytes a second; leave it out for no limit"
+        )
+    return count

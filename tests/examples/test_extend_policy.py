@@ -97,3 +97,10 @@ def test_what_it_says_of_itself_is_checked():
         ls.register_policy(type("Five", (Ahead,), {"name": 5}))
     with pytest.raises(ValueError, match="a policy is named 'ahead' already"):
         ls.register_policy(type("Other", (Ahead,), {}))
+
+
+def test_a_near_miss_is_named(example):
+    with pytest.raises(ValueError, match=r"got 'fif'; did you mean 'fifo'\?"):
+        make_policy("fif")
+    with pytest.raises(ValueError, match="which has no uses_costs, plan"):
+        make_policy(type("Half", (), {"name": "half", "init": None})())
