@@ -2,8 +2,11 @@
 
 import jax
 import numpy as np
+import pytest
 
 from predictor.scorecard import ScoreConfig, scorecard
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def test_its_scorecard():
