@@ -51,8 +51,6 @@ _CONTENTS = {
         "Token",
     ),
     "models": (
-        "Completion",
-        "Completions",
         "Decoder",
         "ExpertParam",
     ),

@@ -48,7 +48,7 @@ CORE = (
     "tests/support/test_threads.py",
     "tests/test_rooms.py",
 )
-"""Folders and files of `pytest -m core`: a minute's tests of all that decides, keeps books and reads files."""
+"""Folders and files of `pytest -m core`: a minute's tests of what decides, keeps books and reads files."""
 
 COMPILES = (
     "tests/checkpoints/test_checkpoints.py::test_a_failing_save_leaves_nothing_half_written",
@@ -79,7 +79,7 @@ jax.monitoring.register_event_duration_secs_listener(_note)
 
 
 def takes_long(program: str) -> bool:
-    """Whether a program is more than one operation of JAX's own, which takes a few milliseconds to compile."""
+    """Whether a program is more than one operation of JAX's own, which is compiled in milliseconds."""
     own = program.startswith("_") or hasattr(jnp, program) or hasattr(jax.lax, program)
     return not own and program not in OUR_COPIES
 
@@ -90,7 +90,7 @@ def lies_in(test: str, places: tuple[str, ...]) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves files without a test of the core unread, where nothing else is asked for: reading takes its time."""
+    """Leaves files without a test of the core unread where nothing else is asked for: that takes time."""
     if config.option.markexpr != "core" or collection_path.suffix != ".py":
         return None
     return None if lies_in(collection_path.relative_to(ROOT).as_posix(), CORE) else True
@@ -100,8 +100,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the core, and puts it behind half of the others.
 
-    Two workers begin with a half each. In a checkout that is new, one of them compiles the CPU's kernels while
-    the other is at the core, which needs few, and finds them afterwards.
+    Two workers begin with a half each. In a checkout that is new, one of them compiles the CPU's kernels
+    while the other is at the core, which needs few, and finds them afterwards.
     """
     for item in items:
         if lies_in(item.nodeid, CORE) and not lies_in(item.nodeid, COMPILES):
@@ -132,8 +132,8 @@ def pytest_runtest_call(item: pytest.Item):
         programs = sorted(filter(takes_long, compiled[item.stash[BEFORE] :]))
         if programs:
             pytest.fail(
-                f"a test of the core compiled {', '.join(programs)}: let it do without, or name it in COMPILES "
-                "in tests/conftest.py",
+                f"a test of the core compiled {', '.join(programs)}: let it do without, or name it in "
+                "COMPILES in tests/conftest.py",
                 pytrace=False,
             )
     return result
