@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -128,7 +127,23 @@ def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
         return _train(config, trace, progress)
 
 
+def _orbax() -> Any:
+    """Orbax's checkpoints, imported where a training begins: what else is in this file does without.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    try:
+        from orbax.checkpoint import v1
+    except ImportError as error:
+        raise ValueError(
+            "training keeps checkpoints by Orbax, which is not installed: pip install 'layerscope-jax[train]'"
+        ) from error
+    return v1
+
+
 def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
+    ocp = _orbax()
     model = trace.header.model
     basis, routers = Basis.load(trace.folder), Routers.load(trace.folder)
 

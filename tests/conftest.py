@@ -1,8 +1,13 @@
-"""What every test runs under. JAX reads these when it first makes an array, so they are set here."""
+"""What every test runs under, and which tests are the core.
+
+JAX reads the settings below when it first makes an array, so they are set as this is imported.
+"""
 
 import os
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share one GPU
@@ -13,6 +18,125 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)  # no earlier run has a part in this one
 
 collect_ignore_glob = ["*conftest.py"]  # has no doctests, and there are several of that name
+
+ROOT = Path(__file__).parents[1]
+
+CORE = (
+    # what is decided
+    "layerscope_jax/scheduling",
+    "tests/scheduling",
+    "layerscope_jax/simulation",
+    "tests/simulation",
+    # requests
+    "tests/generation/test_scheduler.py",
+    # residency and the link
+    "layerscope_jax/offload",
+    "tests/offload",
+    # settings, of models and of engines
+    "tests/models/test_config_keys.py",
+    "tests/models/test_configs.py",
+    "tests/test_config.py",
+    # files
+    "layerscope_jax/checkpoints",
+    "tests/checkpoints",
+    "tests/prediction/test_traces.py",
+    "tests/faults/test_files.py",
+    "tests/faults/test_locks.py",
+    "tests/faults/test_tokenizer_files.py",
+    # what all of them stand on, and where everything lies
+    "layerscope_jax/support",
+    "tests/support/test_threads.py",
+    "tests/test_rooms.py",
+)
+"""Folders and files of `pytest -m core`: a minute's tests of what decides, keeps books and reads files."""
+
+COMPILES = (
+    "tests/checkpoints/test_checkpoints.py::test_a_failing_save_leaves_nothing_half_written",
+    "tests/checkpoints/test_checkpoints.py::test_a_long_list_of_wrong_tensors_ends_with_their_number",
+    "tests/checkpoints/test_checkpoints.py::test_a_model_of_a_decoder_computes_the_same",
+    "tests/checkpoints/test_checkpoints.py::test_what_is_saved_is_loaded_bit_for_bit",
+    "tests/offload/test_executors.py",
+    "tests/offload/test_link_thread.py::test_an_engine_whose_links_thread_has_ended_says_so",
+    "tests/simulation/test_comparison.py",
+    "tests/simulation/test_contention.py::test_no_bound_counts_on_parts_hindering_each_other",
+    "tests/simulation/test_simulated_runs.py::test_the_engine_and_its_simulation_decide_alike",
+)
+"""Files and tests among them that compile programs, and so are not of the core."""
+
+OUR_COPIES = {"stage"}
+"""Programs of ours without arithmetic: memory is handed over."""
+
+compiled: list[str] = []
+"""The names of the programs that XLA has compiled so far."""
+
+
+def _note(event: str, duration_secs: float, fun_name: str = "", **_: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        compiled.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+
+jax.monitoring.register_event_duration_secs_listener(_note)
+
+
+def takes_long(program: str) -> bool:
+    """Whether a program is more than one operation of JAX's own, which is compiled in milliseconds."""
+    own = program.startswith("_") or hasattr(jnp, program) or hasattr(jax.lax, program)
+    return not own and program not in OUR_COPIES
+
+
+def lies_in(test: str, places: tuple[str, ...]) -> bool:
+    """Whether a test, by its id, is in one of some folders, files and functions."""
+    return any(test == place or test.startswith((f"{place}/", f"{place}::", f"{place}[")) for place in places)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves files without a test of the core unread where nothing else is asked for: that takes time."""
+    if config.option.markexpr != "core" or collection_path.suffix != ".py":
+        return None
+    return None if lies_in(collection_path.relative_to(ROOT).as_posix(), CORE) else True
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the core, and puts it behind half of the others.
+
+    Two workers begin with a half each. In a checkout that is new, one of them compiles the CPU's kernels
+    while the other is at the core, which needs few, and finds them afterwards.
+    """
+    for item in items:
+        if lies_in(item.nodeid, CORE) and not lies_in(item.nodeid, COMPILES):
+            item.add_marker("core")
+    core = [item for item in items if item.get_closest_marker("core")]
+    others = [item for item in items if not item.get_closest_marker("core")]
+    half = min(len(items) // 2, len(others))
+    while 0 < half < len(others) and others[half].path == others[half - 1].path:
+        half += 1  # a file stays whole
+    items[:] = others[:half] + core + others[half:]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item):
+    item.stash[BEFORE] = len(compiled)
+    return (yield)
+
+
+BEFORE = pytest.StashKey[int]()
+"""How many programs were compiled before a test and what is set up for it."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Fails a test of the core that compiles a program."""
+    result = yield
+    if item.get_closest_marker("core"):
+        programs = sorted(filter(takes_long, compiled[item.stash[BEFORE] :]))
+        if programs:
+            pytest.fail(
+                f"a test of the core compiled {', '.join(programs)}: let it do without, or name it in "
+                "COMPILES in tests/conftest.py",
+                pytrace=False,
+            )
+    return result
 
 
 @pytest.fixture(scope="module")

@@ -87,8 +87,8 @@ def case(name):
     if name == "bfloat16":
         model = random_model(dtype=jnp.bfloat16, seed=1, attention_bias=False)
         return Case(model, [prompts(rng, 61, 3, 11), prompts(rng, 61, 16, 1)], 6)
-    if name.startswith("shipped"):
-        model = load(SHIPPED, dtype="float32" if name == "shipped in float32" else None)
+    if name == "shipped":
+        model = load(SHIPPED)
         return Case(model, [[model.tokenizer.encode(text).ids for text in SENTENCES]], 2)
     # Experts with more rows than the largest bucket, one choice a token, up to the end of the context.
     model = random_model(

@@ -109,6 +109,7 @@ def test_places_to_write(command, kind, tiny, tmp_path, capsys):
     assert listing(tmp_path) == before
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_a_pipe_is_read_if_somebody_writes_to_it(tiny, tmp_path, capsys):
     if not hasattr(os, "mkfifo"):
         pytest.skip("there are no pipes with names")

@@ -10,7 +10,7 @@ from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-KINDS = ["resident", "lru", "auto", "whole"]
+KINDS = ["resident", "auto", "whole"]
 
 
 def config_of(kind, model):

@@ -118,10 +118,11 @@ def ran(program, redirected, buffered):
     return done.returncode, done.stderr
 
 
-PRINT = "import sys; from layerscope_jax import exits; sys.exit(exits.run(lambda args: print('x' * {}), []))"
-BYTES = "import sys; from layerscope_jax import exits\n"
+PRINT = "import sys; from layerscope_jax.support import exits\n"
+PRINT += "sys.exit(exits.run(lambda args: print('x' * {}), []))"
+BYTES = "import sys; from layerscope_jax.support import exits\n"
 BYTES += "sys.exit(exits.run(lambda args: sys.stdout.buffer.write(b'x') and None, []))"
-HELP = "import sys, tyro; from layerscope_jax import exits\n"
+HELP = "import sys, tyro; from layerscope_jax.support import exits\n"
 HELP += "sys.exit(exits.run(lambda args: tyro.cli(int, args=args), ['--help']))"
 
 pytest_shell = pytest.mark.skipif(os.name != "posix", reason="needs a shell")
@@ -156,7 +157,7 @@ def test_an_output_that_takes_nothing(program, redirected, expected, buffered):
 
 @pytest_shell
 def test_a_reader_that_has_gone():
-    program = "import os, sys; from layerscope_jax import exits; sys.stdin.read()\n"
+    program = "import os, sys; from layerscope_jax.support import exits; sys.stdin.read()\n"
     program += "sys.exit(exits.run(lambda args: print('x'), []))"
     process = subprocess.Popen(
         [sys.executable, "-c", program],

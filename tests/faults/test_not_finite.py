@@ -70,7 +70,7 @@ def test_a_slot_that_an_error_freed_is_used_again(engine):
     assert [result.token_ids[1], result.token_ids[3]] == [alone.token_ids[0], alone.token_ids[2]]
 
 
-@pytest.mark.parametrize("kind", ["resident", "whole", "lru"])
+@pytest.mark.parametrize("kind", ["resident", "whole"])
 def test_what_was_said_before_an_error_is_kept(kind):
     """The first tokens are right; one of them is the one whose embedding is not finite."""
     model = spelling_model()
@@ -87,7 +87,7 @@ def test_what_was_said_before_an_error_is_kept(kind):
     assert "".join(event.text for event in events) == result.texts[0]
 
 
-@pytest.mark.parametrize("kind", ["resident", "whole", "lru", "host-only"])
+@pytest.mark.parametrize("kind", ["resident", "whole", "host-only"])
 def test_an_expert_that_is_not_finite_reaches_nobody_else(kind):
     """Whoever is not routed to it goes on, bit for bit."""
     decoder = random_decoder(spelling_model().config, 4)

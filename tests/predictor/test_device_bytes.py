@@ -1,11 +1,13 @@
 """What predictors keep on the device is taken off its budget, and is no more than it has to be."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixed_forecasts import Fixed
-from helpers import compiled, random_model
+from helpers import PROFILE, compiled, random_model
 from synthetic import SMALL, llapor_of
 
 from layerscope_jax import Engine, OffloadConfig
@@ -59,7 +61,8 @@ def test_the_gate_reads_routers_where_they_lie(dtype):
 
 def test_auto_has_its_whole_budget_for_experts(model):
     budget = 10 * model.bank.expert_bytes
-    with Engine(model, config(budget, None, "auto")) as engine:
+    measured = replace(config(budget, None, "auto"), profile=PROFILE)  # measuring has tests of its own
+    with Engine(model, measured) as engine:
         stats = engine.generate(PROMPTS, max_new_tokens=2).stats
         assert engine.runner.residency.slots == 10
     assert (stats.predictor, stats.predictor_bytes) == ("gate", 0)

@@ -10,6 +10,16 @@ from predictor import fitted
 from predictor import train as module
 from predictor.train import TrainConfig, train
 
+
+def test_what_training_needs_and_is_not_installed_is_named(tmp_path, monkeypatch):
+    trace = write_trace(tmp_path / "trace")
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(
+        ValueError, match=r"Orbax, which is not installed: pip install 'layerscope-jax\[train\]'$"
+    ):
+        train(TrainConfig(traces=trace.folder, out=tmp_path / "run", look_ahead=1), progress=False)
+
+
 HOLDER = r"being written by another run \(process \d+ on \S+, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\)"
 
 

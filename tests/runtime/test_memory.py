@@ -64,10 +64,8 @@ def config(policy, eighths, **settings):
 
 MOVING = [
     ("lru", 2, {}),
-    ("lru", 5, {}),
     ("on-demand", 4, {}),
     ("presched", 1, {"predictor": "gate"}),
-    ("presched", 4, {"predictor": "gate"}),
 ]
 
 

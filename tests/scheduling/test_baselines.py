@@ -18,7 +18,7 @@ DEVICE_ONLY = {"on-demand", "lru", "lfu", "arc", "least-stale", "promoe", "klots
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @given(run=runs(), seed=st.integers(0, 1000), failing=st.sampled_from([0.0, 0.2]), ahead=st.integers(0, 5))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_every_plan_is_valid_pure_and_deterministic(name, run, seed, failing, ahead):
     shape, resident, steps = run
     policy, twin = POLICIES[name](), POLICIES[name]()
@@ -51,7 +51,7 @@ def test_every_plan_is_valid_pure_and_deterministic(name, run, seed, failing, ah
 
 @pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"on-demand", "resident"}))
 @given(run=runs(), data=st.data())
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_every_plan_is_valid_whatever_others_brought_and_took(name, run, data):
     """Such as another policy that takes turns with this one."""
     shape, _, steps = run

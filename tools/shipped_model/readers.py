@@ -27,7 +27,7 @@ def austen(root: Path) -> list[Document]:
     try:
         import rdata
     except ImportError as error:
-        raise ValueError("the Austen novels are R data: run `pip install layerscope-jax[train]`") from error
+        raise ValueError("the Austen novels are R data: pip install 'layerscope-jax[train]'") from error
     index = _one(root, "usr/lib/R/site-library/janeaustenr/data/Rdata.rdx")
     blocks = index.with_suffix(".rdb").read_bytes()
     documents = []
