@@ -8,7 +8,9 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,12 +18,13 @@ from helpers import in_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax.generation import cache_rows, calls, loop, run, scheduler, shares, slots
+from layerscope_jax.generation import calls, loop, run, scheduler, shares, slots
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.models.layers import PAD_POSITION
-from layerscope_jax.runtime.statistics import Meter
+from layerscope_jax.runtime.accounts import Account
+from layerscope_jax.runtime.runner import RunnerStats
 from layerscope_jax.runtime.turns import Turns
 
 WORDS, CONTEXT = 101, 96
@@ -38,20 +41,37 @@ def alone(prompt, count):
     return tokens[len(prompt) :]
 
 
+class Held(NamedTuple):
+    """A cache of tokens."""
+
+    tokens: jax.Array  # [B, P]
+
+    @staticmethod
+    def position_axes():
+        return (1,)
+
+
 class Arithmetic:
     """A runner whose caches hold the tokens themselves."""
 
     mode = "arithmetic"
 
     def __init__(self):
-        self.account, self.meter, self.steps, self.shapes, self.fails = None, Meter(), 0, [], 0
-        self.model = SimpleNamespace(bank=SimpleNamespace(total_bytes=0))
+        self.account, self.steps, self.shapes, self.fails = Account(), 0, [], 0
+
+    def reset(self, account):
+        self.account = account or Account()
+
+    def stats(self, account):
+        return RunnerStats(
+            policy="none", mode=self.mode, format="none", dense_kernels={}, peak_expert_bytes=0
+        )
 
     def step(self, tokens, positions, last, caches, sampling):
         self.steps += 1
-        self.shapes.append((*tokens.shape, caches[0].shape[1]))
-        (cache,) = [np.array(cache) for cache in caches]
-        caches[0].delete()  # as what is donated
+        self.shapes.append((*tokens.shape, caches[0].tokens.shape[1]))
+        cache = np.array(caches[0].tokens)
+        caches[0].tokens.delete()  # as what is donated
         if self.fails:
             self.fails -= 1
             raise OSError("injected")
@@ -62,7 +82,7 @@ class Arithmetic:
                     cache[row, place] = token
             if places[last[row]] != PAD_POSITION:
                 found[row] = next_token(cache[row, : places[last[row]] + 1].tolist())
-        return found, None, [jnp.asarray(cache)]
+        return found, None, [Held(jnp.asarray(cache))]
 
 
 def looped(max_num_seqs=3, chunk=32, closed=()):
@@ -74,11 +94,10 @@ def looped(max_num_seqs=3, chunk=32, closed=()):
         runner,
         Turns(threading.RLock()),
         lambda: bool(closed),
-        lambda rows, length: [jnp.zeros((rows, length), jnp.int32)],
+        lambda rows, length: [Held(jnp.zeros((rows, length), jnp.int32))],
         max_num_seqs,
         chunk,
         0,
-        None,
     )
     return made, runner
 
@@ -160,7 +179,7 @@ def test_whatever_callers_do_each_gets_its_own_tokens(acts, most, fails):
     assert is_idle(made)
 
 
-OURS = tuple(module.__file__ for module in (cache_rows, calls, loop, run, scheduler, shares, slots))
+OURS = tuple(module.__file__ for module in (calls, loop, run, scheduler, shares, slots))
 
 
 class Interrupts:
@@ -352,7 +371,7 @@ def test_what_is_counted_begins_with_the_call():
     step = runner.step
 
     def counting(*inputs):
-        runner.meter.experts += 1
+        runner.account.meter.experts += 1
         return step(*inputs)
 
     runner.step = counting

@@ -11,7 +11,7 @@ from layerscope_jax.runtime.runner import RunnerStats
 from layerscope_jax.runtime.statistics import Times
 
 A, B, C, D = (ExpertId(0, expert) for expert in range(4))
-RUNNER = RunnerStats(policy="lru", mode="layers", peak_expert_bytes=300)
+RUNNER = RunnerStats(policy="lru", mode="layers", format="float32", dense_kernels={}, peak_expert_bytes=300)
 
 
 def come(books, *experts):
