@@ -107,8 +107,9 @@ class LayerByLayer:
     def _layer(self, layer: int, step: StepInputs, state: Between, cache: KVCache) -> tuple[Between, KVCache]:
         """One layer: attends and routes, reads back, decides, moves and computes."""
         meter, device = self.account.meter, self.device_experts
+        looks_ahead = step.counted is not None and self.policy.wants_forecast(self.decisions.state)
         hidden, inputs, experts, weights, cache, expected = self.dense.attend(
-            layer, step, state, cache, self.decisions.want_forecast()
+            layer, step, state, cache, looks_ahead
         )
         for array in (experts, expected, None if device.waits else inputs):
             if array is not None:  # all on their way at once; the host's experts read the inputs
@@ -121,9 +122,11 @@ class LayerByLayer:
             self.tap(layer, inputs, chosen, weights)
         seen, plan = self._decide(layer, step.phase, rows, expected)
         outputs = device.take(rows.total, hidden.shape[-1], hidden.dtype)
-        begun = self.experts.begin(outputs, inputs, rows, plan, meter)
+        outputs, since, host = self.experts.begin(outputs, inputs, rows, plan, meter)
         self.forecasts.learn(seen, inputs, chosen, weights, step.active)
-        outputs, self._since = self.experts.end(begun, rows, plan, meter)
+        if host is not None:
+            outputs, since = self.experts.end(outputs, since, host, rows, plan, meter)
+        self._since = since
         device.give_back(outputs)
         return Between(hidden, outputs, weights), cache
 

@@ -269,7 +269,7 @@ class _Run:
         books, link = self.books, self.link
         self._absorb(self.now)
         self.planned = self.now
-        if self.policy.awaits_link(self.state, seen):
+        if seen.in_flight and self.policy.awaits_link(self.state, seen):
             self.now = link.rest(self.now)
             self._absorb(self.now)  # `seen` looks at the books
         now = self.now
