@@ -76,6 +76,7 @@ class LayerByLayer:
         self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank)
         self.experts = BothSides(self.device_experts, host_experts, self.tier)
         self.account = Account()
+        self._books_of: Account | None = None  # the account that the books last counted for
         self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
         self._since = 0.0  # when the device was given the work it is at
         self._settled = True  # whether all threads are idle, and the books agree with the link
@@ -193,15 +194,18 @@ class LayerByLayer:
             return
         if account is not None and not account.opened:
             self.forecasts.check()
-        self.account.leave_books(self.residency)
-        self.account = account = account or self.account.after()
-        self.transfers.stats = account.link
-        self.host_experts.stats, self.device_experts.stats = account.host, account.device
-        account.take_books(self.residency)
+        if self._books_of is not None:
+            self._books_of.leave_books(self.residency)
+        self.account = account or self.account.after()
+        self.transfers.stats = self.account.link
+        self.host_experts.stats, self.device_experts.stats = self.account.host, self.account.device
+        if account not in (None, self._books_of):  # who goes on where nobody else was finds them as they were
+            self._books_of = account
+            self.account.take_books(self.residency)
 
     def stats(self, account: Account) -> RunnerStats:
         """What it did for a call; see `Runner.stats`."""
-        if account is self.account:
+        if account is self._books_of:
             account.leave_books(self.residency)
         least_s = None
         if account.decoded and self.costs is not None:
