@@ -28,7 +28,7 @@ from benchmarks.random_models import random_decoder
 from benchmarks.stopwatch import Stopwatch
 from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig, load, save
 from layerscope_jax.kernels import cpu
-from layerscope_jax.runtime import deciding, layerwise
+from layerscope_jax.runtime import decisions, layerwise
 from layerscope_jax.runtime.statistics import Meter
 from layerscope_jax.scheduling.registry import FORECASTING
 
@@ -121,7 +121,7 @@ def timed_parts(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         (runner, "_decide", "deciding, the rest"),
         (runner.forecasts, "read", "forecast"),
         (policy, "plan", "policy.plan"),
-        (deciding, "check_plan", "check_plan"),
+        (decisions, "check_plan", "check_plan"),
         (Meter, "count", "statistics"),
         (residency, "follow", "residency.follow"),
         (runner.transfers, "drop", "transfers.drop"),

@@ -105,8 +105,7 @@ class Transfers:
         self.stats = LinkStats()
         self.copy = copy or start_copy
         self.sharding = device_sharding(device)
-        self._expert = bank.format.Expert
-        self.queue = CopyQueue(chunks=len(self._expert._fields))
+        self.queue = CopyQueue(lambda expert: len(bank[expert]))
         self._changed = threading.Condition()
         self._enough = 1  # arrivals worth waking the engine for
         self._closed = False
@@ -155,7 +154,7 @@ class Transfers:
             return {}, []  # what comes at this moment comes with the next call
         with self._changed:
             arrived, lost = queue.take()
-            return {expert: self._expert(*arrays) for expert, arrays in arrived.items()}, lost
+            return {expert: type(self.bank[expert])(*arrays) for expert, arrays in arrived.items()}, lost
 
     def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:
         """Returns when `count` experts have arrived, no more than are wanted.

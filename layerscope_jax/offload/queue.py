@@ -21,12 +21,14 @@ class Copy:
     Attributes:
         expert: which.
         demanded: whether a layer waits for it.
+        chunks: that it crosses the link in.
         begun: chunks that have begun.
         arrays: those that have arrived, in order.
     """
 
     expert: ExpertId
     demanded: bool
+    chunks: int
     begun: int = 0
     arrays: list[Any] = field(default_factory=list)
 
@@ -38,7 +40,7 @@ class CopyQueue:
     arrived; in between it is in both. What `cancel` gives up is in neither, and its chunks count for nobody.
 
     Args:
-        chunks: of an expert; each crosses the link alone.
+        chunks: how many chunks an expert has; each crosses the link alone.
 
     Attributes:
         demand, prefetch: what is queued, next first.
@@ -48,7 +50,7 @@ class CopyQueue:
         lost: prefetches whose copy did, since `take`.
         on_link: chunks that have begun and not ended, those given up counted.
 
-    >>> queue = CopyQueue(chunks=1)
+    >>> queue = CopyQueue(lambda expert: 1)
     >>> queue.submit([], [ExpertId(1, 0)])
     >>> queue.submit([ExpertId(0, 0)], [])
     >>> first = queue.begin(demand=True, prefetch=True)
@@ -58,8 +60,8 @@ class CopyQueue:
     ({ExpertId(layer=0, expert=0): ['weights']}, [])
     """
 
-    def __init__(self, chunks: int):
-        self.chunks = chunks
+    def __init__(self, chunks: Callable[[ExpertId], int]):
+        self._chunks = chunks
         self.demand: deque[Copy] = deque()
         self.prefetch: deque[Copy] = deque()
         self.begun: dict[ExpertId, Copy] = {}
@@ -90,8 +92,8 @@ class CopyQueue:
             elif expert not in self.arrived:
                 if expert in self.lost:  # failed as a prefetch, unnoticed until now
                     self.lost.remove(expert)
-                self.demand.append(Copy(expert, demanded=True))
-        self.prefetch.extend(Copy(expert, demanded=False) for expert in prefetch)
+                self.demand.append(Copy(expert, True, self._chunks(expert)))
+        self.prefetch.extend([Copy(expert, False, self._chunks(expert)) for expert in prefetch])
 
     def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
         """Takes prefetches that have not begun off the queue where `stale(expert)`; returns them."""
@@ -115,7 +117,7 @@ class CopyQueue:
         copy.begun += 1
         self.on_link += 1
         self.begun[copy.expert] = copy
-        if copy.begun == self.chunks:
+        if copy.begun == copy.chunks:
             queue.popleft()
         return copy
 
@@ -127,7 +129,7 @@ class CopyQueue:
         """A chunk has arrived; the expert has with its last one."""
         self.on_link -= 1
         copy.arrays.append(array)
-        if len(copy.arrays) == self.chunks and self.wants(copy):
+        if len(copy.arrays) == copy.chunks and self.wants(copy):
             del self.begun[copy.expert]
             self.arrived[copy.expert] = copy.arrays
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from layerscope_jax.kernels.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts
@@ -20,21 +21,18 @@ ARRIVALS = GROUP_SIZES[1]
 """Loaded experts that are computed together, so that dispatching does not hold up the link."""
 
 
-class Begun(NamedTuple):
-    """A layer's experts, while the host may still be at some of them.
+class HostPart(NamedTuple):
+    """What the host is at while the device computes.
 
     Attributes:
-        outputs: [T * K + 1, D] their rows.
+        job: of the host's thread.
+        rows: [T * K + 1, D] that it writes to.
         done: is ready when the device has computed its own.
-        since: when the device was given the work it is at.
-        job, host_rows: what the host is at, and the rows that it writes; None where it is through.
     """
 
-    outputs: Any
+    job: Job
+    rows: np.ndarray
     done: jax.Array | None
-    since: float
-    job: Job | None
-    host_rows: Any
 
 
 class BothSides:
@@ -50,7 +48,7 @@ class BothSides:
 
     def begin(
         self, outputs: Any, inputs: jax.Array, rows: Assignments, plan: LayerPlan, meter: Meter
-    ) -> Begun:
+    ) -> tuple[Any, float, HostPart | None]:
         """Computes the device's experts, those to be copied as they arrive; the host's meanwhile.
 
         Where the device has nothing to do, or is the same CPU, the host's are computed at once by this
@@ -63,20 +61,26 @@ class BothSides:
             plan: of the layer.
             meter: counts the device's time.
 
+        Returns:
+            The outputs; when the device was given the work it is at; and what the host is still at, if it
+            is, for `end`.
+
         Raises:
             TransferError: if an expert could not be copied.
         """
         layer, device, tier = plan.layer, self._device, self._tier
         job: Job | None = None
-        host_rows: Any = None
+        done: jax.Array | None = None
+        missing: Sequence[int] = ()
         if plan.host:
             host_rows = device.host_rows(outputs)
             if plan.device and not device.waits:
                 job = self._host.start(host_rows, layer, inputs, rows, plan.host)
         since = time.perf_counter()
-        missing = tier.missing(layer, plan.device)
-        ready = [e for e in plan.device if e not in missing] if missing else plan.device
-        outputs, done = self._run(outputs, inputs, layer, rows, ready)
+        if plan.device:
+            missing = tier.missing(layer, plan.device)
+            ready = [e for e in plan.device if e not in missing] if missing else plan.device
+            outputs, done = self._run(outputs, inputs, layer, rows, ready)
         if plan.host and job is None:
             await_device(done, since, meter)
             self._host.compute(host_rows, layer, inputs, rows, plan.host)
@@ -93,17 +97,16 @@ class BothSides:
             ready = [e for e in missing if e not in still]
             outputs, done = self._run(outputs, inputs, layer, rows, ready)
             missing = still
-        return Begun(outputs, done, since, job, host_rows)
+        return outputs, since, None if job is None else HostPart(job, host_rows, done)
 
-    def end(self, begun: Begun, rows: Assignments, plan: LayerPlan, meter: Meter) -> tuple[Any, float]:
-        """Waits for the host, and puts its rows among the device's; gives all rows, and the new `since`."""
-        outputs, done, since, job, host_rows = begun
-        if job is not None:
-            await_device(done, since, meter)
-            job.result()
-            since = time.perf_counter()
-            outputs = self._device.place(outputs, host_rows, rows, plan.host)
-        return outputs, since
+    def end(
+        self, outputs: Any, since: float, host: HostPart, rows: Assignments, plan: LayerPlan, meter: Meter
+    ) -> tuple[Any, float]:
+        """Waits for the host, and puts its rows among the device's; what `begin` gave comes in."""
+        await_device(host.done, since, meter)
+        host.job.result()
+        since = time.perf_counter()
+        return self._device.place(outputs, host.rows, rows, plan.host), since
 
     def _run(
         self, outputs: Any, inputs: jax.Array, layer: int, rows: Assignments, experts: Sequence[int]

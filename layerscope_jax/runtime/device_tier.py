@@ -39,7 +39,7 @@ class DeviceTier:
         resident = self.residency.resident
         return [expert for expert in experts if (layer, expert) not in resident]
 
-    def fetch(self, layer: int, missing: list[int], count: int) -> None:
+    def fetch(self, layer: int, missing: Sequence[int], count: int) -> None:
         """Waits until so many of the missing experts have arrived, or more.
 
         Raises:

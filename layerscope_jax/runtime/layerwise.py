@@ -20,7 +20,7 @@ from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.computing import BothSides
-from layerscope_jax.runtime.deciding import Decisions
+from layerscope_jax.runtime.decisions import Decisions
 from layerscope_jax.runtime.dense import DenseParts, StepInputs
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.lower_bound import least_decode_s
@@ -76,6 +76,7 @@ class LayerByLayer:
         self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank)
         self.experts = BothSides(self.device_experts, host_experts, self.tier)
         self.account = Account()
+        self._books_of: Account | None = None  # the account that the books last counted for
         self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
         self._since = 0.0  # when the device was given the work it is at
         self._settled = True  # whether all threads are idle, and the books agree with the link
@@ -109,8 +110,9 @@ class LayerByLayer:
     ) -> tuple[Between, list[Any]]:
         """One MoE layer and the dense ones before it: attends and routes, decides, moves, computes."""
         meter, device = self.account.meter, self.device_experts
+        looks_ahead = step.counted is not None and self.policy.wants_forecast(self.decisions.state)
         hidden, inputs, experts, weights, caches, expected = self.dense.attend(
-            layer, step, state, caches, self.decisions.want_forecast()
+            layer, step, state, caches, looks_ahead
         )
         for array in (experts, expected, None if device.waits else inputs):
             if array is not None:  # all on their way at once; the host's experts read the inputs
@@ -123,9 +125,11 @@ class LayerByLayer:
             self.tap(layer, inputs, chosen, weights)
         seen, plan = self._decide(layer, step.phase, rows, expected)
         outputs = device.take(rows.total, hidden.shape[-1], hidden.dtype)
-        begun = self.experts.begin(outputs, inputs, rows, plan, meter)
+        outputs, since, host = self.experts.begin(outputs, inputs, rows, plan, meter)
         self.forecasts.learn(seen, inputs, chosen, weights, step.active)
-        outputs, self._since = self.experts.end(begun, rows, plan, meter)
+        if host is not None:
+            outputs, since = self.experts.end(outputs, since, host, rows, plan, meter)
+        self._since = since
         device.give_back(outputs)
         return Between(hidden, outputs, weights), caches
 
@@ -190,15 +194,18 @@ class LayerByLayer:
             return
         if account is not None and not account.opened:
             self.forecasts.check()
-        self.account.leave_books(self.residency)
-        self.account = account = account or self.account.after()
-        self.transfers.stats = account.link
-        self.host_experts.stats, self.device_experts.stats = account.host, account.device
-        account.take_books(self.residency)
+        if self._books_of is not None:
+            self._books_of.leave_books(self.residency)
+        self.account = account or self.account.after()
+        self.transfers.stats = self.account.link
+        self.host_experts.stats, self.device_experts.stats = self.account.host, self.account.device
+        if account not in (None, self._books_of):  # who goes on where nobody else was finds them as they were
+            self._books_of = account
+            self.account.take_books(self.residency)
 
     def stats(self, account: Account) -> RunnerStats:
         """What it did for a call; see `Runner.stats`."""
-        if account is self.account:
+        if account is self._books_of:
             account.leave_books(self.residency)
         least_s = None
         if account.decoded and self.costs is not None:

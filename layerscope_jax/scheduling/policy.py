@@ -51,7 +51,8 @@ class PolicyBase:
     def awaits_link(self, state: Any, seen: Observation) -> bool:
         """Whether this layer is to be planned only when nothing is on its way any more.
 
-        What is seen then has arrived. For policies whose plans are made already, as `Replay`'s.
+        What is seen then has arrived. Asked only where something is on its way; for policies whose plans are
+        made already, as `Replay`'s.
         """
         return False
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from layerscope_jax.offload.residency import Residency
-from layerscope_jax.runtime.deciding import decide
+from layerscope_jax.runtime.decisions import decide
 from layerscope_jax.runtime.outcome import Outcome, busy, counted
 from layerscope_jax.runtime.statistics import Meter
 from layerscope_jax.scheduling.costs import HardwareProfile
@@ -191,7 +191,7 @@ class _Run:
         books, link = self.books, self.link
         self._absorb(self.now)
         self.planned_ms = self.now
-        if self.policy.awaits_link(self.state, seen):
+        if seen.in_flight and self.policy.awaits_link(self.state, seen):
             self.now = link.rest(self.now)
             self._absorb(self.now)  # `seen` views the residency, and so sees what has arrived
         now = self.now

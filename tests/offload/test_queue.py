@@ -7,7 +7,7 @@ from layerscope_jax import ExpertId
 from layerscope_jax.offload.queue import CopyQueue
 
 EXPERTS = [ExpertId(layer, expert) for layer in range(2) for expert in range(3)]
-CHUNKS = 3
+CHUNKS = {expert: 1 + expert.expert for expert in EXPERTS}
 SOME = st.lists(st.sampled_from(EXPERTS), max_size=4, unique=True)
 
 
@@ -15,13 +15,13 @@ class Model:
     """The same in few words: what is asked for, and what became of it."""
 
     def __init__(self):
-        self.queue, self.on_link = CopyQueue(CHUNKS), []
+        self.queue, self.on_link = CopyQueue(CHUNKS.__getitem__), []
         self.coming = set()  # asked for, and not given back in any way
         self.here = set()
 
     def take(self):
         arrived, lost = self.queue.take()
-        assert all(len(arrays) == CHUNKS for arrays in arrived.values())
+        assert all(len(arrays) == CHUNKS[expert] for expert, arrays in arrived.items())
         assert arrived.keys() | set(lost) <= self.coming
         assert not arrived.keys() & set(lost)
         self.coming.difference_update(arrived, lost)

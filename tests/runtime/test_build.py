@@ -5,7 +5,8 @@ import threading
 import pytest
 from helpers import PROFILE, one_jit, random_model
 
-from layerscope_jax import POLICIES, PolicyBase
+from layerscope_jax import POLICIES, ExpertId, PolicyBase
+from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.build import build
 from layerscope_jax.scheduling.caching import LRU
 from layerscope_jax.scheduling.registry import make_policy
@@ -82,3 +83,24 @@ def test_a_runner_that_cannot_be_made_leaves_no_thread(model):
     with pytest.raises(ValueError, match="no room in 9"):
         build(model, Refuses(), budget_bytes=9 * model.bank.expert_bytes, measure=unasked)
     assert set(threading.enumerate()) <= before
+
+
+def test_a_call_that_goes_on_where_nobody_else_was_finds_the_books_as_they_were(model):
+    """What was fetched ahead before a pause and used after it was not fetched in vain."""
+    runner, expert = built(model, "lru", 9), ExpertId(1, 3)
+    books, first, second = runner.residency, Account(), Account()
+    runner.reset(first)
+    books.reserve(expert, prefetched=True)
+    books.arrive(expert, None)
+    runner.reset(None)
+    assert runner.stats(first).peak_expert_bytes == model.bank.expert_bytes
+    assert first.wasted_bytes == model.bank.expert_bytes  # so far
+    runner.reset(first)
+    books.use(1, [3])
+    books.evict(expert)
+    runner.reset(None)
+    assert first.wasted_bytes == 0
+    runner.reset(second)
+    runner.reset(first)
+    assert second.peak_bytes == second.wasted_bytes == 0
+    assert runner.stats(first).peak_expert_bytes == model.bank.expert_bytes

@@ -75,10 +75,6 @@ class Decisions:
         self._planned_at: float | None = None  # when the layer before was planned, within a step
         self._last_ms = 0.0  # from the plan of the step's last layer to its end
 
-    def want_forecast(self) -> bool:
-        """Whether the layer that begins may make use of one."""
-        return self.policy.wants_forecast(self.state)
-
     def plan(
         self,
         account: Account,
@@ -97,22 +93,22 @@ class Decisions:
         Raises:
             ValueError: if the plan is none (see `check_plan`). What the policy raises passes through.
         """
-        tier = self._tier
+        tier, residency = self._tier, self._tier.residency
         tier.absorb()
         seen = Observation(
             step=account.steps,
             layer=layer,
             phase=phase,
             demand=demand,
-            resident=tier.residency.resident,
-            in_flight=tier.residency.coming,
+            resident=residency.resident,
+            in_flight=residency.coming,
             forecast=self._forecasts.read(layer, expected, sum(demand.values())),
             elapsed_ms=self._elapsed_ms(),
         )
-        if self.policy.awaits_link(self.state, seen):
+        if seen.in_flight and self.policy.awaits_link(self.state, seen):
             tier.transfers.rest()
             tier.absorb()
-        self.state, plan = decide(self.policy, self.state, seen, tier.residency, self._known, account.enter)
+        self.state, plan = decide(self.policy, self.state, seen, residency, self._known, account.enter)
         return seen, plan
 
     def end_step(self) -> None:
