@@ -77,7 +77,7 @@ def test_plans_statistics_and_taps_number_moe_layers():
         engine.runner.tap = lambda layer, inputs, chosen, weights: seen.append(layer)
         assert engine.runner.geometry.num_layers == 2
         result = engine.generate(BATCHES[0], max_new_tokens=STEPS, stop_token_ids=(), record_plans=True)
-        assert (result.token_ids, engine.runner.meter.layers) == (resident("float32")[0][0], 0)
+        assert result.token_ids == resident("float32")[0][0]
     assert seen == [0, 1] * STEPS
     assert [plan.layer for plan in result.plans] == seen
     assert 0 <= result.stats.hit_rate <= 1
