@@ -79,7 +79,9 @@ class Step:
         layers, hidden, width = config.num_layers, config.hidden_size, config.num_heads * config.head_dim
         kept = config.num_kv_heads * config.head_dim  # of keys, and of values
         tokens = self.rows * self.width
-        layer = hidden * (2 * width + 2 * kept + config.num_experts)
+        moe = config.num_moe_layers
+        all_layers = hidden * (layers * (2 * width + 2 * kept) + moe * config.num_experts)
+        all_layers += 3 * hidden * (config.intermediate_size or 0) * (layers - moe)
         head = hidden * config.vocab_size
 
         def longer(operations: float, read: float) -> float:
@@ -87,15 +89,15 @@ class Step:
 
         return {
             "dense": longer(
-                2 * (tokens * layers * layer + self.rows * head),
-                self.passes * itemsize * (layers * layer + head),
+                2 * (tokens * all_layers + self.rows * head),
+                self.passes * itemsize * (all_layers + head),
             ),
             "attention": longer(
                 4 * tokens * self.context * width * layers,
                 cache_bytes(config, self.rows, self.context, cache_itemsize),
             ),
             "experts": longer(
-                6 * tokens * layers * config.experts_per_token * hidden * config.moe_intermediate_size,
+                6 * tokens * moe * config.experts_per_token * hidden * config.moe_intermediate_size,
                 self.experts * config.expert_bytes(itemsize),
             ),
         }

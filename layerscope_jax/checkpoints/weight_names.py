@@ -82,11 +82,13 @@ class Naming:
                     naming.dense[name] = path
                     naming.shapes[name] = row.transform.stored_shape(parameters[path])
                     naming.transforms[name] = row.transform
+        rows = {row.place.removeprefix(EXPERTS): row for row in family.weights}
+        expert_shapes = config.expert_shapes()
         nameless = [".".join(map(str, path)) for path in parameters.keys() - set(naming.dense.values())]
+        nameless += [f"experts.*.{matrix}" for matrix in expert_shapes if matrix not in rows]
         if nameless:
             raise ValueError(f"{family.architecture} has no such parameters: {', '.join(sorted(nameless))}")
-        rows = {row.place.removeprefix(EXPERTS): row for row in family.weights}
-        matrices = {matrix: (rows[matrix], shape) for matrix, shape in config.expert_shapes().items()}
+        matrices = {matrix: (rows[matrix], shape) for matrix, shape in expert_shapes.items()}
         for number, layer in enumerate(config.moe_layers):
             for expert in range(config.num_experts):
                 for matrix, (row, shape) in matrices.items():

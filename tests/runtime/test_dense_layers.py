@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact_cases import agree, prompts, run
-from helpers import compiled, one_jit, random_model
+from helpers import PROFILE, compiled, one_jit, random_model
 
 from layerscope_jax import Engine, OffloadConfig
+from layerscope_jax.models.cache import new_caches
 from layerscope_jax.runtime.layerwise import LayerByLayer
 
 SHAPE = {"num_layers": 6, "dense_layers": (0, 2, 3, 5), "intermediate_size": 40, "num_experts": 6}
-STEPS = 4
-BATCHES = [prompts(np.random.default_rng(3), 61, 5, 1, 9), prompts(np.random.default_rng(4), 61, 2)]
-DTYPES = ["float32", "bfloat16"]
+STEPS = 3
+BATCHES = [prompts(np.random.default_rng(3), 61, 5, 1, 9)]
 
 
 @cache
@@ -27,25 +27,34 @@ def model(dtype):
 def resident(dtype):
     with Engine(model(dtype)) as engine:
         assert engine.runner.mode == "decode"
-        found = run(engine, BATCHES, STEPS)
-        assert engine.runner.account.meter.layers % 2 == 0
-        return found
+        return run(engine, BATCHES, STEPS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("policy", "slots"), [("lru", 7), ("presched", 7), ("auto", 4), ("host-only", 0), ("resident", 12)]
+    ("dtype", "policy", "slots"),
+    [
+        ("float32", "lru", 7),
+        ("float32", "presched", 7),
+        ("float32", "auto", 4),
+        ("float32", "host-only", 0),
+        ("float32", "resident", 12),
+        ("bfloat16", "presched", 7),
+        ("bfloat16", "resident", 12),
+    ],
 )
 def test_every_policy_gives_the_bits_of_everything_resident(dtype, policy, slots):
     bank = model(dtype).bank
-    config = OffloadConfig(device_budget=slots * bank.expert_bytes, policy=policy, predictor=None)
+    config = OffloadConfig(
+        device_budget=slots * bank.expert_bytes,
+        policy=policy,
+        profile=PROFILE,
+    )
     with Engine(model(dtype), config) as engine:
         if policy == "resident":
             engine.runner.tap = lambda *of_layer: None  # with which decode steps too go layer by layer
         assert isinstance(engine.runner, LayerByLayer)
         agree(run(engine, BATCHES, STEPS), resident(dtype))
-        if policy == "auto":
-            assert engine.runner.forecasts.name == "gate"
+        assert engine.runner.forecasts.name == ("gate" if policy == "auto" else None)
 
 
 @pytest.mark.usefixtures("quick_compiles")
@@ -67,7 +76,7 @@ def test_plans_statistics_and_taps_number_moe_layers():
         engine.runner.tap = lambda layer, inputs, chosen, weights: seen.append(layer)
         assert engine.runner.geometry.num_layers == 2
         result = engine.generate(BATCHES[0], max_new_tokens=STEPS, stop_token_ids=(), record_plans=True)
-        assert (result.token_ids, engine.runner.account.meter.layers) == (resident("float32")[0][0], 0)
+        assert result.token_ids == resident("float32")[0][0]
     assert seen == [0, 1] * STEPS
     assert [plan.layer for plan in result.plans] == seen
     assert 0 <= result.stats.hit_rate <= 1
@@ -83,8 +92,6 @@ def test_a_warm_engine_compiles_nothing_more():
 
 
 def test_with_fewer_caches_a_step_goes_no_further_than_they_reach():
-    from layerscope_jax.models.cache import new_caches
-
     held, seen = model("float32"), []
     with Engine(held, OffloadConfig(policy="host-only")) as engine:
         engine.runner.tap = lambda layer, *others: seen.append(layer)
