@@ -160,7 +160,7 @@ def test_what_is_ignored_stays_ignored():
 
 def test_a_library_leaves_the_handler_alone():
     program = "import signal; was = signal.getsignal(signal.SIGINT)\nimport layerscope_jax as ls\nls.Engine\n"
-    program += "from layerscope_jax import cli\nfrom layerscope_jax.support import interrupts\n"
+    program += "from layerscope_jax.cli import main as cli\nfrom layerscope_jax.support import interrupts\n"
     program += "assert cli.main(['--version']) == 0\n"
     program += "assert signal.getsignal(signal.SIGINT) is was; interrupts.check(); print('same')"
     out, said = started(program).communicate(timeout=60)
