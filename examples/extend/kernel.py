@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.resolve()))
 
 from format import E4M3, Float8Expert, main
 
-from layerscope_jax.kernels.registry import Kernel, Work, register_kernel
+from layerscope_jax.kernels import Kernel, Work, register_kernel
 
 VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 """What each byte stands for."""
@@ -39,7 +39,7 @@ def multiply(x: np.ndarray, codes: np.ndarray, scale: float, values: np.ndarray,
 
 
 def run(inputs: np.ndarray, expert: Float8Expert, outputs: np.ndarray) -> None:
-    """Computes an expert's rows; see `layerscope_jax.kernels.registry.Kernel`."""
+    """Computes an expert's rows; see `layerscope_jax.kernels.Kernel`."""
 
     def product(x: np.ndarray, codes: np.ndarray, scale: np.float32) -> np.ndarray:
         sums = np.empty((len(x), codes.shape[1]), np.float32)

@@ -1,6 +1,7 @@
 """Loops that go by addresses write what they are to write, and not one byte beside it."""
 
 import functools
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -239,7 +240,7 @@ def test_sums(words, tokens, choices, width, seed):
     hidden, rows = numbers(rng, (tokens, width), dtype), numbers(rng, (tokens, choices, width), dtype)
     weights, outputs = rng.random((tokens, choices), np.float32), guarded.array((tokens, width), dtype)
     work = job(
-        combining,
+        SimpleNamespace(EXPERTS=combining.EXPERTS, CHOICES=combining.CHOICES),
         PARTS=-(-tokens // combining.PIECE),
         INPUTS=hidden,
         WEIGHTS=weights,
