@@ -1,4 +1,4 @@
-"""One run at a time for a place that is written to and gone on with: the second is told who has it.
+"""Locks of files and folders that one run at a time may write to: a second run is told which run that is.
 
 The lock is the operating system's, on a file of its own beside the place: one that a killed run left there
 holds nobody up. It keeps out runs on this machine; on a network file system perhaps not those of others.
@@ -36,12 +36,13 @@ FAR = 1 << 30
 
 @contextmanager
 def locked(place: Path) -> Iterator[None]:
-    """Keeps other runs away from a file, or from a folder, for the while.
+    """Holds the lock of a file or a folder, so that no other run writes there.
 
     The lock is `FILE.lock`, or `.lock` in a folder, and is removed in the end.
 
     Args:
-        place: a file that is or is to be, or a folder that is there. A device, say, gets no lock.
+        place: a file, which need not exist yet, or an existing folder. Anything else, such as a device, gets
+            no lock.
 
     Raises:
         ValueError: if another run has it, saying which; or if the lock cannot be made.
@@ -63,14 +64,14 @@ def locked(place: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """As `locked`, of a folder that is `made` if needed."""
+    """Holds the lock of a folder, as `locked` does; makes the folder if needed."""
     with made(folder), locked(folder):
         yield
 
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Makes a folder if it is not there; one that it made is not left behind empty.
+    """Makes a folder if it does not exist; removes it at the end if it was made here and is empty.
 
     Raises:
         ValueError: if it cannot be made.
@@ -89,7 +90,7 @@ def made(folder: Path) -> Iterator[None]:
 
 
 def _taken(path: Path, place: Path) -> int:
-    """The open lock file at `path`, which is this run's alone."""
+    """Opens the lock file at `path` and locks it for this run."""
     while True:
         try:
             number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -124,7 +125,7 @@ def _is_free(number: int, place: Path) -> bool:
 
 
 def _is_at(number: int, path: Path) -> bool:
-    """Whether the open file still has that name; who held it before may have removed it."""
+    """Whether the open file still has that name: the run that held it before may have removed it."""
     try:
         return os.path.samestat(os.fstat(number), path.stat())
     except FileNotFoundError:
@@ -137,10 +138,10 @@ def _self() -> dict[str, Any]:
 
 
 def _holder(number: int) -> str:
-    """Who says in the lock file that it is theirs."""
+    """The run that holds the lock, as the lock file names it; empty if it cannot be read."""
     try:
         os.lseek(number, 0, os.SEEK_SET)
-        found = json.loads(os.read(number, 4096))
-        return f" (process {found['pid']} on {found['host']}, since {found['since']})"
+        holder = json.loads(os.read(number, 4096))
+        return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
     except (OSError, ValueError, KeyError, TypeError):  # it is just being written
         return ""
