@@ -1,7 +1,7 @@
-"""What LLaPor is compared with: an engine's predictors without training, a linear map, and the truth itself.
+"""Predictors that LLaPor is compared with: an engine's own without training, a linear map, the truth.
 
-For the rows of a trace and a layer, each gives probabilities of the experts of later layers. Those that an
-engine takes by name give what they would give there (`layerscope_jax.prediction`).
+Each gives probabilities of the experts of later layers, for the rows of a trace and a layer. Those that an
+engine takes by name are the engine's own objects (`layerscope_jax.prediction`), asked for each row.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PIECE = 8192  # rows that are computed at once
 
 
 class Forecast(NamedTuple):
-    """Of N rows, for H horizons.
+    """Forecast for N rows and H horizons.
 
     Attributes:
-        probabilities: [N, H, E] that an expert is taken.
-        ranking: [N, H, E] larger is likelier: the probabilities again, or what tells equal ones apart.
+        probabilities: [N, H, E] that a row's token chooses an expert.
+        ranking: [N, H, E] scores, larger is likelier: the probabilities, or scores that break their ties.
     """
 
     probabilities: np.ndarray
@@ -47,15 +47,15 @@ class Candidate(Protocol):
     def name(self) -> str: ...
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
-        """What it says at `layer`; where it has nothing to go by, how popular the experts are."""
+        """Forecast at `layer`; the experts' popularity where there is no other knowledge."""
         ...
 
 
 class Truth(NamedTuple):
-    """What came of it.
+    """Experts that were chosen in the target layers.
 
     Attributes:
-        experts: [N, H, K] of the target layers.
+        experts: [N, H, K] of each target layer.
         known: [N, H] whether there is a target: past the last layer, it is in the next token's step.
     """
 
@@ -64,7 +64,7 @@ class Truth(NamedTuple):
 
 
 def truth(rows: Rows, layer: int, horizons: Sequence[int]) -> Truth:
-    """The experts that `horizons` layers after `layer` took."""
+    """Experts chosen `horizons` layers after `layer`."""
     count, layers, _ = rows.experts.shape
     experts, known = [], []
     for horizon in horizons:
@@ -76,11 +76,11 @@ def truth(rows: Rows, layer: int, horizons: Sequence[int]) -> Truth:
 
 @dataclass(frozen=True)
 class Popularity:
-    """What an engine's `popularity` says that has seen the training rows, and forgets nothing.
+    """An engine's `popularity`, if it had seen the training rows and forgot none of them.
 
     Attributes:
-        share: [L, E] of the training rows that take each expert.
-        horizons: what is forecast.
+        share: [L, E] share of the training rows that choose each expert.
+        horizons: layers ahead that are forecast.
     """
 
     share: np.ndarray
@@ -89,7 +89,7 @@ class Popularity:
 
     @staticmethod
     def count(experts: np.ndarray, num_experts: int) -> np.ndarray:
-        """[L, E] shares of the rows [N, L, K] that take each expert.
+        """[L, E] share of the rows [N, L, K] that choose each expert.
 
         >>> Popularity.count(np.array([[[0, 1]], [[0, 2]]]), 4).tolist()
         [[1.0, 0.5, 0.5, 0.0]]
@@ -108,10 +108,10 @@ class Popularity:
 
 @dataclass(frozen=True)
 class PreviousToken:
-    """What an engine's `previous-token` says if each passage is a request of its own.
+    """An engine's `previous-token`, if each passage were a request of its own.
 
-    The experts that the latest token known to have passed the target layer took there: that is the token
-    before; past the last layer, the token itself. Of these, the ranking has the best first.
+    It forecasts the experts that the newest token to have passed the target layer chose there: the previous
+    token; past the last layer, the row's own. The ranking has the router's best choice first.
     """
 
     popularity: Popularity
@@ -126,14 +126,14 @@ class PreviousToken:
             later, target = turn_ahead(layer, horizon, model.num_layers)
             latest[target] = np.arange(len(rows)) if later else rows.before()
         ones = np.ones(model.experts_per_token, np.float32)
-        counts = {target: spread(rows, target, row, ones, num_experts) for target, row in latest.items()}
+        counts = {target: at_choices(rows, target, row, ones, num_experts) for target, row in latest.items()}
         state = history.Counts(model, counts)
         said = history.PreviousToken().forecast(state, layer, model.experts_per_token, horizons)  # [H, N, E]
         best_first = np.arange(model.experts_per_token, 0, -1, dtype=np.float32)
         for place, (target, row) in enumerate(latest.items()):
             known = row >= 0
             probabilities[known, place] = said[place, known]
-            ranking[known, place] = spread(rows, target, row, best_first, num_experts)[known]
+            ranking[known, place] = at_choices(rows, target, row, best_first, num_experts)[known]
         return Forecast(probabilities, ranking)
 
 
@@ -143,26 +143,28 @@ def routed(rows: Rows, num_experts: int) -> RoutedExperts:
     return RoutedExperts(num_layers=layers, num_experts=num_experts, experts_per_token=choices)
 
 
-def spread(rows: Rows, layer: int, which: np.ndarray, values: np.ndarray, num_experts: int) -> np.ndarray:
-    """[N, E] `values` [K] in the places of the experts that some rows took in a layer, best first.
+def at_choices(rows: Rows, layer: int, which: np.ndarray, values: np.ndarray, num_experts: int) -> np.ndarray:
+    """[N, E] values at the experts that some rows chose in a layer, zeros elsewhere.
 
     Args:
-        which: [N] rows; -1 for none, which gives zeros.
+        which: [N] index of each row; -1 for no row, which gives zeros.
+        values: [K] for the best choice, the second and so on.
     """
     known = np.flatnonzero(which >= 0)
-    taken = rows.experts[which[known], layer].astype(np.int64)
-    found = np.zeros((len(which), num_experts), np.float32)
-    found[known[:, None], taken] = values
-    return found
+    chosen = rows.experts[which[known], layer].astype(np.int64)
+    placed = np.zeros((len(which), num_experts), np.float32)
+    placed[known[:, None], chosen] = values
+    return placed
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The routers of the next layers on the hidden state as it is; past the last layer there is none.
+    """An engine's `gate`, on hidden states that a trace holds reduced.
 
     Attributes:
         routers, basis: of the trace.
-        popularity: for targets past the last layer.
+        popularity: for targets past the last layer, where there is no router to ask.
+        choices: K.
     """
 
     routers: Routers
@@ -181,11 +183,12 @@ class Gate:
             return jnp.asarray(ahead[..., np.array(horizons) - 1, :])
 
         run = partial(_gate, picked(matrix), picked(offset), choices=self.choices)
-        found = in_pieces(run, rows.hidden[:, layer])
-        beyond = [place for place, horizon in enumerate(horizons) if layer + horizon >= len(self.basis.mean)]
-        for part, popular in zip(found, self.popularity.forecast(rows, layer), strict=True):
+        parts = in_pieces(run, rows.hidden[:, layer])
+        layers = len(self.basis.mean)
+        beyond = [place for place, horizon in enumerate(horizons) if turn_ahead(layer, horizon, layers)[0]]
+        for part, popular in zip(parts, self.popularity.forecast(rows, layer), strict=True):
             part[:, beyond] = popular[:, beyond]
-        return Forecast(*found)
+        return Forecast(*parts)
 
 
 @partial(jax.jit, static_argnames="choices")
@@ -196,14 +199,14 @@ def _gate(matrix: jax.Array, offset: jax.Array, hidden: jax.Array, *, choices: i
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear map on what LLaPor reads, the routers' own forecast among it; see `predictor.linear`."""
+    """A linear map of LLaPor's inputs, the routers' own forecast among them; see `predictor.linear`."""
 
     params: LinearParams
     name: str = "linear"
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
-        here = jax.tree.map(lambda leaf: jnp.asarray(leaf[layer]), self.params)
-        run = partial(_linear, here)
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf[layer]), self.params)
+        run = partial(_linear, params)
         (found,) = in_pieces(run, rows.hidden[:, layer], rows.experts[:, layer], rows.weights[:, layer])
         return Forecast(found, found)
 
@@ -218,9 +221,9 @@ class Learned:
     """LLaPor, on hidden states that a trace holds reduced.
 
     Attributes:
-        llapor: trained.
+        llapor: a trained predictor.
         routers, basis: of the trace.
-        horizons: what is forecast.
+        horizons: layers ahead that are forecast.
 
     Raises:
         ValueError: if the trace's PCA left out what the predictor reads.
@@ -272,7 +275,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class Oracle:
-    """The truth: whatever measure does not give it full marks is wrong."""
+    """The truth: a measure that does not give it full marks is wrong."""
 
     popularity: Popularity
     name: str = "oracle"
@@ -285,16 +288,16 @@ class Oracle:
 
 
 def in_pieces(run: Callable[..., tuple[jax.Array, ...]], *arrays: np.ndarray) -> list[np.ndarray]:
-    """`run` over rows [N, ...], a piece at a time; all pieces have one shape, so that it compiles once."""
+    """Outputs of `run` over rows [N, ...], piece by piece; all pieces have one shape, so it compiles once."""
     rows = len(arrays[0])
     size = -(-rows // -(-rows // PIECE))
-    found: list[np.ndarray] = []
+    outputs: list[np.ndarray] = []
     for start in range(0, rows, size):
         start = min(start, rows - size)  # the last piece begins within the one before
         piece = slice(start, start + size)
         parts = run(*(jnp.asarray(np.ascontiguousarray(array[piece])) for array in arrays))
-        if not found:
-            found = [np.empty((rows, *part.shape[1:]), part.dtype) for part in parts]
-        for whole, part in zip(found, parts, strict=True):
+        if not outputs:
+            outputs = [np.empty((rows, *part.shape[1:]), part.dtype) for part in parts]
+        for whole, part in zip(outputs, parts, strict=True):
             whole[piece] = part
-    return found
+    return outputs

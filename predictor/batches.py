@@ -1,21 +1,20 @@
-"""Rows that could run together, and sums over them: what a batch's layer sees at once."""
+"""Batches of held-out rows that could run together, and sums over them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.prediction.traces import decode_rows
+from layerscope_jax.scheduling.plan import Phase
 from predictor.dataset import Rows
 from predictor.metrics import batch_sum
-
-Phase = Literal["decode", "prefill"]
 
 MOST = 512  # batches of a size in a group
 
@@ -58,21 +57,21 @@ class Batching:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """Of each passage."""
+        """First row of each passage."""
         return np.cumsum([0, *(passage.tokens for passage in self.rows.passages)])[:-1]
 
     @cached_property
     def _decode(self) -> np.ndarray:
-        """[N] bool."""
+        """[N] bool: whether a row is a decode step."""
         return decode_rows(self.rows.passages)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """Those that have rows, by domain."""
+        """Groups that have rows, by domain."""
         domains = sorted({passage.domain for passage in self.rows.passages})
         phases: tuple[Phase, ...] = ("decode", "prefill")
-        found = (Group(domain, phase) for domain in domains for phase in phases)
-        return tuple(group for group in found if self.passages(group))
+        groups = (Group(domain, phase) for domain in domains for phase in phases)
+        return tuple(group for group in groups if self.passages(group))
 
     @cached_property
     def member(self) -> np.ndarray:
@@ -83,7 +82,7 @@ class Batching:
         ).astype(np.float32)
 
     def passages(self, group: Group) -> int:
-        """How many the group has."""
+        """Number of the group's passages."""
         return sum(
             passage.domain == group.domain and (group.phase == "prefill" or passage.prompt < passage.tokens)
             for passage in self.rows.passages
@@ -121,7 +120,7 @@ class Batching:
         return {key: Batches(*map(np.concatenate, parts)) for key, parts in found.items()}
 
     def _together(self, phase: Phase, order: np.ndarray) -> Iterator[np.ndarray]:
-        """What may share a batch, for `order`, the passages of a domain."""
+        """Prompts, or rows of a step, that may share a batch, of a domain's passages in that `order`."""
         if phase == "prefill":
             yield order
             return
@@ -133,7 +132,7 @@ class Batching:
             yield self._starts[order[there]] + prompts[there] + step
 
     def sums(self, phase: Phase, *values: jax.Array) -> list[dict[int, np.ndarray]]:
-        """Of each of some values [N, E]: size -> [G, E] sums over each of the batches of a phase."""
+        """Sums of each of some values [N, E] over the batches of a phase: size -> [G, E]."""
         units = jnp.asarray(self.prompts) if phase == "prefill" else None
         return jax.device_get(_sums(values, units, self._members[phase]))
 

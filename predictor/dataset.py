@@ -16,7 +16,7 @@ class Rows:
     """Tokens of some passages, one after another.
 
     Attributes:
-        passages: they.
+        passages: whose tokens they are, in the order of the rows.
         hidden: [N, L, P] float16 reduced hidden states.
         experts: [N, L, K] chosen experts.
         weights: [N, L, K] float16 of the router.
@@ -47,13 +47,13 @@ class Rows:
 def load_rows(
     trace: Trace, keep: Callable[[Passage], bool], *, most: int | None = None, what: str = "passages"
 ) -> Rows:
-    """Reads the passages that `keep` says, in the order of the recording; checksums are compared.
+    """Reads the passages for which `keep` holds, in the order of the recording; checksums are compared.
 
     Args:
         trace: with hidden states.
-        keep: which passages.
+        keep: whether a passage is read.
         most: rows at most; None for all.
-        what: they are, for the error message.
+        what: name of these passages in an error message.
 
     Raises:
         ValueError: if there are none, a file is damaged, or a hidden state is not finite.

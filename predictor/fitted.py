@@ -1,4 +1,4 @@
-"""The baselines that are fitted to training rows, kept beside a predictor: a few MB."""
+"""Baselines that are fitted to training rows, kept beside a predictor: a few MB."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Fitted:
 def load_or_fit(
     folder: Path, trace: Trace, horizons: tuple[int, ...], tokens: int, *, progress: bool = True
 ) -> Fitted:
-    """What `folder` keeps if it was fitted for this trace, else fitted to its training rows and kept there.
+    """Reads the fitted baselines of `folder`, or fits them to the trace's training rows and keeps them there.
 
     Args:
         folder: of a predictor.
@@ -99,7 +99,7 @@ def load_or_fit(
 
 
 def digest(basis: Basis) -> str:
-    """Of a PCA."""
+    """Digest of a PCA."""
     found = hashlib.blake2b(digest_size=8)
     for array in (basis.mean, basis.components):
         found.update(np.ascontiguousarray(array).tobytes())

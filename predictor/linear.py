@@ -1,4 +1,4 @@
-"""A linear map on what LLaPor reads: what a network has to be better than."""
+"""A linear map of LLaPor's inputs: the baseline that a network has to beat."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def linear_logits(
 def first_linear(
     model: ModelIdentity, basis: Basis, routers: Routers, horizons: tuple[int, ...], share: np.ndarray
 ) -> LinearParams:
-    """What training starts from: the experts' popularity, and the routers' forecast as LLaPor starts with it.
+    """Parameters before training: the experts' popularity, and the routers' forecast weighted as in LLaPor.
 
     Args:
         share: [L, E] of the training rows that take each expert.

@@ -34,7 +34,7 @@ CONFIG, WEIGHTS = "predictor.json", "predictor.safetensors"
 
 @dataclass(frozen=True)
 class LayerParams:
-    """What one layer's forecast is computed with; a pytree.
+    """Parameters of one layer's forecast; a pytree.
 
     Attributes:
         mean, components: [D] and [D, P] of the PCA, these in 8 bits.
@@ -58,7 +58,7 @@ jax.tree_util.register_dataclass(LayerParams, ["mean", "components", "scale", "p
 
 @dataclass(frozen=True)
 class Architecture:
-    """How forecasts are computed, without the numbers: predictors with equal ones share their programs.
+    """Computation of forecasts without the parameters: predictors of equal architecture share programs.
 
     Attributes:
         look_ahead: W.
@@ -90,9 +90,9 @@ class Architecture:
 
 @dataclass(frozen=True, eq=False)
 class LLaPor(PredictorBase):
-    """A `layerscope_jax.prediction.predictors.Predictor` of the experts of the next W layers.
+    """A trained `layerscope_jax.prediction.predictors.Predictor` of the experts of the next W layers.
 
-    Two are equal that forecast by the same programs, whatever they have learned.
+    Two predictors are equal if they forecast by the same programs, whatever they have learned.
 
     Attributes:
         model: whose experts it predicts.
@@ -118,11 +118,11 @@ class LLaPor(PredictorBase):
 
     @property
     def size_bytes(self) -> int:
-        """Of the parameters as they are kept on disk."""
+        """Bytes of the parameters as they are kept on disk."""
         return sum(array.nbytes for array in packed(self._arrays()).values())
 
     def bind(self, model: Model) -> list[LayerParams]:
-        """What each layer of `model` is forecast with.
+        """Parameters of the forecast in each layer of `model`.
 
         Raises:
             ValueError: if the predictor was trained for another model, with what differs.
@@ -289,7 +289,7 @@ def _read(file: Path, sums: Mapping[str, int] | None) -> dict[str, np.ndarray]:
 
 
 def small(array: Any) -> Matrix | np.ndarray:
-    """What is kept on the device of a parameter [L, ...]: a matrix in 8 bits, the rest as it is."""
+    """A parameter [L, ...] as it is kept on the device: a matrix in 8 bits, others unchanged."""
     array = np.asarray(array)
     return Matrix.of(array) if array.ndim == 3 else array
 

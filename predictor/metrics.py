@@ -1,4 +1,4 @@
-"""What a forecast of experts is worth: functions of its probabilities and of what came true."""
+"""Measures of a forecast of experts: functions of its probabilities and of the true experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BINS = 10
 
 
 def places(ranking: jax.Array, experts: jax.Array) -> jax.Array:
-    """[..., K] place of each true expert in a ranking, 0 the likeliest; equals stand by their number.
+    """[..., K] place of each true expert in a ranking, 0 for the likeliest; ties are ordered by number.
 
     Args:
         ranking: [..., E] larger is likelier.
@@ -37,10 +37,10 @@ def exact_recall(place: jax.Array) -> jax.Array:
 
 
 def relaxed_recall(place: jax.Array) -> jax.Array:
-    """The paper's measure: share of the 2K/3 likeliest, rounded up, that are among the K true experts.
+    """The paper's measure: share of the 2K/3 likeliest experts, rounded up, that are among the K true ones.
 
-    The four likeliest inside the true six, as for DeepSeek. Mostly far above the exact recall: what is least
-    certain is not asked.
+    For DeepSeek, the four likeliest against the true six. It is mostly far above the exact recall, since the
+    least certain experts do not count.
 
     >>> place = jnp.array([0, 1, 2, 3, 40, 50])
     >>> relaxed_recall(place).item(), round(exact_recall(place).item(), 2)
@@ -144,9 +144,9 @@ def batch_scores(sums: BatchSums) -> BatchScores:
 
 
 def prefetch(sums: BatchSums) -> tuple[np.ndarray, np.ndarray]:
-    """What fetching the m experts with the most expected tokens is worth, for m = 1..E: two of [G, E].
+    """Waste and coverage of prefetching the m experts with most expected tokens, for m = 1..E: two [G, E].
 
-    The share of the m that no token took, and the share of the batch's (token, expert) pairs they cover.
+    Waste is the share of the m that no token chose; coverage, the share of (token, expert) pairs they serve.
 
     >>> sums = BatchSums(np.array([[3.0, 0.1, 1.0]]), np.zeros((1, 3)), np.array([[3.0, 1.0, 0.0]]))
     >>> [share.round(2).tolist() for share in prefetch(sums)]

@@ -1,8 +1,8 @@
-"""LLaPor's networks: one a MoE layer, in three groups, each with heads for the coming layers.
+"""LLaPor's networks: one for each MoE layer, in three groups, each with heads for the coming layers.
 
-After the LayerScope paper: layers near the input and near the output route in other ways than those in the
-middle, so the middle ones get a deeper and gated network. What the networks add to is the forecast of the
-model's own routers, the best that can be had without training.
+After the LayerScope paper: layers near the input and the output route differently from those in the middle,
+so the middle ones get a deeper, gated network. The networks correct the forecast of the model's own routers,
+which is the best without training.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class GroupConfig:
 
 
 def group_layers(layers: int) -> dict[str, range]:
-    """Which layers belong to which group; small models have no layer in some.
+    """Layers of each group; a small model has no layers in some.
 
-    >>> {name: list(found) for name, found in group_layers(6).items()}
+    >>> {name: list(layers) for name, layers in group_layers(6).items()}
     {'input': [0, 1], 'middle': [2, 3, 4], 'output': [5]}
     """
     first, second = (round(border * layers) for border in BORDERS)
@@ -90,7 +90,7 @@ class Dense(nnx.Module):
 
 
 class LayerNetwork(nnx.Module):
-    """From one layer's reduced hidden states and chosen experts to logits over the experts of W later layers.
+    """Maps one layer's reduced hidden states and chosen experts to logits of the experts of W later layers.
 
     Args:
         components: P, what is left of the hidden state.
@@ -145,10 +145,10 @@ def multi_hot(experts: jax.Array, num_experts: int) -> jax.Array:
 
 
 def router_margin(logits: jax.Array, choices: int) -> jax.Array:
-    """How far each router logit [..., E] lies above the K-th largest: not below zero for what it chooses.
+    """Distance of each router logit [..., E] above the K-th largest: 0 or more for the chosen experts.
 
-    The place of the K-th is found by bisection, to a thousandth of the logits' range: a CPU sorts slowly. It
-    tells more than a probability does: whether an expert is chosen hangs on its distance to this place.
+    The K-th largest is located by bisection, to a thousandth of the logits' range, as a CPU sorts slowly. The
+    distance tells more than a probability: whether an expert is chosen depends on it alone.
 
     >>> router_margin(jnp.array([1.0, 4.0, 2.0, 3.0]), 2).round(1).tolist()
     [-2.0, 1.0, -1.0, 0.0]

@@ -244,7 +244,7 @@ class Online(bases.PredictorBase):
 
 
 class Learner(bases.Learner):
-    """What one engine has of an `Online`.
+    """The part of an `Online` that belongs to one engine.
 
     Attributes:
         params: what each layer is forecast with; replaced where it lies when a tuning is accepted.

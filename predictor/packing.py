@@ -1,4 +1,4 @@
-"""Arrays of parameters in few bytes: matrices in 8 bits with a scale a column, the rest in float16."""
+"""Compact storage of parameters: matrices in 8 bits with a scale for each column, the rest in float16."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Matrix(NamedTuple):
         return cls(np.round(exact / np.where(scale > 0, scale, 1)).astype(np.int8), scale)
 
     def wide(self) -> jax.Array:
-        """In float32 again; jittable."""
+        """The matrix in float32; jittable."""
         return self.values.astype(jnp.float32) * self.scale
 
 
@@ -43,7 +43,7 @@ def widened(tree: Any) -> Any:
 
 
 def packed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What to keep of `arrays`: int8 and a float32 scale for each matrix, float16 of the rest.
+    """Packs arrays for storage: matrices as int8 with float32 scales, the rest as float16.
 
     Args:
         arrays: name -> [L, ...] float32; those of three dimensions, [L, rows, columns], are matrices.
@@ -72,7 +72,7 @@ def packed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def unpacked(kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Name -> [L, ...] float32 again.
+    """Undoes `packed`: name -> [L, ...] float32.
 
     Raises:
         ValueError: for a matrix without its scales.

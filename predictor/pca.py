@@ -17,7 +17,7 @@ FILE = "pca.safetensors"
 
 @dataclass(frozen=True)
 class Basis:
-    """What hidden states are reduced with: `(x - mean) @ components`.
+    """A reduction of hidden states: `(x - mean) @ components`.
 
     Attributes:
         mean: [L, D] float32.
@@ -74,14 +74,14 @@ class Moments:
 
     @classmethod
     def start(cls, hidden: jax.Array) -> Moments:
-        """No rows yet; `hidden` [N, L, D] only sets the shift."""
+        """Moments of no rows; `hidden` [N, L, D] only sets the shift."""
         _, layers, width = hidden.shape
         zeros = jnp.zeros((layers, width), jnp.float32)
         second = jnp.zeros((layers, width, width), jnp.float32)
         return cls(hidden.astype(jnp.float32).mean(0), 0, zeros, second)
 
     def add(self, hidden: jax.Array) -> Moments:
-        """With the rows `hidden` [N, L, D]."""
+        """Adds the rows `hidden` [N, L, D]."""
         first, second = _add(self.first, self.second, hidden, self.shift)
         return Moments(self.shift, self.rows + hidden.shape[0], first, second)
 

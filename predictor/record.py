@@ -1,4 +1,4 @@
-"""Records a trace: runs a model over real text and keeps what each layer's router saw and chose."""
+"""Recording of traces: a model runs over real text, and each router's inputs and choices are kept."""
 
 from __future__ import annotations
 
@@ -80,9 +80,8 @@ class RecordConfig:
 def record(model: Model, config: RecordConfig) -> Trace:
     """Runs the model over the text and returns the finished trace.
 
-    Each passage is one forward pass. A causal model's state at a position does not depend, but for rounding,
-    on whether what follows was fed with it: rows past the prompt are those of decode steps that were given
-    the document's own tokens.
+    Each passage is one forward pass. Apart from rounding, a causal model's state at a position does not
+    depend on the tokens after it: rows past the prompt equal decode steps fed with the document's own tokens.
 
     Raises:
         ValueError: for text that cannot be read, or a folder with another trace or that another run is at.
@@ -151,7 +150,7 @@ def read_domains(files: Iterable[Path]) -> dict[str, list[Document]]:
 
 
 def digest(domains: dict[str, list[Document]]) -> str:
-    """Of all the text, so that a trace is not gone on with on another one."""
+    """Digest of all the text, so that no trace is continued with another text."""
     found = hashlib.blake2b(digest_size=8)
     for domain in sorted(domains):
         for document in domains[domain]:
@@ -194,7 +193,7 @@ def choose(
 
 
 class Tap:
-    """Runs passages through an engine and keeps what passes between its layers."""
+    """Runs passages through an engine and keeps the inputs and choices of every router."""
 
     def __init__(self, engine: Engine):
         self.engine, self.runner = engine, cast(LayerByLayer, engine.runner)  # an exact one goes so
@@ -248,7 +247,7 @@ def _record(
 def _basis(
     tap: Tap, passages: list[tuple[Passage, list[int]]], config: RecordConfig, writer: TraceWriter
 ) -> Basis:
-    """The trace's PCA: of its first training passages, or as it was saved when the trace was begun."""
+    """PCA of the trace: fitted on its first training passages, or read if the trace was begun before."""
     if writer.done:
         return Basis.load(writer.folder)
     moments: Moments | None = None
@@ -274,5 +273,5 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 def _layer_by_layer(offload: OffloadConfig) -> OffloadConfig:
-    """Between layers is where there is something to record: no step may be one jitted function."""
+    """The settings with steps that run layer by layer, as recording needs what passes between layers."""
     return replace(offload, numerics="exact")

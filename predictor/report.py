@@ -14,7 +14,7 @@ from predictor.batches import Batching
 
 @dataclass
 class Sums:
-    """What one predictor gave, by layer, horizon and group of rows.
+    """Sums of one predictor's scores, by layer, horizon and group of rows.
 
     Attributes:
         rows: [L, H, G, 3] exact recall, relaxed recall, rows.

@@ -1,4 +1,4 @@
-"""The model's own routers, and what they forecast of later layers: the best there is without training."""
+"""A model's own routers, and their forecast of later layers: the best without training."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Routers:
             raise ValueError(f"{folder / FILE}: expected routers, got {error}; record it anew") from None
 
     def ahead(self, layer: int, look_ahead: int) -> np.ndarray:
-        """[W, D, E] what the routers of the next W layers would make of this layer's normed hidden state."""
+        """[W, D, E] routers of the next W layers, to be applied to this layer's normed hidden state."""
         return routers_ahead(self.weight, self.scale, layer, look_ahead)
 
     def reduced(self, basis: Basis, layer: int, look_ahead: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -101,7 +101,7 @@ class ScoreConfig:
 
 
 def scorecard(config: ScoreConfig, *, progress: bool = True) -> dict[str, Any]:
-    """Scores every predictor there is; see `predictor.report.report` for what it gives.
+    """Scores LLaPor and every baseline; `predictor.report.report` describes the result.
 
     Raises:
         ValueError: if the trace has no held-out rows or no hidden states, or a predictor is of another model.
@@ -155,7 +155,7 @@ def scorecard(config: ScoreConfig, *, progress: bool = True) -> dict[str, Any]:
 def score(
     candidates: list[Candidate], batching: Batching, horizons: tuple[int, ...], *, progress: bool = True
 ) -> dict[str, Sums]:
-    """Candidate -> its sums; a layer at a time, so that one layer's forecasts are all that is held."""
+    """Sums of every candidate's scores, by name; layer by layer, to hold only one layer's forecasts."""
     rows, groups = batching.rows, len(batching.groups)
     layers = rows.experts.shape[1]
     sums = {candidate.name: Sums.zeros(layers, len(horizons), groups) for candidate in candidates}

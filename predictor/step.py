@@ -1,4 +1,4 @@
-"""One training step of all layers at once: what is learned, what it costs, and how the parameters move."""
+"""One training step of all layers at once: targets, loss and optimizer."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def stacks(
     model: ModelIdentity, hidden: int, look_ahead: int, groups: Mapping[str, GroupConfig]
 ) -> dict[str, Stack]:
     """The groups that have layers, for hidden states of `hidden` components."""
-    found = {}
+    stacked = {}
     for name, layers in group_layers(model.num_layers).items():
         if layers:
             components = min(groups[name].components, hidden)
             graphdef = _graphdef(components, model.num_experts, look_ahead, groups[name])
-            found[name] = Stack(layers, groups[name], components, graphdef)
-    return found
+            stacked[name] = Stack(layers, groups[name], components, graphdef)
+    return stacked
 
 
 def _graphdef(components: int, experts: int, look_ahead: int, group: GroupConfig) -> nnx.GraphDef:
@@ -66,7 +66,7 @@ def _graphdef(components: int, experts: int, look_ahead: int, group: GroupConfig
 
 
 def first_params(model: ModelIdentity, found: Mapping[str, Stack], look_ahead: int, seed: int) -> Params:
-    """Drawn layer by layer, each from a seed of its own."""
+    """Parameters before training, drawn layer by layer, each from a seed of its own."""
 
     def draw(stack: Stack, layer: int) -> Any:
         rngs = nnx.Rngs(random_key(seed * 1009 + layer))
@@ -82,7 +82,7 @@ def first_params(model: ModelIdentity, found: Mapping[str, Stack], look_ahead: i
 def priors(
     routers: Routers, basis: Basis, found: Mapping[str, Stack], look_ahead: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Group -> what its layers' priors are computed with: [Lg, P, W * E] and [Lg, W * E]; see `Routers`."""
+    """Matrices [Lg, P, W * E] and offsets [Lg, W * E] of each group's router forecasts; see `Routers`."""
     result = {}
     for name, stack in found.items():
         pairs = [routers.reduced(basis, layer, look_ahead, stack.components) for layer in stack.layers]
@@ -92,7 +92,7 @@ def priors(
 
 
 def input_scale(basis: Basis) -> np.ndarray:
-    """[L] what hidden states are multiplied with, so that their components are about one in size."""
+    """[L] factors that bring the components of hidden states to a size of about one."""
     return np.sqrt(basis.width / np.maximum(basis.variance.sum(1), 1e-12)).astype(np.float32)
 
 
@@ -129,7 +129,7 @@ def layer_logits(
 
 @dataclass(frozen=True)
 class Batch:
-    """B tokens: what is known of them, and what came of it.
+    """B tokens: inputs of the forecast, and the experts that were chosen.
 
     Attributes:
         hidden: [B, L, P] float16.
@@ -150,7 +150,7 @@ jax.tree_util.register_dataclass(Batch)
 
 
 def targets(batch: Batch, look_ahead: int, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """What the networks are to say: [L, B, W, E] zeros and ones, and [L, B, W] whether it is known.
+    """Targets of the networks: [L, B, W, E] zeros and ones, and [L, B, W] whether they are known.
 
     The last layers' look-ahead goes on into the first layers of the next token's step.
     """
@@ -164,7 +164,7 @@ def targets(batch: Batch, look_ahead: int, num_experts: int) -> tuple[jax.Array,
 
 
 def loss(logits: jax.Array, wanted: jax.Array, weights: jax.Array, focal: float) -> jax.Array:
-    """The paper's: weighted binary cross-entropy and `focal` times a focal term (gamma 2); sums over E."""
+    """The paper's loss, summed over E: weighted binary cross-entropy and a focal term (gamma 2)."""
     cross_entropy = optax.sigmoid_binary_cross_entropy(logits, wanted)
     total = weights * cross_entropy
     if focal:

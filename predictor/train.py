@@ -95,7 +95,7 @@ class TrainConfig:
 
 @dataclass
 class Progressed:
-    """How far a run has come; what its checkpoints hold beside the arrays."""
+    """Progress of a run, kept in its checkpoints beside the arrays."""
 
     step: int = 0
     epoch: int = 0
@@ -233,7 +233,7 @@ def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
 
 
 def batch_of(rows: Rows, picked: np.ndarray) -> Batch:
-    """Those rows, on the device."""
+    """A batch of the picked rows, on the device."""
     following = rows.following[picked]
     return Batch(
         hidden=jnp.asarray(rows.hidden[picked]),
@@ -305,7 +305,7 @@ def check_same_run(config: TrainConfig, trace: Trace) -> None:
 
 @contextmanager
 def bar(steps: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on stderr; what it gives sets how far it is and what it says."""
+    """Shows a progress bar on stderr; yields a function that sets its position and its text."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task("", total=steps)

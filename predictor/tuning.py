@@ -1,4 +1,4 @@
-"""Tunes a trained predictor on recent tokens: tried when it errs too often, kept only if it is better."""
+"""Tuning of a trained predictor on recent tokens: tried when it errs too often, kept only if it is better."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class TuningConfig:
     """When and how a predictor is tuned.
 
     Attributes:
-        window: rows that are kept, the newest.
-        threshold: the error (one minus the exact recall one layer ahead) over the newest quarter of the
-            window above which a tuning is tried. Best a little above the error on traffic that it knows.
+        window: newest rows that are kept.
+        threshold: error (one minus the exact recall one layer ahead) over the newest quarter of the window
+            above which tuning is tried. Best a little above the error on familiar traffic.
         margin: standard errors by which the recall must rise for a change to be kept.
-        steps, batch: of a tuning.
-        learning_rate: of its Adam, when things go well.
-        seed: of the rows that a step takes.
+        steps, batch: optimizer steps of one tuning, and rows of each.
+        learning_rate: of Adam; halved after each attempt in vain.
+        seed: of the choice of rows.
     """
 
     window: int = 2048
@@ -56,18 +56,18 @@ class TuningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What one look at the window came to.
+    """Result of one look at the window.
 
     Attributes:
-        rows: seen in all until then.
-        error: of the newest 64 rows one layer ahead, before anything was learned from them.
+        rows: rows seen in all until then.
+        error: error on the newest 64 rows one layer ahead, before anything was learned from them.
         error_ahead: the same over all horizons.
-        recent_error: one layer ahead over the newest quarter of the window, which the threshold is for.
-        tried: whether a tuning was tried.
-        gain: by how much the tuned one recalls more on the held-back rows, over all horizons.
+        recent_error: error one layer ahead over the newest quarter of the window, which the threshold is for.
+        tried: whether tuning was tried.
+        gain: rise of the recall on the held-back rows by tuning, over all horizons.
         noise: standard error of `gain`.
-        accepted: whether the tuned one was kept; else everything is as it was.
-        returned: whether the predictor became again what it was at the start.
+        accepted: whether the tuned parameters were kept.
+        returned: whether the predictor went back to its first parameters.
     """
 
     rows: int
@@ -85,22 +85,22 @@ class Look:
 
 
 class Tuner:
-    """A predictor, and a bounded window of the newest rows that it is tuned on.
+    """Tunes a predictor on a bounded window of the newest rows.
 
-    Every 64 rows it looks at its error over the newest quarter of the window. Above the threshold it takes a
-    few steps on the older three quarters, and keeps what came of them only if that recalls more on the newest
-    quarter, by more than noise. After a try in vain the next one is twice as far off and half as fast: where
-    the first predictor is nearly right, only small steps help. What was tuned is compared with the first
-    predictor at every look, and dropped where that is better.
+    Every 64 rows it computes the error over the newest quarter of the window. Above the threshold it takes a
+    few optimizer steps on the older three quarters, and keeps the result only if its recall on the newest
+    quarter is higher by more than noise. After an attempt in vain the next one comes twice as late, with half
+    the learning rate: where the first predictor is nearly right, only small steps help. A tuned predictor is
+    compared with the first one at every look, and dropped where the first is better.
 
     Args:
-        llapor: what is tuned; itself it stays as it is.
+        llapor: the predictor that is tuned; it is not changed itself.
         routers: of its model.
-        config: when and how.
+        config: when and how it is tuned.
 
     Attributes:
         llapor: the predictor as it is now; `llapor.save` keeps it.
-        looks: every look, oldest first; the last thousand.
+        looks: the last thousand looks, oldest first.
     """
 
     def __init__(self, llapor: LLaPor, routers: Routers, config: TuningConfig | None = None):
@@ -136,7 +136,7 @@ class Tuner:
         )
 
     def feed(self, rows: Batch) -> bool:
-        """Takes new rows (NumPy arrays) into the window; returns whether the predictor has changed."""
+        """Adds new rows (NumPy arrays) to the window; returns whether the predictor has changed."""
         before = self.llapor
         rows = rows if self._waiting is None else joined([self._waiting, rows])
         whole = len(rows.has_next) // CHECK_EVERY * CHECK_EVERY
@@ -207,21 +207,21 @@ class Tuner:
 
 
 def recall(scores: np.ndarray) -> float:
-    """Of blocks [B, 2, W]: sums of recalls, and how many."""
+    """Mean recall of blocks [B, 2, W], each the sums of recalls and their number."""
     return float(scores[:, 0].sum() / scores[:, 1].sum())
 
 
 def compared(before: Iterable[np.ndarray], after: Iterable[np.ndarray]) -> tuple[float, float]:
-    """By how much the recall of blocks, each [2, W] as in `recall`, rises, and the standard error of that.
+    """Rise of the recall of blocks, each [2, W] as in `recall`, and its standard error.
 
-    Block by block, so that what is hard for both is not taken for noise.
+    The difference is taken block by block, so that what is hard for both does not count as noise.
 
-    >>> one = np.array([[5.0], [10.0]])
-    >>> compared([one, one], [one + [[0.0], [0.0]], one + [[5.0], [0.0]]])
+    >>> block = np.array([[5.0], [10.0]])
+    >>> compared([block, block], [block + [[0.0], [0.0]], block + [[5.0], [0.0]]])
     (0.25, 0.25)
     """
-    found, changed = (np.stack(list(scores)).sum(-1) for scores in (before, after))
-    rises = changed[:, 0] / changed[:, 1] - found[:, 0] / found[:, 1]
+    old, new = (np.stack(list(scores)).sum(-1) for scores in (before, after))
+    rises = new[:, 0] / new[:, 1] - old[:, 0] / old[:, 1]
     return float(rises.mean()), float(rises.std(ddof=1) / len(rises) ** 0.5)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 from rich.progress import track
 
+from layerscope_jax.prediction.predictors import NextGate
 from layerscope_jax.prediction.traces import Passage, Trace, positions
 from layerscope_jax.simulation.routing import Routing, StoredForecast
 from layerscope_jax.simulation.routing_files import FORMAT
@@ -29,6 +30,7 @@ from predictor.llapor import LLaPor
 from predictor.metrics import exact_recall, places
 from predictor.pca import Basis
 from predictor.routers import Routers
+from predictor.train import by_horizon
 from tools.shipped_model.baselines import Bigram
 from tools.shipped_model.data import PackedTokens
 from tools.shipped_model.release import WINDOWS, measure, run_config
@@ -138,7 +140,7 @@ def pack(trace: Trace, llapor: LLaPor, packing: Packing, *, progress: bool = Tru
             "domains": [passage.domain for passage in chosen],
             "documents": [passage.document for passage in chosen],
             "heldout_domains": trace.header.settings.get("heldout_domains", []),
-            "recall": {name: by_horizon(np.stack(found), name) for name, found in recall.items()},
+            "recall": {name: means_of(np.stack(layers), name) for name, layers in recall.items()},
             "recall_tokens": int(counted.sum()),
         },
         decode_experts=rows.experts[decoded],
@@ -188,21 +190,10 @@ def _recall(ranking: jax.Array, experts: jax.Array) -> jax.Array:
     return exact_recall(places(ranking, experts))
 
 
-def by_horizon(recall: np.ndarray, name: str) -> dict[str, list[float]]:
-    """Means over layers of recall [L, W]: where the look-ahead stays in the step, and where it passes it.
-
-    >>> by_horizon(np.array([[0.9, 0.5], [0.3, 0.2]]), "llapor")
-    {'this_step': [0.9], 'next_step': [0.3, 0.35]}
-    """
-    layers, look_ahead = recall.shape
-    within = np.arange(layers)[:, None] + 1 + np.arange(look_ahead)[None] < layers
-
-    def means(which: np.ndarray) -> list[float]:
-        columns = (recall[which[:, step], step] for step in range(look_ahead))
-        return [round(float(found.mean()), 4) for found in columns if found.size]
-
-    # The next step's token is not known yet: its routers have nothing to read.
-    return {"this_step": means(within)} | ({} if name == "gate" else {"next_step": means(~within)})
+def means_of(recall: np.ndarray, name: str) -> dict[str, list[float]]:
+    """Means over layers of a predictor's recall [L, W]; the gate knows nothing of the next step."""
+    means = by_horizon(recall)
+    return {"this_step": means["this_step"]} if name == NextGate.name else means
 
 
 def origin(options: Options) -> dict[str, Any]:

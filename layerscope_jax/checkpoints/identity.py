@@ -1,4 +1,4 @@
-"""Which model something was made for: traces and predictors of another one are refused, with what differs."""
+"""Identity of a model: traces and predictors made for another one are refused, with every difference."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from layerscope_jax.checkpoints.model import Model
 
 ALL_OF = 1024
-"""Numbers of an array that count in `weights_digest`."""
+"""Numbers of an array that `weights_digest` reads, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity(RoutedExperts):
-    """A model as far as its routing goes.
+    """Everything of a model that its routing depends on.
 
     Attributes:
         family, hidden_size: as in `ModelConfig`.
@@ -35,7 +35,7 @@ class ModelIdentity(RoutedExperts):
 
     @classmethod
     def of(cls, model: Model) -> ModelIdentity:
-        """Reads the routers back from the device."""
+        """Identity of a loaded model; reads the routers back from the device."""
         routed, digest = model.geometry(0), hashlib.blake2b(digest_size=8)
         for router in model.routers():
             digest.update(np.asarray(router.weight, np.float32).tobytes())
@@ -59,7 +59,11 @@ class ModelIdentity(RoutedExperts):
         return asdict(self)
 
     def check(self, other: ModelIdentity, what: str) -> None:
-        """Refuses `what`, which was made for `other`, if that is another model than this one.
+        """Refuses something that was made for `other`, if that is another model than this one.
+
+        Args:
+            other: the model it was made for.
+            what: its name, for the message.
 
         Raises:
             ValueError: with every difference.
@@ -74,18 +78,18 @@ class ModelIdentity(RoutedExperts):
 
 
 def weights_digest(model: Model) -> str:
-    """Of every array of a model, the same whatever dtype holds its numbers without loss.
+    """Digest of every array of a model, the same whatever dtype holds its numbers without loss.
 
-    All of a small array counts, and evenly spaced numbers of a large one.
+    A small array is read whole, of a large one evenly spaced numbers.
     """
-    found = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(digest_size=8)
 
     def count(name: str, array: np.ndarray) -> None:
-        found.update(f"{name} {array.shape}".encode())
+        digest.update(f"{name} {array.shape}".encode())
         flat = array.reshape(-1)
         if flat.size > ALL_OF:
             flat = flat[np.linspace(0, flat.size - 1, ALL_OF).astype(np.int64)]
-        found.update(flat.astype(np.float32).tobytes())
+        digest.update(flat.astype(np.float32).tobytes())
 
     for path, leaf in sorted(
         (".".join(map(str, path)), leaf) for path, leaf in flatten_dict(model.dense).items()
@@ -94,4 +98,4 @@ def weights_digest(model: Model) -> str:
     for expert in model.bank:
         for name, view in zip(model.bank.format.Expert._fields, model.bank.views(expert), strict=True):
             count(f"{expert} {name}", view)
-    return found.hexdigest()
+    return digest.hexdigest()

@@ -205,16 +205,16 @@ def check_forecasts(predictor: Predictor, name: str, params: Sequence[Any], mode
             continue
         seen.add(kind)
         try:
-            found = jax.eval_shape(predictor.predict, each, *inputs)
+            output = jax.eval_shape(predictor.predict, each, *inputs)
         except Exception as error:
             error.add_note(f"in predict() of predictor {name!r}, traced for layer {layer}")
             raise
-        wanted = (ahead, tokens, config.num_experts)
-        shapes = [(array.shape, str(array.dtype)) for array in jax.tree.leaves(found)]
-        single = isinstance(found, jax.ShapeDtypeStruct)
-        if not single or found.shape != wanted or not jnp.issubdtype(found.dtype, jnp.floating):
+        expected = (ahead, tokens, config.num_experts)
+        shapes = [(array.shape, str(array.dtype)) for array in jax.tree.leaves(output)]
+        single = isinstance(output, jax.ShapeDtypeStruct)
+        if not single or output.shape != expected or not jnp.issubdtype(output.dtype, jnp.floating):
             raise ValueError(
-                f"predictor {name!r}: predict() must give floating point probabilities of shape {wanted} "
+                f"predictor {name!r}: predict() must give floating point probabilities of shape {expected} "
                 f"(W, T, E) in layer {layer}, got {shapes}"
             )
 

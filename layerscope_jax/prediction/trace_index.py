@@ -1,4 +1,4 @@
-"""What the head and the index of a trace hold, read entry by entry; see `prediction.traces`."""
+"""Header and index of a trace, read entry by entry; see `prediction.traces`."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Passage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TraceHeader:
-    """What a trace holds.
+    """Header of a trace.
 
     Attributes:
-        model: whose routing.
-        hidden: P, the width of the recorded hidden states; 0 for none.
-        settings: how it was made, compared as a whole before a trace is gone on with.
+        model: the model whose routing was recorded.
+        hidden: P, width of the recorded hidden states; 0 if there are none.
+        settings: of the recording; all must be equal for a trace to be continued.
     """
 
     model: ModelIdentity
@@ -55,22 +55,22 @@ class TraceHeader:
 
 
 def layout(header: TraceHeader, rows: int) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shape and dtype of each array of a chunk of so many rows."""
+    """Shape and dtype of each array of a chunk of `rows` rows."""
     model = header.model
     places = (rows, model.num_layers, model.experts_per_token)
     small = np.uint8 if model.num_experts <= 256 else np.uint16
-    found: dict[str, tuple[tuple[int, ...], type]] = {
+    arrays: dict[str, tuple[tuple[int, ...], type]] = {
         "tokens": ((rows,), np.int32),
         "experts": (places, small),
         "weights": (places, np.float16),
     }
     if header.hidden:
-        found["hidden"] = ((rows, model.num_layers, header.hidden), np.float16)
-    return found
+        arrays["hidden"] = ((rows, model.num_layers, header.hidden), np.float16)
+    return arrays
 
 
 def read_header(file: Path) -> TraceHeader:
-    """What `trace.json` says.
+    """Reads `trace.json`.
 
     Raises:
         ValueError: if it is missing, damaged or of another format.
@@ -94,12 +94,12 @@ def read_header(file: Path) -> TraceHeader:
         if not isinstance(settings, dict):
             raise TypeError(f"settings must be an object, got {str(settings)[:40]!r}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: expected the head of a trace, got {error!r}; record it anew") from None
+        raise ValueError(f"{file}: expected the header of a trace, got {error!r}; record it anew") from None
     return TraceHeader(model=model, hidden=hidden, settings=settings)
 
 
 def read_passage(fields: Any) -> Passage:
-    """One passage of a line of the index.
+    """Reads one passage of a line of the index.
 
     Raises:
         TypeError, ValueError: if it is none.
@@ -117,19 +117,19 @@ def read_passage(fields: Any) -> Passage:
 
 
 def read_files(files: Any, header: TraceHeader, rows: int) -> dict[str, tuple[int, int]]:
-    """Sizes and checksums of a chunk's files, as a line of the index has them.
+    """Reads sizes and checksums of a chunk's files from a line of the index.
 
     Raises:
         TypeError, ValueError, AttributeError: if they are not those of a chunk of so many rows.
     """
-    wanted = layout(header, rows)
-    if files.keys() != wanted.keys():
-        raise ValueError(f"files {', '.join(map(str, files))[:80]} instead of {', '.join(wanted)}")
-    found = {}
-    for name, (shape, dtype) in wanted.items():
+    expected = layout(header, rows)
+    if files.keys() != expected.keys():
+        raise ValueError(f"files {', '.join(map(str, files))[:80]} instead of {', '.join(expected)}")
+    checked = {}
+    for name, (shape, dtype) in expected.items():
         size, crc = files[name]
         least = math.prod(shape) * np.dtype(dtype).itemsize
         if type(size) is not int or type(crc) is not int or not 0 <= crc < 2**32 or size < least:
             raise ValueError(f"no size and CRC-32 of {name} with {rows} rows: {str(files[name])[:80]}")
-        found[name] = (size, crc)
-    return found
+        checked[name] = (size, crc)
+    return checked

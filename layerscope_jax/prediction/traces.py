@@ -1,4 +1,4 @@
-"""Recorded routing, and the hidden states it was decided on: written as it streams, read by mapping.
+"""Traces: recorded routing and the hidden states behind it, written chunk by chunk, read by mapping.
 
     DIR/trace.json          what was recorded, of which model
     DIR/chunks.jsonl        a line for each finished chunk: its passages, its files with sizes and CRC-32
@@ -38,7 +38,7 @@ ROUTING = ("tokens", "experts", "weights")
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some passages of a trace, all of their rows mapped from disk when asked for."""
+    """Some passages of a trace, whose arrays are mapped from disk on demand."""
 
     folder: Path
     number: int
@@ -51,7 +51,7 @@ class Chunk:
         return sum(passage.tokens for passage in self.passages)
 
     def map(self, array: str) -> np.ndarray:
-        """One array, mapped: nothing is read until it is looked at.
+        """Maps one array; nothing is read before it is accessed.
 
         Raises:
             ValueError: if it was not recorded, or its file is missing, cut off or not what the index says.
@@ -59,10 +59,10 @@ class Chunk:
         if array not in self.files:
             raise ValueError(f"{self.folder}: expected {array} to be recorded, got {', '.join(self.files)}")
         path, size = self._path(array), self.files[array][0]
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
+        there = path.stat().st_size if path.exists() else None
+        if there != size:
             raise ValueError(
-                f"{path}: expected {size:,} bytes, got {'no file' if found is None else f'{found:,}'}; "
+                f"{path}: expected {size:,} bytes, got {'no file' if there is None else f'{there:,}'}; "
                 "copy it again, or record the trace anew"
             )
         shape, dtype = layout(self.header, self.rows)[array]
@@ -78,7 +78,7 @@ class Chunk:
         return mapped
 
     def verify(self) -> None:
-        """Compares every file with its checksum, and the chosen experts with those that there are.
+        """Checks every file against its checksum, and that the chosen experts exist.
 
         Raises:
             ValueError: naming the files that are damaged.
@@ -130,13 +130,13 @@ def decode_rows(passages: Sequence[Passage]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Trace:
-    """A recorded trace, complete or still growing.
+    """A recorded trace, complete or still being written.
 
     Attributes:
-        folder: where it lies.
-        header: what it holds.
-        chunks: those that are finished.
-        complete: whether the recording came to its end.
+        folder: of its files.
+        header: model and settings.
+        chunks: the finished ones.
+        complete: whether the recording is finished.
     """
 
     folder: Path
@@ -146,7 +146,7 @@ class Trace:
 
     @classmethod
     def open(cls, folder: str | Path) -> Trace:
-        """Opens a trace; one that is being written is open as far as it is finished.
+        """Opens a trace; of one that is still being written, the finished chunks.
 
         Raises:
             ValueError: if there is none, or it is damaged or of another format.
@@ -194,21 +194,21 @@ class Trace:
 
 
 class TraceWriter:
-    """Writes a trace, or goes on with one that was cut off: what is finished stays.
+    """Writes a trace, or continues one that was interrupted: finished chunks stay.
 
     A chunk's files are written under temporary names and renamed, then its line is appended to the index: a
     process that dies at any moment leaves whole chunks and, at worst, files that the next one replaces.
 
     Args:
         folder: made if needed.
-        header: what is to be recorded.
+        header: of the trace.
 
     Raises:
         ValueError: if the folder holds a trace of something else, with what differs.
 
     Attributes:
-        done: passages that are recorded already.
-        complete: whether the trace is already whole.
+        done: passages that have been recorded.
+        complete: whether the trace is finished.
     """
 
     def __init__(self, folder: str | Path, header: TraceHeader):
@@ -218,9 +218,9 @@ class TraceWriter:
         self.complete = False
         self._chunks = 0
         if (self.folder / HEADER).exists():
-            found = Trace.open(self.folder)
-            header.model.check(found.header.model, f"the trace in {self.folder}")
-            theirs, ours = (_flat(head.to_json()) for head in (found.header, header))
+            trace = Trace.open(self.folder)
+            header.model.check(trace.header.model, f"the trace in {self.folder}")
+            theirs, ours = (_flat(each.to_json()) for each in (trace.header, header))
             differing = [
                 f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} now"
                 for key in theirs | ours
@@ -231,8 +231,8 @@ class TraceWriter:
                     f"{self.folder} holds a trace made in another way: {'; '.join(differing)}; "
                     "choose another folder"
                 )
-            self.done = [passage for chunk in found.chunks for passage in chunk.passages]
-            self._chunks, self.complete = len(found.chunks), found.complete
+            self.done = [passage for chunk in trace.chunks for passage in chunk.passages]
+            self._chunks, self.complete = len(trace.chunks), trace.complete
         else:
             write_file(self.folder / HEADER, json.dumps(header.to_json(), indent=1) + "\n")
 
@@ -248,7 +248,7 @@ class TraceWriter:
             ValueError: if a hidden state is not finite, or the chunk cannot be written; nothing of it stays.
         """
         rows = sum(passage.tokens for passage in passages)
-        wanted = layout(self.header, rows)
+        expected = layout(self.header, rows)
         if self.header.hidden:
             finite = np.isfinite(arrays["hidden"]).all((0, 2))
             if not finite.all():
@@ -256,12 +256,12 @@ class TraceWriter:
                     f"hidden states of layers {np.flatnonzero(~finite).tolist()} are not finite; the model "
                     "or its dtype is at fault (try float32)"
                 )
-        shapes = {name: shape for name, (shape, _) in wanted.items()}
-        found = {name: array.shape for name, array in arrays.items()}
-        assert found == shapes, (found, shapes)
+        shapes = {name: shape for name, (shape, _) in expected.items()}
+        given = {name: array.shape for name, array in arrays.items()}
+        assert given == shapes, (given, shapes)
         files = {name: self.folder / f"{self._chunks:05d}.{name}.npy" for name in arrays}
         contents: dict[str, Content] = {
-            files[name].name: np.ascontiguousarray(array, wanted[name][1]) for name, array in arrays.items()
+            files[name].name: np.ascontiguousarray(array, expected[name][1]) for name, array in arrays.items()
         }
         replace_files(self.folder, contents)
         sums = {name: (file.stat().st_size, checksum(file)) for name, file in files.items()}
@@ -270,7 +270,7 @@ class TraceWriter:
         self.done += passages
 
     def finish(self) -> None:
-        """Marks the trace as whole."""
+        """Marks the trace as complete."""
         if not self.complete:
             self._append({"complete": True})
         self.complete = True
@@ -289,7 +289,7 @@ class TraceWriter:
 
 
 def finished_lines(path: Path) -> list[bytes]:
-    """The lines of a file that is still written to: what comes after the last line end is not one yet.
+    """The complete lines of a file that may still be written to.
 
     Raises:
         ValueError: if it cannot be read.
@@ -310,6 +310,6 @@ def checksum(path: Path) -> int:
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its settings beside the rest, as JSON gives them back."""
+    """A header as JSON reads it back, with its settings beside the other fields."""
     flat: dict[str, Any] = json.loads(json.dumps(record))
     return flat | flat.pop("settings")

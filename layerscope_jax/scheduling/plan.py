@@ -1,4 +1,4 @@
-"""The vocabulary of deciding: what a policy sees (`Observation`), what it answers (`LayerPlan`)."""
+"""Records of scheduling: what a policy sees (`Observation`) and what it decides (`LayerPlan`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What is known when one layer of one step is planned.
+    """Everything that a policy is shown when it plans one layer of one step.
 
     Attributes:
         step: number of the forward pass within one call of `generate`: 0 for its first prefill, then on
@@ -51,11 +51,11 @@ class LayerPlan:
     """One layer's decision. Saved, compared and replayed as it is.
 
     Attributes:
-        step, layer: what it is for.
+        step, layer: the step and the layer that it is for.
         device: active experts computed on the device.
         host: active experts computed by the host; with `device`, each active expert exactly once.
         evict: experts that leave the device before anything is loaded.
-        load: experts of `device` that must be copied now, first needed first.
+        load: on-demand loads: experts of `device` that must be copied now, first needed first.
         prefetch: experts of later layers to copy when no demand waits, most valuable first.
     """
 
@@ -112,14 +112,14 @@ class LayerPlan:
 
 
 class Policy(Protocol):
-    """Decides where each active expert is computed and what moves. Pure: no clock, no arrays, no device.
+    """Decides where each active expert is computed and what is moved. Pure: no clock, no arrays, no device.
 
-    The state is the policy's own; the engine only hands it from one call to the next.
+    The state is the policy's own; the engine only passes it from one call to the next.
 
     A class derived from `PolicyBase` can say more: when it wants forecasts, what it reports, and so on.
 
     Attributes:
-        name: as in statistics and tables.
+        name: in statistics and tables.
         uses_costs: whether `init` needs a measured `HardwareProfile`.
     """
 
@@ -127,18 +127,18 @@ class Policy(Protocol):
     uses_costs: bool
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> Any:
-        """The first state. Raises ValueError if the budget is too small for this policy."""
+        """Returns the first state. Raises ValueError if the budget is too small for this policy."""
 
     def plan(self, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
         """Decides one layer of one step."""
 
 
 def ask(policy: Policy | PolicyBase, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
-    """What a policy answers: its new state and its plan, which `check_plan` has still to look at.
+    """Returns a policy's new state and its plan, which `check_plan` has yet to check.
 
     Raises:
-        ValueError: if it answers something else. What the policy itself raises passes through, with a note
-            that says where.
+        ValueError: if the policy returns something else. Its own exceptions pass through, with a note of the
+            step and layer.
     """
     try:
         answer = policy.plan(state, seen)
@@ -160,14 +160,14 @@ def check_plan(
     known: Container[ExpertId] | None = None,
     policy: str | None = None,
 ) -> None:
-    """Refuses a plan that could not give the right output or would not fit.
+    """Refuses a plan that could not give the right output or would not fit the budget.
 
     Args:
         plan: the plan.
-        seen: what it answers.
+        seen: the observation that it was made from.
         slots: how many experts the device budget holds.
-        known: the experts that there are; None skips that check.
-        policy: whose plan it is, for messages.
+        known: the experts that exist; None skips that check.
+        policy: name of the policy, for messages.
 
     Raises:
         ValueError: if it holds other things than experts, an active expert is not computed exactly once, a

@@ -236,8 +236,8 @@ def _tally(experts: np.ndarray, size: int, probabilities: np.ndarray | None = No
     place = np.arange(outer)[:, None, None, None] * inner + np.arange(inner)[None, None, :, None]
     flat = (place * size + experts).reshape(-1)
     if probabilities is None:
-        found = np.bincount(flat, minlength=outer * inner * size).astype(np.int32)
+        tally = np.bincount(flat, minlength=outer * inner * size).astype(np.int32)
     else:
         sums = np.bincount(flat, probabilities.reshape(-1), minlength=outer * inner * size)
-        found = (sums / 255).astype(np.float32)
-    return found.reshape(outer, inner, size)
+        tally = (sums / 255).astype(np.float32)
+    return tally.reshape(outer, inner, size)

@@ -53,9 +53,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     expected |= {
         f"{name.rsplit('.', 1)[0]}.{part}" for name in arrays if _of_forecast(name) for part in _PARTS
     }
-    found = Problems()
-    found.same_names(arrays, expected)
-    found.raise_any(str(path), "copy it again")
+    problems = Problems()
+    problems.same_names(arrays, expected)
+    problems.raise_any(str(path), "copy it again")
     try:
         header = parse_json(str(arrays.pop("header")).encode())
     except ValueError as error:
@@ -82,19 +82,21 @@ def check(header: Any, arrays: Mapping[str, np.ndarray]) -> RoutedExperts:
     Raises:
         ValueError: naming everything that does not.
     """
-    found = Problems()
+    problems = Problems()
     others = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
-    found.add(*(f"{name}: expected an array, got {type(arrays[name]).__name__}" for name in sorted(others)))
-    routed = found.check(read_header, header, of="header")
-    found.raise_any()
+    problems.add(
+        *(f"{name}: expected an array, got {type(arrays[name]).__name__}" for name in sorted(others))
+    )
+    routed = problems.check(read_header, header, of="header")
+    problems.raise_any()
     for name, shape in sorted(_shapes(routed, len(header["domains"]), arrays).items()):
         if not _fits(arrays[name].shape, shape):
-            found.add(f"{name}: expected shape {_shown(shape)}, got {arrays[name].shape}")
+            problems.add(f"{name}: expected shape {_shown(shape)}, got {arrays[name].shape}")
     for name, array in sorted(arrays.items()):
         integers = name == "prefill_lengths"
         if not (np.issubdtype(array.dtype, np.integer) if integers else array.dtype == np.uint8):
-            found.add(f"{name}: expected {'integers' if integers else 'uint8'}, got {array.dtype}")
-    found.raise_any()
+            problems.add(f"{name}: expected {'integers' if integers else 'uint8'}, got {array.dtype}")
+    problems.raise_any()
     lengths, prompt = arrays["prefill_lengths"], arrays["prefill_experts"].shape[1]
     if lengths.min() < 1 or lengths.max() > prompt:
         raise ValueError(f"prefill_lengths: expected 1..{prompt}, got {lengths.min()}..{lengths.max()}")
@@ -102,8 +104,8 @@ def check(header: Any, arrays: Mapping[str, np.ndarray]) -> RoutedExperts:
     for name, array in sorted(arrays.items()):
         if name.endswith("experts"):
             chosen = array[real] if name == "prefill_experts" else array
-            found.check(_check_experts, chosen, routed.num_experts, of=name)
-    found.raise_any()
+            problems.check(_check_experts, chosen, routed.num_experts, of=name)
+    problems.raise_any()
     return routed
 
 
@@ -120,15 +122,15 @@ def read_header(header: Any) -> RoutedExperts:
             f"expected format {FORMAT}, got {str(header.get('format'))[:40]}; record it anew (format 1 had "
             "other names for the model's sizes)"
         )
-    found = Problems()
-    routed = found.check(of_record, RoutedExperts, header.get("geometry"), "geometry")
+    problems = Problems()
+    routed = problems.check(of_record, RoutedExperts, header.get("geometry"), "geometry")
     if routed is not None and routed.num_experts > MOST_EXPERTS:
-        found.add(f"geometry: expected at most {MOST_EXPERTS} experts a layer, got {routed.num_experts}")
+        problems.add(f"geometry: expected at most {MOST_EXPERTS} experts a layer, got {routed.num_experts}")
     domains = header.get("domains")
     named = isinstance(domains, list | tuple) and all(isinstance(name, str) for name in domains)
     if not named or not domains:
-        found.add(f"domains: expected a list of the domain of each request, got {str(domains)[:40]}")
-    found.raise_any()
+        problems.add(f"domains: expected a list of the domain of each request, got {str(domains)[:40]}")
+    problems.raise_any()
     return routed
 
 
@@ -175,9 +177,9 @@ def _of_forecast(name: str) -> bool:
     return name.startswith("forecast.") and name.count(".") == 2 and name.endswith(_PARTS)
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(
-        size > 0 if want is None else size == want for size, want in zip(shape, wanted, strict=True)
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(
+        size > 0 if want is None else size == want for size, want in zip(shape, expected, strict=True)
     )
 
 

@@ -1,4 +1,4 @@
-"""Small files: JSON read with errors that say what to do, and folders written whole or not at all."""
+"""Files: JSON read with errors that say what to do, and files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def is_there(path: Path) -> bool:
 
 
 def parse_json(content: bytes) -> Any:
-    """What JSON in UTF-8 says, where it says one thing only and a number is a number.
+    """Value of JSON in UTF-8, read strictly.
 
     Raises:
         ValueError: if it is no JSON, names a key twice, or holds NaN, an infinity or a number too large.
@@ -61,9 +61,9 @@ def parse_json(content: bytes) -> Any:
     Traceback (most recent call last):
     ValueError: a[1].b: expected a finite number, got inf
     """
-    for mark, found in _MARKS.items():
+    for mark, encoding in _MARKS.items():
         if content.startswith(mark):
-            raise ValueError(f"expected UTF-8, got {found}; save it as plain UTF-8")
+            raise ValueError(f"expected UTF-8, got {encoding}; save it as plain UTF-8")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -118,12 +118,12 @@ def read_json(file: Path, remedy: str = "download it again") -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = sorted({name for name in found if names.count(name) > 1})
+        twice = sorted({name for name in record if names.count(name) > 1})
         raise ValueError(f"{', '.join(map(repr, twice))} more than once in one object; keep one")
-    return found
+    return record
 
 
 def _numbers(value: Any) -> Iterator[tuple[str, float]]:
@@ -140,7 +140,7 @@ def _numbers(value: Any) -> Iterator[tuple[str, float]]:
 
 
 def user_cache() -> Path:
-    """This user's folder for what the package can make anew; it need not be there.
+    """The user's cache folder of this package; it need not exist.
 
     Raises:
         RuntimeError: if the user has no home.
@@ -263,7 +263,7 @@ def _undo(swaps: list[_Swap]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Has a file, or a folder's list of names, on disk before going on."""
+    """Waits until a file, or a folder's list of names, is on disk."""
     try:
         opened = os.open(path, os.O_RDONLY)
     except OSError:

@@ -82,11 +82,11 @@ def of_record(kind: type[Record], record: Any, name: str) -> Record:
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{name} must be an object, got {str(record)[:40]!r}")
-    found = Fields(record)
+    given = Fields(record)
     kinds = {field.name: {"int": int, "str": str}[str(field.type)] for field in fields(kind)}
-    found.only(kinds, prefix=f"{name}.")
-    values = {field: found.of(field, of, prefix=f"{name}.") for field, of in kinds.items()}
-    found.raise_any()
+    given.only(kinds, prefix=f"{name}.")
+    values = {field: given.of(field, of, prefix=f"{name}.") for field, of in kinds.items()}
+    given.raise_any()
     try:
         return kind(**values)
     except ValueError as error:

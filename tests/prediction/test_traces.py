@@ -177,7 +177,7 @@ def test_damage_is_named(folder):
         (lambda folder: (folder / "trace.json").write_text("{}"), "expected trace format 1, got None"),
         (
             lambda folder: (folder / "trace.json").write_text(json.dumps({"format": 1, "model": {}})),
-            "expected the head of a trace",
+            "expected the header of a trace",
         ),
         (lambda folder: (folder / INDEX).write_text("{}\n"), r"line 1: expected a chunk, got KeyError"),
     ],
@@ -334,7 +334,7 @@ def test_a_head_that_is_none_is_refused(folder, name, value):
     record = json.loads((folder / "trace.json").read_text())
     (folder / "trace.json").write_text(json.dumps(record | {name: value}))
     assert refusal(lambda: Trace.open(folder)).startswith(
-        f"{folder / 'trace.json'}: expected the head of a trace"
+        f"{folder / 'trace.json'}: expected the header of a trace"
     )
 
 
