@@ -22,7 +22,7 @@ EXIT_CODES = (
     "fault of layerscope, which --debug shows; 130 interrupted."
 )
 
-OURS = ("layerscope_jax", "predictor")
+OURS = ("layerscope_jax", "predictor", "tools")
 OUTPUT = "standard output"
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EPIPE)
 """What no other file's name would help against."""
