@@ -90,7 +90,7 @@ def test_an_edit_of_what_another_file_takes_in_is_seen(tmp_path):
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "shipped"))
     code = "from layerscope_jax.kernels.panels import shared_out; print(len(shared_out(60)))"
     python(code, root, NUMBA_CACHE_DIR=cache)
-    strips = copy / "experts" / "strips.py"
+    strips = copy / "kernels" / "strips.py"
     edited = strips.read_text().replace("TOKENS = 12 if WIDE else 6", "TOKENS = 4")
     assert edited != strips.read_text()
     strips.write_text(edited)
