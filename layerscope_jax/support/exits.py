@@ -24,7 +24,7 @@ EXIT_CODES = (
     "with what to change; 70 a fault of layerscope, whose traceback --debug shows; 130 interrupted."
 )
 
-OURS = ("layerscope_jax", "predictor")
+OURS = ("layerscope_jax", "predictor", "tools")
 OUTPUT = "standard output"
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EPIPE)
 """Errors of the machine, which another file name would not avoid."""
