@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from layerscope_jax.models.kinds import ATTENTIONS
+from layerscope_jax.models.kinds import ATTENTIONS, FEED_FORWARDS
 from layerscope_jax.support.checks import Problems
 
 
@@ -110,6 +110,9 @@ class ModelConfig:
             "the width of the feed-forward network of the dense layers",
             self.intermediate_size,
         )
+        for name, there in (("attention", ATTENTIONS), ("feed_forward", FEED_FORWARDS)):
+            kind = getattr(self, name)
+            problems.expect(kind in there, name, f"a kind that there is ({', '.join(there)})", kind)
         problems.raise_any()
 
     @property

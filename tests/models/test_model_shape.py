@@ -31,6 +31,11 @@ def test_spans_and_the_tail_are_all_layers_in_order(routed):
         ({"dense_layers": (3,)}, "dense_layers"),
         ({"dense_layers": (-1,)}, "dense_layers"),
         ({"dense_layers": (0, 1, 2)}, "dense_layers must be fewer than all 3 layers"),
+        ({"attention": "circular"}, r"attention must be a kind that there is \(grouped.*\), got 'circular'"),
+        (
+            {"feed_forward": "mine"},
+            r"feed_forward must be a kind that there is \(dense, routed.*, got 'mine'",
+        ),
         ({"dense_layers": (0,), "intermediate_size": None}, "intermediate_size must be the width"),
         (
             {"dense_layers": (5,), "num_kv_heads": 3, "experts_per_token": 9},
