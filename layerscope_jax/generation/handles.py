@@ -42,7 +42,7 @@ class Handle:
             TransferError: if an expert could not be copied to the device. What else a step that it drives
                 fails with, an interrupt too, comes through as well; the request is then aborted.
         """
-        return self._loop.follow(self._call)
+        yield from self._loop.follow(self._call)  # as a method, so that who reads it holds the handle
 
     def result(self) -> Completion:
         """Waits for the last token and returns the whole; raises as going through it does."""
