@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 from layerscope_jax.generation.calls import Call
@@ -62,5 +61,4 @@ class Handle:
         return self._call.ended
 
     def __del__(self) -> None:
-        if not (self._call.ended or sys.is_finalizing()):
-            self._loop.cancel(self._call)
+        self._loop.cancel(self._call)
