@@ -199,7 +199,10 @@ class Engine:
         its requests.
         """
         self._turns.check()
-        return self._loop.stream(self._call(make_requests(prompts, settings)))
+        return self._stream(self._call(make_requests(prompts, settings)))
+
+    def _stream(self, call: Call) -> Iterator[Token]:
+        yield from self._loop.stream(call)  # as a method, so that who reads it holds the engine
 
     def submit(self, prompt: str | Sequence[int] | Request, **settings: Any) -> Handle:
         """Gives the engine a request, which joins those that run, and returns at once.

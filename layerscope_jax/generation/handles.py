@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 from layerscope_jax.generation.calls import Call
@@ -42,7 +41,7 @@ class Handle:
             TransferError: if an expert could not be copied to the device. Whatever else a step that it drives
                 fails with, an interrupt too, is raised as well; the request is then aborted.
         """
-        return self._loop.follow(self._call)
+        yield from self._loop.follow(self._call)  # as a method, so that who reads it holds the handle
 
     def result(self) -> Completion:
         """Waits for the last token and returns the whole; raises as going through it does."""
@@ -62,5 +61,4 @@ class Handle:
         return self._call.ended
 
     def __del__(self) -> None:
-        if not (self._call.ended or sys.is_finalizing()):
-            self._loop.cancel(self._call)
+        self._loop.cancel(self._call)

@@ -8,6 +8,7 @@ time when an engine is idle to when it is so again is one run: a call that nobod
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -64,6 +65,9 @@ class Loop:
         self._account = Account()
         self._settled = True  # whether all of these agree, else something came in between
         self._error: str | None = None  # why logits were not finite, once they were
+        self._leaving = (
+            sys.is_finalizing
+        )  # held: names of modules are gone when the last garbage is collected
 
     # ---- any thread's side -------------------------------------------------------------------------------
 
@@ -95,7 +99,7 @@ class Loop:
 
         May be called at any time, by whoever collects garbage too, and again.
         """
-        if call.ended or call.cancelled:
+        if call.ended or call.cancelled or self._leaving():
             return
         call.cancelled = True
         self._cancelled.append(call)

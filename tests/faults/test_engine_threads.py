@@ -345,6 +345,8 @@ def test_a_handle_that_nobody_holds_is_cancelled(engine):
     next(iter(handle))
     del handle
     assert engine._loop._run is None
+    read = [token.token_id for token in engine.submit(PROMPTS[0], max_new_tokens=4)]  # its reader holds it
+    assert read == engine.generate(PROMPTS[:1], max_new_tokens=4).token_ids[0]
 
 
 @pytest.mark.parametrize(
