@@ -25,7 +25,7 @@ def dense_kernels(hidden_size: int, dtype: np.dtype, in_programs: bool) -> dict[
         "attention": (1, 1, 1),  # a token a row: any size suits
         "sums": (hidden_size,),
     }
-    names = {}
+    names: dict[str, str] = {}
     for kind in PARTS:
         format = "float32" if kind == "attention" else dtype.name  # that of caches on a CPU
         kernel = choose(Work(kind, format, np.dtype(dtype), sizes[kind])) if in_programs else None
