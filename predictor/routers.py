@@ -33,8 +33,7 @@ class Routers:
         layers = [model.dense["layers"][index] for index in range(model.config.num_layers)]
 
         def stack(*path: str) -> np.ndarray:
-            found = [layer[path[0]][path[1]] for layer in layers]
-            return np.stack([np.asarray(array, np.float32) for array in found])
+            return np.stack([np.asarray(layer[path[0]][path[1]], np.float32) for layer in layers])
 
         return cls(stack("router", "weight"), stack("moe_norm", "scale"))
 
@@ -45,13 +44,13 @@ class Routers:
     def load(cls, folder: Path) -> Routers:
         """Raises ValueError if the folder has none, or damaged ones."""
         try:
-            found = cls(**load_file(folder / FILE))
-            layers, hidden, _ = found.weight.shape
-            if found.scale.shape != (layers, hidden):
-                raise ValueError(f"shapes {found.weight.shape} and {found.scale.shape}")
-            if not (np.isfinite(found.weight).all() and np.isfinite(found.scale).all()):
+            routers = cls(**load_file(folder / FILE))
+            layers, hidden, _ = routers.weight.shape
+            if routers.scale.shape != (layers, hidden):
+                raise ValueError(f"shapes {routers.weight.shape} and {routers.scale.shape}")
+            if not (np.isfinite(routers.weight).all() and np.isfinite(routers.scale).all()):
                 raise ValueError("numbers that are not finite")
-            return found
+            return routers
         except Exception as error:  # safetensors raises nothing narrower
             raise ValueError(f"{folder / FILE}: expected routers, got {error}; record it anew") from None
 
