@@ -68,10 +68,10 @@ def load_or_fit(
     there = sum(passage.tokens for _, passage, _ in trace.passages() if for_training(passage))
     kept = _read(folder / FILE)
     if kept is not None:
-        arrays, found = kept
-        differing = [name for name, ours in made.items() if found.get(name) != ours]
+        arrays, before = kept
+        differing = [name for name, ours in made.items() if before.get(name) != ours]
         # Passages are taken whole, so that fewer rows than asked for may be all that fit.
-        fewer = 1.01 * found.get("rows", 0) < min(tokens, there)
+        fewer = 1.01 * before.get("rows", 0) < min(tokens, there)
         if not differing and not fewer:
             if arrays["share"].shape != (model.num_layers, model.num_experts):
                 raise ValueError(f"{folder / FILE}: share has shape {arrays['share'].shape}; delete it")
@@ -80,7 +80,7 @@ def load_or_fit(
             wrong = [name for name in LEARNED if learned[name].shape != getattr(linear, name).shape]
             if wrong:
                 raise ValueError(f"{folder / FILE}: {', '.join(wrong)} of other shapes; delete it")
-            return Fitted(arrays["share"], replace(linear, **learned), found)
+            return Fitted(arrays["share"], replace(linear, **learned), before)
     else:
         differing = []
     if not there:
@@ -100,10 +100,10 @@ def load_or_fit(
 
 def digest(basis: Basis) -> str:
     """Digest of a PCA."""
-    found = hashlib.blake2b(digest_size=8)
+    digested = hashlib.blake2b(digest_size=8)
     for array in (basis.mean, basis.components):
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        digested.update(np.ascontiguousarray(array).tobytes())
+    return digested.hexdigest()
 
 
 def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:

@@ -106,13 +106,13 @@ def fit(
     num_experts = params.bias.shape[-1]
 
     def objective(learned: dict[str, jax.Array], batch: Batch) -> jax.Array:
-        wanted, known = targets(batch, max(horizons), num_experts)
-        wanted, known = wanted[:, :, picked], known[..., picked].astype(jnp.float32)
+        truth, known = targets(batch, max(horizons), num_experts)
+        truth, known = truth[:, :, picked], known[..., picked].astype(jnp.float32)
         hidden, experts, weights = (
             jnp.swapaxes(part, 0, 1) for part in (batch.hidden, batch.experts, batch.weights)
         )
         logits = jax.vmap(linear_logits)(LinearParams(**learned, **fixed), hidden, experts, weights)
-        each = loss(logits, wanted, jnp.ones_like(logits), 0.0)
+        each = loss(logits, truth, jnp.ones_like(logits), 0.0)
         return ((each * known).sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)).sum()
 
     @jax.jit

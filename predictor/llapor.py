@@ -235,20 +235,20 @@ class LLaPor(PredictorBase):
             )
         variance = arrays.get("pca.variance", arrays["pca.mean"]).shape
         hidden = variance[-1] if len(variance) == 2 else 1
-        found = stacks(model, hidden, look_ahead, settings.groups)
-        shapes = jax.eval_shape(lambda: first_params(model, found, look_ahead, 0))
-        wanted = {_dotted(path): leaf.shape for path, leaf in flatten_dict(shapes).items()}
-        wanted |= {
+        stacked = stacks(model, hidden, look_ahead, settings.groups)
+        shapes = jax.eval_shape(lambda: first_params(model, stacked, look_ahead, 0))
+        expected = {_dotted(path): leaf.shape for path, leaf in flatten_dict(shapes).items()}
+        expected |= {
             "pca.mean": (layers, width),
             "pca.components": (layers, width, hidden),
             "pca.variance": (layers, hidden),
         }
         problems = Problems()
-        problems.same_names(arrays, wanted)
+        problems.same_names(arrays, expected)
         problems.add(
             *(
                 f"{name} has shape {arrays[name].shape}, expected {shape}"
-                for name, shape in sorted(wanted.items())
+                for name, shape in sorted(expected.items())
                 if name in arrays and arrays[name].shape != shape
             )
         )
@@ -258,7 +258,7 @@ class LLaPor(PredictorBase):
             raise ValueError(f"{folder / WEIGHTS}: {', '.join(sorted(broken))} not finite; train it again")
         network = unflatten_dict({path: arrays[_dotted(path)] for path in flatten_dict(shapes)})
         basis = Basis(**{name: arrays[f"pca.{name}"] for name in ("mean", "components", "variance")})
-        return cls(model, look_ahead, basis, found, network)
+        return cls(model, look_ahead, basis, stacked, network)
 
     def _arrays(self) -> dict[str, Any]:
         named = {_dotted(path): leaf for path, leaf in flatten_dict(self.network).items()}

@@ -77,15 +77,15 @@ def unpacked(kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     Raises:
         ValueError: for a matrix without its scales.
     """
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, array in kept.items():
         if name.endswith(SCALE):
             continue
-        found[name] = array.astype(np.float32)
+        arrays[name] = array.astype(np.float32)
         if array.ndim == 3:
             scale = kept.get(name + SCALE)
             if scale is None or scale.shape != (array.shape[0], 1, array.shape[2]):
                 raise ValueError(f"{name} without a scale for each of its columns")
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named where it is read
-                found[name] *= scale
-    return found
+                arrays[name] *= scale
+    return arrays

@@ -73,7 +73,8 @@ class RecordConfig:
         problems.at_least(self, train_tokens=0, heldout_tokens=0, length=SHORTEST, hidden=0)
         problems.at_least(self, pca_tokens=2, batch_size=1)
         problems.expect(0 < self.prompt <= 1, "prompt", "in (0, 1]", self.prompt)
-        problems.expect(bool(self.text), "text", "at least one file", self.text)
+        if not self.text:
+            problems.add("text must name at least one file, got none")
         problems.raise_any()
 
 
@@ -151,11 +152,11 @@ def read_domains(files: Iterable[Path]) -> dict[str, list[Document]]:
 
 def digest(domains: dict[str, list[Document]]) -> str:
     """Digest of all the text, so that no trace is continued with another text."""
-    found = hashlib.blake2b(digest_size=8)
+    digested = hashlib.blake2b(digest_size=8)
     for domain in sorted(domains):
         for document in domains[domain]:
-            found.update(f"{domain}\0{document.id}\0{document.text}\0".encode())
-    return found.hexdigest()
+            digested.update(f"{domain}\0{document.id}\0{document.text}\0".encode())
+    return digested.hexdigest()
 
 
 def choose(
@@ -165,7 +166,7 @@ def choose(
 
     Documents are taken whole, in the order of a hash of their ids, up to the tokens asked for.
     """
-    found: list[tuple[Passage, list[int]]] = []
+    chosen: list[tuple[Passage, list[int]]] = []
     for domain, documents in domains.items():
         ids = [document.id for document in documents]
         if domain in config.heldout_domains:
@@ -186,10 +187,10 @@ def choose(
                 piece = tokens[start : start + length]
                 if len(piece) >= SHORTEST:
                     prompt = max(1, round(config.prompt * len(piece)))
-                    found.append((Passage(domain, document.id, split, start, prompt, len(piece)), piece))
+                    chosen.append((Passage(domain, document.id, split, start, prompt, len(piece)), piece))
                     room[split] -= len(piece)
-    order = np.random.default_rng(config.seed).permutation(len(found))
-    return [found[index] for index in order]
+    order = np.random.default_rng(config.seed).permutation(len(chosen))
+    return [chosen[index] for index in order]
 
 
 class Tap:
@@ -208,7 +209,7 @@ class Tap:
             positions[row, : len(passage)] = np.arange(len(passage))
         real = np.flatnonzero(positions.reshape(-1) != PAD_POSITION)
         seen: list[tuple[jax.Array, jax.Array, jax.Array]] = []
-        self.runner.tap = lambda layer, *found: seen.append(found)
+        self.runner.tap = lambda layer, *arrays: seen.append(arrays)
         try:
             caches = new_caches(model.config, rows, width, model.bank.dtype, self.engine.device)
             self.runner.step(tokens, positions, np.zeros(rows, np.int32), caches, None)
@@ -239,7 +240,7 @@ def _record(
                     reduced = reduce(hidden, jnp.asarray(basis.mean), jnp.asarray(basis.components))
                     parts["hidden"].append(np.asarray(reduced).astype(np.float16))
                 progress.advance(bar, len(batch))
-            arrays = {name: np.concatenate(found) for name, found in parts.items() if found}
+            arrays = {name: np.concatenate(pieces) for name, pieces in parts.items() if pieces}
             arrays["tokens"] = np.concatenate([np.asarray(tokens, np.int32) for _, tokens in chunk])
             writer.write([passage for passage, _ in chunk], arrays)
 

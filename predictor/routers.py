@@ -45,13 +45,13 @@ class Routers:
     def load(cls, folder: Path) -> Routers:
         """Raises ValueError if the folder has none, or damaged ones."""
         try:
-            found = cls(**load_file(folder / FILE))
-            layers, hidden, _ = found.weight.shape
-            if found.scale.shape != (layers, hidden):
-                raise ValueError(f"shapes {found.weight.shape} and {found.scale.shape}")
-            if not (np.isfinite(found.weight).all() and np.isfinite(found.scale).all()):
+            routers = cls(**load_file(folder / FILE))
+            layers, hidden, _ = routers.weight.shape
+            if routers.scale.shape != (layers, hidden):
+                raise ValueError(f"shapes {routers.weight.shape} and {routers.scale.shape}")
+            if not (np.isfinite(routers.weight).all() and np.isfinite(routers.scale).all()):
                 raise ValueError("numbers that are not finite")
-            return found
+            return routers
         except Exception as error:  # safetensors raises nothing narrower
             raise ValueError(f"{folder / FILE}: expected routers, got {error}; record it anew") from None
 

@@ -174,13 +174,13 @@ def score(
                     probabilities = jnp.asarray(forecast.probabilities[:, place])
                     ranking = jnp.asarray(forecast.ranking[:, place])
                     probabilities, hot, absent = masked(probabilities, experts, known)
-                    found = sums[candidate.name]
-                    found.rows[layer, place] = row_sums(member, ranking, experts, known)
-                    found.bins[layer, place] = bin_sums(member, probabilities, hot, known, some)
+                    scores = sums[candidate.name]
+                    scores.rows[layer, place] = row_sums(member, ranking, experts, known)
+                    scores.bins[layer, place] = bin_sums(member, probabilities, hot, known, some)
                     for phase in ("decode", "prefill"):
                         expected, none, counts = batching.sums(phase, probabilities, absent, hot)
                         for size in expected:
-                            found.add(
+                            scores.add(
                                 (layer, place),
                                 size,
                                 metrics.BatchSums(expected[size], none[size], counts[size]),

@@ -65,7 +65,7 @@ def _graphdef(components: int, experts: int, look_ahead: int, group: GroupConfig
     return nnx.split(network)[0]
 
 
-def first_params(model: ModelIdentity, found: Mapping[str, Stack], look_ahead: int, seed: int) -> Params:
+def first_params(model: ModelIdentity, stacked: Mapping[str, Stack], look_ahead: int, seed: int) -> Params:
     """Parameters before training, drawn layer by layer, each from a seed of its own."""
 
     def draw(stack: Stack, layer: int) -> Any:
@@ -75,16 +75,16 @@ def first_params(model: ModelIdentity, found: Mapping[str, Stack], look_ahead: i
 
     return {
         name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(draw(stack, layer) for layer in stack.layers))
-        for name, stack in found.items()
+        for name, stack in stacked.items()
     }
 
 
 def priors(
-    routers: Routers, basis: Basis, found: Mapping[str, Stack], look_ahead: int
+    routers: Routers, basis: Basis, stacked: Mapping[str, Stack], look_ahead: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Matrices [Lg, P, W * E] and offsets [Lg, W * E] of each group's router forecasts; see `Routers`."""
     result = {}
-    for name, stack in found.items():
+    for name, stack in stacked.items():
         pairs = [routers.reduced(basis, layer, look_ahead, stack.components) for layer in stack.layers]
         matrices, offsets = zip(*pairs, strict=True)
         result[name] = (np.stack(matrices), np.stack(offsets))
@@ -163,23 +163,23 @@ def targets(batch: Batch, look_ahead: int, num_experts: int) -> tuple[jax.Array,
     return hot[ahead].swapaxes(1, 2), known
 
 
-def loss(logits: jax.Array, wanted: jax.Array, weights: jax.Array, focal: float) -> jax.Array:
+def loss(logits: jax.Array, truth: jax.Array, weights: jax.Array, focal: float) -> jax.Array:
     """The paper's loss, summed over E: weighted binary cross-entropy and a focal term (gamma 2)."""
-    cross_entropy = optax.sigmoid_binary_cross_entropy(logits, wanted)
+    cross_entropy = optax.sigmoid_binary_cross_entropy(logits, truth)
     total = weights * cross_entropy
     if focal:
-        missed = jnp.abs(wanted - jax.nn.sigmoid(logits))
+        missed = jnp.abs(truth - jax.nn.sigmoid(logits))
         total += focal * missed * missed * cross_entropy
     return total.sum(-1)
 
 
-def top_recall(logits: jax.Array, wanted: jax.Array, choices: int) -> jax.Array:
+def top_recall(logits: jax.Array, truth: jax.Array, choices: int) -> jax.Array:
     """Exact top-k recall: the share of the K true experts among the K likeliest; [..., E] -> [...]."""
     threshold = jax.lax.top_k(logits, choices)[0][..., -1:]
-    return ((logits >= threshold) * wanted).sum(-1) / choices
+    return ((logits >= threshold) * truth).sum(-1) / choices
 
 
-def optimizer(found: Mapping[str, Stack], steps: int, clip: float) -> optax.GradientTransformation:
+def optimizer(stacked: Mapping[str, Stack], steps: int, clip: float) -> optax.GradientTransformation:
     """AdamW with the rates of each group, warm-up, cosine decay and clipping by each group's norm."""
 
     def of(stack: Stack) -> optax.GradientTransformation:
@@ -196,11 +196,11 @@ def optimizer(found: Mapping[str, Stack], steps: int, clip: float) -> optax.Grad
         )
 
     labels = lambda params: {name: name for name in params}  # noqa: E731
-    return optax.partition({name: of(stack) for name, stack in found.items()}, labels)
+    return optax.partition({name: of(stack) for name, stack in stacked.items()}, labels)
 
 
 def make_steps(
-    found: Mapping[str, Stack],
+    stacked: Mapping[str, Stack],
     prior: Mapping[str, tuple[jax.Array, jax.Array]],
     scale: jax.Array,
     class_weights: jax.Array,
@@ -219,22 +219,31 @@ def make_steps(
         hidden = batch.hidden.astype(jnp.float32).swapaxes(0, 1)  # [L, B, P]
         experts, weights = batch.experts.swapaxes(0, 1), batch.weights.swapaxes(0, 1)
         parts = []
-        for name, stack in found.items():
-            here = slice(stack.layers.start, stack.layers.stop)
-            inputs = hidden[here, :, : stack.components]
+        for name, stack in stacked.items():
+            group = slice(stack.layers.start, stack.layers.stop)
+            inputs = hidden[group, :, : stack.components]
             noise, keys = None, None
             if key is not None:
                 keys = jax.random.split(jax.random.fold_in(key, stack.layers.start), len(stack.layers))
                 if stack.config.noise:
                     noise = stack.config.noise * jax.random.normal(key, inputs.shape)
 
-            def one(params, *rest, graphdef=stack.graphdef):
+            def one_layer(params, *rest, graphdef=stack.graphdef):
                 return layer_logits(nnx.merge(graphdef, params), *rest)
 
             axes = (0, 0, 0, 0, (0, 0), 0, None if noise is None else 0, None if keys is None else 0)
-            run = jax.vmap(one, in_axes=axes)
+            run = jax.vmap(one_layer, in_axes=axes)
             parts.append(
-                run(params[name], inputs, experts[here], weights[here], prior[name], scale[here], noise, keys)
+                run(
+                    params[name],
+                    inputs,
+                    experts[group],
+                    weights[group],
+                    prior[name],
+                    scale[group],
+                    noise,
+                    keys,
+                )
             )
         return jnp.concatenate(parts)  # [L, B, W, E]
 
@@ -242,9 +251,9 @@ def make_steps(
     weights_ahead = class_weights[target_layer][:, None]  # [L, 1, W, E]
 
     def objective(params: Params, batch: Batch, key: jax.Array):
-        wanted, known = targets(batch, look_ahead, num_experts)
+        truth, known = targets(batch, look_ahead, num_experts)
         logits = logits_of(params, batch, key)
-        each = loss(logits, wanted, jnp.broadcast_to(weights_ahead, logits.shape), focal)
+        each = loss(logits, truth, jnp.broadcast_to(weights_ahead, logits.shape), focal)
         # Layers learn apart from each other: the sum over them, the mean over what each is asked.
         return ((each * known).sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)).sum()
 
@@ -256,8 +265,8 @@ def make_steps(
 
     @jax.jit
     def evaluate(params: Params, batch: Batch):
-        wanted, known = targets(batch, look_ahead, num_experts)
-        recall = top_recall(logits_of(params, batch, None), wanted, batch.experts.shape[-1])
+        truth, known = targets(batch, look_ahead, num_experts)
+        recall = top_recall(logits_of(params, batch, None), truth, batch.experts.shape[-1])
         return (recall * known).sum(1), known.sum(1)
 
     return train, evaluate

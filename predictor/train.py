@@ -157,14 +157,14 @@ def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
     if len(rows) < config.batch:
         raise ValueError(f"expected {config.batch} training rows or more (one batch), got {len(rows)}")
 
-    found = stacks(model, trace.header.hidden, config.look_ahead, config.groups)
+    stacked = stacks(model, trace.header.hidden, config.look_ahead, config.groups)
     weights = expert_weights(rows.experts, model.num_experts)
     weights = weights if config.balanced else np.ones_like(weights)
-    prior = jax.tree.map(jnp.asarray, priors(routers, basis, found, config.look_ahead))
+    prior = jax.tree.map(jnp.asarray, priors(routers, basis, stacked, config.look_ahead))
     steps_an_epoch = len(rows) // config.batch
-    update = optimizer(found, config.epochs * steps_an_epoch, config.clip)
+    update = optimizer(stacked, config.epochs * steps_an_epoch, config.clip)
     train_step, evaluate = make_steps(
-        found,
+        stacked,
         prior,
         jnp.asarray(input_scale(basis)),
         jnp.asarray(weights),
@@ -172,7 +172,7 @@ def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
         config.focal,
         update,
     )
-    params = first_params(model, found, config.look_ahead, config.seed)
+    params = first_params(model, stacked, config.look_ahead, config.seed)
     state = update.init(params)
     best = jax.tree.map(jnp.copy, params)
     at = Progressed()
@@ -227,7 +227,7 @@ def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
             at.done = at.epoch == config.epochs or at.stale >= config.patience
             advance(at.step, f"recall {at.best:.3f}")
             save()
-    trained = LLaPor(model, config.look_ahead, basis, found, best)
+    trained = LLaPor(model, config.look_ahead, basis, stacked, best)
     trained.save(config.out)
     return trained
 
@@ -248,8 +248,8 @@ def validate(evaluate: Any, params: Any, rows: Rows, size: int = 1024) -> np.nda
     """[L, W] exact top-k recall over `rows`; NaN where nothing is known."""
     recalled, counted = np.zeros(()), np.zeros(())
     for start in range(0, len(rows), size):
-        found, known = evaluate(params, batch_of(rows, np.arange(start, min(start + size, len(rows)))))
-        recalled, counted = recalled + np.asarray(found), counted + np.asarray(known)
+        recall, known = evaluate(params, batch_of(rows, np.arange(start, min(start + size, len(rows)))))
+        recalled, counted = recalled + np.asarray(recall), counted + np.asarray(known)
     with np.errstate(invalid="ignore"):
         return recalled / counted
 
@@ -265,7 +265,7 @@ def by_horizon(recall: np.ndarray) -> dict[str, list[float]]:
 
     def means(which: np.ndarray) -> list[float]:
         columns = (recall[which[:, step], step] for step in range(look_ahead))
-        return [round(float(np.nanmean(found)), 4) for found in columns if found.size]
+        return [round(float(np.nanmean(column)), 4) for column in columns if column.size]
 
     return {"this_step": means(within), "next_step": means(~within)}
 
