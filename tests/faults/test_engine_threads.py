@@ -10,7 +10,7 @@ from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-KINDS = ["resident", "auto", "whole"]
+KINDS = ["resident", "lru", "auto", "whole"]
 
 
 def config_of(kind, model):
@@ -110,7 +110,7 @@ def test_two_streams_are_read_in_turns_by_two_threads(engine):
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         for _ in range(5):
             for pool, stream, found in zip((one, other), streams, tokens, strict=True):
-                found.append(pool.submit(next, stream).result(60).token_id)
+                found.append(pool.submit(next, stream).result(60).token)
     assert tokens == expected
 
 
@@ -123,7 +123,7 @@ def test_steps_are_each_streams_own():
     again = OffloadConfig(policy=Replay(recorded.plans), device_budget=budget.device_budget)
     with Engine(model, again) as engine:
         first, second = (engine.stream(PROMPTS[:1], max_new_tokens=4) for _ in range(2))
-        tokens = [(a.token_id, b.token_id) for a, b in zip(first, second, strict=True)]
+        tokens = [(a.token, b.token) for a, b in zip(first, second, strict=True)]
     assert [list(each) for each in zip(*tokens, strict=True)] == recorded.token_ids * 2
 
 

@@ -102,7 +102,7 @@ for name in ("sysconf", "sched_getaffinity"):
 @pytest.mark.usefixtures("quick_compiles")
 def test_on_other_systems_it_computes_layer_by_layer():
     """Where there are no semaphores of Linux, no /proc, no sysconf: what of that can be made up."""
-    before = ELSEWHERE + "from layerscope_jax.support import machine\n"
+    before = ELSEWHERE + "from layerscope_jax import machine\n"
     before += "machine.describe(jax.devices()[0]), machine.free_bytes(), machine.cpu_name()\n"
     ((tokens, _),), said = generated(["float32"], before=before)
     assert said == []
