@@ -10,7 +10,7 @@ from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-KINDS = ["resident", "auto", "whole"]
+KINDS = ["resident", "lru", "auto", "whole"]
 
 
 def config_of(kind, model):
@@ -114,7 +114,7 @@ def test_two_streams_are_read_in_turns_by_two_threads(engine):
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         for _ in range(5):
             for pool, stream, found in zip((one, other), streams, tokens, strict=True):
-                found.append(pool.submit(next, stream).result(60).token_id)
+                found.append(pool.submit(next, stream).result(60).token)
     assert tokens == expected
 
 
