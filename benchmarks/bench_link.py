@@ -138,7 +138,7 @@ def bound_by_transfers(model: Model, policy: str, link: str, options: Options) -
 def bank_of(profile: str, quick: bool) -> ExpertBank:
     """Some experts of a published model in one layer, of no values: not more than memory has room for."""
     size = MachineProfile.load(profile).model
-    hidden, inner = size.hidden // 16 if quick else size.hidden, size.moe_intermediate_size
+    hidden, inner = size.hidden_size // 16 if quick else size.hidden_size, size.moe_intermediate_size
     itemsize = jnp.dtype(jnp.bfloat16).itemsize
     count = int(np.clip(BANK_BYTES // (MATRICES * hidden * inner * itemsize), 4, 16))
     config = replace(

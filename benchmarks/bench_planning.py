@@ -96,7 +96,7 @@ def cell(profile: MachineProfile, options: Options) -> list[dict[str, Any]]:
                 forecasts = forecast_of_recall(decode.counts, RECALL, ahead, seed=0)
             workloads = [prefill, replace(decode, forecasts=forecasts)]
             row: dict[str, Any] = {
-                "experts": model.experts,
+                "experts": model.num_experts,
                 "choices": model.experts_per_token,
                 "policy": policy,
                 "look_ahead": ahead,

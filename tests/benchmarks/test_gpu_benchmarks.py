@@ -106,8 +106,8 @@ def test_a_measurement_that_fails_loses_no_other(monkeypatch, tmp_path):
 def test_published_sizes_are_those_of_the_profiles(name):
     config, model = PUBLISHED[name], MachineProfile.load(name).model
     assert (config.num_layers, config.num_experts, config.experts_per_token) == (
-        model.layers,
-        model.experts,
+        model.num_layers,
+        model.num_experts,
         model.experts_per_token,
     )
     assert config.expert_bytes(2) == model.expert_bytes

@@ -67,6 +67,8 @@ def locked(file):
 
 
 DAMAGES = [emptied, halved, scrambled, one_bit_less, made_a_folder, locked]
+if not getattr(os, "geteuid", lambda: 1)():
+    DAMAGES.remove(locked)  # root reads it all the same, and compiles no function that it calls
 
 
 def files_in(folder):
