@@ -32,7 +32,7 @@ from benchmarks import harness
 from benchmarks.memory_facts import pool_bytes
 from benchmarks.random_models import PUBLISHED, published, random_model
 from layerscope_jax import Engine, MachineProfile, Model, ModelConfig, OffloadConfig, parse_bytes
-from layerscope_jax.generation.requests import Completions, Token
+from layerscope_jax.generation.completions import Completions, Token
 from layerscope_jax.profiling.calibrate import calibrate
 from layerscope_jax.profiling.measure import Points
 from layerscope_jax.scheduling.registry import FORECASTING

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from layerscope_jax.checkpoints.model import Model, load, save
     from layerscope_jax.config import OffloadConfig
     from layerscope_jax.engine import Engine
-    from layerscope_jax.generation.requests import Completion, Completions, Request, Token
+    from layerscope_jax.generation.completions import Completion, Completions, Token
+    from layerscope_jax.generation.requests import Request
     from layerscope_jax.models import Decoder, ExpertParam
     from layerscope_jax.models.config import ModelConfig
     from layerscope_jax.offload.bank import ExpertBank
@@ -46,12 +47,12 @@ _CONTENTS = {
     ),
     "config": ("OffloadConfig",),
     "engine": ("Engine",),
-    "generation.requests": (
+    "generation.completions": (
         "Completion",
         "Completions",
-        "Request",
         "Token",
     ),
+    "generation.requests": ("Request",),
     "models": (
         "Decoder",
         "ExpertParam",

@@ -11,20 +11,13 @@ import jax
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.generation.calls import Call
+from layerscope_jax.generation.completions import Completions, Token
 from layerscope_jax.generation.detokenize import continuation
+from layerscope_jax.generation.encoding import encode_prompts
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.progress import progress_bar
-from layerscope_jax.generation.requests import (
-    Completions,
-    Request,
-    Token,
-    batch_of,
-    check_options,
-    encode_prompts,
-    make_request,
-    make_requests,
-)
+from layerscope_jax.generation.requests import Request, batch_of, check_options, make_request, make_requests
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.prediction.predictors import make_predictor
 from layerscope_jax.profiling import measure as calibration

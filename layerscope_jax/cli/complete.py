@@ -10,7 +10,7 @@ from rich.text import Text
 
 from layerscope_jax.engine import Engine
 from layerscope_jax.generation.batch_files import Row
-from layerscope_jax.generation.requests import Completions, Token
+from layerscope_jax.generation.completions import Completions, Token
 from layerscope_jax.runtime.statistics import RunStats
 
 

@@ -18,7 +18,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
-from layerscope_jax.generation.requests import Completions, Request
+from layerscope_jax.generation.completions import Completions
+from layerscope_jax.generation.requests import Request
 from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.registry import FORECASTING

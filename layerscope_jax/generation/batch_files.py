@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.generation.requests import SETTINGS, Request, encode_prompts, is_integer, is_text
+from layerscope_jax.generation.encoding import encode_prompts
+from layerscope_jax.generation.requests import SETTINGS, Request, is_integer, is_text
 from layerscope_jax.support.locks import locked
 
 NOTES = "metadata"
@@ -188,13 +189,13 @@ def completion(
 
     >>> row = Row(3, Request(prompt="a", seed=5), "")
     >>> line = json.loads(completion(row, "b", [7], "length", "1b06093c6a5c"))
-    >>> line["text"], line["tokens"], line["settings"]["seed"], line["model"]
+    >>> line["text"], line["token_ids"], line["settings"]["seed"], line["model"]
     ('b', [7], 5, '1b06093c6a5c')
     """
     content = {
         "text": text,
-        "tokens": list(tokens),
-        "finish": finish,
+        "token_ids": list(tokens),
+        "finish_reason": finish,
         "settings": _settings(row.request),
         "model": model,
     }
@@ -296,7 +297,7 @@ class Completions:
                 known = rows[found["id"]]
                 prompt = known.request.prompt
                 same = found["prompt"] == (prompt if isinstance(prompt, str) else list(prompt))
-                if not same or {"text", "tokens", "finish"} - found.keys():
+                if not same or {"text", "token_ids", "finish_reason"} - found.keys():
                     raise ValueError
                 was = {**found["settings"], "model": found["model"]}
             except (ValueError, KeyError, TypeError, RecursionError):
@@ -312,7 +313,7 @@ class Completions:
                     f"got {', '.join(changed)}; go on with those of the file, or choose another file"
                 )
             self.done.add(known.id)
-            if found["finish"] == "error":
+            if found["finish_reason"] == "error":
                 self.failed.add(known.id)
         if not torn:
             return

@@ -9,8 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from layerscope_jax.generation.completions import Token
 from layerscope_jax.generation.detokenize import TextStream
-from layerscope_jax.generation.requests import Request, Token
+from layerscope_jax.generation.requests import Request
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.sampling import NO_TOKEN
 from layerscope_jax.runtime.statistics import Times

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from layerscope_jax.generation.calls import Call
+from layerscope_jax.generation.completions import Completion, Token
 from layerscope_jax.generation.loop import Loop
-from layerscope_jax.generation.requests import Completion, Token
 
 
 class Handle:

@@ -16,7 +16,8 @@ from typing import Any
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation.calls import Call, RequestState
-from layerscope_jax.generation.requests import Completion, Completions, Request, Token
+from layerscope_jax.generation.completions import Completion, Completions, Token
+from layerscope_jax.generation.requests import Request
 from layerscope_jax.generation.run import Run
 from layerscope_jax.generation.shares import join, leave
 from layerscope_jax.runtime.accounts import Account, run_stats

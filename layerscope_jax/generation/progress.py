@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from layerscope_jax.generation.requests import Request, Token
+from layerscope_jax.generation.completions import Token
+from layerscope_jax.generation.requests import Request
 
 
 @contextmanager

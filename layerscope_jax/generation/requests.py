@@ -1,20 +1,18 @@
-"""Prompts in, tokens out: what a caller asks for, and what comes back."""
+"""What a caller asks for: prompts with their settings, and options of a call."""
 
 from __future__ import annotations
 
 import difflib
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
 import numpy as np
-from tokenizers import Tokenizer
 
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.runtime.statistics import RunStats
-from layerscope_jax.scheduling.plan import LayerPlan
+from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.units import is_integer
 
 
@@ -41,23 +39,21 @@ class Request:
     stop_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = Problems()
 
         def check(name: str, fits: bool, expected: str) -> None:
-            if not fits:
-                problems.append(f"{name} must {expected}, got {repr(getattr(self, name))[:60]}")
+            problems.expect(fits, name, expected, getattr(self, name))
 
         prompt, length, stops = self.prompt, self.max_new_tokens, self.stop_token_ids
         heat, top_p = self.temperature, self.top_p
-        check("prompt", isinstance(prompt, str) or are_ids(prompt), "be text or a list of token ids")
-        check("max_new_tokens", is_integer(length) and 1 <= length < 2**31, "be a whole number in 1..2**31-1")
-        check("temperature", is_number(heat) and 0 <= heat <= 1e6, "be a number from 0 (greedy) to 1e6")
-        check("top_k", is_integer(self.top_k) and self.top_k >= 0, "be a whole number, 0 (all) or more")
-        check("top_p", is_number(top_p) and 0 < top_p <= 1, "be a number in (0, 1]")
-        check("seed", is_integer(self.seed) and 0 <= self.seed < 2**32, "be a whole number in 0..2**32-1")
-        check("stop_token_ids", stops is None or are_ids(stops), "be a list of token ids or None")
-        if problems:
-            raise ValueError("; ".join(problems))
+        check("prompt", isinstance(prompt, str) or are_ids(prompt), "text or a list of token ids")
+        check("max_new_tokens", is_integer(length) and 1 <= length < 2**31, "a whole number in 1..2**31-1")
+        check("temperature", is_number(heat) and 0 <= heat <= 1e6, "a number from 0 (greedy) to 1e6")
+        check("top_k", is_integer(self.top_k) and self.top_k >= 0, "a whole number, 0 (all) or more")
+        check("top_p", is_number(top_p) and 0 < top_p <= 1, "a number in (0, 1]")
+        check("seed", is_integer(self.seed) and 0 <= self.seed < 2**32, "a whole number in 0..2**32-1")
+        check("stop_token_ids", stops is None or are_ids(stops), "a list of token ids or None")
+        problems.raise_any()
 
 
 def is_number(value: Any) -> bool:
@@ -88,136 +84,6 @@ def is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-@dataclass(frozen=True)
-class Token:
-    """One new token, as `Engine.stream` yields it.
-
-    Attributes:
-        request: index of its prompt.
-        token_id: -1, which is no token, with an error or where it was cancelled.
-        text: what it adds to the text; empty while a later token may still change it, or without a tokenizer.
-        finish_reason: None, or why the request ended with it: "stop", "length", "error" where the logits
-            held NaN or infinity, or "abort" where it was cancelled.
-        error: with an error, a sentence on its cause.
-    """
-
-    request: int
-    token_id: int
-    text: str
-    finish_reason: str | None
-    error: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What one prompt was continued with.
-
-    Attributes:
-        text: the continuation, a stop token left out; empty without a tokenizer.
-        token_ids: of the continuation, a stop token included.
-        finish_reason: "stop", "length", "error" or "abort"; after the last two, text and tokens are those
-            before it.
-        error: with an error, a sentence on its cause.
-        stats: of the call that it was generated in, shared by all its completions; see `RunStats`.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stats: RunStats = field(repr=False)
-    error: str | None = None
-
-
-class Completions(list[Completion]):
-    """What `Engine.generate` returns: a `Completion` for each prompt, in their order.
-
-    Attributes:
-        stats: of the whole call.
-        plans: every layer's decision, if asked for; none where all is resident and a step is one function.
-    """
-
-    def __init__(self, completions: Iterable[Completion], stats: RunStats, plans: list[LayerPlan]):
-        super().__init__(completions)
-        self.stats = stats
-        self.plans = plans
-
-    @property
-    def texts(self) -> list[str]:
-        """Every continuation's text."""
-        return [completion.text for completion in self]
-
-    @property
-    def token_ids(self) -> list[list[int]]:
-        """Every continuation's token ids."""
-        return [completion.token_ids for completion in self]
-
-
-def encode_prompts(
-    requests: Sequence[Request], tokenizer: Tokenizer | None, max_position_embeddings: int, vocab_size: int
-) -> list[list[int]]:
-    """Token ids of every prompt.
-
-    Raises:
-        ValueError: naming every prompt that is empty, too long, no text or outside the vocabulary, as its
-            stop tokens may be.
-    """
-    prompts, problems = [], []
-    for index, request in enumerate(requests):
-        ids: list[int] | None
-        if isinstance(request.prompt, str):
-            if tokenizer is None:
-                raise ValueError(
-                    f"prompt {index} is text, but the model came without tokenizer.json; pass token ids"
-                )
-            if not is_text(request.prompt):
-                problems.append(
-                    f"prompt {index} holds half a surrogate pair (\\ud800 to \\udfff, or a byte that is not "
-                    "UTF-8), which is no character"
-                )
-                continue
-            ids = encode_within(tokenizer, request.prompt, max_position_embeddings)
-            count = f"more than {max_position_embeddings}" if ids is None else str(len(ids))
-        else:
-            count = str(len(request.prompt))
-            too_many = len(request.prompt) >= max_position_embeddings  # they need not be looked at one by one
-            ids = None if too_many else [operator.index(token) for token in request.prompt]
-        if ids is None or len(ids) >= max_position_embeddings:
-            problems.append(
-                f"prompt {index} has {count} tokens; the model's context holds {max_position_embeddings} "
-                "with at least one new one: shorten it"
-            )
-            continue
-        if not ids:
-            problems.append(f"prompt {index} is empty; it needs at least one token")
-        for what, tokens in (("ids", ids), ("stop_token_ids", request.stop_token_ids or ())):
-            outside = [int(token) for token in tokens if not 0 <= token < vocab_size]
-            if outside:
-                problems.append(f"prompt {index} has {what} outside 0..{vocab_size - 1}: {outside[:5]}")
-        prompts.append(ids)
-    if problems:
-        raise ValueError("; ".join(problems))
-    return prompts
-
-
-MARGIN = 1024
-"""Tokens by which cutting a text may raise their number, and far more: only those at the cut can change."""
-
-
-def encode_within(tokenizer: Tokenizer, text: str, most: int) -> list[int] | None:
-    """Token ids of a text, or None where they are certainly more than `most`.
-
-    A text that is far too long is not tokenised whole, which takes minutes and gigabytes: only more and more
-    of its beginning, until that alone has twice the tokens that there may be. What a tokenizer makes of long
-    runs of spaces, or drops, is so counted as it counts it.
-    """
-    size = 16 * (most + MARGIN)
-    while size < len(text):
-        if len(tokenizer.encode(text[:size]).ids) > 2 * most + MARGIN:
-            return None
-        size *= 4
-    return tokenizer.encode(text).ids
 
 
 SETTINGS = tuple([setting.name for setting in fields(Request) if setting.name != "prompt"])
@@ -341,28 +207,24 @@ def batch_of(
     Raises:
         ValueError: naming each size that is none, or more than the model takes.
     """
-    problems = [
-        f"{name} must be a whole number, 1 or more, got {repr(size)[:60]}"
-        for name, size in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}.items()
-        if not is_integer(size) or not 1 <= size < 2**31
-    ]
+    problems = Problems()
+    for name, size in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}.items():
+        counts = is_integer(size) and 1 <= size < 2**31
+        problems.expect(counts, name, "a whole number, 1 or more", size)
     count = most if max_num_seqs is None else max_num_seqs
-    if not is_integer(count) or count < 1:
-        problems.append(f"max_num_seqs must be 1 or more, got {repr(count)[:60]}")
-    elif count > most:
-        problems.append(
+    problems.expect(is_integer(count) and count >= 1, "max_num_seqs", "1 or more", count)
+    if is_integer(count) and count > most:
+        problems.add(
             f"max_num_seqs must be at most what the engine runs at once, {most}, got {count}; "
             "make it with OffloadConfig(max_num_seqs=) for more"
         )
-    if not isinstance(sampled, bool):
-        problems.append(f"sampled must be True or False, got {repr(sampled)[:60]}")
+    problems.expect(isinstance(sampled, bool), "sampled", "True or False", sampled)
     if is_integer(prompt_tokens) and prompt_tokens >= config.max_position_embeddings:
-        problems.append(
+        problems.add(
             f"prompt_tokens must be less than the model's context of {config.max_position_embeddings}, "
             f"got {prompt_tokens}"
         )
-    if problems:
-        raise ValueError("; ".join(problems))
+    problems.raise_any()
     request = Request(
         prompt=[0] * int(prompt_tokens),
         max_new_tokens=int(new_tokens),
@@ -382,12 +244,9 @@ def check_options(on_token: Any, **switches: Any) -> None:
     Raises:
         ValueError: naming each.
     """
-    problems = [
-        f"{name} must be True or False, got {repr(value)[:60]}"
-        for name, value in switches.items()
-        if not isinstance(value, bool)
-    ]
-    if on_token is not None and not callable(on_token):
-        problems.append(f"on_token must be a function of a Token, or None, got {repr(on_token)[:60]}")
-    if problems:
-        raise ValueError("; ".join(problems))
+    problems = Problems()
+    for name, value in switches.items():
+        problems.expect(isinstance(value, bool), name, "True or False", value)
+    fits = on_token is None or callable(on_token)
+    problems.expect(fits, "on_token", "a function of a Token, or None", on_token)
+    problems.raise_any()

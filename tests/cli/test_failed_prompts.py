@@ -32,11 +32,11 @@ def test_the_command_line_says_so(damaged, tmp_path, capsys):
     assert cli.main(command) == 1
     captured = capsys.readouterr()
     rows = {row["id"]: row for row in map(json.loads, captured.out.splitlines())}
-    assert rows["bad"]["finish"] == "error"
-    assert rows["bad"]["tokens"] == []
+    assert rows["bad"]["finish_reason"] == "error"
+    assert rows["bad"]["token_ids"] == []
     assert "because the weights do: embedding" in rows["bad"]["error"]
     assert "error" not in rows["good"]
-    assert len(rows["good"]["tokens"]) == 2
+    assert len(rows["good"]["token_ids"]) == 2
     assert "error: 1 of 2 prompts could not be completed: the logits hold NaN" in captured.err
 
     assert cli.main([*command, f"--out={out}"]) == 1

@@ -11,11 +11,11 @@ from command_lines import PROMPTS, read, refusal, write
 
 import layerscope_jax
 from layerscope_jax.cli import main as cli
-from layerscope_jax.generation.requests import Token
+from layerscope_jax.generation.completions import Token
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-LINE = {"id", "prompt", "text", "tokens", "finish", "settings", "model"}
+LINE = {"id", "prompt", "text", "token_ids", "finish_reason", "settings", "model"}
 
 
 def test_texts(tiny, capsys):
@@ -34,7 +34,7 @@ def test_rows_to_stdout(tiny, prompts, capsys):
     assert code == 0
     rows = {row["id"]: row for row in map(json.loads, capsys.readouterr().out.split("\n")[:-1])}
     assert list(rows) == ["stop", 7, "sea", "ids"]  # as they are complete
-    assert [len(rows[row["id"]]["tokens"]) for row in PROMPTS] == [5, 3, 5, 1]
+    assert [len(rows[row["id"]]["token_ids"]) for row in PROMPTS] == [5, 3, 5, 1]
     assert [rows[row["id"]]["prompt"] for row in PROMPTS] == [row["prompt"] for row in PROMPTS]
     assert all(row.keys() == LINE for row in rows.values())
     assert rows["ids"]["settings"]["seed"] == 3
@@ -46,7 +46,7 @@ def test_rows_to_stdout(tiny, prompts, capsys):
         "seed": 0,
         "stop_token_ids": None,
     }
-    assert [rows[row["id"]]["finish"] for row in PROMPTS] == ["length", "length", "length", "stop"]
+    assert [rows[row["id"]]["finish_reason"] for row in PROMPTS] == ["length", "length", "length", "stop"]
     assert rows["stop"]["text"] == ""
 
 

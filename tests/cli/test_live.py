@@ -4,7 +4,8 @@ import sys
 
 from layerscope_jax.cli.complete import Live
 from layerscope_jax.generation.batch_files import Row
-from layerscope_jax.generation.requests import Request, Token
+from layerscope_jax.generation.completions import Token
+from layerscope_jax.generation.requests import Request
 
 
 def test_texts_come_in_order(monkeypatch, capsys):

@@ -11,7 +11,8 @@ from helpers import PROMPTS, byte_tokenizer, spelling_model
 from tokenizers import Tokenizer, models, normalizers
 
 from layerscope_jax import Engine, OffloadConfig, Request
-from layerscope_jax.generation.requests import encode_prompts, encode_within, make_requests
+from layerscope_jax.generation.encoding import encode_prompts, encode_within
+from layerscope_jax.generation.requests import make_requests
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

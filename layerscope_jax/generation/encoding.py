@@ -1,0 +1,76 @@
+"""Prompts as token ids, refused where the model cannot take them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from layerscope_jax.generation.requests import Request, is_text
+
+
+def encode_prompts(
+    requests: Sequence[Request], tokenizer: Tokenizer | None, max_position_embeddings: int, vocab_size: int
+) -> list[list[int]]:
+    """Token ids of every prompt.
+
+    Raises:
+        ValueError: naming every prompt that is empty, too long, no text or outside the vocabulary, as its
+            stop tokens may be.
+    """
+    prompts, problems = [], []
+    for index, request in enumerate(requests):
+        ids: list[int] | None
+        if isinstance(request.prompt, str):
+            if tokenizer is None:
+                raise ValueError(
+                    f"prompt {index} is text, but the model came without tokenizer.json; pass token ids"
+                )
+            if not is_text(request.prompt):
+                problems.append(
+                    f"prompt {index} holds half a surrogate pair (\\ud800 to \\udfff, or a byte that is not "
+                    "UTF-8), which is no character"
+                )
+                continue
+            ids = encode_within(tokenizer, request.prompt, max_position_embeddings)
+            count = f"more than {max_position_embeddings}" if ids is None else str(len(ids))
+        else:
+            count = str(len(request.prompt))
+            too_many = len(request.prompt) >= max_position_embeddings  # they need not be looked at one by one
+            ids = None if too_many else [operator.index(token) for token in request.prompt]
+        if ids is None or len(ids) >= max_position_embeddings:
+            problems.append(
+                f"prompt {index} has {count} tokens; the model's context holds {max_position_embeddings} "
+                "with at least one new one: shorten it"
+            )
+            continue
+        if not ids:
+            problems.append(f"prompt {index} is empty; it needs at least one token")
+        for what, tokens in (("ids", ids), ("stop_token_ids", request.stop_token_ids or ())):
+            outside = [int(token) for token in tokens if not 0 <= token < vocab_size]
+            if outside:
+                problems.append(f"prompt {index} has {what} outside 0..{vocab_size - 1}: {outside[:5]}")
+        prompts.append(ids)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return prompts
+
+
+MARGIN = 1024
+"""Tokens by which cutting a text may raise their number, and far more: only those at the cut can change."""
+
+
+def encode_within(tokenizer: Tokenizer, text: str, most: int) -> list[int] | None:
+    """Token ids of a text, or None where they are certainly more than `most`.
+
+    A text that is far too long is not tokenised whole, which takes minutes and gigabytes: only more and more
+    of its beginning, until that alone has twice the tokens that there may be. What a tokenizer makes of long
+    runs of spaces, or drops, is so counted as it counts it.
+    """
+    size = 16 * (most + MARGIN)
+    while size < len(text):
+        if len(tokenizer.encode(text[:size]).ids) > 2 * most + MARGIN:
+            return None
+        size *= 4
+    return tokenizer.encode(text).ids
