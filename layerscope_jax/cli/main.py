@@ -122,7 +122,8 @@ class Generate:
         arg(
             metavar="FILE",
             help='File of completions. A line {"id", "prompt", "text", "token_ids", "finish_reason", '
-            '"settings", "model"} is appended as soon as a prompt is complete, with an "error" if it failed. The same '
+            '"settings", "model"} is appended as soon as a prompt is complete, with an "error" if it '
+            "failed. The same "
             "command continues an interrupted file, if checkpoint and settings are unchanged. FILE.lock "
             "keeps other runs away meanwhile. Without --out the lines go to standard output.",
         ),

@@ -9,6 +9,7 @@ from typing import Any
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.config_keys import HARMLESS, NEUTRAL
 from layerscope_jax.models.weights import Weight
+from layerscope_jax.support.checks import Problems
 
 REQUIRED: Any = object()  # the default of a setting that must be given
 
@@ -97,7 +98,7 @@ class ConfigReader:
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
         self.missing: list[str] = []
-        self.problems: list[str] = []
+        self.problems = Problems()
         self._read_keys: set[str] = set()
 
     def integer(self, *keys: str, default: Any = REQUIRED, most: int = MOST) -> Any:
@@ -119,7 +120,7 @@ class ConfigReader:
         same = value == supported and (type(value) is bool) == (type(supported) is bool)
         if value is not None and not same:
             expected = "null" if supported is None else repr(supported)
-            self.problems.append(f"{key}: expected {expected}, got {shown(value)}; {why}")
+            self.problems.add(f"{key}: expected {expected}, got {shown(value)}; {why}")
 
     def rope_theta(self, default: float) -> float:
         """Base of the rotary embedding, wherever this config's age puts it."""
@@ -128,23 +129,23 @@ class ConfigReader:
         name = "rope_scaling" if self.config.get("rope_scaling") else "rope_parameters"
         rope = self.config.get(name) or {}
         if not isinstance(rope, Mapping):
-            self.problems.append(f"{name}: expected an object or null, got {shown(rope)}")
+            self.problems.add(f"{name}: expected an object or null, got {shown(rope)}")
             rope = {}
         self._read_keys |= {"rope_scaling", "rope_parameters", "rope_theta"}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            self.problems.append(
+            self.problems.add(
                 f"{name}: expected rope_type 'default', got {shown(kind)}; scaled rotation is not supported"
             )
         for key, value in rope.items():
             neutral = NEUTRAL.get(key)
             if key not in ("rope_type", "type", "rope_theta") and value not in (None, neutral):
-                self.problems.append(f"{name}.{key}: {UNKNOWN}, got {shown(value)}")
+                self.problems.add(f"{name}.{key}: {UNKNOWN}, got {shown(value)}")
         theta = next(
             (v for v in (rope.get("rope_theta"), self.config.get("rope_theta")) if v is not None), None
         )
         if theta is not None and not _positive(theta):
-            self.problems.append(f"rope_theta: expected a finite number above 0, got {shown(theta)}")
+            self.problems.add(f"rope_theta: expected a finite number above 0, got {shown(theta)}")
             theta = None
         return default if theta is None else float(theta)
 
@@ -154,7 +155,7 @@ class ConfigReader:
         given = self.config.get("eos_token_id")
         ids = [] if given is None else given if isinstance(given, list) else [given]
         if not all(_whole(token) and 0 <= token < vocab_size for token in ids):
-            self.problems.append(
+            self.problems.add(
                 f"eos_token_id: expected a token id from 0 to {vocab_size - 1} (vocab_size {vocab_size}), a "
                 f"list of them or null, got {shown(given)}"
             )
@@ -167,7 +168,7 @@ class ConfigReader:
         kind = "full_attention" if sliding_window is None else "sliding_attention"
         given = self.config.get("layer_types")
         if given is not None and (not isinstance(given, list) or any(item != kind for item in given)):
-            self.problems.append(
+            self.problems.add(
                 f"layer_types: expected {kind!r} for every layer, got {shown(given)}; other layers are not "
                 "supported"
             )
@@ -179,14 +180,14 @@ class ConfigReader:
         given = self.config.get("mlp_only_layers")
         listed = [] if given is None else given
         if not isinstance(listed, list) or not all(map(_whole, listed)):
-            self.problems.append(
+            self.problems.add(
                 f"mlp_only_layers: expected a list of layers' numbers or null, got {shown(given)}"
             )
             return ()
         if step == 1:
             return tuple(sorted({layer for layer in listed if 0 <= layer < num_layers}))
         if num_layers > MOST_LISTED:
-            self.problems.append(
+            self.problems.add(
                 f"decoder_sparse_step: expected 1 in a model of more than {MOST_LISTED} layers, got {step}"
             )
             return ()
@@ -204,13 +205,11 @@ class ConfigReader:
         heads = self.integer("num_attention_heads")
         hidden = self.integer("hidden_size")
         head_dim = self.integer("head_dim", default=max(1, hidden // heads))
-        if head_dim % 2 and not (self.missing or self.problems):
-            self.problems.append(
-                f"head_dim: expected an even number (it is rotated in pairs), got {head_dim}"
-            )
-        wrong = len(self.missing + self.problems)
+        if head_dim % 2 and not (self.missing or self.problems.found):
+            self.problems.add(f"head_dim: expected an even number (it is rotated in pairs), got {head_dim}")
+        wrong = len(self.missing + self.problems.found)
         vocab_size = self.integer("vocab_size")
-        tokens = vocab_size if len(self.missing + self.problems) == wrong else MOST
+        tokens = vocab_size if len(self.missing + self.problems.found) == wrong else MOST
         return {
             "vocab_size": vocab_size,
             "hidden_size": hidden,
@@ -235,14 +234,12 @@ class ConfigReader:
             harmless: keys that change no logit of this family, beside those of `HARMLESS`.
         """
         known = HARMLESS | self._read_keys | set(harmless)
-        self.problems += [
-            f"{key}: {UNKNOWN}, got {shown(value)}"
-            for key, value in self.config.items()
-            if key not in known and value is not None
-        ]
-        missing = [f"missing: {', '.join(self.missing)}"] if self.missing else []
-        if missing or self.problems:
-            raise ValueError("; ".join(missing + self.problems))
+        for key, value in self.config.items():
+            if key not in known and value is not None:
+                self.problems.add(f"{key}: {UNKNOWN}, got {shown(value)}")
+        if self.missing:
+            self.problems.found.insert(0, f"missing: {', '.join(self.missing)}")
+        self.problems.raise_any()
 
     def _read(
         self, keys: tuple[str, ...], default: Any, valid: Callable[[Any], bool], what: str, stand_in: Any
@@ -254,7 +251,7 @@ class ConfigReader:
                 continue
             if valid(value):
                 return value
-            self.problems.append(f"{key}: expected {what}, got {shown(value)}")
+            self.problems.add(f"{key}: expected {what}, got {shown(value)}")
             return stand_in
         if default is REQUIRED:
             others = f" (or {', '.join(keys[1:])})" if keys[1:] else ""

@@ -125,8 +125,7 @@ def with_generation(config: ModelConfig, generation: Mapping[str, Any]) -> Model
         return config
     reader = ConfigReader(generation)
     stop_token_ids = reader.stop_token_ids(config.vocab_size)
-    if reader.problems:
-        raise ValueError("; ".join(reader.problems))
+    reader.problems.raise_any()
     return replace(config, stop_token_ids=stop_token_ids)
 
 
