@@ -114,7 +114,7 @@ def test_two_streams_are_read_in_turns_by_two_threads(engine):
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         for _ in range(5):
             for pool, stream, found in zip((one, other), streams, tokens, strict=True):
-                found.append(pool.submit(next, stream).result(60).token)
+                found.append(pool.submit(next, stream).result(60).token_id)
     assert tokens == expected
 
 
