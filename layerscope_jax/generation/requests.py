@@ -164,7 +164,7 @@ def make_requests(
     if any(isinstance(prompt, int | np.integer) or getattr(prompt, "ndim", 1) == 0 for prompt in prompts):
         raise ValueError(
             f"prompts must be a list of prompts, each text or a list of token ids, got {str(prompts)[:40]}; "
-            "put the ids of a lone prompt in a list of their own"
+            "put the ids of a single prompt in another list, as in [[5, 6, 7]]"
         )
     if settings and all(isinstance(prompt, Request) for prompt in prompts):
         raise ValueError(

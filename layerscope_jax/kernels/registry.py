@@ -159,8 +159,8 @@ def warn_fallback(reason: str) -> None:
         return
     _fallbacks[reason] = None
     warnings.warn(
-        "a kernel of our own cannot be compiled or called, so that another or XLA computes in its place, "
-        f"more slowly (`RunStats.kernels` says which computed experts): {reason}",
+        "a kernel cannot be compiled or called, so another kernel or XLA computes in its place, more slowly "
+        f"(`RunStats.kernels` says which kernels computed experts): {reason}",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -93,11 +93,11 @@ for _family in (OLMOE, MIXTRAL, QWEN3_MOE):
 
 
 def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-    """A model's shape from its Hugging Face `config.json`, of transformers 4 or 5.
+    """Returns a model's configuration from its Hugging Face `config.json`, of transformers 4 or 5.
 
     Args:
-        config: the contents of `config.json`.
-        generation: those of `generation_config.json`; its `eos_token_id`, where it has one, decides which
+        config: contents of `config.json`.
+        generation: contents of `generation_config.json`; if it has an `eos_token_id`, that decides which
             tokens end a generation.
 
     Raises:
@@ -116,10 +116,10 @@ def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | No
 
 
 def with_generation(config: ModelConfig, generation: Mapping[str, Any]) -> ModelConfig:
-    """The shape with the end tokens of a `generation_config.json`, if that says anything of them.
+    """Returns a configuration with the stop tokens of a `generation_config.json`, if it names any.
 
     Raises:
-        ValueError: if they are no tokens of the vocabulary.
+        ValueError: if they are outside the vocabulary.
     """
     if "eos_token_id" not in generation:
         return config
@@ -130,7 +130,7 @@ def with_generation(config: ModelConfig, generation: Mapping[str, Any]) -> Model
 
 
 def _family_of(config: Mapping[str, Any]) -> Family:
-    """By `architectures`, or by `model_type` where there are none."""
+    """Returns the family of a `config.json`, by `architectures`, or by `model_type` if it names none."""
     architectures = config.get("architectures")
     if not isinstance(architectures, list | None):
         raise ValueError(f"architectures: expected a list of names, got {shown(architectures)}")
@@ -142,6 +142,6 @@ def _family_of(config: Mapping[str, Any]) -> Family:
     supported = ", ".join(family.architecture for family in FAMILIES.values())
     found = f"{shown(architectures)} (model_type {shown(config.get('model_type'))})"
     raise ValueError(
-        f"expected one of the architectures {supported}, got {found}; other models are not supported, "
-        "but layerscope_jax.models.register_family adds families"
+        f"expected one of the architectures {supported}, got {found}; to support another one, add its family "
+        "with layerscope_jax.models.register_family"
     )

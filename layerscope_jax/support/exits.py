@@ -19,9 +19,9 @@ from layerscope_jax.support.plugins import LOADED
 
 DONE, FAILED, REFUSED, FAULT = 0, 1, 2, 70
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 failed, for lack of memory, disk space or a working device, because nobody reads "
-    "the output, or because a prompt ended with an error (demo: also because tokens differed); 2 refused, "
-    "with what to change; 70 a fault of layerscope, whose traceback --debug shows; 130 interrupted."
+    "Exit codes: 0 done; 1 out of memory or disk space, a device that does not work, a closed output pipe, "
+    "or a prompt that ended with an error (demo: also different tokens); 2 bad input, with what to change; "
+    "70 a bug in layerscope, whose traceback --debug shows; 130 interrupted."
 )
 
 OURS = ("layerscope_jax", "predictor", "tools")

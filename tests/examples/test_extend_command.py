@@ -100,7 +100,7 @@ def test_commands_of_our_own_stay_ours(install, capsys):
     install("greedy", {"layerscope.commands": {"demo": "json:loads"}})
     code, out, err = output(capsys, "--help")
     assert (code, "Run the shipped model" in " ".join(out.split())) == (0, True)
-    assert "has the name of a command of layerscope's own" in err
+    assert "has the name of a built-in command" in err
 
 
 def test_as_a_process(example, plans):

@@ -49,7 +49,7 @@ def engine():
         ({"a": 1}, {}, "prompts must be a list of prompts, got .*, a dict.*put it in a list"),
         ({(1, 2)}, {}, "prompts must be a list of prompts, got .*, a set, which has no order"),
         (np.array(5), {}, "prompts must be a list of prompts, got the number 5"),
-        (jnp.array([3, 4]), {}, "ids of a lone prompt in a list of their own"),
+        (jnp.array([3, 4]), {}, "ids of a single prompt in another list"),
         (
             [[[1, 2], [3]]],
             {},

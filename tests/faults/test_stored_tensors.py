@@ -110,7 +110,7 @@ def test_tensors_that_are_not_where_the_index_says_are_named(folder):
 def test_an_index_stays_in_its_folder(folder, path):
     names = sharded(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": names | {ROUTER: path}}))
-    with pytest.raises(ValueError, match=r"weight_map: expected files in the folder itself"):
+    with pytest.raises(ValueError, match=r"weight_map: expected files inside its folder"):
         load(folder)
 
 
