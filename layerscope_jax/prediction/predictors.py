@@ -164,7 +164,7 @@ def make_predictor(predictor: str | Predictor | History) -> Predictor | History:
     if isinstance(predictor, str):
         if predictor not in PREDICTORS:
             raise ValueError(
-                f"predictor must be one of {', '.join(sorted(PREDICTORS))}, or a loaded one "
+                f"predictor must be one of {', '.join(sorted(PREDICTORS))}, or a loaded predictor "
                 f"(`predictor.load(folder)`), got {predictor!r}"
             )
         return PREDICTORS[predictor]()
@@ -174,13 +174,15 @@ def make_predictor(predictor: str | Predictor | History) -> Predictor | History:
             f"{predictor!r}"
         )
     if isinstance(predictor, type):
-        raise ValueError(f"predictor must be an object, got the class {predictor.__name__}: make one of it")
+        raise ValueError(
+            f"predictor must be an object, got the class {predictor.__name__}; pass an instance of it"
+        )
     try:
         if hasattr(predictor, "predict"):
             hash(completed(cast(Predictor, predictor)).architecture)
     except TypeError:
         raise ValueError(
-            f"predictor {type(predictor).__name__} must be hashable, as engines with equal predictors share "
-            "programs (of a dataclass, say frozen=True or eq=False)"
+            f"predictor {type(predictor).__name__} must be hashable, because engines with equal predictors "
+            "share programs; if it is a dataclass, set frozen=True or eq=False"
         ) from None
     return predictor

@@ -221,7 +221,7 @@ class MachineProfile:
         if differing:
             raise ValueError(
                 f"the profile {self.name!r} ({self.costs.source}) is of another machine or model: "
-                f"{'; '.join(differing)}; run `layerscope calibrate` on this one"
+                f"{'; '.join(differing)}; run `layerscope calibrate` on this machine with this model"
             )
 
     def geometry(self, slots: int | None = None) -> Geometry:
@@ -232,7 +232,7 @@ class MachineProfile:
         """
         slots = self.slots if slots is None else slots
         if slots is None:
-            raise ValueError(f"the profile {self.name!r} has no slots of its own: say how many")
+            raise ValueError(f"the profile {self.name!r} names no number of slots; pass slots=")
         return self.model.geometry(slots)
 
     def _over(self, link: str) -> MachineProfile:

@@ -130,7 +130,7 @@ def described(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     what = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else str(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
-        return f"out of memory: {what or 'none is left'}; give a smaller --device-budget or --max-num-seqs"
+        return f"out of memory: {what or 'none is left'}; set a smaller --device-budget or --max-num-seqs"
     return what or type(error).__name__
 
 
@@ -156,7 +156,7 @@ def _explain(error: Exception, debug: bool) -> int:
         advice = "report it with the lines above" if debug else "run again with --debug and report it"
         name = type(error).__name__
         what = name if text == name else f"{name}: {text}"
-        text = f"this is a fault of {culprit(error)}, not of your input: {what}; {advice}"
+        text = f"this is a bug in {culprit(error)}, not in your input: {what}; {advice}"
     say("error: " + " ".join(text.split()))
     return code
 

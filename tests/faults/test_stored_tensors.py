@@ -362,7 +362,7 @@ def test_a_pipe_is_not_waited_for(folder):
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
     with pytest.raises(
-        ValueError, match=r"model\.safetensors: expected a safetensors file, got something that"
+        ValueError, match=r"model\.safetensors: expected a safetensors file, got a folder, pipe"
     ):
         in_time(lambda: load(folder), 30)
 

@@ -170,7 +170,7 @@ def test_histories_expect_as_many_tokens_as_there_are(layer, tokens, demands):
 
 def test_what_is_no_predictor_is_refused():
     with pytest.raises(
-        ValueError, match=r"one of gate, popularity, previous-token, or a loaded one .* got 'magic'"
+        ValueError, match=r"one of gate, popularity, previous-token, or a loaded predictor .* got 'magic'"
     ):
         make_predictor("magic")
     with pytest.raises(ValueError, match="an object with bind and predict"):
