@@ -56,11 +56,11 @@ FORECASTING = {name for name, policy in POLICIES.items() if policy.uses_forecast
 def register_policy(policy: Registered) -> Registered:
     """Makes a policy available by its name: in `OffloadConfig`, on the command line and in the simulator.
 
-    Can be used as a decorator. Registering a class twice changes nothing.
+    It can be used as a decorator. Registering a class again has no effect.
 
     Args:
-        policy: a class that is made without arguments and has the parts of a `Policy`, and
-            `uses_forecasts`: whether it uses `Observation.forecast`.
+        policy: a class that can be instantiated without arguments. It has the attributes and methods of a
+            `Policy`, and `uses_forecasts`: whether it uses `Observation.forecast`.
 
     Returns:
         The same class.
