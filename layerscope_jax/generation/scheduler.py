@@ -150,8 +150,8 @@ class Scheduler:
     def _group(self) -> Sequence[Waiting]:
         """Returns the waiting requests to prefill now; empty if too few slots are free.
 
-        If other requests are running, their number is rounded down to a power of two while more are waiting,
-        so that the prefill has no rows of padding.
+        If other requests are running and more are waiting than slots are free, the size of the group is a
+        power of two, so that the prefill has no rows of padding.
         """
         free = self.slots - len(self._running)
         if free < len(self._first(self._enough())):

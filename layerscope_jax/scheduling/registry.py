@@ -81,7 +81,7 @@ def register_policy(policy: Registered) -> Registered:
     if not isinstance(policy, type) or missing:
         raise ValueError(
             f"a policy must be a class with {', '.join(parts)}; got {policy!r}, which "
-            + (f"has no {', '.join(missing)}" if missing else "is not a class")
+            f"{'has no ' + ', '.join(missing) if missing else 'is not a class'}"
         )
     name: Any = policy.name  # type: ignore[attr-defined]
     if not isinstance(name, str) or not name:
