@@ -22,37 +22,37 @@ class OffloadConfig:
     """How experts are placed, moved and computed.
 
     Attributes:
-        device_budget: bytes of device memory for experts, copies on their way and what the predictor keeps
-            there counted: "2GiB", an int, or None for as much as all experts take (everything resident).
-        policy: a name from `layerscope_jax.POLICIES`, or a `Policy` object. "auto" is PreSched, watched by
-            the clock and cut back where it does not pay on this machine. Where the budget holds every expert
-            there is nothing to decide and all are resident, whatever the name; only "host-only" and
-            policy objects are obeyed even there.
-        emulated_link_bandwidth: bytes a second ("500MB") that copies to the device are paced to, or
-            None for as fast as they go. The copies are real either way: it lets a machine without a slow
-            link be measured as if it had one.
-        numerics: "exact": logits are bit for bit the same under every budget, policy and plan, as long as one
-            backend computes. "fast" differs where everything is resident on an accelerator: each step is
-            one jitted function there, without Python between its layers, which XLA fuses in its own way, so
-            that logits agree to rounding and two tokens that score nearly the same may change places. On a
-            CPU the two are the same.
-        profile: times of this machine, for policies that weigh costs: a file that `layerscope calibrate`
-            wrote, a `MachineProfile` (both refused if they are of another machine or model) or bare times;
-            measured roughly when needed if None.
-        predictor: what forecasts the experts of coming layers, for policies that prefetch: a name from
-            `layerscope_jax.PREDICTORS`, a loaded one (`predictor.load(folder)`), or None: nothing, but the
-            next layers' routers ("gate") for policy "auto". No token depends on it. What a trained one keeps
-            on the device is taken off `device_budget`; the others keep nothing. Where every expert is
-            resident none is run.
-        host_threads: threads that compute experts on this machine's CPU. If None: as many as there are cores,
-            less one where there is an accelerator, which another thread feeds.
-        prefill_chunk_size: tokens of a prefill step at most, padding counted. Short prompts share a step; a
-            longer one is prefilled in several, each appending to its caches. Memory of a step grows with it:
-            the experts' rows take chunk * K * D numbers, the scores of attention chunk * H * context
-            (float32). So does the speed: each step passes all layers, and what is not resident is copied, or
-            read by the host, anew in each of them.
-        max_num_seqs: requests that run at once at most; others wait until some end. Caches and rows are made
-            for as many as there are.
+        device_budget: bytes of device memory for experts, including copies in flight and what the predictor
+            keeps there: "2GiB", an int, or None for as much as all experts take (everything resident).
+        policy: a name from `layerscope_jax.POLICIES`, or a `Policy` object. "auto" runs PreSched, and
+            switches to simpler ways of running a layer where measured times show that they are faster on
+            this machine. If the budget holds every expert, there is nothing to decide: all are resident and
+            the policy is not used, unless it is "host-only" or a `Policy` object.
+        emulated_link_bandwidth: bytes per second ("500MB") to which copies to the device are slowed down, or
+            None for full speed. The copies are real either way: a machine with a fast link can be measured
+            as if its link were slow.
+        numerics: "exact" gives bit-identical logits under every budget, policy and plan on one backend.
+            "fast" differs only if everything is resident on an accelerator: there each step is one jitted
+            function, without Python between its layers. XLA fuses it differently, so logits agree to
+            rounding, and two tokens that score nearly the same may change places. On a CPU the two are the
+            same.
+        profile: costs of this machine, for policies that weigh costs: a file that `layerscope calibrate`
+            wrote, a `MachineProfile` (both refused if they belong to another machine or model), a
+            `HardwareProfile` (times alone), or None to measure roughly when needed.
+        predictor: forecasts the experts of coming layers, for policies that prefetch: a name from
+            `layerscope_jax.PREDICTORS`, a loaded predictor (`predictor.load(folder)`), or None for no
+            predictor, except that policy "auto" then uses the next layers' routers ("gate"). It never changes
+            the tokens. What a trained predictor keeps on the device is taken off `device_budget`; the others
+            keep nothing. If every expert is resident, no predictor is run.
+        host_threads: number of threads that compute experts on this machine's CPU. None for one per core,
+            less one core if there is an accelerator, for the thread that feeds it.
+        prefill_chunk_size: maximum tokens of a prefill step, including padding. Short prompts share a step; a
+            longer prompt is prefilled in several steps, each appending to its caches. The memory of a step
+            grows with it: the experts' rows take chunk * K * D numbers, the attention scores
+            chunk * H * context numbers (float32). So does the speed: every step runs all layers, and experts
+            that are not resident are copied, or read by the host, again in every step.
+        max_num_seqs: maximum number of requests that run at once; others wait until some end. Caches and rows
+            are allocated only for the requests that there are.
     """
 
     device_budget: str | int | None = None
@@ -66,7 +66,7 @@ class OffloadConfig:
     max_num_seqs: int = 32
 
     def __post_init__(self) -> None:
-        # Not before they are needed: both know of models, which are made of this file.
+        # Imported here because both import models, which import this file.
         from layerscope_jax.prediction.predictors import make_predictor
         from layerscope_jax.profiling.machine_profile import MachineProfile
 

@@ -32,29 +32,31 @@ from layerscope_jax.support.units import parse_bytes
 
 
 class Engine:
-    """Generates with a model whose experts live in host memory, within a budget of device memory.
+    """Generates tokens with a model whose experts live in host memory, within a budget of device memory.
 
-    Whatever the budget and the policy, the tokens are the same; only the time differs. An engine keeps what
-    is resident from one call to the next. It is a context manager; leaving it ends its threads.
+    The budget and the policy change only the time, never the tokens. Experts stay resident from one call to
+    the next. An engine is a context manager; leaving it ends its threads.
 
-    Several threads may call one engine, and calls may come from within `on_token`: requests join those that
-    run, each step gives every one of them a token, and whoever waits for one drives the next step. A call
-    that no other overlaps has the engine for itself; where calls overlap each gets the tokens that it gets
-    alone (see `layerscope_jax.generation.run` on rounding), and statistics cover all that was done meanwhile.
-    No JAX setting of a caller, in a `with` statement or for the process, changes the tokens. An engine can be
-    neither made nor used in forks of the process and in functions that JAX traces: both are refused.
+    Several threads may call one engine, and `on_token` may call it too: new requests join the running ones,
+    each step gives every running request a token, and a thread that waits for a token runs the next step. A
+    call that overlaps no other has the engine to itself. Where calls overlap, each gets the tokens that it
+    would get alone (see `layerscope_jax.generation.run` on rounding), and its statistics cover all the work
+    done during the call. The caller's JAX settings, in a `with` statement or for the process, do not change
+    the tokens. An engine can be neither made nor used in a fork of the process or in a function that JAX
+    traces.
 
     Args:
         model: from `layerscope_jax.load`.
         config: budget, policy, numerics; the default keeps everything resident.
-        device: the accelerator; None for the one that the model was loaded onto, and no other may be named.
-        host_device: the JAX CPU device that computes experts on the host; None for the last one. Without an
-            accelerator it takes turns with `device`, also where JAX has several CPU devices: the cores are
-            the same.
+        device: the accelerator that the model was loaded onto; None for the same.
+        host_device: the JAX CPU device that computes experts on the host; None for the last of them. Without
+            an accelerator it takes turns with `device`, even if JAX has several CPU devices, because they
+            share the same cores.
 
     Raises:
-        ValueError: if the policy is unknown, the budget too small for it and what the predictor keeps on the
-            device, the profile or predictor another machine's or model's, or the model on another device.
+        ValueError: if the policy is unknown; if the budget is too small for the policy and what the predictor
+            keeps on the device; if the profile or the predictor belongs to another machine or model; or if
+            the model is on another device.
 
     Example::
 
@@ -62,7 +64,7 @@ class Engine:
         config = layerscope_jax.OffloadConfig(device_budget="2GiB")
         engine = layerscope_jax.Engine(model, config)
         result = engine.generate(["Call me Ishmael.", "def main():"], max_new_tokens=64)
-        [(one.text, one.finish_reason) for one in result], result.stats
+        [(completion.text, completion.finish_reason) for completion in result], result.stats
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class Engine:
         )
 
     def _build(self, host_device: jax.Device | None) -> None:
-        """Makes the runner, as the config says."""
+        """Makes the runner that the config asks for."""
         config, bank = self.config, self.model.bank
         budget, pace, predictor = config.device_budget, config.emulated_link_bandwidth, config.predictor
         self.budget_bytes = bank.total_bytes if budget is None else parse_bytes(budget, "device_budget")
@@ -141,27 +143,27 @@ class Engine:
         bound: bool = False,
         **settings: Any,
     ) -> Completions:
-        """Continues every prompt.
+        """Generates a completion for every prompt.
 
-        `OffloadConfig.max_num_seqs` run at once. When some end, waiting ones take their slots while the
-        others go on (see `layerscope_jax.generation.scheduler`).
+        At most `OffloadConfig.max_num_seqs` requests run at once. When some of them end, waiting requests
+        take their slots while the others go on (see `layerscope_jax.generation.scheduler`).
 
         Args:
             prompts: texts, lists of token ids, or `Request`s, in any mixture.
-            progress: whether to show a bar on stderr.
-            on_token: is given each token when it is known. It may use the engine itself; what it raises ends
-                the call.
-            record_plans: whether to keep every layer's decision in the result, of all requests that ran
-                meanwhile.
-            bound: whether to say which share of the least possible time the decode steps reached, by this
-                machine's costs; takes some seconds more.
-            **settings: of `Request`, for prompts that are not one: max_new_tokens, temperature, top_k, top_p,
-                seed, stop_token_ids. There must be such a prompt.
+            progress: whether to show a progress bar on stderr.
+            on_token: function called with each `Token` as soon as it is known. It may use the engine itself;
+                an exception that it raises ends the call.
+            record_plans: whether to keep every layer's plan in the result, covering all requests that ran
+                during the call.
+            bound: whether to report the lower bound on the time of the decode steps, computed from this
+                machine's costs, as a share of the time taken; takes a few seconds more.
+            **settings: fields of `Request` for the prompts that are not a `Request`: max_new_tokens,
+                temperature, top_k, top_p, seed, stop_token_ids. At least one prompt must not be a `Request`.
 
         Raises:
-            ValueError: for settings out of range or unknown, for an empty or too long prompt, naming each, if
-                the engine was closed, if a bound is asked for where no costs are known, and where there can
-                be no engine (see above).
+            ValueError: for unknown or out-of-range settings; for prompts that are empty or too long, naming
+                each; if the engine was closed; if a bound is asked for but no costs are known; and in a fork
+                or a traced function (see `Engine`).
             TransferError: if an expert could not be copied to the device.
         """
         self._turns.check()
@@ -169,8 +171,9 @@ class Engine:
         check_options(on_token, progress=progress, record_plans=record_plans, bound=bound)
         if bound and self.runner.costs is None:
             raise ValueError(
-                "a bound needs the costs of this machine: give OffloadConfig(profile=) what `layerscope "
-                "calibrate` measured, or a policy that weighs costs; and a budget with something to decide"
+                "a bound needs the costs of this machine: pass the file that `layerscope calibrate` wrote as "
+                "OffloadConfig(profile=), or choose a policy that weighs costs; and set a device_budget that "
+                "does not hold every expert"
             )
         call = self._call(requests, record_plans=record_plans, bound=bound)
         if not progress and on_token is None:
@@ -186,32 +189,33 @@ class Engine:
         return self._loop.answer(call)
 
     def stream(self, prompts: Sequence[str | Sequence[int] | Request], **settings: Any) -> Iterator[Token]:
-        """As `generate`, but yields each `Token` when it is known; bad input is refused at once.
+        """Yields each `Token` of the prompts' completions as soon as it is known.
 
-        It begins when it is first read. What stops reading it (`close`, leaving a loop, dropping it) cancels
+        Prompts and settings are as in `generate`, and bad input raises at once, but generation begins only
+        when the iterator is first read. Closing the iterator, dropping it, or leaving a loop over it cancels
         its requests.
         """
         self._turns.check()
         return self._stream(self._call(make_requests(prompts, settings)))
 
     def _stream(self, call: Call) -> Iterator[Token]:
-        yield from self._loop.stream(call)  # as a method, so that who reads it holds the engine
+        yield from self._loop.stream(call)  # a generator method keeps the engine alive while it is read
 
     def submit(self, prompt: str | Sequence[int] | Request, **settings: Any) -> Handle:
-        """Gives the engine a request, which joins those that run, and returns at once.
+        """Adds a request to the running ones and returns at once.
 
-        There is no thread behind it: steps are driven by whoever waits for tokens, of this request or of any
-        other.
+        No background thread runs the steps: a thread that waits for a token, of this request or any other,
+        does.
 
         Args:
             prompt: a text, a list of token ids, or a `Request`.
-            **settings: as of `generate`, unless it is a `Request`, which has its own.
+            **settings: as in `generate`; none if the prompt is a `Request`, which has its own.
 
         Returns:
-            A handle to wait for its tokens or the whole, or to cancel it.
+            A handle to wait for the request's tokens or its whole completion, or to cancel it.
 
         Raises:
-            ValueError: as of `generate`.
+            ValueError: as in `generate`.
 
         Example::
 
@@ -238,29 +242,30 @@ class Engine:
         new_tokens: int = 64,
         sampled: bool = False,
     ) -> Compilations:
-        """Compiles what `generate` needs for batches of one size, so that none waits for it.
+        """Compiles what `generate` needs for batches of one size, so that no request waits for compilation.
 
-        The size is that of a whole batch. Requests that join it later, fewer at once, have prefill programs
-        of their own for each power of two of them, compiled when they first come: as dear as the batch's, and
-        only needed where more requests come than there are slots. Having warmed up with that `max_num_seqs`
-        too (`scheduler.joining` says which), only one small program is left. Which programs of experts a
-        prefill needs hangs on how tokens fall to experts, so all are compiled that can be: on each
-        side that computes, in each phase, one for each of up to 21 shapes (`possible_groups` of
-        `kernels.grouping`); for an accelerator up to log2(T K) + 2 more, which place what the host computed;
-        and some dozen others. `use_compilation_cache` spares the next process most of it.
+        The size is that of a whole batch. Requests that join a running batch later, in smaller groups, need
+        prefill programs of their own, one for each power of two of requests, compiled when first needed. Each
+        takes as long to compile as the batch's, and is needed only if more requests come than there are
+        slots. To compile these too, warm up again with `max_num_seqs` set to the size of such a group
+        (`scheduler.joining` gives it); then only one small program is left. Which expert programs a prefill
+        needs depends on how tokens are routed, so all possible ones are compiled: on each side that computes,
+        in each phase, one for each of up to 21 shapes (`possible_groups` of `kernels.grouping`); for an
+        accelerator up to log2(T K) + 2 more, which place what the host computed; and about a dozen others.
+        `use_compilation_cache` saves the next process most of this work.
 
-        What is resident or on its way, statistics, what policy and predictor have learned: all stay as they
-        are. The policy is asked once a phase, and its answer dropped. For the while, one expert more than the
-        budget holds is on the device, and a batch's caches.
+        Residency, copies in flight, statistics, and what policy and predictor have learned stay unchanged.
+        The policy is asked for one plan in each phase, which is discarded. During the warm-up the device
+        holds one expert more than the budget, and the caches of a batch.
 
         Args:
-            prompt_tokens: of the longest prompt of a batch.
-            max_num_seqs: requests of a batch, as many as the engine runs at once or fewer; None for as many.
-            new_tokens: `max_new_tokens` of the request that gets to the highest position.
-            sampled: whether any request has a temperature.
+            prompt_tokens: tokens of the longest prompt of a batch.
+            max_num_seqs: requests of a batch, at most as many as the engine runs at once; None for that many.
+            new_tokens: `max_new_tokens` of the request that reaches the highest position.
+            sampled: whether any request has a temperature above 0.
 
         Returns:
-            How many programs were compiled, or read from a cache on disk.
+            The number of programs that were compiled, or read from a cache on disk.
 
         Raises:
             ValueError: for sizes that the model or `generate` does not take, or if the engine was closed.
@@ -273,7 +278,7 @@ class Engine:
         return found
 
     def close(self) -> None:
-        """Ends the engine's threads; it generates no more. A step that another thread is at is waited for."""
+        """Ends the engine's threads, after any step that another thread is running; it generates no more."""
         self._resources.close()
 
     def __enter__(self) -> Engine:
@@ -283,7 +288,7 @@ class Engine:
         self.close()
 
     def _call(self, requests: Sequence[Request], *, record_plans: bool = False, bound: bool = False) -> Call:
-        """The requests, as they are before their first step; refuses what no step can do."""
+        """Returns the requests as they are before their first step; refuses prompts the model cannot take."""
         self._loop.check_open()
         config = self.model.config
         prompts = encode_prompts(
@@ -292,7 +297,7 @@ class Engine:
         return self._loop.call(requests, prompts, record_plans=record_plans, bound=bound)
 
     def text(self, tokens: list[int], finish: str, prompt: Sequence[int] = ()) -> str:
-        """The text of new tokens behind a prompt's; a last token that ended it ("stop") is no part of it."""
+        """Returns the text of new tokens that follow a prompt's, without the stop token that ended it."""
         if self.model.tokenizer is None:
             return ""
         return continuation(self.model.tokenizer, tokens, finish, prompt)

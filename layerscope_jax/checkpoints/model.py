@@ -124,31 +124,38 @@ def load(
     device: jax.Device | None = None,
     format: str | ExpertFormat | None = None,
 ) -> Model:
-    """Loads a checkpoint of OLMoE, Mixtral, Qwen3-MoE or a family that was registered, laid out as by HF.
+    """Loads a Hugging Face checkpoint of OLMoE, Mixtral, Qwen3-MoE or a registered family.
 
-    Experts go straight to pinned host memory, everything else to the device; beside them only one tensor is
-    in memory at a time.
+    Experts are read straight into pinned host memory, everything else onto the device; apart from these, only
+    one tensor at a time is in memory.
 
     Args:
-        folder: with `config.json`, one or more safetensors files, and `tokenizer.json` if there is one.
-        dtype: "float32", "bfloat16" or "float16" to convert to; None keeps what the checkpoint has.
-        device: where the dense parameters go, and beside which the experts lie; None for the default device.
-        format: that experts are packed in (`layerscope_jax.formats`), or its name; None leaves them in the
-            dtype of the rest.
+        folder: holds `config.json`, one or more safetensors files, and optionally `tokenizer.json`.
+        dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the checkpoint's dtype.
+        device: device that holds the dense parameters, and whose pinned host memory holds the experts; None
+            for the default device.
+        format: format in which the experts are stored (`layerscope_jax.formats`), or its name; None keeps
+            them in the dtype of the other weights.
+
+    Returns:
+        The model, for `Engine`.
 
     Warns:
-        UserWarning: of files and tensors that are passed over, and of a head that is not the embedding though
-            the config says so.
+        UserWarning: about files and tensors that are ignored, and about an output head that differs from the
+            embedding although the config ties the two.
 
     Raises:
-        ValueError: if the folder is incomplete, damaged or not supported; all wrong tensors are named.
+        ValueError: if the folder is incomplete, damaged or not supported; names all wrong tensors.
     """
     folder = Path(folder)
     form = format_named(format) if isinstance(format, str) else format
     if not isinstance(form, ExpertFormat | None):
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
     if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder with config.json and safetensors files, found none")
+        raise ValueError(
+            f"{folder}: expected a folder with config.json and safetensors files, found no folder; "
+            "check the path"
+        )
     config, raw = _read_config(folder)
     config, stored = _with_head(config, stored_tensors(folder))
     check_sizes(config, folder, stored)
@@ -194,16 +201,15 @@ def load(
 
 
 def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None) -> None:
-    """Writes `config.json` and `model.safetensors` that `load` and transformers 5 or newer read.
+    """Writes a model as `config.json` and `model.safetensors`, for `load` and transformers 5 or newer.
 
     Experts are written unpacked, whatever their format. Both files are written under temporary names first,
-    so that a failure leaves nothing half-written. A tokenizer's files are not written: copy them into the
-    folder.
+    so that a failure leaves no incomplete files. Tokenizer files are not written: copy them into the folder.
 
     Args:
-        model: of any family that `load` reads.
-        folder: made if needed; files of the same names are replaced.
-        dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the model's.
+        model: model of any family that `load` reads.
+        folder: created if needed; existing files of the same names are replaced.
+        dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the model's dtype.
 
     Raises:
         ValueError: if the family cannot express the model, or the folder cannot be written.
@@ -232,7 +238,7 @@ def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None
 
 
 def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
-    """The `config.json` of a model, with the keys of transformers 5.
+    """Returns the `config.json` of a model, with the keys of transformers 5.
 
     Raises:
         ValueError: naming the settings that its family cannot express.
@@ -246,13 +252,13 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
         if value != read_back[key]
     ]
     if lost:
-        raise ValueError(f"{family.architecture} cannot express {', '.join(lost)}; choose another family")
+        raise ValueError(f"{family.architecture} cannot express {', '.join(lost)}; use a family that can")
     named = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype.name}
     return dict(sorted((settings | named).items()))
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The shape that a folder's configs give, and what `config.json` says."""
+    """Returns the model's configuration from a folder's configs, and the contents of `config.json`."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     raw = read_json(file)
     try:
@@ -281,7 +287,7 @@ def _with_head(
     if equal(stored[head], stored[embedding]):
         return config, stored
     warnings.warn(
-        f"{stored[head].file.parent}: config.json says tie_word_embeddings, but {head} and {embedding} "
+        f"{stored[head].file.parent}: config.json sets tie_word_embeddings, but {head} and {embedding} "
         "differ; both are used, as by transformers",
         stacklevel=3,
     )
@@ -289,15 +295,15 @@ def _with_head(
 
 
 def _common_dtype(folder: Path, stored: Iterable[StoredTensor], raw: Mapping[str, Any]) -> np.dtype:
-    """The dtype that all tensors have; where they differ, the one that `config.json` names."""
+    """Returns the dtype that all tensors have; if they differ, the one that `config.json` names."""
     codes = {tensor.dtype for tensor in stored}
     if len(codes) == 1:
         return DTYPES[codes.pop()]
     named = raw.get("dtype") or raw.get("torch_dtype")
     if not isinstance(named, str) or named not in {dtype.name for dtype in DTYPES.values()}:
         raise ValueError(
-            f"{folder}: expected tensors of one dtype, or a dtype in config.json to convert them to, "
-            f"got {', '.join(sorted(codes))} and {named!r}; choose one with dtype="
+            f"{folder}: expected tensors of one dtype, or config.json to name a dtype to convert them to; "
+            f"got tensors of {', '.join(sorted(codes))} and the dtype {named!r}; choose a dtype with dtype="
         )
     return dtype_named(named)
 

@@ -141,16 +141,16 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     if twice:
         raise ValueError(
             f"{folder}: expected each tensor in one file, or {INDEX} to say which is meant, got "
-            f"{_listed(twice)}; take the files away that do not belong to the model"
+            f"{_listed(twice)}; remove the files that do not belong to the model"
         )
     return tensors
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """An index's names of tensors and of the files that they are in.
+    """Returns an index's tensor names, each with the name of the file that holds the tensor.
 
     Raises:
-        ValueError: if it is none, or names a file outside its folder.
+        ValueError: if the file is not an index, or names a file outside its folder.
     """
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
@@ -158,7 +158,7 @@ def weight_map(index: Path) -> dict[str, str]:
     outside = sorted(shard for shard in set(names.values()) if not _is_inside(shard))
     if outside:
         raise ValueError(
-            f"{index}: weight_map: expected files in the folder itself, got {_listed(map(repr, outside))}; "
+            f"{index}: weight_map: expected files inside its folder, got {_listed(map(repr, outside))}; "
             "download it again"
         )
     return names
@@ -183,7 +183,7 @@ def _indexed(index: Path) -> dict[str, StoredTensor]:
     if absent:
         raise ValueError(
             f"{index}: {len(absent)} tensors are not in the files that it names: {_listed(absent)}; check "
-            "that the index and the shards belong together"
+            "that the index and the shards belong to the same checkpoint"
         )
     unnamed = sorted({name for tensors in held.values() for name in tensors} - names.keys())
     if unnamed:
@@ -202,13 +202,13 @@ def _listed(items: Iterable[str]) -> str:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, by name.
+    """Returns the tensors of one file, by name.
 
     Raises:
         ValueError: if the file is not a complete safetensors file.
     """
-    if is_there(file) and not file.is_file():  # to open a pipe would take as long as nobody writes to it
-        raise ValueError(f"{file}: expected a safetensors file, got something that is no file")
+    if is_there(file) and not file.is_file():  # opening a pipe would block until another process writes to it
+        raise ValueError(f"{file}: expected a safetensors file, got a folder, pipe or device; replace it")
     try:
         # Checks the header, that tensors neither overlap nor leave gaps, and that the file ends with them.
         with safetensors.safe_open(file, framework="numpy"):
@@ -232,7 +232,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file}: expected a complete safetensors file, got {error}; "
-            "it may have been cut off on its way: download or copy it again"
+            "the transfer may have been interrupted: download or copy it again"
         ) from None
     return tensors
 
@@ -261,7 +261,7 @@ def write_tensors(
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`array` in another dtype, itself if it has it already.
+    """Returns an array converted to a dtype; the same array if it has that dtype already.
 
     Raises:
         ValueError: if a number is too large for the dtype.
@@ -279,7 +279,7 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def dtype_named(name: str) -> np.dtype:
-    """The dtype called "float32", "bfloat16" or "float16"; ValueError for any other name."""
+    """Returns the dtype called "float32", "bfloat16" or "float16"; raises ValueError for any other name."""
     supported = {dtype.name: dtype for dtype in DTYPES.values()}
     if name not in supported:
         raise ValueError(f"dtype must be one of {', '.join(supported)}, got {name!r}")

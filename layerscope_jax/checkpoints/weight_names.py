@@ -87,7 +87,10 @@ class Naming:
         nameless = [".".join(map(str, path)) for path in parameters.keys() - set(naming.dense.values())]
         nameless += [f"experts.*.{matrix}" for matrix in expert_shapes if matrix not in rows]
         if nameless:
-            raise ValueError(f"{family.architecture} has no such parameters: {', '.join(sorted(nameless))}")
+            raise ValueError(
+                f"{family.architecture} has no tensors for {', '.join(sorted(nameless))}; choose a family "
+                "that has, or add rows to its table of weights"
+            )
         matrices = {matrix: (rows[matrix], shape) for matrix, shape in expert_shapes.items()}
         for number, layer in enumerate(config.moe_layers):
             for expert in range(config.num_experts):
@@ -125,8 +128,8 @@ class Naming:
         if wrong:
             rest = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
             raise ValueError(
-                f"{folder}: {len(wrong)} tensors are not what config.json asks for; check that both belong "
-                "to one model and are complete:\n  " + "\n  ".join(wrong[:LISTED] + rest)
+                f"{folder}: {len(wrong)} tensors do not match config.json; check that both belong to the "
+                "same model and are complete:\n  " + "\n  ".join(wrong[:LISTED] + rest)
             )
 
     def expert_names(self) -> dict[tuple[ExpertId, str], str]:
@@ -165,8 +168,8 @@ def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTe
             )
     if wrong:
         raise ValueError(
-            f"{folder}: the tensors are not of the sizes that config.json gives; check that both belong to "
-            "one model and are complete:\n  " + "\n  ".join(wrong)
+            f"{folder}: the tensors do not have the sizes that config.json gives; check that both belong to "
+            "the same model and are complete:\n  " + "\n  ".join(wrong)
         )
 
 
@@ -179,14 +182,14 @@ def shapes_of_layer(config: ModelConfig, layer: int) -> dict[ParameterPath, tupl
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family of a model.
+    """Returns the family of a model.
 
     Raises:
-        ValueError: if there is none of its name.
+        ValueError: if no family of that name is registered.
     """
     family = FAMILIES.get(config.family)
     if family is None:
-        raise ValueError(f"expected a family of {', '.join(FAMILIES)}, got {config.family!r}")
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {config.family!r}")
     return family
 
 

@@ -41,7 +41,7 @@ def with_added(built_in: Mapping[str, type], args: list[str]) -> dict[str, type]
     for name, point in entry_points_of(GROUP).items():
         try:
             if name in built_in:
-                raise ValueError(f"{name!r} ({point.value}) has the name of a command of layerscope's own")
+                raise ValueError(f"{name!r} ({point.value}) has the name of a built-in command; rename it")
             commands[name] = _checked(name, load(point))
         except ValueError as error:
             if args and args[0] == name:

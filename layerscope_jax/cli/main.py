@@ -51,8 +51,8 @@ from layerscope_jax.support.option_errors import option
 class Demo:
     """Run the shipped model with everything resident, then within a budget under each policy.
 
-    Prints the texts, the statistics of each policy, and whether all gave the same tokens; exits with 1 if a
-    run with exact numerics gave other tokens.
+    Prints the texts, the statistics of each policy, and whether all runs gave the same tokens; exits with 1
+    if a run with exact numerics gave different tokens.
     """
 
     json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
@@ -73,8 +73,9 @@ class Demo:
         str | None,
         arg(
             metavar="SIZE",
-            help="Bytes a second that copies to the device are limited to; None for no limit. With the "
-            "default, an expert of the shipped model takes as long as one of Qwen3-30B-A3B over PCIe 4.0.",
+            help="Bytes per second to which copies to the device are limited; None for no limit. With the "
+            "default, an expert of the shipped model takes as long to copy as one of Qwen3-30B-A3B over PCIe "
+            "4.0.",
         ),
     ] = "50MB"
 
@@ -111,9 +112,9 @@ class Generate:
         Path | None,
         arg(
             metavar="FILE",
-            help='File of prompts, a JSON object {"prompt": text or [token ids]} a line. Optional keys: "id" '
-            "(default: the line's number, from 0), settings for this prompt (max_new_tokens, temperature, "
-            "top_k, top_p, seed, stop_token_ids), which no option may contradict, and "
+            help='File of prompts, one JSON object {"prompt": text or [token ids]} per line. Optional keys: '
+            '"id" (default: the row\'s number, from 0), settings for this prompt (max_new_tokens, '
+            "temperature, top_k, top_p, seed, stop_token_ids), which no option may contradict, and "
             '"metadata", which is ignored.',
         ),
     ] = None
@@ -125,7 +126,7 @@ class Generate:
             '"settings", "model"} is appended as soon as a prompt is complete, with an "error" if it '
             "failed. The same "
             "command continues an interrupted file, if checkpoint and settings are unchanged. FILE.lock "
-            "keeps other runs away meanwhile. Without --out the lines go to standard output.",
+            "keeps other runs from writing to it. Without --out the lines go to standard output.",
         ),
     ] = None
     device_budget: DeviceBudget = None
@@ -143,11 +144,11 @@ class Generate:
         ),
     ] = None
     max_new_tokens: Annotated[
-        int | None, arg(metavar="INT", help="Most new tokens for each prompt; 64 by default.")
+        int | None, arg(metavar="INT", help="Maximum new tokens for each prompt; 64 by default.")
     ] = None
     temperature: Annotated[
         float | None,
-        arg(metavar="FLOAT", help="Of sampling; 0, the default, takes the likeliest token each time."),
+        arg(metavar="FLOAT", help="Temperature of sampling; 0, the default, takes the likeliest token."),
     ] = None
     top_k: Annotated[
         int | None,
@@ -157,15 +158,17 @@ class Generate:
         float | None,
         arg(
             metavar="FLOAT",
-            help="Sample from the fewest likeliest tokens whose probabilities reach this sum; 1 by default.",
+            help="Sample from the smallest set of likeliest tokens whose probabilities add up to this; 1 by "
+            "default.",
         ),
     ] = None
     seed: Annotated[int | None, arg(metavar="INT", help="Seed of sampling; 0 by default.")] = None
     max_num_seqs: Annotated[
         int,
         arg(
-            help="Most prompts that run at once; when one ends, a waiting one takes its slot. In a batch of "
-            "another shape a prompt may get other tokens, because sums round differently, mostly in bfloat16."
+            help="Maximum prompts that run at once; when one ends, a waiting one takes its slot. In a batch "
+            "of a different shape a prompt may get different tokens, because sums round differently, mostly "
+            "in bfloat16."
         ),
     ] = 32
     emulated_link_bandwidth: LinkBandwidth = None
@@ -173,14 +176,15 @@ class Generate:
     numerics: Annotated[
         Literal["exact", "fast"],
         arg(
-            help="'exact' gives the same bits under every budget and policy; 'fast' is faster where "
-            "everything is resident on an accelerator, and agrees to rounding."
+            help="'exact' gives the same bits under every budget and policy; 'fast' is faster if everything "
+            "is resident on an accelerator, and agrees to rounding."
         ),
     ] = "exact"
     bound: Annotated[
         bool,
         arg(
-            help="Also print the share of the least possible time that was reached, by this machine's costs."
+            help="Also print the lower bound on the decode time, by this machine's costs, as a share of the "
+            "time taken."
         ),
     ] = False
 

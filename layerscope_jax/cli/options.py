@@ -31,17 +31,17 @@ Checkpoint = Annotated[
 ]
 DeviceBudget = Annotated[
     str | None,
-    arg(metavar="SIZE", help="Device memory for experts, such as '2GiB'; without it all are resident."),
+    arg(metavar="SIZE", help="Device memory for experts, such as '2GiB'; by default all are resident."),
 ]
 PolicyName = Annotated[
     str,
     arg(
-        metavar="POLICY", help=f"Decides which experts are moved and where each is computed: {POLICY_NAMES}."
+        metavar="POLICY", help=f"Decides which experts are copied and where each is computed: {POLICY_NAMES}."
     ),
 ]
 LinkBandwidth = Annotated[
     str | None,
-    arg(metavar="SIZE", help="Limits copies to the device to this many bytes a second, such as '500MB'."),
+    arg(metavar="SIZE", help="Limits copies to the device to this many bytes per second, such as '500MB'."),
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,

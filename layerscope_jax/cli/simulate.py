@@ -81,7 +81,7 @@ class Simulate:
         with option("--profile"):
             profile = MachineProfile.load(self.profile)
         if profile.slots is None and self.budget is None:
-            raise ValueError(f"the profile {self.profile} has no budget: give --budget")
+            raise ValueError(f"the profile {self.profile} names no budget; set one with --budget")
         with nullcontext() if self.json is None else writing("--json", self.json):
             self._simulate(profile)
         return 0

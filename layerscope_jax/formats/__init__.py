@@ -12,16 +12,16 @@ _formats: dict[str, ExpertFormat] = {known.name: known for known in (FLOAT32, BF
 
 
 def register_format(added: ExpertFormat) -> ExpertFormat:
-    """Makes a format known by its name, so that `load(format=)`, profiles and files may call it by that.
+    """Registers a format under its name, for `load(format=)`, profiles and files.
 
     Args:
-        added: of a name that no other format has. Adding an equal one again changes nothing.
+        added: the format; no other format may have its name. Registering an equal format again has no effect.
 
     Returns:
-        The format that is known by the name from now on.
+        The format that is registered under the name.
 
     Raises:
-        ValueError: if it is not a format, or another one has its name.
+        ValueError: if it is not a format, has no name, or another format has its name.
     """
     if not isinstance(added, ExpertFormat):
         raise ValueError(f"register_format takes an ExpertFormat, such as Float8(), got {added!r}")
@@ -39,10 +39,10 @@ def plain_of(expert: ExpertWeights) -> ExpertFormat:
 
 
 def format_named(name: str) -> ExpertFormat:
-    """Returns the format that is known by a name.
+    """Returns the format of a name.
 
     Raises:
-        ValueError: if there is none; names all that are known.
+        ValueError: if no format has that name; lists the names of all formats.
 
     >>> format_named("bfloat16")
     PlainFormat(name='bfloat16')
@@ -50,6 +50,6 @@ def format_named(name: str) -> ExpertFormat:
     if name not in _formats:
         raise ValueError(
             f"expected one of the formats {', '.join(_formats)}, got {name!r}; "
-            "layerscope_jax.formats.register_format makes others known"
+            "add others with layerscope_jax.formats.register_format"
         )
     return _formats[name]

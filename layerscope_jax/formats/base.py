@@ -1,4 +1,4 @@
-"""How an expert lies in memory, and how it is multiplied there: what bank, link and kernels ask."""
+"""Formats: how an expert is stored in memory and computed from there, as bank, link and kernels need it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from layerscope_jax.models.experts import ExpertWeights
 
 
 class Buffer(NamedTuple):
-    """One array of an expert.
+    """Shape and dtype of one array of an expert.
 
     Attributes:
-        shape: of the array.
-        dtype: of its numbers.
+        shape: shape of the array.
+        dtype: dtype of its elements.
 
     >>> Buffer((2, 3), np.dtype(np.float32)).nbytes
     24
@@ -28,19 +28,20 @@ class Buffer(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes, in memory and on the link."""
+        """Size (bytes) of the array, in memory and on the link."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class ExpertFormat(ABC):
-    """How an expert lies in memory: its arrays, how floats become them, and the product with them.
+    """Layout of an expert in memory: its arrays, how float matrices are packed, and how it is computed.
 
-    An expert in a format is a named tuple of arrays, of the class `Expert`; each array crosses the link by
-    itself, in the order of its fields. A format is a value: hashable, and equal to what computes the same,
-    since compiled programs are shared by it. D is the model's hidden size, F that of the expert.
+    An expert in a format is a named tuple of arrays, of the class `Expert`; each array is copied over the
+    link separately, in the order of the fields. A format is a value: it is hashable, and formats that compute
+    the same must be equal, because equal formats share compiled programs. D is the model's hidden size, F the
+    expert's.
 
     Attributes:
-        name: by which statistics, profiles and `format=` arguments call it.
+        name: name in statistics, profiles and `format=` arguments.
         Expert: the named tuple of an expert's arrays.
     """
 
@@ -49,7 +50,7 @@ class ExpertFormat(ABC):
 
     @abstractmethod
     def buffers(self, width: int, hidden: int) -> dict[str, Buffer]:
-        """Returns the arrays of an expert by the fields of `Expert`, in their order.
+        """Returns the shape and dtype of each array of an expert, by field of `Expert` and in field order.
 
         Args:
             width: D.
@@ -62,41 +63,41 @@ class ExpertFormat(ABC):
 
     @abstractmethod
     def pack(self, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> Any:
-        """Returns an `Expert` of NumPy arrays.
+        """Returns an `Expert` of NumPy arrays, packed from float matrices.
 
         Args:
-            gate: [D, F] float32, bfloat16 or float16, as `up`.
+            gate: [D, F] float32, bfloat16 or float16; `up` and `down` have the same dtype.
             up: [D, F].
             down: [F, D].
         """
 
     @abstractmethod
     def unpack(self, expert: Any) -> ExpertWeights:
-        """Returns the matrices that an expert of NumPy arrays stands for, in float32."""
+        """Returns the float32 matrices that a packed expert of NumPy arrays stands for."""
 
     @abstractmethod
     def ffn(self, x: jax.Array, expert: Any) -> jax.Array:
         """Computes the expert in plain JAX: the reference that every kernel is compared with.
 
-        A row of the result may depend on nothing but its row of `x`, and has the dtype of `x`.
+        A row of the result may depend only on the same row of `x`.
 
         Args:
             x: [M, D] float32, bfloat16 or float16.
-            expert: of arrays in one memory.
+            expert: an `Expert` whose arrays are all in one memory (host or device).
 
         Returns:
-            [M, D] `(silu(x W_gate) * (x W_up)) W_down`.
+            [M, D] `(silu(x W_gate) * (x W_up)) W_down`, in the dtype of `x`.
         """
 
     def expert_bytes(self, width: int, hidden: int) -> int:
-        """Returns the bytes of one expert."""
+        """Returns the size (bytes) of one expert."""
         return sum(buffer.nbytes for buffer in self.buffers(width, hidden).values())
 
     def check(self, expert: Any) -> None:
-        """Compares an expert's arrays with those of the format; reads none of their numbers.
+        """Checks the shapes and dtypes of an expert's arrays, without reading their elements.
 
         Raises:
-            ValueError: with what was expected and what came.
+            ValueError: if they are not those of the format; says what was expected and what was given.
         """
         got = ", ".join(f"{array.dtype}{list(array.shape)}" for array in expert)
         try:

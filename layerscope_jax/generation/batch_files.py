@@ -1,7 +1,7 @@
-"""Files of prompts and of completions: one JSON object a line, and every line a whole one.
+"""Files of prompts and of completions, with one complete JSON object per line.
 
-A file of completions can be gone on with: what is in it is not done again, and a last line that a killed run
-left unfinished is cut off.
+A run can continue a file of completions: prompts that are in it are not completed again, and an unfinished
+last line, which a killed run may leave, is removed.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from layerscope_jax.generation.requests import SETTINGS, Request, is_integer, is
 from layerscope_jax.support.locks import locked
 
 NOTES = "metadata"
-"""The key of what a row holds for its owner alone."""
+"""Key of the user's own notes in a row, which are not read."""
 
 KEYS = ("id", "prompt", *SETTINGS, NOTES)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt of a batch.
+    """One prompt of a file of prompts.
 
     Attributes:
-        id: names it among the others.
+        id: identifies the prompt; unique in the file.
         request: the prompt and its settings.
-        where: file and line it comes from, for messages.
+        where: file and line that it comes from, for messages.
     """
 
     id: str | int
@@ -45,18 +45,18 @@ class Row:
 
 
 def read_prompts(file: Path, options: dict[str, Any]) -> list[Row]:
-    """The prompts in a file of lines `{"prompt": text or [token ids], "id": ..., "temperature": ...}`.
+    """Reads prompts from a file of lines `{"prompt": text or [token ids], "id": ..., "temperature": ...}`.
 
-    Without an id a row has its number, counted from 0. Its "metadata" may be anything, and is not looked at;
-    other keys than these, an id, a prompt and the settings of `Request` are refused.
+    The id of a row defaults to the row's number, counted from 0. "metadata" may hold anything and is ignored.
+    Other keys than "id", "prompt", "metadata" and the settings of `Request` are refused.
 
     Args:
-        file: the file; blank lines are passed over.
-        options: settings of `Request` that were given for all rows.
+        file: the file; blank lines are skipped.
+        options: settings of `Request` that apply to all rows.
 
     Raises:
-        ValueError: naming the line that is wrong and what was expected; also where a row has another value of
-            its own than was given for all.
+        ValueError: naming the wrong line and what was expected; also if a setting of a row differs from the
+            one in `options`.
     """
     try:
         content = read_whole(file).removeprefix(codecs.BOM_UTF8)
@@ -64,7 +64,7 @@ def read_prompts(file: Path, options: dict[str, Any]) -> list[Row]:
         raise ValueError(f"{file}: expected a file of prompts, got {error.strerror}") from None
     lines = content.split(b"\n")  # not splitlines(): a text may hold U+2028 and its like
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in lines[0]:
-        raise ValueError(f"{file}:1: expected text in UTF-8, got UTF-16 or no text; save the file as UTF-8")
+        raise ValueError(f"{file}:1: expected text in UTF-8, got UTF-16 or binary; save the file as UTF-8")
     rows: list[Row] = []
     seen: dict[str | int, str] = {}
     for number, line in enumerate(lines, 1):
@@ -76,11 +76,11 @@ def read_prompts(file: Path, options: dict[str, Any]) -> list[Row]:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if row.id in seen:
-            raise ValueError(f"{where}: id {row.id!r} is taken by {seen[row.id]}; ids must differ")
+            raise ValueError(f"{where}: id {row.id!r} is used by {seen[row.id]} already; make the ids differ")
         seen[row.id] = where
         rows.append(row)
     if not rows:
-        raise ValueError(f'{file}: expected lines {{"prompt": ...}}, found none')
+        raise ValueError(f'{file}: expected lines {{"prompt": ...}}, got none; add a prompt')
     return rows
 
 
@@ -96,30 +96,31 @@ def _row(content: Any, number: int, options: dict[str, Any], where: str) -> Row:
     for key, value in (("id", name), ("prompt", prompt)):
         if isinstance(value, str) and not is_text(value):
             raise ValueError(
-                f"the {key} holds half a surrogate pair (\\ud800 to \\udfff), which is no character"
+                f"the {key} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character; "
+                "remove it"
             )
     settings = dict(options)
     for key, value in content.items():
         if key in options and options[key] != value:
             raise ValueError(
                 f"{key} is {shortened(value)} in the row and {options[key]} for all rows "
-                f"(--{key.replace('_', '-')}); say it in one of the two places"
+                f"(--{key.replace('_', '-')}); set it in only one of the two places"
             )
         if key in SETTINGS:
             settings[key] = value
         elif key not in KEYS:
             begun = [known for known in KEYS if len(key) > 2 and known.startswith(key)]
             near = begun or difflib.get_close_matches(key, KEYS, 1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(KEYS)}."
-            raise ValueError(f"unknown key {shortened(key)}; {hint} What is your own goes under {NOTES!r}")
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(KEYS)}."
+            raise ValueError(f"unknown key {shortened(key)}; {hint} Put notes of your own under {NOTES!r}")
     return Row(name, Request(prompt=prompt, **settings), where)
 
 
 def parsed(line: bytes) -> Any:
-    """The JSON in a line.
+    """Returns the value of a line of JSON.
 
     Raises:
-        ValueError: if it is none, in UTF-8 and as the standard has it: no NaN, no key twice.
+        ValueError: if the line is not standard JSON in UTF-8; NaN, infinity and repeated keys are refused.
     """
 
     def refuse(name: str) -> Any:
@@ -130,7 +131,7 @@ def parsed(line: bytes) -> Any:
         if len(found) < len(pairs):
             names = [key for key, _ in pairs]
             twice = next(key for key in names if names.count(key) > 1)
-            raise ValueError(f"expected each key once, got {shortened(twice)} twice")
+            raise ValueError(f"expected each key once, got {shortened(twice)} twice; remove one")
         return found
 
     try:
@@ -142,14 +143,14 @@ def parsed(line: bytes) -> Any:
             f"expected text in UTF-8, got byte 0x{line[error.start]:02x} at {error.start}"
         ) from None
     except RecursionError:
-        raise ValueError('expected a JSON object {"prompt": ...}, got one that is nested too deep') from None
+        raise ValueError('expected a JSON object {"prompt": ...}, got one nested too deeply') from None
 
 
 def read_whole(file: Path) -> bytes:
-    """The content of a file, or of a pipe that somebody writes to.
+    """Returns the content of a file, or of a pipe that a process writes to.
 
     Raises:
-        OSError: if it cannot be read; of a pipe without a writer too, which would be waited for in vain.
+        OSError: if it cannot be read, or is a pipe without a writer, on which reading would block forever.
     """
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(file, os.O_RDONLY | flags), "rb") as opened:
@@ -160,19 +161,19 @@ def read_whole(file: Path) -> bytes:
         os.set_blocking(opened.fileno(), True)
         if content := opened.read():
             return content
-    raise OSError(errno.EPIPE, "a pipe that nobody writes to")
+    raise OSError(errno.EPIPE, "a pipe without a writer")
 
 
 def shortened(value: Any) -> str:
-    """A value for messages."""
+    """Returns the beginning of a value's repr, for messages."""
     return repr(value)[:60]
 
 
 def check_prompts(rows: Iterable[Row], model: Model) -> None:
-    """Refuses prompts that `model` can not take.
+    """Refuses prompts that `model` cannot take.
 
     Raises:
-        ValueError: naming the first line with one that is empty, too long or outside the vocabulary.
+        ValueError: naming the first line whose prompt is empty, too long or outside the vocabulary.
     """
     config = model.config
     for row in rows:
@@ -185,7 +186,7 @@ def check_prompts(rows: Iterable[Row], model: Model) -> None:
 def completion(
     row: Row, text: str, tokens: Sequence[int], finish: str, model: str, error: str | None = None
 ) -> bytes:
-    """The line of a finished row; `model` says what generated it, `error` what went wrong, if anything did.
+    """Returns the line for a completed row; `model` names what generated it, `error` what went wrong, if any.
 
     >>> row = Row(3, Request(prompt="a", seed=5), "")
     >>> line = json.loads(completion(row, "b", [7], "length", "1b06093c6a5c"))
@@ -211,35 +212,35 @@ def _settings(request: Request) -> dict[str, Any]:
 
 
 def _head(row: Row) -> bytes:
-    """How the line of a row begins."""
+    """Returns the beginning of a row's line."""
     prompt = row.request.prompt if isinstance(row.request.prompt, str) else list(row.request.prompt)
     return json.dumps({"id": row.id, "prompt": prompt}, ensure_ascii=False).encode()[:-1]
 
 
 def shown(line: bytes) -> str:
-    """The beginning of a line, for messages."""
+    """Returns the beginning of a line, for messages."""
     return repr(line[:60].decode(errors="replace"))
 
 
 class Completions:
-    """A file that completions are appended to; a context manager.
+    """File to which completions are appended; a context manager.
 
-    Opening it shows at once whether it can be written, and cuts off an unfinished last line. Until it is left
-    no other run can open it. A file that it made and never wrote to is not left behind. A row that ended with
-    an error is done: the same checkpoint and settings would end it so again.
+    Opening it fails at once if it cannot be written, and removes an unfinished last line. No other run can
+    open it before the context is left. A file that was created but never written to is removed. A row that
+    ended with an error counts as done: the same checkpoint and settings would give the same error again.
 
     Args:
-        file: the file; made if it is not there, in a folder that is.
+        file: the file; created if it does not exist, but its folder must exist.
         rows: the prompts that it must belong to, with their settings.
-        model: what generates, as `completion` takes it.
+        model: name of what generates, as `completion` takes it.
 
     Attributes:
-        done: ids that it has already.
+        done: ids of the rows that the file holds already.
         failed: those of them that ended with an error.
 
     Raises:
-        ValueError: if it cannot be written, another run is at it, or it holds something else than completions
-            of `rows` by `model`.
+        ValueError: if the file cannot be written, another run is writing it, or it holds anything but
+            completions of `rows` by `model`.
     """
 
     def __init__(self, file: Path, rows: Iterable[Row], model: str):
@@ -254,11 +255,11 @@ class Completions:
                 self._file = stack.enter_context(file.open("ab", buffering=0))
             except OSError as error:
                 raise ValueError(
-                    f"cannot write to {file}: {error.strerror}; choose a file in a folder that is there "
-                    "and yours"
+                    f"cannot write to {file}: {error.strerror}; choose a file in an existing folder that you "
+                    "may write to"
                 ) from None
             stack.callback(self._drop_if_unused)
-            if file.is_file():  # else a device, which has no past
+            if file.is_file():  # otherwise a device, which holds no earlier lines
                 self._resume({row.id: row for row in rows})
             self._open = stack.pop_all()
 
@@ -269,10 +270,10 @@ class Completions:
         self._open.close()
 
     def write(self, line: bytes) -> None:
-        """Appends one line, whole or not at all.
+        """Appends one line, completely or not at all.
 
         Raises:
-            OSError: if the disk is full, say.
+            OSError: if writing fails, for example because the disk is full.
         """
         before = os.fstat(self._file.fileno()).st_size
         left = line
@@ -303,25 +304,26 @@ class Completions:
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(
                     f"{self.path}:{number}: expected a completion of one of these prompts, got "
-                    f"{shown(line)}; the file belongs to other prompts: choose another"
+                    f"{shown(line)}; the file belongs to other prompts: choose another file"
                 ) from None
             now = {**_settings(known.request), "model": self.model}
             changed = [f"{key} {was.get(key)} (now {now[key]})" for key in now if was.get(key) != now[key]]
             if changed:
                 raise ValueError(
                     f"{self.path}:{number}: expected a completion by this checkpoint with these settings, "
-                    f"got {', '.join(changed)}; go on with those of the file, or choose another file"
+                    f"got {', '.join(changed)}; use those of the file, or choose another file"
                 )
             self.done.add(known.id)
             if found["finish_reason"] == "error":
                 self.failed.add(known.id)
         if not torn:
             return
-        # Only what one of these prompts' lines begins with may be cut off: it might be another file.
+        # The last line is removed only if it may be the beginning of one of these prompts' lines: otherwise
+        # the file may be something else.
         heads = [_head(row) for row in rows.values()]
         if not any(head.startswith(torn) or torn.startswith(head) for head in heads):
             raise ValueError(
                 f"{self.path}:{len(lines) + 1}: expected the beginning of a completion of one of these "
-                f"prompts, got {shown(torn)}; the file belongs to other prompts: choose another"
+                f"prompts, got {shown(torn)}; the file belongs to other prompts: choose another file"
             )
         self._file.truncate(self._file.seek(0, os.SEEK_END) - len(torn))

@@ -1,4 +1,4 @@
-"""Calls of an engine while it is at them: which requests each brought, and what has come of them so far."""
+"""Calls that an engine is working on: the requests of each, and their tokens so far."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from layerscope_jax.runtime.statistics import Times
 
 @dataclass(eq=False)
 class RequestState:
-    """A request that waits, runs or has ended.
+    """State of a request that waits, runs or has ended.
 
     Attributes:
-        id: names it among all requests of its engine.
-        index: of it in its call.
+        id: identifies the request; unique in its engine.
+        index: index of the request in its call.
         request: its settings.
-        prompt: token ids.
-        room: new tokens at most.
-        call: that brought it.
-        tokens: new ones so far.
-        text: of those; None before its first token, and without a tokenizer.
-        finish_reason: None until it has ended.
-        first_token_s: from the beginning of its call.
+        prompt: token ids of its prompt.
+        room: maximum number of new tokens.
+        call: the call that it belongs to.
+        tokens: new tokens so far.
+        text: text of the new tokens; None before the first one, and without a tokenizer.
+        finish_reason: why it ended; None until then.
+        first_token_s: time (s) from the beginning of its call to its first token.
     """
 
     id: int
@@ -46,14 +46,14 @@ class RequestState:
     first_token_s: float | None = None
 
     def begin(self, tokenizer: Tokenizer | None) -> None:
-        """Sets out to continue what there is: the prompt, and after a failure the tokens so far."""
+        """Prepares the text to follow the prompt and, after a failed step, the tokens so far."""
         if tokenizer is not None:
             self.text = TextStream(tokenizer, self.prompt)
             for token in self.tokens:
                 self.text.add(token)
 
     def advance(self, token: int, stop_token_ids: Iterable[int]) -> None:
-        """Enters its new token; `stop_token_ids` end it unless it has its own."""
+        """Appends a new token; `stop_token_ids` end the request unless it has stop tokens of its own."""
         self.tokens.append(token)
         stops = self.request.stop_token_ids
         if token in (stop_token_ids if stops is None else stops):
@@ -69,13 +69,13 @@ class RequestState:
         self.call.log.append(Token(self.index, token, piece, self.finish_reason))
 
     def end(self, reason: str, error: str | None = None) -> None:
-        """Ends it without a further token."""
+        """Ends the request without another token."""
         self.finish_reason = reason
         piece = "" if self.text is None else self.text.end(self.tokens, reason)
         self.call.log.append(Token(self.index, NO_TOKEN, piece, reason, error))
 
     def recall(self) -> None:
-        """Agrees with the call's log again, after an interruption at any line above."""
+        """Restores its tokens and `finish_reason` from the call's log, after an interrupt at any point."""
         events = [event for event in self.call.log if event.request == self.index]
         self.tokens = [event.token_id for event in events if event.token_id != NO_TOKEN]
         self.finish_reason = events[-1].finish_reason if events else None
@@ -83,16 +83,16 @@ class RequestState:
 
 @dataclass(eq=False)
 class Call:
-    """Requests that came together, and are answered together.
+    """Requests that are submitted together and answered together.
 
     Attributes:
-        record_plans, bound: what of the run is to be kept for it.
+        record_plans, bound: which records of the run to keep for the call.
         states: its requests.
-        log: every token so far, in the order in which they came. What is in it has happened, and nothing
-            else has: one `append`, which no interrupt divides, says it to everybody.
-        began: when it came.
-        joined: how far the run was when it came into it; None until then.
-        counted, times, total_s: what the run did from then on, once it has ended.
+        log: every token so far, in order. The log alone decides what has happened: a token is published by
+            one `append`, which no interrupt can divide.
+        began: time (s) of `time.perf_counter` when it was submitted.
+        joined: counts of the run when the call joined it; None until then.
+        counted, times, total_s: what the run did from then on, set when the call has ended.
         cancelled: whether its requests are to end at the next step.
         ended: whether all of its requests have ended, and `log` is complete.
     """
@@ -111,19 +111,19 @@ class Call:
 
     @property
     def unfinished(self) -> list[RequestState]:
-        """Its requests that have not ended."""
+        """Requests of the call that have not ended."""
         return [state for state in self.states if state.finish_reason is None]
 
 
 @dataclass(frozen=True)
 class Joined:
-    """How far a run was when a call came into it.
+    """Counts of a run at the time when a call joined it.
 
     Attributes:
-        counts: records of what had been counted, by name.
-        wasted_bytes: prefetched and not used until then.
-        steps, decode_steps: that there had been.
-        plans, decoded: how many of each had been kept.
+        counts: copies of the run's counts, by name.
+        wasted_bytes: bytes prefetched and not used until then.
+        steps, decode_steps: number of steps until then.
+        plans, decoded: number of records kept until then.
     """
 
     counts: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What comes back of a request: tokens as they are made, and whole completions."""
+"""Results of requests: tokens as they are generated, and whole completions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Token:
     """One new token, as `Engine.stream` yields it.
 
     Attributes:
-        request: index of its prompt.
-        token_id: -1, which is no token, with an error or where it was cancelled.
-        text: what it adds to the text; empty while a later token may still change it, or without a tokenizer.
-        finish_reason: None, or why the request ended with it: "stop", "length", "error" where the logits
-            held NaN or infinity, or "abort" where it was cancelled.
-        error: with an error, a sentence on its cause.
+        request: index of its prompt in the call.
+        token_id: its id; -1, which is no token, if the request ended with an error or was cancelled.
+        text: the text that it adds; empty while a later token may still change it, or without a tokenizer.
+        finish_reason: None, or why the request ended with this token: "stop", "length", "error" if the logits
+            held NaN or infinity, or "abort" if it was cancelled.
+        error: a sentence on the cause if `finish_reason` is "error", otherwise None.
     """
 
     request: int
@@ -31,15 +31,15 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What one prompt was continued with.
+    """The continuation of one prompt.
 
     Attributes:
-        text: the continuation, a stop token left out; empty without a tokenizer.
-        token_ids: of the continuation, a stop token included.
-        finish_reason: "stop", "length", "error" or "abort"; after the last two, text and tokens are those
-            before it.
-        error: with an error, a sentence on its cause.
-        stats: of the call that it was generated in, shared by all its completions; see `RunStats`.
+        text: text of the continuation, without a stop token; empty without a tokenizer.
+        token_ids: token ids of the continuation, including a stop token.
+        finish_reason: "stop", "length", "error" or "abort"; for the last two, `text` and `token_ids` hold
+            what was generated before it.
+        error: a sentence on the cause if `finish_reason` is "error", otherwise None.
+        stats: statistics of the whole call, shared by all its completions; see `RunStats`.
     """
 
     text: str
@@ -50,11 +50,12 @@ class Completion:
 
 
 class Completions(list[Completion]):
-    """What `Engine.generate` returns: a `Completion` for each prompt, in their order.
+    """List that `Engine.generate` returns: a `Completion` for each prompt, in the order of the prompts.
 
     Attributes:
-        stats: of the whole call.
-        plans: every layer's decision, if asked for; none where all is resident and a step is one function.
+        stats: statistics of the whole call.
+        plans: every layer's plan if `record_plans` was set; empty if all experts are resident and each step
+            is one jitted function.
     """
 
     def __init__(self, completions: Iterable[Completion], stats: RunStats, plans: list[LayerPlan]):
@@ -64,10 +65,10 @@ class Completions(list[Completion]):
 
     @property
     def texts(self) -> list[str]:
-        """Every continuation's text."""
+        """Text of every completion, in the order of the prompts."""
         return [completion.text for completion in self]
 
     @property
     def token_ids(self) -> list[list[int]]:
-        """Every continuation's token ids."""
+        """Token ids of every completion, in the order of the prompts."""
         return [completion.token_ids for completion in self]

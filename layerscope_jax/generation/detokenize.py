@@ -1,7 +1,7 @@
-"""From token ids to text, as a whole (`continuation`) or piece by piece (`TextStream`).
+"""Detokenising: from token ids to text, as a whole (`continuation`) or piece by piece (`TextStream`).
 
-New tokens are decoded behind the last ones of their prompt, and what those say is taken away again: a decoder
-may drop the space that a text begins with, and a character may begin in the prompt and end in what follows.
+New tokens are decoded together with the last tokens of their prompt, whose text is then removed: a decoder
+may drop the space at the beginning of a text, and a character may begin in the prompt and end in a new token.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What the first bytes of a character decode to."""
 
 CONTEXT = 4
-"""A character has four bytes at most: the latest tokens that its first byte must be among."""
+"""Number of latest tokens that may hold the first byte of a character, which has at most four bytes."""
 
 
 def continuation(tokenizer: Tokenizer, tokens: Sequence[int], finish: str, prompt: Sequence[int] = ()) -> str:
-    """The text of a request's new tokens behind its prompt's, the one that stopped it left out."""
+    """Returns the text of a request's new tokens after its prompt, without the stop token that ended it."""
     tail = tail_of(tokenizer, prompt)
     text = tokenizer.decode([*tail, *(tokens[:-1] if finish == "stop" else tokens)])
     return text[_shared(tokenizer.decode(tail), text) :]
 
 
 def tail_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """The last tokens of a prompt that have a part in how the next ones decode.
+    """Returns the last tokens of a prompt that affect how the next tokens are decoded.
 
-    Special ones have none. Byte tokens are decoded together, so a run of them counts from its beginning.
+    Special tokens do not. Byte tokens are decoded together, so a run of them is included from its beginning.
     """
     tail: list[int] = []
     for token in reversed(prompt):
@@ -39,7 +39,7 @@ def tail_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
 
 
 def is_special(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether a token is no text, unless one asks for special tokens too."""
+    """Returns whether a token has text only if special tokens are decoded too."""
     return not tokenizer.decode([token]) and bool(tokenizer.decode([token], skip_special_tokens=False))
 
 
@@ -48,20 +48,20 @@ def _is_byte(name: str | None) -> bool:
 
 
 def _shared(before: str, text: str) -> int:
-    """How much of what a prompt's tail says stays as it is once more tokens follow."""
+    """Returns how many characters of the text of a prompt's tail stay the same when more tokens follow."""
     pairs = zip(before, text, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(before), len(text)))
 
 
 class TextStream:
-    """The text of a growing list of tokens, in pieces that join to `continuation`.
+    """Text of a growing list of tokens, in pieces that join to `continuation`.
 
-    Text that the next token may still change is held back: a character that is not whole yet, and a run of
-    byte tokens ("<0xE2>" and the like), which is decoded together, so that one wrong byte spoils those before
-    it. Each time only the latest tokens are decoded; all of them once, at the end.
+    Text that the next token may still change is held back: an incomplete character, and a run of byte tokens
+    ("<0xE2>" and the like), which is decoded together, so that one wrong byte spoils those before it. Only
+    the latest tokens are decoded each time; all tokens are decoded once, at the end.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         prompt: token ids that the text follows.
     """
 
@@ -79,7 +79,7 @@ class TextStream:
         self._length = 0  # characters that are out in all
 
     def add(self, token: int) -> str:
-        """What a token adds to the text; "" while nothing is certain."""
+        """Adds a token and returns the text that is now certain; "" if there is no new text yet."""
         name = self.tokenizer.id_to_token(token)
         if name is None or is_special(self.tokenizer, token):
             return ""
@@ -102,5 +102,5 @@ class TextStream:
         return piece
 
     def end(self, tokens: Sequence[int], finish: str) -> str:
-        """The rest of the text of all tokens: what was held back, as it decodes without a successor."""
+        """Returns the rest of the text: what was held back, decoded as if no token follows."""
         return continuation(self.tokenizer, tokens, finish, self._tail)[self._length :]

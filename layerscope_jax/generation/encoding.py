@@ -13,11 +13,11 @@ from layerscope_jax.generation.requests import Request, is_text
 def encode_prompts(
     requests: Sequence[Request], tokenizer: Tokenizer | None, max_position_embeddings: int, vocab_size: int
 ) -> list[list[int]]:
-    """Token ids of every prompt.
+    """Returns the token ids of every prompt.
 
     Raises:
-        ValueError: naming every prompt that is empty, too long, no text or outside the vocabulary, as its
-            stop tokens may be.
+        ValueError: naming every prompt that is empty, too long or not valid text, or that has token ids or
+            stop tokens outside the vocabulary.
     """
     prompts, problems = [], []
     for index, request in enumerate(requests):
@@ -25,12 +25,12 @@ def encode_prompts(
         if isinstance(request.prompt, str):
             if tokenizer is None:
                 raise ValueError(
-                    f"prompt {index} is text, but the model came without tokenizer.json; pass token ids"
+                    f"prompt {index} is text, but the model has no tokenizer.json; pass token ids instead"
                 )
             if not is_text(request.prompt):
                 problems.append(
                     f"prompt {index} holds half a surrogate pair (\\ud800 to \\udfff, or a byte that is not "
-                    "UTF-8), which is no character"
+                    "UTF-8), which is not a character; remove it"
                 )
                 continue
             ids = encode_within(tokenizer, request.prompt, max_position_embeddings)
@@ -41,8 +41,8 @@ def encode_prompts(
             ids = None if too_many else [operator.index(token) for token in request.prompt]
         if ids is None or len(ids) >= max_position_embeddings:
             problems.append(
-                f"prompt {index} has {count} tokens; the model's context holds {max_position_embeddings} "
-                "with at least one new one: shorten it"
+                f"prompt {index} has {count} tokens; the model's context holds {max_position_embeddings}, "
+                "including at least one new token: shorten it"
             )
             continue
         if not ids:
@@ -58,15 +58,15 @@ def encode_prompts(
 
 
 MARGIN = 1024
-"""Tokens by which cutting a text may raise their number, and far more: only those at the cut can change."""
+"""Generous limit on the tokens that a cut may add to those of a text: only tokens at the cut can change."""
 
 
 def encode_within(tokenizer: Tokenizer, text: str, most: int) -> list[int] | None:
-    """Token ids of a text, or None where they are certainly more than `most`.
+    """Returns the token ids of a text; None if there are certainly more than `most`.
 
-    A text that is far too long is not tokenised whole, which takes minutes and gigabytes: only more and more
-    of its beginning, until that alone has twice the tokens that there may be. What a tokenizer makes of long
-    runs of spaces, or drops, is so counted as it counts it.
+    Tokenising a text that is far too long would take minutes and gigabytes, so only its beginning is
+    tokenised, longer each time, until the beginning alone has more than twice `most` tokens. The tokenizer
+    itself does the counting, because it may merge or drop characters, such as long runs of spaces.
     """
     size = 16 * (most + MARGIN)
     while size < len(text):

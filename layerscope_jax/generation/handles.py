@@ -10,17 +10,17 @@ from layerscope_jax.generation.loop import Loop
 
 
 class Handle:
-    """A request that an engine was given.
+    """A submitted request: iterate over it for its tokens, or wait for its `result`.
 
-    Whoever waits for its tokens drives the engine's steps, in which the requests of all other handles get
-    theirs too; so threads that each wait for a handle of their own come along together. It may be gone
-    through by several threads, and again: each time all tokens come. A handle that nobody holds any more is
-    cancelled.
+    A thread that waits for its tokens runs the engine's steps, in which the running requests of all other
+    handles get tokens too; so threads that each wait for their own handle advance together. Several threads
+    may iterate over a handle, and more than once: each iteration yields all tokens from the first. A handle
+    that is garbage-collected cancels its request.
 
     Args:
-        engine: that is at it, which stays open while somebody holds the handle.
-        loop: of the engine.
-        call: of the request alone.
+        engine: the engine that runs the request; the handle keeps it alive.
+        loop: the engine's loop.
+        call: a call with this request alone.
 
     Example::
 
@@ -34,30 +34,30 @@ class Handle:
         self._engine, self._loop, self._call = engine, loop, call
 
     def __iter__(self) -> Iterator[Token]:
-        """Yields every token when it is known, the first ones too where they came before.
+        """Yields every token as soon as it is known, beginning with those that are known already.
 
         Raises:
             ValueError: if the engine was closed.
-            TransferError: if an expert could not be copied to the device. Whatever else a step that it drives
-                fails with, an interrupt too, is raised as well; the request is then aborted.
+            TransferError: if an expert could not be copied to the device. Any other exception in a step that
+                this iteration runs, including an interrupt, is raised too, and the request is then aborted.
         """
-        yield from self._loop.follow(self._call)  # as a method, so that who reads it holds the handle
+        yield from self._loop.follow(self._call)  # a generator method keeps the handle alive while it is read
 
     def result(self) -> Completion:
-        """Waits for the last token and returns the whole; raises as going through it does."""
+        """Waits for the last token and returns the whole `Completion`; raises what iterating raises."""
         return self._loop.answer(self._call)[0]
 
     def cancel(self) -> None:
         """Ends the request at the next step boundary, with `finish_reason` "abort"; does not wait.
 
-        Its slot is free for others then, whose tokens stay what they are. May be called at any time, from any
-        thread and again; of a request that has ended nothing changes.
+        Its slot is then free for other requests, whose tokens do not change. It may be called at any time,
+        from any thread, and more than once; it has no effect on a request that has ended.
         """
         self._loop.cancel(self._call)
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Whether the request has ended."""
         return self._call.ended
 
     def __del__(self) -> None:

@@ -1,8 +1,9 @@
-"""The loop of a running engine: calls come at any time and share its steps, which whoever waits drives.
+"""The loop of a running engine: calls arrive at any time and share its steps, run by the waiting threads.
 
-There is no thread behind it. Whoever waits for a token takes the engine's turn and drives a step, in which
-all requests that run get one; the others find theirs in their calls' logs when they have the turn. From the
-time when an engine is idle to when it is so again is one run: a call that nobody overlaps has one of its own.
+No background thread runs the steps. A thread that waits for a token takes the engine's turn and runs a step,
+in which every running request gets one; other threads find their tokens in the logs of their calls when they
+get the turn. A run lasts from when an idle engine gets a call until it is idle again, so a call that overlaps
+no other has a run of its own.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from layerscope_jax.runtime.turns import Turns
 
 
 class Loop:
-    """Calls that wait or run, and the run that they share.
+    """Waiting and running calls, and the run that they share.
 
-    A step that fails, or is interrupted, takes the caches with it. Its exception goes to whoever drove it,
-    and the requests of that call are aborted; those of other calls are prefilled anew, with the tokens that
-    they have, in the next step. Nothing here waits for anything but the turn.
+    A step that fails or is interrupted destroys the caches. Its exception is raised in the thread that ran
+    the step, and the requests of that thread's call are aborted; requests of other calls are prefilled again
+    in the next step, with the tokens that they have so far. The loop waits for nothing but the turn.
 
     Args:
         model: the model.
-        runner: does the steps.
-        turns: of the engine.
-        is_closed: whether no step may begin any more.
+        runner: runs the steps.
+        turns: turns of the engine.
+        is_closed: returns whether the engine is closed, so that no step may begin.
         new_caches: `(rows, length)` -> empty caches.
         max_num_seqs, prefill_chunk_size: see `OffloadConfig`.
-        budget_bytes: of the engine, for statistics.
+        budget_bytes: device budget (bytes) of the engine, for statistics.
     """
 
     def __init__(
@@ -91,14 +92,14 @@ class Loop:
         return call
 
     def submit(self, call: Call) -> None:
-        """Lets the next step know of a call; does not wait."""
+        """Queues a call for the next step; does not wait."""
         call.began = time.perf_counter()
         self._inbox.append(call)
 
     def cancel(self, call: Call) -> None:
-        """Ends a call's requests at the next step, or now where no step is under way; does not wait.
+        """Ends a call's requests at the next step, or now if no step is running; does not wait.
 
-        May be called at any time, by whoever collects garbage too, and again.
+        It may be called at any time, even by the garbage collector, and more than once.
         """
         if call.ended or call.cancelled or self._leaving():
             return
@@ -109,10 +110,10 @@ class Loop:
                 self._ready()
 
     def follow(self, call: Call) -> Iterator[Token]:
-        """Yields every token of a call as it comes, from the first one on; drives steps meanwhile."""
+        """Yields every token of a call from the first on, and runs steps until the call has ended."""
         seen = 0
         while True:
-            ended = call.ended  # looked at first: nothing comes after it
+            ended = call.ended  # read before the log: an ended call logs no more tokens
             while seen < len(call.log):
                 seen += 1
                 yield call.log[seen - 1]
@@ -121,12 +122,12 @@ class Loop:
             self._drive(call, seen)
 
     def finish(self, call: Call) -> None:
-        """Drives steps until a call has ended, without giving up a turn that nobody else wants."""
+        """Runs steps until a call has ended; keeps the turn unless another thread wants it."""
         while not call.ended:
             self._drive(call, 0, to_the_end=True)
 
     def stream(self, call: Call) -> Generator[Token]:
-        """Submits a call and follows it; whoever gives up reading cancels it."""
+        """Submits a call and yields its tokens; closing the generator cancels the call."""
         self._turns.check()
         try:
             self.submit(call)
@@ -135,7 +136,7 @@ class Loop:
             self.cancel(call)
 
     def complete(self, call: Call) -> Completions:
-        """Submits a call and returns what comes of it; an exception cancels it."""
+        """Submits a call, waits for it and returns its completions; an exception cancels the call."""
         try:
             self.submit(call)
             self.finish(call)
@@ -144,7 +145,7 @@ class Loop:
         return self.answer(call)
 
     def answer(self, call: Call) -> Completions:
-        """Waits for all of a call, and returns what came of it."""
+        """Waits for a call to end and returns its completions."""
         self.finish(call)
         with self._turns.turn():
             assert call.counted is not None
@@ -204,7 +205,7 @@ class Loop:
                     self.check_open()
                     self._step()
             except BaseException:
-                call.cancelled = True  # before anything else: nobody waits for it any more
+                call.cancelled = True  # before anything else: no thread waits for this call any more
                 self._recover()
                 raise
 
@@ -243,7 +244,7 @@ class Loop:
         self._settled = True
 
     def _arrived(self) -> list[Call]:
-        """Returns the calls that came since the last step, now among the others."""
+        """Adds the calls that were submitted since the last step to the others, and returns them."""
         new = []
         while self._inbox:
             call = self._inbox[0]  # which is forgotten only when it is in the other place
@@ -254,7 +255,7 @@ class Loop:
         return new
 
     def _begin(self, calls: Sequence[Call]) -> None:
-        """Lets calls into the run, which begins with them if there is none."""
+        """Adds calls to the run, and begins a run if none is under way."""
         if self._run is None:
             self._run, self._account = self._new_run(self._most), Account()
         self._runner.reset(None)

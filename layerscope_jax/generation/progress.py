@@ -1,4 +1,4 @@
-"""How far a long generation has come."""
+"""Progress bar of a long generation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from layerscope_jax.generation.requests import Request
 
 @contextmanager
 def progress_bar(requests: Sequence[Request]) -> Iterator[Callable[[Token], None]]:
-    """A bar on stderr over the tokens of `requests`, on terminals alone; what it gives counts one."""
+    """Shows a bar over the tokens of `requests` on stderr, if that is a terminal; yields its `advance`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""What a caller asks for: prompts with their settings, and options of a call."""
+"""Requests: prompts with their settings, and the options of a call."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class Request:
 
     Attributes:
         prompt: text, or token ids.
-        max_new_tokens: at most so many; fewer where the model's context ends.
-        temperature: 0 for the likeliest token each time.
-        top_k, top_p: what sampling chooses from; 0 and 1 for everything.
-        seed: of its sampling. What is drawn depends on it and the position, not on what shares the batch;
-            only rounding does, which can part two runs in batches of different shapes, in bfloat16 above all.
-        stop_token_ids: ids that end it (kept as its last token); None for the model's own.
+        max_new_tokens: maximum number of new tokens; fewer if the model's context ends first.
+        temperature: sampling temperature; 0 takes the likeliest token each time.
+        top_k, top_p: restrict which tokens sampling chooses from; 0 and 1 for all tokens.
+        seed: seed of the sampling. The random draws depend only on it and the position, not on the other
+            requests of the batch. Rounding does depend on the shape of the batch, so two runs in batches of
+            different shapes may give different tokens, above all in bfloat16.
+        stop_token_ids: ids that end the request, kept as its last token; None for the model's own.
     """
 
     prompt: str | Sequence[int]
@@ -61,24 +62,24 @@ def is_number(value: Any) -> bool:
 
 
 def are_ids(value: Any) -> bool:
-    """Whether it holds whole numbers, in an order, and can be read more than once."""
+    """Returns whether a value is a sequence of whole numbers that can be read more than once."""
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and (value.dtype.kind in "iu" or not value.size)
     if not is_list(value):
         return False
     try:
         return all(not isinstance(token, bool) and operator.index(token) is not None for token in value)
-    except TypeError:  # one is no whole number
+    except TypeError:  # a value is not a whole number
         return False
 
 
 def is_list(value: Any) -> bool:
-    """Whether it holds things in an order that can be gone through more than once; a text is none."""
+    """Returns whether a value is an ordered collection that can be read more than once; a text is not."""
     return isinstance(value, Collection) and not isinstance(value, str | bytes | bytearray | Mapping | Set)
 
 
 def is_text(value: str) -> bool:
-    """Whether all of it are characters: half a surrogate pair, which may stand for a wrong byte, is none."""
+    """Returns whether a text holds only characters, and no half of a surrogate pair (as of a wrong byte)."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -87,10 +88,10 @@ def is_text(value: str) -> bool:
 
 
 SETTINGS = tuple([setting.name for setting in fields(Request) if setting.name != "prompt"])
-"""What a request may say of itself."""
+"""Names of a request's settings."""
 
 ENGINES = ("max_num_seqs", "prefill_chunk_size")
-"""What an engine is told when it is made, and no call of it."""
+"""Settings of an engine, given when it is made and not to a call."""
 
 
 def check_settings(settings: Iterable[str], options: Sequence[str] = ()) -> None:
@@ -98,10 +99,10 @@ def check_settings(settings: Iterable[str], options: Sequence[str] = ()) -> None
 
     Args:
         settings: their names.
-        options: names that the call has besides, which may have been meant.
+        options: names of the call's other arguments, which the caller may have meant.
 
     Raises:
-        ValueError: naming each, and the nearest name that there is.
+        ValueError: naming each, with the nearest known name.
     """
     unknown = []
     for name in settings:
@@ -118,8 +119,8 @@ def make_request(prompt: str | Sequence[int] | Request, settings: dict[str, Any]
     """Returns a prompt as a `Request`.
 
     Raises:
-        ValueError: for a prompt that is none, for settings that there are not or that are out of range, and
-            for any beside a `Request`, which has its own.
+        ValueError: for a value that is not a prompt, for settings that are unknown or out of range, and for
+            any settings beside a `Request`, which has its own.
     """
     check_settings(settings)
     if isinstance(prompt, Request):
@@ -129,7 +130,7 @@ def make_request(prompt: str | Sequence[int] | Request, settings: dict[str, Any]
                 "set it in the Request"
             )
         return prompt
-    Request(prompt="", **settings)  # what is wrong with these is not the prompt's fault
+    Request(prompt="", **settings)  # checks the settings first, so that errors in them do not name the prompt
     try:
         return _request(0, prompt, settings)
     except ValueError as error:
@@ -139,16 +140,16 @@ def make_request(prompt: str | Sequence[int] | Request, settings: dict[str, Any]
 def make_requests(
     prompts: Sequence[str | Sequence[int] | Request], settings: dict[str, Any], options: Sequence[str] = ()
 ) -> list[Request]:
-    """One `Request` a prompt.
+    """Returns one `Request` for each prompt.
 
     Args:
-        prompts: as of `Engine.generate`.
-        settings: for those that are no `Request`s.
-        options: names that the call has besides.
+        prompts: as in `Engine.generate`.
+        settings: for the prompts that are not `Request`s.
+        options: names of the call's other arguments.
 
     Raises:
-        ValueError: if there is no prompt, or something else was given than a list of prompts; for settings
-            that there are not, and for any if all prompts are `Request`s, which have their own.
+        ValueError: if there are no prompts, or they are not a list; for unknown settings; and for any
+            settings if all prompts are `Request`s, which have their own.
     """
     check_settings(settings, options)
     if isinstance(prompts, Request) or not is_list(prompts):
@@ -159,18 +160,18 @@ def make_requests(
     if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 0:
         raise ValueError(f"prompts must be a list of prompts, got the number {prompts}; put it in a list")
     if not len(prompts):
-        raise ValueError("prompts must hold at least one prompt, got an empty list")
+        raise ValueError("prompts must hold at least one prompt, got an empty list; add a prompt")
     if any(isinstance(prompt, int | np.integer) or getattr(prompt, "ndim", 1) == 0 for prompt in prompts):
         raise ValueError(
             f"prompts must be a list of prompts, each text or a list of token ids, got {str(prompts)[:40]}; "
-            "put the ids of a lone prompt in a list of their own"
+            "put the ids of a single prompt in another list, as in [[5, 6, 7]]"
         )
     if settings and all(isinstance(prompt, Request) for prompt in prompts):
         raise ValueError(
             f"{', '.join(settings)} cannot be given beside prompts that are all Requests, whose own settings "
             "are used; set it in each Request"
         )
-    Request(prompt="", **settings)  # what is wrong with these is no prompt's fault
+    Request(prompt="", **settings)  # checks the settings first, so that errors in them name no prompt
     return [
         prompt if isinstance(prompt, Request) else _request(index, prompt, settings)
         for index, prompt in enumerate(prompts)
@@ -178,7 +179,7 @@ def make_requests(
 
 
 def kind_of(value: Any) -> str:
-    """What is wrong with a collection that is no list, in words; nothing to say of others."""
+    """Returns what is wrong with a collection that is not a list, in words; empty for other values."""
     if isinstance(value, Mapping):
         return ", a dict, whose keys are no list"
     return ", a set, which has no order" if isinstance(value, Set) else ""
@@ -202,10 +203,10 @@ def batch_of(
     new_tokens: int,
     sampled: bool,
 ) -> list[Request]:
-    """The requests of a batch of one size, `max_num_seqs` or the `most` that an engine runs at once.
+    """Returns a batch of equal requests: `max_num_seqs`, or the `most` that an engine runs at once.
 
     Raises:
-        ValueError: naming each size that is none, or more than the model takes.
+        ValueError: naming each size that is invalid, or more than the model takes.
     """
     problems = Problems()
     for name, size in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}.items():
@@ -215,8 +216,8 @@ def batch_of(
     problems.expect(is_integer(count) and count >= 1, "max_num_seqs", "1 or more", count)
     if is_integer(count) and count > most:
         problems.add(
-            f"max_num_seqs must be at most what the engine runs at once, {most}, got {count}; "
-            "make it with OffloadConfig(max_num_seqs=) for more"
+            f"max_num_seqs must be at most the engine's own, {most}, got {count}; "
+            "make an engine with a larger OffloadConfig(max_num_seqs=)"
         )
     problems.expect(isinstance(sampled, bool), "sampled", "True or False", sampled)
     if is_integer(prompt_tokens) and prompt_tokens >= config.max_position_embeddings:
@@ -235,14 +236,14 @@ def batch_of(
 
 
 def check_options(on_token: Any, **switches: Any) -> None:
-    """Refuses options of a call that are none.
+    """Refuses invalid options of a call.
 
     Args:
-        on_token: None, or to be called.
-        **switches: to be True or False.
+        on_token: must be None or callable.
+        **switches: must be True or False.
 
     Raises:
-        ValueError: naming each.
+        ValueError: naming each invalid option.
     """
     problems = Problems()
     for name, value in switches.items():

@@ -1,16 +1,17 @@
-"""A run: the steps of requests that share slots, from the first that comes to an idle engine to the last.
+"""A run: the steps of requests that share slots, from the first that reaches an idle engine to the last.
 
-Keys and values of newcomers, prefilled in small caches of their own, are put into the rows of those that
-ended. A request whose logits are not finite ends with an error; rows are apart, so the others go on.
+New requests are prefilled in small caches of their own, whose keys and values are then put into the rows of
+ended requests. A request whose logits are not finite ends with an error; rows are independent, so the others
+go on.
 
-What runs beside a request changes no number that it is computed from, only the shapes of the products that
-it is a part of. Where experts run on a CPU, in float32 or bfloat16, a row has the same bits whatever the
-other rows are (`layerscope_jax.kernels.cpu`), as do attention, sums over experts and products with other
-weights there, where their sizes suit our loops (`layerscope_jax.kernels.inside`). Stale keys weigh nothing.
-The rest is XLA's, as are experts on an accelerator: another number of rows, width of prompts or
-length of a cache may round it differently. In float32 two greedy runs hardly ever part by that; in bfloat16,
-where two tokens often score nearly the same, they may. The same call alone has the same shapes, and so the
-same bits again.
+Other requests in the batch change no number that a request is computed from, only the shapes of the products
+that it is part of. If experts run on a CPU, in float32 or bfloat16, a row has the same bits whatever the
+other rows are (`layerscope_jax.kernels.cpu`). So have attention, sums over experts and products with other
+weights on a CPU, if the built-in loops support their sizes (`layerscope_jax.kernels.inside`). Stale keys have
+zero weight. Everything else is computed by XLA, as are experts on an accelerator: it may round differently
+for another number of rows, width of prompts or length of a cache. In float32 this hardly ever changes a
+greedy token; in bfloat16, where two tokens often score nearly the same, it may. The same call alone has the
+same shapes, and so the same bits again.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ Step = Callable[..., tuple[jax.Array, jax.Array, Any]]
 
 
 class Run:
-    """Requests in slots, a step at a time.
+    """Requests in slots, run one step at a time.
 
     Args:
-        max_num_seqs: requests that run at once at most.
+        max_num_seqs: maximum number of requests that run at once.
         new_caches: `(rows, length)` -> empty caches.
-        prefill_chunk_size: tokens of a prefill step at most; see `OffloadConfig`.
-        stop_token_ids: end a request that has none of its own.
-        tokenizer: None if there is to be no text.
-        why_not_finite: says why a step found no token for somebody.
+        prefill_chunk_size: maximum tokens of a prefill step; see `OffloadConfig`.
+        stop_token_ids: ids that end a request without stop tokens of its own.
+        tokenizer: tokenizer that makes the text; None for no text.
+        why_not_finite: returns why a step found no finite logits for a request.
 
     Attributes:
-        decode_s: of each decode step: from the end of the step before it.
+        decode_s: time (s) of each decode step, from the end of the step before it.
     """
 
     def __init__(
@@ -104,10 +105,10 @@ class Run:
         """Carries out the step that is scheduled next.
 
         Args:
-            step: of a runner; see `LayerByLayer.step`.
+            step: step of a runner; see `Runner.step`.
 
         Returns:
-            Who has got a token, or an error; nobody where there is nothing to do.
+            The requests that got a token or an error; empty if there was nothing to do.
         """
         scheduled = self._scheduler.schedule()
         if isinstance(scheduled, Prefill):
@@ -174,7 +175,7 @@ class Run:
             del self._states[state.id]
 
     def _sampling_of(self, running: dict[int, RequestState], rows: int) -> Sampling | None:
-        """Returns how each row samples, greedy where nobody runs; None if the whole run is greedy."""
+        """Returns how each row samples, greedy in free rows; None if the whole run is greedy."""
         if not self._samples:
             return None
         requests = [Request(prompt=[0])] * rows

@@ -1,8 +1,8 @@
-"""Deciding which requests are prefilled together or decoded next, and in which slot each is.
+"""The scheduler: decides which requests are prefilled or decoded next, and in which slot each runs.
 
-Slots are rows of the running batch. When requests end, others that wait are prefilled together and take the
-free rows, while decoding goes on with all. Nothing but counts goes into a decision (no array, no clock), so
-the same requests are scheduled the same way each time.
+Slots are rows of the running batch. When requests end, waiting requests are prefilled together and take the
+free rows; then all running requests are decoded together. Decisions depend only on counts (no array, no
+clock), so the same requests are scheduled the same way each time.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import NamedTuple
 from layerscope_jax.kernels.grouping import next_power
 
 MIN_WIDTH = 16
-"""Narrowest prefill step: shorter prompts are padded to it."""
+"""Minimum tokens of a row of a prefill step: shorter prompts are padded to it."""
 
 MIN_LENGTH = 64
-"""Shortest caches."""
+"""Minimum length (positions) of the caches."""
 
 PREFILL_STEPS = 4.0
-"""What a prefill costs however few it is for, in decode steps. About so for the shipped model on a CPU; with
-half or double of it, `joining` loses some 6% more than it must."""
+"""Fixed cost of a prefill, however few its requests, in decode steps. Roughly right for the shipped model on
+a CPU; with half or double this value, the number that `joining` picks costs about 6% more than the best."""
 
 
 class Waiting(NamedTuple):
-    """A request that is to be scheduled.
+    """A request that waits to be scheduled.
 
     Attributes:
-        id: names it; no other request of the scheduler has it.
-        prompt_tokens: to be prefilled.
-        room: new tokens at most.
+        id: identifies the request; unique in the scheduler.
+        prompt_tokens: number of tokens to prefill.
+        room: maximum number of new tokens.
     """
 
     id: int
@@ -40,11 +40,11 @@ class Waiting(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """A step that begins requests.
+    """A step that prefills requests.
 
     Attributes:
         requests: their ids.
-        rows: the slot of each.
+        rows: the slot of each request.
     """
 
     requests: tuple[int, ...]
@@ -56,7 +56,7 @@ class Decode(NamedTuple):
 
     Attributes:
         requests: their ids, in the order of their slots.
-        rows: the slot of each.
+        rows: the slot of each request.
     """
 
     requests: tuple[int, ...]
@@ -64,17 +64,19 @@ class Decode(NamedTuple):
 
 
 class Scheduler:
-    """Requests that wait or run, first come, first served.
+    """Queue of waiting and running requests, first come, first served.
 
-    It expects each step that it schedules to be carried out before it is asked for the next.
+    Each step that it schedules must be carried out before the next is asked for.
 
     Args:
-        max_num_seqs: requests that run at once at most.
-        prefill_chunk_size: tokens of a prefill step at most, padding counted; a longer prompt is alone.
+        max_num_seqs: maximum number of requests that run at once.
+        prefill_chunk_size: maximum tokens of a prefill step, including padding; a longer prompt is prefilled
+            alone.
 
     Attributes:
-        slots: rows in use or free for use; as many as there ever were requests at once, up to `max_num_seqs`.
-        length: positions that the longest of all requests so far may come to need.
+        slots: number of rows, in use or free: the most requests that there ever were at once, at most
+            `max_num_seqs`.
+        length: cache positions that the longest request so far may need: its prompt and its new tokens.
 
     >>> scheduler = Scheduler(max_num_seqs=2, prefill_chunk_size=4096)
     >>> scheduler.add([Waiting(id, prompt_tokens=5, room=8) for id in (7, 8, 9)])
@@ -90,19 +92,19 @@ class Scheduler:
     def __init__(self, max_num_seqs: int, prefill_chunk_size: int):
         self.slots = self.length = 0
         self._most, self._chunk = max_num_seqs, prefill_chunk_size
-        self._waiting: dict[int, Waiting] = {}  # in the order in which they came
-        self._rows: list[int | None] = []  # who is in each slot
-        self._running: dict[int, int] = {}  # the slot of each
-        self._decode: Decode | None = None  # of those who run, until that changes
-        # For the mean length of an answer: tokens so far by requests that ended; no more than what they may.
+        self._waiting: dict[int, Waiting] = {}  # in order of arrival
+        self._rows: list[int | None] = []  # slot -> its running request
+        self._running: dict[int, int] = {}  # running request -> its slot
+        self._decode: Decode | None = None  # the next decode step, kept until the running requests change
+        # For the mean length of an answer: tokens made per ended request, at most the mean of their limits.
         self._made = self._finished = self._added = self._room = 0
 
     def __len__(self) -> int:
-        """Returns how many wait or run."""
+        """Returns how many requests wait or run."""
         return len(self._waiting) + len(self._running)
 
     def add(self, requests: Iterable[Waiting]) -> None:
-        """Enters requests behind those that wait."""
+        """Appends requests to those that wait."""
         for request in requests:
             self._waiting[request.id] = request
             self._added += 1
@@ -112,7 +114,7 @@ class Scheduler:
         self._rows += [None] * (self.slots - len(self._rows))
 
     def schedule(self) -> Prefill | Decode | None:
-        """Returns the next step, None if there is none; newcomers join where enough slots are free."""
+        """Returns the next step: prefill if requests wait and enough slots are free, else decode or None."""
         if self._waiting and (group := self._group()):
             free = [row for row, request in enumerate(self._rows) if request is None]
             rows = tuple(free[: len(group)])
@@ -132,12 +134,12 @@ class Scheduler:
         return self._decode
 
     def finish(self, request: int) -> None:
-        """Frees the slot of a running request that has got its last token."""
+        """Frees the slot of a running request that has received its last token."""
         self._leave(request)
         self._finished += 1
 
     def abort(self, request: int) -> int | None:
-        """Lets go of a request, whether it waits or runs; returns the slot that it frees, if any."""
+        """Removes a waiting or running request; returns the slot that it frees, None if it was waiting."""
         return self._leave(request) if self._waiting.pop(request, None) is None else None
 
     def _leave(self, request: int) -> int:
@@ -146,9 +148,10 @@ class Scheduler:
         return row
 
     def _group(self) -> Sequence[Waiting]:
-        """Returns who of those that wait is prefilled now; nobody where too few slots are free.
+        """Returns the waiting requests to prefill now; empty if too few slots are free.
 
-        Beside requests that run, newcomers join by powers of two: a prefill has no rows of padding then.
+        If other requests are running and more are waiting than slots are free, the size of the group is a
+        power of two, so that the prefill has no rows of padding.
         """
         free = self.slots - len(self._running)
         if free < len(self._first(self._enough())):
@@ -158,9 +161,10 @@ class Scheduler:
         return self._first(free)
 
     def _enough(self) -> int:
-        """Returns `joining` for the mean answer so far; from counts alone, so the same in every run.
+        """Returns `joining` for the mean length of an answer so far; depends on counts alone.
 
-        Tokens of all by those that ended: the mean of the ended alone favours short ones, which end first.
+        The mean is the tokens of all requests, divided by the number of ended requests: a mean over the ended
+        requests alone would be too low, because short ones end first.
         """
         mean = self._room / self._added
         if self._finished:
@@ -168,7 +172,7 @@ class Scheduler:
         return joining(self.slots, mean)
 
     def _first(self, most: int) -> list[Waiting]:
-        """Returns those who wait longest, as many as one prefill step has room for."""
+        """Returns the requests that have waited longest: at most `most`, and as many as fit in a prefill."""
         group: list[Waiting] = []
         longest = 0
         for request in islice(self._waiting.values(), most):
@@ -180,12 +184,17 @@ class Scheduler:
 
 
 def joining(slots: int, mean_tokens: float) -> int:
-    """Returns how many free slots newcomers wait for, where answers have so many tokens on average.
+    """Returns the number of free slots at which waiting requests are prefilled, for a mean answer length.
 
-    If k join at once, (k - 1) / 2 slots are free on average, about k / 2, so a request takes mean / (slots -
-    k / 2) decode steps and a k-th of a prefill's cost c. The sum is least where c / k^2 = mean / 2 / (slots -
-    k / 2)^2, that is for k = slots / (1 / 2 + sqrt(mean / 2 c)). A power of two, since prefills have as many
-    rows; and half of the slots at most: who ends together by chance is not to make the others wait for it.
+    If k requests join at once, (k - 1) / 2 slots are free on average, about k / 2, so a request takes
+    mean / (slots - k / 2) decode steps and a k-th of a prefill's cost c. The sum is least where
+    c / k^2 = mean / 2 / (slots - k / 2)^2, that is for k = slots / (1 / 2 + sqrt(mean / 2 c)). The result is
+    rounded to a power of two, because prefills have that many rows, and is at most half of the slots: waiting
+    requests should not depend on many running ones ending at the same time by chance.
+
+    Args:
+        slots: number of slots.
+        mean_tokens: mean number of new tokens of a request.
 
     >>> [joining(32, mean) for mean in (1, 16, 64, 256, 1024, 4096)]
     [16, 16, 8, 4, 2, 1]
@@ -195,9 +204,9 @@ def joining(slots: int, mean_tokens: float) -> int:
 
 
 def bucket(size: int, least: int) -> int:
-    """Returns `size` rounded up to a power of two or one and a half of one, `least` or more.
+    """Returns `size` rounded up to a power of two or 1.5 times one, at least `least`.
 
-    So there are few shapes to compile.
+    The rounding keeps the number of compiled shapes small.
 
     >>> [bucket(n, 16) for n in (3, 17, 30, 33, 100)]
     [16, 24, 32, 48, 128]
@@ -207,5 +216,5 @@ def bucket(size: int, least: int) -> int:
 
 
 def batch_rows(requests: int) -> int:
-    """Returns the rows of a batch: a power of two, two at least, since one row is slow on CPUs."""
+    """Returns the rows of a batch: a power of two, at least two, because a single row is slow on CPUs."""
     return max(2, next_power(requests))

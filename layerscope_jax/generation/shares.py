@@ -17,12 +17,12 @@ C = TypeVar("C")
 
 
 def join(call: Call, account: Account, decode_s: list[float]) -> None:
-    """Notes how far a run is when a call comes into it, and has it keep what the call wants kept.
+    """Records the counts of a run when a call joins it, and has the run keep the records that the call needs.
 
     Args:
-        call: that comes.
-        account: of the run; nobody counts for it at the moment.
-        decode_s: of the run's decode steps so far.
+        call: the call that joins.
+        account: account of the run, which must not be counting at the moment.
+        decode_s: times (s) of the run's decode steps so far.
     """
     if call.record_plans and account.plans is None:
         account.plans = []
@@ -39,13 +39,13 @@ def join(call: Call, account: Account, decode_s: list[float]) -> None:
 
 
 def leave(call: Call, account: Account, decode_s: list[float], now: float) -> None:
-    """Gives a call that has ended what the run has counted since it came.
+    """Stores in an ended call what the run has counted since the call joined.
 
     Args:
-        call: that has ended.
-        account: of the run; nobody counts for it at the moment.
-        decode_s: of the run's decode steps so far.
-        now: the time.
+        call: the call that has ended.
+        account: account of the run, which must not be counting at the moment.
+        decode_s: times (s) of the run's decode steps so far.
+        now: current time (s) of `time.perf_counter`.
     """
     assert call.joined is not None
     before = call.joined

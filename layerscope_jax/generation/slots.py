@@ -24,7 +24,7 @@ class Slots:
         caches: one a decoder layer, of B rows; donated by each step.
         length: positions of each row.
         tokens: [B, 1] int32, the last token of each row.
-        positions: [B, 1] int32, its position; `PAD_POSITION` where nobody runs.
+        positions: [B, 1] int32, position of that token; `PAD_POSITION` in free rows.
     """
 
     def __init__(self, new_caches: Callable[[int, int], Any]):
@@ -39,7 +39,7 @@ class Slots:
         return len(self.tokens)
 
     def fit(self, rows: int, length: int) -> None:
-        """Makes room for so many rows and positions, where there is less."""
+        """Grows the caches to at least this many rows and positions."""
         if rows <= self.rows and length <= self.length:
             return
         more = max(0, rows - self.rows)
@@ -53,22 +53,22 @@ class Slots:
         self.positions = np.pad(self.positions, ((0, more), (0, 0)), constant_values=PAD_POSITION)
 
     def put(self, rows: Sequence[int], caches: Any, width: int) -> None:
-        """Puts newcomers' caches into rows that become theirs.
+        """Copies the caches of new requests into the rows that they take.
 
         Args:
-            rows: of the newcomers.
-            caches: theirs, of `width` rows; those past the newcomers are padding.
-            width: at least as many as there are newcomers.
+            rows: rows of the new requests.
+            caches: caches of the new requests, of `width` rows; further rows are padding.
+            width: number of rows of `caches`, at least the number of new requests.
         """
         at = np.full(width, self.rows, np.int32)  # past the last row: padding goes nowhere
         at[: len(rows)] = rows
         self.caches = put_rows(self.caches, at, caches)
 
     def enter(self, row: int, token: int, position: int) -> None:
-        """Enters the last token of a row and its position."""
+        """Sets the last token of a row and its position."""
         self.tokens[row] = token
         self.positions[row] = position
 
     def free(self, row: int) -> None:
-        """Lets nobody run in a row; what its cache holds weighs nothing."""
+        """Marks a row as free; attention gives its cached keys zero weight."""
         self.positions[row] = PAD_POSITION

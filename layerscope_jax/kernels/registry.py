@@ -1,9 +1,9 @@
-"""Kernels by what they can do: which of them computes a piece of work, and what is said where none can.
+"""Registry of kernels: which kernel computes a piece of work, and the fallback if none can.
 
-Everything has a reference in plain JAX. A kernel is something faster that computes the same: it says what
-work suits it, and what, if anything, keeps it from working on this machine. The one that was registered last
-is asked first. Where a kernel that suits cannot be had, the next one computes, or the reference; that is said
-in one warning, and in the statistics of every run after it.
+All work has a reference in plain JAX. A kernel is a faster implementation of the same work: it says which
+work it supports, and why, if so, it cannot run on this machine. The kernel that was registered last is asked
+first. If a kernel that supports the work cannot run, the next kernel or the reference computes instead; one
+warning says so, and so do the statistics of every later run.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Kind = Literal["experts", "products", "attention", "sums"]
 
 
 class Work(NamedTuple):
-    """What is to be computed, as far as it matters for the choice of a kernel.
+    """Description of a computation, as far as it matters for the choice of a kernel.
 
     Attributes:
-        kind: experts of a layer; products with a layer's other weights; attention; the sums over each
+        kind: "experts" of a layer; "products" with a layer's other weights; "attention"; "sums" over each
             token's experts.
-        format: name of the format of experts (`layerscope_jax.formats`); of other work, of the dtype of
-            weights or caches.
-        dtype: of activations, which every result has too.
-        sizes: of experts (D, F); of products (K, N, N, ...) with K summed over; of attention (S, D_head, P)
-            with S tokens a row and P positions in the cache; of sums (D,).
-        platform: of the device that computes, as JAX calls it: "cpu", "gpu", "tpu".
+        format: for experts, the name of their format (`layerscope_jax.formats`); for other work, the name of
+            the dtype of the weights or caches.
+        dtype: dtype of the activations, and of every result.
+        sizes: (D, F) for experts; (K, N, N, ...) for products, with K summed over; (S, D_head, P) for
+            attention, with S tokens per row and P positions in the cache; (D,) for sums.
+        platform: platform of the device that computes, as JAX names it: "cpu", "gpu", "tpu".
     """
 
     kind: Kind
@@ -42,32 +42,32 @@ class Work(NamedTuple):
 
 
 def nothing_in_the_way(work: Work) -> str | None:
-    """The `obstacle` of a kernel that works wherever it suits."""
+    """Returns None: the `obstacle` of a kernel that can always run."""
     return None
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Something faster than the reference.
+    """A faster implementation of a reference.
 
-    What `run` takes depends on the kind. All that it writes or returns must be equal to the reference to
-    rounding, and a row must have the same bits whatever other rows are computed with it.
+    The arguments of `run` depend on the kind. Its results must equal the reference's to rounding, and a row
+    must have the same bits whatever other rows are computed with it.
 
-    - "experts" on a CPU: `run(inputs, expert, outputs)`, NumPy arrays: inputs [M, D]; an `Expert` of the
-      format, of read-only arrays; outputs [M, D], to be written. Several threads call it at once.
+    - "experts" on a CPU: `run(inputs, expert, outputs)` on NumPy arrays: inputs [M, D]; an `Expert` of the
+      format, whose arrays are read-only; outputs [M, D], to be written. Several threads call it at once.
     - "experts" on another platform: `run(x, expert) -> [M, D]`, as `ExpertFormat.ffn`, in a jitted program.
-    - the others, on CPUs only, inside a jitted program: "products" `run(table, x, *weights) -> list`,
+    - the other kinds, on CPUs only, inside a jitted program: "products" `run(table, x, *weights) -> list`,
       "attention" `run(table, query, key, value, positions, window)`, "sums" `run(table, hidden, outputs,
-      weights)`, as the references `products`, `attention` and `combine` in `layerscope_jax.kernels`. `table`
-      holds an address that our own loops need and others pass over.
+      weights)`, like the references `products`, `attention` and `combine` in `layerscope_jax.kernels`.
+      `table` holds an address that the built-in loops need; other kernels ignore it.
 
     Attributes:
-        name: in the statistics.
-        kind: of the work that it does.
-        suits: whether it can do a piece of work, by its format, types, sizes and platform.
-        run: does it.
-        obstacle: of work that suits: why it cannot be done on this machine all the same (a compiler is not
-            there, say), None if it can. Asked once for each piece of work.
+        name: name in the statistics.
+        kind: kind of the work that it computes.
+        suits: returns whether it supports a piece of work, by its format, dtype, sizes and platform.
+        run: computes the work.
+        obstacle: returns why supported work still cannot be computed on this machine (for example, because a
+            compiler is missing), None if it can. Asked once for each piece of work.
     """
 
     name: str
@@ -87,25 +87,34 @@ _lock = threading.RLock()
 
 
 def register_kernel(kernel: Kernel) -> Kernel:
-    """Makes a kernel known, to be asked before all that are known already.
+    """Registers a kernel, which is asked before all kernels that are registered already.
 
-    Engines choose kernels as they are made: register before.
+    Engines choose their kernels when they are made, so register kernels before making an engine.
+
+    Args:
+        kernel: its name must be unique among the kernels of its kind; registering the same kernel again has
+            no effect.
+
+    Returns:
+        The kernel.
 
     Raises:
-        ValueError: if it is not a kernel, or another one of its kind has its name.
+        ValueError: if it is not a `Kernel`, its kind is unknown, or its name is empty or taken.
     """
     if not isinstance(kernel, Kernel):
         raise ValueError(f"register_kernel takes a Kernel(name, kind, suits, run), got {kernel!r}")
     if kernel.kind not in get_args(Kind):
         raise ValueError(f"Kernel.kind must be one of {', '.join(get_args(Kind))}, got {kernel.kind!r}")
     if kernel.name == REFERENCE or not kernel.name:
-        raise ValueError(f"Kernel.name must be one of its own, got {kernel.name!r}")
+        raise ValueError(
+            f"Kernel.name must be text other than {REFERENCE!r}, the reference's name, got {kernel.name!r}"
+        )
     with _lock:
         known = [*_registered, *_built_in]
         same = [other for other in known if (other.kind, other.name) == (kernel.kind, kernel.name)]
         if same and same != [kernel]:
             raise ValueError(
-                f"there is a kernel {kernel.name!r} for {kernel.kind} already; name it otherwise"
+                f"a kernel named {kernel.name!r} for {kernel.kind} exists already; choose another name"
             )
         if not same:
             _registered.insert(0, kernel)
@@ -114,14 +123,14 @@ def register_kernel(kernel: Kernel) -> Kernel:
 
 
 def unregister_kernel(kernel: Kernel) -> None:
-    """Forgets a kernel that was registered; engines that have chosen it go on with it."""
+    """Removes a registered kernel; engines that have chosen it keep using it."""
     with _lock:
         _registered.remove(kernel)
         choose.cache_clear()
 
 
 def built_in(kernel: Kernel) -> None:
-    """Makes a kernel of our own known, to be asked before those of our own that are known already."""
+    """Registers a built-in kernel, which is asked before the built-in kernels that are registered already."""
     with _lock:
         _built_in.insert(0, kernel)
         choose.cache_clear()
@@ -132,7 +141,7 @@ def choose(work: Work) -> Kernel | None:
     """Returns the kernel for a piece of work; None for the reference.
 
     Warns:
-        RuntimeWarning: once for each reason why a kernel that suits cannot be had.
+        RuntimeWarning: once for each reason why a kernel that supports the work cannot run.
     """
     with _lock:
         known = [kernel for kernel in (*_registered, *_built_in) if kernel.kind == work.kind]
@@ -145,18 +154,18 @@ def choose(work: Work) -> Kernel | None:
 
 
 def warn_fallback(reason: str) -> None:
-    """Warns, once for a reason, that a kernel does not compute what suits it; see `fallbacks`."""
+    """Warns, once per reason, that a kernel cannot compute work that it supports; see `fallbacks`."""
     if reason in _fallbacks:
         return
     _fallbacks[reason] = None
     warnings.warn(
-        "a kernel of our own cannot be compiled or called, so that another or XLA computes in its place, "
-        f"more slowly (`RunStats.kernels` says which computed experts): {reason}",
+        "a kernel cannot be compiled or called, so another kernel or XLA computes in its place, more slowly "
+        f"(`RunStats.kernels` says which kernels computed experts): {reason}",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
 def fallbacks() -> tuple[str, ...]:
-    """Returns why kernels that suit were not used in this process so far; empty where all could be."""
+    """Returns why kernels could not compute work that they support in this process; empty if all could."""
     return tuple(_fallbacks)

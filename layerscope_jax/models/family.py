@@ -1,4 +1,4 @@
-"""What a family of models is (`Family`), and how its Hugging Face `config.json` is read (`ConfigReader`)."""
+"""Families of models (`Family`), and the reader of their Hugging Face `config.json` (`ConfigReader`)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ UNKNOWN = "unknown key, which may change what the model computes"
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One Hugging Face architecture: its settings, its weights, and parts of its own if it has any.
+    """One Hugging Face architecture: its settings, its weights, and the layer parts that only it has.
 
     Attributes:
         architecture: HF's class name, as in `architectures` of `config.json`.
-        model_type: HF's short name, and `ModelConfig.family`.
-        read_config: `config.json` as a dict -> ModelConfig; ValueError names everything wrong at once.
+        model_type: HF's short name, also used as `ModelConfig.family`.
+        read_config: function from `config.json` as a dict to a `ModelConfig`; raises one ValueError that
+            names everything that is wrong.
         write_config: the reverse, without `architectures`, `model_type` and `dtype`.
-        weights: its table (`layerscope_jax.models.weights`).
-        ignored: names of tensors that are passed over where the model has no place for them; `*` stands for
-            anything.
-        attentions, feed_forwards: parts that it brings, by their names in its configs; see
+        weights: table of its tensors; see `layerscope_jax.models.weights`.
+        ignored: names of tensors to ignore if the model has no place for them; `*` matches any text.
+        attentions, feed_forwards: its own kinds of layer parts, by their names in its configs; see
             `layerscope_jax.models.kinds`.
     """
 
@@ -42,21 +42,21 @@ class Family:
     feed_forwards: Mapping[str, Any] = field(default_factory=dict)
 
     def tensor_of(self, place: str) -> str | None:
-        """HF's name of what lies at a place, as in the table; None where the table has none."""
+        """Returns HF's tensor name for a place of the table; None if the table does not have the place."""
         return next((row.tensor for row in self.weights if row.place == place), None)
 
 
 MOST = 2**31 - 1
-"""The largest size of a config: what is counted in 32 bits."""
+"""Largest size in a config: sizes are 32-bit integers."""
 
 MOST_LISTED = 2**16
-"""The most layers that are told apart one by one."""
+"""Largest number of layers for which the dense layers are listed one by one."""
 
 MOST_POSITIONS = 2**30
-"""The longest context: past it lies `PAD_POSITION`."""
+"""Longest context: `PAD_POSITION` is larger than any of its positions."""
 
 LARGEST = 3e38
-"""About the largest number of float32, in which a model's numbers are computed with."""
+"""Approximate largest number of float32, the dtype in which a config's numbers are used."""
 
 
 def _whole(value: Any) -> bool:
@@ -68,7 +68,7 @@ def _positive(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut short.
+    """Returns a value as text for a message, shortened if it is long.
 
     >>> shown("a" * 1000)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
@@ -80,10 +80,10 @@ def shown(value: Any) -> str:
 
 
 class ConfigReader:
-    """Reads settings one by one, keeps what is wrong, and says all of it at once.
+    """Reads settings one by one, collects everything that is wrong, and raises it once, in `check`.
 
-    A setting may go by several keys; the first that is present and not null counts. A reading that fails
-    gives a harmless stand-in, so that the next ones can still be checked; `check` then raises.
+    A setting may go by several keys; the first that is present and not null counts. Reading a wrong value
+    returns a harmless stand-in, so that the other settings can still be checked.
 
     >>> reader = ConfigReader({"hidden_size": 64, "num_hidden_layers": "two"})
     >>> reader.integer("hidden_size"), reader.integer("num_key_value_heads", default=4)
@@ -102,19 +102,20 @@ class ConfigReader:
         self._read_keys: set[str] = set()
 
     def integer(self, *keys: str, default: Any = REQUIRED, most: int = MOST) -> Any:
-        """A positive whole number, or `default`."""
+        """Reads a positive whole number; `default` if it is not given."""
         what = f"a whole number from 1 to {most}"
         return self._read(keys, default, lambda v: _whole(v) and 0 < v <= most, what, 1)
 
     def number(self, *keys: str, default: Any = REQUIRED) -> Any:
-        """A positive number, or `default`."""
+        """Reads a positive number; `default` if it is not given."""
         return self._read(keys, default, _positive, "a finite number above 0", 1.0)
 
     def flag(self, *keys: str, default: bool) -> bool:
+        """Reads true or false; `default` if it is not given."""
         return self._read(keys, default, lambda value: isinstance(value, bool), "true or false", False)
 
     def expect(self, key: str, supported: Any, why: str) -> None:
-        """Objects to any other value than `supported` (or none at all) of a setting."""
+        """Reads a setting that must be `supported`, null or left out; anything else is a problem."""
         self._read_keys.add(key)
         value = self.config.get(key)
         same = value == supported and (type(value) is bool) == (type(supported) is bool)
@@ -123,7 +124,7 @@ class ConfigReader:
             self.problems.add(f"{key}: expected {expected}, got {shown(value)}; {why}")
 
     def rope_theta(self, default: float) -> float:
-        """Base of the rotary embedding, wherever this config's age puts it."""
+        """Reads the base of the rotary embedding, which older and newer configs keep under different keys."""
         # As in transformers 5: an old `rope_scaling` replaces `rope_parameters`, whose own `rope_theta` beats
         # the one beside it.
         name = "rope_scaling" if self.config.get("rope_scaling") else "rope_parameters"
@@ -135,7 +136,8 @@ class ConfigReader:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             self.problems.add(
-                f"{name}: expected rope_type 'default', got {shown(kind)}; scaled rotation is not supported"
+                f"{name}: expected rope_type 'default', got {shown(kind)}; scaled rotary embeddings are not "
+                "supported"
             )
         for key, value in rope.items():
             neutral = NEUTRAL.get(key)
@@ -150,7 +152,7 @@ class ConfigReader:
         return default if theta is None else float(theta)
 
     def stop_token_ids(self, vocab_size: int) -> tuple[int, ...]:
-        """`eos_token_id`: an id of the vocabulary, a list of them, or null."""
+        """Reads `eos_token_id`: an id of the vocabulary, a list of them, or null."""
         self._read_keys.add("eos_token_id")
         given = self.config.get("eos_token_id")
         ids = [] if given is None else given if isinstance(given, list) else [given]
@@ -163,25 +165,25 @@ class ConfigReader:
         return tuple(ids)
 
     def layer_types(self, sliding_window: int | None) -> None:
-        """Objects to layers that attend in another way than `sliding_window` says of all."""
+        """Reads `layer_types`: every layer must have the kind of attention that `sliding_window` implies."""
         self._read_keys.add("layer_types")
         kind = "full_attention" if sliding_window is None else "sliding_attention"
         given = self.config.get("layer_types")
         if given is not None and (not isinstance(given, list) or any(item != kind for item in given)):
             self.problems.add(
-                f"layer_types: expected {kind!r} for every layer, got {shown(given)}; other layers are not "
-                "supported"
+                f"layer_types: expected {kind!r} for every layer, got {shown(given)}; models that mix kinds "
+                "of attention are not supported"
             )
 
     def dense_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Decoder layers without experts, by `mlp_only_layers` and `decoder_sparse_step`."""
+        """Reads which decoder layers have no experts, from `mlp_only_layers` and `decoder_sparse_step`."""
         self._read_keys.add("mlp_only_layers")
         step = self.integer("decoder_sparse_step", default=1)
         given = self.config.get("mlp_only_layers")
         listed = [] if given is None else given
         if not isinstance(listed, list) or not all(map(_whole, listed)):
             self.problems.add(
-                f"mlp_only_layers: expected a list of layers' numbers or null, got {shown(given)}"
+                f"mlp_only_layers: expected a list of layer numbers or null, got {shown(given)}"
             )
             return ()
         if step == 1:
@@ -195,10 +197,10 @@ class ConfigReader:
         return tuple(layer for layer in range(num_layers) if layer in only or (layer + 1) % step)
 
     def shared(self, *, theta: float, norm_eps: float, max_position_embeddings: int) -> dict[str, Any]:
-        """The settings that every family here has, given the class defaults in which they differ."""
+        """Reads the settings that all built-in families share, given the defaults in which they differ."""
         self.expect("hidden_act", "silu", "other activations are not supported")
         self.expect(
-            "quantization_config", None, "quantized weights are not supported: take the original ones"
+            "quantization_config", None, "quantized weights are not supported: use the original checkpoint"
         )
         for key, value in NEUTRAL.items():
             self.expect(key, value, "other values are not supported")
@@ -228,10 +230,10 @@ class ConfigReader:
         }
 
     def check(self, *harmless: str) -> None:
-        """Raises ValueError if anything was missing or wrong, or if a key has a value that nobody asked for.
+        """Raises ValueError if a setting is missing or wrong, or if a key that was never read has a value.
 
         Args:
-            harmless: keys that change no logit of this family, beside those of `HARMLESS`.
+            harmless: keys that change no logit of this family, in addition to those of `HARMLESS`.
         """
         known = HARMLESS | self._read_keys | set(harmless)
         for key, value in self.config.items():
@@ -261,7 +263,7 @@ class ConfigReader:
 
 
 def write_shared(config: ModelConfig) -> dict[str, Any]:
-    """The settings that every family here has, as transformers 5 spells them."""
+    """Returns the settings that all built-in families share, as transformers 5 spells them."""
     stops = config.stop_token_ids
     return {
         "bos_token_id": None,

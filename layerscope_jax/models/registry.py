@@ -1,4 +1,4 @@
-"""The families that can be loaded, and which of them a `config.json` belongs to."""
+"""Registry of the families that can be loaded, and the choice of the one that a `config.json` belongs to."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from layerscope_jax.models.weights import EXPERTS, ROUTER, Weight
 from layerscope_jax.support.checks import Problems
 
 FAMILIES: dict[str, Family] = {}
-"""Every family, by `ModelConfig.family`; `register_family` adds to it."""
+"""All families, by `ModelConfig.family`; `register_family` adds to it."""
 
 
 def register_family(family: Family) -> None:
-    """Adds a family, so that its checkpoints load, run and save as those of the others do.
+    """Registers a family, so that its checkpoints load, run and save like those of the built-in families.
 
-    `examples/extend/family.py` adds one from a single file.
+    `examples/extend/family.py` adds a family in a single file.
 
     Args:
-        family: with a `model_type` and an `architecture` of its own. To add the same object again does
-            nothing.
+        family: the family; no other family may have its `model_type` or `architecture`. Registering the same
+            object again has no effect.
 
     Raises:
-        ValueError: with all that is wrong: what is not a `Family`, a name that another family or part has, a
-            table without one of an expert's matrices.
+        ValueError: naming everything that is wrong: a value that is not a `Family`, a name that another
+            family or layer part has, or a table without the embedding, the router or an expert's matrix.
 
     >>> register_family("qwen2_moe")
     Traceback (most recent call last):
@@ -55,16 +55,16 @@ def register_family(family: Family) -> None:
             problems.expect(
                 getattr(family, name) != getattr(other, name),
                 name,
-                f"another than that of the family {other.model_type} ({other.architecture})",
+                f"different from that of the family {other.model_type} ({other.architecture})",
                 getattr(family, name),
             )
     for name, part in family.attentions.items():
         fits = hasattr(part, "cache_shapes") and ATTENTIONS.get(name, part) is part
-        problems.expect(fits, "attentions", "modules with cache_shapes, under names that are free", name)
+        problems.expect(fits, "attentions", "modules with cache_shapes, under names not yet taken", name)
     for name, part in family.feed_forwards.items():
         fits = isinstance(part, type) and issubclass(part, DecoderLayer)
         fits &= FEED_FORWARDS.get(name, part) is part
-        problems.expect(fits, "feed_forwards", "kinds of DecoderLayer, under names that are free", name)
+        problems.expect(fits, "feed_forwards", "subclasses of DecoderLayer, under names not yet taken", name)
     rows = [row for row in family.weights if isinstance(row, Weight)]
     problems.expect(len(rows) == len(family.weights), "weights", "a tuple of Weight", family.weights)
     missing = {"embedding", ROUTER, *(EXPERTS + matrix for matrix in ("gate", "up", "down"))}
@@ -93,11 +93,11 @@ for _family in (OLMOE, MIXTRAL, QWEN3_MOE):
 
 
 def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-    """A model's shape from its Hugging Face `config.json`, of transformers 4 or 5.
+    """Returns a model's configuration from its Hugging Face `config.json`, of transformers 4 or 5.
 
     Args:
-        config: the contents of `config.json`.
-        generation: those of `generation_config.json`; its `eos_token_id`, where it has one, decides which
+        config: contents of `config.json`.
+        generation: contents of `generation_config.json`; if it has an `eos_token_id`, that decides which
             tokens end a generation.
 
     Raises:
@@ -116,10 +116,10 @@ def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | No
 
 
 def with_generation(config: ModelConfig, generation: Mapping[str, Any]) -> ModelConfig:
-    """The shape with the end tokens of a `generation_config.json`, if that says anything of them.
+    """Returns a configuration with the stop tokens of a `generation_config.json`, if it names any.
 
     Raises:
-        ValueError: if they are no tokens of the vocabulary.
+        ValueError: if they are outside the vocabulary.
     """
     if "eos_token_id" not in generation:
         return config
@@ -130,7 +130,7 @@ def with_generation(config: ModelConfig, generation: Mapping[str, Any]) -> Model
 
 
 def _family_of(config: Mapping[str, Any]) -> Family:
-    """By `architectures`, or by `model_type` where there are none."""
+    """Returns the family of a `config.json`, by `architectures`, or by `model_type` if it names none."""
     architectures = config.get("architectures")
     if not isinstance(architectures, list | None):
         raise ValueError(f"architectures: expected a list of names, got {shown(architectures)}")
@@ -142,6 +142,6 @@ def _family_of(config: Mapping[str, Any]) -> Family:
     supported = ", ".join(family.architecture for family in FAMILIES.values())
     found = f"{shown(architectures)} (model_type {shown(config.get('model_type'))})"
     raise ValueError(
-        f"expected one of the architectures {supported}, got {found}; other models are not supported, "
-        "but layerscope_jax.models.register_family adds families"
+        f"expected one of the architectures {supported}, got {found}; to support another one, add its family "
+        "with layerscope_jax.models.register_family"
     )

@@ -58,7 +58,8 @@ class ExpertBank:
         if self.dtype is None:
             if not isinstance(self.format, PlainFormat):
                 raise ValueError(
-                    f"a bank of experts in the format {self.format.name!r} needs dtype=, that of activations"
+                    f"a bank of experts in the format {self.format.name!r} needs dtype=, the dtype of the "
+                    "activations"
                 )
             object.__setattr__(self, "dtype", self.format.dtype)
 

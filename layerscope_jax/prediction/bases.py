@@ -1,4 +1,4 @@
-"""What a predictor can do besides predicting, said by its class, with defaults."""
+"""Base classes of predictors: all that an engine asks of a predictor, with defaults."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Learner:
-    """What one engine forecasts with; derive from it to be shown what became of each layer.
+    """One engine's copy of a predictor; derive from it to be shown the routing of each layer.
 
     Attributes:
-        params: of each layer, as of `Predictor.bind`. A learner may replace them where they lie; then one
-            layer's are on the device twice for a moment.
+        params: parameters of each layer, as `Predictor.bind` returns them. A learner may replace them in this
+            sequence; then the parameters of one layer are on the device twice for a moment.
         learns: whether `observe` is called.
     """
 
@@ -37,30 +37,31 @@ class Learner:
         active: np.ndarray,
         phase: Phase,
     ) -> None:
-        """Is shown one layer of a step.
+        """Receives the routing of one layer of a step.
 
         Args:
-            layer: its number; layers come in order.
-            inputs, weights: [T, D] and [T, K], on the device.
-            experts: [T, K].
-            active: [T] bool, which rows are tokens.
-            phase: of the step.
+            layer: index of the layer; layers come in order.
+            inputs: [T, D] inputs of the layer's router, on the device.
+            experts: [T, K] experts that the router chose for each token.
+            weights: [T, K] weights of those experts, on the device.
+            active: [T] bool, which rows are tokens and not padding.
+            phase: phase of the step.
         """
 
     def check(self) -> str | None:
-        """What went wrong, said once; None while all is well."""
+        """Returns what went wrong, once; None if nothing did."""
         return None
 
     def close(self) -> None:
-        """Ends what it does beside the engine. Raises what it failed with, if nobody was told."""
+        """Ends the learner's own work; raises the error that it failed with, if that was not reported."""
 
 
 class PredictorBase:
-    """A `Predictor` and all that an engine asks of one; derive from it to say more than probabilities.
+    """Base class for predictors that do more than predict, with defaults for all that an engine asks.
 
     Attributes:
-        name: as in statistics and tables.
-        look_ahead: W.
+        name: name in statistics and tables.
+        look_ahead: W, the number of coming layers that are forecast.
     """
 
     name: str
@@ -68,35 +69,35 @@ class PredictorBase:
 
     @property
     def architecture(self) -> Hashable:
-        """What programs call the `predict` of, and are kept with: equal ones share programs.
+        """Hashable object whose `predict` compiled programs call; programs of equal architectures are shared.
 
-        A predictor with weights has one without them, or says itself what is equal.
+        A predictor with weights returns an object without them, or defines its own equality.
         """
         return self
 
     def attach(self, model: Model) -> Learner:
-        """What one engine forecasts with.
+        """Returns the learner with which one engine forecasts.
 
         Raises:
-            ValueError: if the predictor was made for another model, with what differs.
+            ValueError: if the predictor was made for another model; says what differs.
         """
         return Learner(self.bind(model))
 
     def bind(self, model: Model) -> Sequence[Any]:
-        """As `Predictor.bind`."""
+        """Returns the parameters of each layer, as `Predictor.bind` does."""
         raise NotImplementedError
 
     def predict(self, params: Any, inputs: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-        """As `Predictor.predict`."""
+        """Returns probabilities [W, T, E], as `Predictor.predict` does."""
         raise NotImplementedError
 
 
 EXTRAS = ("architecture", "attach", "observe")
-"""What is asked of a `PredictorBase`, or of its learners, and not of other predictors."""
+"""Parts that are used of a `PredictorBase` or its learners, and not of other predictors."""
 
 
 class OnlyPredicts(PredictorBase):
-    """A predictor that has the parts of a `Predictor` and no more."""
+    """Wrapper that makes a `PredictorBase` of a class that has only the parts of a `Predictor`."""
 
     def __init__(self, predictor: Predictor):
         self.name, self.look_ahead = predictor.name, predictor.look_ahead
@@ -111,18 +112,18 @@ class OnlyPredicts(PredictorBase):
 
 
 def completed(predictor: Predictor | PredictorBase) -> PredictorBase:
-    """A predictor with all that may be asked of it.
+    """Returns a predictor as a `PredictorBase`.
 
     Raises:
-        ValueError: if it has parts that would not be asked for, as its class does not say that it has them.
+        ValueError: if it has parts of `PredictorBase` but is not derived from it: they would never be used.
     """
     if isinstance(predictor, PredictorBase):
         return predictor
     unasked = [name for name in EXTRAS if hasattr(predictor, name)]
     if unasked:
         raise ValueError(
-            f"predictor {predictor.name!r} has {', '.join(unasked)}, asked only of classes derived from "
-            f"layerscope_jax.PredictorBase, and observe() of the learner that attach() gives, got "
-            f"{type(predictor).__name__}; derive it from that"
+            f"predictor {predictor.name!r} has {', '.join(unasked)}, used only of classes derived from "
+            f"layerscope_jax.PredictorBase (observe(): of the learner that attach() returns), got "
+            f"{type(predictor).__name__}; derive the class from PredictorBase"
         )
     return OnlyPredicts(predictor)

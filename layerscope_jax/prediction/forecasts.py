@@ -74,7 +74,7 @@ class Forecasts:
         if self.kept_bytes > budget_bytes:
             raise ValueError(
                 f"device_budget must hold what predictor {self.name!r} keeps on the device "
-                f"({self.kept_bytes:,} bytes) and experts beside it, got {budget_bytes:,} bytes; raise it, "
+                f"({self.kept_bytes:,} bytes) and some experts, got {budget_bytes:,} bytes; raise it, "
                 "or use predictor 'gate', which keeps nothing there"
             )
         return budget_bytes - self.kept_bytes
@@ -155,7 +155,7 @@ class Forecasts:
             return np.clip(known, 0.0, float(tokens)).tolist()
         except (TypeError, ValueError):
             raise ValueError(
-                f"predictor {self.name!r}: expected() must give lists of {self._experts} expected tokens, "
+                f"predictor {self.name!r}: expected() must return lists of {self._experts} expected tokens, "
                 f"one for each layer ahead, got {str(expected)[:80]}"
             ) from None
 
@@ -188,7 +188,7 @@ def check_forecasts(predictor: Predictor, name: str, params: Sequence[Any], mode
     if not isinstance(params, Sequence) or len(params) != config.num_moe_layers:
         got = f"{len(params)}" if isinstance(params, Sequence) else repr(type(params).__name__)
         raise ValueError(
-            f"predictor {name!r}: bind() must give parameters for each of {config.num_moe_layers} layers, "
+            f"predictor {name!r}: bind() must return parameters for each of {config.num_moe_layers} layers, "
             f"got {got}"
         )
     choices = (tokens, config.experts_per_token)
@@ -214,7 +214,7 @@ def check_forecasts(predictor: Predictor, name: str, params: Sequence[Any], mode
         single = isinstance(output, jax.ShapeDtypeStruct)
         if not single or output.shape != expected or not jnp.issubdtype(output.dtype, jnp.floating):
             raise ValueError(
-                f"predictor {name!r}: predict() must give floating point probabilities of shape {expected} "
+                f"predictor {name!r}: predict() must return floating-point probabilities of shape {expected} "
                 f"(W, T, E) in layer {layer}, got {shapes}"
             )
 

@@ -15,10 +15,10 @@ LOOK_AHEAD = 4
 
 
 class History(Protocol):
-    """A predictor that goes by what was routed before: pure functions over small records, as policies are.
+    """Predictor that forecasts from earlier routing: pure functions over small records, like a policy.
 
     Attributes:
-        name, look_ahead: as of a `layerscope_jax.prediction.predictors.Predictor`.
+        name, look_ahead: as in `layerscope_jax.prediction.predictors.Predictor`.
     """
 
     @property
@@ -28,19 +28,25 @@ class History(Protocol):
     def look_ahead(self) -> int: ...
 
     def init(self, geometry: Any) -> Any:
-        """The first state, for a model with the routed experts of `geometry`."""
+        """Returns the initial state, for a model with the routed experts of `geometry`."""
 
     def update(self, state: Any, seen: Observation) -> Any:
-        """The state after a layer's demand is known."""
+        """Returns the next state, after a layer's demand is known."""
 
     def expected(self, state: Any, layer: int, tokens: int) -> list[list[float]]:
-        """[W][E] expected tokens of each expert in the layers after `layer`, for a batch of `tokens`."""
+        """Returns the expected tokens [W][E] of each expert in the W layers after `layer`.
+
+        Args:
+            state: what `init` or `update` returned.
+            layer: the layer whose demand was seen last.
+            tokens: number of tokens of the batch.
+        """
 
 
 def turn_ahead(layer: int, horizon: int, num_layers: int) -> tuple[int, int]:
-    """Which step and layer lie `horizon` layers after a layer: steps later, and the layer there.
+    """Returns the position `horizon` layers after a layer: how many steps later, and which layer.
 
-    Past the last layer the next step follows.
+    After the last layer, counting continues with the first layer of the next step.
 
     >>> turn_ahead(1, 1, num_layers=4), turn_ahead(3, 2, num_layers=4)
     ((0, 2), (1, 1))
@@ -50,12 +56,12 @@ def turn_ahead(layer: int, horizon: int, num_layers: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens that each layer's experts were given, as far as they are known.
+    """Tokens routed to each expert of each layer, for the layers that have been seen.
 
     Attributes:
-        model: whose experts.
-        of: layer -> [..., E] tokens. An engine counts those of a batch together; whoever tells requests apart
-            has them in the axes before.
+        model: numbers of the model's layers and experts.
+        of: layer -> [..., E] tokens. An engine counts the tokens of a batch together; callers that count
+            requests separately use the leading axes for them.
     """
 
     model: RoutedExperts

@@ -1,4 +1,4 @@
-"""Forecasts of the coming layers' experts: the protocol of predictors, and the one that reads routers."""
+"""Forecasts of the coming layers' experts: the protocol of predictors, and the predictor from routers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 class Predictor(Protocol):
     """Forecasts, in the jitted part of a layer, which experts each token will choose in the next W layers.
 
-    Past the last layer the look-ahead goes on into the first layers of the next step. Forecasts decide when
-    experts are moved, never what is computed: a wrong forecast costs time only.
+    Past the last layer, the look-ahead continues with the first layers of the next step. Forecasts decide
+    when experts are copied, never what is computed: a wrong forecast only costs time.
 
-    A predictor is hashable: engines with equal predictors share compiled programs, and these are kept for
-    the next engine together with the predictor. A predictor with weights therefore defines equality itself.
-    A class derived from `PredictorBase` can do more: name what stands for it in programs, and learn from the
-    routing of each layer.
+    A predictor is hashable: engines with equal predictors share compiled programs, which are cached together
+    with the predictor. A predictor with weights must therefore define its own equality. A class derived from
+    `PredictorBase` can do more: give compiled programs an object without the weights (`architecture`), and
+    learn from the routing of each layer.
 
     Attributes:
-        name: in statistics and tables.
-        look_ahead: W.
+        name: name in statistics and tables.
+        look_ahead: W, the number of coming layers that are forecast.
     """
 
     @property
@@ -42,21 +42,22 @@ class Predictor(Protocol):
     def __hash__(self) -> int: ...
 
     def bind(self, model: Model) -> Sequence[Any]:
-        """Parameters of the forecast in each layer of `model`: a pytree of arrays on the device for each.
+        """Returns the parameters of the forecast, one pytree of device arrays for each layer of `model`.
 
-        The device memory they take, apart from the model's own arrays, is taken off the device budget.
+        Their device memory, not counting the model's own arrays, is taken off the device budget.
 
         Raises:
-            ValueError: if the predictor was made for another model, with what differs.
+            ValueError: if the predictor was made for another model; says what differs.
         """
 
     def predict(self, params: Any, inputs: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-        """Probabilities [W, T, E] that a token chooses an expert; pure and jittable.
+        """Returns the probabilities [W, T, E] that each token chooses each expert; pure and jittable.
 
         Args:
-            params: of the layer, from `bind`.
-            inputs: [T, D] input of this layer's router.
-            experts, weights: [T, K] its choice.
+            params: parameters of this layer, from `bind`.
+            inputs: [T, D] inputs of this layer's router.
+            experts: [T, K] experts that this layer's router chose for each token.
+            weights: [T, K] router weights of those experts.
         """
 
 
@@ -64,8 +65,8 @@ class Predictor(Protocol):
 class NextGate(PredictorBase):
     """The next layers' routers, applied to this layer's hidden state (Fate, arXiv 2502.12224, and others).
 
-    The hidden state is assumed to reach them unchanged: `x / scale_l` is what each of their norms scales. It
-    has no forecast of the next step.
+    The hidden state is assumed to reach them unchanged: `x / scale_l` is what each of their norms scales. The
+    next step is not forecast.
     """
 
     look_ahead: int = LOOK_AHEAD
@@ -163,7 +164,7 @@ def make_predictor(predictor: str | Predictor | History) -> Predictor | History:
     if isinstance(predictor, str):
         if predictor not in PREDICTORS:
             raise ValueError(
-                f"predictor must be one of {', '.join(sorted(PREDICTORS))}, or a loaded one "
+                f"predictor must be one of {', '.join(sorted(PREDICTORS))}, or a loaded predictor "
                 f"(`predictor.load(folder)`), got {predictor!r}"
             )
         return PREDICTORS[predictor]()
@@ -173,13 +174,15 @@ def make_predictor(predictor: str | Predictor | History) -> Predictor | History:
             f"{predictor!r}"
         )
     if isinstance(predictor, type):
-        raise ValueError(f"predictor must be an object, got the class {predictor.__name__}: make one of it")
+        raise ValueError(
+            f"predictor must be an object, got the class {predictor.__name__}; pass an instance of it"
+        )
     try:
         if hasattr(predictor, "predict"):
             hash(completed(cast(Predictor, predictor)).architecture)
     except TypeError:
         raise ValueError(
-            f"predictor {type(predictor).__name__} must be hashable, as engines with equal predictors share "
-            "programs (of a dataclass, say frozen=True or eq=False)"
+            f"predictor {type(predictor).__name__} must be hashable, because engines with equal predictors "
+            "share programs; if it is a dataclass, set frozen=True or eq=False"
         ) from None
     return predictor

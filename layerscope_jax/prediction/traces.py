@@ -89,7 +89,9 @@ class Chunk:
             if checksum(self._path(array)) != expected:
                 damaged.append(self._path(array).name)
         if damaged:
-            raise ValueError(f"{self.folder}: damaged (checksums differ): {', '.join(damaged)}; copy again")
+            raise ValueError(
+                f"{self.folder}: damaged (checksums differ): {', '.join(damaged)}; copy the trace again"
+            )
         most, known = int(self.map("experts").max(initial=0)), self.header.model.num_experts
         if most >= known:
             raise ValueError(
@@ -228,7 +230,7 @@ class TraceWriter:
             ]
             if differing:
                 raise ValueError(
-                    f"{self.folder} holds a trace made in another way: {'; '.join(differing)}; "
+                    f"{self.folder} holds a trace that was recorded differently: {'; '.join(differing)}; "
                     "choose another folder"
                 )
             self.done = [passage for chunk in trace.chunks for passage in chunk.passages]
@@ -253,8 +255,8 @@ class TraceWriter:
             finite = np.isfinite(arrays["hidden"]).all((0, 2))
             if not finite.all():
                 raise ValueError(
-                    f"hidden states of layers {np.flatnonzero(~finite).tolist()} are not finite; the model "
-                    "or its dtype is at fault (try float32)"
+                    f"hidden states of layers {np.flatnonzero(~finite).tolist()} are not finite, because of "
+                    "the model or its dtype; try float32"
                 )
         shapes = {name: shape for name, (shape, _) in expected.items()}
         given = {name: array.shape for name, array in arrays.items()}

@@ -47,7 +47,7 @@ class ModelShape(RoutedExperts):
 
     Attributes:
         hidden_size, moe_intermediate_size: D, F.
-        dtype: of the weights, the name of their format (`layerscope_jax.formats`).
+        dtype: name of the experts' format (`layerscope_jax.formats`).
     """
 
     hidden_size: int
@@ -56,7 +56,7 @@ class ModelShape(RoutedExperts):
 
     @classmethod
     def of(cls, model: Model) -> ModelShape:
-        """The shape of a loaded model."""
+        """Returns the shape of a loaded model."""
         return cls(
             **model.geometry(0).counts(),
             hidden_size=model.config.hidden_size,
@@ -66,11 +66,11 @@ class ModelShape(RoutedExperts):
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert."""
+        """Size (bytes) of one expert."""
         return format_named(self.dtype).expert_bytes(self.hidden_size, self.moe_intermediate_size)
 
     def geometry(self, slots: int) -> Geometry:
-        """The same as policies see it, within a budget with room for so many experts."""
+        """Returns the geometry that policies see, for a budget that holds `slots` experts."""
         return Geometry(**self.counts(), expert_bytes=self.expert_bytes, slots=slots)
 
 
@@ -78,18 +78,18 @@ class ModelShape(RoutedExperts):
 class MachineProfile:
     """Costs of a model on a machine, with the model, the machine and where the figures come from.
 
-    Measured by `layerscope calibrate`, or published with a paper and shipped (`names`).
+    It is either measured by `layerscope calibrate`, or published with a paper and shipped (`names`).
 
     Attributes:
         name: name of a shipped profile, or of the model that was measured.
-        costs: times that plans are made by, measured while the rest of the machine was busy too.
-        model: sizes of the model whose experts they are of.
-        machine: cpu, cores, device, memory_bytes; None where it is not known.
-        versions: versions of the software that computed.
-        slots: experts that the device has room for; None if that was not given.
-        routing: name of the recorded routing that this model is simulated with, if there is one.
-        emulated_link_bandwidth: bytes a second that copies were paced to, or None.
-        details: other measurements, for readers: each part alone, by size, by context.
+        costs: times from which plans are made, measured while the rest of the machine was busy too.
+        model: sizes of the model that was measured.
+        machine: cpu, cores, device, memory_bytes; None for values that are not known.
+        versions: versions of the software that was measured.
+        slots: number of experts that the device holds; None if it was not given.
+        routing: name of the recorded routing with which this model is simulated; None without one.
+        emulated_link_bandwidth: bytes per second to which copies were slowed down; None for full speed.
+        details: other measurements, for human readers: each part alone, by size, by context.
 
     >>> profile = MachineProfile.load("mixtral-8x7b")
     >>> profile.costs.transfer_ms, MachineProfile.load("mixtral-8x7b@pcie4-x16").costs.transfer_ms
@@ -113,7 +113,7 @@ class MachineProfile:
         """Reads a shipped profile by its name (see `names`), or a file.
 
         Raises:
-            ValueError: if there is none, or with every field that is not as it should be.
+            ValueError: if there is no such profile, or naming every field that is wrong.
         """
         base, _, link = str(name_or_path).partition("@")
         if str(name_or_path) in names():
@@ -221,7 +221,7 @@ class MachineProfile:
         if differing:
             raise ValueError(
                 f"the profile {self.name!r} ({self.costs.source}) is of another machine or model: "
-                f"{'; '.join(differing)}; run `layerscope calibrate` on this one"
+                f"{'; '.join(differing)}; run `layerscope calibrate` on this machine with this model"
             )
 
     def geometry(self, slots: int | None = None) -> Geometry:
@@ -232,7 +232,7 @@ class MachineProfile:
         """
         slots = self.slots if slots is None else slots
         if slots is None:
-            raise ValueError(f"the profile {self.name!r} has no slots of its own: say how many")
+            raise ValueError(f"the profile {self.name!r} names no number of slots; pass slots=")
         return self.model.geometry(slots)
 
     def _over(self, link: str) -> MachineProfile:

@@ -1,4 +1,4 @@
-"""What a policy came to (`Outcome`): one record for runs of an engine and for simulations."""
+"""Results of running a policy (`Outcome`): one record for runs of an engine and for simulations."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run and a simulation both can tell, so that one table may hold both.
+    """Statistics that a run and a simulation both report, so that one table can hold both.
 
     Attributes:
-        policy: what decided ("resident" where everything fits).
-        predictor: whose forecasts the policy was given; None for nobody's.
-        budget_bytes: device memory allowed for experts and predictor; every hit rate is at this budget.
-        peak_expert_bytes: most ever taken by resident experts and copies on their way.
-        total_s: time of everything, on the clock that it ran by.
-        ttft_s: time to first token, mean over requests; 0 if nothing was prefilled.
-        tpot_s: time per output token: mean time of a decode step; 0 if there was none.
-        device_share, host_share, link_share: busy time of each by total time.
-        hit_rate: active experts that were resident when their layer was planned, by active experts.
-        token_hit_rate: the same, each expert counted by its tokens.
-        bytes_demand, bytes_prefetch, bytes_moved: sent over the link: on demand, ahead of it, together.
-        bytes_wasted: prefetched and never used.
-        forecast_recall: in decode steps, where n experts were active: those of them among the n that were
-            expected most tokens for, one layer before; None without a forecast.
-        prefetch_on_time: prefetched experts that were used and had arrived when their layer was planned, by
-            all that were used; None where none was.
-        share_of_bound: least time that the costs allow any policy, by what was taken; None if not asked for.
-            See `layerscope_jax.runtime.lower_bound`.
+        policy: name of the policy; "resident" if every expert fits.
+        predictor: name of the predictor whose forecasts the policy used; None without a predictor.
+        budget_bytes: device memory (bytes) allowed for experts and predictor; the hit rates hold for it.
+        peak_expert_bytes: peak device memory (bytes) of resident experts and copies in flight.
+        total_s: total time (s), by the wall clock or the simulator's clock.
+        ttft_s: time to first token (s), mean over requests; 0 if nothing was prefilled.
+        tpot_s: time per output token (s): mean time of a decode step; 0 if there was none.
+        device_share, host_share, link_share: busy time of each, divided by the total time.
+        hit_rate: fraction of active experts that were resident when their layer was planned.
+        token_hit_rate: the same, with each expert weighted by its tokens.
+        bytes_demand, bytes_prefetch, bytes_moved: bytes sent over the link by on-demand loads, by prefetches,
+            and by both together.
+        bytes_wasted: bytes that were prefetched and never used.
+        forecast_recall: fraction of the active experts of decode steps that were forecast one layer ahead: of
+            n active experts, those among the n with the most expected tokens; None without a forecast.
+        prefetch_on_time: fraction of the used prefetched experts that had arrived when their layer was
+            planned; None if none was used.
+        share_of_bound: lower bound on the time under any policy, by the machine's costs, divided by the time
+            taken; None if not asked for. See `layerscope_jax.runtime.lower_bound`.
     """
 
     policy: str
@@ -59,12 +60,12 @@ class Outcome:
 
 
 def counted(meter: Meter, *, demand_bytes: int, prefetch_bytes: int, wasted_bytes: int) -> dict[str, Any]:
-    """The fields of an `Outcome` that counts give, by name.
+    """Returns the fields of an `Outcome` that are computed from counts, by name.
 
     Args:
-        meter: of the layers.
-        demand_bytes, prefetch_bytes: sent over the link.
-        wasted_bytes: prefetched and never used.
+        meter: counts of the layers.
+        demand_bytes, prefetch_bytes: bytes sent over the link.
+        wasted_bytes: bytes prefetched and never used.
     """
     used_prefetches = meter.on_time + meter.late
     return {
@@ -80,7 +81,7 @@ def counted(meter: Meter, *, demand_bytes: int, prefetch_bytes: int, wasted_byte
 
 
 def busy(total: float, *, device: float, host: float, link: float) -> dict[str, Any]:
-    """The busy shares of an `Outcome`, from times in any one unit.
+    """Returns the busy shares of an `Outcome`, from times that are all in the same unit.
 
     >>> busy(4.0, device=1.0, host=4.000000001, link=0.0)  # sums are rounded
     {'device_share': 0.25, 'host_share': 1.0, 'link_share': 0.0}

@@ -1,4 +1,4 @@
-"""What runs a model's steps, whichever way it goes: the face that an engine knows."""
+"""The interface through which an engine runs a model's steps (`Runner`), however they are run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from layerscope_jax.runtime.accounts import Account
 
 Stepped = tuple[jax.Array, jax.Array, list[Any]]
-"""What a step gives: the next tokens [B], logits [B, V] in float32, caches with the new keys and values."""
+"""Result of a step: the next tokens [B], logits [B, V] in float32, caches with the new keys and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerStats:
-    """What the statistics of a call say of the runner that it went by; see `RunStats`.
+    """The runner's part of a call's statistics.
 
     Attributes:
-        policy, mode, format, dense_kernels, predictor, ways: as there.
-        peak_expert_bytes, predictor_bytes: as there.
-        least_decode_s: least time that the costs allow any policy for the call's decode steps; None if the
-            call's account did not ask for it, or no costs are known.
+        policy, mode, format, dense_kernels, predictor, ways: as in `RunStats`.
+        peak_expert_bytes, predictor_bytes: as in `RunStats`.
+        least_decode_s: lower bound (seconds) on the time of the call's decode steps under any policy, by the
+            machine's costs; None if the call's account did not ask for it, or no costs are known.
     """
 
     policy: str
@@ -42,15 +42,15 @@ class RunnerStats:
 
 
 class Runner(Protocol):
-    """Runs the steps of one model, one at a time, by one thread at a time.
+    """Runs the steps of one model, one step at a time; only one thread may call it at a time.
 
-    After a step that failed or was interrupted, whatever it waited for, all of its threads are idle and its
-    queues empty, or the next step begins with that; nothing but time is lost.
+    After a step that failed or was interrupted at any point, all threads of the runner are idle and its
+    queues are empty, or the next step begins by making them so; only time is lost.
 
     Attributes:
-        policy: what decides; `Resident` where nothing is left to decide.
-        costs: of the machine, by which the policy decides and `RunnerStats.least_decode_s` is counted; None
-            where none are known.
+        policy: the policy that plans each layer; `Resident` if there is nothing to decide.
+        costs: costs of the machine, used by the policy and for `RunnerStats.least_decode_s`; None if they are
+            not known.
     """
 
     @property
@@ -67,43 +67,48 @@ class Runner(Protocol):
         caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
-        """One forward pass: prefill (S > 1) or decode (S = 1).
+        """Runs one forward pass: prefill (S > 1) or decode (S = 1).
 
         Args:
             tokens: [B, S] int32.
-            positions: [B, S] int32; `PAD_POSITION` marks padding and finished requests, which route nowhere.
-            last: [B] index in S of the token whose successor is asked for.
-            caches: one a decoder layer; donated.
-            sampling: how the next tokens are picked, None for greedy.
+            positions: [B, S] int32; `PAD_POSITION` marks padding and finished requests, which are routed to
+                no expert.
+            last: [B] index along S of the token whose successor is wanted.
+            caches: one per decoder layer; donated.
+            sampling: how the next tokens are picked; None for greedy.
+
+        Returns:
+            The next tokens [B], logits [B, V] in float32, and the caches with the new keys and values.
 
         Raises:
             TransferError: if an expert that is needed on the device could not be copied there.
-            ValueError: if the policy's plan is not one (see `check_plan`), or the runner was closed. What the
-                policy raises passes through.
+            ValueError: if the policy's plan is invalid (see `check_plan`), or the runner was closed.
+                Exceptions that the policy raises pass through.
         """
 
     def reset(self, account: Account | None) -> None:
-        """Counts and records for one call from now on, and puts aside what was counted for another.
+        """Counts and records for one call from now on, and stores the counts of the call before.
 
-        A call may be counted for again after others were: calls go on beside each other, step by step. What
-        crosses the link between two steps is counted for whoever had the first.
+        Calls that overlap take turns step by step, so a call may be counted for again after others. Copies
+        between two steps are counted for the call of the first step.
 
         Args:
-            account: of the call; None for nobody, where one has ended.
+            account: account of the call; None to count for no call, after a call has ended.
         """
 
     def stats(self, account: Account) -> RunnerStats:
-        """What it did for a call."""
+        """Returns the statistics of what the runner did for a call."""
 
     def rehearsal(self) -> Runner:
-        """A runner whose steps compile what the steps of this one will need, and leave all else as it was.
+        """Returns a runner whose steps compile what this runner's steps will need, and change nothing else.
 
-        It has nothing of its own to be closed, and gives no tokens that mean anything.
+        It need not be closed, and its tokens are meaningless.
         """
 
     def close(self) -> None:
-        """Ends its threads; it runs no more. May be called again, as after an interrupt.
+        """Ends the runner's threads; it runs no more steps. It may be called again, as after an interrupt.
 
         Raises:
-            BaseException: the first that ending a part of it ended with; the others were ended too.
+            BaseException: the first exception raised while ending a part of the runner; all other parts are
+                ended too.
         """

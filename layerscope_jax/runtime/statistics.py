@@ -1,4 +1,4 @@
-"""What a run did, in the field's terms."""
+"""Statistics of a run, and the counts from which they are computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layerscope_jax.scheduling.plan import ExpertId, Observation
 
 @dataclass
 class Meter:
-    """Counts of the engine's own, since the last reset."""
+    """Counts of layers, experts, tokens and prefetches since the last reset."""
 
     device_busy_s: float = 0.0
     layers: int = 0
@@ -26,11 +26,11 @@ class Meter:
     _forecast: Sequence[float] = ()
 
     def count(self, seen: Observation, idle_prefetches: Set[ExpertId]) -> None:
-        """Counts one layer's demand: how much of it was resident, and foreseen, when the layer was planned.
+        """Counts one layer's demand, and how much of it was resident and forecast when the layer was planned.
 
         Args:
-            seen: when it was planned.
-            idle_prefetches: experts that have come, or are coming, as a prefetch not yet used.
+            seen: the observation from which the layer was planned.
+            idle_prefetches: experts whose prefetch has arrived or is in flight, and was not used yet.
         """
         layer, resident = seen.layer, seen.resident  # plain pairs equal `ExpertId`s, and are made faster
         hits = [n for expert, n in seen.demand.items() if (layer, expert) in resident]
@@ -50,7 +50,7 @@ class Meter:
         self._forecast = seen.forecast[0] if seen.forecast else ()
 
     def count_resident(self, layers: int, experts: int, tokens: int) -> None:
-        """Counts layers whose experts were all resident, and so many of them wanted."""
+        """Counts layers whose experts were all resident, with their active experts and routed tokens."""
         self.layers += layers
         self.experts, self.expert_hits = self.experts + experts, self.expert_hits + experts
         self.tokens, self.token_hits = self.tokens + tokens, self.token_hits + tokens
@@ -58,13 +58,14 @@ class Meter:
 
 @dataclass
 class Times:
-    """Measured while generating.
+    """Times measured while generating, and the prompt tokens that they cover.
 
     Attributes:
-        prompt_tokens: of the requests that were prefilled.
-        first_token_s: of each request: from the start of the call, so waiting for a slot counts.
-        decode_s: of each decode step, in which every running request gets one token. Prefills between decode
-            steps are in none of them.
+        prompt_tokens: prompt tokens of the prefilled requests.
+        first_token_s: time (s) to the first token of each request, from the start of the call, including any
+            wait for a slot.
+        decode_s: time (s) of each decode step, in which every running request gets one token; prefills
+            between decode steps are not included.
     """
 
     prompt_tokens: int = 0
@@ -74,30 +75,31 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStats(Outcome):
-    """Statistics of one call: an `Outcome` by the wall clock, and what only an engine can tell.
+    """Statistics of one call: an `Outcome` by the wall clock, and figures that only an engine can report.
 
-    Where calls overlap they share steps, and what is counted and timed by steps, layers, experts and bytes is
-    that of all, from the call's beginning to its end; prompts, tokens and times to first token are its own.
-    Time to first token is counted from the start of the call, so that waiting for a slot counts. In a decode
-    step each running request gets one token; prefills of newcomers in between are in none. The share of the
-    bound is that of the decode steps.
+    Calls that overlap share steps. What is counted or timed by step, layer, expert or byte then covers all
+    calls, from this call's beginning to its end; prompts, tokens and times to first token are this call's.
+    Time to first token starts with the call, so waiting for a slot is included. In a decode step each running
+    request gets one token; prefills between decode steps are not included. The share of the bound covers the
+    decode steps only.
 
     Attributes:
-        mode: "whole" (each step one jitted function), "layers" (layer by layer) or "decode" (resident on a
-            CPU: decode steps are one jitted function).
-        predictor_bytes: what the predictor kept on the device, taken off the budget before any expert.
-        prompts, prompt_tokens, new_tokens: how much was done.
-        tokens_per_s: new tokens by total time.
-        ways: parts of the layers' turns that policy "auto" ran in each of its ways, by phase; None of others.
-        padding: computed expert rows that were padding, by all computed rows.
-        dispatches: calls that computed experts, device and host together.
-        format: how experts lie in memory, by its name (`layerscope_jax.formats`).
-        kernels: parts of these experts by what computed them: "amx", "pairs" and "loops" (our own, on
-            a CPU), kernels that were registered, and "xla", the reference; None where no expert was computed
-            apart from its layer.
-        dense_kernels: what computes the rest of a decode step: its "products" with dense weights, its
+        mode: "whole" (each step is one jitted function), "layers" (layer by layer) or "decode" (all experts
+            resident on a CPU: each decode step is one jitted function).
+        predictor_bytes: device memory (bytes) of the predictor, taken off the budget before any expert.
+        prompts, prompt_tokens, new_tokens: number of prompts, of their tokens, and of generated tokens.
+        tokens_per_s: new tokens per second of total time.
+        ways: for policy "auto", the fraction of layers run in each of its ways, by phase; None for other
+            policies.
+        padding: fraction of computed expert rows that were padding.
+        dispatches: number of calls that computed experts, on device and host together.
+        format: name of the format of the experts (`layerscope_jax.formats`).
+        kernels: fraction of those experts by what computed them: "amx", "pairs" and "loops" (built in, on a
+            CPU), registered kernels, and "xla", the reference; None if no expert was computed outside a
+            jitted step or layer.
+        dense_kernels: kernel of each other part of a decode step: the "products" with dense weights, the
             "attention" and the "sums" over experts.
-        kernel_fallbacks: why kernels that suit some work were not used for it in this process.
+        kernel_fallbacks: reasons why kernels could not compute work that they support, in this process.
     """
 
     mode: str

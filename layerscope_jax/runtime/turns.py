@@ -1,4 +1,4 @@
-"""Who may use an engine: one thread at a time, in the process that made it, outside of traced functions."""
+"""Turns of an engine: one thread at a time, in the process that made it, outside of traced functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 from layerscope_jax.support.jax_settings import own_settings
 
 _first: int | None = None
-"""The process in which the first engine of this program was made: its threads live there alone."""
+"""The process that made the first engine of this program; the engine's threads exist only there."""
 
 
 class Lock(Protocol):
@@ -25,17 +25,16 @@ class Lock(Protocol):
 
 
 class Turns:
-    """The turns of an engine, a step each. Whoever comes meanwhile waits.
+    """Turns of an engine, one step each; other threads wait meanwhile.
 
-    Nothing of a caller's is run within a turn but policies, predictors and the like, which have no business
-    with the engine; so nobody waits for somebody who waits for them.
+    The only code of a caller that runs within a turn is policies, predictors and the like, which must not use
+    the engine; so two threads never wait for each other.
 
     Args:
-        lock: that a turn holds, one that its thread may take again.
+        lock: reentrant lock that a turn holds.
 
     Raises:
-        ValueError: where there can be no engine: within a traced function, and in a fork of a process that
-            has had one.
+        ValueError: in a traced function, and in a fork of a process that has had an engine.
     """
 
     def __init__(self, lock: Lock) -> None:
@@ -47,16 +46,16 @@ class Turns:
         if _first != self._process:
             raise ValueError(
                 f"this process ({self._process}) is a fork of one ({_first}) that has had an Engine: JAX "
-                'does not work in such a process; start it by multiprocessing.get_context("spawn")'
+                'does not work in such a process; start it with multiprocessing.get_context("spawn")'
             )
         self._lock = lock
-        self._next = threading.RLock()  # whoever waits has it, and comes before who had the last turn
+        self._next = threading.RLock()  # held by the next thread; the last owner comes after it
         self._owner: int | None = None  # the thread whose turn it is
-        self._waiting: dict[int, None] = {}  # threads that wait for one
+        self._waiting: dict[int, None] = {}  # threads that wait for a turn
 
     @property
     def inherited(self) -> bool:
-        """Whether this process is a fork of the engine's own, and has none of its threads."""
+        """Whether this process is a fork of the engine's, and so has none of its threads."""
         return os.getpid() != self._process
 
     @property

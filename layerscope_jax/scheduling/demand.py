@@ -28,7 +28,7 @@ def need_a_layer(geometry: Geometry, policy: str) -> None:
         raise ValueError(
             f"device_budget is too small for policy {policy!r}: a layer may need all of its "
             f"{geometry.num_experts} experts on the device at once "
-            f"({geometry.num_experts * geometry.expert_bytes:,} bytes), the budget has room for "
+            f"({geometry.num_experts * geometry.expert_bytes:,} bytes), but the budget holds only "
             f"{geometry.slots}; raise it, or use policy 'host-only' or 'fiddler', which compute the others "
             "on the host"
         )

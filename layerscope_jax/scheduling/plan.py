@@ -16,7 +16,7 @@ from layerscope_jax.scheduling.policy import PolicyBase
 Phase = Literal["prefill", "decode"]
 
 MOST = 2**31 - 1
-"""Largest number of a step, a layer or an expert in a file of plans."""
+"""Largest index of a step, a layer or an expert in a file of plans."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +24,17 @@ class Observation:
     """Everything that a policy is shown when it plans one layer of one step.
 
     Attributes:
-        step: number of the forward pass within one call of `generate`: 0 for its first prefill, then on
-            through the decode steps and the prefills of later batches.
-        layer: the layer about to be computed.
+        step: index of the forward pass within one call of `generate`: 0 for the call's first prefill, then
+            counting through the decode steps and later prefills.
+        layer: index of the layer about to be computed, among those with routed experts.
         phase: "prefill" or "decode".
-        demand: expert -> tokens routed to it, for the active experts of this layer.
+        demand: number of tokens routed to each active expert of this layer, by expert.
         resident: experts in device memory, of all layers.
         in_flight: experts whose copy to the device is queued or has begun.
-        forecast: [W][E] expected tokens of each expert in the W layers after this one, the first layers of
-            the next step following the last; empty without a predictor.
-        elapsed_ms: measured from the plan before to this one, or to the end of its step; 0 if not known.
+        forecast: [W][E] expected tokens of each expert in the W layers after this one, continuing after the
+            last layer with the first layers of the next step; empty without a predictor.
+        elapsed_ms: measured time (ms) from the previous plan to this one, or to the end of the previous
+            plan's step if that came first; 0 if not known.
     """
 
     step: int
@@ -48,15 +49,17 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """One layer's decision. Saved, compared and replayed as it is.
+    """The decision for one layer of one step; a record that can be saved, compared and replayed.
 
     Attributes:
-        step, layer: the step and the layer that it is for.
-        device: active experts computed on the device.
-        host: active experts computed by the host; with `device`, each active expert exactly once.
-        evict: experts that leave the device before anything is loaded.
-        load: on-demand loads: experts of `device` that must be copied now, first needed first.
-        prefetch: experts of later layers to copy when no demand waits, most valuable first.
+        step, layer: the step and the layer that are planned.
+        device: active experts to compute on the device.
+        host: active experts to compute on the host; each active expert is in exactly one of `device` and
+            `host`.
+        evict: experts to evict from the device before anything is loaded.
+        load: on-demand loads: experts of `device` that must be copied now, in the order in which they are
+            needed.
+        prefetch: experts to copy ahead of time, whenever no on-demand load is waiting, most valuable first.
     """
 
     step: int
@@ -72,10 +75,10 @@ class LayerPlan:
 
     @classmethod
     def from_json(cls, record: Any) -> LayerPlan:
-        """Reads what `to_json` gave.
+        """Returns the plan in a record that `to_json` made.
 
         Raises:
-            ValueError: if it is something else, with what was expected.
+            ValueError: if the record is not such a plan; says what was expected.
         """
         names = [field.name for field in fields(cls)]
         if not isinstance(record, dict) or record.keys() != set(names):
@@ -112,14 +115,15 @@ class LayerPlan:
 
 
 class Policy(Protocol):
-    """Decides where each active expert is computed and what is moved. Pure: no clock, no arrays, no device.
+    """Decides where each active expert is computed, and which experts are copied and evicted.
 
-    The state is the policy's own; the engine only passes it from one call to the next.
+    Both methods are pure: they use no clock, no arrays and no device. The state belongs to the policy; the
+    engine only passes it from one call of `plan` to the next.
 
-    A class derived from `PolicyBase` can say more: when it wants forecasts, what it reports, and so on.
+    A class derived from `PolicyBase` can do more than plan, such as decline forecasts or report statistics.
 
     Attributes:
-        name: in statistics and tables.
+        name: name in statistics and tables.
         uses_costs: whether `init` needs a measured `HardwareProfile`.
     """
 
@@ -127,10 +131,23 @@ class Policy(Protocol):
     uses_costs: bool
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> Any:
-        """Returns the first state. Raises ValueError if the budget is too small for this policy."""
+        """Returns the initial state.
+
+        Args:
+            geometry: numbers of layers and experts, and how many experts the budget holds.
+            profile: measured costs of the machine; may be None if `uses_costs` is false.
+
+        Raises:
+            ValueError: if the budget is too small for this policy.
+        """
 
     def plan(self, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
-        """Decides one layer of one step."""
+        """Returns the next state and the plan for one layer of one step.
+
+        Args:
+            state: what `init` or the previous call of `plan` returned.
+            seen: what is known about the layer.
+        """
 
 
 def ask(policy: Policy | PolicyBase, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
@@ -147,7 +164,7 @@ def ask(policy: Policy | PolicyBase, state: Any, seen: Observation) -> tuple[Any
         raise
     if type(answer) is not tuple or len(answer) != 2 or not isinstance(answer[1], LayerPlan):
         raise ValueError(
-            f"plan() of policy {policy.name!r} must give (state, LayerPlan), got {str(answer)[:80]!r} for "
+            f"plan() of policy {policy.name!r} must return (state, LayerPlan), got {str(answer)[:80]!r} for "
             f"step {seen.step}, layer {seen.layer}"
         )
     return answer
@@ -165,22 +182,22 @@ def check_plan(
     Args:
         plan: the plan.
         seen: the observation that it was made from.
-        slots: how many experts the device budget holds.
+        slots: number of experts that the device budget holds.
         known: the experts that exist; None skips that check.
         policy: name of the policy, for messages.
 
     Raises:
-        ValueError: if it holds other things than experts, an active expert is not computed exactly once, a
-            device expert is neither resident nor loaded, something needed or absent is evicted, something
-            present or unknown is copied, an expert is named twice, or more than `slots` experts would be on
-            the device or on their way.
+        ValueError: if the plan names anything but experts, computes an active expert not exactly once,
+            computes an expert on the device that is neither resident nor loaded, evicts an expert that is
+            needed or absent, copies an expert that is present or does not exist, names an expert twice, or
+            would put more than `slots` experts on the device or in flight.
     """
     where = f"plan for step {plan.step}, layer {plan.layer}"
     if policy is not None:
         where += f", by policy {policy!r}"
     try:
         _check(plan, seen, slots, known, where)
-    except (TypeError, AttributeError) as error:  # of what cannot be in a set, or is none
+    except (TypeError, AttributeError) as error:  # the plan holds values that are not experts
         raise ValueError(f"{where}: {EXPECTED}, got {str(plan)[:200]}") from error
 
 
@@ -242,15 +259,15 @@ def _check(
 
 
 class Replay(PolicyBase):
-    """Repeats recorded plans: each expert is computed where it was, whatever policy decided that.
+    """Repeats recorded plans: computes each expert on the side that computed it in the recording.
 
-    Each call of `generate` replays the recorded one from its beginning; prompts, settings and budget must be
-    those of the recording. What is computed where is repeated always. What moves is repeated as far as the
-    device holds what it held then: what is there is not copied again, and where room is short, experts that
-    the layer does not need leave. So a replay from the same residency (the first call of a new engine, of a
-    recording of such a call) gives equal plans, provided that prefetches arrive as they did. Where one is
-    late that had made room by now, the layer waits for it: how fast copies are never decides whether there is
-    room.
+    Each call of `generate` replays the recorded call from its beginning; prompts, settings and budget must be
+    those of the recording. Where experts are computed is always repeated. Copies and evictions are repeated
+    as far as the device holds the same experts as in the recording: an expert that is present is not copied
+    again, and if room is short, experts that the layer does not need are evicted. So a replay from the same
+    residency (for example, if recording and replay are both the first call of a new engine) gives equal
+    plans, provided that prefetches arrive at the same times. If an expert that is to be evicted, or must make
+    room, is still in flight, the layer waits for it: the speed of copies never decides whether there is room.
 
     >>> plan = LayerPlan(step=0, layer=0, device=(2,), load=(ExpertId(0, 2),))
     >>> seen = Observation(step=0, layer=0, phase="prefill", demand={2: 1}, resident=(), in_flight=())
@@ -268,8 +285,8 @@ class Replay(PolicyBase):
         self.plans = {(plan.step, plan.layer): plan for plan in plans}
         if not self.plans:
             raise ValueError(
-                "expected recorded plans, got none; where every expert fits nothing is decided, "
-                "record within a smaller device_budget"
+                "expected recorded plans, got none; if every expert fits, there are no plans to record: "
+                "record with a smaller device_budget"
             )
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> int:
@@ -279,14 +296,15 @@ class Replay(PolicyBase):
             experts = [*plan.device, *plan.host, *(expert.expert for expert in moved)]
             if max(layers) >= geometry.num_layers or max(experts, default=0) >= geometry.num_experts:
                 raise ValueError(
-                    f"the recorded plans are of another model: that for step {plan.step}, layer {plan.layer} "
-                    f"has layer {max(layers)} and expert {max(experts, default=0)}, this model's are "
-                    f"0..{geometry.num_layers - 1} and 0..{geometry.num_experts - 1}"
+                    f"the recorded plans are of another model: the plan for step {plan.step}, layer "
+                    f"{plan.layer} names layer {max(layers)} and expert {max(experts, default=0)}, but this "
+                    f"model's layers are 0..{geometry.num_layers - 1}, its experts "
+                    f"0..{geometry.num_experts - 1}; replay with the model of the recording"
                 )
         return geometry.slots
 
     def awaits_link(self, state: int, seen: Observation) -> bool:
-        """Whether something is on its way that is to leave, or that there is no room beside."""
+        """Returns whether an expert in flight is to be evicted, or leaves no room for needed experts."""
         recorded = self.plans.get((seen.step, seen.layer))
         if recorded is None or not seen.in_flight:
             return False
@@ -299,7 +317,7 @@ class Replay(PolicyBase):
         if recorded is None:
             raise ValueError(
                 f"the recorded plans end before step {seen.step}, layer {seen.layer}; "
-                "replay the prompts and settings that they were recorded with"
+                "replay with the prompts and settings of the recording"
             )
         here = {*seen.resident, *seen.in_flight}
         needed = [ExpertId(seen.layer, expert) for expert in recorded.device]

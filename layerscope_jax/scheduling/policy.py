@@ -1,4 +1,4 @@
-"""What a policy can do besides planning, said by its class, with defaults."""
+"""Base class of policies (`PolicyBase`): all that engine and simulator ask of a policy, with defaults."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
 
 
 class PolicyBase:
-    """A `Policy`, and all else that engine and simulator ask of one; derive from it to say more than plans.
+    """Base class for policies that do more than plan, with defaults for all that engine and simulator ask.
 
     Attributes:
-        name: as in statistics and tables.
+        name: name in statistics and tables.
         uses_costs: whether `init` needs a measured `HardwareProfile`.
         uses_forecasts: whether it uses `Observation.forecast`.
-        spares_forecasts: whether `wants_forecast` is ever false.
-        uses_device, uses_host: whether it ever computes an expert there.
-        predictor: the predictor that an engine gives it where none was chosen; None for no predictor.
+        spares_forecasts: whether `wants_forecast` may return false.
+        uses_device, uses_host: whether it ever computes an expert on that side.
+        predictor: name of the predictor to use if the config names none; None for no predictor.
 
     >>> class Blind(PolicyBase):
     ...     name, uses_forecasts, spares_forecasts = "blind", False, True
@@ -37,36 +37,36 @@ class PolicyBase:
     predictor: str | None = None
 
     def init(self, geometry: Geometry, profile: HardwareProfile | None) -> Any:
-        """The first state. Raises ValueError if the budget is too small for this policy."""
+        """Returns the initial state; raises ValueError if the budget is too small for this policy."""
         raise NotImplementedError
 
     def plan(self, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
-        """Decides one layer of one step."""
+        """Returns the next state and the plan for one layer of one step."""
         raise NotImplementedError
 
     def wants_forecast(self, state: Any) -> bool:
-        """Whether the layer that begins may make use of a forecast; if not, it is not computed."""
+        """Returns whether the layer that begins may use a forecast; if not, no forecast is computed."""
         return True
 
     def awaits_link(self, state: Any, seen: Observation) -> bool:
-        """Whether this layer is to be planned only when nothing is on its way any more.
+        """Returns whether to wait until no copy is in flight before this layer is planned.
 
-        What is seen then has arrived. Asked only where something is on its way; for policies whose plans are
-        made already, as `Replay`'s.
+        The layer is then planned from what has arrived. It is asked only while copies are in flight, and is
+        meant for policies whose plans are made already, such as `Replay`.
         """
         return False
 
     def report(self, state: Any) -> dict[str, Any] | None:
-        """What the policy has to say in the statistics (`RunStats.ways`); None for nothing."""
+        """Returns what the policy reports in the statistics (`RunStats.ways`); None for nothing."""
         return None
 
 
 EXTRAS = ("wants_forecast", "awaits_link", "report")
-"""What is asked of a `PolicyBase` and not of other policies."""
+"""Methods that are called on a `PolicyBase` and not on other policies."""
 
 
 class OnlyPlans(PolicyBase):
-    """A policy that has the parts of a `Policy` and no more."""
+    """Wrapper that makes a `PolicyBase` of a class that has only the methods of a `Policy`."""
 
     def __init__(self, policy: Policy):
         self.name, self.uses_costs = policy.name, policy.uses_costs
@@ -81,17 +81,17 @@ class OnlyPlans(PolicyBase):
 
 
 def completed(policy: Policy | PolicyBase) -> PolicyBase:
-    """A policy with all that may be asked of it.
+    """Returns a policy as a `PolicyBase`.
 
     Raises:
-        ValueError: if it has methods that would not be called, as its class does not say that it has them.
+        ValueError: if it has methods of `PolicyBase` but is not derived from it: they would never be called.
     """
     if isinstance(policy, PolicyBase):
         return policy
     unasked = [name for name in EXTRAS if hasattr(policy, name)]
     if unasked:
         raise ValueError(
-            f"policy {policy.name!r} has {', '.join(unasked)}, asked only of classes derived from "
-            f"layerscope_jax.PolicyBase, got {type(policy).__name__}; derive it from that"
+            f"policy {policy.name!r} has {', '.join(unasked)}, called only on classes derived from "
+            f"layerscope_jax.PolicyBase, got {type(policy).__name__}; derive the class from PolicyBase"
         )
     return OnlyPlans(policy)

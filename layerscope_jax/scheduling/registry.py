@@ -56,11 +56,11 @@ FORECASTING = {name for name, policy in POLICIES.items() if policy.uses_forecast
 def register_policy(policy: Registered) -> Registered:
     """Makes a policy available by its name: in `OffloadConfig`, on the command line and in the simulator.
 
-    Can be used as a decorator. Registering a class twice changes nothing.
+    It can be used as a decorator. Registering a class again has no effect.
 
     Args:
-        policy: a class that is made without arguments and has the parts of a `Policy`, and
-            `uses_forecasts`: whether it uses `Observation.forecast`.
+        policy: a class that can be instantiated without arguments. It has the attributes and methods of a
+            `Policy`, and `uses_forecasts`: whether it uses `Observation.forecast`.
 
     Returns:
         The same class.
@@ -80,8 +80,8 @@ def register_policy(policy: Registered) -> Registered:
     missing = [part for part in parts if not hasattr(policy, part)]
     if not isinstance(policy, type) or missing:
         raise ValueError(
-            f"a policy must be a class with {', '.join(parts)}; got {policy!r}, without "
-            f"{', '.join(missing) or 'being a class'}"
+            f"a policy must be a class with {', '.join(parts)}; got {policy!r}, which "
+            f"{'has no ' + ', '.join(missing) if missing else 'is not a class'}"
         )
     name: Any = policy.name  # type: ignore[attr-defined]
     if not isinstance(name, str) or not name:
@@ -112,7 +112,8 @@ def is_policy(name: str) -> bool:
         policy = register_policy(load(point))
         if policy.name != name:
             raise ValueError(
-                f"entry point {name!r} must name a policy of that name, got {policy.name!r} ({point.value})"
+                f"entry point {name!r} must name a policy of that name, got {policy.name!r} ({point.value}); "
+                "give both the same name"
             )
     return name in POLICIES
 

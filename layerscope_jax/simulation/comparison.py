@@ -131,7 +131,7 @@ def simulate_profile(
     geometry = _geometry(profile, routing, slots)
     demand = {batch: workloads(routing, batch, predictor) for batch in batches}
     if not demand:
-        raise ValueError("expected a batch or more, got none")
+        raise ValueError("batches must hold at least one batch size, got none")
     refused = refusals(policies, geometry, profile.costs)
     left = [name for name in policies if name not in refused]
     rows: list[Row] = []
@@ -175,8 +175,8 @@ def _routing(profile: MachineProfile, routing: Routing | str | Path | None) -> t
         return Routing.load(routing), str(routing)
     if profile.routing is None:
         raise ValueError(
-            f"the profile {profile.name!r} names no recorded routing: give an .npz file of its model's "
-            "(tools/record_routing.py makes one)"
+            f"the profile {profile.name!r} names no recorded routing; pass an .npz file recorded with its "
+            "model (tools/record_routing.py makes one)"
         )
     return Routing.shipped(profile.routing), profile.routing
 
@@ -185,8 +185,8 @@ def _geometry(profile: MachineProfile, routing: Routing, slots: int | None) -> G
     model, recorded = profile.model.routed, routing.routed
     if recorded != model:
         raise ValueError(
-            f"expected routing of a model as that of profile {profile.name!r}, with {_sizes(model)}, got "
-            f"{_sizes(recorded)}"
+            f"expected routing of the model of profile {profile.name!r}, with {_sizes(model)}, got "
+            f"{_sizes(recorded)}; use routing and profile of the same model"
         )
     if slots is not None and slots < 0:
         raise ValueError(f"slots must be 0 or more experts, got {slots}")

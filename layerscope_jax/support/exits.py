@@ -19,9 +19,9 @@ from layerscope_jax.support.plugins import LOADED
 
 DONE, FAILED, REFUSED, FAULT = 0, 1, 2, 70
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 failed, for lack of memory, disk space or a working device, because nobody reads "
-    "the output, or because a prompt ended with an error (demo: also because tokens differed); 2 refused, "
-    "with what to change; 70 a fault of layerscope, whose traceback --debug shows; 130 interrupted."
+    "Exit codes: 0 done; 1 out of memory or disk space, a device that does not work, a closed output pipe, "
+    "or a prompt that ended with an error (demo: also different tokens); 2 bad input, with what to change; "
+    "70 a bug in layerscope, whose traceback --debug shows; 130 interrupted."
 )
 
 OURS = ("layerscope_jax", "predictor", "tools")
@@ -130,7 +130,7 @@ def described(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     what = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else str(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
-        return f"out of memory: {what or 'none is left'}; give a smaller --device-budget or --max-num-seqs"
+        return f"out of memory: {what or 'none is left'}; set a smaller --device-budget or --max-num-seqs"
     return what or type(error).__name__
 
 
@@ -156,7 +156,7 @@ def _explain(error: Exception, debug: bool) -> int:
         advice = "report it with the lines above" if debug else "run again with --debug and report it"
         name = type(error).__name__
         what = name if text == name else f"{name}: {text}"
-        text = f"this is a fault of {culprit(error)}, not of your input: {what}; {advice}"
+        text = f"this is a bug in {culprit(error)}, not in your input: {what}; {advice}"
     say("error: " + " ".join(text.split()))
     return code
 

@@ -115,7 +115,7 @@ def test_a_pipe_is_read_if_somebody_writes_to_it(tiny, tmp_path, capsys):
         pytest.skip("there are no pipes with names")
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    assert "a pipe that nobody writes to" in refusal(capsys, "generate", tiny, f"--prompts={pipe}")
+    assert "a pipe without a writer" in refusal(capsys, "generate", tiny, f"--prompts={pipe}")
     reading, writing = os.pipe()
     os.write(writing, b'{"prompt": "x", "id": "piped"}\n')
     os.close(writing)

@@ -34,5 +34,6 @@ def test_no_traceback():
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
-        "error: nowhere: expected a folder with config.json and safetensors files, found none\n"
+        "error: nowhere: expected a folder with config.json and safetensors files, found no folder; "
+        "check the path\n"
     )

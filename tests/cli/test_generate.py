@@ -90,7 +90,7 @@ def test_an_interrupted_run_keeps_whole_rows(tiny, prompts, tmp_path, monkeypatc
     [
         (
             ["--max-new-tokens=4"],
-            ":1: expected a completion .*, got max_new_tokens 5 .now 4.; go on with",
+            ":1: expected a completion .*, got max_new_tokens 5 .now 4.; use those of",
         ),
         (["--temperature=0.5", "--seed=1"], ":1: .*, got temperature 0.0 .now 0.5., seed 0 .now 1.;"),
         (["--dtype=bfloat16"], r":1: .*, got model (\w{12}) .now \1 as bfloat16.;"),

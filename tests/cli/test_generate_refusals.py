@@ -28,7 +28,7 @@ from layerscope_jax.generation.batch_files import read_prompts
         (["--prompt=x", "--device-budget=" + "9" * 400 + "TiB"], "device_budget must be less than 2**63"),
         (["--prompt=a\udcffb"], "the prompt holds half a surrogate pair"),
         (["--prompt="], "--prompt '': the prompt is empty"),
-        (["--prompt=" + "long " * 300], "the model's context holds 256 with at least one new one"),
+        (["--prompt=" + "long " * 300], "the model's context holds 256, including at least one new token"),
     ],
 )
 def test_refusals(tiny, capsys, args, message):
@@ -60,13 +60,13 @@ def test_refusals(tiny, capsys, args, message):
             ":1: unknown key 'max_tokens'; did you mean 'max_new_tokens'?",
         ),
         ('{"prompt": "x", "temperature": -1}\n', ":1: temperature must be a number from 0 (greedy) to"),
-        ('{"prompt": "x", "id": 1}\n{"prompt": "y"}\n', ":2: id 1 is taken by "),
+        ('{"prompt": "x", "id": 1}\n{"prompt": "y"}\n', ":2: id 1 is used by "),
         ('{"prompt": "x"}\n\n{"prompt": ""}\n', ":3: the prompt is empty; it needs at least one token"),
         ('{"prompt": [600]}\n', ":1: the prompt has ids outside 0..599: [600]"),
-        ("\n", ': expected lines {"prompt": ...}, found none'),
+        ("\n", ': expected lines {"prompt": ...}, got none'),
         ('{"prompt": "x", "stop": ["a"]}\n', ":1: unknown key 'stop'; did you mean 'stop_token_ids'?"),
         ('{"prompt": "x", "min_p": 0.1}\n', ":1: unknown key 'min_p'; "),
-        ('{"prompt": "x", "n": 2}\n', ":1: unknown key 'n'; there are id, prompt, max_new_tokens, "),
+        ('{"prompt": "x", "n": 2}\n', ":1: unknown key 'n'; known keys are id, prompt, max_new_tokens, "),
         ('{"prompt": "x", "note": "y"}\n', ":1: unknown key 'note'; "),
         ('{"prompt": "x", "": "y"}\n', ":1: unknown key ''; "),
         ('{"prompt": "x", "prompt": "y"}\n', ":1: expected each key once, got 'prompt' twice"),
@@ -97,7 +97,7 @@ def test_an_option_that_contradicts_a_row(tiny, tmp_path, capsys):
     start = ("generate", tiny, f"--prompts={file}", f"--out={out}")
     assert refusal(capsys, *start, "--temperature=1", "--seed=2") == (
         f"--prompts: {file}:2: seed is 3 in the row and 2 for all rows (--seed); "
-        "say it in one of the two places"
+        "set it in only one of the two places"
     )
     assert "top_p is 0.5 in the row and 0.9 for all rows (--top-p)" in refusal(capsys, *start, "--top-p=0.9")
     found = read_prompts(file, {"temperature": 1.0, "top_p": 0.5})
@@ -127,7 +127,7 @@ def test_a_read_only_folder(tiny, prompts, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     message = refusal(capsys, "generate", tiny, f"--prompts={prompts}", f"--out={tmp_path / 'out.jsonl'}")
-    assert message.endswith("Permission denied; choose a file in a folder that is there and yours")
+    assert message.endswith("Permission denied; choose a file in an existing folder that you may write to")
 
 
 def test_damaged_checkpoints(tiny, tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_damaged_checkpoints(tiny, tmp_path, capsys):
     (folder / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-9])
     assert "expected a complete safetensors file" in refusal(capsys, "generate", folder, "--prompt=x")
     (folder / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
-    assert "came without tokenizer.json" in refusal(capsys, "generate", folder, "--prompt=x")
+    assert "the model has no tokenizer.json" in refusal(capsys, "generate", folder, "--prompt=x")
 
 
 def test_failed_copies_are_one_line(tiny, monkeypatch, capsys):

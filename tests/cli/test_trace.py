@@ -24,7 +24,7 @@ def test_a_trace_is_recorded_and_gone_on_with(tiny, tmp_path, capsys):
     assert main([*command, "--heldout-domains", "prose"]) == 2
     assert "heldout-domains must be some of letters, got prose" in capsys.readouterr().err
     assert main([*command, "--train-tokens", "32"]) == 2
-    assert "made in another way" in capsys.readouterr().err
+    assert "recorded differently" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

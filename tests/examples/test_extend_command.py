@@ -69,7 +69,7 @@ def test_what_it_did_wrong_is_its_own_fault(install, tmp_path, capsys):
     install("careless", {"layerscope.commands": {"wrong": "wrong_command:Wrong"}})
     code, out, err = output(capsys, "wrong")
     assert (code, out) == (70, "")
-    assert "error: this is a fault of careless, not of your input: ZeroDivisionError" in err
+    assert "error: this is a bug in careless, not in your input: ZeroDivisionError" in err
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_commands_of_our_own_stay_ours(install, capsys):
     install("greedy", {"layerscope.commands": {"demo": "json:loads"}})
     code, out, err = output(capsys, "--help")
     assert (code, "Run the shipped model" in " ".join(out.split())) == (0, True)
-    assert "has the name of a command of layerscope's own" in err
+    assert "has the name of a built-in command" in err
 
 
 def test_as_a_process(example, plans):

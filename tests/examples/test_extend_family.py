@@ -73,7 +73,7 @@ def test_what_cannot_be_registered_is_refused_in_words(example):
         ("qwen2_moe", "family must be a layerscope_jax.models.Family, got 'qwen2_moe'"),
         (
             replace(family, model_type="olmoe"),
-            "register 'Qwen2MoeForCausalLM': model_type must be another",
+            "register 'Qwen2MoeForCausalLM': model_type must be different",
         ),
         (replace(family, architecture="OlmoeForCausalLM"), r"the family olmoe \(OlmoeForCausalLM\)"),
         (replace(family, weights=family.weights[1:]), "it lacks embedding"),

@@ -49,7 +49,7 @@ def engine():
         ({"a": 1}, {}, "prompts must be a list of prompts, got .*, a dict.*put it in a list"),
         ({(1, 2)}, {}, "prompts must be a list of prompts, got .*, a set, which has no order"),
         (np.array(5), {}, "prompts must be a list of prompts, got the number 5"),
-        (jnp.array([3, 4]), {}, "ids of a lone prompt in a list of their own"),
+        (jnp.array([3, 4]), {}, "ids of a single prompt in another list"),
         (
             [[[1, 2], [3]]],
             {},
@@ -99,7 +99,10 @@ def test_what_is_no_option(engine, options, message):
         ({"prompt_tokens": 4, "new_tokens": 0}, "new_tokens must be"),
         ({"prompt_tokens": 4, "max_num_seqs": 2.0}, "max_num_seqs must be 1 or more, got 2.0"),
         ({"prompt_tokens": 4, "max_num_seqs": True}, "max_num_seqs must be 1 or more, got True"),
-        ({"prompt_tokens": 4, "max_num_seqs": 33}, r"max_num_seqs must be at most .* at once, 32, got 33"),
+        (
+            {"prompt_tokens": 4, "max_num_seqs": 33},
+            "max_num_seqs must be at most the engine's own, 32, got 33",
+        ),
         ({"prompt_tokens": 4, "sampled": 1}, "sampled must be True or False, got 1"),
         ({"prompt_tokens": 0, "new_tokens": None}, "prompt_tokens must be.*; new_tokens must be"),
     ],

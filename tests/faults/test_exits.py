@@ -50,7 +50,7 @@ def test_what_comes_from_beneath_is_a_fault(call, capsys):
     assert exits.run(lambda args: call(), []) == 70
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert re.match(r"error: this is a fault of layerscope, not of your input: \w+: .*; run again with", said)
+    assert re.match(r"error: this is a bug in layerscope, not in your input: \w+: .*; run again with", said)
     assert "--debug and report it" in said
 
 

@@ -63,8 +63,12 @@ def fails(state, plan):
     ("spoil", "error", "message"),
     [
         (fails, LookupError, "its own fault"),
-        (lambda state, plan: None, ValueError, r"policy 'spoilt' must give \(state, LayerPlan\), got 'None'"),
-        (lambda state, plan: plan, ValueError, r"policy 'spoilt' must give \(state, LayerPlan\)"),
+        (
+            lambda state, plan: None,
+            ValueError,
+            r"policy 'spoilt' must return \(state, LayerPlan\), got 'None'",
+        ),
+        (lambda state, plan: plan, ValueError, r"policy 'spoilt' must return \(state, LayerPlan\)"),
         (
             lambda state, plan: (state, LayerPlan(step=plan.step, layer=plan.layer, device=("a", "b"))),
             ValueError,
@@ -119,7 +123,7 @@ class Shaped(Fixed):
 )
 def test_predictions_of_another_shape_are_refused_at_once(model, change):
     with pytest.raises(
-        ValueError, match=r"predictor 'fixed': predict\(\) must give floating point .* layer 0"
+        ValueError, match=r"predictor 'fixed': predict\(\) must return floating-point .* layer 0"
     ):
         Engine(model, config(model, predictor=Shaped(change)))
 
@@ -143,7 +147,7 @@ def test_a_look_ahead_that_is_none_is_refused(model, look_ahead):
 def test_parameters_of_other_layers_are_refused(model, bound):
     predictor = Fixed(0.5)
     predictor.bind = lambda model: bound
-    with pytest.raises(ValueError, match=r"bind\(\) must give parameters for each of 3 layers"):
+    with pytest.raises(ValueError, match=r"bind\(\) must return parameters for each of 3 layers"):
         Engine(model, config(model, predictor=predictor))
 
 
@@ -216,7 +220,7 @@ def test_what_is_no_number_of_tokens_breaks_no_plan(model, oracle, policy, value
     [lambda experts: None, lambda experts: [[1.0]], lambda experts: 3, lambda experts: [["a"] * experts]],
 )
 def test_a_history_that_expects_no_numbers_is_named(model, value):
-    message = r"predictor 'remembers': expected\(\) must give lists of 8"
+    message = r"predictor 'remembers': expected\(\) must return lists of 8"
     with Engine(model, config(model, predictor=Remembers(value))) as engine:
         with pytest.raises(ValueError, match=message):
             engine.generate(PROMPTS, max_new_tokens=2)

@@ -110,7 +110,7 @@ def test_tensors_that_are_not_where_the_index_says_are_named(folder):
 def test_an_index_stays_in_its_folder(folder, path):
     names = sharded(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": names | {ROUTER: path}}))
-    with pytest.raises(ValueError, match=r"weight_map: expected files in the folder itself"):
+    with pytest.raises(ValueError, match=r"weight_map: expected files inside its folder"):
         load(folder)
 
 
@@ -362,7 +362,7 @@ def test_a_pipe_is_not_waited_for(folder):
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
     with pytest.raises(
-        ValueError, match=r"model\.safetensors: expected a safetensors file, got something that"
+        ValueError, match=r"model\.safetensors: expected a safetensors file, got a folder, pipe"
     ):
         in_time(lambda: load(folder), 30)
 

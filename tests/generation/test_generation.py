@@ -308,8 +308,8 @@ def test_sampling_with_one_choice_is_greedy(layers, settings):
     [
         ([], "at least one prompt"),
         ("Call me", "list of prompts, got 'Call me'; put it in a list"),
-        ([3, 4, 5], "ids of a lone prompt in a list of their own"),
-        (np.array([3, 4]), "ids of a lone prompt in a list of their own"),
+        ([3, 4, 5], "ids of a single prompt in another list"),
+        (np.array([3, 4]), "ids of a single prompt in another list"),
         (Request(prompt=[3]), "list of prompts, got 'Request"),
         (b"Call me", "list of prompts"),
         (5, "list of prompts, got '5'"),
@@ -383,7 +383,7 @@ def test_extreme_settings_that_are_allowed(layers):
 
 def test_text_needs_a_tokenizer(model, layers):
     with Engine(replace(model, tokenizer=None), layers.config) as engine:
-        with pytest.raises(ValueError, match=r"prompt 1 is text, but the model came without tokenizer.json"):
+        with pytest.raises(ValueError, match=r"prompt 1 is text, but the model has no tokenizer.json"):
             engine.generate([[1], "text"])
         result = engine.generate([[1]], max_new_tokens=2)
         assert result.texts == [""]

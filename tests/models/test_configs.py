@@ -239,7 +239,7 @@ def test_stop_tokens(config, generation, expected):
         (old("olmoe", norm_topk_prob="yes"), ["norm_topk_prob", "'yes'"]),
         (old("olmoe", num_experts_per_tok=65), ["experts_per_token", "64", "65"]),
         (old("olmoe", num_key_value_heads=3), ["num_kv_heads", "16", "3"]),
-        (old("qwen3_moe", mlp_only_layers="0"), ["mlp_only_layers", "a list of layers' numbers", "'0'"]),
+        (old("qwen3_moe", mlp_only_layers="0"), ["mlp_only_layers", "a list of layer numbers", "'0'"]),
         (old("qwen3_moe", mlp_only_layers=[0, True]), ["mlp_only_layers", "[0, True]"]),
         (
             old("qwen3_moe", decoder_sparse_step=0, hidden_act="gelu", vocab_size=ABSENT),

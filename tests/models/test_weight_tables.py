@@ -42,8 +42,8 @@ def test_every_parameter_has_one_tensor(family):
 def test_a_family_without_a_name_for_a_parameter_says_which(monkeypatch):
     other = replace(FAMILIES["olmoe"], weights=FAMILIES["olmoe"].weights[:-1])
     monkeypatch.setitem(FAMILIES, "olmoe", other)
-    with pytest.raises(ValueError, match=r"OlmoeForCausalLM has no such parameters: experts\.\*\.down"):
+    with pytest.raises(ValueError, match=r"OlmoeForCausalLM has no tensors for experts\.\*\.down"):
         Naming.of(replace(TINY, qk_norm="all"))
     monkeypatch.setitem(FAMILIES, "olmoe", replace(other, weights=mapped("", "", *other.weights[1:])))
-    with pytest.raises(ValueError, match="has no such parameters: embedding, experts"):
+    with pytest.raises(ValueError, match="has no tensors for embedding, experts"):
         Naming.of(replace(TINY, qk_norm="all"))

@@ -170,7 +170,7 @@ def test_histories_expect_as_many_tokens_as_there_are(layer, tokens, demands):
 
 def test_what_is_no_predictor_is_refused():
     with pytest.raises(
-        ValueError, match=r"one of gate, popularity, previous-token, or a loaded one .* got 'magic'"
+        ValueError, match=r"one of gate, popularity, previous-token, or a loaded predictor .* got 'magic'"
     ):
         make_predictor("magic")
     with pytest.raises(ValueError, match="an object with bind and predict"):
@@ -228,5 +228,5 @@ def test_a_learner_is_shown_every_layer_and_closed_once():
 def test_parts_of_a_predictor_that_would_not_be_asked_for_are_refused(extra):
     predictor = Fixed(0.5)
     setattr(predictor, extra, None)
-    with pytest.raises(ValueError, match=f"predictor 'fixed' has {extra}, asked only of .*PredictorBase"):
+    with pytest.raises(ValueError, match=f"predictor 'fixed' has {extra}, used only of .*PredictorBase"):
         make_predictor(predictor)

@@ -121,7 +121,7 @@ def test_a_writer_goes_on_where_another_died(folder, died):
 
 def test_a_trace_of_something_else_is_not_gone_on_with(folder):
     before = files(folder)
-    with pytest.raises(ValueError, match=r"made in another way: hidden 5 there, 4 now; seed 0 there, 1 now"):
+    with pytest.raises(ValueError, match=r"recorded differently: hidden 5 there, 4 now; seed 0 there, 1 now"):
         TraceWriter(folder, TraceHeader(model=MODEL, hidden=4, settings={"length": 6, "seed": 1}))
     other = replace(MODEL, num_experts=9, routers="cd" * 8)
     with pytest.raises(ValueError, match=r"another model: num_experts 8 there, 9 here; routers abab"):

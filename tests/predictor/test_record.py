@@ -236,7 +236,7 @@ def test_files_that_are_no_text_are_refused(tmp_path):
 def test_another_text_is_not_mixed_in(text, tmp_path):
     model = spelling_model()
     record(model, config(text, tmp_path / "trace"))
-    with pytest.raises(ValueError, match="made in another way: text"):
+    with pytest.raises(ValueError, match="recorded differently: text"):
         record(model, config(text[:1], tmp_path / "trace", heldout_domains=()))
     other = replace(random_model(seed=9, vocab_size=280, num_layers=2), tokenizer=model.tokenizer)
     with pytest.raises(ValueError, match="belongs to another model"):

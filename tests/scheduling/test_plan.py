@@ -233,7 +233,7 @@ def test_plans_of_another_model_are_refused(layers, experts):
         )
 
     assert Replay([GOOD]).init(shape(3, 6), None) == SLOTS
-    with pytest.raises(ValueError, match=r"plans are of another model: that for step 2, layer 1 has layer 2"):
+    with pytest.raises(ValueError, match=r"plans are of another model: .* step 2, layer 1 names layer 2"):
         Replay([GOOD]).init(shape(layers, experts), None)
 
 
@@ -267,7 +267,7 @@ def test_junk_in_a_plan_is_refused_with_the_policy(changes):
 def test_what_is_no_answer_is_refused(answer):
     policy = SimpleNamespace(name="mine", plan=lambda state, seen: answer)
     with pytest.raises(
-        ValueError, match=r"policy 'mine' must give \(state, LayerPlan\), got .* step 2, layer 1"
+        ValueError, match=r"policy 'mine' must return \(state, LayerPlan\), got .* step 2, layer 1"
     ):
         ask(policy, None, SEEN)
 
@@ -286,7 +286,7 @@ def test_replay_repeats_what_was_decided():
     replay = Replay([other, GOOD])
     assert replay.plan(SLOTS, SEEN) == (SLOTS, GOOD)
     assert replay.plan(SLOTS, replace(SEEN, layer=2)) == (SLOTS, other)
-    with pytest.raises(ValueError, match="end before step 3, layer 1; replay the prompts"):
+    with pytest.raises(ValueError, match="end before step 3, layer 1; replay with the prompts"):
         replay.plan(SLOTS, replace(SEEN, step=3))
     with pytest.raises(ValueError, match="expected recorded plans, got none"):
         Replay([])

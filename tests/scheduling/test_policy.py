@@ -35,7 +35,7 @@ def test_a_policy_that_only_plans_has_the_defaults():
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_methods_that_would_not_be_called_are_refused(extra):
     policy = type("Mine", (Plain,), {extra: lambda *_: True})()
-    with pytest.raises(ValueError, match=f"policy 'plain' has {extra}, .*PolicyBase, got Mine; derive it"):
+    with pytest.raises(ValueError, match=f"policy 'plain' has {extra}, .*PolicyBase, got Mine; derive the"):
         completed(policy)
     derived = type("Derived", (Plain, PolicyBase), {extra: lambda *_: True})()
     assert completed(derived) is derived

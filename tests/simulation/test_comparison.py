@@ -103,14 +103,14 @@ def test_a_budget_that_a_policy_refuses_is_no_error():
     [
         ({"policies": ["lru", "nope", "resident"]}, "some of on-demand.*oracle; got nope, resident"),
         ({"policies": []}, "got none"),
-        ({"batches": []}, "a batch or more"),
+        ({"batches": []}, "at least one batch size"),
         ({"batches": [2, 6]}, r"1..5, the requests recorded; got 6"),
         ({"batches": [0]}, r"1..5"),
         ({"slots": -1}, "0 or more experts, got -1"),
         ({"predictor": "nope"}, "one of llapor, previous-token.*'nope'"),
         ({"routing": "nowhere.npz"}, "nowhere.npz: expected a file"),
         ({"routing": None}, "names no recorded routing"),
-        ({"profile": small_profile(slots=None)}, "say how many"),
+        ({"profile": small_profile(slots=None)}, "pass slots="),
         ({"profile": "nope"}, "deepseek-v2-lite, .*got 'nope'"),
         (
             {"profile": "mixtral-8x7b"},
