@@ -39,7 +39,7 @@ from layerscope_jax.cli.simulate import Simulate
 from layerscope_jax.cli.trace import Record
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
-from layerscope_jax.generation.batch_files import Completions, Row, check_prompts, completion, read_prompts
+from layerscope_jax.generation.batch_files import CompletionFile, Row, check_prompts, completion, read_prompts
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.compile_cache import use_compilation_cache
@@ -206,7 +206,7 @@ class Generate:
             return exits.FAILED if self._complete(rows, config, None) else exits.DONE
         model = self._model()
         with option("--out"):
-            completions = Completions(self.out, rows, model)
+            completions = CompletionFile(self.out, rows, model)
         interrupts.promise(f"interrupted; the same command continues {self.out}")
         with completions as file:
             left = [row for row in rows if row.id not in file.done]
@@ -243,7 +243,7 @@ class Generate:
         with option("--prompts"):
             return read_prompts(self.prompts, settings)
 
-    def _complete(self, rows: list[Row], config: OffloadConfig, file: Completions | None) -> int:
+    def _complete(self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None) -> int:
         """Completes the rows; returns how many ended with an error."""
         model = open_model(self.checkpoint, self.dtype)
         check_prompts(rows, model)

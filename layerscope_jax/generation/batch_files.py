@@ -222,7 +222,7 @@ def shown(line: bytes) -> str:
     return repr(line[:60].decode(errors="replace"))
 
 
-class Completions:
+class CompletionFile:
     """File to which completions are appended; a context manager.
 
     Opening it fails at once if it cannot be written, and removes an unfinished last line. No other run can
@@ -263,7 +263,7 @@ class Completions:
                 self._resume({row.id: row for row in rows})
             self._open = stack.pop_all()
 
-    def __enter__(self) -> Completions:
+    def __enter__(self) -> CompletionFile:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,7 +5,7 @@ from command_lines import write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerscope_jax.generation.batch_files import Completions, Row, completion, read_prompts
+from layerscope_jax.generation.batch_files import CompletionFile, Row, completion, read_prompts
 from layerscope_jax.generation.requests import Request
 
 MODEL = "1b06093c6a5c"
@@ -33,7 +33,7 @@ def test_cut_at_every_byte_of_the_last_line(rows, tmp_path):
     whole = b"".join(lines)
     for length in range(len(whole) - len(lines[-1]), len(whole)):
         file.write_bytes(whole[:length])
-        with Completions(file, rows, MODEL) as found:
+        with CompletionFile(file, rows, MODEL) as found:
             assert found.done == {"sea", 7}
             assert file.read_bytes() == b"".join(lines[:-1])
             found.write(lines[-1])
@@ -47,7 +47,7 @@ def test_other_files_are_left_alone(tmp_path_factory, content):
     row = Row("a", Request(prompt="b"), "")
     if not completion(row, "", [], "", MODEL).startswith(content):
         with pytest.raises(ValueError, match="the file belongs to other prompts"):
-            Completions(file, [row], MODEL)
+            CompletionFile(file, [row], MODEL)
         assert file.read_bytes() == content
 
 
@@ -61,7 +61,7 @@ def test_other_prompts_are_refused(rows, tmp_path):
     ):
         file.write_bytes(line)
         with pytest.raises(ValueError, match="jsonl:1: expected a completion of one of these prompts"):
-            Completions(file, rows, MODEL)
+            CompletionFile(file, rows, MODEL)
         assert file.read_bytes() == line
 
 
@@ -84,7 +84,7 @@ def test_a_full_disk_leaves_whole_lines(rows, tmp_path):
 
     file = tmp_path / "out.jsonl"
     line = completion(rows[0], "text", [1], "stop", MODEL)
-    with Completions(file, rows, MODEL) as found:
+    with CompletionFile(file, rows, MODEL) as found:
         found.write(line)
         found._file = Full(found._file)
         with pytest.raises(OSError, match=r"No space left on device: '.*out.jsonl'"):

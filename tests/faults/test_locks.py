@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from layerscope_jax import Request
-from layerscope_jax.generation.batch_files import Completions, Row, completion
+from layerscope_jax.generation.batch_files import CompletionFile, Row, completion
 from layerscope_jax.support import locks
 from layerscope_jax.support.locks import locked, locked_folder
 
@@ -106,14 +106,14 @@ def test_a_folder_is_not_left_behind_empty(tmp_path):
 def test_completions(tmp_path):
     file = tmp_path / "out.jsonl"
     line = completion(ROW, "text", [1], "stop", "m")
-    with Completions(file, [ROW], "m") as first:
+    with CompletionFile(file, [ROW], "m") as first:
         with pytest.raises(ValueError, match=HOLDER):
-            Completions(file, [ROW], "m")
+            CompletionFile(file, [ROW], "m")
         first.write(line)
         with pytest.raises(ValueError, match=HOLDER):
-            Completions(file, [ROW], "m")
+            CompletionFile(file, [ROW], "m")
     assert listing(tmp_path) == {file.relative_to(tmp_path): line}
     for _ in range(2):  # one that is refused lets go of it
         with pytest.raises(ValueError, match="belongs to other prompts"):
-            Completions(file, [], "m")
+            CompletionFile(file, [], "m")
     assert listing(tmp_path) == {file.relative_to(tmp_path): line}
