@@ -148,7 +148,7 @@ def test_tensors_of_several_dtypes_become_the_one_that_the_config_names(folder, 
     config = json.loads((folder / "config.json").read_text()) | {"dtype": named}
     (folder / "config.json").write_text(json.dumps(config))
     if expected is None:
-        with pytest.raises(ValueError, match=r"F16, F32 and None; choose one with dtype="):
+        with pytest.raises(ValueError, match="F16, F32 and the dtype None; choose a dtype with dtype="):
             load(folder)
         expected = "float32"
         model = load(folder, dtype=expected)
