@@ -157,9 +157,9 @@ def test_failed_copies_are_one_line(tiny, monkeypatch, capsys):
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers:"),
             "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; "
-            "give a smaller --device-budget or --max-num-seqs",
+            "set a smaller --device-budget or --max-num-seqs",
         ),
-        (MemoryError(), "out of memory: none is left; give a smaller --device-budget or --max-num-seqs"),
+        (MemoryError(), "out of memory: none is left; set a smaller --device-budget or --max-num-seqs"),
         (RuntimeError("Unable to initialize backend 'cuda': none"),) * 2,
     ],
 )

@@ -91,7 +91,7 @@ def test_what_it_says_of_itself_is_checked():
     assert ls.register_policy(Ahead) is Ahead
     assert ls.register_policy(Ahead) is Ahead  # a module may be imported twice
     assert "ahead" in FORECASTING
-    with pytest.raises(ValueError, match=r"must be a class with .*, without plan"):
+    with pytest.raises(ValueError, match=r"must be a class with .*, which has no plan"):
         ls.register_policy(type("Half", (), {"name": "x", "uses_costs": 0, "uses_forecasts": 0, "init": 0}))
     with pytest.raises(ValueError, match="must be text, such as 'fifo', got 5"):
         ls.register_policy(type("Five", (Ahead,), {"name": 5}))

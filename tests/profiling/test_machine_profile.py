@@ -181,7 +181,7 @@ def test_it_speaks_for_its_own_machine_and_model_alone(own, model):
 
 def test_geometry_needs_slots(own):
     assert own.geometry(3).slots == 3
-    with pytest.raises(ValueError, match="how many"):
+    with pytest.raises(ValueError, match="pass slots="):
         own.geometry()
 
 
