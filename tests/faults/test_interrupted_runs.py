@@ -1,4 +1,4 @@
-"""`layerscope generate` is interrupted at a dozen moments, from imports to the last row, and gone on with."""
+"""`layerscope generate` is interrupted at several moments, from imports to the last row, and gone on with."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from layerscope_jax import save
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals as POSIX has them")
 
-MOMENTS, ROWS = 12, 30
+MOMENTS, ROWS = 8, 30
 LIMIT_S = 20
 """For a machine that has a lot else to do; it is 2 s on one that has not."""
 
@@ -123,7 +123,7 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-def test_a_dozen_moments(runs):
+def test_several_moments(runs):
     def interrupted(number):
         return runs.signalled(f"out{number}", number / MOMENTS, signal.SIGINT)
 
