@@ -67,9 +67,8 @@ class Loop:
         self._account = Account()
         self._settled = True  # whether all of these agree, else something came in between
         self._error: str | None = None  # why logits were not finite, once they were
-        self._leaving = (
-            sys.is_finalizing
-        )  # held: names of modules are gone when the last garbage is collected
+        # Held here: the names of modules are gone when the last garbage is collected.
+        self._leaving = sys.is_finalizing
 
     # ---- any thread's side -------------------------------------------------------------------------------
 

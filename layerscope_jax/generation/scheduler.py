@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from layerscope_jax.kernels.grouping import next_power
+from layerscope_jax.support.units import next_power
 
 MIN_WIDTH = 16
 """Minimum tokens of a row of a prefill step: shorter prompts are padded to it."""

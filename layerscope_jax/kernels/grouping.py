@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerscope_jax.support.njit import njit
+from layerscope_jax.support.units import next_power
 
 MIN_ROWS, MAX_ROWS = 2, 128
 """Row buckets are the powers of two between them. XLA's CPU product is slow with one row; past 128 rows an
@@ -162,11 +163,6 @@ def row_bucket(tokens: int) -> int:
     [2, 2, 4, 128]
     """
     return max(MIN_ROWS, next_power(tokens))
-
-
-def next_power(number: int) -> int:
-    """The smallest power of two that is not below `number`."""
-    return 1 << (number - 1).bit_length()
 
 
 def filled(size: int) -> int:

@@ -148,7 +148,6 @@ class Inside:
     """
 
     def __init__(self, cpu: CpuExperts, format: str, dtype: np.dtype):
-        self.dtype = dtype
         self.target: str | None = None
         if isinstance(cpu.kernel, AddressKernel):
             self._piece = cpu.kernel.piece

@@ -17,13 +17,14 @@ import numpy as np
 
 from layerscope_jax.formats import ExpertFormat, plain_of
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats, expert_rows
-from layerscope_jax.kernels.grouping import Assignments, next_power
+from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.host_kernels import kernel_of
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.registry import REFERENCE, Work, choose
 from layerscope_jax.offload.bank import ExpertBank
 from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.threads import Helpers, Job
+from layerscope_jax.support.units import next_power
 
 SIZES = 2
 """Sizes of rows to write to that are kept: a decode step's and those of the last prefill."""

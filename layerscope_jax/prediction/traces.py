@@ -33,7 +33,6 @@ from layerscope_jax.prediction.trace_index import (
 from layerscope_jax.support.files import Content, parse_json, replace_files, write_file
 
 HEADER, INDEX = "trace.json", "chunks.jsonl"
-ROUTING = ("tokens", "experts", "weights")
 
 
 @dataclass(frozen=True)

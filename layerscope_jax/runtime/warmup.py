@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
-from layerscope_jax.kernels.grouping import Assignments, next_power, possible_groups
+from layerscope_jax.kernels.grouping import Assignments, possible_groups
 from layerscope_jax.models.decoder import Between
 from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, grouped_ffn, place_rows, product_of
 from layerscope_jax.runtime.dense import StepInputs
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
 from layerscope_jax.support.devices import finish_all
+from layerscope_jax.support.units import next_power
 
 if TYPE_CHECKING:
     from layerscope_jax.runtime.accounts import Account

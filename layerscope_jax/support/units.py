@@ -1,4 +1,4 @@
-"""Parses sizes and rates as people write them."""
+"""Sizes and rates as people write them, and whole numbers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ _UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT")
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
+
+
+def next_power(number: int) -> int:
+    """Returns the smallest power of two that is not below `number`.
+
+    >>> [next_power(number) for number in (1, 2, 3, 17)]
+    [1, 2, 4, 32]
+    """
+    return 1 << (number - 1).bit_length()
 
 
 def is_integer(value: Any) -> bool:

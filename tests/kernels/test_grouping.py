@@ -11,10 +11,10 @@ from layerscope_jax.kernels.grouping import (
     MIN_ROWS,
     Assignments,
     dispatches,
-    next_power,
     possible_groups,
     row_bucket,
 )
+from layerscope_jax.support.units import next_power
 
 BUCKETS = {2, 4, 8, 16, 32, 64, 128}
 
