@@ -29,6 +29,9 @@ CORE = (
     "tests/simulation",
     # requests
     "tests/generation/test_scheduler.py",
+    "tests/generation/test_chat.py",
+    "tests/generation/test_openai_requests.py",
+    "tests/generation/test_stop_strings.py",
     # residency and the link
     "layerscope_jax/offload",
     "tests/offload",

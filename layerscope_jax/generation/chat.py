@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ class Chat:
             variables = {**self._tokens, **variables, **(request.chat_template_kwargs or {})}
             try:
                 line = json.dumps({"template": template, "variables": variables})
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f"messages must hold what JSON has alone; {error}") from None
             answer = self._asked(line)
         if "error" in answer:
@@ -93,7 +94,7 @@ class Chat:
                 encoding="utf-8",
                 start_new_session=True,  # Ctrl-C is for this process, which ends that one
             )
-            weakref.finalize(self, _end, self._process)
+            weakref.finalize(self, _end_if_ours, self._process, os.getpid())
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -109,6 +110,8 @@ class Chat:
             if said.endswith("\n"):
                 return json.loads(said)
             code = process.wait()
+            if self._process is not process:
+                raise ValueError("the engine was closed; make a new Engine to generate more")
             self.close()
         except BaseException:
             self.close()  # an answer that nobody has read is no answer to the next line
@@ -213,6 +216,12 @@ def as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:
     if reasoning is None:
         return found
     return {"thinking": reasoning, **found, "reasoning_content": reasoning}
+
+
+def _end_if_ours(process: subprocess.Popen[str], owner: int) -> None:
+    """Ends a process that the process `owner` has started, unless this is a fork of that."""
+    if os.getpid() == owner:
+        _end(process)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -90,8 +90,8 @@ def render(template: str, variables: dict[str, Any]) -> str:
 
 def answer(line: str) -> dict[str, str]:
     """Returns the text for a request, or why there is none."""
-    request = json.loads(line)
     try:
+        request = json.loads(line)
         return {"text": render(request["template"], request["variables"])}
     except jinja2.TemplateSyntaxError as error:
         return {"error": f"line {error.lineno}: {error.message}"}
