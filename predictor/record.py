@@ -21,7 +21,7 @@ from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
 from layerscope_jax.generation.scheduler import batch_rows
 from layerscope_jax.models.cache import new_caches
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.prediction.trace_index import Passage, Split, TraceHeader
 from layerscope_jax.prediction.traces import Trace, TraceWriter
 from layerscope_jax.runtime.layerwise import LayerByLayer

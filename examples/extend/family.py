@@ -30,9 +30,10 @@ from flax import nnx
 
 from layerscope_jax import Engine, ModelConfig, OffloadConfig, load
 from layerscope_jax.models import ConfigReader, Family, register_family
+from layerscope_jax.models.attention import Attention
 from layerscope_jax.models.decoder_layers import RoutedLayer
 from layerscope_jax.models.family import write_shared
-from layerscope_jax.models.layers import Attention, Linear, SwiGLU
+from layerscope_jax.models.layers import GatedMLP, Linear
 from layerscope_jax.models.weights import (
     BIASES,
     DENSE_LAYERS,
@@ -79,7 +80,7 @@ class SharedExpertLayer(RoutedLayer):
 
     def __init__(self, config: Qwen2MoeConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         super().__init__(config, rngs=rngs, dtype=dtype)
-        self.shared = SwiGLU(config.hidden_size, config.shared_intermediate_size, rngs=rngs, dtype=dtype)
+        self.shared = GatedMLP(config.hidden_size, config.shared_intermediate_size, rngs=rngs, dtype=dtype)
         self.shared_gate = Linear(config.hidden_size, 1, bias=False, rngs=rngs, dtype=dtype)
 
     def beside(self, inputs: jax.Array) -> jax.Array:

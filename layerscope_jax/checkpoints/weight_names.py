@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from layerscope_jax.checkpoints.safetensors_io import DTYPES, StoredTensor
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
-from layerscope_jax.models.decoder_layers import layer_type
+from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.models.family import Family
 from layerscope_jax.models.layers import ExpertParam
 from layerscope_jax.models.registry import FAMILIES
@@ -175,8 +175,7 @@ def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTe
 
 def shapes_of_layer(config: ModelConfig, layer: int) -> dict[ParameterPath, tuple[int, ...]]:
     """Shapes of a decoder layer's parameters, by their paths in the decoder, without making any array."""
-    make = layer_type(config, layer)
-    abstract = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), dtype=np.float32))
+    abstract = nnx.eval_shape(lambda: new_layer(config, layer, rngs=nnx.Rngs(0), dtype=np.dtype(np.float32)))
     parameters: dict[Any, jax.ShapeDtypeStruct] = flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
     return {("layers", layer, *path): array.shape for path, array in parameters.items()}
 

@@ -38,7 +38,7 @@ from layerscope_jax.generation.scheduler import (
     bucket,
 )
 from layerscope_jax.generation.slots import Slots
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.sampling import NO_TOKEN, Sampling
 from layerscope_jax.support.units import next_power
 

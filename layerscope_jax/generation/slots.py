@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from layerscope_jax.models.cache import grow, put_rows
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 
 
 class Slots:

@@ -282,7 +282,9 @@ class CpuExperts:
         Raises:
             ValueError: if they cannot.
         """
-        work = Work("experts", layout.format.name, dtype, (layout.width, layout.hidden))
+        work = Work(
+            "experts", layout.format.name, dtype, (layout.width, layout.hidden), body=layout.format.body
+        )
         if not suits(kernel, work):
             raise ValueError(
                 f"the kernel {kernel.name!r} cannot compute experts [{layout.width}, {layout.hidden}] in the "

@@ -117,7 +117,7 @@ def kernel_of(
         width: D.
         hidden: F.
     """
-    chosen = choose(Work("experts", format.name, np.dtype(dtype), (width, hidden)))
+    chosen = choose(Work("experts", format.name, np.dtype(dtype), (width, hidden), body=format.body))
     if chosen is None:
         return None
     return chosen.run if isinstance(chosen.run, AddressKernel) else RowsKernel(chosen.name, chosen.run)

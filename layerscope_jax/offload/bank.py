@@ -11,7 +11,7 @@ import numpy as np
 
 from layerscope_jax.formats import ExpertFormat, PlainFormat, plain_of
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.models.experts import weights_type
 from layerscope_jax.scheduling.plan import ExpertId
 
 
@@ -67,11 +67,11 @@ class ExpertBank:
     def build(
         cls,
         config: ModelConfig,
-        read: Callable[[ExpertId, str, tuple[int, int]], np.ndarray],
+        read: Callable[[ExpertId, str, tuple[int, ...]], np.ndarray],
         device: jax.Device | None = None,
         format: ExpertFormat | None = None,
     ) -> ExpertBank:
-        """Fills a bank matrix by matrix from `read(expert, "gate" | "up" | "down", shape)`.
+        """Fills a bank array by array from `read(expert, "gate" | "up" | "down" | "bias", shape)`.
 
         Only one matrix at a time exists beside its pinned copy; where a format is given, one expert. Without
         one, the bank may share, on a CPU, the memory of the array that `read` returns, which must not be
@@ -85,6 +85,8 @@ class ExpertBank:
         """
         sharding, shapes = host_sharding(device), config.expert_shapes()
         dtype: np.dtype | None = None
+        weights = weights_type(config.expert_body)
+        form = None if format is None else format.for_body(config.expert_body)
 
         def put(array: np.ndarray) -> jax.Array:
             # Blocking here keeps the sources of unfinished copies from piling up in memory.
@@ -92,18 +94,20 @@ class ExpertBank:
 
         def build(expert: ExpertId) -> Any:
             nonlocal dtype
-            if format is None:
-                return ExpertWeights(*[put(read(expert, name, shape)) for name, shape in shapes.items()])
+            if form is None:
+                return weights(*[put(read(expert, name, shape)) for name, shape in shapes.items()])
             # Copies: a reader may use its memory again for the next matrix.
             copies: Any = [np.array(read(expert, name, shape)) for name, shape in shapes.items()]
             dtype = np.dtype(copies[0].dtype)
-            return packed(format, put, ExpertWeights(*copies))
+            return packed(form, put, weights(*copies))
 
         layers = tuple(
             tuple(build(ExpertId(layer, expert)) for expert in range(config.num_experts))
             for layer in range(config.num_moe_layers)
         )
-        return cls(layers, format, dtype)  # type: ignore[arg-type]
+        if form is None:
+            form = plain_of(layers[0][0]).for_body(config.expert_body)
+        return cls(layers, form, dtype)  # type: ignore[arg-type]
 
     def converted(self, format: ExpertFormat) -> ExpertBank:
         """A bank of the same experts in another format, for activations of the same dtype.
@@ -140,19 +144,21 @@ class ExpertBank:
         """NumPy views of an expert's arrays, in their order: no copy where the backend shares memory."""
         return tuple(map(_view, self[expert]))
 
-    def unpacked(self, expert: ExpertId) -> ExpertWeights:
+    def unpacked(self, expert: ExpertId) -> Any:
         """The matrices of an expert as NumPy arrays: in `dtype`, or as they are in a plain format."""
+        packed = self.format.Expert(*self.views(expert))
         if isinstance(self.format, PlainFormat):
-            return ExpertWeights(*self.views(expert))  # type: ignore[arg-type]
-        matrices = self.format.unpack(self.format.Expert(*self.views(expert)))
-        return ExpertWeights(*(np.asarray(matrix, self.dtype) for matrix in matrices))  # type: ignore[arg-type]
+            return packed
+        return weights_type(self.format.body)(
+            *(np.asarray(array, self.dtype) for array in self.format.unpack(packed))
+        )
 
-    def stacked(self, layer: int, device: jax.Device | None = None) -> ExpertWeights:
-        """A copy on the device of one layer's experts, unpacked, as [E, D, F], [E, D, F], [E, F, D]."""
+    def stacked(self, layer: int, device: jax.Device | None = None) -> Any:
+        """A copy on the device of one layer's experts, unpacked, stacked along a leading axis E."""
         sharding = device_sharding(device)
         experts = [self.unpacked(ExpertId(layer, index)) for index in range(len(self.layers[layer]))]
-        return ExpertWeights(
-            *(jax.device_put(np.stack(list(matrices)), sharding) for matrices in zip(*experts, strict=True))
+        return weights_type(self.format.body)(
+            *(jax.device_put(np.stack(list(arrays)), sharding) for arrays in zip(*experts, strict=True))
         )
 
     @property
@@ -175,7 +181,7 @@ class ExpertBank:
         return self.expert_bytes * sum(len(experts) for experts in self.layers)
 
 
-def packed(format: ExpertFormat, put: Callable[[np.ndarray], jax.Array], matrices: ExpertWeights) -> Any:
+def packed(format: ExpertFormat, put: Callable[[np.ndarray], jax.Array], matrices: Any) -> Any:
     """An expert in a format, its arrays where `put` puts them.
 
     Raises:

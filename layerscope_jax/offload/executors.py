@@ -59,7 +59,7 @@ def product_of(
     format: ExpertFormat, expert: Any, dtype: np.dtype, device: jax.Device
 ) -> tuple[str, Callable]:
     """Name in statistics, and product for `grouped_ffn`, of what computes such experts on a device."""
-    work = Work("experts", format.name, np.dtype(dtype), format.sizes(expert), device.platform)
+    work = Work("experts", format.name, np.dtype(dtype), format.sizes(expert), device.platform, format.body)
     # A CPU stands for an accelerator in tests alone; its kernels compute outside of programs.
     kernel = None if work.platform == "cpu" else choose(work)
     return (REFERENCE, format.ffn) if kernel is None else (kernel.name, kernel.run)

@@ -12,7 +12,7 @@ import numpy as np
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.models.decoder import Between
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.offload.bank import device_sharding
 from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
 from layerscope_jax.prediction.forecasts import Forecasts, counted_rows

@@ -17,7 +17,7 @@ from layerscope_jax.kernels.attention import our_loops
 from layerscope_jax.kernels.combining import add_experts
 from layerscope_jax.models.config import LayerKind, ModelConfig
 from layerscope_jax.models.decoder import Add, Decoder, to_end, to_experts
-from layerscope_jax.models.decoder_layers import layer_type
+from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.prediction.forecasts import expected_tokens
 from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.runtime.sampling import sample
@@ -59,14 +59,13 @@ def dense_parts(
     @functools.cache
     def graph_of(kind: LayerKind) -> nnx.GraphDef:
         layer = next(layer for layer in range(config.num_layers) if config.layer_kind(layer) == kind)
-        make = layer_type(config, layer)
-        return nnx.split(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), dtype=dtype)))[0]
+        return nnx.split(nnx.eval_shape(lambda: new_layer(config, layer, rngs=nnx.Rngs(0), dtype=dtype)))[0]
 
     def layers_of(layers: Layers) -> list[Any]:
         pairs = zip(layers.kinds, layers.params, strict=True)
         return [nnx.merge(graph_of(kind), params) for kind, params in pairs]
 
-    none = replace(config, num_layers=0, dense_layers=())
+    none = replace(config, num_layers=0, dense_layers=(), full_attention_layers=())
     hollow = nnx.eval_shape(lambda: Decoder(none, rngs=nnx.Rngs(0), dtype=dtype))
     ends_graph, ends_state = nnx.split(hollow)
     empty: dict[str, Any] = {key: {} for key in ("layers", "experts") if key in nnx.to_pure_dict(ends_state)}

@@ -16,7 +16,8 @@ from layerscope_jax.kernels import inside
 from layerscope_jax.kernels.attention import our_loops
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Between, through
-from layerscope_jax.models.layers import PAD_POSITION, Routing
+from layerscope_jax.models.rotary import PAD_POSITION
+from layerscope_jax.models.router import Routing
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.programs import Layers, add_rows, dense_parts
 from layerscope_jax.runtime.runner import Stepped

@@ -11,8 +11,8 @@ import pytest
 
 from layerscope_jax import load, save
 from layerscope_jax.models import FAMILIES, config_from_hf, kinds, register_family
+from layerscope_jax.models.attention import Attention
 from layerscope_jax.models.decoder_layers import RoutedLayer
-from layerscope_jax.models.layers import Attention
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -15,7 +15,7 @@ from layerscope_jax.generation.calls import Call, RequestState
 from layerscope_jax.generation.run import Run
 from layerscope_jax.generation.scheduler import joining
 from layerscope_jax.kernels.grouping import GROUP_SIZES
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")  # bits are the business of test_exactness.py
 

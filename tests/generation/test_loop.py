@@ -22,7 +22,7 @@ from layerscope_jax.generation import calls, loop, run, scheduler, shares, slots
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.requests import Request
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.runner import RunnerStats
 from layerscope_jax.runtime.turns import Turns

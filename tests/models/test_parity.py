@@ -13,7 +13,7 @@ from flax import nnx
 
 from layerscope_jax.checkpoints.model import load
 from layerscope_jax.models.cache import new_caches
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

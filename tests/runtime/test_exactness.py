@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax import POLICIES, Engine, OffloadConfig, Request
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.registry import FORECASTING
 
