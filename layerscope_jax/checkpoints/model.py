@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
 
+from layerscope_jax.checkpoints.ignored import Ignored
 from layerscope_jax.checkpoints.safetensors_io import (
     DTYPES,
     SINGLE,
@@ -29,8 +31,9 @@ from layerscope_jax.checkpoints.safetensors_io import (
     stored_tensors,
     write_tensors,
 )
+from layerscope_jax.checkpoints.tensor_reader import TensorReader
 from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
-from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of
+from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
 from layerscope_jax.formats import ExpertFormat, format_named
 from layerscope_jax.models import Decoder, ExpertParam, config_from_hf, with_generation
 from layerscope_jax.models.config import ModelConfig
@@ -38,6 +41,8 @@ from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.scheduling.plan import Geometry
 from layerscope_jax.support.files import is_there, read_json, replace_files
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
 
@@ -157,39 +162,28 @@ def load(
             "check the path"
         )
     config, raw = _read_config(folder)
-    config, stored = _with_head(config, stored_tensors(folder))
+    config, stored = _with_head(config, plain_names(stored_tensors(folder)))
     check_sizes(config, folder, stored)
-    naming = Naming.of(config)
-    naming.check(folder, stored, family_of(config).ignored)
+    naming, ignored = Naming.of(config, stored.keys()), Ignored(config, family_of(config))
+    naming.check(folder, stored, ignored)
+    for part, count in ignored.summary(stored.keys() - naming.shapes.keys()).items():
+        logger.info("%s: %d tensors are not needed and passed over: %s", folder, count, part)
     stored = {name: stored[name] for name in naming.shapes}
-    target = dtype_named(dtype) if dtype is not None else _common_dtype(folder, stored.values(), raw)
+    target = dtype_named(dtype) if dtype is not None else _common_dtype(folder, naming, stored, raw)
 
     with _progress(sum(tensor.size for tensor in stored.values())) as advance:
-        buffer = np.empty(0, np.uint8)
-
-        def read(name: str) -> np.ndarray:
-            nonlocal buffer
-            tensor = stored[name]
-            # Read into the same memory again and again: new memory for each would take the system as long as
-            # reading does.
-            if buffer.size != tensor.size:
-                buffer = np.empty(0, np.uint8)  # gone before there is another
-                buffer = np.empty(tensor.size, np.uint8)
-            array = naming.transforms[name].load(cast(tensor.read(buffer), target, name))
-            advance(tensor.size)
-            # What does not lie in order (what is transposed, say) JAX copies, and is done before the next is
-            # read. What does JAX may take over, and the memory with it.
-            if array.flags.c_contiguous and np.may_share_memory(array, buffer):
-                buffer = np.empty(0, np.uint8)
-            return array
-
-        sharding = device_sharding(device)
+        reader, sharding = TensorReader(naming, stored, target, advance), device_sharding(device)
         dense = {
-            path: jax.block_until_ready(jax.device_put(read(name), sharding))
-            for name, path in naming.dense.items()
+            path: jax.block_until_ready(jax.device_put(array, sharding))
+            for source in naming.dense
+            for path, array in reader.arrays(source).items()
         }
-        names = naming.expert_names()
-        bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix]), device, form)
+        bank = ExpertBank.build(
+            config,
+            lambda expert, array, _: reader.array(naming.experts[expert, array], (expert, array)),
+            device,
+            form,
+        )
     return Model(
         config,
         naming.graphdef,
@@ -220,18 +214,28 @@ def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None
     settings = hf_config(config, target)
     dense = flatten_dict(model.dense)
 
-    def value(name: str) -> np.ndarray:
-        if name in naming.experts:
-            expert, matrix = naming.experts[name]
-            array = np.asarray(getattr(model.bank.unpacked(expert), matrix))
-        else:
-            array = np.asarray(dense[naming.dense[name]])
-        return cast(naming.transforms[name].save(array), target, name)
+    def array(key: Any) -> np.ndarray:
+        if key in naming.experts:
+            expert, name = key
+            return np.asarray(getattr(model.bank.unpacked(expert), name))
+        return np.asarray(dense[key])
 
+    def value(name: str) -> np.ndarray:
+        parts = []
+        for source, part in naming.uses[name]:
+            assert source.transform.save is not None, f"the first way to name {name} must be one to save"
+            parts.append(source.transform.save([array(key) for key in source.keys])[part])
+        stacked = naming.uses[name][0][0].tensors[naming.uses[name][0][1]][1] is not None
+        return cast(np.stack(parts) if stacked else parts[0], dtypes[name], name)
+
+    dtypes = {
+        name: np.dtype(np.float32) if uses[0][0].keys[0] in naming.wide else target
+        for name, uses in naming.uses.items()
+    }
     replace_files(
         Path(folder),
         {
-            SINGLE: lambda file: write_tensors(file, naming.shapes, target, value),
+            SINGLE: lambda file: write_tensors(file, naming.shapes, dtypes, value),
             "config.json": json.dumps(settings, indent=2) + "\n",
         },
     )
@@ -294,9 +298,15 @@ def _with_head(
     return dataclasses.replace(config, tie_embeddings=False), stored
 
 
-def _common_dtype(folder: Path, stored: Iterable[StoredTensor], raw: Mapping[str, Any]) -> np.dtype:
+def _common_dtype(
+    folder: Path, naming: Naming, stored: Mapping[str, StoredTensor], raw: Mapping[str, Any]
+) -> np.dtype:
     """Returns the dtype that all tensors have; if they differ, the one that `config.json` names."""
-    codes = {tensor.dtype for tensor in stored}
+    codes = {
+        stored[name].dtype
+        for name, uses in naming.uses.items()
+        if naming.dtypes[name] is None and uses[0][0].keys[0] not in naming.wide
+    }
     if len(codes) == 1:
         return DTYPES[codes.pop()]
     named = raw.get("dtype") or raw.get("torch_dtype")

@@ -88,7 +88,7 @@ class LatentAttention(nnx.Module):
         else:
             self.q_down = linear(width, sizes.query_rank, bias)
             self.q_norm = RMSNorm(sizes.query_rank, NORM_EPS, dtype)
-            self.q = linear(sizes.query_rank, queries)
+            self.q_up = linear(sizes.query_rank, queries)
         self.kv_down = linear(width, sizes.rank + sizes.rope, bias)
         self.kv_norm = RMSNorm(sizes.rank, NORM_EPS, dtype)
         self.key_up = nnx.Param(normal(rngs, (heads, sizes.nope, sizes.rank), dtype))
@@ -133,9 +133,9 @@ class LatentAttention(nnx.Module):
     def _queries(self, hidden: jax.Array, positions: jax.Array) -> jax.Array:
         """[B, S, H, R + E]."""
         sizes = latent_sizes(self.config)
-        if sizes.query_rank is not None:
-            hidden = self.q_norm(self.q_down(hidden))
-        query = self.q(hidden).reshape(*hidden.shape[:2], self.config.num_heads, -1)
+        compressed = sizes.query_rank is not None
+        flat = self.q_up(self.q_norm(self.q_down(hidden))) if compressed else self.q(hidden)
+        query = flat.reshape(*hidden.shape[:2], self.config.num_heads, -1)
         plain, turned = query[..., : sizes.nope], rotate(query[..., sizes.nope :], positions, self.config)
         absorbed = jnp.einsum("bshn,hnr->bshr", plain, self.key_up[...], preferred_element_type=jnp.float32)
         return jnp.concatenate([absorbed.astype(query.dtype), turned], axis=-1)

@@ -7,12 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.config_reader import ConfigReader
+from layerscope_jax.models.config_values import shown
 from layerscope_jax.models.decoder_layers import DecoderLayer
-from layerscope_jax.models.family import ConfigReader, Family, shown
+from layerscope_jax.models.families.deepseek_v2 import DEEPSEEK_V2
+from layerscope_jax.models.families.deepseek_v3 import DEEPSEEK_V3
+from layerscope_jax.models.families.dots1 import DOTS1
+from layerscope_jax.models.families.ernie4_5_moe import ERNIE4_5_MOE
+from layerscope_jax.models.families.glm4_moe import GLM4_MOE
+from layerscope_jax.models.families.glm4_moe_lite import GLM4_MOE_LITE
+from layerscope_jax.models.families.gpt_oss import GPT_OSS
+from layerscope_jax.models.families.granitemoe import GRANITEMOE
+from layerscope_jax.models.families.minimax_m2 import MINIMAX_M2
+from layerscope_jax.models.families.mixtral import MIXTRAL
+from layerscope_jax.models.families.olmoe import OLMOE
+from layerscope_jax.models.families.phimoe import PHIMOE
+from layerscope_jax.models.families.qwen2_moe import QWEN2_MOE
+from layerscope_jax.models.families.qwen3_moe import QWEN3_MOE
+from layerscope_jax.models.family import Family
 from layerscope_jax.models.kinds import ATTENTIONS, FEED_FORWARDS
-from layerscope_jax.models.mixtral import MIXTRAL
-from layerscope_jax.models.olmoe import OLMOE
-from layerscope_jax.models.qwen3_moe import QWEN3_MOE
 from layerscope_jax.models.weights import EXPERTS, ROUTER, Weight
 from layerscope_jax.support.checks import Problems
 
@@ -68,7 +81,7 @@ def register_family(family: Family) -> None:
     rows = [row for row in family.weights if isinstance(row, Weight)]
     problems.expect(len(rows) == len(family.weights), "weights", "a tuple of Weight", family.weights)
     missing = {"embedding", ROUTER, *(EXPERTS + matrix for matrix in ("gate", "up", "down"))}
-    missing -= {row.place for row in rows}
+    missing -= {place for row in rows for place in row.places}
     problems.expect(
         not missing,
         "weights",
@@ -88,7 +101,22 @@ def _refuse(family: Family, problems: Problems) -> None:
         raise ValueError(f"cannot register {shown(family.architecture)}: {error}") from None
 
 
-for _family in (OLMOE, MIXTRAL, QWEN3_MOE):
+for _family in (
+    OLMOE,
+    MIXTRAL,
+    QWEN3_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DOTS1,
+    ERNIE4_5_MOE,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
+    GPT_OSS,
+    GRANITEMOE,
+    MINIMAX_M2,
+    PHIMOE,
+    QWEN2_MOE,
+):
     register_family(_family)
 
 
