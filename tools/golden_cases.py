@@ -340,7 +340,7 @@ CASES = {
             "embedding_multiplier": 1.5,
             "residual_multiplier": 0.8,
             "attention_multiplier": 0.2,
-            "logits_scaling": 0.5,
+            "logits_scaling": 2.0,
             "attention_bias": False,
             "initializer_range": 0.5,
             "tie_word_embeddings": False,
