@@ -71,7 +71,13 @@ class ModelShape(RoutedExperts):
 
     def geometry(self, slots: int) -> Geometry:
         """Returns the geometry that policies see, for a budget that holds `slots` experts."""
-        return Geometry(**self.counts(), expert_bytes=self.expert_bytes, slots=slots)
+        buffers = format_named(self.dtype).buffers(self.hidden_size, self.moe_intermediate_size)
+        return Geometry(
+            **self.counts(),
+            expert_bytes=self.expert_bytes,
+            slots=slots,
+            arrays_per_expert=len(buffers),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

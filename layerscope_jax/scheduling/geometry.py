@@ -85,9 +85,12 @@ class Geometry(RoutedExperts):
     """What a policy knows of a model and of the device budget.
 
     Attributes:
-        expert_bytes: of one expert.
-        slots: how many experts the device budget holds, copies on their way counted.
+        expert_bytes: size (bytes) of one expert.
+        slots: number of experts that the device budget holds, copies in flight included.
+        arrays_per_expert: number of arrays of one expert, each of which is copied by itself: between two of
+            them, an on-demand load can overtake a prefetch. Plain formats have three, one for each matrix.
     """
 
     expert_bytes: int
     slots: int
+    arrays_per_expert: int = 3

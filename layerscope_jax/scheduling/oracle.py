@@ -92,7 +92,7 @@ class Oracle(PolicyBase):
         queue = [expert for expert in state.queue if expert in seen.in_flight]
         free = state.geometry.slots - len(seen.resident) - len(seen.in_flight)
         leaving = self._leaving(state, seen)
-        coming, link_ms = arrivals(queue, layer, demand, costs.transfer_ms)
+        coming, link_ms = arrivals(queue, layer, demand, costs.transfer_ms, state.geometry.arrays_per_expert)
         split = balance(
             costs,
             demand,

@@ -84,7 +84,7 @@ class PreSched(PolicyBase):
         queue = [expert for expert in state.queue if expert in seen.in_flight]
         if len(queue) < len(seen.in_flight):  # others put something on the link
             queue += sorted(set(seen.in_flight).difference(queue))
-        coming, ahead_ms = arrivals(queue, layer, demand, costs.transfer_ms)
+        coming, ahead_ms = arrivals(queue, layer, demand, costs.transfer_ms, state.geometry.arrays_per_expert)
         fitting = int(state.span_ms[layer] / max(costs.transfer_ms, 1e-6)) + 1 - len(queue)
         number = state.geometry.num_experts
         every = numbered(state.geometry.num_layers, number)
@@ -182,16 +182,23 @@ def agree(plan: LayerPlan, device: Sequence[ExpertId], seen: Observation) -> boo
 
 
 def arrivals(
-    queue: Sequence[ExpertId], layer: int, demand: Mapping[int, int], transfer_ms: float
+    queue: Sequence[ExpertId], layer: int, demand: Mapping[int, int], transfer_ms: float, arrays: int
 ) -> tuple[list[tuple[int, float]], float]:
-    """Returns this layer's active experts on the link with the ms to their arrival, and to the next load."""
-    found: list[tuple[int, float]] = []
+    """Returns the time (ms) until each active expert in `queue` arrives, and until a load could begin.
+
+    Args:
+        queue: experts on the link, in order.
+        layer, demand: the layer that is planned.
+        transfer_ms: time of one copy.
+        arrays: number of arrays of an expert, each copied by itself.
+    """
+    arriving: list[tuple[int, float]] = []
     ahead = 0.0
     for position, expert in enumerate(queue):
         if expert.layer == layer and expert.expert in demand:
-            # The first is half way on average; demand overtakes the others at the next matrix.
+            # The first copy is half done on average; a demand overtakes the others at the next array.
             ahead += (0.5 if position == 0 else 1.0) * transfer_ms
-            found.append((expert.expert, ahead))
+            arriving.append((expert.expert, ahead))
         elif position == 0:
-            ahead = transfer_ms / 6
-    return found, ahead
+            ahead = transfer_ms / (2 * arrays)
+    return arriving, ahead

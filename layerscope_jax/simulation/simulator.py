@@ -23,7 +23,7 @@ from layerscope_jax.scheduling.plan import (
 )
 from layerscope_jax.scheduling.policy import PolicyBase, completed
 from layerscope_jax.simulation.contention import side_by_side
-from layerscope_jax.simulation.virtual_link import CHUNKS, Link
+from layerscope_jax.simulation.virtual_link import Link
 from layerscope_jax.simulation.workload import Workload
 
 NO_WEIGHTS: Any = None
@@ -100,7 +100,7 @@ class _Run:
         self.policy, self.geometry, self.costs, self.record = policy, geometry, costs, record
         self.known = set(geometry.every_expert())
         self.state: Any = policy.init(geometry, costs)
-        self.link = Link(costs.transfer_ms)
+        self.link = Link(costs.transfer_ms, geometry.arrays_per_expert)
         self.books = Residency(geometry.slots * geometry.expert_bytes, geometry.expert_bytes)
         resident = set(resident)
         if len(resident) > self.books.slots or not resident <= self.known:
@@ -222,7 +222,7 @@ class _Run:
         """
         self._absorb(self.now)  # what the link began during the last layer is this workload's
         geometry, link = self.geometry, self.link
-        chunk_bytes = geometry.expert_bytes / CHUNKS
+        chunk_bytes = geometry.expert_bytes / geometry.arrays_per_expert
         step_ms = tuple(np.diff(ends).tolist())
         mean_s = 1e-3 * sum(step_ms) / len(step_ms) if step_ms else 0.0
         busy_ms = {"device": self.device_ms, "host": self.host_ms, "link": link.busy_ms(self.now)}
