@@ -200,7 +200,7 @@ class Loop:
             try:
                 self._step()
                 assert call.ended or call in self._calls, "a call that no step knows of"
-                while to_the_end and not (call.ended or self._turns.wanted):
+                while to_the_end and not (call.ended or self._turns.is_contended):
                     self.check_open()
                     self._step()
             except BaseException:
