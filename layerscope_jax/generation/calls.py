@@ -1,4 +1,4 @@
-"""Calls that an engine is working on: the requests of each, and their tokens so far."""
+"""Calls in progress: the requests of each, and their tokens so far."""
 
 from __future__ import annotations
 

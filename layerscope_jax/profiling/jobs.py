@@ -124,9 +124,9 @@ class Jobs:
         def job(round: int) -> None:
             if not self.roomy:
                 self._weights = []
-            wanted = {ExpertId(round % self._turns, expert) for expert in range(experts)}
-            self._transfers.submit(wanted, [])
-            self._transfers.wait(wanted, len(wanted))  # one wake-up disturbs the other jobs less than several
+            copies = {ExpertId(round % self._turns, expert) for expert in range(experts)}
+            self._transfers.submit(copies, [])
+            self._transfers.wait(copies, len(copies))  # one wake-up disturbs the other jobs less than several
             for weights in self._transfers.arrivals()[0].values():
                 self._device.keep(weights)
 
@@ -221,8 +221,8 @@ class NoCopies:
     def arrivals(self) -> tuple[dict[ExpertId, Any], list[ExpertId]]:
         return {}, []
 
-    def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:
-        raise TransferError(f"this engine copies nothing, but waits for {sorted(wanted)}")
+    def wait(self, experts: Collection[ExpertId], count: int = 1) -> None:
+        raise TransferError(f"this engine copies nothing, but waits for {sorted(experts)}")
 
     def rest(self) -> None:
         pass

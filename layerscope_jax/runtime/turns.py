@@ -40,7 +40,7 @@ class Turns:
                 'does not work in such a process; start it with multiprocessing.get_context("spawn")'
             )
         self.lock = threading.RLock()
-        self._next = threading.RLock()  # held by the thread whose turn is next, so that the last owner comes after it
+        self._next = threading.RLock()  # held by the thread that is next; the last owner queues behind it
         self._owner: int | None = None  # the thread whose turn it is
         self._waiting: dict[int, None] = {}  # threads that wait for a turn
 
