@@ -16,13 +16,12 @@ from layerscope_jax.scheduling.plan import ExpertId
 
 
 def host_sharding(device: jax.Device | None = None) -> jax.sharding.Sharding:
-    """Returns the sharding of pinned host memory for `device` (None: the default), with asynchronous
-    copies."""
+    """Returns the sharding of pinned host memory, from which copies to `device` are asynchronous."""
     return jax.sharding.SingleDeviceSharding(device or jax.devices()[0], memory_kind="pinned_host")
 
 
 def device_sharding(device: jax.Device | None = None) -> jax.sharding.Sharding:
-    """Returns the sharding of the memory of `device` (None: the default device)."""
+    """Returns the sharding of a device's memory (the default device's if None)."""
     return jax.sharding.SingleDeviceSharding(device or jax.devices()[0], memory_kind="device")
 
 
@@ -148,8 +147,7 @@ class ExpertBank:
         return ExpertWeights(*(np.asarray(matrix, self.dtype) for matrix in matrices))  # type: ignore[arg-type]
 
     def stacked(self, layer: int, device: jax.Device | None = None) -> ExpertWeights:
-        """Returns one layer's experts, unpacked and stacked on the device: [E, D, F], [E, D, F], [E, F,
-        D]."""
+        """Returns one layer's experts stacked and unpacked on a device: [E, D, F], [E, D, F], [E, F, D]."""
         sharding = device_sharding(device)
         experts = [self.unpacked(ExpertId(layer, index)) for index in range(len(self.layers[layer]))]
         return ExpertWeights(

@@ -58,8 +58,7 @@ def place_rows(outputs: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Arr
 def product_of(
     format: ExpertFormat, expert: Any, dtype: np.dtype, device: jax.Device
 ) -> tuple[str, Callable]:
-    """Returns the kernel for experts of a format on a device: name for statistics, product for
-    `grouped_ffn`."""
+    """Returns a device's kernel for experts of a format: name in statistics, product for `grouped_ffn`."""
     work = Work("experts", format.name, np.dtype(dtype), format.sizes(expert), device.platform)
     # Only tests use a CPU as the accelerator; the CPU's kernels are not called from programs.
     kernel = None if work.platform == "cpu" else choose(work)
@@ -100,8 +99,7 @@ class DeviceExperts:
         return self._nothing[total]
 
     def take(self, total: int, width: int, dtype: np.dtype) -> jax.Array:
-        """Returns an array [total + 1, width] to write a layer's rows to; other rows hold any finite
-        values."""
+        """Returns an array [total + 1, width] for a layer's rows; unwritten rows hold any finite values."""
         result = self._outputs.pop(total, None)
         return jnp.zeros((total + 1, width), dtype, device=self._device) if result is None else result
 

@@ -63,8 +63,7 @@ class _Chunk(NamedTuple):
 
 
 def start_copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Starts the copy of an array to the device; all copies go through it, so that tests can inject
-    faults."""
+    """Starts the copy of an array to the device; tests replace it to inject faults."""
     return jax.device_put(array, sharding)
 
 
@@ -115,7 +114,7 @@ class Transfers:
         self.within = not bandwidth and device.platform == "cpu"
         self.ahead = 0 if bandwidth else WITHIN_BYTES if self.within else AHEAD_BYTES
         self.prefetch_ahead = 0 if device.platform == "cpu" else self.ahead
-        self._expected, self._busy_since = 0.0, 0.0  # when the link has news if it moves; when it began
+        self._expected, self._busy_since = 0.0, 0.0  # when a chunk is due; begin of the busy spell
         self._thread = threading.Thread(target=self._run, name="layerscope-link", daemon=True)
         self._thread.start()
 
@@ -151,8 +150,7 @@ class Transfers:
             return gone
 
     def arrivals(self) -> tuple[dict[ExpertId, Any], list[ExpertId]]:
-        """Returns what has arrived since the last call, and which prefetches failed for good; does not
-        wait."""
+        """Returns experts that arrived and prefetches that failed since the last call; does not wait."""
         queue = self.queue
         if not (queue.arrived or queue.lost):
             return {}, []  # what arrives at this moment is returned by the next call
@@ -229,8 +227,7 @@ class Transfers:
             raise TransferError(what) from self._broken
 
     def _await_news(self, since: float, patience: float) -> None:
-        """Waits for a change of the queue until `patience` seconds after `since`; then raises
-        TransferError."""
+        """Waits for a change of the queue; raises TransferError `patience` seconds after `since`."""
         self._check_thread()
         left = since + patience - time.perf_counter()
         if left <= 0:

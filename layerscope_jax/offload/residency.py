@@ -9,8 +9,7 @@ from layerscope_jax.scheduling.plan import ExpertId, LayerPlan
 
 
 class Residency:
-    """State of each expert: absent, in flight (its bytes reserved) or resident; only the engine's thread
-    writes it.
+    """State of each expert: absent, in flight (its bytes are reserved) or resident. Written by one thread.
 
     Methods raise RuntimeError for changes that would exceed the budget or contradict the state. Those are
     bugs of the runtime and never the user's mistake.

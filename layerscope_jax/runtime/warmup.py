@@ -58,8 +58,7 @@ class Rehearsal:
             raise
 
     def settle(self) -> None:
-        """Waits, after a failure, until all threads but the link's are idle; the link serves another
-        runner."""
+        """Waits, after a failure, until all threads but the link's are idle; the link is not used."""
         self.runner.host_experts.rest()
         if self._device_experts.waits:
             finish_all(self.runner.transfers.sharding)

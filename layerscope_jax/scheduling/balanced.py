@@ -43,7 +43,7 @@ class Shares:
         ]
 
     def room(self, seen: Observation, gone: Sequence[ExpertId]) -> int:
-        """Returns how many copies there is room for after the evictions."""
+        """Returns the number of copies that fit after the evictions."""
         return self.geometry.slots - len(seen.resident) - len(seen.in_flight) + len(gone)
 
     def here(self, seen: Observation, gone: Sequence[ExpertId]) -> set[int]:

@@ -1,4 +1,4 @@
-"""Policies that weigh no costs: everything on the device, everything on the host, on demand."""
+"""Policies without costs: everything on the device, everything on the host, on demand."""
 
 from __future__ import annotations
 

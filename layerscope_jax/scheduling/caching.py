@@ -16,7 +16,7 @@ from layerscope_jax.scheduling.policy import PolicyBase
 class CacheState:
     """Slots on the device, and the resident experts in order of use, least recent first.
 
-    What the numbers count is each policy's own; `left` has those of evicted experts, where they still count.
+    Each policy defines what its numbers count; `left` holds those of evicted experts, if they still count.
     """
 
     slots: int
@@ -121,7 +121,8 @@ class LFU(Cache):
 
 
 class LeastStale(Cache):
-    """Evicts first what this pass went past without using (SpecMD, arXiv 2602.03921).
+    """Evicts first the experts of layers that this pass has run without using them (SpecMD, arXiv
+    2602.03921).
 
     A pass runs the layers in order, so experts of passed layers that were not used are the most stale and are
     evicted first. Then come experts of later layers, the farthest layer first, then those that this pass has

@@ -224,8 +224,8 @@ def _check(
     if len(chosen) < len(plan.device) + len(plan.host):
         refuse("experts computed more than once", Counter(plan.device + plan.host) - Counter(chosen))
 
-    # Only what the plan names is looked up: the sets of resident experts may be large. This is done in every
-    # layer, so a plan that moves nothing is through soon.
+    # Only experts that the plan names are looked up, because the sets of resident experts may be large. Plans
+    # that move nothing return early, because this runs in every layer.
     layer, resident, in_flight = plan.layer, seen.resident, seen.in_flight
     if not (plan.evict or plan.load or plan.prefetch):
         absent = [e for e in plan.device if (layer, e) not in resident and (layer, e) not in in_flight]

@@ -15,24 +15,24 @@ from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observ
 from layerscope_jax.scheduling.policy import PolicyBase
 
 CERTAIN = {"prefill": 0.0, "decode": 0.5}
-"""Share of a prefetch's gain that a load for this layer must gain, as its gain is certain. In a prefill
-nearly all experts of all layers are needed, and the link is busy with this layer until it ends."""
+"""Share of a prefetch's gain that a load for this layer must gain, by phase: a load's gain is certain. In a
+prefill nearly all experts of all layers are needed, and the link is busy with this layer until it ends."""
 
 
 @dataclass(frozen=True)
 class PreSchedState:
-    """What PreSched remembers; arrays are copied before they change.
+    """State of PreSched; arrays are copied before they are changed.
 
     Attributes:
-        costs, geometry: of machine and model.
-        popularity: [L, E] mean tokens that an expert gets of one token in the step.
-        worth: [L, E] ms that having an expert on the device saves in its layer's next turn, if as popular as
-            ever.
-        present: [L, E] bool, on the device or on its way.
-        span_ms: [L] from a layer's plan to the next, as it was expected last.
-        price: [L] what a millisecond of device work costs of a layer's time; the host's costs the rest. 0
-            where the host ends last whatever is done.
-        queue: what was put on the link, in order.
+        costs, geometry: costs of the machine, geometry of the model.
+        popularity: [L, E] mean tokens of an expert for each token of the step.
+        worth: [L, E] time (ms) that an expert on the device saves in its layer's next turn, by its
+            popularity.
+        present: [L, E] bool, resident or in flight.
+        span_ms: [L] time (ms) from a layer's plan to the next plan, as last expected.
+        price: [L] share in 0..1 of a layer's time that a millisecond of device work costs; a millisecond of
+            host work costs the rest. 0 if the host ends last in any case.
+        queue: experts put on the link, in order.
     """
 
     costs: HardwareProfile
@@ -82,7 +82,7 @@ class PreSched(PolicyBase):
         costs, layer, demand = state.costs, seen.layer, seen.demand
         rows = sum(demand.values()) / state.geometry.experts_per_token
         queue = [expert for expert in state.queue if expert in seen.in_flight]
-        if len(queue) < len(seen.in_flight):  # others put something on the link
+        if len(queue) < len(seen.in_flight):  # the link has copies that this policy did not ask for
             queue += sorted(set(seen.in_flight).difference(queue))
         coming, ahead_ms = arrivals(queue, layer, demand, costs.transfer_ms, state.geometry.arrays_per_expert)
         fitting = int(state.span_ms[layer] / max(costs.transfer_ms, 1e-6)) + 1 - len(queue)
@@ -133,7 +133,7 @@ class PreSched(PolicyBase):
             prefetch=tuple([every[flat] for flat in prefetch]),
         )
         copies = [every[layer * number + expert] for expert in device]
-        if not agree(plan, copies, seen):  # others brought some and took as many
+        if not agree(plan, copies, seen):  # experts were loaded and evicted that this policy did not plan
             return self.decide(replace(state, present=counted(state, seen)), seen, move=move)
         state = PreSchedState(costs, state.geometry, *books, queue=(*queue, *plan.load, *plan.prefetch))
         return state, plan

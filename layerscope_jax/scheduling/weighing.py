@@ -31,7 +31,7 @@ SPARE = 48
 
 
 class Books(NamedTuple):
-    """The arrays of `PreSchedState`. They are written to: the caller gives copies."""
+    """Arrays of `PreSchedState`; they are written to, so the caller passes copies."""
 
     popularity: np.ndarray  # [L, E]
     worth: np.ndarray  # [L, E]
@@ -88,11 +88,12 @@ def decide(
 
     Args:
         curves: costs of an expert.
-        books: changed in place to what is to be remembered.
+        books: arrays of the state, changed in place to the next state.
         turn: the layer.
         experts, tokens: [A] the demand, in any order.
-        away: flat numbers `layer * E + expert` of what is on the link.
-        coming, coming_ms: this layer's active experts among these, in order of arrival, and when.
+        away: flat numbers `layer * E + expert` of the experts on the link.
+        coming, coming_ms: this layer's active experts among these, in order of arrival, with their times
+            (ms).
         forecast: [W, E] expected tokens; W = 0 without a predictor.
 
     Returns:
@@ -108,7 +109,7 @@ def decide(
     wishes, saves = wish(books, turn, coming_saves) if turn.move else nothing()
     spare, worth = leaving(books, turn, coming_saves, experts, on_link) if turn.move else nothing()
 
-    # One by one: for an array into places of another numba compiles messages about shapes, for seconds.
+    # One by one, because assigning one array to places of another takes numba seconds to compile.
     place = np.full(number, -1)
     for index in range(len(experts)):
         place[experts[index]] = index
@@ -129,7 +130,7 @@ def decide(
     )
     price = device_price(curves, moved)
     if turn.alone_ms < max(device_ms, host_ms):
-        # The host alone ends sooner than both sides that slow each other down; then an expert on the device
+        # If the host alone is faster than both sides, which slow each other down, an expert on the device
         # saves nothing.
         device, load, host = device[:0], load[:0], np.arange(len(experts))
         device_ms, host_ms, price = 0.0, turn.alone_ms, 1.0
