@@ -107,8 +107,7 @@ class Forecasts:
         learner.close()
 
     def inputs(self, layer: int) -> tuple[Any, jax.Array | None]:
-        """Returns the inputs of a layer's forecast in its program: its parameters and number, on the
-        device."""
+        """Returns the inputs of a layer's forecast within its program: parameters and layer number."""
         return self._learner.params[layer], self._numbers[layer]
 
     def read(self, layer: int, expected: np.ndarray | None, tokens: int) -> Forecast:

@@ -68,8 +68,7 @@ class Counts:
     of: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def ahead(self, layer: int, horizons: Sequence[int]) -> np.ndarray:
-        """Returns tokens [H, ..., E] of the layers `horizons` after `layer`; zeros for layers not seen
-        yet."""
+        """Returns tokens [H, ..., E] of the layers `horizons` after `layer`; zeros if not seen yet."""
         nothing = np.zeros(self.model.num_experts)
         layers = [turn_ahead(layer, horizon, self.model.num_layers)[1] for horizon in horizons]
         return np.stack([self.of.get(target, nothing) for target in layers])

@@ -1,4 +1,4 @@
-"""The link on a virtual clock: what `layerscope_jax.offload.link` does, without a thread or a byte."""
+"""Link on a virtual clock: behaves as `layerscope_jax.offload.link`, without threads and copies."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Link:
         self._busy_ms = max(0.0, self._free - now)
 
     def pace(self, transfer_ms: float, now: float) -> None:
-        """Sets the time that an expert takes from now on; a chunk that has begun takes what it would have."""
+        """Sets the time (ms) to copy an expert from now on; a chunk that has begun is not affected."""
         self._run(now)
         self._chunk_ms = transfer_ms / self._chunks
 
@@ -89,7 +89,7 @@ class Link:
         return dropped
 
     def arrivals(self, now: float) -> list[ExpertId]:
-        """Experts that have arrived since the last call."""
+        """Returns the experts that have arrived since the last call."""
         self._run(now)
         arrived = [expert for expert, when in self._arrived.items() if when <= now]
         for expert in arrived:
@@ -97,17 +97,17 @@ class Link:
         return arrived
 
     def rest(self, now: float) -> float:
-        """Time at which the link becomes idle, if nothing is submitted before."""
+        """Returns the time at which the link becomes idle, if nothing else is submitted."""
         self._run(now)
         while self._left:
             self._run(self._free)
         return max(self._free, now)
 
     def next_arrival(self, experts: Collection[ExpertId]) -> float:
-        """Time at which the first of some experts arrives, if nothing is submitted before.
+        """Returns the time at which the first of some experts arrives, if nothing else is submitted.
 
         Raises:
-            RuntimeError: if none of them is on its way: the wait would have no end.
+            RuntimeError: if none of them is in flight, so that the wait would never end.
         """
         while not any(expert in self._arrived for expert in experts):
             if not any(expert in self._left for expert in experts):
@@ -116,7 +116,7 @@ class Link:
         return min(self._arrived[expert] for expert in experts if expert in self._arrived)
 
     def _run(self, now: float) -> None:
-        """Begins every chunk whose turn comes by `now`."""
+        """Begins every chunk that can begin by `now`."""
         while self._left and self._free <= now:
             queue = self._demand or self._prefetch
             expert = queue[0]
