@@ -1,4 +1,4 @@
-"""From sums over rows and batches to the figures of a scorecard: plain records, as JSON holds them."""
+"""Computes the figures of a scorecard, as plain JSON records, from sums over rows and batches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Sums:
 
     Attributes:
         rows: [L, H, G, 3] exact recall, relaxed recall, rows.
-        bins: [L, H, G, 10, 3] of `metrics.reliability`.
-        batches: size -> [L, H, G, 6], `metrics.BatchScores` and how many batches.
-        curves: size -> [L, H, G, 2, E] of `metrics.prefetch`.
+        bins: [L, H, G, 10, 3] sums of `metrics.reliability`.
+        batches: size -> [L, H, G, 6] sums of `metrics.BatchScores`, and the number of batches.
+        curves: size -> [L, H, G, 2, E] sums of `metrics.prefetch`.
     """
 
     rows: np.ndarray
@@ -34,13 +34,13 @@ class Sums:
         return cls(np.zeros((*shape, 3)), np.zeros((*shape, metrics.BINS, 3)))
 
     def add(self, at: tuple[int, int], size: int, sums: metrics.BatchSums, group: np.ndarray) -> None:
-        """Adds batches of one layer and horizon; one without a known target does not count.
+        """Adds batches of one layer and horizon; batches without a known target do not count.
 
         Args:
             at: layer and place of the horizon.
             size: B.
             sums: of the batches.
-            group: [batches] that each belongs to.
+            group: [batches] group of each batch.
         """
         there = sums.counts.sum(-1) > 0
         sums, group = metrics.BatchSums(*(part[there] for part in sums)), group[there]
@@ -60,14 +60,14 @@ def report(
     unseen: Sequence[str],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All figures; those of a horizon are means over the layers whose target is in the same step.
+    """Returns all figures; those of a horizon are means over the layers whose target is in the same step.
 
     Args:
         sums: predictor -> its sums.
-        batching: the groups and batches they are of.
-        horizons: in their order.
-        unseen: domains of which nothing was trained on.
-        about: put in front.
+        batching: groups and batches of the sums.
+        horizons: layers ahead, in the order of the sums.
+        unseen: domains that were not trained on.
+        about: entries to put in front.
 
     Returns:
         rows: for each predictor, domain, phase, horizon and batch size its figures. Recall is of all rows,
@@ -110,7 +110,7 @@ def report(
 
 
 def parts(layers: int, horizon: int) -> list[tuple[bool, slice]]:
-    """Layers whose target is in the same step, and those whose target is in the next: `wraps`."""
+    """Returns the layers with a target in the same step, and those with one in the next step (`wraps`)."""
     return [(False, slice(0, layers - horizon)), (True, slice(layers - horizon, layers))]
 
 
@@ -146,18 +146,18 @@ def _calibration(bins: np.ndarray) -> dict[str, Any]:
 
 
 def _share(of: np.ndarray, to: np.ndarray) -> np.ndarray:
-    """`of / to`, NaN where that is not defined."""
+    """Returns `of / to`; NaN where it is not defined."""
     return np.divide(of, to, out=np.full(np.broadcast_shapes(of.shape, to.shape), np.nan), where=to > 0)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Over the first axis, what is NaN left out; NaN where nothing else is."""
+    """Returns the mean over the first axis without NaN; NaN if there is nothing else."""
     known = np.isfinite(values)
     return _share(np.where(known, values, 0.0).sum(0), known.sum(0))
 
 
 def _number(value: Any) -> float | None:
-    """Rounded; None for NaN, which JSON has no word for."""
+    """Returns a number rounded for JSON; None for NaN, which JSON lacks."""
     return round(float(value), 5) if np.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""Plots of a scorecard, one a question."""
+"""Plots of a scorecard, one for each question."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from predictor.scorecard_view import main_phase, names
 
 
 def need_matplotlib() -> None:
-    """Raises ValueError, with what to install, if plots cannot be drawn."""
+    """Raises ValueError that says what to install, if plots cannot be drawn."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -38,7 +38,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 
 
 def by_layer(result: dict[str, Any]) -> Any:
-    """How well does each predictor see from each layer?"""
+    """How good is each predictor's recall, by layer?"""
     horizons = result["horizons"]
 
     def line(axis: Any, predictor: str, horizon: int, _: int) -> tuple[Sequence[float], Sequence[float]]:
@@ -57,7 +57,7 @@ def by_layer(result: dict[str, Any]) -> Any:
 
 
 def calibration(result: dict[str, Any]) -> Any:
-    """How often does what is said to be likely come true?"""
+    """How often are experts chosen, by their predicted probability?"""
     horizons = result["horizons"]
 
     def line(axis: Any, predictor: str, horizon: int, _: int) -> tuple[Sequence[float], Sequence[float]]:
@@ -87,7 +87,7 @@ def calibration(result: dict[str, Any]) -> Any:
 
 
 def by_bytes(result: dict[str, Any]) -> Any:
-    """How much of what a batch needs is there, for how many experts moved?"""
+    """What share of a batch's choices is covered, by the number of prefetched experts?"""
     sizes = names(result["waste"], "batch")
 
     def line(axis: Any, predictor: str, horizon: int, size: int) -> tuple[Sequence[float], Sequence[float]]:

@@ -81,8 +81,8 @@ class Turns:
         me = threading.get_ident()
         if self._owner == me:
             raise ValueError(
-                "the engine is in the midst of a step that this call comes out of: a policy, predictor, "
-                "copy or signal handler cannot generate; call from on_token, or when the step is over"
+                "the engine is running a step on this thread, and this call was made from within it: a policy, "
+                "predictor, copy or signal handler cannot generate; call from on_token, or after the step"
             )
         try:
             self._waiting[me] = None
@@ -150,6 +150,6 @@ def check_untraced(what: str) -> None:
         jax.sharding.get_mesh()  # no other public function tells
     except ValueError:
         raise ValueError(
-            f"expected to be outside of functions that JAX traces (jit, vmap, grad, scan and the like): one "
-            f"cannot {what} in them; generate before, and pass the tokens in"
+            f"cannot {what} in a function that JAX traces (jit, vmap, grad, scan and the like); generate "
+            "before, and pass the tokens in"
         ) from None

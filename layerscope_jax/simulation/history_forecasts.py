@@ -12,7 +12,7 @@ from layerscope_jax.scheduling.plan import Observation, Phase
 def remembered(
     predictor: History, model: RoutedExperts, before: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
-    """Returns a predictor's forecast in each layer of each step, after observing the layers before it.
+    """Returns a predictor's forecasts after each layer of each step, as an engine would get them.
 
     Args:
         predictor: a predictor that forecasts from earlier routing.
