@@ -86,6 +86,6 @@ def unpacked(kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             scale = kept.get(name + SCALE)
             if scale is None or scale.shape != (array.shape[0], 1, array.shape[2]):
                 raise ValueError(f"{name} without a scale for each of its columns")
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named where it is read
+            with np.errstate(over="ignore", invalid="ignore"):  # the reader reports such values
                 arrays[name] *= scale
     return arrays
