@@ -101,8 +101,10 @@ class Popularity:
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         model = routed(rows, self.share.shape[1])
         state = history.Counts(model, dict(enumerate(self.share)))
-        said = history.Popularity().forecast(state, layer, model.experts_per_token, self.horizons)  # [H, E]
-        every = np.broadcast_to(said[None], (len(rows), *said.shape))
+        expected = history.Popularity().forecast(
+            state, layer, model.experts_per_token, self.horizons
+        )  # [H, E]
+        every = np.broadcast_to(expected[None], (len(rows), *expected.shape))
         return Forecast(every, every)
 
 
@@ -128,11 +130,13 @@ class PreviousToken:
         ones = np.ones(model.experts_per_token, np.float32)
         counts = {target: at_choices(rows, target, row, ones, num_experts) for target, row in latest.items()}
         state = history.Counts(model, counts)
-        said = history.PreviousToken().forecast(state, layer, model.experts_per_token, horizons)  # [H, N, E]
+        expected = history.PreviousToken().forecast(
+            state, layer, model.experts_per_token, horizons
+        )  # [H, N, E]
         best_first = np.arange(model.experts_per_token, 0, -1, dtype=np.float32)
         for place, (target, row) in enumerate(latest.items()):
             known = row >= 0
-            probabilities[known, place] = said[place, known]
+            probabilities[known, place] = expected[place, known]
             ranking[known, place] = at_choices(rows, target, row, best_first, num_experts)[known]
         return Forecast(probabilities, ranking)
 
@@ -207,8 +211,10 @@ class Linear:
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf[layer]), self.params)
         run = partial(_linear, params)
-        (found,) = in_pieces(run, rows.hidden[:, layer], rows.experts[:, layer], rows.weights[:, layer])
-        return Forecast(found, found)
+        (probabilities,) = in_pieces(
+            run, rows.hidden[:, layer], rows.experts[:, layer], rows.weights[:, layer]
+        )
+        return Forecast(probabilities, probabilities)
 
 
 @jax.jit
@@ -261,16 +267,18 @@ class Learned:
         @jax.jit
         def run(turn, offset, params, hidden, experts, weights):
             turned = hidden.astype(jnp.float32) @ turn + offset[None]
-            found = self.llapor.predict_reduced(params, turned, experts, weights)
-            return (found[picked].swapaxes(0, 1),)
+            probabilities = self.llapor.predict_reduced(params, turned, experts, weights)
+            return (probabilities[picked].swapaxes(0, 1),)
 
         return run
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         turn, offset = (jnp.asarray(part[layer]) for part in self._turned)
         run = partial(self._run, turn, offset, self._params[layer])
-        (found,) = in_pieces(run, rows.hidden[:, layer], rows.experts[:, layer], rows.weights[:, layer])
-        return Forecast(found, found)
+        (probabilities,) = in_pieces(
+            run, rows.hidden[:, layer], rows.experts[:, layer], rows.weights[:, layer]
+        )
+        return Forecast(probabilities, probabilities)
 
 
 @dataclass(frozen=True)
@@ -282,9 +290,9 @@ class Oracle:
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         true = truth(rows, layer, self.popularity.horizons)
-        found = np.zeros((*true.known.shape, self.popularity.share.shape[1]), np.float32)
-        np.put_along_axis(found, true.experts.astype(np.int64), 1.0, 2)
-        return Forecast(found, found)
+        probabilities = np.zeros((*true.known.shape, self.popularity.share.shape[1]), np.float32)
+        np.put_along_axis(probabilities, true.experts.astype(np.int64), 1.0, 2)
+        return Forecast(probabilities, probabilities)
 
 
 def in_pieces(run: Callable[..., tuple[jax.Array, ...]], *arrays: np.ndarray) -> list[np.ndarray]:

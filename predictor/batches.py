@@ -103,7 +103,7 @@ class Batching:
     @cached_property
     def formed(self) -> dict[tuple[Phase, int], Batches]:
         """All batches by phase and size, at most `MOST` for each group and size; only pairs with batches."""
-        found: dict[tuple[Phase, int], tuple[list, list]] = {}
+        formed: dict[tuple[Phase, int], tuple[list, list]] = {}
         for index, group in enumerate(self.groups):
             order = np.random.default_rng((self.seed, index)).permutation(
                 [at for at, passage in enumerate(self.rows.passages) if passage.domain == group.domain]
@@ -114,10 +114,10 @@ class Batching:
                 if len(members):
                     if len(members) > MOST:
                         members = members[np.linspace(0, len(members) - 1, MOST).astype(int)]
-                    parts = found.setdefault((group.phase, size), ([], []))
+                    parts = formed.setdefault((group.phase, size), ([], []))
                     parts[0].append(members)
                     parts[1].append(np.full(len(members), index))
-        return {key: Batches(*map(np.concatenate, parts)) for key, parts in found.items()}
+        return {key: Batches(*map(np.concatenate, parts)) for key, parts in formed.items()}
 
     def _together(self, phase: Phase, order: np.ndarray) -> Iterator[np.ndarray]:
         """Yields prompts, or rows of a step, that may share a batch, for a domain's passages in `order`."""
@@ -139,10 +139,10 @@ class Batching:
     @cached_property
     def _members(self) -> dict[Phase, dict[int, jax.Array]]:
         """Phase -> size -> [G, B] members of each batch, on the device."""
-        found: dict[Phase, dict[int, jax.Array]] = {"decode": {}, "prefill": {}}
+        members: dict[Phase, dict[int, jax.Array]] = {"decode": {}, "prefill": {}}
         for (phase, size), batches in self.formed.items():
-            found[phase][size] = jnp.asarray(batches.members)
-        return found
+            members[phase][size] = jnp.asarray(batches.members)
+        return members
 
 
 @jax.jit

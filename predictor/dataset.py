@@ -74,15 +74,15 @@ def load_rows(
             if mapped is None:
                 chunk.verify()
                 mapped = {name: chunk.map(name) for name in parts}
-            for name, found in mapped.items():
-                parts[name].append(np.asarray(found[start:end]))
+            for name, array in mapped.items():
+                parts[name].append(np.asarray(array[start:end]))
             passages.append(passage)
             rows += passage.tokens
     if not passages:
         raise ValueError(
             f"{trace.folder}: expected {what}, got none among {trace.rows:,} rows; record more text"
         )
-    arrays = {name: np.concatenate(found) for name, found in parts.items()}
+    arrays = {name: np.concatenate(pieces) for name, pieces in parts.items()}
     finite = np.isfinite(arrays["hidden"]).all((0, 2))
     if not finite.all():
         raise ValueError(

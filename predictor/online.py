@@ -223,17 +223,17 @@ class Online(bases.PredictorBase):
         hidden = np.stack([np.asarray(inputs[rows], np.float32) for inputs, _, _ in seen], 1)
         experts = np.stack([experts[rows] for _, experts, _ in seen], 1)
         reduced = reduce(jnp.asarray(hidden), jnp.asarray(basis.mean), jnp.asarray(basis.components))
-        here = Batch(
+        current = Batch(
             hidden=np.asarray(reduced, np.float16),
             experts=experts,
             weights=np.stack([np.asarray(weights)[rows] for _, _, weights in seen], 1).astype(np.float16),
             following=experts,
             has_next=np.zeros(len(rows), bool),
         )
-        last, learner.last = learner.last, here
+        last, learner.last = learner.last, current
         if last is not None:
             if follows:
-                last = replace(last, following=here.experts, has_next=np.ones(len(rows), bool))
+                last = replace(last, following=current.experts, has_next=np.ones(len(rows), bool))
             if self.tuner.feed(last):
                 with self._lock:
                     learners = list(self._learners)

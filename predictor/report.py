@@ -87,23 +87,23 @@ def report(
         for size in batching.sizes
         if not batching.has(index, size)
     ]
-    for name, found in sums.items():
+    for name, total in sums.items():
         for place, horizon in enumerate(horizons):
             for index, group in enumerate(batching.groups):
                 head = {"predictor": name, "domain": group.domain, "unseen": group.domain in unseen}
                 head |= {"phase": group.phase, "horizon": horizon}
-                here = np.s_[:, place, index]
-                for wraps, layers in parts(len(found.rows), horizon):
-                    result["rows"] += [head | {"wraps": wraps} | row for row in _rows(found, here, layers)]
-                exact, rows = found.rows[here][:, 0], found.rows[here][:, 2]
+                at = np.s_[:, place, index]
+                for wraps, layers in parts(len(total.rows), horizon):
+                    result["rows"] += [head | {"wraps": wraps} | row for row in _rows(total, at, layers)]
+                exact, rows = total.rows[at][:, 0], total.rows[at][:, 2]
                 result["layers"].append(head | {"recall": _listed(_share(exact, rows))})
-                inside = parts(len(found.rows), horizon)[0][1]
-                bins = found.bins[here][inside].sum(0)
+                inside = parts(len(total.rows), horizon)[0][1]
+                bins = total.bins[at][inside].sum(0)
                 result["calibration"].append(head | _calibration(bins))
-                for size, curves in found.curves.items():
-                    counts = found.batches[size][here][inside, -1]
+                for size, curves in total.curves.items():
+                    counts = total.batches[size][at][inside, -1]
                     if counts.any():
-                        wasted, covered = _mean(curves[here][inside] / np.maximum(counts, 1)[:, None, None])
+                        wasted, covered = _mean(curves[at][inside] / np.maximum(counts, 1)[:, None, None])
                         curve = {"wasted": _listed(wasted), "covered": _listed(covered)}
                         result["waste"].append(head | {"batch": size} | curve)
     return result
@@ -114,14 +114,14 @@ def parts(layers: int, horizon: int) -> list[tuple[bool, slice]]:
     return [(False, slice(0, layers - horizon)), (True, slice(layers - horizon, layers))]
 
 
-def _rows(found: Sums, here: Any, layers: slice) -> Iterator[dict[str, Any]]:
-    rows = found.rows[here][layers]  # [layers, 3]
+def _rows(total: Sums, at: Any, layers: slice) -> Iterator[dict[str, Any]]:
+    rows = total.rows[at][layers]  # [layers, 3]
     if not rows[:, -1].any():
         return
     exact, relaxed = _mean(_share(rows[:, :2], rows[:, 2:]))
     recall = {"recall": _number(exact), "relaxed_recall": _number(relaxed), "rows": int(rows[:, -1].max())}
-    for size, scores in found.batches.items():
-        foreseen, present, both, error, tokens, batches = scores[here][layers].T
+    for size, scores in total.batches.items():
+        foreseen, present, both, error, tokens, batches = scores[at][layers].T
         if batches.any():
             yield {
                 "batch": size,

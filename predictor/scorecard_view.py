@@ -38,13 +38,13 @@ def main_phase(result: dict[str, Any]) -> str:
 
 def mean_of(result: dict[str, Any], key: str, **fixed: Any) -> float | None:
     """Returns the mean of a figure over the rows that have the fixed values; None if no row has it."""
-    found = [
+    figures = [
         row[key]
         for row in result["rows"]
         if not row["wraps"] and all(row[name] == value for name, value in fixed.items())
     ]
-    found = [value for value in found if value is not None]
-    return float(np.mean(found)) if found else None
+    figures = [value for value in figures if value is not None]
+    return float(np.mean(figures)) if figures else None
 
 
 def names(rows: Iterable[dict[str, Any]], key: str) -> list[Any]:
@@ -86,9 +86,9 @@ def batch_table(result: dict[str, Any]) -> Table:
     table.add_column("calib\nerr", justify="right", vertical="bottom")
     for predictor in names(rows, "predictor"):
         for place, horizon in enumerate(result["horizons"]):
-            here = fixed(predictor, horizon, phase)
+            point = fixed(predictor, horizon, phase)
             figures = [
-                mean_of(result, key, **here, batch=size)
+                mean_of(result, key, **point, batch=size)
                 for size in sizes
                 for key in ("presence_precision", "presence_recall", "count_error_relative")
             ]
@@ -96,7 +96,7 @@ def batch_table(result: dict[str, Any]) -> Table:
             errors = [
                 row["error"]
                 for row in result["calibration"]
-                if all(row[name] == value for name, value in here.items())
+                if all(row[name] == value for name, value in point.items())
             ]
             table.add_row("" if place else predictor, str(horizon), *cells, f"{np.mean(errors):.3f}")
         table.add_section()
@@ -116,11 +116,11 @@ def verdict(result: dict[str, Any]) -> list[str]:
     trained = [name for name in names(result["rows"], "predictor") if name.startswith("llapor")]
     lines = []
     for what, others in (("all that is untrained", FREE), ("the gate", ("gate",)), ("linear", ("linear",))):
-        said = []
+        leads = []
         for horizon in result["horizons"]:
             margin, domain, phase = min(margins(result, trained, others, horizon))
-            said.append(f"{100 * margin:+.1f} {horizon} ahead ({domain}, {phase})")
-        lines.append(f"LLaPor's lead over {what}, in points of recall, is least: {', '.join(said)}.")
+            leads.append(f"{100 * margin:+.1f} {horizon} ahead ({domain}, {phase})")
+        lines.append(f"LLaPor's lead over {what}, in points of recall, is least: {', '.join(leads)}.")
     if len(trained) > 1:
         points = 100 * spread(result, trained)
         lines.append(f"The recalls of the {len(trained)} LLaPors differ by {points:.1f} points at most.")
@@ -145,15 +145,15 @@ def margins(
     result: dict[str, Any], trained: Sequence[str], others: Sequence[str], horizon: int
 ) -> list[tuple[float, str, str]]:
     """Returns the lead in recall of the trained predictors' mean over the best of the others."""
-    found = []
+    leads = []
     for domain, phase in places(result):
 
         def recall(name: str, domain: str = domain, phase: str = phase) -> float:
             return mean_of(result, "recall", **fixed(name, horizon, phase), domain=domain) or 0.0
 
         ours = sum(map(recall, trained)) / len(trained)
-        found.append((ours - max(map(recall, others)), domain, phase))
-    return found
+        leads.append((ours - max(map(recall, others)), domain, phase))
+    return leads
 
 
 def spread(result: dict[str, Any], trained: Sequence[str]) -> float:
@@ -163,7 +163,7 @@ def spread(result: dict[str, Any], trained: Sequence[str]) -> float:
         for domain, phase in places(result)
         for horizon in result["horizons"]
     ]
-    return max(max(found) - min(found) for found in values)
+    return max(max(recalls) - min(recalls) for recalls in values)
 
 
 def left_out(result: dict[str, Any]) -> list[str]:
@@ -175,8 +175,8 @@ def left_out(result: dict[str, Any]) -> list[str]:
     for (phase, domain), missing in sizes.items():
         domains.setdefault((phase, ", ".join(missing)), []).append(domain)
     return [
-        f"Too few passages for batches of {missing} in {phase}: {', '.join(found)}."
-        for (phase, missing), found in domains.items()
+        f"Too few passages for batches of {missing} in {phase}: {', '.join(places)}."
+        for (phase, missing), places in domains.items()
     ]
 
 

@@ -203,7 +203,7 @@ class Tuner:
         return params
 
     def _score(self, network: Any, block: Batch) -> np.ndarray:
-        return np.stack([np.asarray(found).sum(0) for found in self._evaluate(network, block)])
+        return np.stack([np.asarray(part).sum(0) for part in self._evaluate(network, block)])
 
 
 def recall(scores: np.ndarray) -> float:

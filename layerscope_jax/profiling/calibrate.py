@@ -153,9 +153,11 @@ def by_context(jobs: Jobs, points: Points, contexts: Sequence[int]) -> dict[str,
     requests = [rows for rows in points.decode if rows in (1, 16)]
     known = [context for context in contexts if context <= jobs.model.config.max_position_embeddings]
     link = others(jobs, "layer")
-    found: dict[str, Any] = {}
+    measured_by_context: dict[str, Any] = {}
     for context in known if requests else ():
         layers = {rows: jobs.layer(rows, 1, context) for rows in requests}
         pair = tables(layers, [[], link])
-        found[str(context)] = {way: measured.to_json() for way, measured in zip(WAYS, pair, strict=True)}
-    return found
+        measured_by_context[str(context)] = {
+            way: measured.to_json() for way, measured in zip(WAYS, pair, strict=True)
+        }
+    return measured_by_context

@@ -77,11 +77,11 @@ class Jobs:
         """Computes `computed` experts on the host, `tokens` tokens each."""
         firsts = range(0, self.model.bank.num_experts - self.computed + 1, self.computed)
         routed = [self._routed(self.computed, tokens, first) for first in firsts]
-        found = self._device.host_rows(self._outputs(*routed[0]))
+        host_rows = self._device.host_rows(self._outputs(*routed[0]))
 
         def job(round: int) -> None:
             inputs, rows = routed[round // self._turns % len(routed)]
-            self._on_host(found, round % self._turns, inputs, rows, list(rows.demand))
+            self._on_host(host_rows, round % self._turns, inputs, rows, list(rows.demand))
 
         return job
 
@@ -92,9 +92,9 @@ class Jobs:
 
         def job(round: int) -> None:
             nonlocal outputs
-            found = self._device.host_rows(outputs)
-            self._on_host(found, round % self._turns, inputs, rows, [0])
-            outputs = jax.block_until_ready(self._device.place(outputs, found, rows, [0]))
+            host_rows = self._device.host_rows(outputs)
+            self._on_host(host_rows, round % self._turns, inputs, rows, [0])
+            outputs = jax.block_until_ready(self._device.place(outputs, host_rows, rows, [0]))
 
         return job
 
@@ -172,13 +172,13 @@ class Jobs:
         return job
 
     def _on_host(
-        self, found: Any, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
+        self, host_rows: Any, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
     ) -> None:
         """Computes as an engine does: on another thread beside an accelerator, otherwise on the caller's."""
         if self._device.waits:
-            self._host.compute(found, layer, inputs, rows, experts)
+            self._host.compute(host_rows, layer, inputs, rows, experts)
         else:
-            self._host.start(found, layer, inputs, rows, experts).result()
+            self._host.start(host_rows, layer, inputs, rows, experts).result()
 
     def clear(self) -> None:
         """Removes the resident experts from the device."""

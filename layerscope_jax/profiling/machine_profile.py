@@ -215,9 +215,9 @@ class MachineProfile:
         Raises:
             ValueError: naming everything that differs.
         """
-        here, shape = machine.describe(model.device), asdict(ModelShape.of(model))
+        current, shape = machine.describe(model.device), asdict(ModelShape.of(model))
         compared = [
-            *((name, self.machine.get(name), here[name]) for name in DECISIVE),
+            *((name, self.machine.get(name), current[name]) for name in DECISIVE),
             *((f"model.{name}", theirs, shape[name]) for name, theirs in asdict(self.model).items()),
             ("emulated_link_bandwidth", self.emulated_link_bandwidth, emulated_link_bandwidth),
         ]

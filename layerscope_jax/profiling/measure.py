@@ -91,8 +91,8 @@ def costs(
     parts = ("host", "device", "link", "layer")
     beside = {part: [others(jobs, part) if together else [] for together in ways] for part in parts}
     host = tables({n: jobs.host(n) for n in points.tokens}, beside["host"], jobs.computed)
-    one = jobs.host_start()
-    start = [timed_ms(one, some) - table(1) for some, table in zip(beside["host"], host, strict=True)]
+    job = jobs.host_start()
+    start = [timed_ms(job, some) - table(1) for some, table in zip(beside["host"], host, strict=True)]
     device = tables({n: jobs.device(n) for n in points.tokens}, beside["device"], jobs.resident)
     link = jobs.link(jobs.arriving)
     transfer = [timed_ms(link, some, jobs.arriving) for some in beside["link"]]

@@ -81,7 +81,7 @@ class Turns:
         me = threading.get_ident()
         if self._owner == me:
             raise ValueError(
-                "the engine is running a step on this thread, and this call was made from within it: a policy, "
+                "the engine is running a step on this thread, from which this call was made: a policy, "
                 "predictor, copy or signal handler cannot generate; call from on_token, or after the step"
             )
         try:

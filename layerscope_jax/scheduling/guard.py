@@ -173,17 +173,17 @@ class Guard(PolicyBase):
 
     def report(self, state: GuardState) -> dict[str, Any]:
         """Returns the share of layers that was run each way, by phase."""
-        found: dict[str, Any] = {}
+        shares: dict[str, Any] = {}
         now = turns_of(state)
         for phase in ("prefill", "decode"):
             known = [watch.turns for (of, _), watch in state.watches.items() if of == phase]
             turns = np.sum(known, 0) + now * (state.key[0] == phase)
             total = np.sum(turns)
             if total:
-                found[phase] = {
+                shares[phase] = {
                     way.name: float(count / total) for way, count in zip(WAYS, turns, strict=True)
                 }
-        return found
+        return shares
 
     def _measured(self, watch: Watch, state: GuardState, took_ms: Sequence[float]) -> Watch:
         """Returns the watch with the measurements of the step that has ended."""

@@ -27,16 +27,16 @@ class OracleState:
 
     Attributes:
         costs, geometry: costs of the machine, geometry of the model.
-        wanted: for each turn (a layer of a step), the experts that the device should compute if all were
+        useful: for each turn (a layer of a step), the experts that the device should compute if all were
             resident, most tokens first.
-        next_turn: [S + 1][L][E] the first turn, from each step on, that an expert is wanted in; the number of
+        next_turn: [S + 1][L][E] the first turn, from each step on, that an expert is useful in; the number of
             turns if there is none. Lists, as numbers are taken out of them one by one.
         queue: experts put on the link, in order.
     """
 
     costs: HardwareProfile
     geometry: Geometry
-    wanted: tuple[tuple[int, ...], ...]
+    useful: tuple[tuple[int, ...], ...]
     next_turn: list[list[list[int]]]
     queue: tuple[ExpertId, ...] = ()
 
@@ -73,14 +73,14 @@ class Oracle(PolicyBase):
             )
         at_once = replace(costs, transfer_ms=0.0)
         turns = np.full((steps + 1, layers, experts), steps * layers)
-        wanted = []
+        useful = []
         for turn, (step, layer) in enumerate(np.ndindex(steps, layers)):
             demand = self._demand(step, layer)
             device = balance(at_once, demand, (), loads=len(demand)).device
-            wanted.append(tuple(device))
+            useful.append(tuple(device))
             turns[step, layer, device] = turn
         next_turn = np.minimum.accumulate(turns[::-1])[::-1].tolist()
-        return OracleState(costs, geometry, tuple(wanted), next_turn)
+        return OracleState(costs, geometry, tuple(useful), next_turn)
 
     def plan(self, state: OracleState, seen: Observation) -> tuple[OracleState, LayerPlan]:
         """Plans a layer as `Policy.plan` does; raises ValueError if its demand differs from the given one."""
@@ -138,10 +138,10 @@ class Oracle(PolicyBase):
         queue_ms = (queued - 0.5 * bool(queued) + len(split.load)) * transfer_ms
         left_ms = max(split.device_ms, split.host_ms) + costs.layer_ms(round(tokens)) - queue_ms
         now, gone = seen.step * layers + seen.layer, 0
-        turns = range(now + 1, min(now + 1 + AHEAD, len(state.wanted)))
+        turns = range(now + 1, min(now + 1 + AHEAD, len(state.useful)))
         prefetch: list[ExpertId] = []
         copied = {ExpertId(seen.layer, expert) for expert in split.load}
-        for turn, expert in [(t, expert) for t in turns for expert in state.wanted[t]]:
+        for turn, expert in [(t, expert) for t in turns for expert in state.useful[t]]:
             copy = ExpertId(turn % layers, expert)
             if left_ms <= 0:
                 break

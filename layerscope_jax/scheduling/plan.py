@@ -209,9 +209,9 @@ def _check(
     plan: LayerPlan, seen: Observation, slots: int, known: Container[ExpertId] | None, where: str
 ) -> None:
     def refuse(what: str, experts: Iterable) -> None:
-        found = sorted(experts)
-        if found:
-            raise ValueError(f"{where}: {what}: {found}")
+        named = sorted(experts)
+        if named:
+            raise ValueError(f"{where}: {what}: {named}")
 
     if (plan.step, plan.layer) != (seen.step, seen.layer):
         raise ValueError(f"{where} was given for step {seen.step}, layer {seen.layer}")
@@ -319,15 +319,15 @@ class Replay(PolicyBase):
                 f"the recorded plans end before step {seen.step}, layer {seen.layer}; "
                 "replay with the prompts and settings of the recording"
             )
-        here = {*seen.resident, *seen.in_flight}
+        occupied = {*seen.resident, *seen.in_flight}
         needed = [ExpertId(seen.layer, expert) for expert in recorded.device]
-        load = [e for e in dict.fromkeys((*recorded.load, *needed)) if e not in here]
+        load = [e for e in dict.fromkeys((*recorded.load, *needed)) if e not in occupied]
         evict = [e for e in recorded.evict if e in seen.resident]
-        room = state - len(here) + len(evict) - len(load)
+        room = state - len(occupied) + len(evict) - len(load)
         if room < 0:
             spare = set(seen.resident).difference(needed, evict)
             evict += sorted(spare, key=lambda e: (e in recorded.prefetch, e))[:-room]
             room = 0
-        here.difference_update(evict)
-        prefetch = [e for e in recorded.prefetch if e not in here][:room]
+        occupied.difference_update(evict)
+        prefetch = [e for e in recorded.prefetch if e not in occupied][:room]
         return state, replace(recorded, evict=tuple(evict), load=tuple(load), prefetch=tuple(prefetch))

@@ -110,8 +110,8 @@ class PreSched(PolicyBase):
             move=move,
         )
         device, host, load, prefetch, evict = (
-            found.tolist()
-            for found in weighing.decide(
+            part.tolist()
+            for part in weighing.decide(
                 costs.curves,
                 books,
                 turn,

@@ -140,7 +140,7 @@ def decide(
     link_ms = (turn.queued - (0.5 if turn.queued else 0.0) + len(load)) * turn.transfer_ms
     due_ms = until_turn(books.span_ms, layer, turn.other_ms)
     prefetch = np.empty(len(wishes), np.int64)
-    found = 0
+    count = 0
     for index in range(len(wishes)):
         if link_ms >= span_ms:
             break
@@ -152,10 +152,10 @@ def decide(
             gone += 1
         else:
             break
-        prefetch[found] = wishes[index]
-        found += 1
+        prefetch[count] = wishes[index]
+        count += 1
         link_ms += turn.transfer_ms
-    prefetch, evict = prefetch[:found], spare[:gone]
+    prefetch, evict = prefetch[:count], spare[:gone]
 
     present = books.present.reshape(-1)
     present[evict] = False
@@ -220,16 +220,16 @@ def foresee(curves: Curves, books: Books, turn: Turn, forecast: np.ndarray) -> n
 def wish(books: Books, turn: Turn, saves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns absent experts of the coming layers (flat numbers) and the ms that each saves, most first."""
     layers, number = books.present.shape
-    least, found = WORTHWHILE * turn.transfer_ms, 0
+    least, count = WORTHWHILE * turn.transfer_ms, 0
     wishes, losses = np.empty(saves.size, np.int64), np.empty(saves.size)
     for ahead in range(len(saves)):
         layer = (turn.layer + 1 + ahead) % layers
         present, row = books.present[layer], saves[ahead]
         for expert in range(number):
             if row[expert] > least and not present[expert]:
-                wishes[found], losses[found] = layer * number + expert, -row[expert]
-                found += 1
-    first = lowest(losses[:found], turn.fitting + SPARE)
+                wishes[count], losses[count] = layer * number + expert, -row[expert]
+                count += 1
+    first = lowest(losses[:count], turn.fitting + SPARE)
     return wishes[first], -losses[first]
 
 
@@ -241,7 +241,7 @@ def leaving(
     layers, number = books.present.shape
     may = books.present & ~on_link.reshape(layers, number)
     may[turn.layer][experts] = False
-    residents, worths, found = np.empty(may.size + 1, np.int64), np.empty(may.size + 1), 0
+    residents, worths, count = np.empty(may.size + 1, np.int64), np.empty(may.size + 1), 0
     for ahead in range(layers - 1, -1, -1):  # of equals, the one whose turn is farthest leaves
         layer = (turn.layer + 1 + ahead) % layers
         if ahead < len(saves):
@@ -250,9 +250,9 @@ def leaving(
             worth = books.worth[layer] * (1 - AGAIN * ahead / layers)
         row = may[layer]
         for expert in range(number):  # written always and kept if resident: no branch to guess wrong
-            residents[found], worths[found] = layer * number + expert, worth[expert]
-            found += row[expert]
-    first = lowest(worths[:found], turn.fitting + SPARE + turn.crowd)
+            residents[count], worths[count] = layer * number + expert, worth[expert]
+            count += row[expert]
+    first = lowest(worths[:count], turn.fitting + SPARE + turn.crowd)
     return residents[first], worths[first]
 
 

@@ -231,7 +231,7 @@ def prune(folder: Path) -> None:
     """Removes, once a process, the least recently used folders beside this one, and unfinished files."""
     with suppress(OSError):
         beside = sorted(folder.parent.glob("kernels-*"), key=used, reverse=True)
-        for old in [one for one in beside if one != folder][KEPT - 1 :]:
+        for old in [other for other in beside if other != folder][KEPT - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
         for rest in folder.glob("*.tmp"):
             if time.time() - used(rest) > FORGOTTEN_S:

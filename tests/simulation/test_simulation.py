@@ -127,8 +127,8 @@ def test_a_load_waits_for_one_array_of_a_prefetch(arrays, step_ms):
     ]
     shape = replace(geometry(8, num_layers=3, num_experts=2), arrays_per_expert=arrays)
     (result,) = simulate(Script(*plans), [decode([[[1, 0], [1, 0], [1, 1]]])], shape, COSTS)
-    # At 5 an array of (2, 1) is on the link: until 5.5 if there are three, else until 6.5. Then the load takes
-    # 3 ms and its computation 1 ms, and layer 2 takes 4.5 ms.
+    # At 5 an array of (2, 1) is on the link: until 5.5 if there are three, else until 6.5. Then the load
+    # takes 3 ms and its computation 1 ms, and layer 2 takes 4.5 ms.
     assert result.step_ms == (step_ms,)
     assert (result.bytes_prefetch, result.bytes_demand) == (600, 300)
 
