@@ -85,8 +85,8 @@ class Engine:
             isinstance(host_device, jax.Device | None), "host_device", device_or_none, host_device
         )
         problems.raise_any()
-        self._resources = Resources(self)
-        self._turns = Turns(self._resources.step)
+        self._turns = Turns()
+        self._resources = Resources(self, self._turns)
         self.model = model
         self.config = config or OffloadConfig()
         self.device = device or model.device

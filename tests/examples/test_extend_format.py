@@ -135,10 +135,11 @@ def test_a_checkpoint_is_loaded_into_it_and_saved_unpacked(example, tmp_path):
     assert "all weights are finite" in why_not_finite(loaded)
 
 
-def test_a_profile_knows_its_bytes(example, packed):
+def test_a_profile_knows_its_bytes_and_arrays(example, packed):
     shape = ModelShape.of(packed)
     assert shape.dtype == "float8_e4m3"
     assert shape.expert_bytes == packed.bank.expert_bytes
+    assert shape.geometry(slots=1).arrays_per_expert == len(packed.bank.layers[0][0]) == 4
 
 
 def test_another_one_of_its_name_is_refused(example):

@@ -92,7 +92,7 @@ def looped(max_num_seqs=3, chunk=32, closed=()):
     made = Loop(
         SimpleNamespace(config=config, tokenizer=None),
         runner,
-        Turns(threading.RLock()),
+        Turns(),
         lambda: bool(closed),
         lambda rows, length: [Held(jnp.zeros((rows, length), jnp.int32))],
         max_num_seqs,
