@@ -133,13 +133,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item):
     item.stash[BEFORE] = len(compiled)
-    compile_quickly("quick_compiles" in getattr(item, "fixturenames", ()))
+    if not item.get_closest_marker("core"):  # which compiles nothing
+        is_doctest = isinstance(item, pytest.DoctestItem)
+        compile_quickly(is_doctest or "quick_compiles" in item.fixturenames)
     return (yield)
 
 
 def compile_quickly(quickly: bool) -> None:
     """Has XLA optimise little, or as for users; no program of the one kind is used by tests of the other."""
-    if jax.config.jax_disable_most_optimizations != quickly:
+    if jax.config.values["jax_disable_most_optimizations"] != quickly:
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()
 

@@ -220,7 +220,6 @@ def in_one_step():
         return engine.generate(LONG, max_new_tokens=3).token_ids
 
 
-
 @pytest.mark.parametrize(
     "changes",
     [{"numerics": "fast"}, {"policy": "lru", "device_budget": 9 * 7680}],

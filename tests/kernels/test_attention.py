@@ -17,6 +17,8 @@ from layerscope_jax.kernels.host_kernels import kernel_of
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.models.layers import PAD_POSITION, attend
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ours = jax.jit(attention.attention, static_argnames="window")
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 """Of sums of size 1 to 3: a few units in the last place."""
