@@ -82,24 +82,15 @@ sys.exit(3)
 }
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """A compilation cache for these processes: what the first compiles, the others read."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_a_process_ends_by_its_own_code_and_says_nothing(name, programs):
+def test_a_process_ends_by_its_own_code_and_says_nothing(name):
     program = BEGIN.format(tests=str(TESTS), root=str(TESTS.parent)) + CASES[name]
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | programs | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
     )
     expected = (0, "done\n", "") if "main one" in name else (3, "", "")
     assert (done.returncode, done.stdout, done.stderr) == expected

@@ -19,6 +19,8 @@ from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.products import products, products_target
 from layerscope_jax.models.experts import ExpertWeights
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 WIDTH, HIDDEN, EXPERTS = 44, 36, 3
 FLOAT32 = np.dtype(np.float32)
 REFUSED = (jax.errors.JaxRuntimeError, ValueError)  # as it is raised where it is called, or waited for

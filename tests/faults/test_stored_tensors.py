@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 
@@ -33,10 +34,17 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTER, INDEX = "model.layers.1.mlp.gate.weight", "model.safetensors.index.json"
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save(random_decoder(CONFIG), folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
-    save(random_decoder(CONFIG), tmp_path / "model")
-    return tmp_path / "model"
+def folder(saved, tmp_path):
+    """A copy, to be changed."""
+    return shutil.copytree(saved, tmp_path / "model")
 
 
 def tensors(folder):
