@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
 
+from layerscope_jax.checkpoints.hub import folder_of
+from layerscope_jax.checkpoints.other_formats import other_format
 from layerscope_jax.checkpoints.safetensors_io import (
     DTYPES,
     SINGLE,
@@ -123,6 +126,7 @@ def load(
     dtype: str | None = None,
     device: jax.Device | None = None,
     format: str | ExpertFormat | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Loads a Hugging Face checkpoint of OLMoE, Mixtral, Qwen3-MoE or a registered family.
 
@@ -130,12 +134,16 @@ def load(
     one tensor at a time is in memory.
 
     Args:
-        folder: holds `config.json`, one or more safetensors files, and optionally `tokenizer.json`.
+        folder: holds `config.json`, one or more safetensors files, and optionally a tokenizer's files; or the
+            name of a checkpoint on the Hugging Face hub, "organisation/name", which is downloaded into the
+            hub's cache (see `layerscope_jax.checkpoints.hub`). What is there as a path is never taken for a
+            name.
         dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the checkpoint's dtype.
         device: device that holds the dense parameters, and whose pinned host memory holds the experts; None
             for the default device.
         format: format in which the experts are stored (`layerscope_jax.formats`), or its name; None keeps
             them in the dtype of the other weights.
+        revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
 
     Returns:
         The model, for `Engine`.
@@ -145,17 +153,16 @@ def load(
             embedding although the config ties the two.
 
     Raises:
-        ValueError: if the folder is incomplete, damaged or not supported; names all wrong tensors.
+        ValueError: if the folder is incomplete, damaged or not supported, naming all wrong tensors; or if a
+            checkpoint on the hub cannot be had.
     """
-    folder = Path(folder)
     form = format_named(format) if isinstance(format, str) else format
     if not isinstance(form, ExpertFormat | None):
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: expected a folder with config.json and safetensors files, found no folder; "
-            "check the path"
-        )
+    folder = folder_of(folder, revision)
+    with suppress(OSError):  # a folder may be read without being listed
+        if (what := other_format(os.listdir(folder))) is not None:
+            raise ValueError(f"{folder}: {what}")
     config, raw = _read_config(folder)
     config, stored = _with_head(config, stored_tensors(folder))
     check_sizes(config, folder, stored)
