@@ -91,7 +91,9 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import errors
 
     # Of the HTTP library that this version uses; its errors of the network are of no other kind.
-    network = next(kind for kind in errors.HfHubHTTPError.__mro__[1:] if kind.__name__ == "HTTPError")
+    network: type[Exception] = next(
+        kind for kind in errors.HfHubHTTPError.__mro__[1:] if kind.__name__ == "HTTPError"
+    )
     try:
         folder = Path(
             huggingface_hub.snapshot_download(

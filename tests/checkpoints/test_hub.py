@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -155,22 +156,13 @@ def test_the_cache_is_enough_without_a_network(monkeypatch):
 # What goes wrong
 
 
+@contextmanager
 def unreachable():
     """A hub at a port where nobody listens."""
-    with socket.socket() as taken:
+    with socket.socket() as taken, pytest.MonkeyPatch.context() as patch:
         taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    patch = pytest.MonkeyPatch.context()
-
-    class Nowhere:
-        def __enter__(self):
-            monkeypatch = patch.__enter__()
-            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-
-        def __exit__(self, *raised):
-            return patch.__exit__(*raised)
-
-    return Nowhere()
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        yield
 
 
 @pytest.mark.parametrize(
