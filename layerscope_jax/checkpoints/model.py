@@ -54,7 +54,7 @@ class Model:
         graphdef: of the whole `Decoder`; merge it with `dense | experts`, both pure dicts.
         dense: every parameter but the routed experts', as a pure dict, on the device.
         bank: the routed experts.
-        tokenizer: None where the checkpoint has no `tokenizer.json`.
+        tokenizer: None where the checkpoint has none that can be read.
         path: the folder it came from, if any.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=1, num_heads=2,
@@ -202,7 +202,7 @@ def load(
         naming.graphdef,
         unflatten_dict(dense),
         bank,
-        read_tokenizer(folder, config.vocab_size),
+        read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
         folder,
     )
 
