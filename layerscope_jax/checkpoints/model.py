@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
 
+from layerscope_jax.checkpoints.generation_defaults import generation_defaults
 from layerscope_jax.checkpoints.hub import folder_of
 from layerscope_jax.checkpoints.other_formats import other_format
 from layerscope_jax.checkpoints.safetensors_io import (
@@ -40,6 +41,7 @@ from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.scheduling.plan import Geometry
+from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import is_there, read_json, replace_files
 
 PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
@@ -56,6 +58,7 @@ class Model:
         bank: the routed experts.
         tokenizer: None where the checkpoint has none that can be read.
         path: the folder it came from, if any.
+        generation_defaults: settings of requests that the checkpoint recommends, by the names of `Request`.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=1, num_heads=2,
     ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
@@ -71,6 +74,7 @@ class Model:
     bank: ExpertBank
     tokenizer: Tokenizer | None = None
     path: Path | None = None
+    generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, tokenizer: Tokenizer | None = None) -> Model:
@@ -163,7 +167,7 @@ def load(
     with suppress(OSError):  # a folder may be read without being listed
         if (what := other_format(os.listdir(folder))) is not None:
             raise ValueError(f"{folder}: {what}")
-    config, raw = _read_config(folder)
+    config, raw, generation = _read_config(folder)
     config, stored = _with_head(config, stored_tensors(folder))
     check_sizes(config, folder, stored)
     naming = Naming.of(config)
@@ -204,6 +208,7 @@ def load(
         bank,
         read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
         folder,
+        generation,
     )
 
 
@@ -264,21 +269,22 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return dict(sorted((settings | named).items()))
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Returns the model's configuration from a folder's configs, and the contents of `config.json`."""
+def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+    """Returns what a folder's configs say: the model's shape, `config.json`, and settings of requests."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     raw = read_json(file)
     try:
         config = config_from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    defaults: dict[str, Any] = {}
     if is_there(generation):
         settings = read_json(generation)
-        try:
-            config = with_generation(config, settings)
-        except ValueError as error:
-            raise ValueError(f"{generation}: {error}") from None
-    return config, raw
+        problems = Problems()
+        config = problems.check(with_generation, config, settings) or config
+        defaults = problems.check(generation_defaults, settings)
+        problems.raise_any(str(generation))
+    return config, raw, defaults
 
 
 def _with_head(
