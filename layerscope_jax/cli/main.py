@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from layerscope_jax.checkpoints.fingerprint import fingerprint
+from layerscope_jax.checkpoints.model import load
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.commands import Command, union, with_added
@@ -29,6 +31,7 @@ from layerscope_jax.cli.options import (
     Dtype,
     LinkBandwidth,
     PolicyName,
+    Revision,
     folder_of,
     heard,
     open_model,
@@ -56,7 +59,14 @@ class Demo:
     """
 
     json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
-    checkpoint: Annotated[str, arg(metavar="FOLDER", help="Another model: a Hugging Face folder.")] = SHIPPED
+    checkpoint: Annotated[
+        str,
+        arg(
+            metavar="CHECKPOINT",
+            help="Another model: a Hugging Face folder, or a name on the Hugging Face hub.",
+        ),
+    ] = SHIPPED
+    revision: Revision = None
     policies: Annotated[
         tuple[str, ...], arg(metavar="POLICY ...", help=f"Policies to compare: some of {POLICY_NAMES}.")
     ] = ("on-demand", "lru", "host-only", "fiddler", "fate", "auto")
@@ -83,7 +93,7 @@ class Demo:
         """Returns the exit code."""
         exits.need_output()
         with option("--checkpoint"):
-            model = open_model(self.checkpoint)
+            model = open_model(self.checkpoint, revision=self.revision)
         report = demo.compare(
             model,
             demo.read_demo_prompts(),
@@ -173,6 +183,7 @@ class Generate:
     ] = 32
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
+    revision: Revision = None
     numerics: Annotated[
         Literal["exact", "fast"],
         arg(
@@ -219,9 +230,14 @@ class Generate:
             say(f"{len(file.failed)} of the completions in {self.out} ended with an error in an earlier run")
         return exits.FAILED if failed else exits.DONE
 
+    @cached_property
+    def _folder(self) -> Path:
+        """The checkpoint's folder, for which a hub is asked once."""
+        return folder_of(self.checkpoint, self.revision)
+
     def _model(self) -> str:
         """Returns the model's name in the lines of completions: its fingerprint and dtype."""
-        return fingerprint(folder_of(self.checkpoint)) + (f" as {self.dtype}" if self.dtype else "")
+        return fingerprint(self._folder) + (f" as {self.dtype}" if self.dtype else "")
 
     def _rows(self) -> list[Row]:
         if bool(self.prompt) == (self.prompts is not None):
@@ -245,7 +261,7 @@ class Generate:
 
     def _complete(self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None) -> int:
         """Completes the rows; returns how many ended with an error."""
-        model = open_model(self.checkpoint, self.dtype)
+        model = load(self._folder, dtype=self.dtype)
         check_prompts(rows, model)
         name = self._model()
 
