@@ -110,6 +110,7 @@ class Model:
             num_experts=config.num_experts,
             experts_per_token=config.experts_per_token,
             expert_bytes=self.bank.expert_bytes,
+            arrays_per_expert=len(self.bank.format.buffers(*self.bank.sizes)),
             slots=slots,
         )
 
