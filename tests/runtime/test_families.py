@@ -1,4 +1,4 @@
-"""Every family's golden checkpoint, run by the engine: transformers' own tokens, whatever a policy decides."""
+"""Every family's golden checkpoint in the engine: transformers' own tokens, whatever a policy decides."""
 
 from functools import cache
 from pathlib import Path
