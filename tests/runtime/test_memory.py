@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 RNG = np.random.default_rng(7)
 REQUESTS = [
     Request(prompt=RNG.integers(0, 64, size).tolist(), max_new_tokens=count, stop_token_ids=())
-    for size, count in zip((20, 17, 5, 12, 24, 3), (5, 2, 3, 4, 2, 3), strict=True)
+    for size, count in zip((20, 17, 5, 12, 24, 3, 18, 23), (5, 2, 3, 4, 2, 3, 4, 2), strict=True)
 ]
 """More than there are slots, and of different lengths: newcomers are prefilled while others hold theirs."""
 
