@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from layerscope_jax.checkpoints.other_formats import ADAPTER, other_format
+from layerscope_jax.support import interrupts
 from layerscope_jax.support.checks import Problems
 
 NAME = re.compile(r"[a-zA-Z0-9_][\w.-]*/[a-zA-Z0-9_][\w.-]*", re.ASCII)
@@ -89,6 +90,14 @@ def folder_of(checkpoint: str | Path, revision: str | None = None) -> Path:
 def _download(name: str, revision: str | None) -> Path:
     import huggingface_hub  # imported late, because only names need it
     from huggingface_hub import errors
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        """A progress bar by which a download notices Ctrl-C, and removes what it will not continue."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            interrupts.check()
+            return super().update(n)
 
     # Of the HTTP library that this version uses; its errors of the network are of no other kind.
     network: type[Exception] = next(
@@ -97,7 +106,7 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         folder = Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=TAKEN, ignore_patterns=LEFT
+                name, revision=revision, allow_patterns=TAKEN, ignore_patterns=LEFT, tqdm_class=Bar
             )
         )
         if not any(folder.glob("*.safetensors")):

@@ -50,9 +50,8 @@ def read_tokenizer(folder: Path, vocab_size: int, model_type: str | None = None)
     """
     if is_there(folder / "tokenizer.json"):
         tokenizer = _from_json(folder / "tokenizer.json")
-        settings = TokenizerSettings.read(folder)
-        if "added_tokens_decoder" in settings.record:
-            _add(tokenizer, settings, settings.added.items(), vocab_size, "tokenizer.json")
+        settings = TokenizerSettings.read(folder, older=False)
+        _add(tokenizer, settings, settings.added.items(), vocab_size, "tokenizer.json")
         return tokenizer
     if is_there(folder / "tokenizer.model"):
         return _from_sentencepiece(folder / "tokenizer.model", vocab_size)

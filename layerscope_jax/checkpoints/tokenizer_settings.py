@@ -42,8 +42,12 @@ class TokenizerSettings:
     source: str
 
     @classmethod
-    def read(cls, folder: Path) -> TokenizerSettings:
+    def read(cls, folder: Path, older: bool = True) -> TokenizerSettings:
         """Reads the files of a folder; without any, everything has its default.
+
+        Args:
+            folder: the checkpoint's.
+            older: whether the older files count, as they do for a tokenizer without a `tokenizer.json`.
 
         Raises:
             ValueError: if a file is damaged.
@@ -53,10 +57,10 @@ class TokenizerSettings:
         if record.get(ADDED) is not None:
             source = f"{files[CONFIG]}: {ADDED}"
             return cls(record, _named(source, _added, record[ADDED]), source)
-        if is_there(files[SPECIAL]):
+        if older and is_there(files[SPECIAL]):
             record = record | read_json(files[SPECIAL])
         settings = cls(record, {}, str(files[ADDED_FILE]))
-        if not is_there(files[ADDED_FILE]):
+        if not older or not is_there(files[ADDED_FILE]):
             return settings
         special = {str(token.content) for token in settings.special_tokens()}
         ids = read_json(files[ADDED_FILE])

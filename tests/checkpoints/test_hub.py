@@ -13,6 +13,7 @@ from hub_server import BRANCH, COMMIT, NAME, Hub, serving
 
 from layerscope_jax.checkpoints.hub import folder_of, is_hub_name
 from layerscope_jax.checkpoints.model import load
+from layerscope_jax.support import interrupts
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "olmoe"
@@ -139,6 +140,16 @@ def test_after_a_failure_only_what_is_missing_is_fetched(cache):
     with serving(Hub(OLMOE)) as hub:
         assert (folder_of(NAME) / WEIGHTS).read_bytes() == OLMOE[WEIGHTS]
         assert hub.fetched() == {WEIGHTS}
+
+
+def test_an_interrupt_leaves_nothing_unfinished(cache, monkeypatch):
+    with serving(Hub(OLMOE)):
+        with monkeypatch.context() as patch:
+            patch.setattr(interrupts, "_noted", True)  # as a command notes Ctrl-C
+            with pytest.raises(KeyboardInterrupt):
+                folder_of(NAME)
+        assert not list(cache.rglob("*.incomplete"))
+        assert (folder_of(NAME) / WEIGHTS).read_bytes() == OLMOE[WEIGHTS]
 
 
 def test_the_cache_is_enough_without_a_network(monkeypatch):

@@ -96,6 +96,7 @@ def test_tokenizer_json_wins(tmp_path):
     folder = copy("mixtral", tmp_path)
     tokenizer("gpt2").save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").unlink()
+    (folder / "added_tokens.json").write_text("of the other files")
     ids = read_tokenizer(folder, VOCABULARY).encode("Call me Ishmael.").ids
     assert ids == tokenizer("gpt2").encode("Call me Ishmael.").ids
 
