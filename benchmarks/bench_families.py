@@ -1,8 +1,8 @@
 """Does a family cost more than its arithmetic?
 
-A random model of each kind of attention (`shapes_of_attention`) is written to disk and read by the engine,
-with all experts resident, and by Hugging Face transformers with each of its implementations of the experts. Both
-get the same prompt ids and take the same number of greedy steps; prefill and decode are timed apart, in
+A random model of each kind of attention (`shapes_of_attention`) is written to disk. The engine reads it, with
+all experts resident, and so does Hugging Face transformers, with each of its implementations of the experts.
+Both get the same prompt ids and take the same number of greedy steps; prefill and decode are timed apart, in
 turns. It is `bench_resident.py` with other models.
 """
 
