@@ -10,14 +10,16 @@ import jax
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
+from layerscope_jax.generation.arguments import batch_of, check_options, make_request, make_requests
 from layerscope_jax.generation.calls import Call
+from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.completions import Completions, Token
 from layerscope_jax.generation.detokenize import continuation
 from layerscope_jax.generation.encoding import encode_prompts
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.progress import progress_bar
-from layerscope_jax.generation.requests import Request, batch_of, check_options, make_request, make_requests
+from layerscope_jax.generation.requests import Request
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.prediction.predictors import make_predictor
 from layerscope_jax.profiling import measure as calibration
@@ -52,6 +54,8 @@ class Engine:
         host_device: the JAX CPU device that computes experts on the host; None for the last of them. Without
             an accelerator it takes turns with `device`, even if JAX has several CPU devices, because they
             share the same cores.
+        chat_template: Jinja text that turns the `messages` of a request into a prompt; None for the
+            checkpoint's own.
 
     Raises:
         ValueError: if the policy is unknown; if the budget is too small for the policy and what the predictor
@@ -74,6 +78,7 @@ class Engine:
         *,
         device: jax.Device | None = None,
         host_device: jax.Device | None = None,
+        chat_template: str | None = None,
     ):
         problems, device_or_none = Problems(), "one of jax.devices() or None"
         problems.expect(isinstance(model, Model), "model", "a Model, as layerscope_jax.load gives one", model)
@@ -84,9 +89,13 @@ class Engine:
         problems.expect(
             isinstance(host_device, jax.Device | None), "host_device", device_or_none, host_device
         )
+        problems.expect(
+            isinstance(chat_template, str | None), "chat_template", "a text or None", chat_template
+        )
         problems.raise_any()
         self._turns = Turns()
         self._resources = Resources(self, self._turns)
+        self._chat = self._resources.add(Chat(model.path, chat_template))
         self.model = model
         self.config = config or OffloadConfig()
         self.device = device or model.device
@@ -157,8 +166,8 @@ class Engine:
                 during the call.
             bound: whether to report the lower bound on the time of the decode steps, computed from this
                 machine's costs, as a share of the time taken; takes a few seconds more.
-            **settings: fields of `Request` for the prompts that are not a `Request`: max_new_tokens,
-                temperature, top_k, top_p, seed, stop_token_ids. At least one prompt must not be a `Request`.
+            **settings: fields of `Request` for the prompts that are not a `Request`, such as max_new_tokens,
+                temperature or stop. At least one prompt must not be a `Request`.
 
         Raises:
             ValueError: for unknown or out-of-range settings; for prompts that are empty or too long, naming
@@ -292,7 +301,7 @@ class Engine:
         self._loop.check_open()
         config = self.model.config
         prompts = encode_prompts(
-            requests, self.model.tokenizer, config.max_position_embeddings, config.vocab_size
+            requests, self.model.tokenizer, config.max_position_embeddings, config.vocab_size, self._chat
         )
         return self._loop.call(requests, prompts, record_plans=record_plans, bound=bound)
 

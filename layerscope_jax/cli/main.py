@@ -6,11 +6,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -22,6 +22,7 @@ from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
+from layerscope_jax.cli.lines import Lines
 from layerscope_jax.cli.options import (
     POLICY_NAMES,
     PREDICTOR_HELP,
@@ -38,12 +39,14 @@ from layerscope_jax.cli.options import (
     open_predictor,
     open_profile,
 )
+from layerscope_jax.cli.request_options import RequestOptions
 from layerscope_jax.cli.simulate import Simulate
 from layerscope_jax.cli.trace import Record
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
-from layerscope_jax.generation.batch_files import CompletionFile, Row, check_prompts, completion, read_prompts
-from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.batch_files import CompletionFile
+from layerscope_jax.generation.chat import Chat, read_template
+from layerscope_jax.generation.prompt_files import Row, read_prompts
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.compile_cache import use_compilation_cache
 from layerscope_jax.support.exits import say
@@ -111,7 +114,7 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(RequestOptions):
     """Continue prompts, given one by one or in a file."""
 
     checkpoint: Checkpoint
@@ -122,10 +125,10 @@ class Generate:
         Path | None,
         arg(
             metavar="FILE",
-            help='File of prompts, one JSON object {"prompt": text or [token ids]} per line. Optional keys: '
-            '"id" (default: the row\'s number, from 0), settings for this prompt (max_new_tokens, '
-            "temperature, top_k, top_p, seed, stop_token_ids), which no option may contradict, and "
-            '"metadata", which is ignored.',
+            help='File of prompts, one JSON object {"prompt": text or [token ids]} or {"messages": [...]} '
+            'per line. Optional keys: "id" (default: the row\'s number, from 0), settings for this prompt '
+            "(max_new_tokens, temperature, stop, ...), which no option may contradict, and "
+            '"metadata", which is ignored. Lines of OpenAI\'s batch API are answered as there.',
         ),
     ] = None
     out: Annotated[
@@ -153,26 +156,6 @@ class Generate:
             "costs are measured roughly before the first token.",
         ),
     ] = None
-    max_new_tokens: Annotated[
-        int | None, arg(metavar="INT", help="Maximum new tokens for each prompt; 64 by default.")
-    ] = None
-    temperature: Annotated[
-        float | None,
-        arg(metavar="FLOAT", help="Temperature of sampling; 0, the default, takes the likeliest token."),
-    ] = None
-    top_k: Annotated[
-        int | None,
-        arg(metavar="INT", help="Sample from this many of the likeliest tokens; 0, the default, for all."),
-    ] = None
-    top_p: Annotated[
-        float | None,
-        arg(
-            metavar="FLOAT",
-            help="Sample from the smallest set of likeliest tokens whose probabilities add up to this; 1 by "
-            "default.",
-        ),
-    ] = None
-    seed: Annotated[int | None, arg(metavar="INT", help="Seed of sampling; 0 by default.")] = None
     max_num_seqs: Annotated[
         int,
         arg(
@@ -211,11 +194,12 @@ class Generate:
             max_num_seqs=self.max_num_seqs,
         )
         make_policy(self.policy)
+        template = None if self.chat_template is None else self._template(self.chat_template)
         rows = self._rows()
         if self.out is None:
             exits.need_output()
-            return exits.FAILED if self._complete(rows, config, None) else exits.DONE
-        model = self._model()
+            return exits.FAILED if self._complete(rows, config, None, template) else exits.DONE
+        model = self._model(rows, template)
         with option("--out"):
             completions = CompletionFile(self.out, rows, model)
         interrupts.promise(f"interrupted; the same command continues {self.out}")
@@ -225,7 +209,7 @@ class Generate:
             if file.done:
                 say(f"{self.out} has {len(file.done)} of {len(rows)} completions already")
             if left:
-                failed += self._complete(left, config, file)
+                failed += self._complete(left, config, file, template)
         if file.failed:
             say(f"{len(file.failed)} of the completions in {self.out} ended with an error in an earlier run")
         return exits.FAILED if failed else exits.DONE
@@ -235,61 +219,65 @@ class Generate:
         """The checkpoint's folder, for which a hub is asked once."""
         return folder_of(self.checkpoint, self.revision)
 
-    def _model(self) -> str:
-        """Returns the model's name in the lines of completions: its fingerprint and dtype."""
-        return fingerprint(self._folder) + (f" as {self.dtype}" if self.dtype else "")
+    def _template(self, file: Path) -> str:
+        with option("--chat-template"):
+            return read_template(file)
+
+    def _model(self, rows: Sequence[Row], template: str | None) -> str:
+        """Returns the model's name in the lines of completions: its fingerprint, dtype and chat template."""
+        name = fingerprint(self._folder) + (f" as {self.dtype}" if self.dtype else "")
+        if any(row.request.messages is not None for row in rows):
+            name += f" with chat template {Chat(self._folder, template).digest()}"
+        return name
 
     def _rows(self) -> list[Row]:
         if bool(self.prompt) == (self.prompts is not None):
             got = "both" if self.prompt else "neither"
             raise ValueError(f"expected either --prompt TEXT or --prompts FILE, got {got}")
-        settings: dict[str, Any] = {
-            name: value
-            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-            if (value := getattr(self, name)) is not None
-        }
-        Request(prompt="", **settings)  # refuses what is out of range
+        settings = self.settings()
         if self.prompts is None:
             return [
-                Row(index, Request(prompt=prompt, **settings), f"--prompt {prompt[:40]!r}")
+                Row(index, self.request(prompt, settings), f"--prompt {prompt[:40]!r}")
                 for index, prompt in enumerate(self.prompt)
             ]
         if self.out is not None and self.out.resolve() == self.prompts.resolve():
             raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another file")
         with option("--prompts"):
-            return read_prompts(self.prompts, settings)
+            rows = read_prompts(self.prompts, settings, self.chat)
+        named = {row.call.model for row in rows if row.call is not None and row.call.model is not None}
+        if others := named - {self.checkpoint, self._folder.name}:
+            say(f"{self.checkpoint} answers the requests for {', '.join(sorted(others))[:200]} too")
+        return rows
 
-    def _complete(self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None) -> int:
+    def _complete(
+        self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None, template: str | None
+    ) -> int:
         """Completes the rows; returns how many ended with an error."""
         model = load(self._folder, dtype=self.dtype)
-        check_prompts(rows, model)
-        name = self._model()
-
-        def write(row: Row, text: str, tokens: list[int], finish: str, error: str | None = None) -> None:
-            line = completion(row, text, tokens, finish, name, error)
-            if file is not None:
-                file.write(line)
-            else:
-                sys.stdout.buffer.write(line)
-                sys.stdout.flush()
-
+        lines = Lines(self._model(rows, template) if file is None else file.model, model.tokenizer, file)
+        with closing(Chat(model.path, template)) as chat:
+            requests = lines.encode(rows, model, chat)
+        if not requests:
+            return lines.refused
+        answered = [row for row, _ in requests]
         live = file is None and self.prompts is None
         with Engine(model, config) as engine:
             result = complete(
                 engine,
-                rows,
-                on_token=Live(rows) if live else lambda event: None,
-                on_row=(lambda *completed: None) if live else write,
+                answered,
+                [request for _, request in requests],
+                on_token=Live(answered) if live else lambda event: None,
+                on_row=(lambda row, outputs: None) if live else lines.write,
                 # A progress bar would garble lines of output on the same terminal.
                 progress=file is not None or not sys.stdout.isatty(),
                 bound=self.bound,
             )
         interrupts.check()  # an interrupted run prints no statistics
         say(summary(result.stats, model.bank.total_bytes))
-        errors = [one.error for one in result if one.error is not None]
-        for sentence, count in Counter(errors).items():
-            say(f"error: {count} of {len(rows)} prompts could not be completed: {sentence}")
-        return len(errors)
+        errors = {one.request: one.error for one in result if one.error is not None}
+        for sentence, count in Counter(errors.values()).items():
+            say(f"error: {count} of {len(answered)} prompts could not be completed: {sentence}")
+        return len(errors) + lines.refused
 
 
 COMMANDS = {

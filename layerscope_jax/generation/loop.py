@@ -11,14 +11,14 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation.calls import Call, RequestState
-from layerscope_jax.generation.completions import Completion, Completions, Token
-from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.completions import Completion, Completions, Token, output_of
+from layerscope_jax.generation.requests import Request, with_seed
 from layerscope_jax.generation.run import Run
 from layerscope_jax.generation.shares import join, leave
 from layerscope_jax.runtime.accounts import Account, run_stats
@@ -85,8 +85,10 @@ class Loop:
                 prompt,
                 min(request.max_new_tokens, context - len(prompt)),
                 call,
+                sample,
             )
-            for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
+            for index, (request, prompt) in enumerate(zip(map(with_seed, requests), prompts, strict=True))
+            for sample in range(request.n)
         ]
         return call
 
@@ -153,22 +155,20 @@ class Loop:
                 self._runner.stats(call.counted),
                 call.times,
                 call.total_s,
-                prompts=len(call.states),
+                prompts=len({state.index for state in call.states}),
                 new_tokens=sum([len(state.tokens) for state in call.states]),
                 budget_bytes=self._budget_bytes,
             )
-        events: list[list[Token]] = [[] for _ in call.states]
+        events: dict[tuple[int, int], list[Token]] = defaultdict(list)
         for event in call.log:
-            events[event.request].append(event)
+            events[event.request, event.index].append(event)
         completions = [
             Completion(
-                text="".join([event.text for event in own]),
-                token_ids=state.tokens,
-                finish_reason=own[-1].finish_reason or "",
+                **output_of(events[state.index, state.sample], state.request),
                 stats=stats,
-                error=own[-1].error,
+                request=state.index,
             )
-            for state, own in zip(call.states, events, strict=True)
+            for state in call.states
         ]
         return Completions(completions, stats, call.counted.plans or [])
 

@@ -11,12 +11,12 @@ from helpers import PROMPTS, byte_tokenizer, spelling_model
 from tokenizers import Tokenizer, models, normalizers
 
 from layerscope_jax import Engine, OffloadConfig, Request
+from layerscope_jax.generation.arguments import make_requests
 from layerscope_jax.generation.encoding import encode_prompts, encode_within
-from layerscope_jax.generation.requests import make_requests
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-NAMES = "max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids"
+NAMES = "max_new_tokens, min_new_tokens, n, temperature, .*, chat_template_kwargs"
 
 
 @pytest.fixture(scope="module")
