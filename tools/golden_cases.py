@@ -375,4 +375,19 @@ CASES = {
         },
         "must_matter": [{"router_jitter_noise": 0.1}, {"rms_norm_eps": 1e-1}],
     },
+    "hunyuan_v1_moe": {
+        "class": transformers.HunYuanMoEV1Config,
+        "folder": "examples/extend/hunyuan_v1_moe",
+        "config": {
+            "intermediate_size": 24,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 8,
+            "moe_topk": 3,
+            "initializer_range": 0.25,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0},
+        },
+        "must_matter": [{"rope_parameters": DEFAULT_ROPE}, {"rms_norm_eps": 1e-1}],
+    },
 }

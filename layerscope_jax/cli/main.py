@@ -245,7 +245,7 @@ class Generate(RequestOptions):
         with option("--prompts"):
             rows = read_prompts(self.prompts, settings, self.chat)
         named = {row.call.model for row in rows if row.call is not None and row.call.model is not None}
-        if others := named - {self.checkpoint, self._folder.name}:
+        if named and (others := named - {self.checkpoint, self._folder.name}):
             say(f"{self.checkpoint} answers the requests for {', '.join(sorted(others))[:200]} too")
         return rows
 

@@ -116,8 +116,8 @@ class Attention(nnx.Module):
         """
         config = self.config
         query, key, value = project(hidden, self.q, self.k, self.v)
-        query = rotate(self._heads(query, self.q_norm), positions, config, config.rotary_dim)
-        key = rotate(self._heads(key, self.k_norm), positions, config, config.rotary_dim)
+        query = self.rotated(query, self.q_norm, positions)
+        key = self.rotated(key, self.k_norm, positions)
         value = self._heads(value, None)
         sinks = None if self.sinks is None else self.sinks[...]
         key_positions = positions[:, None, :]  # [B, 1, S]
@@ -143,6 +143,21 @@ class Attention(nnx.Module):
         else:
             key, value = cache
         return self.o(attend(query, key, value, mask, config.attention_scale, sinks)), cache
+
+    def rotated(self, x: jax.Array, norm: RMSNorm | None, positions: jax.Array) -> jax.Array:
+        """Heads of a projection of queries or keys, normalised and then rotated.
+
+        A subclass may do so in another order.
+
+        Args:
+            x: [B, S, H * D_head].
+            norm: of queries or of keys; None where they have none.
+            positions: [B, S].
+
+        Returns:
+            [B, S, H, D_head].
+        """
+        return rotate(self._heads(x, norm), positions, self.config, self.config.rotary_dim)
 
     def _heads(self, x: jax.Array, norm: RMSNorm | None) -> jax.Array:
         """Normalises, clips and splits a projection [B, S, H * D_head] into heads."""
