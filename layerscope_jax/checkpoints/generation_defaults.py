@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from layerscope_jax.support.checks import Problems
+from layerscope_jax.support.files import is_there, read_json
 from layerscope_jax.support.units import is_integer
 
 WHOLE = {"max_new_tokens": 1, "min_new_tokens": 0, "top_k": -1}
@@ -22,6 +24,21 @@ NUMBERS = {
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 """Settings that transformers obeys only if `do_sample` is true."""
+
+
+def read_generation_defaults(folder: Path) -> dict[str, int | float]:
+    """Returns the settings that a checkpoint's folder recommends; none where it has no such file.
+
+    Raises:
+        ValueError: as `generation_defaults`, with the name of the file.
+    """
+    file = folder / "generation_config.json"
+    if not is_there(file):
+        return {}
+    try:
+        return generation_defaults(read_json(file))
+    except ValueError as error:
+        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
 
 def generation_defaults(generation: Mapping[str, Any]) -> dict[str, int | float]:

@@ -10,13 +10,14 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from layerscope_jax.checkpoints.fingerprint import fingerprint
+from layerscope_jax.checkpoints.generation_defaults import read_generation_defaults
 from layerscope_jax.checkpoints.model import load
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
@@ -174,6 +175,13 @@ class Generate(RequestOptions):
             "is resident on an accelerator, and agrees to rounding."
         ),
     ] = "exact"
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        arg(
+            help="'auto' samples as the checkpoint's generation_config.json recommends where nothing else is "
+            "said; 'none' takes the likeliest tokens."
+        ),
+    ] = "auto"
     bound: Annotated[
         bool,
         arg(
@@ -195,7 +203,11 @@ class Generate(RequestOptions):
         )
         make_policy(self.policy)
         template = None if self.chat_template is None else self._template(self.chat_template)
-        rows = self._rows()
+        rows = self._rows({})
+        if self.generation_config == "auto" and (defaults := read_generation_defaults(self._folder)):
+            rows = self._rows(defaults)
+            said = ", ".join(f"{name} {value}" for name, value in defaults.items())
+            say(f"{self.checkpoint} recommends {said}; --generation-config none turns that off")
         if self.out is None:
             exits.need_output()
             return exits.FAILED if self._complete(rows, config, None, template) else exits.DONE
@@ -230,20 +242,20 @@ class Generate(RequestOptions):
             name += f" with chat template {Chat(self._folder, template).digest()}"
         return name
 
-    def _rows(self) -> list[Row]:
+    def _rows(self, defaults: dict[str, Any]) -> list[Row]:
         if bool(self.prompt) == (self.prompts is not None):
             got = "both" if self.prompt else "neither"
             raise ValueError(f"expected either --prompt TEXT or --prompts FILE, got {got}")
         settings = self.settings()
         if self.prompts is None:
             return [
-                Row(index, self.request(prompt, settings), f"--prompt {prompt[:40]!r}")
+                Row(index, self.request(prompt, defaults | settings), f"--prompt {prompt[:40]!r}")
                 for index, prompt in enumerate(self.prompt)
             ]
         if self.out is not None and self.out.resolve() == self.prompts.resolve():
             raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another file")
         with option("--prompts"):
-            rows = read_prompts(self.prompts, settings, self.chat)
+            rows = read_prompts(self.prompts, settings, self.chat, defaults)
         named = {row.call.model for row in rows if row.call is not None and row.call.model is not None}
         if named and (others := named - {self.checkpoint, self._folder.name}):
             say(f"{self.checkpoint} answers the requests for {', '.join(sorted(others))[:200]} too")
@@ -261,7 +273,7 @@ class Generate(RequestOptions):
             return lines.refused
         answered = [row for row, _ in requests]
         live = file is None and self.prompts is None
-        with Engine(model, config) as engine:
+        with Engine(model, config, generation_config="none") as engine:  # the rows have their settings
             result = complete(
                 engine,
                 answered,
