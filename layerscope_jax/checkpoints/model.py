@@ -138,7 +138,7 @@ def load(
     format: str | ExpertFormat | None = None,
     revision: str | None = None,
 ) -> Model:
-    """Loads a Hugging Face checkpoint of OLMoE, Mixtral, Qwen3-MoE or a registered family.
+    """Loads a Hugging Face checkpoint of one of the families, or of one that was registered.
 
     Experts are read straight into pinned host memory, everything else onto the device; apart from these, only
     one tensor at a time is in memory.
