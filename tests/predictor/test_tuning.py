@@ -169,7 +169,7 @@ def test_an_engine_teaches_it_and_gives_the_same_tokens():
     model = random_model()
     prompts = [list(range(3, 40)), list(range(11, 30)), [7] * 25]
     with Engine(model) as engine:
-        oracle = engine.generate(prompts, max_new_tokens=8).token_ids
+        oracle = engine.generate(prompts, max_new_tokens=16).token_ids
     online = Online(llapor_of(model), replace(CONFIG, threshold=0.0, steps=4))
     with pytest.raises(ValueError, match="no engine has used this predictor"):
         online.finish()
@@ -178,7 +178,7 @@ def test_an_engine_teaches_it_and_gives_the_same_tokens():
     with Engine(model, config) as engine:
         for _ in range(5):
             # It keeps up however slow the machine is: steps that it has no time for are left out.
-            found = engine.generate(prompts, max_new_tokens=8, on_token=lambda event: online.finish())
+            found = engine.generate(prompts, max_new_tokens=16, on_token=lambda event: online.finish())
             assert found.token_ids == oracle
         bound = engine.runner.forecasts.inputs(0)[0]
     tuned = online.finish()
