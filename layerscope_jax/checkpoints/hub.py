@@ -115,8 +115,9 @@ def _download(name: str, revision: str | None) -> Path:
             raise ValueError(f"{_where(name)} holds no checkpoint that can be loaded: {what}")
     except errors.HFValidationError as error:
         raise ValueError(f"{_where(name)} cannot exist: {error}") from error
-    except (OSError, network) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+    except (OSError, RuntimeError, network) as error:  # RuntimeError is of hf_xet, which fetches large files
+        of_network = isinstance(error, ConnectionError | TimeoutError | RuntimeError | network)
+        if isinstance(error, OSError) and error.errno is not None and not of_network:
             raise  # of the disk
         raise ValueError(f"{_where(name)} {_explained(error, name, revision)}") from error
     return folder

@@ -217,6 +217,25 @@ def test_a_server_that_is_not_there(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "error", [RuntimeError("CAS: reset"), ConnectionResetError(104, "CAS: reset"), TimeoutError("CAS: reset")]
+)
+def test_errors_of_the_store_of_large_files_are_explained(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert "could not be downloaded whole (" in (message := refusal())
+    assert "CAS: reset); check the network" in message
+
+
+def test_an_error_of_the_disk_is_not_the_networks(cache):
+    cache.write_text("a file where the cache should be")
+    with serving(Hub(OLMOE)), pytest.raises(OSError, match="cache") as raised:
+        folder_of(NAME)
+    assert raised.value.errno
+
+
+@pytest.mark.parametrize(
     ("files", "words"),
     [
         (["config.json", "pytorch_model.bin"], "got weights as PyTorch pickles them (pytorch_model.bin)"),
