@@ -89,12 +89,8 @@ class RequestOptions:
             metavar="TEXT", help="Text that ends a continuation, and is cut off; can be given several times."
         ),
     ] = ()
-    include_stop_str_in_output: Annotated[
-        bool | None, arg(help="Whether the continuation keeps the text that ended it; False by default.")
-    ] = None
-    ignore_eos: Annotated[
-        bool | None, arg(help="Whether the model's own stop tokens do not end it; False by default.")
-    ] = None
+    include_stop_str_in_output: Annotated[bool, arg(help="Keep the text that ended a continuation.")] = False
+    ignore_eos: Annotated[bool, arg(help="Go on after the model's own stop tokens.")] = False
     logprobs: Annotated[
         int | None,
         arg(
@@ -111,6 +107,8 @@ class RequestOptions:
             ValueError: naming those that are out of range.
         """
         given = {name: getattr(self, name) for name in SETTINGS if hasattr(self, name)}
+        given["ignore_eos"] = self.ignore_eos or None
+        given["include_stop_str_in_output"] = self.include_stop_str_in_output or None
         given["stop"] = list(self.stop) or None
         given["logit_bias"] = dict(map(bias_of, self.logit_bias)) or None
         given["chat_template_kwargs"] = None
