@@ -111,17 +111,14 @@ def read_tiktoken(file: Path) -> Tokenizer:
     if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
         raise ValueError(f"{file}: expected the ranks 0 to {len(ranks) - 1}, each once; download it again")
     letters = _letters()
-
-    def spelled(token: bytes) -> str:
-        return "".join(letters[number] for number in token)
-
+    names = {token: "".join(letters[number] for number in token) for token in ranks}
     merges = []
     for token, rank in ranks.items():
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ranks and right in ranks:
-                merges.append((rank, ranks[left], ranks[right], spelled(left), spelled(right)))
-    vocabulary = {spelled(token): rank for token, rank in ranks.items()}
+                merges.append((rank, ranks[left], ranks[right], names[left], names[right]))
+    vocabulary = {names[token]: rank for token, rank in ranks.items()}
     # A part of a text that is a token is never put together from others.
     model = BPE(vocabulary, [(left, right) for *_, left, right in sorted(merges)], ignore_merges=True)
     return _byte_level(model, ByteLevel(KIMI, False, {}), add_prefix_space=False)
