@@ -12,7 +12,7 @@ from flax import nnx
 from layerscope_jax import Decoder, Model
 from layerscope_jax.generation.scheduler import bucket
 from layerscope_jax.models.cache import new_caches
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.sampling import sample
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -32,6 +33,8 @@ from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.compile_cache import Compilations, counted
 from layerscope_jax.support.units import parse_bytes
 
+logger = logging.getLogger(__name__)
+
 
 class Engine:
     """Generates tokens with a model whose experts live in host memory, within a budget of device memory.
@@ -56,6 +59,11 @@ class Engine:
             share the same cores.
         chat_template: Jinja text that turns the `messages` of a request into a prompt; None for the
             checkpoint's own.
+        generation_config: "auto" to take the sampling settings that the checkpoint's `generation_config.json`
+            recommends where a call gives none (a `Request` has its own); "none" to take those of `Request`.
+
+    Attributes:
+        defaults: settings of prompts for which a call gives none.
 
     Raises:
         ValueError: if the policy is unknown; if the budget is too small for the policy and what the predictor
@@ -79,6 +87,7 @@ class Engine:
         device: jax.Device | None = None,
         host_device: jax.Device | None = None,
         chat_template: str | None = None,
+        generation_config: Literal["auto", "none"] = "auto",
     ):
         problems, device_or_none = Problems(), "one of jax.devices() or None"
         problems.expect(isinstance(model, Model), "model", "a Model, as layerscope_jax.load gives one", model)
@@ -92,10 +101,21 @@ class Engine:
         problems.expect(
             isinstance(chat_template, str | None), "chat_template", "a text or None", chat_template
         )
+        problems.expect(
+            generation_config in ("auto", "none"), "generation_config", "'auto' or 'none'", generation_config
+        )
         problems.raise_any()
-        self._resources = Resources(self)
+        self.defaults: Mapping[str, Any] = model.generation_defaults if generation_config == "auto" else {}
+        if self.defaults:
+            logger.warning(
+                "%s recommends %s, which requests have unless they say otherwise; turn that off with "
+                "generation_config='none'",
+                model.path,
+                ", ".join(f"{name}={value}" for name, value in self.defaults.items()),
+            )
+        self._turns = Turns()
+        self._resources = Resources(self, self._turns)
         self._chat = self._resources.add(Chat(model.path, chat_template))
-        self._turns = Turns(self._resources.step)
         self.model = model
         self.config = config or OffloadConfig()
         self.device = device or model.device
@@ -176,7 +196,8 @@ class Engine:
             TransferError: if an expert could not be copied to the device.
         """
         self._turns.check()
-        requests = make_requests(prompts, settings, ("progress", "on_token", "record_plans", "bound"))
+        options = ("progress", "on_token", "record_plans", "bound")
+        requests = make_requests(prompts, settings, options, self.defaults)
         check_options(on_token, progress=progress, record_plans=record_plans, bound=bound)
         if bound and self.runner.costs is None:
             raise ValueError(
@@ -205,7 +226,7 @@ class Engine:
         its requests.
         """
         self._turns.check()
-        return self._stream(self._call(make_requests(prompts, settings)))
+        return self._stream(self._call(make_requests(prompts, settings, defaults=self.defaults)))
 
     def _stream(self, call: Call) -> Iterator[Token]:
         yield from self._loop.stream(call)  # a generator method keeps the engine alive while it is read
@@ -234,7 +255,7 @@ class Engine:
             handle.result().finish_reason
         """
         self._turns.check()
-        request = make_request(prompt, settings)
+        request = make_request(prompt, settings, self.defaults)
         try:
             call = self._call([request])
         except ValueError as error:

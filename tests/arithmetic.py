@@ -5,7 +5,6 @@ So a row that was mixed up with another, or not filled again, says something els
 
 from __future__ import annotations
 
-import threading
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.generation.loop import Loop
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.runner import RunnerStats
 from layerscope_jax.runtime.sampling import sample
@@ -107,7 +106,7 @@ def looped(max_num_seqs=3, chunk=32, closed=(), runner=None, tokenizer=None, sto
     made = Loop(
         SimpleNamespace(config=config, tokenizer=tokenizer),
         runner,
-        Turns(threading.RLock()),
+        Turns(),
         lambda: bool(closed),
         lambda rows, length: [Held(jnp.zeros((rows, length), jnp.int32))],
         max_num_seqs,

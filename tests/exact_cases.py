@@ -11,7 +11,7 @@ from helpers import bits, random_model
 
 import layerscope_jax
 from layerscope_jax import Engine, ExpertId, LayerPlan, Model, load
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 
 SHIPPED = Path(layerscope_jax.__file__).parent / "shipped"
 SENTENCES = ["Once upon a time there was", "def main():"]

@@ -14,6 +14,31 @@ SHARED = {
     "pad_token_id": None,
 }
 
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+}
+SIGMOID = {
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.25,
+}
+LATENT = SIGMOID | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+
 # name -> config class, its arguments, the shard size, the layers with routers (all if not said), the folder
 # (among the goldens if not said), and changes of the config that must change the logits: if one did not, the
 # goldens could not tell whether an implementation honours that key.
@@ -127,7 +152,6 @@ CASES = {
     },
     "qwen2_moe": {
         "class": transformers.Qwen2MoeConfig,
-        "folder": "examples/extend/qwen2_moe",
         "config": {
             "intermediate_size": 40,
             "moe_intermediate_size": 24,
@@ -142,5 +166,228 @@ CASES = {
         },
         "moe_layers": [1, 2, 3],
         "must_matter": [{"norm_topk_prob": True}],
+    },
+    "deepseek_v2": {
+        "class": transformers.DeepseekV2Config,
+        "config": LATENT
+        | {
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "routed_scaling_factor": 1.0,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 2,
+            "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+        "moe_layers": [1, 2],
+        "must_matter": [{"rope_parameters": DEFAULT_ROPE}, {"routed_scaling_factor": 2.0}],
+    },
+    "deepseek_v2_groups": {
+        "class": transformers.DeepseekV2Config,
+        "config": LATENT
+        | {
+            "q_lora_rank": 16,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 4.0,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 1,
+        },
+        "must_matter": [{"topk_group": 3}, {"routed_scaling_factor": 1.0}],
+    },
+    "deepseek_v3": {
+        "class": transformers.DeepseekV3Config,
+        "config": LATENT
+        | {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.446,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 2,
+        },
+        "moe_layers": [1, 2],
+        "must_matter": [{"norm_topk_prob": False}, {"routed_scaling_factor": 1.0}],
+    },
+    "deepseek_v3_groups": {
+        "class": transformers.DeepseekV3Config,
+        "config": LATENT
+        | {
+            "q_lora_rank": 16,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 1,
+            "attention_bias": True,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+        },
+        "must_matter": [{"topk_group": 3}, {"rope_parameters": DEFAULT_ROPE}, {"rope_interleave": False}],
+    },
+    "gpt_oss": {
+        "class": transformers.GptOssConfig,
+        "config": {
+            "intermediate_size": 24,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "swiglu_limit": 2.0,
+            "tie_word_embeddings": False,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+        "must_matter": [
+            {"swiglu_limit": 7.0},
+            {"sliding_window": 7},
+            {"rope_parameters": YARN | {"truncate": True}},
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        ],
+    },
+    "glm4_moe": {
+        "class": transformers.Glm4MoeConfig,
+        "config": SIGMOID
+        | {
+            "initializer_range": 0.35,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.5,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+        "moe_layers": [1, 2],
+        "must_matter": [
+            {"norm_topk_prob": False},
+            {"rope_parameters": DEFAULT_ROPE | {"partial_rotary_factor": 1.0}},
+        ],
+    },
+    "glm4_moe_lite": {
+        "class": transformers.Glm4MoeLiteConfig,
+        "config": LATENT
+        | {
+            "q_lora_rank": 16,
+            "num_hidden_layers": 4,
+            "routed_scaling_factor": 1.8,
+            "n_shared_experts": 1,
+            "mlp_layer_types": ["dense", "sparse", "dense", "sparse"],
+        },
+        "moe_layers": [1, 3],
+        "must_matter": [{"norm_topk_prob": False}, {"routed_scaling_factor": 1.0}],
+    },
+    "minimax_m2": {
+        "class": transformers.MiniMaxM2Config,
+        "config": {
+            "intermediate_size": 24,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": False,
+            "rope_parameters": DEFAULT_ROPE | {"partial_rotary_factor": 0.5},
+        },
+        "must_matter": [{"rope_parameters": DEFAULT_ROPE}],
+    },
+    "dots1": {
+        "class": transformers.Dots1Config,
+        "config": SIGMOID
+        | {
+            "initializer_range": 0.4,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 2,
+            "sliding_window": 8,
+            "max_window_layers": 2,
+            "attention_bias": True,
+        },
+        "moe_layers": [1, 2, 3],
+        "must_matter": [{"norm_topk_prob": False}, {"sliding_window": 7}],
+    },
+    "ernie4_5_moe": {
+        "class": transformers.Ernie4_5_MoeConfig,
+        "config": {
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 6,
+            "num_key_value_heads": 2,
+            "moe_num_experts": 8,
+            "moe_k": 3,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 2,
+            "moe_layer_interval": 2,
+            "use_bias": True,
+            "initializer_range": 0.35,
+            "tie_word_embeddings": False,
+        },
+        "moe_layers": [3, 5],
+        "must_matter": [{"rope_parameters": DEFAULT_ROPE | {"rope_theta": 100.0}}, {"rms_norm_eps": 1e-1}],
+    },
+    "granitemoe": {
+        "class": transformers.GraniteMoeConfig,
+        "config": {
+            "intermediate_size": 24,
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "embedding_multiplier": 1.5,
+            "residual_multiplier": 0.8,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+            "attention_bias": False,
+            "initializer_range": 0.5,
+            "tie_word_embeddings": False,
+        },
+        "must_matter": [
+            {"embedding_multiplier": 1.0},
+            {"residual_multiplier": 1.0},
+            {"attention_multiplier": 1.0},
+            {"logits_scaling": 1.0},
+        ],
+    },
+    "phimoe": {
+        "class": transformers.PhimoeConfig,
+        "config": {
+            "intermediate_size": 24,
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.4,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.5, 2.0, 3.0],
+                "long_factor": [2.0, 3.0, 5.0, 9.0],
+                "short_mscale": 1.2,
+                "long_mscale": 1.4,
+                "original_max_position_embeddings": 100,
+            },
+        },
+        "must_matter": [{"router_jitter_noise": 0.1}, {"rms_norm_eps": 1e-1}],
+    },
+    "hunyuan_v1_moe": {
+        "class": transformers.HunYuanMoEV1Config,
+        "folder": "examples/extend/hunyuan_v1_moe",
+        "config": {
+            "intermediate_size": 24,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 8,
+            "moe_topk": 3,
+            "initializer_range": 0.25,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0},
+        },
+        "must_matter": [{"rope_parameters": DEFAULT_ROPE}, {"rms_norm_eps": 1e-1}],
     },
 }

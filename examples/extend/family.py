@@ -1,13 +1,13 @@
-"""Adds a family of models without changing the package: Qwen2-MoE (arXiv 2407.10671), from this file alone.
+"""Adds a family of models without changing the package: Hunyuan-A13B's, from this file alone.
 
     python examples/extend/family.py [checkpoint]
 
-Its layers have three things that the families of the package do not have: biases of queries, keys and values
-but not of the output, a shared expert that all tokens go through beside their routed ones, and a gate on that
-expert. So the file has
+Its layers do three things that those of the package's families do not: queries and keys are normalised after
+they are rotated, the rotation's base is stretched by a factor `alpha`, and the routers stay in float32 in a
+model of any dtype. So the file has
 
-- `Qwen2MoeConfig`, the settings that it adds;
-- `QkvBiasAttention` and `SharedExpertLayer`, its own parts of a layer;
+- `HunYuanConfig`, the setting that it adds;
+- `NormedLastAttention` and `WideRouterLayer`, its own parts of a layer;
 - `read_config` and `write_config`, its `config.json` there and back;
 - a table of weights, most of which it shares with others.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,117 +29,182 @@ import numpy as np
 from flax import nnx
 
 from layerscope_jax import Engine, ModelConfig, OffloadConfig, load
-from layerscope_jax.models import ConfigReader, Family, register_family
+from layerscope_jax.models import ConfigReader, Family, Weight, register_family
+from layerscope_jax.models.attention import Attention
 from layerscope_jax.models.decoder_layers import RoutedLayer
 from layerscope_jax.models.family import write_shared
-from layerscope_jax.models.layers import Attention, Linear, SwiGLU
+from layerscope_jax.models.layers import RMSNorm
+from layerscope_jax.models.router import Router
+from layerscope_jax.models.routing_rules import RoutingRule
 from layerscope_jax.models.weights import (
     BIASES,
-    DENSE_LAYERS,
     LAYER,
+    PER_EXPERT,
     PLACE,
-    ROUTED_LAYERS,
+    ROUTER,
+    STACKED,
     TRANSPOSE,
     WEIGHTS,
     mapped,
+    mlp,
 )
 
-GOLDEN = Path(__file__).parent / "qwen2_moe"
+GOLDEN = Path(__file__).parent / "hunyuan_v1_moe"
 TOLERANCE = 1e-4  # of logits: rounding in float32 alone moves them by up to 5e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen2MoeConfig(ModelConfig):
-    """The shape of a Qwen2-MoE model.
+class HunYuanConfig(ModelConfig):
+    """The shape of a Hunyuan model.
 
     Attributes:
-        shared_intermediate_size: width of the shared expert.
-        qkv_bias: whether queries, keys and values have biases.
+        rope_alpha: stretches `rope_theta`, whatever the length of a sequence; 1 for not at all.
     """
 
-    attention: str = "qkv bias"
-    feed_forward: str = "routed beside a gated shared expert"
-    shared_intermediate_size: int
-    qkv_bias: bool
+    attention: str = "normed last"
+    feed_forward: str = "routed in float32"
+    rope_alpha: float = 1.0
 
 
-class QkvBiasAttention(Attention):
-    """Attention whose output projection has no bias, where the others may have one."""
+class NormedLastAttention(Attention):
+    """Attention whose queries and keys are normalised after they are rotated."""
 
-    def __init__(self, config: Qwen2MoeConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: HunYuanConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        size = config.head_dim
+        theta = config.rope_theta * config.rope_alpha ** (size / (size - 2))
+        super().__init__(replace(config, rope_theta=theta), rngs=rngs, dtype=dtype)
+
+    def rotated(self, x: jax.Array, norm: RMSNorm | None, positions: jax.Array) -> jax.Array:
+        """Heads of a projection of queries or keys: [B, S, H * D_head] -> [B, S, H, D_head]."""
+        heads = super().rotated(x, None, positions)
+        return heads if norm is None else norm(heads)
+
+
+class WideRouterLayer(RoutedLayer):
+    """A MoE layer whose router is float32 whatever the model's dtype, as its checkpoints have it."""
+
+    def __init__(self, config: HunYuanConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         super().__init__(config, rngs=rngs, dtype=dtype)
-        width = config.hidden_size
-        for name, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
-            linear = Linear(width, heads * config.head_dim, bias=config.qkv_bias, rngs=rngs, dtype=dtype)
-            setattr(self, name, linear)
+        self.router = Router(config, rngs=rngs, dtype=jnp.float32)
 
 
-class SharedExpertLayer(RoutedLayer):
-    """A MoE layer with an expert for all tokens, scaled by a gate of its own."""
+PER_LAYER = ("moe_intermediate_size", "moe_topk", "num_experts", "num_shared_expert")
+"""Settings that published configs give as lists, one number for each layer."""
 
-    def __init__(self, config: Qwen2MoeConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        super().__init__(config, rngs=rngs, dtype=dtype)
-        self.shared = SwiGLU(config.hidden_size, config.shared_intermediate_size, rngs=rngs, dtype=dtype)
-        self.shared_gate = Linear(config.hidden_size, 1, bias=False, rngs=rngs, dtype=dtype)
+EXPECTED = {
+    "group_limited_greedy": False,
+    "moe_drop_tokens": False,
+    "moe_layer_num_skipped": 0,
+    "norm_topk_prob": True,
+    "norm_type": "rms",
+    "num_shared_expert": 1,
+    "use_cla": False,
+    "use_mixed_mlp_moe": True,
+    "use_mla": False,
+    "use_qk_norm": True,
+    "use_rotary_pos_emb": True,
+}
+"""Keys of published configs that HF's class does not read, and what it computes."""
 
-    def beside(self, inputs: jax.Array) -> jax.Array:
-        """What is added beside the routed experts: [T, D] -> [T, D]."""
-        return jax.nn.sigmoid(self.shared_gate(inputs)) * self.shared(inputs)
+HARMLESS = ("eod_token_id", "moe_random_routing_dropped_token", "org_vocab_size", "pad_id")
 
 
-def read_config(config: Mapping[str, Any]) -> Qwen2MoeConfig:
+def read_config(config: Mapping[str, Any]) -> HunYuanConfig:
     """Settings of a `config.json`; a key that nothing reads is refused, as it may change the arithmetic."""
-    reader = ConfigReader(config)
-    shared = reader.shared(theta=10_000.0, norm_eps=1e-6, max_position_embeddings=32_768)
-    dense = reader.dense_layers(shared["num_layers"])
+    given = dict(config)
+    reader = ConfigReader(given)
+    for key in PER_LAYER:
+        take_from_list(reader, given, key)
+    alpha = take_alpha(reader, given)
+    shared = reader.shared(
+        theta=10_000.0,
+        norm_eps=1e-5,
+        max_position_embeddings=2048,
+        choices=("moe_topk", "num_experts_per_tok"),
+    )
+    inner = reader.integer("intermediate_size")
     settings = {
-        "num_kv_heads": reader.integer("num_key_value_heads", default=16),
-        "moe_intermediate_size": reader.integer("moe_intermediate_size"),
-        "normalize_top_k": reader.flag("norm_topk_prob", default=False),
-        "dense_layers": dense,
-        "intermediate_size": reader.integer("intermediate_size") if dense else None,
-        "shared_intermediate_size": reader.integer("shared_expert_intermediate_size"),
-        "qkv_bias": reader.flag("qkv_bias", default=True),
+        **shared,
+        "num_kv_heads": reader.integer("num_key_value_heads", default=shared["num_heads"]),
+        "moe_intermediate_size": inner,
+        "shared_intermediate_size": inner,
+        "attention_bias": reader.flag("attention_bias", default=False),
+        "rope_alpha": alpha,
     }
-    reader.expect("use_sliding_window", False, "windows are not supported")
-    reader.layer_types(None)
-    # Nothing reads these where no layer has a window, or where none is dense.
-    reader.check("sliding_window", "max_window_layers", "intermediate_size")
-    return Qwen2MoeConfig(family="qwen2_moe", **shared, **settings)
+    sizes = {"attention_head_dim": shared["head_dim"], "moe_intermediate_size": inner}
+    for key, value in (EXPECTED | sizes).items():
+        reader.expect(key, value, "other values are not supported")
+    reader.check(*HARMLESS)
+    return HunYuanConfig(
+        family="hunyuan_v1_moe",
+        qk_norm="head",
+        normalize_top_k=True,
+        routing=RoutingRule(float32_logits=True),
+        **settings,
+    )
+
+
+def take_from_list(reader: ConfigReader, given: dict[str, Any], key: str) -> None:
+    """Puts one number in the place of a list that has it for every layer; notes a list that has others."""
+    values = given.get(key)
+    if not isinstance(values, list) or not values:
+        return
+    if any(value != values[0] for value in values):
+        reader.problems.add(
+            f"{key}: expected the same number for every layer, got {values}; layers that differ are not "
+            "supported"
+        )
+    given[key] = values[0]
+
+
+def take_alpha(reader: ConfigReader, given: dict[str, Any]) -> float:
+    """Takes the stretched base out of the rotary embedding's settings, which are plain ones then."""
+    name = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
+    rope = given.get(name)
+    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) != "dynamic":
+        return 1.0
+    alpha = reader.inside(name, rope).number("alpha", default=None)
+    if alpha is None:
+        return 1.0
+    given[name] = {"rope_type": "default", "rope_theta": rope.get("rope_theta")}
+    return float(alpha)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The reverse."""
-    assert isinstance(config, Qwen2MoeConfig)
-    return write_shared(config) | {
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(config.dense_layers),
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "norm_topk_prob": config.normalize_top_k,
+    assert isinstance(config, HunYuanConfig)
+    settings = write_shared(config)
+    settings["moe_topk"] = settings.pop("num_experts_per_tok")
+    if config.rope_alpha != 1.0:
+        settings["rope_parameters"] |= {"rope_type": "dynamic", "alpha": config.rope_alpha, "factor": 1.0}
+    return settings | {
+        "attention_bias": config.attention_bias,
+        "intermediate_size": config.moe_intermediate_size,
         "num_experts": config.num_experts,
-        "qkv_bias": config.qkv_bias,
-        "shared_expert_intermediate_size": config.shared_intermediate_size,
-        **({"intermediate_size": config.intermediate_size} if config.dense_layers else {}),
     }
 
 
-SHARED_EXPERT = mapped(
-    LAYER + "mlp.",
-    PLACE,
-    ("shared_expert.gate_proj.weight", "shared.gate.weight", TRANSPOSE),
-    ("shared_expert.up_proj.weight", "shared.up.weight", TRANSPOSE),
-    ("shared_expert.down_proj.weight", "shared.down.weight", TRANSPOSE),
-    ("shared_expert_gate.weight", "shared_gate.weight", TRANSPOSE),
-)
-
-QWEN2_MOE = Family(
-    architecture="Qwen2MoeForCausalLM",
-    model_type="qwen2_moe",
+HUNYUAN = Family(
+    architecture="HunYuanMoEV1ForCausalLM",
+    model_type="hunyuan_v1_moe",
     read_config=read_config,
     write_config=write_config,
-    weights=WEIGHTS + BIASES + ROUTED_LAYERS + DENSE_LAYERS + SHARED_EXPERT,
-    attentions={"qkv bias": QkvBiasAttention},
-    feed_forwards={"routed beside a gated shared expert": SharedExpertLayer},
+    weights=(
+        *WEIGHTS,
+        *BIASES,
+        *mapped(
+            LAYER + "self_attn.",
+            PLACE + "attention.",
+            ("query_layernorm.weight", "q_norm.scale"),
+            ("key_layernorm.weight", "k_norm.scale"),
+        ),
+        Weight(LAYER + "mlp.gate.wg.weight", ROUTER, TRANSPOSE),
+        *PER_EXPERT,
+        *STACKED,
+        *mlp("mlp.shared_mlp.", "shared."),
+    ),
+    attentions={"normed last": NormedLastAttention},
+    feed_forwards={"routed in float32": WideRouterLayer},
 )
 
 
@@ -167,7 +232,7 @@ def check(folder: Path = GOLDEN) -> float:
 
 
 def main() -> None:
-    register_family(QWEN2_MOE)
+    register_family(HUNYUAN)
     if sys.argv[1:]:
         model = load(sys.argv[1])
         print(f"{model.config.num_moe_layers} MoE layers, {model.bank.total_bytes:,} bytes of experts")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
+import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
 
+from layerscope_jax.checkpoints.generation_defaults import generation_defaults
+from layerscope_jax.checkpoints.hub import folder_of
+from layerscope_jax.checkpoints.ignored import Ignored
+from layerscope_jax.checkpoints.other_formats import other_format
 from layerscope_jax.checkpoints.safetensors_io import (
     DTYPES,
     SINGLE,
@@ -29,15 +35,19 @@ from layerscope_jax.checkpoints.safetensors_io import (
     stored_tensors,
     write_tensors,
 )
+from layerscope_jax.checkpoints.tensor_reader import TensorReader
 from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
-from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of
+from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
 from layerscope_jax.formats import ExpertFormat, format_named
 from layerscope_jax.models import Decoder, ExpertParam, config_from_hf, with_generation
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.scheduling.plan import Geometry
+from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import is_there, read_json, replace_files
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
 
@@ -51,8 +61,9 @@ class Model:
         graphdef: of the whole `Decoder`; merge it with `dense | experts`, both pure dicts.
         dense: every parameter but the routed experts', as a pure dict, on the device.
         bank: the routed experts.
-        tokenizer: None where the checkpoint has no `tokenizer.json`.
+        tokenizer: None where the checkpoint has none that can be read.
         path: the folder it came from, if any.
+        generation_defaults: settings of requests that the checkpoint recommends, by the names of `Request`.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=1, num_heads=2,
     ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
@@ -68,6 +79,7 @@ class Model:
     bank: ExpertBank
     tokenizer: Tokenizer | None = None
     path: Path | None = None
+    generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, tokenizer: Tokenizer | None = None) -> Model:
@@ -98,6 +110,7 @@ class Model:
             num_experts=config.num_experts,
             experts_per_token=config.experts_per_token,
             expert_bytes=self.bank.expert_bytes,
+            arrays_per_expert=len(self.bank.format.buffers(*self.bank.sizes)),
             slots=slots,
         )
 
@@ -123,19 +136,24 @@ def load(
     dtype: str | None = None,
     device: jax.Device | None = None,
     format: str | ExpertFormat | None = None,
+    revision: str | None = None,
 ) -> Model:
-    """Loads a Hugging Face checkpoint of OLMoE, Mixtral, Qwen3-MoE or a registered family.
+    """Loads a Hugging Face checkpoint of one of the families, or of one that was registered.
 
     Experts are read straight into pinned host memory, everything else onto the device; apart from these, only
     one tensor at a time is in memory.
 
     Args:
-        folder: holds `config.json`, one or more safetensors files, and optionally `tokenizer.json`.
+        folder: holds `config.json`, one or more safetensors files, and optionally a tokenizer's files; or the
+            name of a checkpoint on the Hugging Face hub, "organisation/name", which is downloaded into the
+            hub's cache (see `layerscope_jax.checkpoints.hub`). What is there as a path is never taken for a
+            name.
         dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the checkpoint's dtype.
         device: device that holds the dense parameters, and whose pinned host memory holds the experts; None
             for the default device.
         format: format in which the experts are stored (`layerscope_jax.formats`), or its name; None keeps
             them in the dtype of the other weights.
+        revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
 
     Returns:
         The model, for `Engine`.
@@ -145,58 +163,47 @@ def load(
             embedding although the config ties the two.
 
     Raises:
-        ValueError: if the folder is incomplete, damaged or not supported; names all wrong tensors.
+        ValueError: if the folder is incomplete, damaged or not supported, naming all wrong tensors; or if a
+            checkpoint on the hub cannot be had.
     """
-    folder = Path(folder)
     form = format_named(format) if isinstance(format, str) else format
     if not isinstance(form, ExpertFormat | None):
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: expected a folder with config.json and safetensors files, found no folder; "
-            "check the path"
-        )
-    config, raw = _read_config(folder)
-    config, stored = _with_head(config, stored_tensors(folder))
+    folder = folder_of(folder, revision)
+    with suppress(OSError):  # a folder may be read without being listed
+        if (what := other_format(os.listdir(folder))) is not None:
+            raise ValueError(f"{folder}: {what}")
+    config, raw, generation = _read_config(folder)
+    config, stored = _with_head(config, plain_names(stored_tensors(folder)))
     check_sizes(config, folder, stored)
-    naming = Naming.of(config)
-    naming.check(folder, stored, family_of(config).ignored)
+    naming, ignored = Naming.of(config, stored.keys()), Ignored(config, family_of(config))
+    naming.check(folder, stored, ignored)
+    for part, count in ignored.summary(stored.keys() - naming.shapes.keys()).items():
+        logger.info("%s: %d tensors are not needed and passed over: %s", folder, count, part)
     stored = {name: stored[name] for name in naming.shapes}
-    target = dtype_named(dtype) if dtype is not None else _common_dtype(folder, stored.values(), raw)
+    target = dtype_named(dtype) if dtype is not None else _common_dtype(folder, naming, stored, raw)
 
     with _progress(sum(tensor.size for tensor in stored.values())) as advance:
-        buffer = np.empty(0, np.uint8)
-
-        def read(name: str) -> np.ndarray:
-            nonlocal buffer
-            tensor = stored[name]
-            # Read into the same memory again and again: new memory for each would take the system as long as
-            # reading does.
-            if buffer.size != tensor.size:
-                buffer = np.empty(0, np.uint8)  # gone before there is another
-                buffer = np.empty(tensor.size, np.uint8)
-            array = naming.transforms[name].load(cast(tensor.read(buffer), target, name))
-            advance(tensor.size)
-            # What does not lie in order (what is transposed, say) JAX copies, and is done before the next is
-            # read. What does JAX may take over, and the memory with it.
-            if array.flags.c_contiguous and np.may_share_memory(array, buffer):
-                buffer = np.empty(0, np.uint8)
-            return array
-
-        sharding = device_sharding(device)
+        reader, sharding = TensorReader(naming, stored, target, advance), device_sharding(device)
         dense = {
-            path: jax.block_until_ready(jax.device_put(read(name), sharding))
-            for name, path in naming.dense.items()
+            path: jax.block_until_ready(jax.device_put(array, sharding))
+            for source in naming.dense
+            for path, array in reader.arrays(source).items()
         }
-        names = naming.expert_names()
-        bank = ExpertBank.build(config, lambda expert, matrix, _: read(names[expert, matrix]), device, form)
+        bank = ExpertBank.build(
+            config,
+            lambda expert, array, _: reader.array(naming.experts[expert, array], (expert, array)),
+            device,
+            form,
+        )
     return Model(
         config,
         naming.graphdef,
         unflatten_dict(dense),
         bank,
-        read_tokenizer(folder, config.vocab_size),
+        read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
         folder,
+        generation,
     )
 
 
@@ -220,18 +227,28 @@ def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None
     settings = hf_config(config, target)
     dense = flatten_dict(model.dense)
 
-    def value(name: str) -> np.ndarray:
-        if name in naming.experts:
-            expert, matrix = naming.experts[name]
-            array = np.asarray(getattr(model.bank.unpacked(expert), matrix))
-        else:
-            array = np.asarray(dense[naming.dense[name]])
-        return cast(naming.transforms[name].save(array), target, name)
+    def array(key: Any) -> np.ndarray:
+        if key in naming.experts:
+            expert, name = key
+            return np.asarray(getattr(model.bank.unpacked(expert), name))
+        return np.asarray(dense[key])
 
+    def value(name: str) -> np.ndarray:
+        parts = []
+        for source, part in naming.uses[name]:
+            assert source.transform.save is not None, f"the first way to name {name} must be one to save"
+            parts.append(source.transform.save([array(key) for key in source.keys])[part])
+        stacked = naming.uses[name][0][0].tensors[naming.uses[name][0][1]][1] is not None
+        return cast(np.stack(parts) if stacked else parts[0], dtypes[name], name)
+
+    dtypes = {
+        name: np.dtype(np.float32) if uses[0][0].keys[0] in naming.wide else target
+        for name, uses in naming.uses.items()
+    }
     replace_files(
         Path(folder),
         {
-            SINGLE: lambda file: write_tensors(file, naming.shapes, target, value),
+            SINGLE: lambda file: write_tensors(file, naming.shapes, dtypes, value),
             "config.json": json.dumps(settings, indent=2) + "\n",
         },
     )
@@ -257,21 +274,22 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return dict(sorted((settings | named).items()))
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Returns the model's configuration from a folder's configs, and the contents of `config.json`."""
+def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+    """Returns what a folder's configs say: the model's shape, `config.json`, and settings of requests."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     raw = read_json(file)
     try:
         config = config_from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    defaults: dict[str, Any] = {}
     if is_there(generation):
         settings = read_json(generation)
-        try:
-            config = with_generation(config, settings)
-        except ValueError as error:
-            raise ValueError(f"{generation}: {error}") from None
-    return config, raw
+        problems = Problems()
+        config = problems.check(with_generation, config, settings) or config
+        defaults = problems.check(generation_defaults, settings)
+        problems.raise_any(str(generation))
+    return config, raw, defaults
 
 
 def _with_head(
@@ -294,9 +312,15 @@ def _with_head(
     return dataclasses.replace(config, tie_embeddings=False), stored
 
 
-def _common_dtype(folder: Path, stored: Iterable[StoredTensor], raw: Mapping[str, Any]) -> np.dtype:
+def _common_dtype(
+    folder: Path, naming: Naming, stored: Mapping[str, StoredTensor], raw: Mapping[str, Any]
+) -> np.dtype:
     """Returns the dtype that all tensors have; if they differ, the one that `config.json` names."""
-    codes = {tensor.dtype for tensor in stored}
+    codes = {
+        stored[name].dtype
+        for name, uses in naming.uses.items()
+        if naming.dtypes[name] is None and uses[0][0].keys[0] not in naming.wide
+    }
     if len(codes) == 1:
         return DTYPES[codes.pop()]
     named = raw.get("dtype") or raw.get("torch_dtype")

@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ PIECE = 8 << 20  # bytes of two tensors that are compared at a time
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 """Safetensors' names of the dtypes that weights may come in."""
+
+BYTES = {"U8": np.dtype(np.uint8)}
+"""And of those that packed weights may come in."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,13 @@ class StoredTensor:
     size: int
     state: tuple[int, ...]
 
+    def part(self, index: int) -> StoredTensor:
+        """Returns where a part of it lies: the one at a place along its first axis."""
+        size = self.size // self.shape[0]
+        return replace(self, shape=self.shape[1:], start=self.start + index * size, size=size)
+
     def read(self, buffer: np.ndarray | None = None) -> np.ndarray:
-        """Its values in its own dtype, one of `DTYPES`.
+        """Its values in its own dtype, one of `DTYPES` or `BYTES`.
 
         Args:
             buffer: of as many bytes, to hold them; None for a new one.
@@ -59,7 +67,7 @@ class StoredTensor:
         """
         buffer = np.empty(self.size, np.uint8) if buffer is None else buffer
         self.read_into(buffer)
-        return buffer.view(DTYPES[self.dtype]).reshape(self.shape)
+        return buffer.view((DTYPES | BYTES)[self.dtype]).reshape(self.shape)
 
     def read_into(self, buffer: np.ndarray, offset: int = 0) -> None:
         """Fills a buffer of bytes from those of the tensor, beginning at `offset`.
@@ -240,22 +248,22 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def write_tensors(
     file: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
+    dtypes: Mapping[str, np.dtype],
     value: Callable[[str], np.ndarray],
 ) -> None:
     """Writes a safetensors file, asking `value(name)` for one tensor at a time."""
-    code = {known: code for code, known in DTYPES.items()}[dtype]
+    codes = {known: code for code, known in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + int(np.prod(shape)) * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + int(np.prod(shape)) * dtypes[name].itemsize
+        header[name] = {"dtype": codes[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that the tensors begin aligned
     with file.open("wb") as opened:
         opened.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shapes.items():
-            array = np.ascontiguousarray(value(name), dtype)
+            array = np.ascontiguousarray(value(name), dtypes[name])
             assert array.shape == shape, (name, array.shape, shape)
             opened.write(array.view(np.uint8).data)
 

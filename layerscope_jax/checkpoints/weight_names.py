@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
+from layerscope_jax.checkpoints.ignored import Ignored
 from layerscope_jax.checkpoints.safetensors_io import DTYPES, StoredTensor
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
-from layerscope_jax.models.decoder_layers import layer_type
+from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.models.family import Family
 from layerscope_jax.models.layers import ExpertParam
 from layerscope_jax.models.registry import FAMILIES
-from layerscope_jax.models.weights import EXPERTS, Transform
+from layerscope_jax.models.weights import EXPERTS, Transform, Weight
 from layerscope_jax.scheduling.plan import ExpertId
 
 LISTED = 100  # wrong tensors that an error spells out
@@ -33,9 +34,27 @@ SETTINGS = {
     "embedding": "vocab_size, hidden_size",
     "layers.{layer}.attention.q.weight": "num_attention_heads * head_dim, hidden_size",
     "layers.{layer}.attention.k.weight": "num_key_value_heads * head_dim, hidden_size",
+    "layers.{layer}.attention.kv_down.weight": "kv_lora_rank + qk_rope_head_dim, hidden_size",
     "layers.{layer}.router.weight": "num_experts, hidden_size",
 }
 """Places whose tensors tell whether a config's sizes are the checkpoint's, and which settings say so."""
+
+
+class Source(NamedTuple):
+    """Where some arrays of a decoder come from: one row of the table, for one layer and expert.
+
+    Attributes:
+        tensors: names, each with the place along the tensor's first axis where that is experts; None where
+            the whole tensor is meant.
+        transform: what happens on the way.
+        keys: of the arrays: paths of dense parameters, or experts and the names of their arrays.
+        shapes: of the arrays.
+    """
+
+    tensors: tuple[tuple[str, int | None], ...]
+    transform: Transform
+    keys: tuple[Any, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -44,73 +63,101 @@ class Naming:
 
     Attributes:
         graphdef: of the whole decoder.
-        dense: tensor name -> path of the parameter, for everything but routed experts.
-        experts: tensor name -> the expert and its matrix ("gate", "up" or "down").
-        shapes: tensor name -> its shape in the checkpoint.
         parameters: path of a dense parameter -> its shape in the decoder.
-        transforms: tensor name -> what happens to it on the way into the decoder, and back.
+        wide: paths of the dense parameters that are float32 in a model of any dtype.
+        dense: where the dense parameters come from.
+        experts: the expert and the name of its array -> where it comes from.
+        shapes: tensor name -> its shape in the checkpoint.
+        dtypes: tensor name -> safetensors' name of the dtype that it must have; None for any float.
+        uses: tensor name -> the sources that it is a part of, and which part.
     """
 
     graphdef: nnx.GraphDef
-    dense: dict[str, ParameterPath]
-    experts: dict[str, tuple[ExpertId, str]]
-    shapes: dict[str, tuple[int, ...]]
     parameters: dict[ParameterPath, tuple[int, ...]]
-    transforms: dict[str, Transform]
+    wide: frozenset[ParameterPath]
+    dense: list[Source] = field(default_factory=list)
+    experts: dict[tuple[ExpertId, str], Source] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str | None] = field(default_factory=dict)
+    uses: dict[str, list[tuple[Source, int]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Naming:
+    def of(cls, config: ModelConfig, stored: Collection[str] = ()) -> Naming:
         """Derived from the decoder itself, without making any array.
+
+        Args:
+            config: of the model.
+            stored: names of the tensors that a checkpoint holds, which tell in which of several ways it names
+                them; without any, the first way.
 
         Raises:
             ValueError: if the family is not known, or has no name for a parameter of the model.
         """
         family = family_of(config)
-        abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        bfloat16 = np.dtype(jnp.bfloat16)
+        abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=bfloat16))
         graphdef, *states = nnx.split(abstract, ExpertParam, ...)
         _, dense = map(nnx.to_pure_dict, states)
         arrays: dict[ParameterPath, jax.ShapeDtypeStruct] = flatten_dict(dense)
-        parameters = {path: array.shape for path, array in arrays.items()}
-        naming = cls(graphdef, {}, {}, {}, parameters, {})
-        for row in family.weights:
-            if row.place.startswith(EXPERTS):
+        wide = frozenset(path for path, array in arrays.items() if array.dtype != bfloat16)
+        naming = cls(graphdef, {path: array.shape for path, array in arrays.items()}, wide)
+        named: set[Any] = set()
+        for row in chosen_rows(family, config, stored):
+            if row.places[0].startswith(EXPERTS):
+                naming._add_experts(config, row)
+                named |= {place.removeprefix(EXPERTS) for place in row.places}
                 continue
-            for layer in range(config.num_layers if "{layer}" in row.place else 1):
-                path = path_of(row.place.format(layer=layer))
-                if path in parameters:
-                    name = row.tensor.format(layer=layer)
-                    naming.dense[name] = path
-                    naming.shapes[name] = row.transform.stored_shape(parameters[path])
-                    naming.transforms[name] = row.transform
-        rows = {row.place.removeprefix(EXPERTS): row for row in family.weights}
-        expert_shapes = config.expert_shapes()
-        nameless = [".".join(map(str, path)) for path in parameters.keys() - set(naming.dense.values())]
-        nameless += [f"experts.*.{matrix}" for matrix in expert_shapes if matrix not in rows]
+            for layer in range(config.num_layers if "{layer}" in row.places[0] else 1):
+                paths = tuple(path_of(place.format(layer=layer)) for place in row.places)
+                if all(path in naming.parameters for path in paths):
+                    shapes = tuple(naming.parameters[path] for path in paths)
+                    tensors = tuple((tensor.format(layer=layer), None) for tensor in row.tensors)
+                    naming.dense.append(naming._add(Source(tensors, row.transform, paths, shapes)))
+                    named.update(paths)
+        nameless = [".".join(map(str, path)) for path in naming.parameters.keys() - named]
+        nameless += [f"experts.*.{array}" for array in config.expert_shapes() if array not in named]
         if nameless:
             raise ValueError(
                 f"{family.architecture} has no tensors for {', '.join(sorted(nameless))}; choose a family "
                 "that has, or add rows to its table of weights"
             )
-        matrices = {matrix: (rows[matrix], shape) for matrix, shape in expert_shapes.items()}
-        for number, layer in enumerate(config.moe_layers):
-            for expert in range(config.num_experts):
-                for matrix, (row, shape) in matrices.items():
-                    name = row.tensor.format(layer=layer, expert=expert)
-                    naming.experts[name] = ExpertId(number, expert), matrix
-                    naming.shapes[name] = row.transform.stored_shape(shape)
-                    naming.transforms[name] = row.transform
         return naming
 
-    def check(self, folder: Path, stored: Mapping[str, StoredTensor], ignored: tuple[str, ...] = ()) -> None:
+    def _add_experts(self, config: ModelConfig, row: Weight) -> None:
+        arrays, every = [place.removeprefix(EXPERTS) for place in row.places], config.expert_shapes()
+        if not all(array in every for array in arrays):
+            return
+        shapes = tuple(every[array] for array in arrays)
+        stacked = ["{expert}" not in tensor for tensor in row.tensors]
+        for number, layer in enumerate(config.moe_layers):
+            for expert in range(config.num_experts):
+                tensors = tuple(
+                    (tensor.format(layer=layer, expert=expert), expert if whole else None)
+                    for tensor, whole in zip(row.tensors, stacked, strict=True)
+                )
+                keys = tuple((ExpertId(number, expert), array) for array in arrays)
+                source = self._add(Source(tensors, row.transform, keys, shapes), config.num_experts)
+                self.experts.update(dict.fromkeys(keys, source))
+
+    def _add(self, source: Source, num_experts: int = 1) -> Source:
+        stored = source.transform.stored_shapes(source.shapes)
+        for part, ((name, index), shape) in enumerate(zip(source.tensors, stored, strict=True)):
+            self.shapes[name] = shape if index is None else (num_experts, *shape)
+            dtypes = source.transform.stored_dtypes
+            self.dtypes[name] = dtypes[part] if dtypes else None
+            self.uses.setdefault(name, []).append((source, part))
+        return source
+
+    def check(self, folder: Path, stored: Mapping[str, StoredTensor], ignored: Ignored) -> None:
         """Compares what a checkpoint holds with what its model asks for.
 
         Args:
             folder: of the checkpoint.
             stored: its tensors.
-            ignored: names of tensors that it may hold besides (`Family.ignored`).
+            ignored: tells the tensors that it may hold besides.
 
         Raises:
-            ValueError: listing every tensor that is missing, unexpected, of another shape or not a float.
+            ValueError: listing every tensor that is missing, unexpected, of another shape or dtype.
         """
         wrong = []
         for name, shape in self.shapes.items():
@@ -120,10 +167,12 @@ class Naming:
                 continue
             if tensor.shape != shape:
                 wrong.append(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
-            if tensor.dtype not in DTYPES:
-                wrong.append(f"{name}: expected dtype {', '.join(DTYPES)}, found {tensor.dtype}")
+            dtype = self.dtypes[name]
+            if tensor.dtype not in (DTYPES if dtype is None else (dtype,)):
+                expected = ", ".join(DTYPES) if dtype is None else dtype
+                wrong.append(f"{name}: expected dtype {expected}, found {tensor.dtype}")
         for name, tensor in stored.items():
-            if name not in self.shapes and not any(fnmatchcase(name, pattern) for pattern in ignored):
+            if name not in self.shapes and ignored.why(name) is None:
                 wrong.append(f"{name}: expected no such tensor, found shape {list(tensor.shape)}")
         if wrong:
             rest = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
@@ -132,9 +181,34 @@ class Naming:
                 "same model and are complete:\n  " + "\n  ".join(wrong[:LISTED] + rest)
             )
 
-    def expert_names(self) -> dict[tuple[ExpertId, str], str]:
-        """The expert and its matrix -> tensor name."""
-        return {matrix: name for name, matrix in self.experts.items()}
+
+def chosen_rows(family: Family, config: ModelConfig, stored: Collection[str] = ()) -> list[Weight]:
+    """The rows of a family's table that count for a checkpoint: of those with places in common, the first
+    whose tensors it holds, for the first layer that has them.
+
+    Args:
+        family: of the model.
+        config: of the model.
+        stored: names of the checkpoint's tensors.
+    """
+    # One by one: a config may name more layers than memory holds numbers.
+    routed = (layer for layer in range(config.num_layers) if layer not in config.dense_layers)
+    layers = [next(routed, 0), *config.dense_layers[:1]]
+
+    def is_held(row: Weight) -> bool:
+        return any(
+            all(tensor.format(layer=layer, expert=0) in stored for tensor in row.tensors) for layer in layers
+        )
+
+    taken: dict[str, Weight] = {}
+    for row in family.weights:
+        before = [taken[place] for place in row.places if place in taken]
+        if before and (any(map(is_held, before)) or not is_held(row)):
+            continue
+        for place in [place for place, other in taken.items() if other in before]:
+            del taken[place]
+        taken.update(dict.fromkeys(row.places, row))
+    return list(dict.fromkeys(taken.values()))
 
 
 def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
@@ -149,15 +223,18 @@ def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTe
     first = next(layer for layer in range(config.num_layers) if layer not in config.dense_layers)
     shapes = {("embedding",): (config.vocab_size, config.hidden_size)} | shapes_of_layer(config, first)
     wrong = []
-    for row in family.weights:
-        path = path_of(row.place.format(layer=first, expert=0))
-        if row.place not in SETTINGS or path not in shapes:
+    for row in chosen_rows(family, config, stored.keys()):
+        paths = [path_of(place.format(layer=first, expert=0)) for place in row.places]
+        settings = SETTINGS.get(row.places[0])
+        if settings is None or any(path not in shapes for path in paths):
             continue
-        name, shape = row.tensor.format(layer=first), row.transform.stored_shape(shapes[path])
-        found = stored[name].shape if name in stored else None
-        if found != shape:
-            got = "found no such tensor" if found is None else f"found {list(found)}"
-            wrong.append(f"{name}: expected shape {list(shape)} ({SETTINGS[row.place]}), {got}")
+        expected = row.transform.stored_shapes([shapes[path] for path in paths])
+        for tensor, shape in zip(row.tensors, expected, strict=True):
+            name = tensor.format(layer=first)
+            found = stored[name].shape if name in stored else None
+            if found != shape:
+                got = "found no such tensor" if found is None else f"found {list(found)}"
+                wrong.append(f"{name}: expected shape {list(shape)} ({settings}), {got}")
     norm = family.tensor_of("layers.{layer}.attention_norm.scale")
     if norm is not None:
         begins = re.compile(re.escape(norm.partition("{layer}")[0]) + r"(\d+)\.")
@@ -175,10 +252,29 @@ def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTe
 
 def shapes_of_layer(config: ModelConfig, layer: int) -> dict[ParameterPath, tuple[int, ...]]:
     """Shapes of a decoder layer's parameters, by their paths in the decoder, without making any array."""
-    make = layer_type(config, layer)
-    abstract = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), dtype=np.float32))
+    abstract = nnx.eval_shape(lambda: new_layer(config, layer, rngs=nnx.Rngs(0), dtype=np.dtype(np.float32)))
     parameters: dict[Any, jax.ShapeDtypeStruct] = flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
     return {("layers", layer, *path): array.shape for path, array in parameters.items()}
+
+
+PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.")
+"""What the names of a language model's tensors begin with inside a model that also takes images, in the place
+of "model."."""
+
+
+def plain_names(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Returns a checkpoint's tensors with the names they have where the language model is by itself."""
+    prefix = next((each for each in PREFIXES if any(name.startswith(each) for name in stored)), None)
+    if prefix is None:
+        return dict(stored)
+    head = prefix.split(".model.")[0] + "." if ".model." in prefix else ""
+
+    def plain(name: str) -> str:
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+        return name.removeprefix(head) if head and name.startswith(head + "lm_head.") else name
+
+    return {plain(name): tensor for name, tensor in stored.items()}
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -8,14 +8,17 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from layerscope_jax.checkpoints.fingerprint import fingerprint
+from layerscope_jax.checkpoints.generation_defaults import read_generation_defaults
+from layerscope_jax.checkpoints.model import load
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.commands import Command, union, with_added
@@ -30,6 +33,7 @@ from layerscope_jax.cli.options import (
     Dtype,
     LinkBandwidth,
     PolicyName,
+    Revision,
     folder_of,
     heard,
     open_model,
@@ -59,7 +63,14 @@ class Demo:
     """
 
     json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
-    checkpoint: Annotated[str, arg(metavar="FOLDER", help="Another model: a Hugging Face folder.")] = SHIPPED
+    checkpoint: Annotated[
+        str,
+        arg(
+            metavar="CHECKPOINT",
+            help="Another model: a Hugging Face folder, or a name on the Hugging Face hub.",
+        ),
+    ] = SHIPPED
+    revision: Revision = None
     policies: Annotated[
         tuple[str, ...], arg(metavar="POLICY ...", help=f"Policies to compare: some of {POLICY_NAMES}.")
     ] = ("on-demand", "lru", "host-only", "fiddler", "fate", "auto")
@@ -86,7 +97,7 @@ class Demo:
         """Returns the exit code."""
         exits.need_output()
         with option("--checkpoint"):
-            model = open_model(self.checkpoint)
+            model = open_model(self.checkpoint, revision=self.revision)
         report = demo.compare(
             model,
             demo.read_demo_prompts(),
@@ -156,6 +167,7 @@ class Generate(RequestOptions):
     ] = 32
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
+    revision: Revision = None
     numerics: Annotated[
         Literal["exact", "fast"],
         arg(
@@ -163,6 +175,13 @@ class Generate(RequestOptions):
             "is resident on an accelerator, and agrees to rounding."
         ),
     ] = "exact"
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        arg(
+            help="'auto' samples as the checkpoint's generation_config.json recommends where nothing else is "
+            "said; 'none' takes the likeliest tokens."
+        ),
+    ] = "auto"
     bound: Annotated[
         bool,
         arg(
@@ -184,7 +203,11 @@ class Generate(RequestOptions):
         )
         make_policy(self.policy)
         template = None if self.chat_template is None else self._template(self.chat_template)
-        rows = self._rows()
+        rows = self._rows({})
+        if self.generation_config == "auto" and (defaults := read_generation_defaults(self._folder)):
+            rows = self._rows(defaults)
+            said = ", ".join(f"{name} {value}" for name, value in defaults.items())
+            say(f"{self.checkpoint} recommends {said}; --generation-config none turns that off")
         if self.out is None:
             exits.need_output()
             return exits.FAILED if self._complete(rows, config, None, template) else exits.DONE
@@ -203,34 +226,38 @@ class Generate(RequestOptions):
             say(f"{len(file.failed)} of the completions in {self.out} ended with an error in an earlier run")
         return exits.FAILED if failed else exits.DONE
 
+    @cached_property
+    def _folder(self) -> Path:
+        """The checkpoint's folder, for which a hub is asked once."""
+        return folder_of(self.checkpoint, self.revision)
+
     def _template(self, file: Path) -> str:
         with option("--chat-template"):
             return read_template(file)
 
     def _model(self, rows: Sequence[Row], template: str | None) -> str:
         """Returns the model's name in the lines of completions: its fingerprint, dtype and chat template."""
-        folder = folder_of(self.checkpoint)
-        name = fingerprint(folder) + (f" as {self.dtype}" if self.dtype else "")
+        name = fingerprint(self._folder) + (f" as {self.dtype}" if self.dtype else "")
         if any(row.request.messages is not None for row in rows):
-            name += f" with chat template {Chat(folder, template).digest()}"
+            name += f" with chat template {Chat(self._folder, template).digest()}"
         return name
 
-    def _rows(self) -> list[Row]:
+    def _rows(self, defaults: dict[str, Any]) -> list[Row]:
         if bool(self.prompt) == (self.prompts is not None):
             got = "both" if self.prompt else "neither"
             raise ValueError(f"expected either --prompt TEXT or --prompts FILE, got {got}")
         settings = self.settings()
         if self.prompts is None:
             return [
-                Row(index, self.request(prompt, settings), f"--prompt {prompt[:40]!r}")
+                Row(index, self.request(prompt, defaults | settings), f"--prompt {prompt[:40]!r}")
                 for index, prompt in enumerate(self.prompt)
             ]
         if self.out is not None and self.out.resolve() == self.prompts.resolve():
             raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another file")
         with option("--prompts"):
-            rows = read_prompts(self.prompts, settings, self.chat)
+            rows = read_prompts(self.prompts, settings, self.chat, defaults)
         named = {row.call.model for row in rows if row.call is not None and row.call.model is not None}
-        if others := named - {self.checkpoint, folder_of(self.checkpoint).name}:
+        if named and (others := named - {self.checkpoint, self._folder.name}):
             say(f"{self.checkpoint} answers the requests for {', '.join(sorted(others))[:200]} too")
         return rows
 
@@ -238,7 +265,7 @@ class Generate(RequestOptions):
         self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None, template: str | None
     ) -> int:
         """Completes the rows; returns how many ended with an error."""
-        model = open_model(self.checkpoint, self.dtype)
+        model = load(self._folder, dtype=self.dtype)
         lines = Lines(self._model(rows, template) if file is None else file.model, model.tokenizer, file)
         with closing(Chat(model.path, template)) as chat:
             requests = lines.encode(rows, model, chat)
@@ -246,7 +273,7 @@ class Generate(RequestOptions):
             return lines.refused
         answered = [row for row, _ in requests]
         live = file is None and self.prompts is None
-        with Engine(model, config) as engine:
+        with Engine(model, config, generation_config="none") as engine:  # the rows have their settings
             result = complete(
                 engine,
                 answered,

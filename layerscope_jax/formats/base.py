@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.models.experts import SWIGLU, BiasedWeights, ExpertBody, ExpertWeights
 
 
 class Buffer(NamedTuple):
@@ -43,10 +43,25 @@ class ExpertFormat(ABC):
     Attributes:
         name: name in statistics, profiles and `format=` arguments.
         Expert: the named tuple of an expert's arrays.
+        body: what the experts compute between their products, and whether these have biases.
     """
 
     name: str
-    Expert: ClassVar[Any]
+    Expert: Any
+    body: ExpertBody = SWIGLU
+
+    def for_body(self, body: ExpertBody) -> ExpertFormat:
+        """Returns this format for experts with another body.
+
+        Raises:
+            ValueError: if the format does not have it.
+        """
+        if body == self.body:
+            return self
+        raise ValueError(
+            f"the format {self.name!r} holds experts with {self.body}, and those of this model have {body}; "
+            "choose another format, or define for_body in this one"
+        )
 
     @abstractmethod
     def buffers(self, width: int, hidden: int) -> dict[str, Buffer]:
@@ -62,18 +77,19 @@ class ExpertFormat(ABC):
         """Returns D and F of an expert, read from the shapes of its arrays."""
 
     @abstractmethod
-    def pack(self, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> Any:
+    def pack(self, gate: np.ndarray, up: np.ndarray, down: np.ndarray, *bias: np.ndarray) -> Any:
         """Returns an `Expert` of NumPy arrays, packed from float matrices.
 
         Args:
-            gate: [D, F] float32, bfloat16 or float16; `up` and `down` have the same dtype.
+            gate: [D, F] float32, bfloat16 or float16; the others have the same dtype.
             up: [D, F].
             down: [F, D].
+            *bias: [2 F + D], where the body has biases: those of gate, up and down.
         """
 
     @abstractmethod
-    def unpack(self, expert: Any) -> ExpertWeights:
-        """Returns the float32 matrices that a packed expert of NumPy arrays stands for."""
+    def unpack(self, expert: Any) -> ExpertWeights | BiasedWeights:
+        """Returns the float32 matrices, and biases, that a packed expert of NumPy arrays stands for."""
 
     @abstractmethod
     def ffn(self, x: jax.Array, expert: Any) -> jax.Array:
@@ -86,7 +102,7 @@ class ExpertFormat(ABC):
             expert: an `Expert` whose arrays are all in one memory (host or device).
 
         Returns:
-            [M, D] `(silu(x W_gate) * (x W_up)) W_down`, in the dtype of `x`.
+            [M, D] in the dtype of `x`, as `layerscope_jax.models.experts.ffn` computes it from float weights.
         """
 
     def expert_bytes(self, width: int, hidden: int) -> int:

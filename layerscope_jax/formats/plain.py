@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.formats.base import Buffer, ExpertFormat
-from layerscope_jax.models.experts import ExpertWeights, ffn
+from layerscope_jax.models.experts import (
+    SWIGLU,
+    BiasedWeights,
+    ExpertBody,
+    ExpertWeights,
+    ffn,
+    weights_type,
+)
 
 DTYPES = {name: np.dtype(getattr(jnp, name)) for name in ("float32", "bfloat16", "float16")}
 
@@ -29,8 +36,14 @@ class PlainFormat(ExpertFormat):
     """
 
     name: str
+    body: ExpertBody = SWIGLU
 
-    Expert = ExpertWeights
+    @property
+    def Expert(self) -> Any:
+        return weights_type(self.body)
+
+    def for_body(self, body: ExpertBody) -> PlainFormat:
+        return replace(self, body=body)
 
     @property
     def dtype(self) -> np.dtype:
@@ -39,39 +52,32 @@ class PlainFormat(ExpertFormat):
 
     def buffers(self, width: int, hidden: int) -> dict[str, Buffer]:
         wide, narrow = Buffer((width, hidden), self.dtype), Buffer((hidden, width), self.dtype)
-        return {"gate": wide, "up": wide, "down": narrow}
+        bias = {"bias": Buffer((2 * hidden + width,), self.dtype)} if self.body.bias else {}
+        return {"gate": wide, "up": wide, "down": narrow, **bias}
 
-    def sizes(self, expert: ExpertWeights) -> tuple[int, int]:
+    def sizes(self, expert: ExpertWeights | BiasedWeights) -> tuple[int, int]:
         width, hidden = expert.gate.shape
         return width, hidden
 
-    def pack(self, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> ExpertWeights:
-        matrices: Any = [np.asarray(matrix, self.dtype) for matrix in (gate, up, down)]
-        return ExpertWeights(*matrices)
+    def pack(self, gate: np.ndarray, up: np.ndarray, down: np.ndarray, *bias: np.ndarray) -> Any:
+        return self.Expert(*(np.asarray(array, self.dtype) for array in (gate, up, down, *bias)))
 
-    def unpack(self, expert: ExpertWeights) -> ExpertWeights:
-        matrices: Any = [np.asarray(matrix, np.float32) for matrix in expert]
-        return ExpertWeights(*matrices)
+    def unpack(self, expert: Any) -> Any:
+        return self.Expert(*(np.asarray(array, np.float32) for array in expert))
 
-    def ffn(self, x: jax.Array, expert: ExpertWeights) -> jax.Array:
-        if x.dtype == self.dtype:
-            return ffn(x, expert)
-        gate, up = (product(x, matrix) for matrix in (expert.gate, expert.up))
-        return product((jax.nn.silu(gate) * up).astype(x.dtype), expert.down).astype(x.dtype)
+    def ffn(self, x: jax.Array, expert: Any) -> jax.Array:
+        return ffn(x, expert, self.body)
 
-    def check(self, expert: ExpertWeights) -> None:
-        gate, up, down = expert
+    def check(self, expert: Any) -> None:
+        gate, up, down, *bias = expert
         fits = gate.ndim == 2 and gate.shape == up.shape == down.shape[::-1]
         if not fits or not gate.dtype == up.dtype == down.dtype == self.dtype:
-            got = ", ".join(f"{matrix.dtype}{list(matrix.shape)}" for matrix in expert)
+            got = ", ".join(f"{array.dtype}{list(array.shape)}" for array in expert)
             raise ValueError(
                 f"an expert is gate [D, F], up [D, F] and down [F, D] of one dtype, {self.name}, got {got}"
             )
-
-
-def product(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Computes `x @ weights` of two types, in float32."""
-    return jnp.matmul(x.astype(jnp.float32), weights.astype(jnp.float32))
+        if bias or self.body.bias:
+            super().check(expert)
 
 
 FLOAT32, BFLOAT16, FLOAT16 = (PlainFormat(name) for name in DTYPES)

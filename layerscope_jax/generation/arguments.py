@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from layerscope_jax.support.units import is_integer
 
 ENGINES = ("max_num_seqs", "prefill_chunk_size")
 """Settings of an engine, given when it is made and not to a call."""
+
+
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
 def check_settings(settings: Iterable[str], options: Sequence[str] = ()) -> None:
@@ -39,8 +43,15 @@ def check_settings(settings: Iterable[str], options: Sequence[str] = ()) -> None
         raise ValueError(f"expected settings among {', '.join(SETTINGS)}, got {', '.join(unknown)}")
 
 
-def make_request(prompt: str | Sequence[int] | Request, settings: dict[str, Any]) -> Request:
+def make_request(
+    prompt: str | Sequence[int] | Request, settings: dict[str, Any], defaults: Mapping[str, Any] = NO_SETTINGS
+) -> Request:
     """Returns a prompt as a `Request`.
+
+    Args:
+        prompt: as in `Engine.submit`.
+        settings: for a prompt that is not a `Request`.
+        defaults: settings of such a prompt that are not among `settings`.
 
     Raises:
         ValueError: for a value that is not a prompt, for settings that are unknown or out of range, and for
@@ -54,6 +65,7 @@ def make_request(prompt: str | Sequence[int] | Request, settings: dict[str, Any]
                 "set it in the Request"
             )
         return prompt
+    settings = {**defaults, **settings}
     Request(prompt="", **settings)  # checks the settings first, so that errors in them do not name the prompt
     try:
         return _request(0, prompt, settings)
@@ -62,7 +74,10 @@ def make_request(prompt: str | Sequence[int] | Request, settings: dict[str, Any]
 
 
 def make_requests(
-    prompts: Sequence[str | Sequence[int] | Request], settings: dict[str, Any], options: Sequence[str] = ()
+    prompts: Sequence[str | Sequence[int] | Request],
+    settings: dict[str, Any],
+    options: Sequence[str] = (),
+    defaults: Mapping[str, Any] = NO_SETTINGS,
 ) -> list[Request]:
     """Returns one `Request` for each prompt.
 
@@ -70,6 +85,7 @@ def make_requests(
         prompts: as in `Engine.generate`.
         settings: for the prompts that are not `Request`s.
         options: names of the call's other arguments.
+        defaults: settings of those prompts that are not among `settings`.
 
     Raises:
         ValueError: if there are no prompts, or they are not a list; for unknown settings; and for any
@@ -95,6 +111,7 @@ def make_requests(
             f"{', '.join(settings)} cannot be given beside prompts that are all Requests, whose own settings "
             "are used; set it in each Request"
         )
+    settings = {**defaults, **settings}
     Request(prompt="", **settings)  # checks the settings first, so that errors in them name no prompt
     return [
         prompt if isinstance(prompt, Request) else _request(index, prompt, settings)

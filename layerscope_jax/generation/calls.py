@@ -1,4 +1,4 @@
-"""Calls that an engine is working on: the requests of each, and their tokens so far."""
+"""Calls in progress: the requests of each, and their tokens so far."""
 
 from __future__ import annotations
 
@@ -167,13 +167,12 @@ class Joined:
     Attributes:
         counts: copies of the run's counts, by name.
         wasted_bytes: bytes prefetched and not used until then.
-        steps, decode_steps: number of steps until then.
+        decode_steps: number of decode steps until then.
         plans, decoded: number of records kept until then.
     """
 
     counts: dict[str, Any]
     wasted_bytes: int
-    steps: int
     decode_steps: int
     plans: int
     decoded: int

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerscope_jax.generation.arguments import NO_SETTINGS
 from layerscope_jax.generation.requests import Request, are_ids, is_text
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.units import is_integer
@@ -105,12 +106,17 @@ def is_openai(content: Mapping[str, Any]) -> bool:
     return "custom_id" in content or ("url" in content and "body" in content)
 
 
-def translated(content: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Request, OpenAICall]:
+def translated(
+    content: Mapping[str, Any],
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any] = NO_SETTINGS,
+) -> tuple[Request, OpenAICall]:
     """Returns the request of a line, and what else the line says; an empty request if the line is refused.
 
     Args:
         content: the line.
         options: settings of `Request` for all lines.
+        defaults: settings that neither the line nor `options` gives, in the place of OpenAI's own.
 
     Raises:
         ValueError: if a setting of the line differs from the one in `options`.
@@ -134,12 +140,12 @@ def translated(content: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[
                     f"{name} is {fields[name]!r} in the line and {value} for all lines "
                     f"(--{name.replace('_', '-')}); set it in only one of the two places"
                 )
-        defaults = {"temperature": 1.0, "seed": None, "max_new_tokens": LENGTHS[known]}
+        of_api = {"temperature": 1.0, "seed": None, "max_new_tokens": LENGTHS[known]}
         if not problems.found:
-            made = problems.check(lambda: Request(**{**defaults, **options, **fields}))
+            made = problems.check(lambda: Request(**{**of_api, **defaults, **options, **fields}))
             request = made or request
     model = body.get("model") if isinstance(body, dict) else None
-    text = json.dumps([content, dict(options)], sort_keys=True, default=str)
+    text = json.dumps([content, dict(options), dict(defaults)], sort_keys=True, default=str)
     return request, OpenAICall(
         custom_id=custom_id if named else None,
         url=known or TEXT_URL,

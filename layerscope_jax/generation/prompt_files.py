@@ -8,11 +8,13 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.generation.arguments import NO_SETTINGS
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.encoding import encode_prompts
 from layerscope_jax.generation.openai_requests import OpenAICall, is_openai, translated
@@ -42,7 +44,12 @@ class Row:
     call: OpenAICall | None = None
 
 
-def read_prompts(file: Path, options: dict[str, Any], chat: bool = False) -> list[Row]:
+def read_prompts(
+    file: Path,
+    options: dict[str, Any],
+    chat: bool = False,
+    defaults: Mapping[str, Any] = NO_SETTINGS,
+) -> list[Row]:
     """Reads prompts from a file of lines `{"prompt": text or [token ids], "id": ..., "temperature": ...}`.
 
     Instead of a prompt a line may have "messages", or be a request of OpenAI's batch API
@@ -54,6 +61,7 @@ def read_prompts(file: Path, options: dict[str, Any], chat: bool = False) -> lis
         file: the file; blank lines are skipped.
         options: settings of `Request` that apply to all rows.
         chat: whether a prompt that is text is a conversation of one message, by the user.
+        defaults: settings of rows that neither a row nor `options` gives.
 
     Raises:
         ValueError: naming the wrong line and what was expected; also if a setting of a row differs from the
@@ -73,7 +81,7 @@ def read_prompts(file: Path, options: dict[str, Any], chat: bool = False) -> lis
             continue
         where = f"{file}:{number}"
         try:
-            row = _row(parsed(line), len(rows), options, where, chat)
+            row = _row(parsed(line), len(rows), options, where, chat, defaults)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if row.id in seen:
@@ -85,11 +93,18 @@ def read_prompts(file: Path, options: dict[str, Any], chat: bool = False) -> lis
     return rows
 
 
-def _row(content: Any, number: int, options: dict[str, Any], where: str, chat: bool) -> Row:
+def _row(
+    content: Any,
+    number: int,
+    options: dict[str, Any],
+    where: str,
+    chat: bool,
+    defaults: Mapping[str, Any],
+) -> Row:
     if not isinstance(content, dict):
         raise ValueError(f'expected a JSON object {{"prompt": ...}}, got {json.dumps(content)[:60]}')
     if is_openai(content):
-        request, call = translated(content, options)
+        request, call = translated(content, options, defaults)
         return Row(number if call.custom_id is None else call.custom_id, request, where, call)
     name = content.get("id", number)
     if not (isinstance(name, str) or is_integer(name)):
@@ -102,7 +117,7 @@ def _row(content: Any, number: int, options: dict[str, Any], where: str, chat: b
                 f"the {key} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character; "
                 "remove it"
             )
-    settings = dict(options)
+    settings = {**defaults, **options}
     for key, value in content.items():
         if key in options and options[key] != value:
             raise ValueError(

@@ -34,8 +34,8 @@ from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
 from layerscope_jax.kernels.vectors import COLUMNS
 from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches, within
 from layerscope_jax.kernels.xla_ffi import Unavailable, register
+from layerscope_jax.models.attention import attending_by
 from layerscope_jax.models.experts import products_by
-from layerscope_jax.models.layers import attending_by
 from layerscope_jax.support.njit import cfunc, njit
 
 
@@ -170,8 +170,10 @@ def attention(
     value: jax.Array,
     positions: jax.Array,
     window: int | None,
+    scale: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array | None:
-    """`layers.attend`, inside a jitted program.
+    """`attention.attend`, inside a jitted program.
 
     Args:
         table: any layer's (`Inside`).
@@ -180,12 +182,15 @@ def attention(
         value: [B, H_kv, P, D_head] float32.
         positions: [B, S] of the tokens, whose keys are there; those of none are past all others.
         window: positions that each sees at most, its own counted.
+        scale, sinks: as of `attend`.
 
     Returns:
         [B, S, H * D_head], zeros where there is no token. None where no kernel suits: several tokens in
         shapes with a rest, and all where our own loops cannot be compiled.
     """
     length = key.shape[3]
+    if scale is not None or sinks is not None:
+        return None
     formats = {key.dtype.name, value.dtype.name}
     name = formats.pop() if len(formats) == 1 else "mixed"
     sizes = (query.shape[1], query.shape[3], length)

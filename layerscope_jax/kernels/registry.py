@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from layerscope_jax.models.experts import SWIGLU, ExpertBody
+
 Kind = Literal["experts", "products", "attention", "sums"]
 
 
@@ -32,6 +34,7 @@ class Work(NamedTuple):
         sizes: (D, F) for experts; (K, N, N, ...) for products, with K summed over; (S, D_head, P) for
             attention, with S tokens per row and P positions in the cache; (D,) for sums.
         platform: platform of the device that computes, as JAX names it: "cpu", "gpu", "tpu".
+        body: of experts: their activation, and whether they have biases.
     """
 
     kind: Kind
@@ -39,6 +42,7 @@ class Work(NamedTuple):
     dtype: np.dtype
     sizes: tuple[int, ...]
     platform: str = "cpu"
+    body: ExpertBody = SWIGLU
 
 
 def nothing_in_the_way(work: Work) -> str | None:
@@ -68,6 +72,7 @@ class Kernel:
         run: computes the work.
         obstacle: returns why supported work still cannot be computed on this machine (for example, because a
             compiler is missing), None if it can. Asked once for each piece of work.
+        any_body: whether `suits` looks at `Work.body`; if not, it is asked about plain SwiGLU experts only.
     """
 
     name: str
@@ -75,6 +80,7 @@ class Kernel:
     suits: Callable[[Work], bool]
     run: Any
     obstacle: Callable[[Work], str | None] = nothing_in_the_way
+    any_body: bool = False
 
 
 REFERENCE = "xla"
@@ -145,7 +151,9 @@ def choose(work: Work) -> Kernel | None:
     """
     with _lock:
         known = [kernel for kernel in (*_registered, *_built_in) if kernel.kind == work.kind]
-        for kernel in filter(lambda kernel: kernel.suits(work), known):
+        for kernel in known:
+            if not (kernel.any_body or work.body == SWIGLU) or not kernel.suits(work):
+                continue
             reason = kernel.obstacle(work)
             if reason is None:
                 return kernel

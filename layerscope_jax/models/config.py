@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from layerscope_jax.models.experts import SWIGLU, ExpertBody
 from layerscope_jax.models.kinds import ATTENTIONS, FEED_FORWARDS
+from layerscope_jax.models.rotary import RopeScaling
+from layerscope_jax.models.routing_rules import SOFTMAX, RoutingRule
 from layerscope_jax.support.checks import Problems
 
 
@@ -14,10 +18,30 @@ class LayerKind(NamedTuple):
 
     Attributes:
         attention, feed_forward: names in `layerscope_jax.models.kinds`.
+        sliding_window: of its attention; None for none.
     """
 
     attention: str
     feed_forward: str
+    sliding_window: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSizes:
+    """Sizes of multi-head latent attention (arXiv 2405.04434).
+
+    Attributes:
+        query_rank: of the compressed queries; None where queries are not compressed.
+        rank: R, of the compressed keys and values.
+        nope, rope: numbers of a head's query and key that are not rotated, and E that are.
+        value: numbers of a head's value.
+    """
+
+    query_rank: int | None
+    rank: int
+    nope: int
+    rope: int
+    value: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +64,34 @@ class ModelConfig:
         intermediate_size: width of the feed-forward network of a dense layer; None where there is none.
         attention: kind of the attention of every layer (`layerscope_jax.models.kinds`).
         feed_forward: kind of the feed-forward part of every MoE layer.
+        expert_body: activation of the experts (and of dense feed-forward networks), and their biases.
+        shared_intermediate_size: width of the expert that all tokens go through beside their routed ones;
+            None for no such expert.
+        shared_gate: whether that expert's output is scaled by a sigmoid of its own.
+        routing: how the router scores, chooses and weighs.
         normalize_top_k: whether the K router weights of a token are scaled to sum to one.
         qk_norm: RMS norm of queries and keys: none, over each head, or over all heads together.
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] where given.
-        attention_bias: whether the four attention projections have biases.
+        attention_bias: whether the attention projections have biases.
+        attention_out_bias: whether the output projection has one; None for as `attention_bias` says.
+        attention_scale: what scores are multiplied with; None for `head_dim ** -0.5`.
+        attention_sinks: whether each head has a score that takes its share of the softmax and adds nothing.
+        latent: sizes of "latent" attention; None for any other kind.
         sliding_window: how many latest positions a token attends to (itself included), or None for all.
+        full_attention_layers: decoder layers without the window.
         rope_theta: base of the rotary embedding.
+        rotary_dim: the first so many numbers of a head are rotated; None for all.
+        rope_interleaved: whether neighbours are rotated together, not a number of each half of the head.
+        rope_scaling: how the rotary embedding was changed for a longer context.
         max_position_embeddings: the longest sequence the model is made for.
-        norm_eps: epsilon of every RMS norm.
+        norm: "rms", or "layer" for layer norms with a bias.
+        norm_eps: epsilon of every norm.
+        mlp_bias: whether dense feed-forward networks, and the shared expert, have biases.
+        embedding_scale, residual_scale: what embeddings, and each layer's two additions to the residual
+            stream, are multiplied with.
+        logits_divisor: what logits are divided by.
         tie_embeddings: whether the output head is the embedding.
+        head_bias: whether the output head has a bias.
         stop_token_ids: ids that end a generation.
     """
 
@@ -67,14 +110,32 @@ class ModelConfig:
     intermediate_size: int | None = None
     attention: str = "grouped"
     feed_forward: str = "routed"
+    expert_body: ExpertBody = SWIGLU
+    shared_intermediate_size: int | None = None
+    shared_gate: bool = False
+    routing: RoutingRule = SOFTMAX
     qk_norm: Literal["none", "head", "all"] = "none"
     qkv_clip: float | None = None
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    attention_scale: float | None = None
+    attention_sinks: bool = False
+    latent: LatentSizes | None = None
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
     rope_theta: float = 10_000.0
+    rotary_dim: int | None = None
+    rope_interleaved: bool = False
+    rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 4096
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    mlp_bias: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
     tie_embeddings: bool = False
+    head_bias: bool = False
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -109,6 +170,27 @@ class ModelConfig:
             "intermediate_size",
             "the width of the feed-forward network of the dense layers",
             self.intermediate_size,
+        )
+        rule = self.routing
+        fits = self.num_experts % rule.num_groups == 0 and 1 <= rule.groups_per_token <= rule.num_groups
+        problems.expect(
+            fits,
+            "routing",
+            f"groups that share num_experts={self.num_experts} evenly, and at most all of them for a token",
+            rule,
+        )
+        per_token = rule.groups_per_token * self.num_experts // rule.num_groups if fits else self.num_experts
+        problems.expect(
+            self.experts_per_token <= per_token,
+            "experts_per_token",
+            f"at most the {per_token} experts of a token's groups",
+            self.experts_per_token,
+        )
+        problems.expect(
+            (self.latent is not None) == (self.attention == "latent"),
+            "latent",
+            "sizes for attention='latent', and None for other kinds",
+            self.latent,
         )
         for name, there in (("attention", ATTENTIONS), ("feed_forward", FEED_FORWARDS)):
             kind = getattr(self, name)
@@ -147,7 +229,16 @@ class ModelConfig:
 
     def layer_kind(self, layer: int) -> LayerKind:
         """What a decoder layer consists of."""
-        return LayerKind(self.attention, "dense" if layer in self.dense_layers else self.feed_forward)
+        return LayerKind(
+            self.attention,
+            "dense" if layer in self.dense_layers else self.feed_forward,
+            None if layer in self.full_attention_layers else self.sliding_window,
+        )
+
+    def of_layer(self, layer: int) -> ModelConfig:
+        """Returns the config as a decoder layer's parts read it: equal for layers of one kind."""
+        window = self.layer_kind(layer).sliding_window
+        return replace(self, sliding_window=window, full_attention_layers=())
 
     def cache_shapes(self, layer: int, rows: int, length: int) -> Any:
         """The cache of a decoder layer, for `rows` sequences of up to `length` positions.
@@ -157,11 +248,12 @@ class ModelConfig:
         """
         return ATTENTIONS[self.layer_kind(layer).attention].cache_shapes(self, rows, length)
 
-    def expert_shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes of one expert's three matrices, by name, in the order they cross the link."""
+    def expert_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of an expert's arrays, by name, in the order they cross the link."""
         hidden, inner = self.hidden_size, self.moe_intermediate_size
-        return {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
+        bias = {"bias": (2 * inner + hidden,)} if self.expert_body.bias else {}
+        return {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden), **bias}
 
     def expert_bytes(self, itemsize: int) -> int:
         """Bytes of one expert at `itemsize` bytes a number."""
-        return 3 * self.hidden_size * self.moe_intermediate_size * itemsize
+        return itemsize * sum(math.prod(shape) for shape in self.expert_shapes().values())

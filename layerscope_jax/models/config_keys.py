@@ -50,7 +50,6 @@ NEUTRAL: dict[str, Any] = {
     "is_decoder": False,
     "is_encoder_decoder": False,
     "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
     "pruned_heads": {},
     "rope_interleaved": False,
     "tf_legacy_loss": False,

@@ -6,6 +6,7 @@ and adds up their outputs is the caller's: stacks on the device here, our own lo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.decoder_layers import layer_type
+from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.models.experts import combine, dense, matmul, stacked_ffn
-from layerscope_jax.models.layers import Experts, RMSNorm, Routing, normal
+from layerscope_jax.models.layers import Experts, norm_of, normal
+from layerscope_jax.models.router import Routing
 
 
 class Between(NamedTuple):
@@ -140,24 +142,33 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.config = config
         self.embedding = nnx.Param(normal(rngs, (config.vocab_size, config.hidden_size), dtype))
-        layers = [layer_type(config, layer) for layer in range(config.num_layers)]
-        self.layers = nnx.List([layer(config, rngs=rngs, dtype=dtype) for layer in layers])
+        layers = range(config.num_layers)
+        make = functools.partial(new_layer, config, rngs=rngs, dtype=dtype)
+        self.layers = nnx.List([make(layer) for layer in layers])
         moe_layers = range(config.num_moe_layers)
         self.experts = nnx.List([Experts(config, rngs=rngs, dtype=dtype) for _ in moe_layers])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.norm = norm_of(config, config.hidden_size, dtype)
         head = None if config.tie_embeddings else normal(rngs, (config.hidden_size, config.vocab_size), dtype)
         self.head = None if head is None else nnx.Param(head)
+        self.head_bias = nnx.Param(jnp.zeros(config.vocab_size, dtype)) if config.head_bias else None
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, S] ids -> [B, S, D]."""
-        return self.embedding[...][tokens]
+        hidden = self.embedding[...][tokens]
+        scale = self.config.embedding_scale
+        return hidden if scale == 1.0 else hidden * scale
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] hidden states after the last layer -> [..., V] float32."""
         hidden = self.norm(hidden)
         if self.head is None:  # only XLA multiplies with what is transposed without a copy
-            return matmul(hidden, self.embedding[...].T).astype(jnp.float32)
-        return dense(hidden, self.head[...])[0].astype(jnp.float32)
+            logits = matmul(hidden, self.embedding[...].T)
+        else:
+            logits = dense(hidden, self.head[...])[0]
+        if self.head_bias is not None:
+            logits = logits + jnp.broadcast_to(self.head_bias[...], logits.shape)
+        divisor = self.config.logits_divisor
+        return logits.astype(jnp.float32) if divisor == 1.0 else logits.astype(jnp.float32) / divisor
 
     def next_logits(self, hidden: jax.Array, last: jax.Array) -> jax.Array:
         """Of each row's token `last` [B] alone: hidden [B, S, D] after the last layer -> [B, V] float32."""
@@ -173,7 +184,9 @@ class Decoder(nnx.Module):
         """All layers, every expert resident: hidden [B, S, D] -> [B, S, D], routings by MoE layer, caches."""
 
         def experts(number: int, inputs: jax.Array, routing: Routing) -> jax.Array:
-            return stacked_ffn(inputs, routing.experts, self.experts[number].weights())
+            return stacked_ffn(
+                inputs, routing.experts, self.experts[number].weights(), self.config.expert_body
+            )
 
         held = [None] * self.config.num_layers if caches is None else caches
         hidden, routings, kept = through(

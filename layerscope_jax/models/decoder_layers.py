@@ -9,23 +9,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layerscope_jax.models.attention import Attention
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.kinds import ATTENTIONS, FEED_FORWARDS
-from layerscope_jax.models.layers import RMSNorm, Router, Routing, SwiGLU
+from layerscope_jax.models.latent_attention import LatentAttention
+from layerscope_jax.models.layers import GatedMLP, Linear, norm_of
+from layerscope_jax.models.router import Router, Routing
 
 
 class DecoderLayer(nnx.Module):
     """What all decoder layers share: attention, and the norm before it."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.config = config
+        self.attention_norm = norm_of(config, config.hidden_size, dtype)
         self.attention = ATTENTIONS[config.attention](config, rngs=rngs, dtype=dtype)
 
     def attend(self, hidden: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """Hidden states [B, S, D] after attention, and the cache with the new positions."""
         with jax.named_scope("attend"):
             mixed, cache = self.attention(self.attention_norm(hidden), positions, cache)
-            return hidden + mixed, cache
+            return hidden + self.scaled(mixed), cache
+
+    def scaled(self, added: jax.Array) -> jax.Array:
+        """What is to be added to the residual stream, times the model's `residual_scale`."""
+        scale = self.config.residual_scale
+        return added if scale == 1.0 else added * scale
 
 
 class DenseLayer(DecoderLayer):
@@ -34,15 +43,22 @@ class DenseLayer(DecoderLayer):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         super().__init__(config, rngs=rngs, dtype=dtype)
         assert config.intermediate_size is not None
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, rngs=rngs, dtype=dtype)
+        self.mlp_norm = norm_of(config, config.hidden_size, dtype)
+        self.mlp = mlp_of(config, config.intermediate_size, rngs=rngs, dtype=dtype)
 
     def __call__(self, hidden: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """The whole layer: hidden states [B, S, D], and the cache with the new positions."""
         hidden, cache = self.attend(hidden, positions, cache)
         with jax.named_scope("dense"):
             flat = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
-            return hidden + self.mlp(self.mlp_norm(flat)).reshape(hidden.shape), cache
+            return hidden + self.scaled(self.mlp(self.mlp_norm(flat))).reshape(hidden.shape), cache
+
+
+def mlp_of(config: ModelConfig, inner: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> GatedMLP:
+    """A dense feed-forward network of a model."""
+    return GatedMLP(
+        config.hidden_size, inner, body=config.expert_body, bias=config.mlp_bias, rngs=rngs, dtype=dtype
+    )
 
 
 class RouterWeights(NamedTuple):
@@ -57,12 +73,26 @@ class RoutedLayer(DecoderLayer):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         super().__init__(config, rngs=rngs, dtype=dtype)
-        self.moe_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.moe_norm = norm_of(config, config.hidden_size, dtype)
         self.router = Router(config, rngs=rngs, dtype=dtype)
+        if (inner := config.shared_intermediate_size) is not None:
+            self.shared = mlp_of(config, inner, rngs=rngs, dtype=dtype)
+        if config.shared_gate:
+            self.shared_gate = Linear(config.hidden_size, 1, bias=False, rngs=rngs, dtype=dtype)
 
     def beside(self, inputs: jax.Array) -> jax.Array | None:
-        """[T, D] what is added beside the experts' outputs, of the same inputs; None for nothing."""
-        return None
+        """What is added beside the experts' outputs, of the same inputs.
+
+        Args:
+            inputs: [T, D].
+
+        Returns:
+            [T, D] the output of the expert that all tokens go through; None where there is none.
+        """
+        if self.config.shared_intermediate_size is None:
+            return None
+        output = self.shared(inputs)
+        return jax.nn.sigmoid(self.shared_gate(inputs)) * output if self.config.shared_gate else output
 
     def attend_and_route(
         self, hidden: jax.Array, positions: jax.Array, cache: Any
@@ -84,9 +114,10 @@ class RoutedLayer(DecoderLayer):
         with jax.named_scope("route"):
             inputs = self.moe_norm(hidden).reshape(-1, hidden.shape[-1])
             routing = self.router(inputs)
+            routing = routing._replace(weights=self.scaled(routing.weights))
         with jax.named_scope("beside"):
             if (beside := self.beside(inputs)) is not None:
-                hidden = hidden + beside.reshape(hidden.shape)
+                hidden = hidden + self.scaled(beside).reshape(hidden.shape)
         return hidden, inputs, routing, cache
 
     @staticmethod
@@ -95,8 +126,13 @@ class RoutedLayer(DecoderLayer):
         return RouterWeights(params["router"]["weight"], params["moe_norm"]["scale"])
 
 
-FEED_FORWARDS["dense"] = DenseLayer
-FEED_FORWARDS["routed"] = RoutedLayer
+ATTENTIONS |= {"grouped": Attention, "latent": LatentAttention}
+FEED_FORWARDS |= {"dense": DenseLayer, "routed": RoutedLayer}
+
+
+def new_layer(config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> Any:
+    """Makes a decoder layer of a model."""
+    return layer_type(config, layer)(config.of_layer(layer), rngs=rngs, dtype=dtype)
 
 
 def layer_type(config: ModelConfig, layer: int) -> Any:

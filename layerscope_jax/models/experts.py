@@ -11,18 +11,72 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "clamped"]
+
+
+@dataclass(frozen=True)
+class ExpertBody:
+    """What an expert computes between and beside its three products.
+
+    Attributes:
+        activation: of the gate: "silu"; "gelu" (exact); "gelu_tanh" (its approximation); "clamped", gpt-oss's
+            `(clip(up) + 1) * clip(gate) * sigmoid(1.702 * clip(gate))`, in which the gate is clipped from
+            above and `up` on both sides.
+        bias: whether the three products have biases.
+        limit: of "clamped": where it clips.
+    """
+
+    activation: Activation = "silu"
+    bias: bool = False
+    limit: float = 7.0
+
+    def gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """Returns the hidden row of an expert from both its float32 products.
+
+        >>> ExpertBody().gated(jnp.array([0.0, 1.0]), jnp.array([1.0, 2.0]))
+        Array([0.       , 1.4621172], dtype=float32)
+        """
+        if self.activation == "clamped":
+            gate = jnp.minimum(gate, self.limit)
+            return (jnp.clip(up, -self.limit, self.limit) + 1) * gate * jax.nn.sigmoid(CLAMPED_SLOPE * gate)
+        if self.activation == "silu":
+            return jax.nn.silu(gate) * up
+        return jax.nn.gelu(gate, approximate=self.activation == "gelu_tanh") * up
+
+
+CLAMPED_SLOPE = 1.702
+"""What the gate is multiplied with in the sigmoid of a clamped expert."""
+
+SWIGLU = ExpertBody()
+"""What the experts of most families compute."""
 
 
 class ExpertWeights(NamedTuple):
     """Three matrices of one expert, or of a stack of them (a leading axis E)."""
 
-    gate: jax.Array  # [..., D, F]
-    up: jax.Array  # [..., D, F]
-    down: jax.Array  # [..., F, D]
+    gate: Any  # [..., D, F]
+    up: Any  # [..., D, F]
+    down: Any  # [..., F, D]
+
+
+class BiasedWeights(NamedTuple):
+    """An expert, or a stack of them, whose products have biases: those of gate, up and down in a row."""
+
+    gate: Any  # [..., D, F]
+    up: Any  # [..., D, F]
+    down: Any  # [..., F, D]
+    bias: Any  # [..., 2 F + D]
+
+
+def weights_type(body: ExpertBody) -> Any:
+    """Returns the class of an expert's weights: `BiasedWeights`, or `ExpertWeights` without biases."""
+    return BiasedWeights if body.bias else ExpertWeights
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -55,11 +109,33 @@ def products_by(products: Callable[..., list[jax.Array]]) -> Iterator[None]:
         _products.reset(before)
 
 
-def ffn(x: jax.Array, weights: ExpertWeights) -> jax.Array:
-    """SwiGLU: `(silu(x W_gate) * (x W_up)) W_down` for rows `x` [..., M, D]."""
-    gate = jnp.matmul(x, weights.gate, preferred_element_type=jnp.float32)
-    up = jnp.matmul(x, weights.up, preferred_element_type=jnp.float32)
-    return matmul((jax.nn.silu(gate) * up).astype(x.dtype), weights.down)
+def ffn(x: jax.Array, weights: ExpertWeights | BiasedWeights, body: ExpertBody = SWIGLU) -> jax.Array:
+    """An expert's output: `(silu(x W_gate) * (x W_up)) W_down`, or what its body has in the place of SwiGLU.
+
+    Args:
+        x: [..., M, D].
+        weights: of one expert, or of stacks with the same leading axes.
+        body: activation, and whether `weights` have biases.
+
+    Returns:
+        [..., M, D] in the dtype of `x`; sums, biases and activation are in float32.
+    """
+    gate, up = _sums(x, weights.gate), _sums(x, weights.up)
+    if not isinstance(weights, BiasedWeights):
+        return _sums(body.gated(gate, up).astype(x.dtype), weights.down).astype(x.dtype)
+    width, inner = x.shape[-1], gate.shape[-1]
+    bias = weights.bias.astype(jnp.float32)[..., None, :]  # [..., 1, 2 F + D]
+    gate = gate + jnp.broadcast_to(bias[..., :inner], gate.shape)
+    up = up + jnp.broadcast_to(bias[..., inner:-width], up.shape)
+    down = _sums(body.gated(gate, up).astype(x.dtype), weights.down)
+    return (down + jnp.broadcast_to(bias[..., -width:], down.shape)).astype(x.dtype)
+
+
+def _sums(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`x @ weights` in float32, of two dtypes or of one."""
+    if x.dtype != weights.dtype:
+        x, weights = x.astype(jnp.float32), weights.astype(jnp.float32)
+    return jnp.matmul(x, weights, preferred_element_type=jnp.float32)
 
 
 def combine(hidden: jax.Array, outputs: jax.Array, weights: jax.Array) -> jax.Array:
@@ -89,8 +165,10 @@ def block_rows(assignments: int, num_experts: int) -> int:
     return min(64, max(2, 1 << (share.bit_length() - 1)))
 
 
-@functools.partial(jax.jit, inline=True)
-def stacked_ffn(x: jax.Array, experts: jax.Array, weights: ExpertWeights) -> jax.Array:
+@functools.partial(jax.jit, inline=True, static_argnames="body")
+def stacked_ffn(
+    x: jax.Array, experts: jax.Array, weights: ExpertWeights | BiasedWeights, body: ExpertBody = SWIGLU
+) -> jax.Array:
     """Output of every token's chosen experts, all experts resident in one stack; differentiable.
 
     Sorts the T x K assignments by expert and pads each expert's rows to whole blocks, so that the work is one
@@ -101,6 +179,7 @@ def stacked_ffn(x: jax.Array, experts: jax.Array, weights: ExpertWeights) -> jax
         x: [T, D] inputs of the experts.
         experts: [T, K] chosen experts, int32 in 0..E-1.
         weights: stacks with a leading axis E.
+        body: of the experts.
 
     Returns:
         [T, K, D] unweighted outputs.
@@ -128,7 +207,7 @@ def stacked_ffn(x: jax.Array, experts: jax.Array, weights: ExpertWeights) -> jax
     expert_of = jnp.minimum(expert_of, num_experts - 1)  # blocks past the last one hold only padding
 
     padded = _spread(x, source, row_of, choices).reshape(blocks, rows, -1)
-    outputs = ffn(padded, jax.tree.map(lambda w: w[expert_of], weights))
+    outputs = ffn(padded, jax.tree.map(lambda w: w[expert_of], weights), body)
     return _collect(outputs.reshape(blocks * rows, -1), source, row_of).reshape(tokens, choices, -1)
 
 

@@ -7,12 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.config_reader import ConfigReader
+from layerscope_jax.models.config_values import shown
 from layerscope_jax.models.decoder_layers import DecoderLayer
-from layerscope_jax.models.family import ConfigReader, Family, shown
+from layerscope_jax.models.families.deepseek_v2 import DEEPSEEK_V2
+from layerscope_jax.models.families.deepseek_v3 import DEEPSEEK_V3
+from layerscope_jax.models.families.dots1 import DOTS1
+from layerscope_jax.models.families.ernie4_5_moe import ERNIE4_5_MOE
+from layerscope_jax.models.families.glm4_moe import GLM4_MOE
+from layerscope_jax.models.families.glm4_moe_lite import GLM4_MOE_LITE
+from layerscope_jax.models.families.gpt_oss import GPT_OSS
+from layerscope_jax.models.families.granitemoe import GRANITEMOE
+from layerscope_jax.models.families.minimax_m2 import MINIMAX_M2
+from layerscope_jax.models.families.mixtral import MIXTRAL
+from layerscope_jax.models.families.olmoe import OLMOE
+from layerscope_jax.models.families.phimoe import PHIMOE
+from layerscope_jax.models.families.qwen2_moe import QWEN2_MOE
+from layerscope_jax.models.families.qwen3_moe import QWEN3_MOE
+from layerscope_jax.models.family import Family
 from layerscope_jax.models.kinds import ATTENTIONS, FEED_FORWARDS
-from layerscope_jax.models.mixtral import MIXTRAL
-from layerscope_jax.models.olmoe import OLMOE
-from layerscope_jax.models.qwen3_moe import QWEN3_MOE
 from layerscope_jax.models.weights import EXPERTS, ROUTER, Weight
 from layerscope_jax.support.checks import Problems
 
@@ -68,7 +81,7 @@ def register_family(family: Family) -> None:
     rows = [row for row in family.weights if isinstance(row, Weight)]
     problems.expect(len(rows) == len(family.weights), "weights", "a tuple of Weight", family.weights)
     missing = {"embedding", ROUTER, *(EXPERTS + matrix for matrix in ("gate", "up", "down"))}
-    missing -= {row.place for row in rows}
+    missing -= {place for row in rows for place in row.places}
     problems.expect(
         not missing,
         "weights",
@@ -88,7 +101,22 @@ def _refuse(family: Family, problems: Problems) -> None:
         raise ValueError(f"cannot register {shown(family.architecture)}: {error}") from None
 
 
-for _family in (OLMOE, MIXTRAL, QWEN3_MOE):
+for _family in (
+    OLMOE,
+    MIXTRAL,
+    QWEN3_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DOTS1,
+    ERNIE4_5_MOE,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
+    GPT_OSS,
+    GRANITEMOE,
+    MINIMAX_M2,
+    PHIMOE,
+    QWEN2_MOE,
+):
     register_family(_family)
 
 
@@ -107,12 +135,23 @@ def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | No
     Traceback (most recent call last):
     ValueError: expected one of the architectures OlmoeForCausalLM, ...
     """
+    config = language_model(config)
     family = _family_of(config)
     try:
         found = family.read_config(config)
     except ValueError as error:
         raise ValueError(f"cannot use this config of {family.architecture}: {error}") from None
     return found if generation is None else with_generation(found, generation)
+
+
+def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the config of the language model inside one that also takes images; others as they are."""
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return config
+    shared = ("eos_token_id", "tie_word_embeddings", "dtype")
+    beside = {key: config[key] for key in shared if key in config and inner.get(key) is None}
+    return {**inner, **beside}
 
 
 def with_generation(config: ModelConfig, generation: Mapping[str, Any]) -> ModelConfig:
@@ -137,7 +176,8 @@ def _family_of(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES.values():
         if family.architecture in (architectures or ()):
             return family
-        if not architectures and family.model_type == config.get("model_type"):
+        kinds = (family.model_type, f"{family.model_type}_text", *family.aliases)
+        if not architectures and config.get("model_type") in kinds:
             return family
     supported = ", ".join(family.architecture for family in FAMILIES.values())
     found = f"{shown(architectures)} (model_type {shown(config.get('model_type'))})"

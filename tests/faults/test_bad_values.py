@@ -283,6 +283,6 @@ def test_many_ids_are_not_looked_at_one_by_one():
 
 
 def test_a_tracer_is_no_prompt(engine):
-    with pytest.raises(ValueError, match="outside of functions that JAX traces"):
+    with pytest.raises(ValueError, match="in a function that JAX traces"):
         jax.jit(lambda ids: engine.generate([ids], max_new_tokens=2))(jnp.array([1, 2]))
     assert engine.generate([[1, 2]], max_new_tokens=2).token_ids

@@ -73,7 +73,7 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(engine):
     assert backwards.token_ids == together.token_ids[::-1]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 3])
 def test_how_prompts_are_parted_into_batches_does_not_matter(engine, size):
     together = engine.generate(PROMPTS, max_new_tokens=6)
     few = replace(engine.config, max_num_seqs=size)

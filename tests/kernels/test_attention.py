@@ -15,7 +15,10 @@ from layerscope_jax.kernels import attention, crew, loops
 from layerscope_jax.kernels.cpu import CpuExperts
 from layerscope_jax.kernels.host_kernels import kernel_of
 from layerscope_jax.kernels.inside import Inside
-from layerscope_jax.models.layers import PAD_POSITION, attend
+from layerscope_jax.models.attention import attend
+from layerscope_jax.models.rotary import PAD_POSITION
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ours = jax.jit(attention.attention, static_argnames="window")
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}

@@ -14,7 +14,7 @@ from helpers import random_model, spelling_model
 from layerscope_jax import OffloadConfig
 from layerscope_jax.checkpoints.identity import ModelIdentity
 from layerscope_jax.models.cache import new_caches
-from layerscope_jax.models.layers import PAD_POSITION
+from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.prediction.traces import Trace
 from predictor import record as module
 from predictor.pca import Basis

@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
-from layerscope_jax.models.layers import Routing
+from layerscope_jax.models.router import Routing
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.files import read_json, write_file
 from layerscope_jax.support.jax_settings import random_key

@@ -6,8 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.family import REQUIRED, ConfigReader, Family, write_shared
-from layerscope_jax.models.weights import EXPERTS, LAYER, ROUTER, TRANSPOSE, WEIGHTS, Weight, mapped
+from layerscope_jax.models.config_reader import REQUIRED, ConfigReader
+from layerscope_jax.models.family import Family, write_shared
+from layerscope_jax.models.weights import (
+    EXPERTS,
+    LAYER,
+    ROUTER,
+    ROUTER_GATE,
+    STACKED,
+    TRANSPOSE,
+    WEIGHTS,
+    Weight,
+    mapped,
+)
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -35,20 +46,24 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+BLOCK = (
+    Weight(LAYER + "block_sparse_moe.gate.weight", ROUTER, TRANSPOSE),
+    *mapped(
+        LAYER + "block_sparse_moe.experts.{expert}.",
+        EXPERTS,
+        ("w1.weight", "gate", TRANSPOSE),
+        ("w3.weight", "up", TRANSPOSE),
+        ("w2.weight", "down", TRANSPOSE),
+    ),
+    ROUTER_GATE,
+    *STACKED,
+)
+"""Routers and experts as Mixtral names them, and as transformers 5 keeps them in memory."""
+
 MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     model_type="mixtral",
     read_config=read_config,
     write_config=write_config,
-    weights=(
-        *WEIGHTS,
-        Weight(LAYER + "block_sparse_moe.gate.weight", ROUTER, TRANSPOSE),
-        *mapped(
-            LAYER + "block_sparse_moe.experts.{expert}.",
-            EXPERTS,
-            ("w1.weight", "gate", TRANSPOSE),
-            ("w3.weight", "up", TRANSPOSE),
-            ("w2.weight", "down", TRANSPOSE),
-        ),
-    ),
+    weights=WEIGHTS + BLOCK,
 )

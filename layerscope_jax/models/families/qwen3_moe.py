@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.family import ConfigReader, Family, write_shared
+from layerscope_jax.models.config_reader import ConfigReader
+from layerscope_jax.models.family import Family, write_shared
 from layerscope_jax.models.weights import BIASES, DENSE_LAYERS, QK_NORMS, ROUTED_LAYERS, WEIGHTS
 
 NEUTRAL = {

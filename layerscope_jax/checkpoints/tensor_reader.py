@@ -1,0 +1,72 @@
+"""Reads the arrays of a decoder from a checkpoint's tensors, one row of the table of weights at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from layerscope_jax.checkpoints.safetensors_io import StoredTensor, cast
+from layerscope_jax.checkpoints.weight_names import Naming, Source
+
+
+class TensorReader:
+    """Reads and transforms tensors.
+
+    What it returns may be views of memory that the next call writes over: use an array, or copy it, before
+    asking for the next one. New memory for each tensor would take the system as long as reading does.
+
+    Args:
+        naming: of the model.
+        stored: the checkpoint's tensors, by the names of `naming`.
+        dtype: of the arrays, but for those that `naming` has as float32.
+        advance: is told how many bytes were read.
+    """
+
+    def __init__(
+        self,
+        naming: Naming,
+        stored: Mapping[str, StoredTensor],
+        dtype: np.dtype,
+        advance: Callable[[int], None] = lambda size: None,
+    ):
+        self._naming, self._stored, self._dtype, self._advance = naming, stored, dtype, advance
+        self._kept: dict[Any, np.ndarray] = {}
+        self._buffer = np.empty(0, np.uint8)
+
+    def array(self, source: Source, key: Any) -> np.ndarray:
+        """Returns one array of a source; the others of the same tensors are kept until they are asked for."""
+        if key not in self._kept:
+            self._kept |= self.arrays(source)
+        return self._kept.pop(key)
+
+    def arrays(self, source: Source) -> dict[Any, np.ndarray]:
+        """Returns all arrays of a source, by their keys.
+
+        Raises:
+            ValueError: if a file cannot be read, was changed, or holds numbers too large for the dtype.
+        """
+        alone = len(source.tensors) == 1 and not self._kept
+        tensors = [self._read(name, index, alone) for name, index in source.tensors]
+        arrays = source.transform.load(tensors, source.shapes)
+        result = {}
+        for key, array in zip(source.keys, arrays, strict=True):
+            dtype = np.dtype(np.float32) if key in self._naming.wide else self._dtype
+            result[key] = cast(array, dtype, source.tensors[0][0])
+            # What does not lie in order (what is transposed, say) JAX copies, and is done before the next
+            # tensor is read. What does JAX may take over, and the memory with it.
+            if result[key].flags.c_contiguous and np.may_share_memory(result[key], self._buffer):
+                self._buffer = np.empty(0, np.uint8)
+        return result
+
+    def _read(self, name: str, index: int | None, alone: bool) -> np.ndarray:
+        tensor = self._stored[name]
+        tensor = tensor if index is None else tensor.part(index)
+        self._advance(tensor.size)
+        if not alone:
+            return tensor.read()
+        if self._buffer.size != tensor.size:
+            self._buffer = np.empty(0, np.uint8)  # gone before there is another
+            self._buffer = np.empty(tensor.size, np.uint8)
+        return tensor.read(self._buffer)

@@ -1,0 +1,158 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): heads share one compressed row a position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layerscope_jax.models.cache import CacheArray
+from layerscope_jax.models.config import LatentSizes, ModelConfig
+from layerscope_jax.models.layers import Linear, RMSNorm, normal
+from layerscope_jax.models.rotary import rotate
+
+
+class LatentCache(NamedTuple):
+    """What one layer keeps of each position: the compressed row, and behind it the rotated key."""
+
+    rows: jax.Array  # [B, P, R + E]
+
+    @staticmethod
+    def position_axes() -> tuple[int | None, ...]:
+        return (1,)
+
+
+def latent_attend(query: jax.Array, rows: jax.Array, mask: jax.Array, rank: int, scale: float) -> jax.Array:
+    """Softmax attention in which keys and values of all heads are the same compressed rows.
+
+    Args:
+        query: [B, S, H, R + E]: of each head, for the compressed part and for the rotated key.
+        rows: [B, P, R + E]; in float32 they may hold numbers of the query's dtype, widened.
+        mask: [B, S, P] True where a query may see a row.
+        rank: R.
+        scale: what scores are multiplied with.
+
+    Returns:
+        [B, S, H, R] mixed compressed rows.
+    """
+    batch, length, heads, _ = query.shape
+    flat = query.reshape(batch, length * heads, -1).astype(rows.dtype)
+    scores = jnp.einsum("bqc,bpc->bqp", flat, rows, preferred_element_type=jnp.float32) * scale
+    scores = scores.reshape(batch, length, heads, -1)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(scores, axis=-1).astype(query.dtype).astype(rows.dtype)
+    shares = shares.reshape(batch, length * heads, -1)
+    mixed = jnp.einsum("bqp,bpr->bqr", shares, rows[..., :rank], preferred_element_type=jnp.float32)
+    return mixed.astype(query.dtype).reshape(batch, length, heads, rank)
+
+
+LatentAttending = Callable[[jax.Array, jax.Array, jax.Array, int, float], "jax.Array | None"]
+"""As `latent_attend`, with positions [B, S] in the place of the mask; None where it does not suit."""
+
+_attending: ContextVar[LatentAttending | None] = ContextVar("latent attending", default=None)
+
+
+@contextmanager
+def latent_attending_by(attention: LatentAttending) -> Iterator[None]:
+    """While a program with caches is traced within, its latent attention is this, where this gives any."""
+    before = _attending.set(attention)
+    try:
+        yield
+    finally:
+        _attending.reset(before)
+
+
+class LatentAttention(nnx.Module):
+    """Causal self-attention over compressed rows.
+
+    Keys and values are never made: what would expand a row into a head's key is multiplied into the query,
+    and what would expand it into a head's value into the mixed row, which is the same by associativity.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.config = config
+        sizes, width, heads = latent_sizes(config), config.hidden_size, config.num_heads
+        bias = config.attention_bias
+
+        def linear(inputs: int, outputs: int, bias: bool = False) -> Linear:
+            return Linear(inputs, outputs, bias=bias, rngs=rngs, dtype=dtype)
+
+        queries = heads * (sizes.nope + sizes.rope)
+        if sizes.query_rank is None:
+            self.q = linear(width, queries)
+        else:
+            self.q_down = linear(width, sizes.query_rank, bias)
+            self.q_norm = RMSNorm(sizes.query_rank, NORM_EPS, dtype)
+            self.q_up = linear(sizes.query_rank, queries)
+        self.kv_down = linear(width, sizes.rank + sizes.rope, bias)
+        self.kv_norm = RMSNorm(sizes.rank, NORM_EPS, dtype)
+        self.key_up = nnx.Param(normal(rngs, (heads, sizes.nope, sizes.rank), dtype))
+        self.value_up = nnx.Param(normal(rngs, (heads, sizes.rank, sizes.value), dtype))
+        self.o = linear(heads * sizes.value, width, bias)
+
+    @staticmethod
+    def cache_shapes(config: ModelConfig, rows: int, length: int) -> Any:
+        """Its cache (`ModelConfig.cache_shapes`)."""
+        sizes = latent_sizes(config)
+        array: Any = CacheArray((rows, length, sizes.rank + sizes.rope))
+        return LatentCache(array)
+
+    def __call__(
+        self, hidden: jax.Array, positions: jax.Array, cache: LatentCache | None
+    ) -> tuple[jax.Array, LatentCache | None]:
+        """Attends from `hidden` [B, S, D] at `positions` [B, S] to everything at or before them.
+
+        As of `attention.Attention`.
+        """
+        config, sizes = self.config, latent_sizes(self.config)
+        scale = config.attention_scale or (sizes.nope + sizes.rope) ** -0.5
+        query = self._queries(hidden, positions)
+        rows = self._rows(hidden, positions)  # [B, S, R + E]
+        key_positions = positions[:, None, :]  # [B, 1, S]
+        mixed = None
+        if cache is not None:
+            batch = jnp.arange(hidden.shape[0])[:, None]
+            kept = cache.rows.at[batch, positions].set(rows.astype(cache.rows.dtype), mode="drop")
+            cache, rows = LatentCache(kept), kept
+            if (attending := _attending.get()) is not None:
+                mixed = attending(query, rows, positions, sizes.rank, scale)
+            key_positions = jnp.arange(rows.shape[1])[None, None, :]
+        if mixed is None:
+            mask = positions[:, :, None] >= key_positions
+            mixed = latent_attend(query, rows, mask, sizes.rank, scale)
+        values = jnp.einsum(
+            "bshr,hrv->bshv", mixed, self.value_up[...], preferred_element_type=jnp.float32
+        ).astype(hidden.dtype)
+        return self.o(values.reshape(*hidden.shape[:2], -1)), cache
+
+    def _queries(self, hidden: jax.Array, positions: jax.Array) -> jax.Array:
+        """[B, S, H, R + E]."""
+        sizes = latent_sizes(self.config)
+        compressed = sizes.query_rank is not None
+        flat = self.q_up(self.q_norm(self.q_down(hidden))) if compressed else self.q(hidden)
+        query = flat.reshape(*hidden.shape[:2], self.config.num_heads, -1)
+        plain, turned = query[..., : sizes.nope], rotate(query[..., sizes.nope :], positions, self.config)
+        absorbed = jnp.einsum("bshn,hnr->bshr", plain, self.key_up[...], preferred_element_type=jnp.float32)
+        return jnp.concatenate([absorbed.astype(query.dtype), turned], axis=-1)
+
+    def _rows(self, hidden: jax.Array, positions: jax.Array) -> jax.Array:
+        """[B, S, R + E]."""
+        rank = latent_sizes(self.config).rank
+        both = self.kv_down(hidden)
+        turned = rotate(both[..., None, rank:], positions, self.config)[:, :, 0]
+        return jnp.concatenate([self.kv_norm(both[..., :rank]), turned], axis=-1)
+
+
+NORM_EPS = 1e-6
+"""Epsilon of the norms of compressed rows, which no config names."""
+
+
+def latent_sizes(config: ModelConfig) -> LatentSizes:
+    """The sizes of a model's latent attention."""
+    assert config.latent is not None
+    return config.latent
