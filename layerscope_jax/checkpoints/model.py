@@ -173,7 +173,7 @@ def load(
     with suppress(OSError):  # a folder may be read without being listed
         if (what := other_format(os.listdir(folder))) is not None:
             raise ValueError(f"{folder}: {what}")
-    config, raw, generation = _read_config(folder)
+    config, raw, generation = read_configs(folder)
     config, stored = _with_head(config, plain_names(stored_tensors(folder)))
     check_sizes(config, folder, stored)
     naming, ignored = Naming.of(config, stored.keys()), Ignored(config, family_of(config))
@@ -181,7 +181,7 @@ def load(
     for part, count in ignored.summary(stored.keys() - naming.shapes.keys()).items():
         logger.info("%s: %d tensors are not needed and passed over: %s", folder, count, part)
     stored = {name: stored[name] for name in naming.shapes}
-    target = dtype_named(dtype) if dtype is not None else _common_dtype(folder, naming, stored, raw)
+    target = dtype_named(dtype) if dtype is not None else common_dtype(folder, naming, stored, raw)
 
     with _progress(sum(tensor.size for tensor in stored.values())) as advance:
         reader, sharding = TensorReader(naming, stored, target, advance), device_sharding(device)
@@ -274,7 +274,7 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return dict(sorted((settings | named).items()))
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+def read_configs(folder: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
     """Returns what a folder's configs say: the model's shape, `config.json`, and settings of requests."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     raw = read_json(file)
@@ -312,7 +312,7 @@ def _with_head(
     return dataclasses.replace(config, tie_embeddings=False), stored
 
 
-def _common_dtype(
+def common_dtype(
     folder: Path, naming: Naming, stored: Mapping[str, StoredTensor], raw: Mapping[str, Any]
 ) -> np.dtype:
     """Returns the dtype that all tensors have; if they differ, the one that `config.json` names."""

@@ -1,0 +1,219 @@
+"""What is known of a checkpoint from its configs and the headers of its files, before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from layerscope_jax.checkpoints.ignored import Ignored
+from layerscope_jax.checkpoints.model import common_dtype, read_configs
+from layerscope_jax.checkpoints.parameters import ROUTED, active_parameters, parameters_by_part, part_of
+from layerscope_jax.checkpoints.safetensors_io import INDEX, StoredTensor, dtype_named, stored_tensors
+from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
+from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.support.files import is_there
+
+POSITIONS = 1000  # of a sequence whose cache is measured
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        tensors, bytes: of each dtype, by safetensors' name of it.
+        bytes_by_part: of the tensors that generation needs.
+        ignored: tensors that it does not need, by what they are.
+    """
+
+    tensors: dict[str, int]
+    bytes: dict[str, int]
+    bytes_by_part: dict[str, int]
+    ignored: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint, as its configs and the headers of its files describe it.
+
+    Attributes:
+        folder: of the checkpoint.
+        family, architecture: what it belongs to.
+        layers, dense_layers, moe_layers: numbers of decoder layers, and of those without and with experts.
+        window_layers: decoder layers that attend within a window.
+        experts, experts_per_token: of a MoE layer.
+        attention: its kind, and its heads.
+        cache_bytes: of one sequence of 1,000 positions, in `dtype`.
+        dtype: of the weights once they are loaded.
+        quantization: how the stored weights are packed, as config.json says; None if they are not.
+        expert_bytes: of one expert once it is loaded.
+        parameters: by part.
+        active_parameters: those that a token needs: all but the experts that it does not choose.
+        context: the longest sequence.
+        rope: the rotary embedding.
+        stop_token_ids: ids that end a generation.
+        tokenizer: whether there is a `tokenizer.json`.
+        special: what sets it apart from a plain decoder with routed experts.
+        stored: its tensors; None where the folder has none.
+    """
+
+    folder: str
+    family: str
+    architecture: str
+    layers: int
+    dense_layers: int
+    moe_layers: int
+    window_layers: int
+    experts: int
+    experts_per_token: int
+    attention: str
+    cache_bytes: int
+    dtype: str
+    quantization: str | None
+    expert_bytes: int
+    parameters: dict[str, int]
+    active_parameters: int
+    context: int
+    rope: str
+    stop_token_ids: tuple[int, ...]
+    tokenizer: bool
+    special: list[str]
+    stored: Stored | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as an object for JSON."""
+        return asdict(self)
+
+
+def describe(folder: Path) -> Description:
+    """Describes the checkpoint of a folder; of its tensors only the headers are read.
+
+    Raises:
+        ValueError: if the folder is incomplete, damaged or not supported, as `load` says it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder with config.json, found no folder; check the path")
+    config, raw, _ = read_configs(folder)
+    family = family_of(config)
+    stored, dtype = None, raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if is_there(folder / INDEX) or any(folder.glob("*.safetensors")):
+        tensors = plain_names(stored_tensors(folder))
+        check_sizes(config, folder, tensors)
+        naming, ignored = Naming.of(config, tensors.keys()), Ignored(config, family)
+        naming.check(folder, tensors, ignored)
+        stored = _stored(naming, tensors, ignored)
+        dtype = common_dtype(folder, naming, tensors, raw).name
+    parameters, size = parameters_by_part(config), dtype_named(dtype).itemsize
+    windows = [config.layer_kind(layer).sliding_window for layer in range(config.num_layers)]
+    quantized = raw.get("quantization_config")
+    return Description(
+        folder=str(folder),
+        family=config.family,
+        architecture=family.architecture,
+        layers=config.num_layers,
+        dense_layers=len(config.dense_layers),
+        moe_layers=config.num_moe_layers,
+        window_layers=sum(window is not None for window in windows),
+        experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        attention=_attention(config),
+        cache_bytes=sum(_cache_bytes(config, layer, size) for layer in range(config.num_layers)),
+        dtype=dtype,
+        quantization=quantized.get("quant_method") if isinstance(quantized, Mapping) else None,
+        expert_bytes=config.expert_bytes(size),
+        parameters=parameters,
+        active_parameters=active_parameters(config, parameters),
+        context=config.max_position_embeddings,
+        rope=_rope(config),
+        stop_token_ids=config.stop_token_ids,
+        tokenizer=is_there(folder / "tokenizer.json"),
+        special=special(config),
+        stored=stored,
+    )
+
+
+def _stored(naming: Naming, tensors: Mapping[str, StoredTensor], ignored: Ignored) -> Stored:
+    parts: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        counts[tensor.dtype] += 1
+        sizes[tensor.dtype] += tensor.size
+        if name in naming.uses:
+            key = naming.uses[name][0][0].keys[0]
+            parts[ROUTED if key in naming.experts else part_of(key)] += tensor.size
+    unused = ignored.summary(tensors.keys() - naming.shapes.keys())
+    return Stored(dict(counts), dict(sizes), dict(parts), unused)
+
+
+def _cache_bytes(config: ModelConfig, layer: int, size: int) -> int:
+    arrays = config.cache_shapes(layer, 1, POSITIONS)
+    return sum(
+        math.prod(array.shape) * (size if array.dtype is None else array.dtype.itemsize) for array in arrays
+    )
+
+
+def _attention(config: ModelConfig) -> str:
+    if config.latent is not None:
+        sizes = config.latent
+        queries = "" if sizes.query_rank is None else f", queries of {sizes.query_rank}"
+        return (
+            f"{config.attention}, {config.num_heads} heads, keys and values compressed to {sizes.rank} + "
+            f"{sizes.rope}{queries}"
+        )
+    return (
+        f"{config.attention}, {config.num_heads} heads and {config.num_kv_heads} of keys and values, "
+        f"{config.head_dim} each"
+    )
+
+
+def _rope(config: ModelConfig) -> str:
+    scaling = config.rope_scaling
+    theta = f"base {config.rope_theta:,.10g}"
+    if scaling is None:
+        return theta
+    return f"{theta}, {scaling.kind} by {scaling.factor:g} from {scaling.original_max_position_embeddings:,}"
+
+
+def special(config: ModelConfig) -> list[str]:
+    """Returns what sets a model apart from a plain decoder with routed experts, in words.
+
+    >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=2, num_heads=2,
+    ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
+    ...     normalize_top_k=True, sliding_window=8, full_attention_layers=(1,))
+    >>> special(config)
+    ['a window of 8 positions']
+    """
+    rule, body = config.routing, config.expert_body
+    factors = {
+        "embeddings": config.embedding_scale,
+        "residual additions": config.residual_scale,
+        "logits": 1 / config.logits_divisor,
+        "weights of experts": rule.scale,
+    }
+    told = {
+        f"a window of {config.sliding_window} positions": config.sliding_window is not None,
+        "sinks": config.attention_sinks,
+        "norms of queries and keys over each head": config.qk_norm == "head",
+        "norms of queries and keys over all heads": config.qk_norm == "all",
+        f"queries, keys and values clipped at {config.qkv_clip}": config.qkv_clip is not None,
+        "biases of attention": config.attention_bias,
+        f"scores times {config.attention_scale}": config.attention_scale is not None,
+        f"{config.rotary_dim} numbers of a head rotated": config.rotary_dim is not None,
+        f"{rule.score} routers": rule.score != "softmax",
+        "a bias for choosing experts": rule.selection_bias,
+        f"{rule.groups_per_token} of {rule.num_groups} groups of experts a token": rule.num_groups > 1,
+        f"a shared expert of {config.shared_intermediate_size}{', gated' * config.shared_gate}": (
+            config.shared_intermediate_size is not None
+        ),
+        f"{body.activation} experts": body.activation != "silu",
+        "biases of experts": body.bias,
+        "layer norms with biases": config.norm == "layer",
+        "the embedding as head": config.tie_embeddings,
+    }
+    told |= {f"{name} times {factor:.6g}": factor != 1 for name, factor in factors.items()}
+    return [text for text, holds in told.items() if holds]
