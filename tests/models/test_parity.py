@@ -94,7 +94,7 @@ def test_every_token_chooses_the_same_experts_with_the_same_weights(case):
 
 
 def test_greedy_tokens_agree_decoding_from_a_cache(case):
-    """The engine's are compared in `tests/runtime/test_families.py`; these are of one program, padded left."""
+    """Those of one program, padded left; `tests/runtime/test_families.py` compares the engine's."""
     if case.greedy is not None:
         tokens, positions, _ = batch(case.golden, "left")
         np.testing.assert_array_equal(case.greedy(tokens, positions), case.golden["greedy"])

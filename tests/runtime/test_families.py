@@ -24,14 +24,12 @@ TOLERANCE = 2e-5
 (`test_exactness.py`)."""
 
 
-def one_of_each_family():
-    named = {
-        json.loads((GOLDEN / case / "config.json").read_text())["model_type"]: case for case in CASES[::-1]
-    }
-    return sorted(named.values())
+def family(case):
+    return json.loads((GOLDEN / case / "config.json").read_text())["model_type"]
 
 
-FAMILIES = one_of_each_family()
+FAMILIES = sorted({family(case): case for case in CASES[::-1]}.values())
+"""The first case of each family."""
 
 
 def prompts(case):
