@@ -17,7 +17,6 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from layerscope_jax.checkpoints.fingerprint import fingerprint
-from layerscope_jax.checkpoints.model import load
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.commands import Command, union, with_added
@@ -93,7 +92,7 @@ class Demo:
         """Returns the exit code."""
         exits.need_output()
         with option("--checkpoint"):
-            model = open_model(self.checkpoint, revision=self.revision)
+            model = open_model(self.checkpoint, None, self.revision)
         report = demo.compare(
             model,
             demo.read_demo_prompts(),
@@ -261,7 +260,7 @@ class Generate:
 
     def _complete(self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None) -> int:
         """Completes the rows; returns how many ended with an error."""
-        model = load(self._folder, dtype=self.dtype)
+        model = open_model(str(self._folder), self.dtype)
         check_prompts(rows, model)
         name = self._model()
 
