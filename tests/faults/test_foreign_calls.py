@@ -157,6 +157,7 @@ UNREAD = {
     ("sums", 1, 0),
     ("attention of a token", 2, 3),
     ("attention of many", 2, 3),
+    ("latent attention", 1, 1),
 }
 """Axes of arguments that may be longer: nobody reads what lies behind."""
 

@@ -1,5 +1,6 @@
 """Latent attention by our own loops: what XLA computes, whoever else is in the batch and whoever helps."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from crews import TOLERANCE, table
-from helpers import bits
+from flax import nnx
+from helpers import TINY, bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerscope_jax.kernels.dense import our_loops
 from layerscope_jax.kernels.dots import WIDTH, dot_products
 from layerscope_jax.kernels.head_products import head_products
 from layerscope_jax.kernels.latent_attention import PIECE, latent_attention
-from layerscope_jax.models.latent_attention import head_matmul, latent_attend
+from layerscope_jax.models.config import LatentSizes
+from layerscope_jax.models.latent_attention import LatentAttention, LatentCache, head_matmul, latent_attend
 from layerscope_jax.models.rotary import PAD_POSITION
 
 SCALE = 0.2
@@ -107,6 +111,24 @@ def test_products_of_heads_are_what_xla_computes(dtype, shape):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
     alone = head_products(table(1)[1], x[:1], weights)
     np.testing.assert_array_equal(bits(np.asarray(alone, np.float32)), bits(found[:1]))
+
+
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_a_layer_is_the_same_by_our_loops(tokens):
+    """A token's by what lies in the cache, a prompt's by the keys and values that are made of it."""
+    sizes = LatentSizes(query_rank=None, rank=64, nope=32, rope=32, value=32)
+    config = dataclasses.replace(TINY, attention="latent", latent=sizes)
+    layer = LatentAttention(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((2, tokens, config.hidden_size)), jnp.float32)
+    cache = LatentCache(jnp.asarray(rng.standard_normal((2, 64, 96)), jnp.float32))
+    positions = jnp.asarray(np.array([[3], [30]]) + np.arange(tokens), jnp.int32)
+    expected, _ = layer(hidden, positions, cache)
+    with our_loops(table(3)[1]):
+        found, _ = layer(hidden, positions, cache)
+    assert (found != expected).any()  # it was another way
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=TOLERANCE["float32"])
 
 
 @given(
