@@ -163,7 +163,7 @@ def _family_of(config: Mapping[str, Any]) -> Family:
     if not isinstance(architectures, list | None):
         raise ValueError(f"architectures: expected a list of names, got {shown(architectures)}")
     for family in FAMILIES.values():
-        if family.architecture in (architectures or ()):
+        if {family.architecture, *family.aliases} & set(map(str, architectures or ())):
             return family
         if not architectures and family.model_type == config.get("model_type"):
             return family
