@@ -4,12 +4,14 @@ import ast
 import dataclasses
 import re
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
 from docs_pages import LINK, NAMED_FILE, OPTION, PAGES, ROOT, anchors, blocks, commands, prose
 
 from layerscope_jax.cli import demo
 from layerscope_jax.cli.main import COMMANDS
+from layerscope_jax.models import FAMILIES
 from layerscope_jax.scheduling.registry import FORECASTING, POLICIES
 
 PYTHON_PAGES = [page for page in PAGES if any(b.language == "python" and b.run for b in blocks(page))]
@@ -45,7 +47,8 @@ def shown(path):
 @pytest.fixture
 def _registries():
     names = POLICIES.copy(), FORECASTING.copy()
-    yield
+    with mock.patch.dict(FAMILIES):
+        yield
     POLICIES.clear()
     POLICIES.update(names[0])
     FORECASTING.clear()

@@ -19,6 +19,7 @@ class Family:
     Attributes:
         architecture: HF's class name, as in `architectures` of `config.json`.
         model_type: HF's short name, also used as `ModelConfig.family`.
+        aliases: other names of the architecture in published configs.
         read_config: function from `config.json` as a dict to a `ModelConfig`; raises one ValueError that
             names everything that is wrong.
         write_config: the reverse, without `architectures`, `model_type` and `dtype`.
@@ -36,6 +37,7 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     weights: tuple[Weight, ...]
+    aliases: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("lm_head.weight",)
     extra_layers: bool = False
     aliases: tuple[str, ...] = ()

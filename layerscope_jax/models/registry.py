@@ -174,7 +174,7 @@ def _family_of(config: Mapping[str, Any]) -> Family:
     if not isinstance(architectures, list | None):
         raise ValueError(f"architectures: expected a list of names, got {shown(architectures)}")
     for family in FAMILIES.values():
-        if family.architecture in (architectures or ()):
+        if {family.architecture, *family.aliases} & set(map(str, architectures or ())):
             return family
         kinds = (family.model_type, f"{family.model_type}_text", *family.aliases)
         if not architectures and config.get("model_type") in kinds:

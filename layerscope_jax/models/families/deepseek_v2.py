@@ -8,6 +8,7 @@ from typing import Any
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.config_reader import ConfigReader
 from layerscope_jax.models.families.parts import (
+    AUTO_MAP,
     TRAINING_KEYS,
     latent_settings,
     read_deepseek_layers,
@@ -49,7 +50,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         **latent_settings(reader, shared, sizes),
         **read_deepseek_layers(reader, shared["num_layers"], first=0, shared_experts=2),
     }
-    reader.check(*TRAINING_KEYS)
+    reader.check(AUTO_MAP, *TRAINING_KEYS)
     return ModelConfig(
         family="deepseek_v2", normalize_top_k=False, routing=routing, rope_interleaved=True, **settings
     )

@@ -8,6 +8,7 @@ from typing import Any
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.config_reader import ConfigReader
 from layerscope_jax.models.families.parts import (
+    AUTO_MAP,
     TRAINING_KEYS,
     latent_settings,
     read_deepseek_layers,
@@ -46,7 +47,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         "routing": read_sigmoid_routing(reader, groups=8, kept=4, scale=2.5),
         "rope_interleaved": reader.flag("rope_interleave", default=True),
     }
-    reader.check(*TRAINING_KEYS)
+    reader.check(AUTO_MAP, *TRAINING_KEYS)
     return ModelConfig(family="deepseek_v3", **settings)
 
 

@@ -8,11 +8,15 @@ from typing import Any
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.config_reader import ConfigReader
 from layerscope_jax.models.families.mixtral import BLOCK
+from layerscope_jax.models.families.parts import AUTO_MAP
 from layerscope_jax.models.family import Family, write_shared
 from layerscope_jax.models.routing_rules import RoutingRule
 from layerscope_jax.models.weights import LAYER, PLACE, QK_NORMS, WEIGHTS, Weight
 
 EXPECTED = {
+    "layernorm_full_attention_beta": 1.0,
+    "layernorm_linear_attention_beta": 1.0,
+    "layernorm_mlp_beta": 1.0,
     "qk_norm_type": "per_layer",
     "scoring_func": "sigmoid",
     "shared_intermediate_size": 0,
@@ -38,7 +42,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         "num_kv_heads": reader.integer("num_key_value_heads"),
         "moe_intermediate_size": reader.integer("intermediate_size"),
     }
-    reader.check("attn_type_list", "mlp_intermediate_size", "shared_moe_mode", *PREDICTING)
+    reader.check(AUTO_MAP, "attn_type_list", "mlp_intermediate_size", "shared_moe_mode", *PREDICTING)
     return ModelConfig(
         family="minimax_m2",
         qk_norm="all",

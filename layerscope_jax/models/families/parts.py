@@ -137,5 +137,9 @@ def read_deepseek_layers(
     }
 
 
+AUTO_MAP = "auto_map"
+"""Names the authors' own code, in the published configs of families that began with such code. Transformers
+has classes of the same architectures, which are followed here."""
+
 TRAINING_KEYS = ("aux_loss_alpha", "ep_size", "num_nextn_predict_layers", "num_mtp_layers", "seq_aux")
 """Keys of DeepSeek's configs and their kin that change no logit of the model itself."""

@@ -8,6 +8,7 @@ from typing import Any
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.config_reader import ConfigReader
 from layerscope_jax.models.families.mixtral import BLOCK
+from layerscope_jax.models.families.parts import AUTO_MAP
 from layerscope_jax.models.family import Family, write_shared
 from layerscope_jax.models.routing_rules import RoutingRule
 from layerscope_jax.models.weights import BIASES, LAYER, PLACE, ROUTER, TRANSPOSE, WEIGHTS, Weight, mapped
@@ -30,7 +31,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
             f"num_experts_per_tok: expected 2, which is what SparseMixer chooses, got "
             f"{shared['experts_per_token']}"
         )
-    reader.check("input_jitter_noise")
+    reader.check(AUTO_MAP, "input_jitter_noise")
     return ModelConfig(
         family="phimoe",
         normalize_top_k=False,
@@ -54,6 +55,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 PHIMOE = Family(
     architecture="PhimoeForCausalLM",
     model_type="phimoe",
+    aliases=("PhiMoEForCausalLM",),  # of the authors' own code, and so of what they published
     read_config=read_config,
     write_config=write_config,
     weights=(
