@@ -45,7 +45,7 @@ class Naming:
     Attributes:
         graphdef: of the whole decoder.
         dense: tensor name -> path of the parameter, for everything but routed experts.
-        experts: tensor name -> the expert and its matrix ("gate", "up" or "down").
+        experts: tensor name -> the expert and its matrix ("gate", "up", "down" or "bias").
         shapes: tensor name -> its shape in the checkpoint.
         parameters: path of a dense parameter -> its shape in the decoder.
         transforms: tensor name -> what happens to it on the way into the decoder, and back.

@@ -46,8 +46,8 @@ class Weight(NamedTuple):
     Attributes:
         tensor: HF's name, in which `{layer}` stands for each decoder layer and `{expert}` for each expert.
         place: dotted path of the array in a `Decoder`, with the same `{layer}`; of a routed expert's matrix,
-            "experts.{layer}.{expert}.gate" (or up, down). A row whose place a model does not have (biases, a
-            tied head, experts of a dense layer) does not count for it.
+            "experts.{layer}.{expert}.gate" (or up, down, bias). A row whose place a model does not have
+            (biases, a tied head, experts of a dense layer) does not count for it.
         transform: what happens on the way.
     """
 

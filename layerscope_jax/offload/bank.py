@@ -11,7 +11,7 @@ import numpy as np
 
 from layerscope_jax.formats import ExpertFormat, PlainFormat, plain_of
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.experts import weights_type
+from layerscope_jax.models.experts import BiasedWeights, weights_type
 from layerscope_jax.scheduling.plan import ExpertId
 
 
@@ -35,7 +35,8 @@ class ExpertBank:
     Attributes:
         layers: [L][E] each expert's arrays, L the MoE layers: an `Expert` of the format, in `pinned_host`
             memory.
-        format: how they lie in memory; where it is not given, the plain one of the first expert's matrices.
+        format: how they lie in memory; where it is not given, the plain one of the first expert's matrices,
+            which compute SwiGLU.
         dtype: of what goes into and comes out of experts; where it is not given, that of the plain format.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=2, num_heads=2,
@@ -54,6 +55,11 @@ class ExpertBank:
 
     def __post_init__(self) -> None:
         if self.format is None:
+            if isinstance(self.layers[0][0], BiasedWeights):
+                raise ValueError(
+                    "a bank of experts with biases needs format=, which knows their activation: "
+                    "format_named(...).for_body(config.expert_body)"
+                )
             object.__setattr__(self, "format", plain_of(self.layers[0][0]))
         if self.dtype is None:
             if not isinstance(self.format, PlainFormat):
@@ -113,8 +119,11 @@ class ExpertBank:
         """A bank of the same experts in another format, for activations of the same dtype.
 
         Both are in memory until this one is let go of.
+
+        Raises:
+            ValueError: if the format does not have what these experts compute.
         """
-        sharding = self.layers[0][0][0].sharding
+        format, sharding = format.for_body(self.format.body), self.layers[0][0][0].sharding
 
         def put(array: np.ndarray) -> jax.Array:
             return jax.block_until_ready(jax.device_put(array, sharding))
