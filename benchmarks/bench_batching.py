@@ -1,4 +1,4 @@
-"""What is gained by giving a slot on as soon as its request has ended?
+"""What does continuous batching gain?
 
 A trained model continues real prompts by as many tokens each as an exponential distribution says: most are
 short, some are long. "Continuous" is one call of `generate`. "Batch by batch" calls it for as many requests

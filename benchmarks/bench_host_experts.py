@@ -1,4 +1,4 @@
-"""How close do experts on the CPU come to what its memory and its products can do?
+"""How close do experts on the CPU come to its memory bandwidth and arithmetic?
 
 Experts of one shape, so many that no cache holds them, are computed once each: by loops of our own, bfloat16
 by AMX or products of pairs where the CPU has them, and by XLA's products, which the engine does not take.

@@ -1,4 +1,4 @@
-"""What does the predictor cost: to train, and in every layer?
+"""What does the predictor cost in training and in every layer?
 
 Training: 65,536 tokens of a model of 26 layers of 64 experts, 6 a token, as DeepSeek-V2-Lite routes. The rows
 are random, since only the time is asked for; what is learned is the scorecard's affair. In the engine: one

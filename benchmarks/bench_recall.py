@@ -1,4 +1,4 @@
-"""What accuracy do I need?
+"""What accuracy does a predictor need?
 
 Decode steps on the virtual clock, with forecasts of any recall made from the truth, and without a forecast:
 where prediction pays, and whether nothing is lost where it does not. Recorded routing of a profile's model,

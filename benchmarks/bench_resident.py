@@ -24,7 +24,7 @@ from benchmarks import harness
 from benchmarks.hf_peer import EXPERTS, HFPeer, find_python
 from benchmarks.jitted_loop import JittedLoop
 from benchmarks.random_models import random_decoder, shapes
-from layerscope_jax import Engine, OffloadConfig, load, save
+from layerscope_jax import Engine, ModelConfig, OffloadConfig, load, save
 from layerscope_jax.generation.scheduler import batch_rows
 
 PARTS = ("prefill", "decode")
@@ -155,7 +155,11 @@ def tables(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main(options: Options) -> dict[str, Any]:
-    configs = shapes(options.quick)
+    return run(options, shapes(options.quick), "resident")
+
+
+def run(options: Options, configs: dict[str, ModelConfig], name: str) -> dict[str, Any]:
+    """Measures some models; `name` is that of the benchmark."""
     unknown = set(options.shapes) - set(configs)
     if unknown:
         raise SystemExit(f"error: shapes are {', '.join(configs)}; got {', '.join(sorted(unknown))}")
@@ -188,7 +192,7 @@ def main(options: Options) -> dict[str, Any]:
                     rows.append({"shape": shape, "dtype": dtype, "batch": batch} | point)
                     progress.print(f"measured {shape} {dtype}, batch {batch}")
     result = {
-        "benchmark": "resident",
+        "benchmark": name,
         "quick": options.quick,
         "machine": record,
         "prompt_tokens": width,

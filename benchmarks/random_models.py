@@ -14,6 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from layerscope_jax import Decoder, Model, ModelConfig
 from layerscope_jax.checkpoints.weight_names import Naming
+from layerscope_jax.models.config import LatentSizes
+from layerscope_jax.models.experts import ExpertBody
+from layerscope_jax.models.routing_rules import RoutingRule
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 
 
@@ -69,6 +72,8 @@ def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) 
     def draw(path: tuple, shape: tuple[int, ...]) -> jax.Array:
         if path[-1] == "scale":
             return jnp.ones(shape, dtype)
+        if len(shape) == 1:  # biases, sinks
+            return jnp.asarray((0.1 * random.standard_normal(shape, np.float32)).astype(dtype))
         inputs = shape[-1] if path[-1] == "embedding" else shape[-2]
         gain = np.float32((2 if "router" in path else 1) / np.sqrt(inputs))
         return jnp.asarray((random.standard_normal(shape, np.float32) * gain).astype(dtype))
@@ -77,21 +82,84 @@ def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) 
     return nnx.merge(graphdef, unflatten_dict(leaves))
 
 
+def shapes_of_attention(quick: bool) -> dict[str, ModelConfig]:
+    """A model of each kind of attention, in the proportions of a published one.
+
+    Grouped queries as Qwen3-30B-A3B has them; with sinks, biases and a window in every second layer, and
+    clamped experts, as gpt-oss; latent attention, shared experts and a dense first layer, as Moonlight.
+    """
+    layers, hidden, inner, experts = (2, 32, 16, 8) if quick else (6, 512, 256, 32)
+    shared: Any = {
+        "vocab_size": 256 if quick else 8192,
+        "max_position_embeddings": 1024,
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_experts": experts,
+        "experts_per_token": 4,
+        "moe_intermediate_size": inner,
+    }
+    grouped: Any = {"num_heads": hidden // 16, "num_kv_heads": hidden // 128 or 1, "head_dim": 32}
+    sizes = LatentSizes(query_rank=None, rank=hidden // 4, nope=hidden // 16, rope=hidden // 32 * 2, value=32)
+    return {
+        "grouped": ModelConfig(**shared, **grouped, family="qwen3_moe", normalize_top_k=True, qk_norm="head"),
+        "sinks": ModelConfig(
+            **shared,
+            **grouped,
+            family="gpt_oss",
+            normalize_top_k=False,
+            attention_bias=True,
+            attention_sinks=True,
+            sliding_window=64,
+            full_attention_layers=tuple(range(1, layers, 2)),
+            expert_body=ExpertBody("clamped", bias=True),
+            routing=RoutingRule(score="top_k_softmax", logit_bias=True),
+        ),
+        "latent": ModelConfig(
+            **shared,
+            family="deepseek_v3",
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=sizes.nope + sizes.rope,
+            attention="latent",
+            latent=sizes,
+            rope_interleaved=True,
+            dense_layers=(0,),
+            intermediate_size=4 * inner,
+            shared_intermediate_size=2 * inner,
+            normalize_top_k=True,
+            routing=RoutingRule(
+                score="sigmoid",
+                selection_bias=True,
+                float32_logits=True,
+                group_score="two_best",
+                epsilon=1e-20,
+                scale=2.446,
+            ),
+        ),
+    }
+
+
 _WIDE: Any = {"hidden_size": 2048, "head_dim": 128, "max_position_embeddings": 4096}
 
 PUBLISHED = {
     "deepseek-v2-lite": ModelConfig(
-        **_WIDE,
-        family="olmoe",
+        **(_WIDE | {"head_dim": 192}),
+        family="deepseek_v2",
         vocab_size=102_400,
-        num_layers=26,
+        num_layers=27,
         num_heads=16,
         num_kv_heads=16,
         num_experts=64,
         experts_per_token=6,
         moe_intermediate_size=1408,
         normalize_top_k=False,
-        qk_norm="all",
+        dense_layers=(0,),
+        intermediate_size=10_944,
+        shared_intermediate_size=2816,
+        attention="latent",
+        latent=LatentSizes(query_rank=None, rank=512, nope=128, rope=64, value=128),
+        rope_interleaved=True,
+        routing=RoutingRule(float32_logits=True),
     ),
     "qwen3-30b-a3b": ModelConfig(
         **_WIDE,
@@ -119,11 +187,7 @@ PUBLISHED = {
         normalize_top_k=True,
     ),
 }
-"""Published models' own sizes, each in the family here that comes nearest.
-
-DeepSeek-V2-Lite's latent attention is one of plain heads here; its two shared experts and its first layer,
-which has no routed ones, are left out.
-"""
+"""Published models' own sizes."""
 
 
 def published(name: str, quick: bool) -> ModelConfig:
@@ -132,7 +196,10 @@ def published(name: str, quick: bool) -> ModelConfig:
     if not quick:
         return config
     sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "vocab_size": 256, "num_layers": 4}
-    heads = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 32}
+    heads: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 32}
+    if config.latent is not None:
+        small = LatentSizes(query_rank=None, rank=32, nope=16, rope=16, value=16)
+        heads |= {"latent": small, "intermediate_size": 64, "shared_intermediate_size": 32}
     return replace(config, **sizes, **heads, num_experts=min(config.num_experts, 16))
 
 
@@ -160,8 +227,12 @@ def random_model(config: ModelConfig, seed: int = 0) -> Model:
         return draw(shape, gain)
 
     naming, sharding = Naming.of(config), device_sharding()
+
+    def dtype(path: tuple) -> Any:
+        return np.float32 if path in naming.wide else jnp.bfloat16
+
     parameters = {
-        path: jax.block_until_ready(jax.device_put(dense(path, shape), sharding))
+        path: jax.block_until_ready(jax.device_put(dense(path, shape).astype(dtype(path)), sharding))
         for path, shape in naming.parameters.items()
     }
     bank = ExpertBank.build(config, lambda expert, matrix, shape: draw(shape, shape[0] ** -0.5))

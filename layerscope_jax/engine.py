@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
+from layerscope_jax.generation.arguments import batch_of, check_options, make_request, make_requests
 from layerscope_jax.generation.calls import Call
+from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.completions import Completions, Token
 from layerscope_jax.generation.detokenize import continuation
 from layerscope_jax.generation.encoding import encode_prompts
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.progress import progress_bar
-from layerscope_jax.generation.requests import Request, batch_of, check_options, make_request, make_requests
+from layerscope_jax.generation.requests import Request
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.prediction.predictors import make_predictor
 from layerscope_jax.profiling import measure as calibration
@@ -29,6 +32,8 @@ from layerscope_jax.scheduling.registry import make_policy
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.compile_cache import Compilations, counted
 from layerscope_jax.support.units import parse_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -52,6 +57,13 @@ class Engine:
         host_device: the JAX CPU device that computes experts on the host; None for the last of them. Without
             an accelerator it takes turns with `device`, even if JAX has several CPU devices, because they
             share the same cores.
+        chat_template: Jinja text that turns the `messages` of a request into a prompt; None for the
+            checkpoint's own.
+        generation_config: "auto" to take the sampling settings that the checkpoint's `generation_config.json`
+            recommends where a call gives none (a `Request` has its own); "none" to take those of `Request`.
+
+    Attributes:
+        defaults: settings of prompts for which a call gives none.
 
     Raises:
         ValueError: if the policy is unknown; if the budget is too small for the policy and what the predictor
@@ -74,6 +86,8 @@ class Engine:
         *,
         device: jax.Device | None = None,
         host_device: jax.Device | None = None,
+        chat_template: str | None = None,
+        generation_config: Literal["auto", "none"] = "auto",
     ):
         problems, device_or_none = Problems(), "one of jax.devices() or None"
         problems.expect(isinstance(model, Model), "model", "a Model, as layerscope_jax.load gives one", model)
@@ -84,9 +98,24 @@ class Engine:
         problems.expect(
             isinstance(host_device, jax.Device | None), "host_device", device_or_none, host_device
         )
+        problems.expect(
+            isinstance(chat_template, str | None), "chat_template", "a text or None", chat_template
+        )
+        problems.expect(
+            generation_config in ("auto", "none"), "generation_config", "'auto' or 'none'", generation_config
+        )
         problems.raise_any()
-        self._resources = Resources(self)
-        self._turns = Turns(self._resources.step)
+        self.defaults: Mapping[str, Any] = model.generation_defaults if generation_config == "auto" else {}
+        if self.defaults:
+            logger.warning(
+                "%s recommends %s, which requests have unless they say otherwise; turn that off with "
+                "generation_config='none'",
+                model.path,
+                ", ".join(f"{name}={value}" for name, value in self.defaults.items()),
+            )
+        self._turns = Turns()
+        self._resources = Resources(self, self._turns)
+        self._chat = self._resources.add(Chat(model.path, chat_template))
         self.model = model
         self.config = config or OffloadConfig()
         self.device = device or model.device
@@ -157,8 +186,8 @@ class Engine:
                 during the call.
             bound: whether to report the lower bound on the time of the decode steps, computed from this
                 machine's costs, as a share of the time taken; takes a few seconds more.
-            **settings: fields of `Request` for the prompts that are not a `Request`: max_new_tokens,
-                temperature, top_k, top_p, seed, stop_token_ids. At least one prompt must not be a `Request`.
+            **settings: fields of `Request` for the prompts that are not a `Request`, such as max_new_tokens,
+                temperature or stop. At least one prompt must not be a `Request`.
 
         Raises:
             ValueError: for unknown or out-of-range settings; for prompts that are empty or too long, naming
@@ -167,7 +196,8 @@ class Engine:
             TransferError: if an expert could not be copied to the device.
         """
         self._turns.check()
-        requests = make_requests(prompts, settings, ("progress", "on_token", "record_plans", "bound"))
+        options = ("progress", "on_token", "record_plans", "bound")
+        requests = make_requests(prompts, settings, options, self.defaults)
         check_options(on_token, progress=progress, record_plans=record_plans, bound=bound)
         if bound and self.runner.costs is None:
             raise ValueError(
@@ -196,7 +226,7 @@ class Engine:
         its requests.
         """
         self._turns.check()
-        return self._stream(self._call(make_requests(prompts, settings)))
+        return self._stream(self._call(make_requests(prompts, settings, defaults=self.defaults)))
 
     def _stream(self, call: Call) -> Iterator[Token]:
         yield from self._loop.stream(call)  # a generator method keeps the engine alive while it is read
@@ -225,7 +255,7 @@ class Engine:
             handle.result().finish_reason
         """
         self._turns.check()
-        request = make_request(prompt, settings)
+        request = make_request(prompt, settings, self.defaults)
         try:
             call = self._call([request])
         except ValueError as error:
@@ -292,7 +322,7 @@ class Engine:
         self._loop.check_open()
         config = self.model.config
         prompts = encode_prompts(
-            requests, self.model.tokenizer, config.max_position_embeddings, config.vocab_size
+            requests, self.model.tokenizer, config.max_position_embeddings, config.vocab_size, self._chat
         )
         return self._loop.call(requests, prompts, record_plans=record_plans, bound=bound)
 

@@ -1,6 +1,6 @@
 """LLaPor: a learned, layer-aware predictor of expert activation.
 
-Names are imported when they are first asked for, as those of `layerscope_jax`.
+Names are imported when they are first used, as in `layerscope_jax`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def load(folder: str | Path) -> LLaPor:
 
 
 def shipped() -> LLaPor:
-    """The predictor that comes with the shipped model, and is for no other."""
+    """Loads the predictor of the shipped model, which works for no other model."""
     return load(SHIPPED)
 
 
-if not TYPE_CHECKING:  # with it any name would do
+if not TYPE_CHECKING:  # type checkers would accept any name
     __getattr__ = importer(__name__, _CONTENTS)
 
 

@@ -1,7 +1,7 @@
-"""Predictors that LLaPor is compared with: an engine's own without training, a linear map, the truth.
+"""Predictors that LLaPor is compared with: those that need no training, a linear map, and the truth.
 
-Each gives probabilities of the experts of later layers, for the rows of a trace and a layer. Those that an
-engine takes by name are the engine's own objects (`layerscope_jax.prediction`), asked for each row.
+Each computes probabilities of the experts of later layers, for the rows of a trace and a layer. Those that an
+engine takes by name are the same objects as in an engine (`layerscope_jax.prediction`).
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class Candidate(Protocol):
     def name(self) -> str: ...
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
-        """Forecast at `layer`; the experts' popularity where there is no other knowledge."""
+        """Returns the forecast at `layer`; the experts' popularity if nothing else is known."""
         ...
 
 
 class Truth(NamedTuple):
-    """Experts that were chosen in the target layers.
+    """Chosen experts in the target layers.
 
     Attributes:
-        experts: [N, H, K] of each target layer.
-        known: [N, H] whether there is a target: past the last layer, it is in the next token's step.
+        experts: [N, H, K] experts of each target layer.
+        known: [N, H] whether the target exists: past the last layer, it is in the next token's step.
     """
 
     experts: np.ndarray
@@ -64,7 +64,7 @@ class Truth(NamedTuple):
 
 
 def truth(rows: Rows, layer: int, horizons: Sequence[int]) -> Truth:
-    """Experts chosen `horizons` layers after `layer`."""
+    """Returns the experts chosen `horizons` layers after `layer`."""
     count, layers, _ = rows.experts.shape
     experts, known = [], []
     for horizon in horizons:
@@ -76,7 +76,7 @@ def truth(rows: Rows, layer: int, horizons: Sequence[int]) -> Truth:
 
 @dataclass(frozen=True)
 class Popularity:
-    """An engine's `popularity`, if it had seen the training rows and forgot none of them.
+    """An engine's `popularity` predictor after all training rows, without forgetting.
 
     Attributes:
         share: [L, E] share of the training rows that choose each expert.
@@ -89,7 +89,7 @@ class Popularity:
 
     @staticmethod
     def count(experts: np.ndarray, num_experts: int) -> np.ndarray:
-        """[L, E] share of the rows [N, L, K] that choose each expert.
+        """Returns the share [L, E] of the rows [N, L, K] that choose each expert.
 
         >>> Popularity.count(np.array([[[0, 1]], [[0, 2]]]), 4).tolist()
         [[1.0, 0.5, 0.5, 0.0]]
@@ -101,17 +101,19 @@ class Popularity:
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         model = routed(rows, self.share.shape[1])
         state = history.Counts(model, dict(enumerate(self.share)))
-        said = history.Popularity().forecast(state, layer, model.experts_per_token, self.horizons)  # [H, E]
-        every = np.broadcast_to(said[None], (len(rows), *said.shape))
+        expected = history.Popularity().forecast(
+            state, layer, model.experts_per_token, self.horizons
+        )  # [H, E]
+        every = np.broadcast_to(expected[None], (len(rows), *expected.shape))
         return Forecast(every, every)
 
 
 @dataclass(frozen=True)
 class PreviousToken:
-    """An engine's `previous-token`, if each passage were a request of its own.
+    """An engine's `previous-token` predictor, with each passage as a separate request.
 
-    It forecasts the experts that the newest token to have passed the target layer chose there: the previous
-    token; past the last layer, the row's own. The ranking has the router's best choice first.
+    It forecasts the experts that the newest token in the target layer has chosen there: the previous token's
+    or, past the last layer, the row's own. The ranking has the router's best choice first.
     """
 
     popularity: Popularity
@@ -121,30 +123,32 @@ class PreviousToken:
         horizons, num_experts = self.popularity.horizons, self.popularity.share.shape[1]
         model = routed(rows, num_experts)
         probabilities, ranking = (np.array(part) for part in self.popularity.forecast(rows, layer))
-        latest = {}  # target layer -> the row that passed it last, -1 for none
+        latest = {}  # target layer -> the last row that ran it, -1 for none
         for horizon in horizons:
             later, target = turn_ahead(layer, horizon, model.num_layers)
             latest[target] = np.arange(len(rows)) if later else rows.before()
         ones = np.ones(model.experts_per_token, np.float32)
         counts = {target: at_choices(rows, target, row, ones, num_experts) for target, row in latest.items()}
         state = history.Counts(model, counts)
-        said = history.PreviousToken().forecast(state, layer, model.experts_per_token, horizons)  # [H, N, E]
+        expected = history.PreviousToken().forecast(
+            state, layer, model.experts_per_token, horizons
+        )  # [H, N, E]
         best_first = np.arange(model.experts_per_token, 0, -1, dtype=np.float32)
         for place, (target, row) in enumerate(latest.items()):
             known = row >= 0
-            probabilities[known, place] = said[place, known]
+            probabilities[known, place] = expected[place, known]
             ranking[known, place] = at_choices(rows, target, row, best_first, num_experts)[known]
         return Forecast(probabilities, ranking)
 
 
 def routed(rows: Rows, num_experts: int) -> RoutedExperts:
-    """The model whose routing the rows are."""
+    """Returns the numbers of the model whose routing the rows are."""
     _, layers, choices = rows.experts.shape
     return RoutedExperts(num_layers=layers, num_experts=num_experts, experts_per_token=choices)
 
 
 def at_choices(rows: Rows, layer: int, which: np.ndarray, values: np.ndarray, num_experts: int) -> np.ndarray:
-    """[N, E] values at the experts that some rows chose in a layer, zeros elsewhere.
+    """Returns values [N, E] at the experts that some rows chose in a layer, zeros elsewhere.
 
     Args:
         which: [N] index of each row; -1 for no row, which gives zeros.
@@ -159,11 +163,11 @@ def at_choices(rows: Rows, layer: int, which: np.ndarray, values: np.ndarray, nu
 
 @dataclass(frozen=True)
 class Gate:
-    """An engine's `gate`, on hidden states that a trace holds reduced.
+    """An engine's `gate` predictor, on the reduced hidden states of a trace.
 
     Attributes:
         routers, basis: of the trace.
-        popularity: for targets past the last layer, where there is no router to ask.
+        popularity: forecast for targets past the last layer, for which there is no router.
         choices: K.
     """
 
@@ -207,8 +211,10 @@ class Linear:
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf[layer]), self.params)
         run = partial(_linear, params)
-        (found,) = in_pieces(run, rows.hidden[:, layer], rows.experts[:, layer], rows.weights[:, layer])
-        return Forecast(found, found)
+        (probabilities,) = in_pieces(
+            run, rows.hidden[:, layer], rows.experts[:, layer], rows.weights[:, layer]
+        )
+        return Forecast(probabilities, probabilities)
 
 
 @jax.jit
@@ -218,7 +224,7 @@ def _linear(params: LinearParams, hidden: jax.Array, experts: jax.Array, weights
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """LLaPor, on hidden states that a trace holds reduced.
+    """LLaPor, on the reduced hidden states of a trace.
 
     Attributes:
         llapor: a trained predictor.
@@ -226,7 +232,7 @@ class Learned:
         horizons: layers ahead that are forecast.
 
     Raises:
-        ValueError: if the trace's PCA left out what the predictor reads.
+        ValueError: if the trace's PCA lacks components that the predictor reads.
     """
 
     llapor: LLaPor
@@ -239,13 +245,13 @@ class Learned:
         kept = np.linalg.norm(self._turned[0], axis=1)  # of each component that the predictor reads
         if kept.min() < 0.99:
             raise ValueError(
-                f"the predictor's PCA is another one than the trace's, whose {self.basis.width} components "
+                f"the predictor's PCA differs from the trace's, whose {self.basis.width} components "
                 f"hold only {kept.min():.0%} of one of the predictor's; record with all of them (--hidden)"
             )
 
     @cached_property
     def _turned(self) -> tuple[np.ndarray, np.ndarray]:
-        """[L, P, P'] and [L, P']: from the trace's reduced hidden states to the predictor's."""
+        """Map [L, P, P'] and offset [L, P'] from the trace's reduced hidden states to the predictor's."""
         ours, theirs = self.basis, self.llapor.basis
         turn = np.einsum("ldp,ldq->lpq", ours.components, theirs.components)
         return turn, np.einsum("ld,ldq->lq", ours.mean - theirs.mean, theirs.components)
@@ -261,34 +267,36 @@ class Learned:
         @jax.jit
         def run(turn, offset, params, hidden, experts, weights):
             turned = hidden.astype(jnp.float32) @ turn + offset[None]
-            found = self.llapor.predict_reduced(params, turned, experts, weights)
-            return (found[picked].swapaxes(0, 1),)
+            probabilities = self.llapor.predict_reduced(params, turned, experts, weights)
+            return (probabilities[picked].swapaxes(0, 1),)
 
         return run
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         turn, offset = (jnp.asarray(part[layer]) for part in self._turned)
         run = partial(self._run, turn, offset, self._params[layer])
-        (found,) = in_pieces(run, rows.hidden[:, layer], rows.experts[:, layer], rows.weights[:, layer])
-        return Forecast(found, found)
+        (probabilities,) = in_pieces(
+            run, rows.hidden[:, layer], rows.experts[:, layer], rows.weights[:, layer]
+        )
+        return Forecast(probabilities, probabilities)
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """The truth: a measure that does not give it full marks is wrong."""
+    """The true experts: checks the measures, which must score it as perfect."""
 
     popularity: Popularity
     name: str = "oracle"
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         true = truth(rows, layer, self.popularity.horizons)
-        found = np.zeros((*true.known.shape, self.popularity.share.shape[1]), np.float32)
-        np.put_along_axis(found, true.experts.astype(np.int64), 1.0, 2)
-        return Forecast(found, found)
+        probabilities = np.zeros((*true.known.shape, self.popularity.share.shape[1]), np.float32)
+        np.put_along_axis(probabilities, true.experts.astype(np.int64), 1.0, 2)
+        return Forecast(probabilities, probabilities)
 
 
 def in_pieces(run: Callable[..., tuple[jax.Array, ...]], *arrays: np.ndarray) -> list[np.ndarray]:
-    """Outputs of `run` over rows [N, ...], piece by piece; all pieces have one shape, so it compiles once."""
+    """Returns the outputs of `run` over rows [N, ...], computed in pieces of one shape to compile once."""
     rows = len(arrays[0])
     size = -(-rows // -(-rows // PIECE))
     outputs: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""Batches of held-out rows that could run together, and sums over them."""
+"""Batches of held-out rows that could run together, and sums over the rows of each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Group(NamedTuple):
 
 
 class Batches(NamedTuple):
-    """Of one phase and size.
+    """Batches of one phase and size.
 
     Attributes:
         members: [G, B] rows for decode steps, prompts for prefill.
@@ -42,13 +42,13 @@ class Batches(NamedTuple):
 class Batching:
     """Held-out rows by domain and phase, and batches of them.
 
-    A batch is of different passages of one domain: the tokens at one decode step, or the whole prompts.
-    Domains are not mixed: a domain with fewer passages than a batch has none of that size.
+    A batch holds different passages of one domain: their tokens at one decode step, or their whole prompts. A
+    domain with fewer passages than the batch size has no batch of that size.
 
     Attributes:
-        rows: the held-out ones.
-        sizes: B of the batches.
-        seed: of the passages' order.
+        rows: the held-out rows.
+        sizes: batch sizes B.
+        seed: seed of the passages' order.
     """
 
     rows: Rows
@@ -95,15 +95,15 @@ class Batching:
 
     @cached_property
     def prompts(self) -> np.ndarray:
-        """[passages, M] rows of each one's prompt, -1 where it is shorter."""
+        """Rows [passages, M] of each passage's prompt, padded with -1."""
         lengths = np.array([passage.prompt for passage in self.rows.passages])
         within = np.arange(lengths.max())[None]
         return np.where(within < lengths[:, None], self._starts[:, None] + within, -1)
 
     @cached_property
     def formed(self) -> dict[tuple[Phase, int], Batches]:
-        """All batches, at most `MOST` of a group and size; (phase, size) pairs without any are left out."""
-        found: dict[tuple[Phase, int], tuple[list, list]] = {}
+        """All batches by phase and size, at most `MOST` for each group and size; only pairs with batches."""
+        formed: dict[tuple[Phase, int], tuple[list, list]] = {}
         for index, group in enumerate(self.groups):
             order = np.random.default_rng((self.seed, index)).permutation(
                 [at for at, passage in enumerate(self.rows.passages) if passage.domain == group.domain]
@@ -114,13 +114,13 @@ class Batching:
                 if len(members):
                     if len(members) > MOST:
                         members = members[np.linspace(0, len(members) - 1, MOST).astype(int)]
-                    parts = found.setdefault((group.phase, size), ([], []))
+                    parts = formed.setdefault((group.phase, size), ([], []))
                     parts[0].append(members)
                     parts[1].append(np.full(len(members), index))
-        return {key: Batches(*map(np.concatenate, parts)) for key, parts in found.items()}
+        return {key: Batches(*map(np.concatenate, parts)) for key, parts in formed.items()}
 
     def _together(self, phase: Phase, order: np.ndarray) -> Iterator[np.ndarray]:
-        """Prompts, or rows of a step, that may share a batch, of a domain's passages in that `order`."""
+        """Yields prompts, or rows of a step, that may share a batch, for a domain's passages in `order`."""
         if phase == "prefill":
             yield order
             return
@@ -132,31 +132,31 @@ class Batching:
             yield self._starts[order[there]] + prompts[there] + step
 
     def sums(self, phase: Phase, *values: jax.Array) -> list[dict[int, np.ndarray]]:
-        """Sums of each of some values [N, E] over the batches of a phase: size -> [G, E]."""
+        """Returns the sums of values [N, E] over the batches of a phase: size -> [G, E]."""
         units = jnp.asarray(self.prompts) if phase == "prefill" else None
         return jax.device_get(_sums(values, units, self._members[phase]))
 
     @cached_property
     def _members(self) -> dict[Phase, dict[int, jax.Array]]:
         """Phase -> size -> [G, B] members of each batch, on the device."""
-        found: dict[Phase, dict[int, jax.Array]] = {"decode": {}, "prefill": {}}
+        members: dict[Phase, dict[int, jax.Array]] = {"decode": {}, "prefill": {}}
         for (phase, size), batches in self.formed.items():
-            found[phase][size] = jnp.asarray(batches.members)
-        return found
+            members[phase][size] = jnp.asarray(batches.members)
+        return members
 
 
 @jax.jit
 def _sums(
     values: tuple[jax.Array, ...], units: jax.Array | None, members: dict[int, jax.Array]
 ) -> list[dict[int, jax.Array]]:
-    """In one call, as a scorecard needs thousands of them; with `units` [U, M] members are of these."""
+    """Returns sums over batches in one call, because a scorecard needs thousands of them."""
     if units is not None:
         values = tuple(batch_sum(value, units) for value in values)
     return [{size: batch_sum(value, rows) for size, rows in members.items()} for value in values]
 
 
 def cut(items: np.ndarray, size: int) -> Sequence[np.ndarray]:
-    """Whole pieces of a size; the rest is left out.
+    """Returns complete pieces of a size; the rest is left out.
 
     >>> [piece.tolist() for piece in cut(np.arange(5), 2)]
     [[0, 1], [2, 3]]

@@ -1,4 +1,4 @@
-"""Rows to train on and to score with: split by document, never by row."""
+"""Rows for training and scoring, split by document and not by row."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Rows:
     """Tokens of some passages, one after another.
 
     Attributes:
-        passages: whose tokens they are, in the order of the rows.
+        passages: passages of the tokens, in the order of the rows.
         hidden: [N, L, P] float16 reduced hidden states.
         experts: [N, L, K] chosen experts.
-        weights: [N, L, K] float16 of the router.
-        following: [N] row of the next token of the same passage, -1 after its last.
+        weights: [N, L, K] float16 router weights.
+        following: [N] row of the next token of the same passage, -1 for its last token.
     """
 
     passages: tuple[Passage, ...]
@@ -33,7 +33,7 @@ class Rows:
         return len(self.following)
 
     def before(self) -> np.ndarray:
-        """[N] row of the token before in the same passage, -1 for its first."""
+        """Row [N] of the previous token of the same passage, -1 for its first token."""
         rows = np.full(len(self), -1)
         has_next = np.flatnonzero(self.following >= 0)
         rows[self.following[has_next]] = has_next
@@ -47,12 +47,12 @@ class Rows:
 def load_rows(
     trace: Trace, keep: Callable[[Passage], bool], *, most: int | None = None, what: str = "passages"
 ) -> Rows:
-    """Reads the passages for which `keep` holds, in the order of the recording; checksums are compared.
+    """Reads the passages for which `keep` holds, in the order of the recording, and checks checksums.
 
     Args:
-        trace: with hidden states.
+        trace: trace with hidden states.
         keep: whether a passage is read.
-        most: rows at most; None for all.
+        most: maximum number of rows; None for all.
         what: name of these passages in an error message.
 
     Raises:
@@ -74,15 +74,15 @@ def load_rows(
             if mapped is None:
                 chunk.verify()
                 mapped = {name: chunk.map(name) for name in parts}
-            for name, found in mapped.items():
-                parts[name].append(np.asarray(found[start:end]))
+            for name, array in mapped.items():
+                parts[name].append(np.asarray(array[start:end]))
             passages.append(passage)
             rows += passage.tokens
     if not passages:
         raise ValueError(
             f"{trace.folder}: expected {what}, got none among {trace.rows:,} rows; record more text"
         )
-    arrays = {name: np.concatenate(found) for name, found in parts.items()}
+    arrays = {name: np.concatenate(pieces) for name, pieces in parts.items()}
     finite = np.isfinite(arrays["hidden"]).all((0, 2))
     if not finite.all():
         raise ValueError(
@@ -94,22 +94,22 @@ def load_rows(
 
 
 def for_training(passage: Passage) -> bool:
-    """Four in five of the documents that predictors may be trained on, by a hash of their names."""
+    """Whether a passage is in the training set: four in five of the training documents, by a hash."""
     return passage.split == "train" and stable_hash(f"fit/{passage.domain}/{passage.document}") < 0.8
 
 
 def for_validation(passage: Passage) -> bool:
-    """The fifth: they decide when a training stops."""
+    """Whether a passage is in the validation set, the other fifth, which decides when training stops."""
     return passage.split == "train" and not for_training(passage)
 
 
 def expert_weights(experts: np.ndarray, num_experts: int) -> np.ndarray:
-    """[L, E] class weights: inverse to how often an expert is chosen, one at an even share.
+    """Returns class weights [L, E]: inverse to how often an expert is chosen, one at an even share.
 
-    Clipped to 1/4..4, so that an expert hardly ever chosen does not outweigh all others.
+    They are clipped to 1/4..4, so that a rarely chosen expert does not outweigh all others.
 
     Args:
-        experts: [N, L, K] of the training rows.
+        experts: [N, L, K] experts of the training rows.
 
     >>> expert_weights(np.array([[[0, 1]], [[0, 2]]]), 4).tolist()
     [[0.5, 1.0, 1.0, 4.0]]

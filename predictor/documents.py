@@ -72,8 +72,8 @@ def numbered(work: str, pieces: Iterable[str]) -> list[Document]:
 def heldout_ids(ids: Sequence[str]) -> set[str]:
     """Choose the held-out documents of a domain: about 5% of `ids`, and never fewer than two.
 
-    The choice hangs on a hash of each id alone, so it is the same on every machine, and a document that is
-    added later moves no other document (but for the two that a small domain keeps).
+    The choice depends only on a hash of each id, so it is the same on every machine, and a document that is
+    added later does not change the choice of others (except in domains so small that two are held out).
 
     Raises:
         ValueError: `ids` repeat, or there are too few to leave one for training.
@@ -89,7 +89,7 @@ def heldout_ids(ids: Sequence[str]) -> set[str]:
 
 
 def stable_hash(name: str) -> float:
-    """Return a number in [0, 1) that hangs on `name` alone (Python's own `hash` changes with every run)."""
+    """Return a number in [0, 1) that depends only on `name` (Python's `hash` changes with every run)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) / 2**48
 
 
@@ -106,7 +106,7 @@ def read_documents(path: Path) -> list[Document]:
         ValueError: a line is not such an object.
     """
     documents = []
-    # not splitlines(): texts may hold U+2028 and its like, which it would take for line ends
+    # not splitlines(), which also splits at U+2028 and similar characters within texts
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             fields = parse_json(line.encode())
@@ -114,6 +114,6 @@ def read_documents(path: Path) -> list[Document]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f'{path}, line {number}: expected {{"id": ..., "text": ...}}, got {line[:60]!r}; '
-                "every line is to be one such JSON object"
+                "every line must be one such JSON object"
             ) from error
     return documents

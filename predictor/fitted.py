@@ -1,4 +1,4 @@
-"""Baselines that are fitted to training rows, kept beside a predictor: a few MB."""
+"""Baselines that are fitted to training rows, and stored beside a predictor (a few MB)."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Fitted:
     """Popularity and the linear map.
 
     Attributes:
-        share: [L, E] of the training rows that take each expert.
-        linear: the map.
-        made: for which model, PCA and horizons, and of how many rows.
+        share: [L, E] share of the training rows that choose each expert.
+        linear: the linear map.
+        made: model, PCA, horizons and number of rows that it was fitted for.
     """
 
     share: np.ndarray
@@ -41,7 +41,7 @@ class Fitted:
     made: dict[str, Any]
 
     def save(self, folder: Path) -> None:
-        """Writes the file: the map in float16, without what a trace holds as well."""
+        """Writes the file: the map in float16, without the parts that a trace also holds."""
         arrays = {name: getattr(self.linear, name).astype(np.float16) for name in LEARNED}
         arrays["share"] = self.share
         metadata = {"made": json.dumps(self.made), "checksums": json.dumps(checksums(arrays))}
@@ -51,17 +51,17 @@ class Fitted:
 def load_or_fit(
     folder: Path, trace: Trace, horizons: tuple[int, ...], tokens: int, *, progress: bool = True
 ) -> Fitted:
-    """Reads the fitted baselines of `folder`, or fits them to the trace's training rows and keeps them there.
+    """Reads the fitted baselines of `folder`, or fits them to the trace's training rows and saves them there.
 
     Args:
-        folder: of a predictor.
-        trace: with its PCA and routers.
-        horizons: what is forecast.
-        tokens: training rows at most.
-        progress: whether a bar is shown.
+        folder: folder of a predictor.
+        trace: the trace, with its PCA and routers.
+        horizons: layers ahead that are forecast.
+        tokens: maximum number of training rows.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: if there is neither such a file nor a training row, or another run is fitting.
+        ValueError: if there is neither such a file nor a training row, or another run is fitting them.
     """
     basis, routers, model = Basis.load(trace.folder), Routers.load(trace.folder), trace.header.model
     made = {"model": model.to_json(), "pca": digest(basis), "horizons": list(horizons)}
@@ -70,7 +70,7 @@ def load_or_fit(
     if kept is not None:
         arrays, before = kept
         differing = [name for name, ours in made.items() if before.get(name) != ours]
-        # Passages are taken whole, so that fewer rows than asked for may be all that fit.
+        # Passages are not split, so fewer rows than requested may fit.
         fewer = 1.01 * before.get("rows", 0) < min(tokens, there)
         if not differing and not fewer:
             if arrays["share"].shape != (model.num_layers, model.num_experts):
@@ -99,7 +99,7 @@ def load_or_fit(
 
 
 def digest(basis: Basis) -> str:
-    """Digest of a PCA."""
+    """Returns the digest of a PCA."""
     digested = hashlib.blake2b(digest_size=8)
     for array in (basis.mean, basis.components):
         digested.update(np.ascontiguousarray(array).tobytes())
@@ -107,7 +107,7 @@ def digest(basis: Basis) -> str:
 
 
 def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """Arrays and `Fitted.made`; None if there is no such file.
+    """Returns the arrays and `Fitted.made`; None if there is no such file.
 
     Raises:
         ValueError: if it is damaged.

@@ -1,4 +1,4 @@
-"""A linear map of LLaPor's inputs: the baseline that a network has to beat."""
+"""Linear map of LLaPor's inputs: the baseline that a network has to beat."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ EPOCHS, BATCH, LEARNING_RATE = 4, 512, 3e-2
 
 @dataclass(frozen=True)
 class LinearParams:
-    """Of all layers, or of one without the first axis; a pytree.
+    """Parameters of all layers, or of one layer without the first axis; a pytree.
 
     Attributes:
-        weight: [L, P + E, H, E] of the scaled hidden state and the chosen experts.
+        weight: [L, P + E, H, E] weights of the scaled hidden state and the chosen experts.
         bias: [L, H, E].
-        gain: [L, H, E] of the routers' forecast.
-        matrix, offset: [L, P, H, E] and [L, H, E] that forecast is computed with; not learned.
-        scale: [L] of the hidden state; not learned.
+        gain: [L, H, E] weight of the routers' forecast.
+        matrix, offset: [L, P, H, E] and [L, H, E], from which the routers' forecast is computed; not learned.
+        scale: [L] scale of the hidden state; not learned.
     """
 
     weight: Any
@@ -47,7 +47,7 @@ jax.tree_util.register_dataclass(LinearParams)
 def linear_logits(
     params: LinearParams, hidden: jax.Array, experts: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """Logits [T, H, E] of one layer, from reduced hidden states [T, P] and what the router chose [T, K]."""
+    """Returns a layer's logits [T, H, E] from reduced hidden states [T, P] and router choices [T, K]."""
     hidden = hidden.astype(jnp.float32)
     ahead = jnp.einsum("tp,phe->the", hidden, params.matrix) + params.offset[None]
     chosen = spread(experts, weights, params.weight.shape[-1])
@@ -59,10 +59,10 @@ def linear_logits(
 def first_linear(
     model: ModelIdentity, basis: Basis, routers: Routers, horizons: tuple[int, ...], share: np.ndarray
 ) -> LinearParams:
-    """Parameters before training: the experts' popularity, and the routers' forecast weighted as in LLaPor.
+    """Returns initial parameters: the experts' popularity, and the routers' forecast weighted as in LLaPor.
 
     Args:
-        share: [L, E] of the training rows that take each expert.
+        share: [L, E] share of the training rows that choose each expert.
     """
     layers, experts, furthest = model.num_layers, model.num_experts, max(horizons)
     picked = np.array(horizons) - 1
@@ -89,13 +89,13 @@ def fit(
     *,
     progress: bool = True,
 ) -> LinearParams:
-    """Trains all layers at once, with LLaPor's loss and rows; the loss is convex, a cosine ends at its foot.
+    """Trains all layers at once with LLaPor's loss and rows, with cosine decay; the loss is convex.
 
     Args:
-        params: from `first_linear`.
-        rows: to train on.
-        horizons: what is forecast.
-        progress: whether a bar is shown.
+        params: initial parameters, from `first_linear`.
+        rows: rows to train on.
+        horizons: layers ahead that are forecast.
+        progress: whether to show a progress bar.
     """
     learned = {name: jnp.asarray(getattr(params, name)) for name in ("weight", "bias", "gain")}
     fixed = {name: jnp.asarray(getattr(params, name)) for name in ("matrix", "offset", "scale")}

@@ -1,4 +1,4 @@
-"""LLaPor, the learnable layer-aware predictor, trained: kept in a folder, applied inside the engine."""
+"""LLaPor, the learnable layer-aware predictor: stored in a folder, applied inside the engine."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class LayerParams:
     """Parameters of one layer's forecast; a pytree.
 
     Attributes:
-        mean, components: [D] and [D, P] of the PCA, these in 8 bits.
-        scale: [] of the reduced hidden state.
-        prior: of the routers, see `predictor.routers.Routers.reduced`.
-        network: pure dict of the layer's `LayerNetwork`, its matrices in 8 bits: as on disk, for what is kept
-            on the device is taken off the budget of the experts.
-        group: name of its group; not an array.
+        mean, components: [D] mean and [D, P] components of the PCA, the latter in 8 bits.
+        scale: [] scale of the reduced hidden state.
+        prior: matrix and offset of the routers' forecast; see `predictor.routers.Routers.reduced`.
+        network: pure dict of the layer's `LayerNetwork`, with matrices in 8 bits as on disk, because its
+            memory is taken off the budget of the experts.
+        group: name of the layer's group; not an array.
     """
 
     mean: jax.Array
@@ -58,7 +58,7 @@ jax.tree_util.register_dataclass(LayerParams, ["mean", "components", "scale", "p
 
 @dataclass(frozen=True)
 class Architecture:
-    """Computation of forecasts without the parameters: predictors of equal architecture share programs.
+    """Computation of forecasts without parameters; predictors of equal architecture share programs.
 
     Attributes:
         look_ahead: W.
@@ -90,16 +90,17 @@ class Architecture:
 
 @dataclass(frozen=True, eq=False)
 class LLaPor(PredictorBase):
-    """A trained `layerscope_jax.prediction.predictors.Predictor` of the experts of the next W layers.
+    """Trained predictor of the experts of the next W layers
+    (`layerscope_jax.prediction.predictors.Predictor`).
 
-    Two predictors are equal if they forecast by the same programs, whatever they have learned.
+    Two predictors are equal if they use the same programs, whatever their parameters.
 
     Attributes:
-        model: whose experts it predicts.
+        model: identity of the model whose experts it predicts.
         look_ahead: W.
-        basis: of the hidden states.
+        basis: PCA of the hidden states.
         stacks: the groups of layers.
-        network: their parameters.
+        network: parameters of the groups.
 
     Example::
 
@@ -118,24 +119,24 @@ class LLaPor(PredictorBase):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the parameters as they are kept on disk."""
+        """Size (bytes) of the parameters on disk."""
         return sum(array.nbytes for array in packed(self._arrays()).values())
 
     def bind(self, model: Model) -> list[LayerParams]:
-        """Parameters of the forecast in each layer of `model`.
+        """Returns the parameters of the forecast in each layer of `model`.
 
         Raises:
-            ValueError: if the predictor was trained for another model, with what differs.
+            ValueError: if the predictor was trained for another model; says what differs.
         """
         ModelIdentity.of(model).check(self.model, "this predictor")
         return self.params(Routers.of(model), model.device)
 
     def params(self, routers: Routers, device: jax.Device | None = None) -> list[LayerParams]:
-        """As `bind`, given the model's routers alone."""
+        """Returns the parameters as `bind` does, given only the model's routers."""
         return list(self.layers(routers, device))
 
     def layers(self, routers: Routers, device: jax.Device | None = None) -> Iterator[LayerParams]:
-        """The same layer by layer, each on the device when it is asked for.
+        """Yields the same layer by layer, and copies each to the device when it is requested.
 
         Raises:
             ValueError: if a parameter is not finite.
@@ -184,7 +185,7 @@ class LLaPor(PredictorBase):
         return self.architecture.predict_reduced(params, hidden, experts, weights)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `predictor.json` and `predictor.safetensors` (see `predictor.packing`), whole or not at all.
+        """Writes `predictor.json` and `predictor.safetensors` (see `predictor.packing`), or neither.
 
         Raises:
             ValueError: if a parameter is not finite in float16, or the folder cannot be written.
@@ -199,11 +200,11 @@ class LLaPor(PredictorBase):
 
     @classmethod
     def load(cls, folder: str | Path) -> LLaPor:
-        """Reads what `save` wrote.
+        """Reads a predictor that `save` wrote.
 
         Raises:
-            ValueError: if the folder holds no predictor, one of another format or a damaged one; all wrong
-                settings, or all wrong tensors, are named.
+            ValueError: if the folder holds no predictor, one of another format or a damaged one; names all
+                wrong settings, or all wrong tensors.
         """
         folder = Path(folder)
         if not (folder / CONFIG).exists():
@@ -219,7 +220,7 @@ class LLaPor(PredictorBase):
             raise ValueError(f"{folder / WEIGHTS}: {error}; copy it again") from None
         model, look_ahead = settings.model, settings.look_ahead
         layers, width = model.num_layers, model.hidden_size
-        # First what bounds all else: how much is built below goes by these numbers.
+        # Checked first, because these numbers decide the sizes of everything that is built below.
         mean = arrays["pca.mean"].shape if "pca.mean" in arrays else None
         if mean != (layers, width):
             raise ValueError(
@@ -266,7 +267,7 @@ class LLaPor(PredictorBase):
 
 
 def _read(file: Path, sums: Mapping[str, int] | None) -> dict[str, np.ndarray]:
-    """The arrays of a file, compared with their checksums.
+    """Returns the arrays of a file after comparing them with their checksums.
 
     Raises:
         ValueError: if it cannot be read, naming the arrays that are damaged.
@@ -289,7 +290,7 @@ def _read(file: Path, sums: Mapping[str, int] | None) -> dict[str, np.ndarray]:
 
 
 def small(array: Any) -> Matrix | np.ndarray:
-    """A parameter [L, ...] as it is kept on the device: a matrix in 8 bits, others unchanged."""
+    """Returns a parameter [L, ...] as it is stored on the device: matrices in 8 bits, others unchanged."""
     array = np.asarray(array)
     return Matrix.of(array) if array.ndim == 3 else array
 

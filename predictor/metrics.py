@@ -1,4 +1,4 @@
-"""Measures of a forecast of experts: functions of its probabilities and of the true experts."""
+"""Metrics of a forecast of experts: functions of its probabilities and of the true experts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ BINS = 10
 
 
 def places(ranking: jax.Array, experts: jax.Array) -> jax.Array:
-    """[..., K] place of each true expert in a ranking, 0 for the likeliest; ties are ordered by number.
+    """Returns the place [..., K] of each true expert in a ranking, 0 for the likeliest; ties by number.
 
     Args:
-        ranking: [..., E] larger is likelier.
-        experts: [..., K] the true ones.
+        ranking: [..., E] scores; larger is likelier.
+        experts: [..., K] the true experts.
 
     >>> places(jnp.array([0.1, 0.5, 0.5, 0.9]), jnp.array([3, 2])).tolist()
     [0, 2]
@@ -28,7 +28,7 @@ def places(ranking: jax.Array, experts: jax.Array) -> jax.Array:
 
 
 def exact_recall(place: jax.Array) -> jax.Array:
-    """[..., K] places -> [...] share of the K true experts among the K likeliest.
+    """Returns the share [...] of the K true experts among the K likeliest, from places [..., K].
 
     >>> exact_recall(jnp.array([0, 2])).item()
     0.5
@@ -37,10 +37,10 @@ def exact_recall(place: jax.Array) -> jax.Array:
 
 
 def relaxed_recall(place: jax.Array) -> jax.Array:
-    """The paper's measure: share of the 2K/3 likeliest experts, rounded up, that are among the K true ones.
+    """Returns the paper's metric: the share of the 2K/3 (rounded up) likeliest that are true experts.
 
-    For DeepSeek, the four likeliest against the true six. It is mostly far above the exact recall, since the
-    least certain experts do not count.
+    For DeepSeek, it compares the four likeliest with the true six. It is mostly far above the exact recall,
+    because the least certain experts do not count.
 
     >>> place = jnp.array([0, 1, 2, 3, 40, 50])
     >>> relaxed_recall(place).item(), round(exact_recall(place).item(), 2)
@@ -51,7 +51,8 @@ def relaxed_recall(place: jax.Array) -> jax.Array:
 
 
 def reliability(probabilities: jax.Array, truth: jax.Array) -> jax.Array:
-    """[..., E] -> [..., 10, 3]: in each tenth of 0..1 how many probabilities, their sum, how many came true.
+    """Returns, for each tenth of 0..1, [..., 10, 3]: number of probabilities, their sum, number that came
+    true.
 
     >>> bins = reliability(jnp.array([0.9375, 1.0, 0.25]), jnp.array([1.0, 0.0, 0.0]))
     >>> bins[2].tolist(), bins[9].tolist()
@@ -68,7 +69,7 @@ def reliability(probabilities: jax.Array, truth: jax.Array) -> jax.Array:
 
 
 def calibration_error(bins: np.ndarray) -> float:
-    """Expected calibration error of `reliability` sums [10, 3]: mean distance of probability and frequency.
+    """Returns the expected calibration error of `reliability` sums [10, 3]: mean |probability - frequency|.
 
     >>> calibration_error(np.array([[2, 0.2, 0.0], [2, 1.8, 1.0]]))
     0.25
@@ -77,15 +78,15 @@ def calibration_error(bins: np.ndarray) -> float:
 
 
 def log_absence(probabilities: jax.Array) -> jax.Array:
-    """Logarithm of the probability that an expert is not taken, finite also where that is certain."""
+    """Returns the log probability that an expert is not chosen, finite even if it surely is."""
     return jnp.log1p(-jnp.minimum(probabilities, 1 - 1e-6))
 
 
 def batch_sum(values: jax.Array, rows: jax.Array) -> jax.Array:
-    """[N, E] -> [G, E] sums over the rows of each of G batches.
+    """Returns sums [G, E] of values [N, E] over the rows of each of G batches.
 
     Args:
-        rows: [G, M] of each batch, -1 where it has fewer.
+        rows: [G, M] rows of each batch, padded with -1.
 
     >>> batch_sum(jnp.array([[0.5], [0.25], [1.0]]), jnp.array([[0, 1], [2, -1]])).tolist()
     [[0.75], [1.0]]
@@ -94,12 +95,12 @@ def batch_sum(values: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 class BatchSums(NamedTuple):
-    """Of G batches, for each expert: `batch_sum` of
+    """Sums of each expert in G batches, by `batch_sum`.
 
     Attributes:
-        expected: [G, E] probabilities: the tokens that the forecast expects.
-        absent: [G, E] `log_absence`: of the probability that no token takes it.
-        counts: [G, E] ones where it was true: the tokens that took it.
+        expected: [G, E] sum of probabilities: the tokens that the forecast expects.
+        absent: [G, E] sum of `log_absence`: log probability that no token chooses it.
+        counts: [G, E] number of tokens that chose it.
     """
 
     expected: np.ndarray
@@ -108,13 +109,13 @@ class BatchSums(NamedTuple):
 
 
 class BatchScores(NamedTuple):
-    """Of G batches, each [G].
+    """Scores of G batches, each [G].
 
     Attributes:
-        foreseen: experts that are likelier than not to have a token, by the forecast.
-        present: experts that had one.
+        foreseen: experts that more likely than not have a token, by the forecast.
+        present: experts that had a token.
         both: experts that are foreseen and present.
-        error: distance of the expected and the true tokens, mean over experts.
+        error: absolute difference of expected and true tokens, mean over experts.
         tokens: true tokens, mean over experts.
     """
 
@@ -126,7 +127,7 @@ class BatchScores(NamedTuple):
 
 
 def batch_scores(sums: BatchSums) -> BatchScores:
-    """Presence of experts in batches, and how far off their expected tokens are.
+    """Returns the predicted presence of experts in batches, and the error of their expected tokens.
 
     >>> sums = BatchSums(np.array([[1.5, 0.25]]), np.log(np.array([[0.25, 0.75]])), np.array([[1.0, 1.0]]))
     >>> [values.tolist() for values in batch_scores(sums)]
@@ -144,9 +145,10 @@ def batch_scores(sums: BatchSums) -> BatchScores:
 
 
 def prefetch(sums: BatchSums) -> tuple[np.ndarray, np.ndarray]:
-    """Waste and coverage of prefetching the m experts with most expected tokens, for m = 1..E: two [G, E].
+    """Returns waste and coverage [G, E] of prefetching the m experts with most expected tokens, m = 1..E.
 
-    Waste is the share of the m that no token chose; coverage, the share of (token, expert) pairs they serve.
+    Waste is the share of the m that no token chose; coverage is the share of (token, expert) pairs they
+    serve.
 
     >>> sums = BatchSums(np.array([[3.0, 0.1, 1.0]]), np.zeros((1, 3)), np.array([[3.0, 1.0, 0.0]]))
     >>> [share.round(2).tolist() for share in prefetch(sums)]

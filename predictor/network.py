@@ -1,8 +1,8 @@
-"""LLaPor's networks: one for each MoE layer, in three groups, each with heads for the coming layers.
+"""LLaPor's networks: one for each MoE layer, in three groups, with an output for each layer ahead.
 
-After the LayerScope paper: layers near the input and the output route differently from those in the middle,
-so the middle ones get a deeper, gated network. The networks correct the forecast of the model's own routers,
-which is the best without training.
+As in the LayerScope paper, layers near the input and the output route differently from those in the middle,
+which get a deeper, gated network. The networks correct the forecast of the model's own routers, the best
+forecast without training.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 BORDERS = (8 / 27, 21 / 27)
-"""Shares of depth where the groups meet: layers 8 to 20 of the paper's 27 are its middle."""
+"""Relative depths between the groups: the paper's middle group is layers 8 to 20 of 27."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """The network of a group's layers and how it is trained.
+    """Network of a group's layers, and settings of its training.
 
     Attributes:
-        components: of the PCA that are read, clipped to those there are.
-        width, blocks: of the network.
-        gated: whether blocks multiply with a second branch.
-        dropout: within blocks.
-        noise: added to the hidden state in training, in parts of its standard deviation.
-        learning_rate, weight_decay: AdamW's.
+        components: number of PCA components that are read, at most those that exist.
+        width, blocks: width and number of blocks of the network.
+        gated: whether blocks are gated by a second branch.
+        dropout: dropout rate within blocks.
+        noise: noise added to the hidden state in training, relative to its standard deviation.
+        learning_rate, weight_decay: settings of AdamW.
     """
 
     components: int = 256
@@ -41,7 +41,7 @@ class GroupConfig:
 
 
 def group_layers(layers: int) -> dict[str, range]:
-    """Layers of each group; a small model has no layers in some.
+    """Returns the layers of each group; in a small model some groups are empty.
 
     >>> {name: list(layers) for name, layers in group_layers(6).items()}
     {'input': [0, 1], 'middle': [2, 3, 4], 'output': [5]}
@@ -51,7 +51,7 @@ def group_layers(layers: int) -> dict[str, range]:
 
 
 def normed(x: jax.Array) -> jax.Array:
-    """RMS norm without a scale: the matrix that follows has one."""
+    """Returns the RMS norm of x without a scale, which the next matrix includes."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
 
 
@@ -93,11 +93,11 @@ class LayerNetwork(nnx.Module):
     """Maps one layer's reduced hidden states and chosen experts to logits of the experts of W later layers.
 
     Args:
-        components: P, what is left of the hidden state.
+        components: P, size of the reduced hidden state.
         experts: E.
         look_ahead: W.
-        group: its shape.
-        rngs: of the first weights.
+        group: shape of the network.
+        rngs: random numbers of the initial weights.
 
     >>> net = LayerNetwork(8, 4, 2, GroupConfig(width=16), nnx.Rngs(0))
     >>> net(jnp.ones((3, 8)), jnp.ones((3, 4)), jnp.zeros((3, 2, 4))).shape
@@ -108,47 +108,48 @@ class LayerNetwork(nnx.Module):
         self.input = Dense(components + experts, group.width, rngs)
         self.blocks = nnx.List([Block(group, rngs) for _ in range(group.blocks)])
         self.output = Dense(group.width, look_ahead * experts, rngs, gain=0.1)
-        # At the start the forecast is about the routers' own.
+        # The initial forecast is about that of the routers.
         self.gain = nnx.Param(jnp.full((look_ahead, experts), 2.0, jnp.float32))
 
     def __call__(
         self, hidden: jax.Array, chosen: jax.Array, prior: jax.Array, key: jax.Array | None = None
     ) -> jax.Array:
-        """Logits [T, W, E].
+        """Returns logits [T, W, E].
 
         Args:
             hidden: [T, P] reduced hidden states.
             chosen: [T, E] weights of the chosen experts, zero elsewhere; see `spread`.
-            prior: [T, W, E] what the model's own routers make of the hidden state; see `router_margin`.
-            key: of dropout, in training.
+            prior: [T, W, E] forecast of the model's own routers; see `router_margin`.
+            key: random key of dropout, in training.
         """
         inputs = jnp.concatenate([hidden, chosen], -1)
         x = self.input(inputs)
         for index, block in enumerate(self.blocks):
             x = block(x, None if key is None else jax.random.fold_in(key, index))
-        # Not normed, so that the inputs also reach the output by a linear map: one layer ahead, such a map
-        # alone is hard to beat.
+        # Not normed, so that the inputs also reach the output through a linear map, which is hard to beat one
+        # layer ahead.
         logits = self.output(x).reshape(prior.shape)
         return logits + jnp.broadcast_to(self.gain[...], prior.shape) * prior
 
 
 def spread(experts: jax.Array, weights: jax.Array, num_experts: int) -> jax.Array:
-    """[..., K] chosen experts and their weights -> [..., E], K times the weight at each, zero elsewhere."""
+    """Returns [..., E] with K times the weight at each chosen expert [..., K], zero elsewhere."""
     choices = experts.shape[-1]
     hot = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)
     return choices * jnp.einsum("...k,...ke->...e", weights.astype(jnp.float32), hot)
 
 
 def multi_hot(experts: jax.Array, num_experts: int) -> jax.Array:
-    """[..., K] chosen experts -> [..., E] ones at each, zeros elsewhere."""
+    """Returns [..., E] with ones at the chosen experts [..., K], zeros elsewhere."""
     return jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(-2)
 
 
 def router_margin(logits: jax.Array, choices: int) -> jax.Array:
-    """Distance of each router logit [..., E] above the K-th largest: 0 or more for the chosen experts.
+    """Returns the difference of each router logit [..., E] to the K-th largest: 0 or more if chosen.
 
-    The K-th largest is located by bisection, to a thousandth of the logits' range, as a CPU sorts slowly. The
-    distance tells more than a probability: whether an expert is chosen depends on it alone.
+    The K-th largest is located by bisection, to a thousandth of the logits' range, because sorting is slow on
+    CPUs. The difference is a better input than a probability, because it alone decides whether an expert is
+    chosen.
 
     >>> router_margin(jnp.array([1.0, 4.0, 2.0, 3.0]), 2).round(1).tolist()
     [-2.0, 1.0, -1.0, 0.0]

@@ -1,4 +1,4 @@
-"""A predictor that learns on while engines use it, off the critical path."""
+"""Online tuning: a predictor that keeps learning while engines use it, off the critical path."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from predictor.routers import Routers
 from predictor.step import Batch
 from predictor.tuning import Tuner, TuningConfig
 
-MOST_ROWS = 256  # of a step: what a long prefill has more is left out
-BACKLOG = 4  # steps that may wait for the thread; while it is busy longer, steps are left out
+MOST_ROWS = 256  # rows of a step; further rows of a long prefill are left out
+BACKLOG = 4  # steps that may wait for the thread; further steps are left out
 
 Seen = list[tuple[jax.Array, np.ndarray, jax.Array]]
-"""Of each layer of a step: the inputs [T, D], the chosen experts and their weights [T, K]."""
+"""For each layer of a step: the inputs [T, D], the chosen experts [T, K] and their weights [T, K]."""
 
 
 class LearningError(RuntimeError):
-    """The thread that learns has failed; forecasts stay as they were, and tokens are right."""
+    """Raised when the learning thread has failed; forecasts keep their parameters, and tokens are correct."""
 
 
 class Online(bases.PredictorBase):
-    """A `layerscope_jax.prediction.predictors.Predictor`: LLaPor, tuned on what engines see.
+    """LLaPor tuned on the traffic of engines; a `layerscope_jax.prediction.predictors.Predictor`.
 
-    An engine hands over what each layer saw, which costs it nothing; a thread reads it back, and tunes on
-    this machine's CPU when it is needed. What it learns replaces the engine's parameters layer by layer.
-    Since forecasts decide when things move and never what is computed, no token can change by it. Several
-    engines of the model may use one; the thread ends with the last of them, after what it was given is
-    learned, and begins anew with the next.
+    An engine passes on the inputs and routing of each layer, which takes it no time; a thread reads them
+    back, and tunes on this machine's CPU when needed. The result replaces the engine's parameters layer by
+    layer. No token can change, because forecasts decide when experts are copied and never what is computed.
+    Several engines of the model may share an `Online`. The thread ends with the last of them, after the steps
+    that it was given are learned, and starts again with the next.
 
-    Should the thread fail, it stops learning and the engines go on. The next call of `generate` warns of it;
-    `finish` and `close`, and the engine's `close` if nobody was told before, raise it.
+    If the thread fails, it stops learning and the engines continue. The next call of `generate` gives a
+    warning; `finish` and `close` raise the error, and so does the engine's `close` if there was no warning.
 
     Args:
-        llapor: what is tuned; itself it stays as it is.
-        config: when and how.
+        llapor: the predictor to tune; the object itself is not changed.
+        config: when and how it is tuned.
 
     Attributes:
-        tuner: the window, the looks at it, and the predictor as it is now; None before an engine has used it.
+        tuner: the window, the looks at it, and the current predictor; None before an engine has used it.
 
     Example::
 
@@ -70,7 +70,7 @@ class Online(bases.PredictorBase):
         self._learners: weakref.WeakSet[Learner] = weakref.WeakSet()
         self._work: list[Future[None]] = []
         self._thread: ThreadPoolExecutor | None = None
-        self._lock = threading.RLock()  # of all of these
+        self._lock = threading.RLock()  # for all of these
         self._failure: BaseException | None = None
         self._told = False
         self._at_work = 0  # the thread's number
@@ -86,10 +86,10 @@ class Online(bases.PredictorBase):
         return hash((Online, self.architecture))
 
     def attach(self, model: Model) -> Learner:
-        """What one engine forecasts with and hands over; its `close` ends that.
+        """Returns the learner of one engine, which ends with its `close`.
 
         Raises:
-            ValueError: if the predictor was trained for another model, with what differs.
+            ValueError: if the predictor was trained for another model; says what differs.
         """
         ModelIdentity.of(model).check(self._first.model, "this predictor")
         with self._lock:
@@ -103,7 +103,7 @@ class Online(bases.PredictorBase):
             return learner
 
     def bind(self, model: Model) -> list[LayerParams]:
-        """As `LLaPor.bind`, of what is learned so far; an engine calls `attach`."""
+        """Returns the current parameters as `LLaPor.bind` does; engines call `attach` instead."""
         return self._llapor.bind(model)
 
     def predict(
@@ -112,11 +112,11 @@ class Online(bases.PredictorBase):
         return self._first.predict(params, inputs, experts, weights)
 
     def finish(self) -> LLaPor:
-        """Waits until what was seen is learned; returns the predictor as it is then.
+        """Waits until all steps so far are learned, and returns the tuned predictor.
 
         Raises:
             ValueError: if no engine has used it.
-            LearningError: if learning has failed; `tuner.llapor` is what was learned before.
+            LearningError: if learning has failed; `tuner.llapor` is the predictor from before.
         """
         self._wait()
         self._raise()
@@ -127,7 +127,7 @@ class Online(bases.PredictorBase):
         return self.tuner.llapor
 
     def close(self) -> None:
-        """Ends the thread after what was seen is learned; engines go on with what it learned.
+        """Ends the thread after all steps so far are learned; engines keep the tuned parameters.
 
         Raises:
             LearningError: if learning has failed.
@@ -144,21 +144,21 @@ class Online(bases.PredictorBase):
         try:
             self.close()
         except LearningError:
-            if kind is None:  # else there is something worse to say
+            if kind is None:  # otherwise another exception is being raised
                 raise
 
     @property
     def failure(self) -> str | None:
-        """What ended learning, in words; None while all is well."""
+        """Message of the error that ended learning; None if there was none."""
         if self._failure is None:
             return None
         return (
-            f"learning from the traffic has stopped: {type(self._failure).__name__}: {self._failure}; "
-            "forecasts stay as they were, and tokens are right; use a new Online to learn on"
+            f"online tuning has stopped: {type(self._failure).__name__}: {self._failure}; "
+            "forecasts keep their parameters, and tokens are correct; use a new Online to continue tuning"
         )
 
     def take_failure(self) -> str | None:
-        """`failure`, if nobody was told of it yet."""
+        """Returns `failure` if it was not reported yet."""
         with self._lock:
             told, self._told = self._told, self._told or self._failure is not None
         return None if told else self.failure
@@ -176,10 +176,10 @@ class Online(bases.PredictorBase):
         with self._lock:
             work = list(self._work)
         for each in work:
-            each.result()  # raises nothing: `_guarded` keeps what went wrong
+            each.result()  # raises nothing: `_guarded` stores errors
 
     def _submit(self, learner: Learner, seen: Seen, rows: np.ndarray, follows: bool) -> bool:
-        """Gives the thread a step to learn from; whether it has time for it."""
+        """Passes a step to the thread; returns whether the thread has time for it."""
         with self._lock:
             self._work = [work for work in self._work if not work.done()]
             if self._failure is not None or len(self._work) >= BACKLOG or learner not in self._learners:
@@ -190,7 +190,7 @@ class Online(bases.PredictorBase):
         return True
 
     def _leave(self, learner: Learner) -> None:
-        """An engine is done; with the last one the thread ends."""
+        """Removes an engine's learner; with the last one the thread ends."""
         with self._lock:
             self._learners.discard(learner)
             last = not self._learners
@@ -202,7 +202,7 @@ class Online(bases.PredictorBase):
             thread, self._thread = self._thread, None
         if (
             thread is not None
-        ):  # an engine may be collected by its own learning thread, which cannot wait for it
+        ):  # the learning thread may garbage-collect an engine, and cannot wait for itself
             thread.shutdown(wait=threading.get_ident() != self._at_work)
 
     def _guarded(self, learner: Learner, seen: Seen, rows: np.ndarray, follows: bool) -> None:
@@ -212,28 +212,28 @@ class Online(bases.PredictorBase):
         try:
             with jax.default_device(cpu_device()):
                 self._learn(learner, seen, rows, follows)
-        except BaseException as error:  # its caller has long gone on
+        except BaseException as error:  # its caller no longer waits
             self._failure = error
 
     def _learn(self, learner: Learner, seen: Seen, rows: np.ndarray, follows: bool) -> None:
-        """Learns from `rows` of a step; whether it has the next tokens of the step before, row by row."""
+        """Learns from `rows` of a step; `follows`: they are the next tokens of the previous step's rows."""
         assert self.tuner is not None
         assert self._routers is not None
         basis = self.tuner.llapor.basis
         hidden = np.stack([np.asarray(inputs[rows], np.float32) for inputs, _, _ in seen], 1)
         experts = np.stack([experts[rows] for _, experts, _ in seen], 1)
         reduced = reduce(jnp.asarray(hidden), jnp.asarray(basis.mean), jnp.asarray(basis.components))
-        here = Batch(
+        current = Batch(
             hidden=np.asarray(reduced, np.float16),
             experts=experts,
             weights=np.stack([np.asarray(weights)[rows] for _, _, weights in seen], 1).astype(np.float16),
             following=experts,
             has_next=np.zeros(len(rows), bool),
         )
-        last, learner.last = learner.last, here
+        last, learner.last = learner.last, current
         if last is not None:
             if follows:
-                last = replace(last, following=here.experts, has_next=np.ones(len(rows), bool))
+                last = replace(last, following=current.experts, has_next=np.ones(len(rows), bool))
             if self.tuner.feed(last):
                 with self._lock:
                     learners = list(self._learners)
@@ -244,11 +244,11 @@ class Online(bases.PredictorBase):
 
 
 class Learner(bases.Learner):
-    """The part of an `Online` that belongs to one engine.
+    """Learner of one engine that uses an `Online`.
 
     Attributes:
-        params: what each layer is forecast with; replaced where it lies when a tuning is accepted.
-        device: where they lie.
+        params: parameters of each layer; replaced in this list when a tuning is accepted.
+        device: device of the parameters.
         last: the last step learned from, whose next tokens are not known yet.
     """
 
@@ -261,7 +261,7 @@ class Learner(bases.Learner):
         self.last: Batch | None = None
         self._online = online
         self._seen: Seen = []
-        self._decoded = np.zeros(0, bool)  # what was active in the step before, if that was a decode step
+        self._decoded = np.zeros(0, bool)  # active rows of the previous step, if that was a decode step
 
     def observe(
         self,
@@ -272,14 +272,14 @@ class Learner(bases.Learner):
         active: np.ndarray,
         phase: Phase,
     ) -> None:
-        """Notes one layer of a step; with the last one, the step's rows go to the thread.
+        """Receives one layer of a step; after the last layer, passes the step's rows to the thread.
 
         Args:
-            layer: its number; layers come in order.
+            layer: number of the layer; layers come in order.
             inputs, weights: [T, D] and [T, K], on the device.
             experts: [T, K].
-            active: [T] bool, which rows are tokens.
-            phase: of the step.
+            active: [T] bool, which rows are tokens and not padding.
+            phase: phase of the step.
         """
         if layer == 0:
             self._seen.clear()
@@ -287,26 +287,26 @@ class Learner(bases.Learner):
         if len(self._seen) < len(self.params):
             return
         seen, self._seen = self._seen, []
-        # Between two decode steps of the same rows nobody joined: that would have taken a prefill.
+        # Between two decode steps no request joined, because that takes a prefill.
         follows = phase == "decode" and np.array_equal(active, self._decoded)
         rows = np.flatnonzero(active)[:MOST_ROWS]
         taken = self._online._submit(self, seen, rows, follows)
         self._decoded = active if phase == "decode" and taken else np.zeros(0, bool)
 
     def check(self) -> str | None:
-        """What went wrong, once."""
+        """Returns the failure, once."""
         return self._online.take_failure()
 
     def leave(self) -> None:
-        """Hands nothing over any more, and waits for nothing."""
+        """Stops passing on steps; does not wait."""
         with self._online._lock:
             self._online._learners.discard(self)
 
     def close(self) -> None:
-        """Ends with the engine.
+        """Ends the learner with its engine.
 
         Raises:
-            LearningError: if learning has failed, and nobody was told.
+            LearningError: if learning has failed and that was not reported.
         """
         self._online._leave(self)
         failure = self._online.take_failure()

@@ -18,7 +18,7 @@ class Matrix(NamedTuple):
 
     Attributes:
         values: [..., rows, columns] int8.
-        scale: [..., 1, columns] float32, what each column is multiplied with.
+        scale: [..., 1, columns] float32 factor of each column.
     """
 
     values: Any
@@ -26,18 +26,18 @@ class Matrix(NamedTuple):
 
     @classmethod
     def of(cls, exact: np.ndarray) -> Matrix:
-        """Rounds float32 matrices [..., rows, columns] to 127 steps on either side of zero."""
+        """Quantises float32 matrices [..., rows, columns] to 127 steps on either side of zero."""
         exact = np.asarray(exact, np.float32)
         scale = np.abs(exact).max(-2, keepdims=True) / LARGEST
         return cls(np.round(exact / np.where(scale > 0, scale, 1)).astype(np.int8), scale)
 
     def wide(self) -> jax.Array:
-        """The matrix in float32; jittable."""
+        """Returns the matrix in float32; jittable."""
         return self.values.astype(jnp.float32) * self.scale
 
 
 def widened(tree: Any) -> Any:
-    """A pytree with its `Matrix` nodes as float32 arrays; jittable."""
+    """Returns a pytree with its `Matrix` nodes converted to float32 arrays; jittable."""
     is_matrix = lambda node: isinstance(node, Matrix)  # noqa: E731
     return jax.tree.map(lambda node: node.wide() if is_matrix(node) else node, tree, is_leaf=is_matrix)
 
@@ -64,7 +64,7 @@ def packed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise ValueError(f"parameters are not finite in float16: {', '.join(broken)}; train it again")
     kept: dict[str, np.ndarray] = {}
     for name, array in half.items():
-        if array.ndim == 3:  # from the exact one: float16 has few digits for numbers as small as a scale
+        if array.ndim == 3:  # from the float32 array, because float16 has few digits for small scales
             kept[name], kept[name + SCALE] = Matrix.of(arrays[name])
         else:
             kept[name] = array
@@ -72,7 +72,7 @@ def packed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def unpacked(kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Undoes `packed`: name -> [L, ...] float32.
+    """Returns the arrays that `packed` stored: name -> [L, ...] float32.
 
     Raises:
         ValueError: for a matrix without its scales.
@@ -86,6 +86,6 @@ def unpacked(kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             scale = kept.get(name + SCALE)
             if scale is None or scale.shape != (array.shape[0], 1, array.shape[2]):
                 raise ValueError(f"{name} without a scale for each of its columns")
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named where it is read
+            with np.errstate(over="ignore", invalid="ignore"):  # the reader reports such values
                 arrays[name] *= scale
     return arrays

@@ -1,4 +1,4 @@
-"""PCA of each layer's hidden states: streaming, on the device, fitted on training documents alone."""
+"""PCA of each layer's hidden states: streaming, on the device, fitted only to training documents."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Basis:
 
     Attributes:
         mean: [L, D] float32.
-        components: [L, D, P] float32, orthonormal columns, most variance first: the first p of them are the
-            PCA of width p.
-        variance: [L, P] float32, of each component.
+        components: [L, D, P] float32, orthonormal columns, most variance first; the first p are the PCA of
+            width p.
+        variance: [L, P] float32 variance of each component.
     """
 
     mean: np.ndarray
@@ -39,7 +39,7 @@ class Basis:
 
     @classmethod
     def load(cls, folder: Path) -> Basis:
-        """Raises ValueError if the folder has none, or a damaged one."""
+        """Reads a PCA; raises ValueError if the folder has none, or a damaged one."""
         try:
             kept = load_file(folder / FILE)
             mean, components, variance = (kept[field.name] for field in fields(cls))
@@ -56,10 +56,10 @@ class Basis:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over rows that a PCA follows from, in bounded memory: [L], [L, D], [L, D, D].
+    """Sums over rows from which a PCA is computed, in bounded memory: [L], [L, D], [L, D, D].
 
-    They are taken of `x - shift`, shift being the mean of the first rows: with a mean far from zero, the
-    difference of two large sums would have no digits left.
+    They are sums of `x - shift`, with the mean of the first rows as shift: with a mean far from zero, the
+    difference of two large sums would have no accurate digits.
 
     >>> rows = jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[3.0, 0.5]]])  # [N, L, D]
     >>> basis = Moments.start(rows).add(rows).basis(1)
@@ -74,7 +74,7 @@ class Moments:
 
     @classmethod
     def start(cls, hidden: jax.Array) -> Moments:
-        """Moments of no rows; `hidden` [N, L, D] only sets the shift."""
+        """Returns moments of no rows; `hidden` [N, L, D] only sets the shift."""
         _, layers, width = hidden.shape
         zeros = jnp.zeros((layers, width), jnp.float32)
         second = jnp.zeros((layers, width, width), jnp.float32)
@@ -86,7 +86,7 @@ class Moments:
         return Moments(self.shift, self.rows + hidden.shape[0], first, second)
 
     def basis(self, width: int) -> Basis:
-        """The PCA, `width` clipped to D.
+        """Returns the PCA with `width` components, at most D.
 
         Raises:
             ValueError: if there were fewer than two rows, or one was not finite.
@@ -115,5 +115,5 @@ def _add(first: jax.Array, second: jax.Array, hidden: jax.Array, shift: jax.Arra
 
 @jax.jit
 def reduce(hidden: jax.Array, mean: jax.Array, components: jax.Array) -> jax.Array:
-    """[N, L, D] -> [N, L, P]."""
+    """Returns hidden states [N, L, D] reduced to [N, L, P]."""
     return jnp.einsum("nld,ldp->nlp", hidden.astype(jnp.float32) - mean[None], components)

@@ -1,4 +1,4 @@
-"""Recording of traces: a model runs over real text, and each router's inputs and choices are kept."""
+"""Records traces: runs a model over real text and stores each router's inputs and choices."""
 
 from __future__ import annotations
 
@@ -32,27 +32,28 @@ from predictor.pca import Basis, Moments, reduce
 from predictor.routers import Routers
 
 CHUNK_PASSAGES = 64
-SHORTEST = 16  # tokens; the end of a document that is shorter is left out
+SHORTEST = 16  # tokens; shorter ends of documents are left out
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordConfig:
-    """What is recorded.
+    """Settings of a recording.
 
     Attributes:
         text: files: JSON lines of {"id", "text"} (`.jsonl`), whose domain is the file's name, or plain texts,
             each a document of the domain named as its folder.
-        out: folder for the trace; one that was cut off is gone on with.
-        heldout_domains: domains no document of which predictors may be trained on. Of the others, about one
-            document in twenty is kept out, by a hash of its id: those that the shipped model has not seen.
-        train_tokens, heldout_tokens: at most so many of each domain.
-        length: tokens of a passage, at most; clipped to the model's context.
+        out: folder for the trace; an interrupted trace is continued.
+        heldout_domains: domains of which no document is used for training predictors. Of the others, about
+            one document in twenty is held out, by a hash of its id: those that the shipped model was not
+            trained on.
+        train_tokens, heldout_tokens: maximum number of tokens of each domain.
+        length: maximum number of tokens of a passage; clipped to the model's context.
         prompt: share of a passage that is its prompt, read in prefill; its other tokens are decode steps.
         hidden: P, components that hidden states are reduced to, clipped to the model's width; 0 for none.
-        pca_tokens: of training documents, that the PCA is fitted on.
-        batch_size: passages that run at once.
-        offload: how the experts are placed while it runs; the default keeps all on the device.
-        seed: of the order of the passages.
+        pca_tokens: number of tokens of training documents that the PCA is fitted to.
+        batch_size: number of passages that run at once.
+        offload: settings of the engine; by default all experts are on the device.
+        seed: seed of the order of the passages.
     """
 
     text: tuple[Path, ...]
@@ -85,7 +86,8 @@ def record(model: Model, config: RecordConfig) -> Trace:
     depend on the tokens after it: rows past the prompt equal decode steps fed with the document's own tokens.
 
     Raises:
-        ValueError: for text that cannot be read, or a folder with another trace or that another run is at.
+        ValueError: for text that cannot be read, or a folder that holds another trace or is in use by another
+            run.
     """
     if model.tokenizer is None:
         raise ValueError("recording from text needs a tokenizer.json beside the model's weights, found none")
@@ -126,7 +128,7 @@ def record(model: Model, config: RecordConfig) -> Trace:
 
 
 def read_domains(files: Iterable[Path]) -> dict[str, list[Document]]:
-    """Documents by domain; see `RecordConfig.text`.
+    """Returns documents by domain; see `RecordConfig.text`.
 
     Raises:
         ValueError: for a file that cannot be read.
@@ -151,7 +153,7 @@ def read_domains(files: Iterable[Path]) -> dict[str, list[Document]]:
 
 
 def digest(domains: dict[str, list[Document]]) -> str:
-    """Digest of all the text, so that no trace is continued with another text."""
+    """Returns a digest of all text, so that no trace is continued with another text."""
     digested = hashlib.blake2b(digest_size=8)
     for domain in sorted(domains):
         for document in domains[domain]:
@@ -162,9 +164,9 @@ def digest(domains: dict[str, list[Document]]) -> str:
 def choose(
     domains: dict[str, list[Document]], tokenizer: Tokenizer, length: int, config: RecordConfig
 ) -> list[tuple[Passage, list[int]]]:
-    """The passages to record and their tokens, in an order that mixes all documents: any part is a fair one.
+    """Returns the passages to record with their tokens, shuffled so that any part is a representative sample.
 
-    Documents are taken whole, in the order of a hash of their ids, up to the tokens asked for.
+    Complete documents are taken in the order of a hash of their ids, up to the number of tokens.
     """
     chosen: list[tuple[Passage, list[int]]] = []
     for domain, documents in domains.items():
@@ -177,7 +179,7 @@ def choose(
             except ValueError as error:
                 raise ValueError(f"domain {domain}: {error}, or hold the domain out as a whole") from None
         room = {"train": config.train_tokens, "heldout": config.heldout_tokens}
-        # By another hash than the one that splits: the held-out documents are those with the lowest ones.
+        # Not the hash that splits, by which the held-out documents come first.
         for document in sorted(documents, key=lambda document: stable_hash(f"{config.seed}/{document.id}")):
             split: Split = "heldout" if document.id in heldout else "train"
             if room[split] < SHORTEST:
@@ -194,13 +196,13 @@ def choose(
 
 
 class Tap:
-    """Runs passages through an engine and keeps the inputs and choices of every router."""
+    """Runs passages through an engine and collects the inputs and choices of every router."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.runner = engine, cast(LayerByLayer, engine.runner)  # an exact one goes so
+        self.engine, self.runner = engine, cast(LayerByLayer, engine.runner)  # exact engines run so
 
     def run(self, passages: Sequence[list[int]]) -> tuple[jax.Array, np.ndarray, np.ndarray]:
-        """Hidden states [N, L, D], experts [N, L, K] and their weights of all tokens, padding left out."""
+        """Returns hidden states [N, L, D], experts [N, L, K] and weights [N, L, K] of all tokens."""
         model, rows, width = self.engine.model, batch_rows(len(passages)), max(map(len, passages))
         tokens = np.zeros((rows, width), np.int32)
         positions = np.full((rows, width), PAD_POSITION, np.int32)
@@ -248,7 +250,7 @@ def _record(
 def _basis(
     tap: Tap, passages: list[tuple[Passage, list[int]]], config: RecordConfig, writer: TraceWriter
 ) -> Basis:
-    """PCA of the trace: fitted on its first training passages, or read if the trace was begun before."""
+    """Returns the trace's PCA, fitted to its first training passages, or read if the trace is continued."""
     if writer.done:
         return Basis.load(writer.folder)
     moments: Moments | None = None
@@ -274,5 +276,5 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 def _layer_by_layer(offload: OffloadConfig) -> OffloadConfig:
-    """The settings with steps that run layer by layer, as recording needs what passes between layers."""
+    """Returns the settings with steps that run layer by layer, because recording taps every layer."""
     return replace(offload, numerics="exact")

@@ -1,4 +1,4 @@
-"""From sums over rows and batches to the figures of a scorecard: plain records, as JSON holds them."""
+"""Computes the figures of a scorecard, as plain JSON records, from sums over rows and batches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Sums:
 
     Attributes:
         rows: [L, H, G, 3] exact recall, relaxed recall, rows.
-        bins: [L, H, G, 10, 3] of `metrics.reliability`.
-        batches: size -> [L, H, G, 6], `metrics.BatchScores` and how many batches.
-        curves: size -> [L, H, G, 2, E] of `metrics.prefetch`.
+        bins: [L, H, G, 10, 3] sums of `metrics.reliability`.
+        batches: size -> [L, H, G, 6] sums of `metrics.BatchScores`, and the number of batches.
+        curves: size -> [L, H, G, 2, E] sums of `metrics.prefetch`.
     """
 
     rows: np.ndarray
@@ -34,13 +34,13 @@ class Sums:
         return cls(np.zeros((*shape, 3)), np.zeros((*shape, metrics.BINS, 3)))
 
     def add(self, at: tuple[int, int], size: int, sums: metrics.BatchSums, group: np.ndarray) -> None:
-        """Adds batches of one layer and horizon; one without a known target does not count.
+        """Adds batches of one layer and horizon; batches without a known target do not count.
 
         Args:
             at: layer and place of the horizon.
             size: B.
             sums: of the batches.
-            group: [batches] that each belongs to.
+            group: [batches] group of each batch.
         """
         there = sums.counts.sum(-1) > 0
         sums, group = metrics.BatchSums(*(part[there] for part in sums)), group[there]
@@ -60,14 +60,14 @@ def report(
     unseen: Sequence[str],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All figures; those of a horizon are means over the layers whose target is in the same step.
+    """Returns all figures; those of a horizon are means over the layers whose target is in the same step.
 
     Args:
         sums: predictor -> its sums.
-        batching: the groups and batches they are of.
-        horizons: in their order.
-        unseen: domains of which nothing was trained on.
-        about: put in front.
+        batching: groups and batches of the sums.
+        horizons: layers ahead, in the order of the sums.
+        unseen: domains that were not trained on.
+        about: entries to put in front.
 
     Returns:
         rows: for each predictor, domain, phase, horizon and batch size its figures. Recall is of all rows,
@@ -87,41 +87,41 @@ def report(
         for size in batching.sizes
         if not batching.has(index, size)
     ]
-    for name, found in sums.items():
+    for name, total in sums.items():
         for place, horizon in enumerate(horizons):
             for index, group in enumerate(batching.groups):
                 head = {"predictor": name, "domain": group.domain, "unseen": group.domain in unseen}
                 head |= {"phase": group.phase, "horizon": horizon}
-                here = np.s_[:, place, index]
-                for wraps, layers in parts(len(found.rows), horizon):
-                    result["rows"] += [head | {"wraps": wraps} | row for row in _rows(found, here, layers)]
-                exact, rows = found.rows[here][:, 0], found.rows[here][:, 2]
+                at = np.s_[:, place, index]
+                for wraps, layers in parts(len(total.rows), horizon):
+                    result["rows"] += [head | {"wraps": wraps} | row for row in _rows(total, at, layers)]
+                exact, rows = total.rows[at][:, 0], total.rows[at][:, 2]
                 result["layers"].append(head | {"recall": _listed(_share(exact, rows))})
-                inside = parts(len(found.rows), horizon)[0][1]
-                bins = found.bins[here][inside].sum(0)
+                inside = parts(len(total.rows), horizon)[0][1]
+                bins = total.bins[at][inside].sum(0)
                 result["calibration"].append(head | _calibration(bins))
-                for size, curves in found.curves.items():
-                    counts = found.batches[size][here][inside, -1]
+                for size, curves in total.curves.items():
+                    counts = total.batches[size][at][inside, -1]
                     if counts.any():
-                        wasted, covered = _mean(curves[here][inside] / np.maximum(counts, 1)[:, None, None])
+                        wasted, covered = _mean(curves[at][inside] / np.maximum(counts, 1)[:, None, None])
                         curve = {"wasted": _listed(wasted), "covered": _listed(covered)}
                         result["waste"].append(head | {"batch": size} | curve)
     return result
 
 
 def parts(layers: int, horizon: int) -> list[tuple[bool, slice]]:
-    """Layers whose target is in the same step, and those whose target is in the next: `wraps`."""
+    """Returns the layers with a target in the same step, and those with one in the next step (`wraps`)."""
     return [(False, slice(0, layers - horizon)), (True, slice(layers - horizon, layers))]
 
 
-def _rows(found: Sums, here: Any, layers: slice) -> Iterator[dict[str, Any]]:
-    rows = found.rows[here][layers]  # [layers, 3]
+def _rows(total: Sums, at: Any, layers: slice) -> Iterator[dict[str, Any]]:
+    rows = total.rows[at][layers]  # [layers, 3]
     if not rows[:, -1].any():
         return
     exact, relaxed = _mean(_share(rows[:, :2], rows[:, 2:]))
     recall = {"recall": _number(exact), "relaxed_recall": _number(relaxed), "rows": int(rows[:, -1].max())}
-    for size, scores in found.batches.items():
-        foreseen, present, both, error, tokens, batches = scores[here][layers].T
+    for size, scores in total.batches.items():
+        foreseen, present, both, error, tokens, batches = scores[at][layers].T
         if batches.any():
             yield {
                 "batch": size,
@@ -146,18 +146,18 @@ def _calibration(bins: np.ndarray) -> dict[str, Any]:
 
 
 def _share(of: np.ndarray, to: np.ndarray) -> np.ndarray:
-    """`of / to`, NaN where that is not defined."""
+    """Returns `of / to`; NaN where it is not defined."""
     return np.divide(of, to, out=np.full(np.broadcast_shapes(of.shape, to.shape), np.nan), where=to > 0)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Over the first axis, what is NaN left out; NaN where nothing else is."""
+    """Returns the mean over the first axis without NaN; NaN if there is nothing else."""
     known = np.isfinite(values)
     return _share(np.where(known, values, 0.0).sum(0), known.sum(0))
 
 
 def _number(value: Any) -> float | None:
-    """Rounded; None for NaN, which JSON has no word for."""
+    """Returns a number rounded for JSON; None for NaN, which JSON lacks."""
     return round(float(value), 5) if np.isfinite(value) else None
 
 

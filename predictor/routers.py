@@ -1,4 +1,4 @@
-"""A model's own routers, and their forecast of later layers: the best without training."""
+"""Routers of a model, and their forecast of later layers, the best without training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE = "routers.safetensors"
 
 @dataclass(frozen=True)
 class Routers:
-    """Every MoE layer's router and the norm before it.
+    """Routers of all MoE layers, with the norms before them.
 
     Attributes:
         weight: [L, D, E] float32.
@@ -43,7 +43,7 @@ class Routers:
 
     @classmethod
     def load(cls, folder: Path) -> Routers:
-        """Raises ValueError if the folder has none, or damaged ones."""
+        """Reads routers; raises ValueError if the folder has none, or damaged ones."""
         try:
             routers = cls(**load_file(folder / FILE))
             layers, hidden, _ = routers.weight.shape
@@ -56,10 +56,10 @@ class Routers:
             raise ValueError(f"{folder / FILE}: expected routers, got {error}; record it anew") from None
 
     def ahead(self, layer: int, look_ahead: int) -> np.ndarray:
-        """[W, D, E] routers of the next W layers, to be applied to this layer's normed hidden state."""
+        """Returns routers [W, D, E] of the next W layers for this layer's normed hidden state."""
         return routers_ahead(self.weight, self.scale, layer, look_ahead)
 
     def reduced(self, basis: Basis, layer: int, look_ahead: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """`ahead` for hidden states reduced by `basis`: a matrix [width, W * E] and an offset [W * E]."""
+        """Returns `ahead` for hidden states reduced by `basis`: matrix [width, W * E] and offset [W * E]."""
         ahead = np.moveaxis(self.ahead(layer, look_ahead), 0, 1).reshape(self.weight.shape[1], -1)
         return basis.components[layer, :, :width].T @ ahead, basis.mean[layer] @ ahead

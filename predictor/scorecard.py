@@ -59,18 +59,19 @@ CALIBRATED_ROWS = 16_384
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """One scorecard.
+    """Settings of a scorecard.
 
     Attributes:
         traces: folder made by `layerscope trace`; its held-out passages are scored.
         predictor: folders made by `predictor.train`; several, trained from other seeds, give the spread.
-        shipped: score the shipped predictor on the shipped held-out rows, in place of those two.
+        shipped: score the shipped predictor on the shipped held-out rows, instead of `traces` and
+            `predictor`.
         json: also write all figures to this file.
         plots: also draw them into this folder.
-        tokens: held-out rows at most.
-        fit_tokens: training rows at most that popularity and the linear map are fitted to. They are kept
-            beside the first predictor.
-        seed: of the batches.
+        tokens: maximum number of held-out rows.
+        fit_tokens: maximum number of training rows that popularity and the linear map are fitted to. The
+            fitted baselines are stored beside the first predictor.
+        seed: seed of the batches.
     """
 
     traces: Path | None = None
@@ -93,7 +94,7 @@ class ScoreConfig:
 
     @property
     def folders(self) -> tuple[Path, tuple[Path, ...]]:
-        """Of the trace and of the predictors."""
+        """Folders of the trace and of the predictors."""
         if self.shipped:
             return SHIPPED / "heldout", (SHIPPED,)
         assert self.traces is not None
@@ -155,7 +156,7 @@ def scorecard(config: ScoreConfig, *, progress: bool = True) -> dict[str, Any]:
 def score(
     candidates: list[Candidate], batching: Batching, horizons: tuple[int, ...], *, progress: bool = True
 ) -> dict[str, Sums]:
-    """Sums of every candidate's scores, by name; layer by layer, to hold only one layer's forecasts."""
+    """Returns the sums of every candidate's scores by name, computed layer by layer to save memory."""
     rows, groups = batching.rows, len(batching.groups)
     layers = rows.experts.shape[1]
     sums = {candidate.name: Sums.zeros(layers, len(horizons), groups) for candidate in candidates}
@@ -192,7 +193,7 @@ def score(
 
 @jax.jit
 def masked(probabilities: jax.Array, experts: jax.Array, known: jax.Array) -> tuple[jax.Array, ...]:
-    """Probabilities, truth and log-absence [N, E], all zero in the rows whose target is not known."""
+    """Returns probabilities, truth and log-absence [N, E], all zero in rows without a known target."""
     known = known[:, None]
     probabilities *= known
     hot = known * multi_hot(experts, probabilities.shape[-1])
@@ -201,7 +202,7 @@ def masked(probabilities: jax.Array, experts: jax.Array, known: jax.Array) -> tu
 
 @jax.jit
 def row_sums(member: jax.Array, ranking: jax.Array, experts: jax.Array, known: jax.Array) -> jax.Array:
-    """[groups, 3] exact and relaxed recall summed over the rows, and how many rows they are."""
+    """Returns exact and relaxed recall summed over rows, and the number of rows: [groups, 3]."""
     place = metrics.places(ranking, experts)
     each = jnp.stack([metrics.exact_recall(place), metrics.relaxed_recall(place), jnp.ones_like(known)], 1)
     return jnp.matmul(member, each * known[:, None], precision="highest")
@@ -211,7 +212,7 @@ def row_sums(member: jax.Array, ranking: jax.Array, experts: jax.Array, known: j
 def bin_sums(
     member: jax.Array, probabilities: jax.Array, hot: jax.Array, known: jax.Array, some: jax.Array
 ) -> jax.Array:
-    """[groups, 10, 3] `metrics.reliability` summed over some of the rows."""
+    """Returns `metrics.reliability` summed over some of the rows: [groups, 10, 3]."""
     each = metrics.reliability(probabilities[some], hot[some]) * known[some, None, None]
     return jnp.einsum("gn,nbc->gbc", member[:, some], each, precision="highest")
 

@@ -1,4 +1,4 @@
-"""Plots of a scorecard, one a question."""
+"""Plots of a scorecard, one for each question."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from predictor.scorecard_view import main_phase, names
 
 
 def need_matplotlib() -> None:
-    """Raises ValueError, with what to install, if plots cannot be drawn."""
+    """Raises ValueError that says what to install, if plots cannot be drawn."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -38,7 +38,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 
 
 def by_layer(result: dict[str, Any]) -> Any:
-    """How well does each predictor see from each layer?"""
+    """How good is each predictor's recall, by layer?"""
     horizons = result["horizons"]
 
     def line(axis: Any, predictor: str, horizon: int, _: int) -> tuple[Sequence[float], Sequence[float]]:
@@ -57,21 +57,21 @@ def by_layer(result: dict[str, Any]) -> Any:
 
 
 def calibration(result: dict[str, Any]) -> Any:
-    """How often does what is said to be likely come true?"""
+    """How often are experts chosen, by their predicted probability?"""
     horizons = result["horizons"]
 
     def line(axis: Any, predictor: str, horizon: int, _: int) -> tuple[Sequence[float], Sequence[float]]:
         axis.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
         bins = [
-            found
+            tenth
             for row in chosen(result, "calibration", predictor=predictor, horizon=horizon)
-            for found in row["bins"]
-            if found["count"]
+            for tenth in row["bins"]
+            if tenth["count"]
         ]
         sums: dict[int, np.ndarray] = {}
-        for found in bins:
-            place = min(9, int(10 * found["probability"]))
-            values = found["count"] * np.array([1.0, found["probability"], found["observed"]])
+        for tenth in bins:
+            place = min(9, int(10 * tenth["probability"]))
+            values = tenth["count"] * np.array([1.0, tenth["probability"], tenth["observed"]])
             sums[place] = sums.get(place, np.zeros(3)) + values
         means = [sums[place][1:] / sums[place][0] for place in sorted(sums)]
         return [mean[0] for mean in means], [mean[1] for mean in means]
@@ -87,7 +87,7 @@ def calibration(result: dict[str, Any]) -> Any:
 
 
 def by_bytes(result: dict[str, Any]) -> Any:
-    """How much of what a batch needs is there, for how many experts moved?"""
+    """What share of a batch's choices is covered, by the number of prefetched experts?"""
     sizes = names(result["waste"], "batch")
 
     def line(axis: Any, predictor: str, horizon: int, size: int) -> tuple[Sequence[float], Sequence[float]]:
@@ -114,8 +114,8 @@ def chosen(result: dict[str, Any], part: str, **fixed: Any) -> list[dict[str, An
 
 def mean_over_domains(result: dict[str, Any], part: str, key: str, **fixed: Any) -> np.ndarray:
     """[1, ...] of a list that records hold; empty lists where there is none."""
-    found = [np.array(row[key], float) for row in chosen(result, part, **fixed)]
-    return np.mean(found, 0)[None] if found else np.zeros((1, 0))
+    values = [np.array(row[key], float) for row in chosen(result, part, **fixed)]
+    return np.mean(values, 0)[None] if values else np.zeros((1, 0))
 
 
 def grid(
@@ -156,12 +156,12 @@ def grid(
         axis.locator_params("x", integer=labels[0] != "probability")
     for axis in axes[:, 0]:
         axis.set_ylabel(labels[1])
-    handles, said = axes.flat[0].get_legend_handles_labels()
+    handles, predictors = axes.flat[0].get_legend_handles_labels()
     figure.legend(
         handles,
-        said,
+        predictors,
         loc="outside upper center",
-        ncols=min(6, len(said)),
+        ncols=min(6, len(predictors)),
         fontsize=8,
         frameon=False,
         title=f"{main_phase(result)} rows, mean over domains",

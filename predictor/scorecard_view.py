@@ -1,4 +1,4 @@
-"""What a scorecard prints: recall, batches, and what to make of them."""
+"""Prints a scorecard: recall, batches, and conclusions."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def main_phase(result: dict[str, Any]) -> str:
-    """Decoding, unless the trace has only prompts."""
+    """Returns "decode", or "prefill" if the trace has only prompts."""
     return "decode" if any(row["phase"] == "decode" for row in result["rows"]) else "prefill"
 
 
 def mean_of(result: dict[str, Any], key: str, **fixed: Any) -> float | None:
-    """Mean of a figure over the rows that have the fixed values; None if it is known for none."""
-    found = [
+    """Returns the mean of a figure over the rows that have the fixed values; None if no row has it."""
+    figures = [
         row[key]
         for row in result["rows"]
         if not row["wraps"] and all(row[name] == value for name, value in fixed.items())
     ]
-    found = [value for value in found if value is not None]
-    return float(np.mean(found)) if found else None
+    figures = [value for value in figures if value is not None]
+    return float(np.mean(figures)) if figures else None
 
 
 def names(rows: Iterable[dict[str, Any]], key: str) -> list[Any]:
-    """Different values, in the order of their first row."""
+    """Returns the distinct values, in the order of their first rows."""
     return list(dict.fromkeys(row[key] for row in rows))
 
 
 def recall_table(result: dict[str, Any]) -> Table:
-    """A line for each domain and predictor; narrow enough for 80 columns."""
+    """Returns a table with a line for each domain and predictor, at most 80 columns wide."""
     rows, phases = result["rows"], names(result["rows"], "phase")
     table = new_table("domain", "predictor")
     for phase in phases:
@@ -76,7 +76,7 @@ def recall_table(result: dict[str, Any]) -> Table:
 
 
 def batch_table(result: dict[str, Any]) -> Table:
-    """A line for each predictor and horizon; narrow enough for 80 columns."""
+    """Returns a table with a line for each predictor and horizon, at most 80 columns wide."""
     rows, phase = result["rows"], main_phase(result)
     sizes = names(rows, "batch")
     table = new_table("predictor", "ahead")
@@ -86,9 +86,9 @@ def batch_table(result: dict[str, Any]) -> Table:
     table.add_column("calib\nerr", justify="right", vertical="bottom")
     for predictor in names(rows, "predictor"):
         for place, horizon in enumerate(result["horizons"]):
-            here = fixed(predictor, horizon, phase)
+            point = fixed(predictor, horizon, phase)
             figures = [
-                mean_of(result, key, **here, batch=size)
+                mean_of(result, key, **point, batch=size)
                 for size in sizes
                 for key in ("presence_precision", "presence_recall", "count_error_relative")
             ]
@@ -96,7 +96,7 @@ def batch_table(result: dict[str, Any]) -> Table:
             errors = [
                 row["error"]
                 for row in result["calibration"]
-                if all(row[name] == value for name, value in here.items())
+                if all(row[name] == value for name, value in point.items())
             ]
             table.add_row("" if place else predictor, str(horizon), *cells, f"{np.mean(errors):.3f}")
         table.add_section()
@@ -112,15 +112,15 @@ def fixed(predictor: str, horizon: int, phase: str) -> dict[str, Any]:
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
-    """How far LLaPor is ahead of the others where it is least so; and what else there is to know of it."""
+    """Returns sentences on LLaPor's smallest lead over the others, its seeds and its relaxed recall."""
     trained = [name for name in names(result["rows"], "predictor") if name.startswith("llapor")]
     lines = []
     for what, others in (("all that is untrained", FREE), ("the gate", ("gate",)), ("linear", ("linear",))):
-        said = []
+        leads = []
         for horizon in result["horizons"]:
             margin, domain, phase = min(margins(result, trained, others, horizon))
-            said.append(f"{100 * margin:+.1f} {horizon} ahead ({domain}, {phase})")
-        lines.append(f"LLaPor's lead over {what}, in points of recall, is least: {', '.join(said)}.")
+            leads.append(f"{100 * margin:+.1f} {horizon} ahead ({domain}, {phase})")
+        lines.append(f"LLaPor's lead over {what}, in points of recall, is least: {', '.join(leads)}.")
     if len(trained) > 1:
         points = 100 * spread(result, trained)
         lines.append(f"The recalls of the {len(trained)} LLaPors differ by {points:.1f} points at most.")
@@ -137,37 +137,37 @@ def verdict(result: dict[str, Any]) -> list[str]:
 
 
 def places(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Every domain and phase that has rows."""
+    """Returns every domain and phase that has rows."""
     return list(dict.fromkeys((row["domain"], row["phase"]) for row in result["rows"]))
 
 
 def margins(
     result: dict[str, Any], trained: Sequence[str], others: Sequence[str], horizon: int
 ) -> list[tuple[float, str, str]]:
-    """How much more of the experts the mean of the trained predictors recalls than the best of the others."""
-    found = []
+    """Returns the lead in recall of the trained predictors' mean over the best of the others."""
+    leads = []
     for domain, phase in places(result):
 
         def recall(name: str, domain: str = domain, phase: str = phase) -> float:
             return mean_of(result, "recall", **fixed(name, horizon, phase), domain=domain) or 0.0
 
         ours = sum(map(recall, trained)) / len(trained)
-        found.append((ours - max(map(recall, others)), domain, phase))
-    return found
+        leads.append((ours - max(map(recall, others)), domain, phase))
+    return leads
 
 
 def spread(result: dict[str, Any], trained: Sequence[str]) -> float:
-    """Largest difference of two trained predictors' recalls, over domains, phases and horizons."""
+    """Returns the largest difference of two trained predictors' recalls in any domain, phase and horizon."""
     values = [
         [mean_of(result, "recall", **fixed(name, horizon, phase), domain=domain) or 0.0 for name in trained]
         for domain, phase in places(result)
         for horizon in result["horizons"]
     ]
-    return max(max(found) - min(found) for found in values)
+    return max(max(recalls) - min(recalls) for recalls in values)
 
 
 def left_out(result: dict[str, Any]) -> list[str]:
-    """Which batches could not be formed."""
+    """Returns sentences on the batches that could not be formed."""
     sizes: dict[tuple[str, str], list[str]] = {}
     for row in result["left_out"]:
         sizes.setdefault((row["phase"], f"{row['domain']} ({row['passages']})"), []).append(str(row["batch"]))
@@ -175,13 +175,13 @@ def left_out(result: dict[str, Any]) -> list[str]:
     for (phase, domain), missing in sizes.items():
         domains.setdefault((phase, ", ".join(missing)), []).append(domain)
     return [
-        f"Too few passages for batches of {missing} in {phase}: {', '.join(found)}."
-        for (phase, missing), found in domains.items()
+        f"Too few passages for batches of {missing} in {phase}: {', '.join(places)}."
+        for (phase, missing), places in domains.items()
     ]
 
 
 def percent(share: float | None) -> str:
-    """In %, a dash where there is nothing to say.
+    """Returns a share in %; a dash for None.
 
     >>> percent(0.8766), percent(1.0), percent(None)
     ('87.7', '100', '-')

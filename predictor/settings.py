@@ -1,4 +1,4 @@
-"""What a predictor's folder says of it in words and numbers, read field by field."""
+"""Settings of a predictor, as `predictor.json` in its folder holds them, read field by field."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from predictor.network import GroupConfig, group_layers
 FORMAT = 3
 GROUPS = ("input", "middle", "output")
 MOST_AHEAD, MOST_BLOCKS, MOST_WIDE = 256, 256, 2**20
-"""Far beyond any use; a number past it is damage, and would take all memory before any array is looked at."""
+"""Upper limits, far beyond any use: larger numbers are damage, and would take all memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `predictor.json` holds.
+    """Content of `predictor.json`.
 
     Attributes:
-        model: whose experts are predicted.
+        model: identity of the model whose experts are predicted.
         look_ahead: W.
-        groups: the networks, by group.
-        checksums: CRC-32 of each array as it lies in the file beside it; None in old folders.
+        groups: networks by group.
+        checksums: CRC-32 of each stored array; None in old folders.
     """
 
     model: ModelIdentity
@@ -48,14 +48,14 @@ class Settings:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], where: Path) -> Settings:
-        """Reads what `to_json` gave.
+        """Reads a record that `to_json` made.
 
         Args:
             record: a JSON object.
             where: its file, for messages.
 
         Raises:
-            ValueError: with every field that is not as it should be.
+            ValueError: naming every field that is invalid.
         """
         if record.get("format") != FORMAT:
             raise ValueError(
@@ -88,7 +88,7 @@ class Settings:
 
 
 def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """CRC-32 of the bytes of each array.
+    """Returns the CRC-32 of each array's bytes.
 
     >>> checksums({"bias": np.array([1, 2], np.int8)})
     {'bias': 3066839698}
@@ -97,10 +97,10 @@ def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 
 def _group(settings: Any, where: str) -> GroupConfig:
-    """The settings of a network.
+    """Returns the settings of a network.
 
     Raises:
-        ValueError: with every setting that is not as it should be.
+        ValueError: naming every setting that is invalid.
     """
     if not isinstance(settings, dict):
         raise ValueError(f"{where} must be an object, got {_shown(settings)}")

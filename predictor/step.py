@@ -1,4 +1,4 @@
-"""One training step of all layers at once: targets, loss and optimizer."""
+"""Training step of all layers at once: targets, loss and optimizer."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers of one group.
+    """Layers of one group.
 
     Attributes:
-        layers: which.
-        config: of their networks.
-        components: P of their input.
-        graphdef: of one network.
+        layers: the layers.
+        config: settings of their networks.
+        components: P, components of their input.
+        graphdef: graph definition of one network.
     """
 
     layers: range
@@ -50,7 +50,7 @@ class Stack:
 def stacks(
     model: ModelIdentity, hidden: int, look_ahead: int, groups: Mapping[str, GroupConfig]
 ) -> dict[str, Stack]:
-    """The groups that have layers, for hidden states of `hidden` components."""
+    """Returns the groups that have layers, for hidden states of `hidden` components."""
     stacked = {}
     for name, layers in group_layers(model.num_layers).items():
         if layers:
@@ -66,7 +66,7 @@ def _graphdef(components: int, experts: int, look_ahead: int, group: GroupConfig
 
 
 def first_params(model: ModelIdentity, stacked: Mapping[str, Stack], look_ahead: int, seed: int) -> Params:
-    """Parameters before training, drawn layer by layer, each from a seed of its own."""
+    """Returns initial parameters, drawn with a separate seed for each layer."""
 
     def draw(stack: Stack, layer: int) -> Any:
         rngs = nnx.Rngs(random_key(seed * 1009 + layer))
@@ -82,7 +82,7 @@ def first_params(model: ModelIdentity, stacked: Mapping[str, Stack], look_ahead:
 def priors(
     routers: Routers, basis: Basis, stacked: Mapping[str, Stack], look_ahead: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Matrices [Lg, P, W * E] and offsets [Lg, W * E] of each group's router forecasts; see `Routers`."""
+    """Returns matrices [Lg, P, W * E] and offsets [Lg, W * E] of each group's router forecasts."""
     result = {}
     for name, stack in stacked.items():
         pairs = [routers.reduced(basis, layer, look_ahead, stack.components) for layer in stack.layers]
@@ -92,7 +92,7 @@ def priors(
 
 
 def input_scale(basis: Basis) -> np.ndarray:
-    """[L] factors that bring the components of hidden states to a size of about one."""
+    """Returns factors [L] that scale the components of hidden states to about one."""
     return np.sqrt(basis.width / np.maximum(basis.variance.sum(1), 1e-12)).astype(np.float32)
 
 
@@ -106,16 +106,16 @@ def layer_logits(
     noise: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits [T, W, E] of one layer, in training and in the engine alike.
+    """Returns logits [T, W, E] of one layer, in training and in the engine.
 
     Args:
-        network: the layer's.
+        network: network of the layer.
         hidden: [T, P] reduced hidden states.
-        experts, weights: [T, K] what the router chose.
-        prior: its matrix [P, W * E] and offset [W * E].
-        scale: [] of the hidden state.
-        noise: [T, P] to be added to the scaled hidden state, in training.
-        key: of dropout, in training.
+        experts, weights: [T, K] choices of the router.
+        prior: matrix [P, W * E] and offset [W * E] of the routers' forecast.
+        scale: [] scale of the hidden state.
+        noise: [T, P] noise that is added to the scaled hidden state, in training.
+        key: random key of dropout, in training.
     """
     look_ahead, num_experts = network.gain.shape
     matrix, offset = prior
@@ -129,7 +129,7 @@ def layer_logits(
 
 @dataclass(frozen=True)
 class Batch:
-    """B tokens: inputs of the forecast, and the experts that were chosen.
+    """Batch of B tokens: inputs of the forecast, and the chosen experts.
 
     Attributes:
         hidden: [B, L, P] float16.
@@ -150,9 +150,9 @@ jax.tree_util.register_dataclass(Batch)
 
 
 def targets(batch: Batch, look_ahead: int, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """Targets of the networks: [L, B, W, E] zeros and ones, and [L, B, W] whether they are known.
+    """Returns the targets of the networks, [L, B, W, E] zeros and ones, and whether they are known [L, B, W].
 
-    The last layers' look-ahead goes on into the first layers of the next token's step.
+    The last layers' look-ahead continues with the first layers of the next token's step.
     """
     layers = batch.experts.shape[1]
     both = jnp.concatenate([batch.experts, batch.following], 1).swapaxes(0, 1)  # [2L, B, K]
@@ -164,7 +164,7 @@ def targets(batch: Batch, look_ahead: int, num_experts: int) -> tuple[jax.Array,
 
 
 def loss(logits: jax.Array, truth: jax.Array, weights: jax.Array, focal: float) -> jax.Array:
-    """The paper's loss, summed over E: weighted binary cross-entropy and a focal term (gamma 2)."""
+    """Returns the paper's loss summed over E: weighted binary cross-entropy and a focal term (gamma 2)."""
     cross_entropy = optax.sigmoid_binary_cross_entropy(logits, truth)
     total = weights * cross_entropy
     if focal:
@@ -174,13 +174,13 @@ def loss(logits: jax.Array, truth: jax.Array, weights: jax.Array, focal: float) 
 
 
 def top_recall(logits: jax.Array, truth: jax.Array, choices: int) -> jax.Array:
-    """Exact top-k recall: the share of the K true experts among the K likeliest; [..., E] -> [...]."""
+    """Returns exact top-k recall [...]: the share of the K true experts [..., E] among the K likeliest."""
     threshold = jax.lax.top_k(logits, choices)[0][..., -1:]
     return ((logits >= threshold) * truth).sum(-1) / choices
 
 
 def optimizer(stacked: Mapping[str, Stack], steps: int, clip: float) -> optax.GradientTransformation:
-    """AdamW with the rates of each group, warm-up, cosine decay and clipping by each group's norm."""
+    """Returns AdamW with each group's rates, warm-up, cosine decay and clipping by each group's norm."""
 
     def of(stack: Stack) -> optax.GradientTransformation:
         rate = stack.config.learning_rate
@@ -189,7 +189,7 @@ def optimizer(stacked: Mapping[str, Stack], steps: int, clip: float) -> optax.Gr
             0.0, rate, warm_up, max(steps, warm_up + 1), 0.01 * rate
         )
         matrices = lambda params: jax.tree.map(lambda p: p.ndim > 2, params)  # noqa: E731
-        # Layers share a norm here, as they share a step: the limit grows with their number.
+        # The norm is over all layers of a group, so the limit grows with their number.
         return optax.chain(
             optax.clip_by_global_norm(clip * len(stack.layers) ** 0.5),
             optax.adamw(schedule, weight_decay=stack.config.weight_decay, mask=matrices),
@@ -208,10 +208,10 @@ def make_steps(
     focal: float,
     update: optax.GradientTransformation,
 ) -> tuple[Callable, Callable]:
-    """The jitted `train(params, state, batch, key)` and `evaluate(params, batch)`.
+    """Returns the jitted `train(params, state, batch, key)` and `evaluate(params, batch)`.
 
-    `train` gives the new parameters and state, and the loss; `evaluate` the sum of the exact recall over the
-    batch and how many rows it counts, each [L, W].
+    `train` returns the new parameters and state, and the loss; `evaluate` the sum of the exact recall over
+    the batch and the number of rows with a target, each [L, W].
     """
     layers, num_experts = class_weights.shape
 
@@ -254,7 +254,7 @@ def make_steps(
         truth, known = targets(batch, look_ahead, num_experts)
         logits = logits_of(params, batch, key)
         each = loss(logits, truth, jnp.broadcast_to(weights_ahead, logits.shape), focal)
-        # Layers learn apart from each other: the sum over them, the mean over what each is asked.
+        # Layers learn independently: the sum over layers of the mean over each layer's known targets.
         return ((each * known).sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)).sum()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

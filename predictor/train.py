@@ -41,29 +41,29 @@ from predictor.settings import FORMAT
 from predictor.step import Batch, first_params, input_scale, make_steps, optimizer, priors, stacks
 
 VALIDATION_ROWS, VALIDATION_SHARE = 8192, 16
-"""Rows that are validated with at most, and what part of the training rows they are at most (one in 16), so
-that a short run does not spend its time on them."""
+"""Maximum number of validation rows, and their maximum share of the training rows (one in 16), so that short
+runs do not spend their time on validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. `predictor/README.md` says where the defaults are not the paper's.
+    """Settings of a training run. `predictor/README.md` says where the defaults differ from the paper.
 
     Attributes:
         traces: folder made by `layerscope trace`.
         out: folder for the predictor, its checkpoints and `log.jsonl`.
         look_ahead: W, how many layers ahead are predicted.
-        leave_out: domains of the trace that it does not learn from, so as to meet them as something new.
-        tokens: training rows at most.
-        epochs: passes over them.
+        leave_out: domains of the trace that are not trained on, so that they are new to the predictor.
+        tokens: maximum number of training rows.
+        epochs: passes over the rows.
         batch: rows of a step.
-        input, middle, output: networks of the layers near the input, in the middle, near the output.
+        input, middle, output: networks of the layers near the input, in the middle and near the output.
         balanced: whether classes are weighted inversely to how often an expert is chosen.
         focal: weight of the loss's focal term.
-        clip: norm that a layer's gradient is clipped to.
-        patience: epochs without a better validation recall before it stops.
+        clip: maximum norm of a layer's gradient.
+        patience: epochs without a better validation recall before training stops.
         save_every: steps between checkpoints.
-        seed: of weights, order and noise.
+        seed: seed of weights, order and noise.
     """
 
     traces: Path
@@ -95,7 +95,7 @@ class TrainConfig:
 
 @dataclass
 class Progressed:
-    """Progress of a run, kept in its checkpoints beside the arrays."""
+    """Progress of a run, stored in its checkpoints beside the arrays."""
 
     step: int = 0
     epoch: int = 0
@@ -105,10 +105,10 @@ class Progressed:
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
-    """Trains, resuming where `config.out` stands; writes the predictor there and returns it.
+    """Trains a predictor, resuming from a checkpoint in `config.out`; writes it there and returns it.
 
     Raises:
-        ValueError: if the traces do not serve, or `config.out` holds another run or another one is at it.
+        ValueError: if the traces are not suitable, or `config.out` holds another run or is in use by one.
     """
     trace = Trace.open(config.traces)
     model = trace.header.model
@@ -128,10 +128,10 @@ def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
 
 
 def _orbax() -> Any:
-    """Orbax's checkpoints, imported where a training begins: what else is in this file does without.
+    """Imports Orbax's checkpoints, which only training needs.
 
     Raises:
-        ValueError: if it is not installed.
+        ValueError: if Orbax is not installed.
     """
     try:
         from orbax.checkpoint import v1
@@ -233,7 +233,7 @@ def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
 
 
 def batch_of(rows: Rows, picked: np.ndarray) -> Batch:
-    """A batch of the picked rows, on the device."""
+    """Returns a batch of the picked rows, on the device."""
     following = rows.following[picked]
     return Batch(
         hidden=jnp.asarray(rows.hidden[picked]),
@@ -245,7 +245,7 @@ def batch_of(rows: Rows, picked: np.ndarray) -> Batch:
 
 
 def validate(evaluate: Any, params: Any, rows: Rows, size: int = 1024) -> np.ndarray:
-    """[L, W] exact top-k recall over `rows`; NaN where nothing is known."""
+    """Returns exact top-k recall [L, W] over `rows`; NaN without known targets."""
     recalled, counted = np.zeros(()), np.zeros(())
     for start in range(0, len(rows), size):
         recall, known = evaluate(params, batch_of(rows, np.arange(start, min(start + size, len(rows)))))
@@ -255,7 +255,7 @@ def validate(evaluate: Any, params: Any, rows: Rows, size: int = 1024) -> np.nda
 
 
 def by_horizon(recall: np.ndarray) -> dict[str, list[float]]:
-    """Recall [L, W] as means over layers: of horizons within a step, and of those that reach into the next.
+    """Returns recall [L, W] as means over layers: for targets within a step, and for those in the next.
 
     >>> by_horizon(np.array([[0.9, 0.5], [0.3, 0.2]]))
     {'this_step': [0.9], 'next_step': [0.3, 0.35]}
@@ -271,20 +271,20 @@ def by_horizon(recall: np.ndarray) -> dict[str, list[float]]:
 
 
 def check_same_run(config: TrainConfig, trace: Trace) -> None:
-    """Refuses to go on in a folder that another run began.
+    """Refuses to continue in a folder of a run with other settings.
 
     Raises:
-        ValueError: with every setting that differs.
+        ValueError: naming every setting that differs.
     """
     settings = asdict(config) | {
         "model": trace.header.model.to_json(),
         "trace": trace.header.settings,
         "rows": trace.rows,
-        "format": FORMAT,  # other networks' checkpoints do not fit
+        "format": FORMAT,  # checkpoints of other networks do not fit
     }
     for name in ("traces", "out", "save_every"):
         del settings[name]
-    if not config.leave_out:  # runs from before there was this setting
+    if not config.leave_out:  # earlier runs lack this setting
         del settings["leave_out"]
     settings = json.loads(json.dumps(settings))
     file = config.out / "run.json"

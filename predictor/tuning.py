@@ -1,4 +1,4 @@
-"""Tuning of a trained predictor on recent tokens: tried when it errs too often, kept only if it is better."""
+"""Tunes a trained predictor on recent tokens when its error is high, and keeps only improvements."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from predictor.llapor import LLaPor
 from predictor.routers import Routers
 from predictor.step import Batch, input_scale, make_steps, priors
 
-CHECK_EVERY = 64  # rows, as in the paper; a block
-HELD_BACK = 4  # the newest of so many parts of the window
-PAUSE = 4  # blocks between a try and the next
-MOST_HALVINGS = 3  # of the learning rate, and doublings of the pause
+CHECK_EVERY = 64  # rows between checks, as in the paper; a block
+HELD_BACK = 4  # the newest of this many parts of the window is held back
+PAUSE = 4  # blocks between two attempts
+MOST_HALVINGS = 3  # halvings of the learning rate, and doublings of the pause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,13 @@ class TuningConfig:
     """When and how a predictor is tuned.
 
     Attributes:
-        window: newest rows that are kept.
+        window: number of newest rows that are kept.
         threshold: error (one minus the exact recall one layer ahead) over the newest quarter of the window
             above which tuning is tried. Best a little above the error on familiar traffic.
         margin: standard errors by which the recall must rise for a change to be kept.
         steps, batch: optimizer steps of one tuning, and rows of each.
-        learning_rate: of Adam; halved after each attempt in vain.
-        seed: of the choice of rows.
+        learning_rate: learning rate of Adam; halved after each failed attempt.
+        seed: seed of the choice of rows.
     """
 
     window: int = 2048
@@ -59,7 +59,7 @@ class Look:
     """Result of one look at the window.
 
     Attributes:
-        rows: rows seen in all until then.
+        rows: total number of rows until then.
         error: error on the newest 64 rows one layer ahead, before anything was learned from them.
         error_ahead: the same over all horizons.
         recent_error: error one layer ahead over the newest quarter of the window, which the threshold is for.
@@ -89,29 +89,29 @@ class Tuner:
 
     Every 64 rows it computes the error over the newest quarter of the window. Above the threshold it takes a
     few optimizer steps on the older three quarters, and keeps the result only if its recall on the newest
-    quarter is higher by more than noise. After an attempt in vain the next one comes twice as late, with half
-    the learning rate: where the first predictor is nearly right, only small steps help. A tuned predictor is
-    compared with the first one at every look, and dropped where the first is better.
+    quarter is higher by more than noise. After a failed attempt the pause is doubled and the learning rate
+    halved, because only small steps improve a predictor that is nearly right. A tuned predictor is compared
+    with the first one at every look, and dropped if the first is better.
 
     Args:
         llapor: the predictor that is tuned; it is not changed itself.
-        routers: of its model.
+        routers: routers of its model.
         config: when and how it is tuned.
 
     Attributes:
-        llapor: the predictor as it is now; `llapor.save` keeps it.
+        llapor: the current predictor; save it with `llapor.save`.
         looks: the last thousand looks, oldest first.
     """
 
     def __init__(self, llapor: LLaPor, routers: Routers, config: TuningConfig | None = None):
-        # At work they lie where JAX computes, and nowhere else: a loaded one's are NumPy's.
+        # Moves the parameters, which are NumPy arrays if loaded, to the device that computes.
         network = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), llapor.network)
         self.llapor = self._first = llapor = replace(llapor, network=network)
         self.config = config = config or TuningConfig()
         self.looks: deque[Look] = deque(maxlen=1000)
         self._blocks: deque[Batch] = deque(maxlen=config.window // CHECK_EVERY)
         self._held = config.window // CHECK_EVERY // HELD_BACK
-        # Of each held-back block, [2, W]: exact recalls, summed over rows and layers, and how many they are.
+        # For each held-back block, [2, W]: sums of exact recall over rows and layers, and their numbers.
         self._scores: deque[np.ndarray] = deque(maxlen=self._held)
         self._first_scores: deque[np.ndarray] = deque(maxlen=self._held)
         self._waiting: Batch | None = None  # rows, fewer than a block
@@ -144,7 +144,7 @@ class Tuner:
         for start in range(0, whole, CHECK_EVERY):
             self._blocks.append(part(rows, slice(start, start + CHECK_EVERY)))
             self._seen += CHECK_EVERY
-            # Optax mixes dtypes and ranks, whatever strictness the program has asked of JAX.
+            # Optax needs promotion of dtypes and ranks, which the program may have forbidden.
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
                 self._look()
         return self.llapor is not before
@@ -203,18 +203,18 @@ class Tuner:
         return params
 
     def _score(self, network: Any, block: Batch) -> np.ndarray:
-        return np.stack([np.asarray(found).sum(0) for found in self._evaluate(network, block)])
+        return np.stack([np.asarray(part).sum(0) for part in self._evaluate(network, block)])
 
 
 def recall(scores: np.ndarray) -> float:
-    """Mean recall of blocks [B, 2, W], each the sums of recalls and their number."""
+    """Returns the mean recall of blocks [B, 2, W], each with sums of recall and their numbers."""
     return float(scores[:, 0].sum() / scores[:, 1].sum())
 
 
 def compared(before: Iterable[np.ndarray], after: Iterable[np.ndarray]) -> tuple[float, float]:
-    """Rise of the recall of blocks, each [2, W] as in `recall`, and its standard error.
+    """Returns the rise of recall of blocks, each [2, W] as in `recall`, and its standard error.
 
-    The difference is taken block by block, so that what is hard for both does not count as noise.
+    The difference is computed for each block, so that blocks that are hard for both do not add noise.
 
     >>> block = np.array([[5.0], [10.0]])
     >>> compared([block, block], [block + [[0.0], [0.0]], block + [[5.0], [0.0]]])
@@ -226,12 +226,12 @@ def compared(before: Iterable[np.ndarray], after: Iterable[np.ndarray]) -> tuple
 
 
 def part(rows: Batch, which: slice | np.ndarray) -> Batch:
-    """Some of the rows."""
+    """Returns some of the rows."""
     return Batch(**{field.name: getattr(rows, field.name)[which] for field in fields(Batch)})
 
 
 def joined(blocks: Iterable[Batch]) -> Batch:
-    """Blocks of rows as one."""
+    """Returns blocks of rows joined into one."""
     blocks = list(blocks)
     return Batch(
         **{field.name: np.concatenate([getattr(b, field.name) for b in blocks]) for field in fields(Batch)}

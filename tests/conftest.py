@@ -4,6 +4,8 @@ JAX reads the settings below when it first makes an array, so they are set as th
 """
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,10 +14,18 @@ import pytest
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share one GPU
 
+# What one process of this run compiles, the others read, those that tests start too. No other run has a part
+# in it: workers get the folder from the process that began them, which removes it at the end.
+BEGAN_THE_RUN = "PYTEST_XDIST_WORKER" not in os.environ
+if BEGAN_THE_RUN:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="layerscope_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
 jax.config.update("jax_num_cpu_devices", 2)  # the second stands for the host beside an accelerator
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_enable_compilation_cache", False)  # no earlier run has a part in this one
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 collect_ignore_glob = ["*conftest.py"]  # has no doctests, and there are several of that name
 
@@ -29,6 +39,9 @@ CORE = (
     "tests/simulation",
     # requests
     "tests/generation/test_scheduler.py",
+    "tests/generation/test_chat.py",
+    "tests/generation/test_openai_requests.py",
+    "tests/generation/test_stop_strings.py",
     # residency and the link
     "layerscope_jax/offload",
     "tests/offload",
@@ -89,6 +102,12 @@ def lies_in(test: str, places: tuple[str, ...]) -> bool:
     return any(test == place or test.startswith((f"{place}/", f"{place}::", f"{place}[")) for place in places)
 
 
+def pytest_unconfigure() -> None:
+    """Removes the compiled programs of this run."""
+    if BEGAN_THE_RUN:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leaves files without a test of the core unread where nothing else is asked for: that takes time."""
     if config.option.markexpr != "core" or collection_path.suffix != ".py":
@@ -117,7 +136,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item):
     item.stash[BEFORE] = len(compiled)
+    if not item.get_closest_marker("core"):  # which compiles nothing
+        is_doctest = isinstance(item, pytest.DoctestItem)
+        compile_quickly(is_doctest or "quick_compiles" in item.fixturenames)
     return (yield)
+
+
+def compile_quickly(quickly: bool) -> None:
+    """Has XLA optimise little, or as for users; no program of the one kind is used by tests of the other."""
+    if jax.config.values["jax_disable_most_optimizations"] != quickly:
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()
 
 
 BEFORE = pytest.StashKey[int]()
@@ -139,13 +168,9 @@ def pytest_runtest_call(item: pytest.Item):
     return result
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
+@pytest.fixture
+def quick_compiles() -> None:
     """For tests that compare numbers to a tolerance, or one program with itself: XLA optimises little.
 
     That takes two thirds of the time. Tests that compare the bits of several programs need it as users do.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # no other test gets its programs

@@ -79,14 +79,19 @@ def one_jit(wanted: bool = True) -> Iterator[None]:
         yield
 
 
+@lru_cache
+def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """A decoder without its numbers."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
+
+
 def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Decoder:
     """A decoder with weights of unit gain, so that routing is spread and no two logits are nearly equal.
 
     Drawn by NumPy: nothing is compiled.
     """
     rng = np.random.default_rng(seed)
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
-    graphdef, state = nnx.split(abstract)
+    graphdef, state = abstract_decoder(config)
 
     def draw(path: tuple, shape: tuple[int, ...]) -> jax.Array:
         noise = rng.standard_normal(shape)

@@ -17,6 +17,7 @@ from layerscope_jax.scheduling.registry import FORECASTING, POLICIES
 PYTHON_PAGES = [page for page in PAGES if any(b.language == "python" and b.run for b in blocks(page))]
 
 OF_THE_READER = {
+    "added_tokens.json",
     "config.json",
     "continuations.jsonl",
     "generation_config.json",
@@ -27,8 +28,10 @@ OF_THE_READER = {
     "profile.json",
     "prompts.jsonl",
     "rows.json",
+    "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "vocab.json",
 }
 """Files that a reader has, or makes by a command of the page."""
 

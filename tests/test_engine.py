@@ -88,8 +88,9 @@ def test_statistics_of_a_resident_model(model):
     assert exact.stats.kernels == {"loops": 1.0, "xla": 0.0}
 
 
-@pytest.mark.parametrize("policy", ["lru", "on-demand", "host-only", "fiddler"])
-@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("policy", "rate"), [("lru", 0.0), ("on-demand", 0.2), ("host-only", 0.0), ("fiddler", 0.2)]
+)
 def test_bytes_are_those_that_moved(model, policy, rate):
     copies = Copies(rate)
     budget = 10 * model.bank.expert_bytes

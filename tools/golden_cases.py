@@ -249,6 +249,7 @@ CASES = {
         "class": transformers.Glm4MoeConfig,
         "config": SIGMOID
         | {
+            "initializer_range": 0.35,
             "num_key_value_heads": 2,
             "head_dim": 16,
             "n_group": 1,
@@ -295,6 +296,7 @@ CASES = {
         "class": transformers.Dots1Config,
         "config": SIGMOID
         | {
+            "initializer_range": 0.4,
             "num_hidden_layers": 4,
             "num_key_value_heads": 2,
             "head_dim": 8,
@@ -322,7 +324,8 @@ CASES = {
             "moe_layer_start_index": 2,
             "moe_layer_interval": 2,
             "use_bias": True,
-            "initializer_range": 0.25,
+            "initializer_range": 0.35,
+            "tie_word_embeddings": False,
         },
         "moe_layers": [3, 5],
         "must_matter": [{"rope_parameters": DEFAULT_ROPE | {"rope_theta": 100.0}}, {"rms_norm_eps": 1e-1}],
@@ -334,12 +337,13 @@ CASES = {
             "num_key_value_heads": 2,
             "num_local_experts": 8,
             "num_experts_per_tok": 3,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.4,
+            "embedding_multiplier": 1.5,
+            "residual_multiplier": 0.8,
             "attention_multiplier": 0.2,
-            "logits_scaling": 0.5,
-            "attention_bias": True,
-            "tie_word_embeddings": True,
+            "logits_scaling": 2.0,
+            "attention_bias": False,
+            "initializer_range": 0.5,
+            "tie_word_embeddings": False,
         },
         "must_matter": [
             {"embedding_multiplier": 1.0},

@@ -97,7 +97,7 @@ def describe(folder: Path) -> Description:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with config.json, found no folder; check the path")
-    config, raw = read_configs(folder)
+    config, raw, _ = read_configs(folder)
     family = family_of(config)
     stored, dtype = None, raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if is_there(folder / INDEX) or any(folder.glob("*.safetensors")):

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, stored_tensors
+from layerscope_jax.checkpoints.tokenizer_files import VOCABULARIES
+from layerscope_jax.checkpoints.tokenizer_settings import SETTINGS
 from layerscope_jax.support.files import is_there, read_json
 
 WHOLE = 64 << 10
@@ -45,6 +47,9 @@ def fingerprint(folder: str | Path) -> str:
         ("tokenizer_config.json", ["added_tokens_decoder"]),
     ):
         count(_content(folder / name, keys))
+    if not is_there(folder / "tokenizer.json") and any(is_there(folder / name) for name in VOCABULARIES):
+        for name in (*VOCABULARIES, *SETTINGS):
+            count(_content(folder / name, None))
     tensors = stored_tensors(folder)
     with ExitStack() as stack:
         opened: dict[Path, int] = {}

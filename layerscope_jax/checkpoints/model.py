@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
 
+from layerscope_jax.checkpoints.generation_defaults import generation_defaults
+from layerscope_jax.checkpoints.hub import folder_of
 from layerscope_jax.checkpoints.ignored import Ignored
+from layerscope_jax.checkpoints.other_formats import other_format
 from layerscope_jax.checkpoints.safetensors_io import (
     DTYPES,
     SINGLE,
@@ -40,6 +44,7 @@ from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.scheduling.plan import Geometry
+from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import is_there, read_json, replace_files
 
 logger = logging.getLogger(__name__)
@@ -56,8 +61,9 @@ class Model:
         graphdef: of the whole `Decoder`; merge it with `dense | experts`, both pure dicts.
         dense: every parameter but the routed experts', as a pure dict, on the device.
         bank: the routed experts.
-        tokenizer: None where the checkpoint has no `tokenizer.json`.
+        tokenizer: None where the checkpoint has none that can be read.
         path: the folder it came from, if any.
+        generation_defaults: settings of requests that the checkpoint recommends, by the names of `Request`.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=1, num_heads=2,
     ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
@@ -73,6 +79,7 @@ class Model:
     bank: ExpertBank
     tokenizer: Tokenizer | None = None
     path: Path | None = None
+    generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, tokenizer: Tokenizer | None = None) -> Model:
@@ -103,6 +110,7 @@ class Model:
             num_experts=config.num_experts,
             experts_per_token=config.experts_per_token,
             expert_bytes=self.bank.expert_bytes,
+            arrays_per_expert=len(self.bank.format.buffers(*self.bank.sizes)),
             slots=slots,
         )
 
@@ -128,19 +136,24 @@ def load(
     dtype: str | None = None,
     device: jax.Device | None = None,
     format: str | ExpertFormat | None = None,
+    revision: str | None = None,
 ) -> Model:
-    """Loads a Hugging Face checkpoint of OLMoE, Mixtral, Qwen3-MoE or a registered family.
+    """Loads a Hugging Face checkpoint of one of the families, or of one that was registered.
 
     Experts are read straight into pinned host memory, everything else onto the device; apart from these, only
     one tensor at a time is in memory.
 
     Args:
-        folder: holds `config.json`, one or more safetensors files, and optionally `tokenizer.json`.
+        folder: holds `config.json`, one or more safetensors files, and optionally a tokenizer's files; or the
+            name of a checkpoint on the Hugging Face hub, "organisation/name", which is downloaded into the
+            hub's cache (see `layerscope_jax.checkpoints.hub`). What is there as a path is never taken for a
+            name.
         dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the checkpoint's dtype.
         device: device that holds the dense parameters, and whose pinned host memory holds the experts; None
             for the default device.
         format: format in which the experts are stored (`layerscope_jax.formats`), or its name; None keeps
             them in the dtype of the other weights.
+        revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
 
     Returns:
         The model, for `Engine`.
@@ -150,18 +163,17 @@ def load(
             embedding although the config ties the two.
 
     Raises:
-        ValueError: if the folder is incomplete, damaged or not supported; names all wrong tensors.
+        ValueError: if the folder is incomplete, damaged or not supported, naming all wrong tensors; or if a
+            checkpoint on the hub cannot be had.
     """
-    folder = Path(folder)
     form = format_named(format) if isinstance(format, str) else format
     if not isinstance(form, ExpertFormat | None):
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: expected a folder with config.json and safetensors files, found no folder; "
-            "check the path"
-        )
-    config, raw = read_configs(folder)
+    folder = folder_of(folder, revision)
+    with suppress(OSError):  # a folder may be read without being listed
+        if (what := other_format(os.listdir(folder))) is not None:
+            raise ValueError(f"{folder}: {what}")
+    config, raw, generation = read_configs(folder)
     config, stored = _with_head(config, plain_names(stored_tensors(folder)))
     check_sizes(config, folder, stored)
     naming, ignored = Naming.of(config, stored.keys()), Ignored(config, family_of(config))
@@ -189,8 +201,9 @@ def load(
         naming.graphdef,
         unflatten_dict(dense),
         bank,
-        read_tokenizer(folder, config.vocab_size),
+        read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
         folder,
+        generation,
     )
 
 
@@ -261,21 +274,22 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return dict(sorted((settings | named).items()))
 
 
-def read_configs(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Returns the model's configuration from a folder's configs, and the contents of `config.json`."""
+def read_configs(folder: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+    """Returns what a folder's configs say: the model's shape, `config.json`, and settings of requests."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     raw = read_json(file)
     try:
         config = config_from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    defaults: dict[str, Any] = {}
     if is_there(generation):
         settings = read_json(generation)
-        try:
-            config = with_generation(config, settings)
-        except ValueError as error:
-            raise ValueError(f"{generation}: {error}") from None
-    return config, raw
+        problems = Problems()
+        config = problems.check(with_generation, config, settings) or config
+        defaults = problems.check(generation_defaults, settings)
+        problems.raise_any(str(generation))
+    return config, raw, defaults
 
 
 def _with_head(

@@ -191,7 +191,9 @@ def chosen_rows(family: Family, config: ModelConfig, stored: Collection[str] = (
         config: of the model.
         stored: names of the checkpoint's tensors.
     """
-    layers = [config.moe_layers[0], *config.dense_layers[:1], 0] if config.moe_layers else [0]
+    # One by one: a config may name more layers than memory holds numbers.
+    routed = (layer for layer in range(config.num_layers) if layer not in config.dense_layers)
+    layers = [next(routed, 0), *config.dense_layers[:1]]
 
     def is_held(row: Weight) -> bool:
         return any(

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from rich.console import Console
 from rich.text import Text
 
 from layerscope_jax.engine import Engine
-from layerscope_jax.generation.batch_files import Row
-from layerscope_jax.generation.completions import Completions, Token
+from layerscope_jax.generation.completions import Completions, Output, Token, output_of
+from layerscope_jax.generation.prompt_files import Row
+from layerscope_jax.generation.requests import Request, with_seed
 from layerscope_jax.runtime.statistics import RunStats
 
 
 def complete(
     engine: Engine,
     rows: Sequence[Row],
+    requests: Sequence[Request] | None = None,
     *,
     on_token: Callable[[Token], object] = lambda event: None,
-    on_row: Callable[[Row, str, list[int], str, str | None], object] = lambda *completed: None,
+    on_row: Callable[[Row, list[Output]], object] = lambda row, outputs: None,
     progress: bool = False,
     bound: bool = False,
 ) -> Completions:
@@ -28,26 +32,27 @@ def complete(
     Args:
         engine: does it.
         rows: what is to be done.
+        requests: the requests of the rows, with token ids for prompts; None for the rows' own.
         on_token: is given each token; its `request` is an index into `rows`.
-        on_row: is given each row as soon as it is complete, as (row, text, tokens, finish, error): the last
-            is None, or the sentence on what went wrong.
+        on_row: is given each row with all its samples as soon as they are complete.
         progress: whether to show a bar on stderr.
         bound: as of `Engine.generate`.
     """
-    tokens: list[list[int]] = [[] for _ in rows]
-    pieces: list[list[str]] = [[] for _ in rows]
+    requests = [with_seed(request) for request in requests or [row.request for row in rows]]
+    events: dict[tuple[int, int], list[Token]] = defaultdict(list)
+    left = [request.n for request in requests]
 
     def receive(event: Token) -> None:
-        found = tokens[event.request]
-        if event.error is None:
-            found.append(event.token_id)
-        pieces[event.request].append(event.text)
+        number = event.request
+        events[number, event.index].append(event)
         on_token(event)
         if event.finish_reason is not None:
-            text = "".join(pieces[event.request])
-            on_row(rows[event.request], text, found, event.finish_reason, event.error)
+            left[number] -= 1
+            if not left[number]:
+                samples = [events.pop((number, index)) for index in range(requests[number].n)]
+                outputs = [Output(**output_of(sample, requests[number])) for sample in samples]
+                on_row(rows[number], outputs)
 
-    requests = [row.request for row in rows]
     return engine.generate(requests, progress=progress, on_token=receive, bound=bound)
 
 
@@ -59,16 +64,18 @@ class Live:
     """
 
     def __init__(self, rows: Sequence[Row]):
-        self._rows = rows
-        self._waiting = ["" for _ in rows]  # text that is not printed yet
-        self._finished = [False for _ in rows]
+        self._texts = [row for row in rows for _ in range(row.request.n)]
+        self._first = [0, *accumulate(row.request.n for row in rows)]  # row -> its first text
+        self._waiting = ["" for _ in self._texts]  # text that is not printed yet
+        self._finished = [False for _ in self._texts]
         self._current = 0
         self._begin()
 
     def __call__(self, event: Token) -> None:
-        self._waiting[event.request] += event.text
-        self._finished[event.request] = event.finish_reason is not None
-        while self._current < len(self._rows):
+        number = self._first[event.request] + event.index
+        self._waiting[number] += event.text
+        self._finished[number] = event.finish_reason is not None
+        while self._current < len(self._texts):
             print(self._waiting[self._current], end="")
             self._waiting[self._current] = ""
             if not self._finished[self._current]:
@@ -79,9 +86,11 @@ class Live:
         sys.stdout.flush()
 
     def _begin(self) -> None:
-        if self._current == len(self._rows) or not sys.stdout.isatty():
+        if self._current == len(self._texts) or not sys.stdout.isatty():
             return
-        prompt = Text(("\n" if self._current else "") + str(self._rows[self._current].request.prompt), "dim")
+        request = self._texts[self._current].request
+        before = request.prompt if request.messages is None else f"{request.messages[-1].get('content')}\n"
+        prompt = Text(("\n" if self._current else "") + str(before), "dim")
         Console(highlight=False).print(prompt, end="", soft_wrap=True)
 
 

@@ -6,8 +6,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +17,14 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from layerscope_jax.checkpoints.fingerprint import fingerprint
+from layerscope_jax.checkpoints.generation_defaults import read_generation_defaults
+from layerscope_jax.checkpoints.model import load
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
 from layerscope_jax.cli.inspect import Inspect
+from layerscope_jax.cli.lines import Lines
 from layerscope_jax.cli.options import (
     POLICY_NAMES,
     PREDICTOR_HELP,
@@ -30,18 +34,21 @@ from layerscope_jax.cli.options import (
     Dtype,
     LinkBandwidth,
     PolicyName,
+    Revision,
     folder_of,
     heard,
     open_model,
     open_predictor,
     open_profile,
 )
+from layerscope_jax.cli.request_options import RequestOptions
 from layerscope_jax.cli.simulate import Simulate
 from layerscope_jax.cli.trace import Record
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
-from layerscope_jax.generation.batch_files import CompletionFile, Row, check_prompts, completion, read_prompts
-from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.batch_files import CompletionFile
+from layerscope_jax.generation.chat import Chat, read_template
+from layerscope_jax.generation.prompt_files import Row, read_prompts
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.compile_cache import use_compilation_cache
 from layerscope_jax.support.exits import say
@@ -57,7 +64,14 @@ class Demo:
     """
 
     json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
-    checkpoint: Annotated[str, arg(metavar="FOLDER", help="Another model: a Hugging Face folder.")] = SHIPPED
+    checkpoint: Annotated[
+        str,
+        arg(
+            metavar="CHECKPOINT",
+            help="Another model: a Hugging Face folder, or a name on the Hugging Face hub.",
+        ),
+    ] = SHIPPED
+    revision: Revision = None
     policies: Annotated[
         tuple[str, ...], arg(metavar="POLICY ...", help=f"Policies to compare: some of {POLICY_NAMES}.")
     ] = ("on-demand", "lru", "host-only", "fiddler", "fate", "auto")
@@ -84,7 +98,7 @@ class Demo:
         """Returns the exit code."""
         exits.need_output()
         with option("--checkpoint"):
-            model = open_model(self.checkpoint)
+            model = open_model(self.checkpoint, revision=self.revision)
         report = demo.compare(
             model,
             demo.read_demo_prompts(),
@@ -102,7 +116,7 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(RequestOptions):
     """Continue prompts, given one by one or in a file."""
 
     checkpoint: Checkpoint
@@ -113,10 +127,10 @@ class Generate:
         Path | None,
         arg(
             metavar="FILE",
-            help='File of prompts, one JSON object {"prompt": text or [token ids]} per line. Optional keys: '
-            '"id" (default: the row\'s number, from 0), settings for this prompt (max_new_tokens, '
-            "temperature, top_k, top_p, seed, stop_token_ids), which no option may contradict, and "
-            '"metadata", which is ignored.',
+            help='File of prompts, one JSON object {"prompt": text or [token ids]} or {"messages": [...]} '
+            'per line. Optional keys: "id" (default: the row\'s number, from 0), settings for this prompt '
+            "(max_new_tokens, temperature, stop, ...), which no option may contradict, and "
+            '"metadata", which is ignored. Lines of OpenAI\'s batch API are answered as there.',
         ),
     ] = None
     out: Annotated[
@@ -144,26 +158,6 @@ class Generate:
             "costs are measured roughly before the first token.",
         ),
     ] = None
-    max_new_tokens: Annotated[
-        int | None, arg(metavar="INT", help="Maximum new tokens for each prompt; 64 by default.")
-    ] = None
-    temperature: Annotated[
-        float | None,
-        arg(metavar="FLOAT", help="Temperature of sampling; 0, the default, takes the likeliest token."),
-    ] = None
-    top_k: Annotated[
-        int | None,
-        arg(metavar="INT", help="Sample from this many of the likeliest tokens; 0, the default, for all."),
-    ] = None
-    top_p: Annotated[
-        float | None,
-        arg(
-            metavar="FLOAT",
-            help="Sample from the smallest set of likeliest tokens whose probabilities add up to this; 1 by "
-            "default.",
-        ),
-    ] = None
-    seed: Annotated[int | None, arg(metavar="INT", help="Seed of sampling; 0 by default.")] = None
     max_num_seqs: Annotated[
         int,
         arg(
@@ -174,6 +168,7 @@ class Generate:
     ] = 32
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
+    revision: Revision = None
     numerics: Annotated[
         Literal["exact", "fast"],
         arg(
@@ -181,6 +176,13 @@ class Generate:
             "is resident on an accelerator, and agrees to rounding."
         ),
     ] = "exact"
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        arg(
+            help="'auto' samples as the checkpoint's generation_config.json recommends where nothing else is "
+            "said; 'none' takes the likeliest tokens."
+        ),
+    ] = "auto"
     bound: Annotated[
         bool,
         arg(
@@ -201,11 +203,16 @@ class Generate:
             max_num_seqs=self.max_num_seqs,
         )
         make_policy(self.policy)
-        rows = self._rows()
+        template = None if self.chat_template is None else self._template(self.chat_template)
+        rows = self._rows({})
+        if self.generation_config == "auto" and (defaults := read_generation_defaults(self._folder)):
+            rows = self._rows(defaults)
+            said = ", ".join(f"{name} {value}" for name, value in defaults.items())
+            say(f"{self.checkpoint} recommends {said}; --generation-config none turns that off")
         if self.out is None:
             exits.need_output()
-            return exits.FAILED if self._complete(rows, config, None) else exits.DONE
-        model = self._model()
+            return exits.FAILED if self._complete(rows, config, None, template) else exits.DONE
+        model = self._model(rows, template)
         with option("--out"):
             completions = CompletionFile(self.out, rows, model)
         interrupts.promise(f"interrupted; the same command continues {self.out}")
@@ -215,66 +222,75 @@ class Generate:
             if file.done:
                 say(f"{self.out} has {len(file.done)} of {len(rows)} completions already")
             if left:
-                failed += self._complete(left, config, file)
+                failed += self._complete(left, config, file, template)
         if file.failed:
             say(f"{len(file.failed)} of the completions in {self.out} ended with an error in an earlier run")
         return exits.FAILED if failed else exits.DONE
 
-    def _model(self) -> str:
-        """Returns the model's name in the lines of completions: its fingerprint and dtype."""
-        return fingerprint(folder_of(self.checkpoint)) + (f" as {self.dtype}" if self.dtype else "")
+    @cached_property
+    def _folder(self) -> Path:
+        """The checkpoint's folder, for which a hub is asked once."""
+        return folder_of(self.checkpoint, self.revision)
 
-    def _rows(self) -> list[Row]:
+    def _template(self, file: Path) -> str:
+        with option("--chat-template"):
+            return read_template(file)
+
+    def _model(self, rows: Sequence[Row], template: str | None) -> str:
+        """Returns the model's name in the lines of completions: its fingerprint, dtype and chat template."""
+        name = fingerprint(self._folder) + (f" as {self.dtype}" if self.dtype else "")
+        if any(row.request.messages is not None for row in rows):
+            name += f" with chat template {Chat(self._folder, template).digest()}"
+        return name
+
+    def _rows(self, defaults: dict[str, Any]) -> list[Row]:
         if bool(self.prompt) == (self.prompts is not None):
             got = "both" if self.prompt else "neither"
             raise ValueError(f"expected either --prompt TEXT or --prompts FILE, got {got}")
-        settings: dict[str, Any] = {
-            name: value
-            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-            if (value := getattr(self, name)) is not None
-        }
-        Request(prompt="", **settings)  # refuses what is out of range
+        settings = self.settings()
         if self.prompts is None:
             return [
-                Row(index, Request(prompt=prompt, **settings), f"--prompt {prompt[:40]!r}")
+                Row(index, self.request(prompt, defaults | settings), f"--prompt {prompt[:40]!r}")
                 for index, prompt in enumerate(self.prompt)
             ]
         if self.out is not None and self.out.resolve() == self.prompts.resolve():
             raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another file")
         with option("--prompts"):
-            return read_prompts(self.prompts, settings)
+            rows = read_prompts(self.prompts, settings, self.chat, defaults)
+        named = {row.call.model for row in rows if row.call is not None and row.call.model is not None}
+        if named and (others := named - {self.checkpoint, self._folder.name}):
+            say(f"{self.checkpoint} answers the requests for {', '.join(sorted(others))[:200]} too")
+        return rows
 
-    def _complete(self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None) -> int:
+    def _complete(
+        self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None, template: str | None
+    ) -> int:
         """Completes the rows; returns how many ended with an error."""
-        model = open_model(self.checkpoint, self.dtype)
-        check_prompts(rows, model)
-        name = self._model()
-
-        def write(row: Row, text: str, tokens: list[int], finish: str, error: str | None = None) -> None:
-            line = completion(row, text, tokens, finish, name, error)
-            if file is not None:
-                file.write(line)
-            else:
-                sys.stdout.buffer.write(line)
-                sys.stdout.flush()
-
+        model = load(self._folder, dtype=self.dtype)
+        lines = Lines(self._model(rows, template) if file is None else file.model, model.tokenizer, file)
+        with closing(Chat(model.path, template)) as chat:
+            requests = lines.encode(rows, model, chat)
+        if not requests:
+            return lines.refused
+        answered = [row for row, _ in requests]
         live = file is None and self.prompts is None
-        with Engine(model, config) as engine:
+        with Engine(model, config, generation_config="none") as engine:  # the rows have their settings
             result = complete(
                 engine,
-                rows,
-                on_token=Live(rows) if live else lambda event: None,
-                on_row=(lambda *completed: None) if live else write,
+                answered,
+                [request for _, request in requests],
+                on_token=Live(answered) if live else lambda event: None,
+                on_row=(lambda row, outputs: None) if live else lines.write,
                 # A progress bar would garble lines of output on the same terminal.
                 progress=file is not None or not sys.stdout.isatty(),
                 bound=self.bound,
             )
         interrupts.check()  # an interrupted run prints no statistics
         say(summary(result.stats, model.bank.total_bytes))
-        errors = [one.error for one in result if one.error is not None]
-        for sentence, count in Counter(errors).items():
-            say(f"error: {count} of {len(rows)} prompts could not be completed: {sentence}")
-        return len(errors)
+        errors = {one.request: one.error for one in result if one.error is not None}
+        for sentence, count in Counter(errors.values()).items():
+            say(f"error: {count} of {len(answered)} prompts could not be completed: {sentence}")
+        return len(errors) + lines.refused
 
 
 COMMANDS = {

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from layerscope_jax.checkpoints import hub
 from layerscope_jax.checkpoints.model import Model, load
 from layerscope_jax.cli import demo
 from layerscope_jax.prediction.predictors import PREDICTORS, Predictor
@@ -26,8 +27,13 @@ Checkpoint = Annotated[
     Positional[str],
     arg(
         metavar="CHECKPOINT",
-        help="A Hugging Face folder, or 'shipped' for the model in the package.",
+        help="A Hugging Face folder, a name on the Hugging Face hub ('organisation/name', downloaded into "
+        "its cache), or 'shipped' for the model in the package.",
     ),
+]
+Revision = Annotated[
+    str | None,
+    arg(metavar="REVISION", help="Branch, tag or commit of a checkpoint on the hub; by default main."),
 ]
 DeviceBudget = Annotated[
     str | None,
@@ -49,14 +55,14 @@ Dtype = Annotated[
 ]
 
 
-def folder_of(checkpoint: str) -> Path:
-    """Returns the folder of a checkpoint, or of the shipped model."""
-    return demo.SHIPPED if checkpoint == SHIPPED else Path(checkpoint)
+def folder_of(checkpoint: str, revision: str | None = None) -> Path:
+    """Returns the folder of a checkpoint, downloaded if need be, or of the shipped model."""
+    return hub.folder_of(demo.SHIPPED if checkpoint == SHIPPED else checkpoint, revision)
 
 
-def open_model(checkpoint: str, dtype: str | None = None) -> Model:
+def open_model(checkpoint: str, dtype: str | None = None, revision: str | None = None) -> Model:
     """Loads a checkpoint, or the shipped model."""
-    return load(folder_of(checkpoint), dtype=dtype)
+    return load(folder_of(checkpoint, revision), dtype=dtype)
 
 
 class Aloud(logging.Handler):

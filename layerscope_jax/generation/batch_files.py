@@ -1,4 +1,4 @@
-"""Files of prompts and of completions, with one complete JSON object per line.
+"""Files of completions, with one complete JSON object per line.
 
 A run can continue a file of completions: prompts that are in it are not completed again, and an unfinished
 last line, which a killed run may leave, is removed.
@@ -6,215 +6,89 @@ last line, which a killed run may leave, is removed.
 
 from __future__ import annotations
 
-import codecs
-import difflib
-import errno
 import json
 import os
-import stat
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.generation.encoding import encode_prompts
-from layerscope_jax.generation.requests import SETTINGS, Request, is_integer, is_text
+from layerscope_jax.generation import openai_answers
+from layerscope_jax.generation.completions import Output
+from layerscope_jax.generation.prompt_files import Row
+from layerscope_jax.generation.requests import CHAT, DEFAULTS, Request
 from layerscope_jax.support.locks import locked
 
-NOTES = "metadata"
-"""Key of the user's own notes in a row, which are not read."""
-
-KEYS = ("id", "prompt", *SETTINGS, NOTES)
+NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One prompt of a file of prompts.
-
-    Attributes:
-        id: identifies the prompt; unique in the file.
-        request: the prompt and its settings.
-        where: file and line that it comes from, for messages.
-    """
-
-    id: str | int
-    request: Request
-    where: str
-
-
-def read_prompts(file: Path, options: dict[str, Any]) -> list[Row]:
-    """Reads prompts from a file of lines `{"prompt": text or [token ids], "id": ..., "temperature": ...}`.
-
-    The id of a row defaults to the row's number, counted from 0. "metadata" may hold anything and is ignored.
-    Other keys than "id", "prompt", "metadata" and the settings of `Request` are refused.
-
-    Args:
-        file: the file; blank lines are skipped.
-        options: settings of `Request` that apply to all rows.
-
-    Raises:
-        ValueError: naming the wrong line and what was expected; also if a setting of a row differs from the
-            one in `options`.
-    """
-    try:
-        content = read_whole(file).removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise ValueError(f"{file}: expected a file of prompts, got {error.strerror}") from None
-    lines = content.split(b"\n")  # not splitlines(): a text may hold U+2028 and its like
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in lines[0]:
-        raise ValueError(f"{file}:1: expected text in UTF-8, got UTF-16 or binary; save the file as UTF-8")
-    rows: list[Row] = []
-    seen: dict[str | int, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            row = _row(parsed(line), len(rows), options, where)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if row.id in seen:
-            raise ValueError(f"{where}: id {row.id!r} is used by {seen[row.id]} already; make the ids differ")
-        seen[row.id] = where
-        rows.append(row)
-    if not rows:
-        raise ValueError(f'{file}: expected lines {{"prompt": ...}}, got none; add a prompt')
-    return rows
-
-
-def _row(content: Any, number: int, options: dict[str, Any], where: str) -> Row:
-    if not isinstance(content, dict):
-        raise ValueError(f'expected a JSON object {{"prompt": ...}}, got {json.dumps(content)[:60]}')
-    name = content.get("id", number)
-    if not (isinstance(name, str) or is_integer(name)):
-        raise ValueError(f"expected an id that is a string or an integer, got {json.dumps(name)[:60]}")
-    if "prompt" not in content:
-        raise ValueError("expected a prompt that is text or a list of token ids, got none")
-    prompt: Any = content["prompt"]
-    for key, value in (("id", name), ("prompt", prompt)):
-        if isinstance(value, str) and not is_text(value):
-            raise ValueError(
-                f"the {key} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character; "
-                "remove it"
-            )
-    settings = dict(options)
-    for key, value in content.items():
-        if key in options and options[key] != value:
-            raise ValueError(
-                f"{key} is {shortened(value)} in the row and {options[key]} for all rows "
-                f"(--{key.replace('_', '-')}); set it in only one of the two places"
-            )
-        if key in SETTINGS:
-            settings[key] = value
-        elif key not in KEYS:
-            begun = [known for known in KEYS if len(key) > 2 and known.startswith(key)]
-            near = begun or difflib.get_close_matches(key, KEYS, 1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(KEYS)}."
-            raise ValueError(f"unknown key {shortened(key)}; {hint} Put notes of your own under {NOTES!r}")
-    return Row(name, Request(prompt=prompt, **settings), where)
-
-
-def parsed(line: bytes) -> Any:
-    """Returns the value of a line of JSON.
-
-    Raises:
-        ValueError: if the line is not standard JSON in UTF-8; NaN, infinity and repeated keys are refused.
-    """
-
-    def refuse(name: str) -> Any:
-        raise ValueError(f"expected JSON, which has no {name}; leave the key out, or give a number")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for key in names if names.count(key) > 1)
-            raise ValueError(f"expected each key once, got {shortened(twice)} twice; remove one")
-        return found
-
-    try:
-        return json.loads(line.decode(), parse_constant=refuse, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise ValueError(f'expected a JSON object {{"prompt": ...}}, got {error}') from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"expected text in UTF-8, got byte 0x{line[error.start]:02x} at {error.start}"
-        ) from None
-    except RecursionError:
-        raise ValueError('expected a JSON object {"prompt": ...}, got one nested too deeply') from None
-
-
-def read_whole(file: Path) -> bytes:
-    """Returns the content of a file, or of a pipe that a process writes to.
-
-    Raises:
-        OSError: if it cannot be read, or is a pipe without a writer, on which reading would block forever.
-    """
-    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(file, os.O_RDONLY | flags), "rb") as opened:
-        if stat.S_ISDIR(os.fstat(opened.fileno()).st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISFIFO(os.fstat(opened.fileno()).st_mode):
-            return opened.read()
-        os.set_blocking(opened.fileno(), True)
-        if content := opened.read():
-            return content
-    raise OSError(errno.EPIPE, "a pipe without a writer")
-
-
-def shortened(value: Any) -> str:
-    """Returns the beginning of a value's repr, for messages."""
-    return repr(value)[:60]
-
-
-def check_prompts(rows: Iterable[Row], model: Model) -> None:
-    """Refuses prompts that `model` cannot take.
-
-    Raises:
-        ValueError: naming the first line whose prompt is empty, too long or outside the vocabulary.
-    """
-    config = model.config
-    for row in rows:
-        try:
-            encode_prompts([row.request], model.tokenizer, config.max_position_embeddings, config.vocab_size)
-        except ValueError as error:
-            raise ValueError(f"{row.where}: {str(error).replace('prompt 0', 'the prompt')}") from None
-
-
-def completion(
-    row: Row, text: str, tokens: Sequence[int], finish: str, model: str, error: str | None = None
-) -> bytes:
-    """Returns the line for a completed row; `model` names what generated it, `error` what went wrong, if any.
+def completion(row: Row, outputs: Sequence[Output], model: str) -> bytes:
+    """Returns the line for a completed row; `model` names what generated it.
 
     >>> row = Row(3, Request(prompt="a", seed=5), "")
-    >>> line = json.loads(completion(row, "b", [7], "length", "1b06093c6a5c"))
+    >>> output = Output(text="b", token_ids=[7], finish_reason="length", seed=5)
+    >>> line = json.loads(completion(row, [output], "1b06093c6a5c"))
     >>> line["text"], line["token_ids"], line["settings"]["seed"], line["model"]
     ('b', [7], 5, '1b06093c6a5c')
     """
-    content = {
-        "text": text,
-        "token_ids": list(tokens),
-        "finish_reason": finish,
-        "settings": _settings(row.request),
-        "model": model,
+    contents = [_content(row.request, output) for output in outputs]
+    content = contents[0] if row.request.n == 1 else {"completions": contents}
+    return _line(row, model, content | {"settings": _settings(row.request), "model": model})
+
+
+def openai_line(row: Row, model: str, response: dict[str, Any]) -> bytes:
+    """Returns the line of OpenAI's batch API for a row; `response` is its answer."""
+    return _line(row, model, {"response": response, "error": None})
+
+
+def _line(row: Row, model: str, content: dict[str, Any]) -> bytes:
+    return _head(row, model) + b", " + json.dumps(content, ensure_ascii=False).encode()[1:] + b"\n"
+
+
+def _content(request: Request, output: Output) -> dict[str, Any]:
+    """Returns what a line says of one continuation."""
+    content: dict[str, Any] = {} if request.n == 1 else {"index": output.index}
+    content |= {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
     }
-    content |= {} if error is None else {"error": error}
-    return _head(row) + b", " + json.dumps(content, ensure_ascii=False).encode()[1:] + b"\n"
+    if output.stop_reason is not None:
+        content["stop_reason"] = output.stop_reason
+    if request.seed is None:
+        content["seed"] = output.seed
+    if output.logprobs is not None:
+        content["logprobs"] = [{"logprob": token.logprob, "top": token.top} for token in output.logprobs]
+        content["cumulative_logprob"] = output.cumulative_logprob
+    if output.error is not None:
+        content["error"] = output.error
+    return content
 
 
 def _settings(request: Request) -> dict[str, Any]:
-    found = {name: getattr(request, name) for name in SETTINGS}
-    return found | {
-        "stop_token_ids": None if request.stop_token_ids is None else list(request.stop_token_ids)
-    }
+    """Returns a request's settings as JSON has them; those of the template only if they were given."""
+    names = [name for name in DEFAULTS if name not in CHAT or getattr(request, name) != DEFAULTS[name]]
+    return json.loads(json.dumps({name: getattr(request, name) for name in names}, default=_plain))
 
 
-def _head(row: Row) -> bytes:
+def _plain(value: Any) -> Any:
+    """Returns what JSON has for a mapping, a sequence or a number of another type."""
+    if hasattr(value, "items"):
+        return dict(value.items())
+    return value.item() if hasattr(value, "item") and not getattr(value, "ndim", 0) else list(value)
+
+
+def _head(row: Row, model: str) -> bytes:
     """Returns the beginning of a row's line."""
-    prompt = row.request.prompt if isinstance(row.request.prompt, str) else list(row.request.prompt)
-    return json.dumps({"id": row.id, "prompt": prompt}, ensure_ascii=False).encode()[:-1]
+    request = row.request
+    head: dict[str, Any]
+    if row.call is not None:
+        head = {"id": row.call.answer_id(model), "custom_id": row.call.custom_id}
+    elif request.messages is not None:
+        head = {"id": row.id, "messages": request.messages}
+    else:
+        head = {"id": row.id, "prompt": request.prompt}
+    return json.dumps(head, ensure_ascii=False, default=_plain).encode()[:-1]
 
 
 def shown(line: bytes) -> str:
@@ -294,36 +168,66 @@ class CompletionFile:
         *lines, torn = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
-                found = json.loads(line)
-                known = rows[found["id"]]
-                prompt = known.request.prompt
-                same = found["prompt"] == (prompt if isinstance(prompt, str) else list(prompt))
-                if not same or {"text", "token_ids", "finish_reason"} - found.keys():
-                    raise ValueError
-                was = {**found["settings"], "model": found["model"]}
-            except (ValueError, KeyError, TypeError, RecursionError):
+                known, failed = self._known(json.loads(line), rows)
+            except (LookupError, TypeError, AttributeError, RecursionError, *NO_JSON):
                 raise ValueError(
                     f"{self.path}:{number}: expected a completion of one of these prompts, got "
                     f"{shown(line)}; the file belongs to other prompts: choose another file"
                 ) from None
-            now = {**_settings(known.request), "model": self.model}
-            changed = [f"{key} {was.get(key)} (now {now[key]})" for key in now if was.get(key) != now[key]]
-            if changed:
+            except ValueError as error:
                 raise ValueError(
                     f"{self.path}:{number}: expected a completion by this checkpoint with these settings, "
-                    f"got {', '.join(changed)}; use those of the file, or choose another file"
-                )
+                    f"got {error}; use those of the file, or choose another file"
+                ) from None
             self.done.add(known.id)
-            if found["finish_reason"] == "error":
+            if failed:
                 self.failed.add(known.id)
         if not torn:
             return
         # The last line is removed only if it may be the beginning of one of these prompts' lines: otherwise
         # the file may be something else.
-        heads = [_head(row) for row in rows.values()]
+        heads = [_head(row, self.model) for row in rows.values()]
         if not any(head.startswith(torn) or torn.startswith(head) for head in heads):
             raise ValueError(
                 f"{self.path}:{len(lines) + 1}: expected the beginning of a completion of one of these "
                 f"prompts, got {shown(torn)}; the file belongs to other prompts: choose another file"
             )
         self._file.truncate(self._file.seek(0, os.SEEK_END) - len(torn))
+
+    def _known(self, found: dict[str, Any], rows: dict[str | int, Row]) -> tuple[Row, bool]:
+        """Returns the row that a line completes, and whether it ended with an error.
+
+        Raises:
+            LookupError, TypeError: if it is a line of no row.
+            ValueError: naming what has changed since.
+        """
+        if "response" in found:
+            answered = rows.get(found["custom_id"]) or self._nameless(found["id"], rows)
+            if answered is None or answered.call is None:
+                raise LookupError
+            if found["id"] != answered.call.answer_id(self.model):
+                raise ValueError("an answer to another request, or by another checkpoint")
+            return answered, found["response"]["status_code"] != openai_answers.OK
+        known = rows[found["id"]]
+        head = json.loads(_head(known, self.model) + b"}")
+        outputs = found.get("completions", [found])
+        if any(found[key] != value for key, value in head.items()) or not outputs:
+            raise LookupError
+        for output in outputs:
+            if {"text", "token_ids", "finish_reason"} - output.keys():
+                raise LookupError
+        now = {**_settings(known.request), "model": self.model}
+        was = {**{name: DEFAULTS[name] for name in now if name in DEFAULTS}, **found["settings"]}
+        was["model"] = found["model"]
+        names = {**now, **was}
+        changed = [
+            f"{key} {was.get(key)} (now {now.get(key)})" for key in names if was.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ValueError(", ".join(changed))
+        return known, any(output["finish_reason"] == "error" for output in outputs)
+
+    def _nameless(self, answer_id: str, rows: dict[str | int, Row]) -> Row | None:
+        """Returns the row without a `custom_id` that has this answer; None for none."""
+        rest = (row for row in rows.values() if row.call is not None and row.call.custom_id is None)
+        return next((row for row in rest if row.call and row.call.answer_id(self.model) == answer_id), None)

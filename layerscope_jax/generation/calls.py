@@ -1,17 +1,18 @@
-"""Calls that an engine is working on: the requests of each, and their tokens so far."""
+"""Calls in progress: the requests of each, and their tokens so far."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from layerscope_jax.generation.completions import Token
+from layerscope_jax.generation.completions import Token, TokenLogprobs
 from layerscope_jax.generation.detokenize import TextStream
 from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.stop_strings import StopStrings
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.sampling import NO_TOKEN
 from layerscope_jax.runtime.statistics import Times
@@ -19,17 +20,19 @@ from layerscope_jax.runtime.statistics import Times
 
 @dataclass(eq=False)
 class RequestState:
-    """State of a request that waits, runs or has ended.
+    """State of a request, or of one of its samples, that waits, runs or has ended.
 
     Attributes:
         id: identifies the request; unique in its engine.
         index: index of the request in its call.
-        request: its settings.
+        request: its settings, with a seed.
         prompt: token ids of its prompt.
         room: maximum number of new tokens.
         call: the call that it belongs to.
+        sample: which of the request's samples it is.
         tokens: new tokens so far.
         text: text of the new tokens; None before the first one, and without a tokenizer.
+        stops: looks for stop strings in the text; None without any.
         finish_reason: why it ended; None until then.
         first_token_s: time (s) from the beginning of its call to its first token.
     """
@@ -40,43 +43,85 @@ class RequestState:
     prompt: list[int]
     room: int
     call: Call = field(repr=False)
+    sample: int = 0
     tokens: list[int] = field(default_factory=list)
     text: TextStream | None = None
+    stops: StopStrings | None = None
     finish_reason: str | None = None
     first_token_s: float | None = None
 
+    def ends(self, stop_token_ids: Collection[int]) -> Collection[int]:
+        """Returns the ids that end the request: its own, or `stop_token_ids`, which are the model's."""
+        if self.request.stop_token_ids is not None:
+            return self.request.stop_token_ids
+        return () if self.request.ignore_eos else stop_token_ids
+
     def begin(self, tokenizer: Tokenizer | None) -> None:
         """Prepares the text to follow the prompt and, after a failed step, the tokens so far."""
-        if tokenizer is not None:
-            self.text = TextStream(tokenizer, self.prompt)
-            for token in self.tokens:
-                self.text.add(token)
+        if tokenizer is None:
+            return
+        self.text = TextStream(tokenizer, self.prompt)
+        self.stops = None
+        if self.request.stops:
+            self.stops = StopStrings(self.request.stops, self.request.include_stop_str_in_output)
+        for number, token in enumerate(self.tokens, 1):
+            self._certain(self.text.add(token), number)
 
-    def advance(self, token: int, stop_token_ids: Iterable[int]) -> None:
+    def advance(
+        self, token: int, stop_token_ids: Collection[int], logprobs: TokenLogprobs | None = None
+    ) -> None:
         """Appends a new token; `stop_token_ids` end the request unless it has stop tokens of its own."""
         self.tokens.append(token)
-        stops = self.request.stop_token_ids
-        if token in (stop_token_ids if stops is None else stops):
-            self.finish_reason = "stop"
+        reason: str | None = None
+        stop_reason: int | str | None = None
+        if token in self.ends(stop_token_ids):
+            reason = "stop"
+            stop_reason = token if self.request.stop_token_ids is not None else None
         elif len(self.tokens) >= self.room:
-            self.finish_reason = "length"
+            reason = "length"
         piece = ""
         if self.text is not None:
-            if self.finish_reason != "stop":
+            if reason != "stop":
                 piece = self.text.add(token)
-            if self.finish_reason is not None:
-                piece += self.text.end(self.tokens, self.finish_reason)
-        self.call.log.append(Token(self.index, token, piece, self.finish_reason))
+            if reason is not None:
+                piece += self.text.end(self.tokens, reason)
+            piece = self._certain(piece, len(self.tokens))
+            if self.stops is not None and self.stops.found is not None:
+                reason, stop_reason = "stop", self.stops.found
+            elif self.stops is not None and reason is not None:
+                piece += self.stops.end()
+        self.finish_reason = reason
+        self.call.log.append(
+            Token(
+                self.index,
+                token,
+                piece,
+                reason,
+                index=self.sample,
+                stop_reason=stop_reason,
+                logprobs=logprobs,
+            )
+        )
 
     def end(self, reason: str, error: str | None = None) -> None:
         """Ends the request without another token."""
         self.finish_reason = reason
-        piece = "" if self.text is None else self.text.end(self.tokens, reason)
-        self.call.log.append(Token(self.index, NO_TOKEN, piece, reason, error))
+        piece = ""
+        if self.text is not None:
+            piece = self._certain(self.text.end(self.tokens, reason), len(self.tokens))
+            piece += "" if self.stops is None else self.stops.end()
+        self.call.log.append(Token(self.index, NO_TOKEN, piece, reason, error, self.sample))
+
+    def _certain(self, piece: str, number: int) -> str:
+        """Returns the text that no stop string can change any more, after a piece of the nth token."""
+        if self.stops is None:
+            return piece
+        return self.stops.add(piece, number > self.request.min_new_tokens)
 
     def recall(self) -> None:
         """Restores its tokens and `finish_reason` from the call's log, after an interrupt at any point."""
-        events = [event for event in self.call.log if event.request == self.index]
+        own = (self.index, self.sample)
+        events = [event for event in self.call.log if (event.request, event.index) == own]
         self.tokens = [event.token_id for event in events if event.token_id != NO_TOKEN]
         self.finish_reason = events[-1].finish_reason if events else None
 
@@ -122,13 +167,12 @@ class Joined:
     Attributes:
         counts: copies of the run's counts, by name.
         wasted_bytes: bytes prefetched and not used until then.
-        steps, decode_steps: number of steps until then.
+        decode_steps: number of decode steps until then.
         plans, decoded: number of records kept until then.
     """
 
     counts: dict[str, Any]
     wasted_bytes: int
-    steps: int
     decode_steps: int
     plans: int
     decoded: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from layerscope_jax.generation.calls import Call
-from layerscope_jax.generation.completions import Completion, Token
+from layerscope_jax.generation.completions import Completion, Completions, Token
 from layerscope_jax.generation.loop import Loop
 
 
@@ -44,8 +44,15 @@ class Handle:
         yield from self._loop.follow(self._call)  # a generator method keeps the handle alive while it is read
 
     def result(self) -> Completion:
-        """Waits for the last token and returns the whole `Completion`; raises what iterating raises."""
-        return self._loop.answer(self._call)[0]
+        """Waits for the last token and returns the whole `Completion`; raises what iterating raises.
+
+        Of a request with `n` samples it returns the first; `results` returns all.
+        """
+        return self.results()[0]
+
+    def results(self) -> Completions:
+        """Waits for the last token and returns a `Completion` for each sample; raises as iterating does."""
+        return self._loop.answer(self._call)
 
     def cancel(self) -> None:
         """Ends the request at the next step boundary, with `finish_reason` "abort"; does not wait.

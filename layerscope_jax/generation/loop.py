@@ -11,14 +11,14 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation.calls import Call, RequestState
-from layerscope_jax.generation.completions import Completion, Completions, Token
-from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.completions import Completion, Completions, Token, output_of
+from layerscope_jax.generation.requests import Request, with_seed
 from layerscope_jax.generation.run import Run
 from layerscope_jax.generation.shares import join, leave
 from layerscope_jax.runtime.accounts import Account, run_stats
@@ -62,12 +62,12 @@ class Loop:
         self._ids = itertools.count()
         self._inbox: deque[Call] = deque()  # calls that no step knows of yet
         self._cancelled: deque[Call] = deque()
-        self._calls: dict[Call, None] = {}  # those that have not ended, in the order in which they came
+        self._calls: dict[Call, None] = {}  # calls that have not ended, in order of arrival
         self._run: Run | None = None
         self._account = Account()
-        self._settled = True  # whether all of these agree, else something came in between
-        self._error: str | None = None  # why logits were not finite, once they were
-        # Held here: the names of modules are gone when the last garbage is collected.
+        self._settled = True  # whether these agree; False after an interrupt
+        self._error: str | None = None  # why logits were not finite, once that has happened
+        # An attribute, because modules' names are gone when the last objects are collected.
         self._leaving = sys.is_finalizing
 
     # ---- any thread's side -------------------------------------------------------------------------------
@@ -85,8 +85,10 @@ class Loop:
                 prompt,
                 min(request.max_new_tokens, context - len(prompt)),
                 call,
+                sample,
             )
-            for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
+            for index, (request, prompt) in enumerate(zip(map(with_seed, requests), prompts, strict=True))
+            for sample in range(request.n)
         ]
         return call
 
@@ -153,35 +155,33 @@ class Loop:
                 self._runner.stats(call.counted),
                 call.times,
                 call.total_s,
-                prompts=len(call.states),
+                prompts=len({state.index for state in call.states}),
                 new_tokens=sum([len(state.tokens) for state in call.states]),
                 budget_bytes=self._budget_bytes,
             )
-        events: list[list[Token]] = [[] for _ in call.states]
+        events: dict[tuple[int, int], list[Token]] = defaultdict(list)
         for event in call.log:
-            events[event.request].append(event)
+            events[event.request, event.index].append(event)
         completions = [
             Completion(
-                text="".join([event.text for event in own]),
-                token_ids=state.tokens,
-                finish_reason=own[-1].finish_reason or "",
+                **output_of(events[state.index, state.sample], state.request),
                 stats=stats,
-                error=own[-1].error,
+                request=state.index,
             )
-            for state, own in zip(call.states, events, strict=True)
+            for state in call.states
         ]
         return Completions(completions, stats, call.counted.plans or [])
 
     def rehearse(self, call: Call, step: Callable[..., Any]) -> None:
-        """Goes through the prefills of a call and one decode step by another `step`, beside all else."""
+        """Runs the prefills and one decode step of a call with another `step`, in a run of its own."""
         run, most = self._new_run(len(call.states)), 2 * len(call.states)
         run.add(call.states)
-        made = 0  # tokens: of all prefills, and of a decode step
+        made = 0  # tokens of all prefills and of one decode step
         while made < most and (states := run.step(step)):
             made += len(states)
 
     def check_open(self) -> None:
-        """Refuses to go on where no step may begin.
+        """Refuses to begin a step in a closed engine.
 
         Raises:
             ValueError: if the engine was closed.
@@ -192,7 +192,7 @@ class Loop:
     # ---- within a turn -----------------------------------------------------------------------------------
 
     def _drive(self, call: Call, seen: int, to_the_end: bool = False) -> None:
-        """Waits for the turn, and does a step, or all, unless there is news for the call by then."""
+        """Takes a turn and runs a step, or all steps, unless the call has new tokens by then."""
         with self._turns.turn():
             if call.ended or (len(call.log) > seen and not to_the_end):
                 return
@@ -200,7 +200,7 @@ class Loop:
             try:
                 self._step()
                 assert call.ended or call in self._calls, "a call that no step knows of"
-                while to_the_end and not (call.ended or self._turns.wanted):
+                while to_the_end and not (call.ended or self._turns.is_contended):
                     self.check_open()
                     self._step()
             except BaseException:
@@ -209,7 +209,7 @@ class Loop:
                 raise
 
     def _step(self) -> None:
-        """Does one step for all."""
+        """Runs one step for all calls."""
         self._ready()
         if self._run is None:
             return
@@ -225,7 +225,7 @@ class Loop:
         self._settled = True
 
     def _ready(self) -> None:
-        """Lets newcomers in and those who cancelled out."""
+        """Adds new calls to the run, and ends cancelled calls."""
         if not self._settled:
             self._recover()
         if not (self._inbox or self._cancelled):
@@ -246,7 +246,7 @@ class Loop:
         """Adds the calls that were submitted since the last step to the others, and returns them."""
         new = []
         while self._inbox:
-            call = self._inbox[0]  # which is forgotten only when it is in the other place
+            call = self._inbox[0]  # removed only after it was added to the others
             if call not in self._calls:
                 self._calls[call] = None
                 new.append(call)
@@ -254,7 +254,7 @@ class Loop:
         return new
 
     def _begin(self, calls: Sequence[Call]) -> None:
-        """Adds calls to the run, and begins a run if none is under way."""
+        """Adds calls to the run, and begins a run if there is none."""
         if self._run is None:
             self._run, self._account = self._new_run(self._most), Account()
         self._runner.reset(None)
@@ -264,7 +264,7 @@ class Loop:
         self._run.add([state for call in calls for state in call.unfinished])
 
     def _close_ended(self) -> None:
-        """Gives finished calls what was counted for them; with the last one, the run is over."""
+        """Stores the counts of ended calls in them; after the last call, ends the run."""
         ended = [call for call in self._calls if not call.unfinished]
         if not ended:
             return
@@ -283,14 +283,14 @@ class Loop:
             self._run = None
 
     def _recover(self) -> None:
-        """After whatever went wrong in a step: what happened is in the logs, all else begins anew."""
+        """Restores the state after a failed step from the logs of the calls, and begins a new run."""
         self._settled = False
         self._runner.reset(None)
         self._arrived()
         run = self._new_run(self._most)
         if self._run is None:
             self._account = Account()
-        else:  # which goes, with its caches: the step may have taken them with it
+        else:  # the old run is dropped, because the step may have destroyed its caches
             run.decode_s = self._run.decode_s
         self._run = run
         for call in self._calls:
@@ -317,6 +317,6 @@ class Loop:
         )
 
     def _why_not_finite(self) -> str:
-        if self._error is None:  # looking through all weights takes as long as reading them
+        if self._error is None:  # reading all weights takes a while
             self._error = why_not_finite(self._model)
         return self._error

@@ -21,23 +21,28 @@ def progress_bar(requests: Sequence[Request]) -> Iterator[Callable[[Token], None
         TextColumn("{task.percentage:.0f}%"),
         TimeRemainingColumn(),
     )
-    left = [request.max_new_tokens for request in requests]
+    left = {
+        (index, sample): request.max_new_tokens
+        for index, request in enumerate(requests)
+        for sample in range(request.n)
+    }
     finished = 0
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"0 of {len(requests)} prompts", total=sum(left))
+        task = progress.add_task(f"0 of {len(left)} completions", total=sum(left.values()))
 
         def advance(event: Token) -> None:
             nonlocal finished
-            left[event.request] -= 1
+            own = (event.request, event.index)
+            left[own] -= 1
             if event.finish_reason is None:
                 progress.advance(task)
             else:  # it may have come sooner than it had to
                 finished += 1
                 progress.update(
                     task,
-                    advance=1 + left[event.request],
-                    description=f"{finished} of {len(requests)} prompts",
+                    advance=1 + left[own],
+                    description=f"{finished} of {len(left)} completions",
                 )
 
         yield advance

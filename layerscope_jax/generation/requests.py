@@ -1,43 +1,88 @@
-"""Requests: prompts with their settings, and the options of a call."""
+"""Requests: prompts, and how each is to be continued."""
 
 from __future__ import annotations
 
-import difflib
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+import secrets
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import jax
 import numpy as np
 
-from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.units import is_integer
+
+MOST_LOGPROBS = 20
+"""Most alternatives whose log-probabilities a request may ask for."""
+
+MOST_SAMPLES = 1024
+"""Most samples of one prompt."""
+
+MOST_BIAS = 100.0
+"""Largest bias of a token, as of OpenAI's API."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt and how it is to be continued.
+    """One prompt and how it is to be continued; the settings are those of vLLM's `SamplingParams`.
+
+    Logits are changed in this order: `logit_bias`, `repetition_penalty`, `frequency_penalty`,
+    `presence_penalty`, `min_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`.
 
     Attributes:
-        prompt: text, or token ids.
+        prompt: text, or token ids; None if there are `messages`.
+        messages: a conversation `[{"role": ..., "content": ...}, ...]`, which the checkpoint's chat template
+            turns into a prompt; None if there is a `prompt`.
         max_new_tokens: maximum number of new tokens; fewer if the model's context ends first.
+        min_new_tokens: number of new tokens before a stop token may be chosen or a stop string ends the text.
+        n: number of samples of the prompt; sample i draws with the seed `seed + i`.
         temperature: sampling temperature; 0 takes the likeliest token each time.
-        top_k, top_p: restrict which tokens sampling chooses from; 0 and 1 for all tokens.
-        seed: seed of the sampling. The random draws depend only on it and the position, not on the other
-            requests of the batch. Rounding does depend on the shape of the batch, so two runs in batches of
-            different shapes may give different tokens, above all in bfloat16.
+        top_k, top_p: restrict which tokens sampling chooses from; 0 or -1, and 1 for all tokens.
+        min_p: restricts sampling to tokens at least this many times as likely as the likeliest one.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that are in the
+            prompt or among the new ones; 1 for none.
+        presence_penalty: subtracted from the logit of each token that is among the new ones.
+        frequency_penalty: subtracted from the logit of each token as often as it is among the new ones.
+        logit_bias: token id -> what is added to its logit, -100..100.
+        seed: seed of the sampling, None for one drawn at random, which the `Completion` reports. The random
+            draws depend only on it and the position, not on the other requests of the batch. Rounding does
+            depend on the shape of the batch, so two runs in batches of different shapes may give different
+            tokens, above all in bfloat16.
+        stop: texts that end the request as soon as one of them is complete; cut off, unless
+            `include_stop_str_in_output`. Special tokens have no text.
         stop_token_ids: ids that end the request, kept as its last token; None for the model's own.
+        ignore_eos: whether the model's own stop tokens do not end the request.
+        logprobs: number of likeliest tokens, up to 20, whose log-probabilities are reported with that of each
+            new token; of the model's own logits, before any of the settings. None for no log-probabilities.
+        add_generation_prompt: whether the template begins the assistant's answer after the `messages`.
+        tools, documents: lists of objects that the template is given.
+        chat_template_kwargs: further variables of the template, such as `{"enable_thinking": False}`.
     """
 
-    prompt: str | Sequence[int]
+    prompt: str | Sequence[int] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
     max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    n: int = 1
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = 0
+    stop: str | Sequence[str] | None = None
+    include_stop_str_in_output: bool = False
     stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    add_generation_prompt: bool = True
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -45,20 +90,130 @@ class Request:
         def check(name: str, fits: bool, expected: str) -> None:
             problems.expect(fits, name, expected, getattr(self, name))
 
-        prompt, length, stops = self.prompt, self.max_new_tokens, self.stop_token_ids
-        heat, top_p = self.temperature, self.top_p
-        check("prompt", isinstance(prompt, str) or are_ids(prompt), "text or a list of token ids")
-        check("max_new_tokens", is_integer(length) and 1 <= length < 2**31, "a whole number in 1..2**31-1")
-        check("temperature", is_number(heat) and 0 <= heat <= 1e6, "a number from 0 (greedy) to 1e6")
-        check("top_k", is_integer(self.top_k) and self.top_k >= 0, "a whole number, 0 (all) or more")
-        check("top_p", is_number(top_p) and 0 < top_p <= 1, "a number in (0, 1]")
-        check("seed", is_integer(self.seed) and 0 <= self.seed < 2**32, "a whole number in 0..2**32-1")
+        def check_number(name: str, low: float, high: float, expected: str = "") -> None:
+            value = getattr(self, name)
+            expected = expected or f"a number in {low:g}..{high:g}"
+            check(name, is_number(value) and low <= value <= high, expected)
+
+        def check_whole(name: str, low: int, high: int, none: bool = False, expected: str = "") -> None:
+            value = getattr(self, name)
+            expected = expected or f"a whole number in {low}..{high}"
+            fits = is_integer(value) and low <= value <= high
+            check(name, fits or (none and value is None), expected + " or None" * none)
+
+        self._check_prompt(problems)
+        check_whole("max_new_tokens", 1, 2**31 - 1, expected="a whole number in 1..2**31-1")
+        check_whole("min_new_tokens", 0, 2**31 - 1, expected="a whole number, 0 or more")
+        check_whole("n", 1, MOST_SAMPLES)
+        check_number("temperature", 0, 1e6, "a number from 0 (greedy) to 1e6")
+        check("top_k", is_integer(self.top_k) and self.top_k >= -1, "a whole number, 0 (all) or more, or -1")
+        check("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
+        check_number("min_p", 0, 1)
+        check_number("repetition_penalty", 1e-6, 1e6, "a number from 1e-6 to 1e6, 1 for none")
+        check_number("presence_penalty", -2, 2)
+        check_number("frequency_penalty", -2, 2)
+        check("logit_bias", is_bias(self.logit_bias), "token ids with numbers in -100..100, or None")
+        check_whole("seed", 0, 2**32 - 1, none=True, expected="a whole number in 0..2**32-1")
+        check("stop", are_stops(self.stop), "a text or a list of texts, none of them empty, or None")
+        stops = self.stop_token_ids
         check("stop_token_ids", stops is None or are_ids(stops), "a list of token ids or None")
+        check_whole("logprobs", 0, MOST_LOGPROBS, none=True)
+        for name in ("include_stop_str_in_output", "ignore_eos", "add_generation_prompt"):
+            check(name, isinstance(getattr(self, name), bool), "True or False")
+        if not problems.found:
+            if self.min_new_tokens > self.max_new_tokens:
+                problems.add(
+                    f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens}, "
+                    f"got {self.min_new_tokens}"
+                )
+            if self.n > 1 and not self.temperature:
+                problems.add(
+                    f"n must be 1 at temperature 0, where all samples are the same, got {self.n}; "
+                    "set a temperature above 0"
+                )
         problems.raise_any()
+
+    def _check_prompt(self, problems: Problems) -> None:
+        """Notes what is wrong with the prompt or the conversation."""
+        prompt, messages = self.prompt, self.messages
+        if messages is None:
+            given = [name for name in CHAT if getattr(self, name) != DEFAULTS[name]]
+            if given:
+                problems.add(f"{', '.join(given)} cannot be given without messages, whose template reads it")
+            fits = isinstance(prompt, str) or are_ids(prompt)
+            problems.expect(fits, "prompt", "text or a list of token ids", prompt)
+        elif prompt is not None:
+            problems.add("expected either a prompt or messages, got both; leave one out")
+        elif not (are_objects(messages) and messages and all("role" in message for message in messages)):
+            problems.expect(False, "messages", 'a list of {"role": ..., "content": ...}, not empty', messages)
+        for name in ("tools", "documents"):
+            value = getattr(self, name)
+            problems.expect(value is None or are_objects(value), name, "a list of objects or None", value)
+        extra = self.chat_template_kwargs
+        fits = extra is None or (isinstance(extra, Mapping) and all(isinstance(name, str) for name in extra))
+        problems.expect(fits, "chat_template_kwargs", "an object or None", extra)
+        taken = [name for name in TEMPLATE_VARIABLES if fits and extra and name in extra]
+        if taken:
+            problems.add(f"chat_template_kwargs must not name {', '.join(taken)}, which the request sets")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+TEMPLATE_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
+"""What a chat template is given of a request."""
+
+CHAT = (*TEMPLATE_VARIABLES[1:], "chat_template_kwargs")
+"""Settings of the chat template alone."""
+
+DEFAULTS: dict[str, Any] = {
+    setting.name: setting.default for setting in fields(Request) if setting.name not in ("prompt", "messages")
+}
+"""A request's settings by name, with their defaults."""
+
+SETTINGS = tuple(DEFAULTS)
+"""Names of a request's settings."""
+
+
+def with_seed(request: Request) -> Request:
+    """Returns a request that has a seed: its own, or one drawn at random."""
+    return request if request.seed is not None else replace(request, seed=secrets.randbits(32))
+
+
+def seed_of(seed: int, sample: int) -> int:
+    """Returns the seed of one sample of a request; as of vLLM's samples.
+
+    >>> seed_of(7, 0), seed_of(2**32 - 1, 2)
+    (7, 1)
+    """
+    return (seed + sample) % 2**32
 
 
 def is_number(value: Any) -> bool:
     return is_integer(value) or isinstance(value, float | np.floating)
+
+
+def is_bias(value: Any) -> bool:
+    """Returns whether a value is a bias for tokens, or None."""
+    return value is None or (
+        isinstance(value, Mapping)
+        and all(is_integer(token) for token in value)
+        and all(is_number(bias) and -MOST_BIAS <= bias <= MOST_BIAS for bias in value.values())
+    )
+
+
+def are_stops(value: Any) -> bool:
+    """Returns whether a value is a stop string, several of them, or None."""
+    if isinstance(value, str):
+        return bool(value)
+    return value is None or (is_list(value) and all(isinstance(text, str) and text for text in value))
+
+
+def are_objects(value: Any) -> bool:
+    """Returns whether a value is a list of mappings."""
+    return is_list(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def are_ids(value: Any) -> bool:
@@ -85,169 +240,3 @@ def is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-SETTINGS = tuple([setting.name for setting in fields(Request) if setting.name != "prompt"])
-"""Names of a request's settings."""
-
-ENGINES = ("max_num_seqs", "prefill_chunk_size")
-"""Settings of an engine, given when it is made and not to a call."""
-
-
-def check_settings(settings: Iterable[str], options: Sequence[str] = ()) -> None:
-    """Refuses settings that no request has.
-
-    Args:
-        settings: their names.
-        options: names of the call's other arguments, which the caller may have meant.
-
-    Raises:
-        ValueError: naming each, with the nearest known name.
-    """
-    unknown = []
-    for name in settings:
-        if name in ENGINES:
-            unknown.append(f"{name!r} (an engine has it: OffloadConfig({name}=))")
-        elif name not in SETTINGS:
-            near = difflib.get_close_matches(name, [*SETTINGS, *options, *ENGINES], 1)
-            unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
-    if unknown:
-        raise ValueError(f"expected settings among {', '.join(SETTINGS)}, got {', '.join(unknown)}")
-
-
-def make_request(prompt: str | Sequence[int] | Request, settings: dict[str, Any]) -> Request:
-    """Returns a prompt as a `Request`.
-
-    Raises:
-        ValueError: for a value that is not a prompt, for settings that are unknown or out of range, and for
-            any settings beside a `Request`, which has its own.
-    """
-    check_settings(settings)
-    if isinstance(prompt, Request):
-        if settings:
-            raise ValueError(
-                f"{', '.join(settings)} cannot be given beside a Request, whose own settings are used; "
-                "set it in the Request"
-            )
-        return prompt
-    Request(prompt="", **settings)  # checks the settings first, so that errors in them do not name the prompt
-    try:
-        return _request(0, prompt, settings)
-    except ValueError as error:
-        raise ValueError(str(error).replace("prompt 0", "the prompt")) from None
-
-
-def make_requests(
-    prompts: Sequence[str | Sequence[int] | Request], settings: dict[str, Any], options: Sequence[str] = ()
-) -> list[Request]:
-    """Returns one `Request` for each prompt.
-
-    Args:
-        prompts: as in `Engine.generate`.
-        settings: for the prompts that are not `Request`s.
-        options: names of the call's other arguments.
-
-    Raises:
-        ValueError: if there are no prompts, or they are not a list; for unknown settings; and for any
-            settings if all prompts are `Request`s, which have their own.
-    """
-    check_settings(settings, options)
-    if isinstance(prompts, Request) or not is_list(prompts):
-        raise ValueError(
-            f"prompts must be a list of prompts, got {str(prompts)[:40]!r}{kind_of(prompts)}; "
-            "put it in a list"
-        )
-    if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 0:
-        raise ValueError(f"prompts must be a list of prompts, got the number {prompts}; put it in a list")
-    if not len(prompts):
-        raise ValueError("prompts must hold at least one prompt, got an empty list; add a prompt")
-    if any(isinstance(prompt, int | np.integer) or getattr(prompt, "ndim", 1) == 0 for prompt in prompts):
-        raise ValueError(
-            f"prompts must be a list of prompts, each text or a list of token ids, got {str(prompts)[:40]}; "
-            "put the ids of a single prompt in another list, as in [[5, 6, 7]]"
-        )
-    if settings and all(isinstance(prompt, Request) for prompt in prompts):
-        raise ValueError(
-            f"{', '.join(settings)} cannot be given beside prompts that are all Requests, whose own settings "
-            "are used; set it in each Request"
-        )
-    Request(prompt="", **settings)  # checks the settings first, so that errors in them name no prompt
-    return [
-        prompt if isinstance(prompt, Request) else _request(index, prompt, settings)
-        for index, prompt in enumerate(prompts)
-    ]
-
-
-def kind_of(value: Any) -> str:
-    """Returns what is wrong with a collection that is not a list, in words; empty for other values."""
-    if isinstance(value, Mapping):
-        return ", a dict, whose keys are no list"
-    return ", a set, which has no order" if isinstance(value, Set) else ""
-
-
-def _request(index: int, prompt: Any, settings: dict[str, Any]) -> Request:
-    if isinstance(prompt, jax.Array) and not isinstance(prompt, jax.core.Tracer):
-        prompt = np.asarray(prompt)
-    if not (isinstance(prompt, str) or are_ids(prompt)):
-        raise ValueError(
-            f"prompt {index} must be text, a list of token ids or a Request, got {repr(prompt)[:60]}"
-        )
-    return Request(prompt=prompt, **settings)
-
-
-def batch_of(
-    config: ModelConfig,
-    prompt_tokens: int,
-    max_num_seqs: int | None,
-    most: int,
-    new_tokens: int,
-    sampled: bool,
-) -> list[Request]:
-    """Returns a batch of equal requests: `max_num_seqs`, or the `most` that an engine runs at once.
-
-    Raises:
-        ValueError: naming each size that is invalid, or more than the model takes.
-    """
-    problems = Problems()
-    for name, size in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}.items():
-        counts = is_integer(size) and 1 <= size < 2**31
-        problems.expect(counts, name, "a whole number, 1 or more", size)
-    count = most if max_num_seqs is None else max_num_seqs
-    problems.expect(is_integer(count) and count >= 1, "max_num_seqs", "1 or more", count)
-    if is_integer(count) and count > most:
-        problems.add(
-            f"max_num_seqs must be at most the engine's own, {most}, got {count}; "
-            "make an engine with a larger OffloadConfig(max_num_seqs=)"
-        )
-    problems.expect(isinstance(sampled, bool), "sampled", "True or False", sampled)
-    if is_integer(prompt_tokens) and prompt_tokens >= config.max_position_embeddings:
-        problems.add(
-            f"prompt_tokens must be less than the model's context of {config.max_position_embeddings}, "
-            f"got {prompt_tokens}"
-        )
-    problems.raise_any()
-    request = Request(
-        prompt=[0] * int(prompt_tokens),
-        max_new_tokens=int(new_tokens),
-        temperature=float(sampled),
-        stop_token_ids=(),
-    )
-    return [request] * int(count)
-
-
-def check_options(on_token: Any, **switches: Any) -> None:
-    """Refuses invalid options of a call.
-
-    Args:
-        on_token: must be None or callable.
-        **switches: must be True or False.
-
-    Raises:
-        ValueError: naming each invalid option.
-    """
-    problems = Problems()
-    for name, value in switches.items():
-        problems.expect(isinstance(value, bool), name, "True or False", value)
-    fits = on_token is None or callable(on_token)
-    problems.expect(fits, "on_token", "a function of a Token, or None", on_token)
-    problems.raise_any()

@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
 from layerscope_jax.generation.calls import RequestState
-from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.completions import TokenLogprobs
+from layerscope_jax.generation.row_settings import RowSettings
 from layerscope_jax.generation.scheduler import (
     MIN_LENGTH,
     MIN_WIDTH,
@@ -39,7 +39,7 @@ from layerscope_jax.generation.scheduler import (
 )
 from layerscope_jax.generation.slots import Slots
 from layerscope_jax.models.rotary import PAD_POSITION
-from layerscope_jax.runtime.sampling import NO_TOKEN, Sampling
+from layerscope_jax.runtime.sampling import NO_TOKEN
 from layerscope_jax.support.units import next_power
 
 Step = Callable[..., tuple[jax.Array, jax.Array, Any]]
@@ -75,14 +75,14 @@ class Run:
         self._new_caches, self._chunk = new_caches, prefill_chunk_size
         self._stop_tokens, self._tokenizer = stop_token_ids, tokenizer
         self._why_not_finite = why_not_finite
-        self._states: dict[int, RequestState] = {}  # of those that wait or run, by id
-        # Decided for the run: a step that samples is another program than one that does not.
+        self._states: dict[int, RequestState] = {}  # waiting and running requests, by id
+        # Fixed for the run, because steps with and without sampling are different programs.
         self._samples = False
-        self._sampling: Sampling | None = None  # of the slots
-        self._ended = 0.0  # when the last step did
+        self._settings: RowSettings | None = None  # of the slots; None if they have to be collected again
+        self._ended = 0.0  # when the last step ended
 
     def add(self, states: Iterable[RequestState]) -> None:
-        """Enters requests, new ones or such as are to go on."""
+        """Adds requests, new ones or ones that continue."""
         states = list(states)
         self._states |= {state.id: state for state in states}
         self._samples = self._samples or any(state.request.temperature > 0 for state in states)
@@ -92,17 +92,17 @@ class Run:
                 for state in states
             ]
         )
-        self._ended = time.perf_counter()  # what came before is no part of their steps
+        self._ended = time.perf_counter()  # earlier time is not part of their steps
 
     def abort(self, state: RequestState) -> None:
-        """Ends a request that waits or runs."""
+        """Ends a waiting or running request."""
         if (row := self._scheduler.abort(state.id)) is not None:
             self._slots.free(row)
         del self._states[state.id]
         state.end("abort")
 
     def step(self, step: Step) -> list[RequestState]:
-        """Carries out the step that is scheduled next.
+        """Runs the step that is scheduled next.
 
         Args:
             step: step of a runner; see `Runner.step`.
@@ -118,8 +118,8 @@ class Run:
     def _prefill(self, step: Step, scheduled: Prefill) -> list[RequestState]:
         """Begins a group of requests: one step, or several for one long prompt.
 
-        All steps of a long prompt have one shape, [1, prefill_chunk_size], and caches as long as the slots':
-        its length compiles nothing.
+        All steps of a long prompt have the shape [1, prefill_chunk_size] and caches as long as the slots', so
+        a new prompt length compiles nothing.
         """
         slots, scheduler = self._slots, self._scheduler
         slots.fit(batch_rows(scheduler.slots), bucket(scheduler.length, MIN_LENGTH))
@@ -129,19 +129,19 @@ class Run:
         longest = max(map(len, prompts))
         width = min(bucket(longest, MIN_WIDTH), self._chunk)
         caches = self._new_caches(rows, width if longest <= width else slots.length)
-        sampling = self._sampling_of(dict(enumerate(group)), rows)
+        settings = RowSettings(dict(enumerate(group)), rows, self._samples, self._stop_tokens)
         for start in range(0, longest, width):
             tokens, positions, last = prefill_inputs(prompts, rows, start, width)
-            found, _, caches = step(tokens, positions, last, caches, sampling)
-        new = np.asarray(found).tolist()
+            next_tokens, logits, caches = step(tokens, positions, last, caches, settings.in_step)
+        new = settings.pick(next_tokens, logits, positions[np.arange(rows), last] + 1)
         ended = time.perf_counter()
         slots.put(scheduled.rows, caches, rows)
-        for state, row, token in zip(group, scheduled.rows, new, strict=False):
+        for state, row, (token, logprobs) in zip(group, scheduled.rows, new, strict=False):
             if state.first_token_s is None:
                 state.first_token_s = ended - state.call.began
             state.begin(self._tokenizer)
-            self._enter(state, row, token)
-        self._sampling = None  # of other rows
+            self._enter(state, row, token, logprobs)
+        self._settings = None  # the rows have changed
         self._ended = time.perf_counter()
         return group
 
@@ -149,44 +149,31 @@ class Run:
         """Gives every running request one token."""
         slots = self._slots
         states = [self._states[request] for request in scheduled.requests]
-        if self._samples and self._sampling is None:
-            self._sampling = self._sampling_of(dict(zip(scheduled.rows, states, strict=True)), slots.rows)
-        last = np.zeros(slots.rows, np.int32)
-        found, _, slots.caches = step(slots.tokens, slots.positions, last, slots.caches, self._sampling)
-        new = np.asarray(found).tolist()
+        if self._settings is None:
+            running = dict(zip(scheduled.rows, states, strict=True))
+            self._settings = RowSettings(running, slots.rows, self._samples, self._stop_tokens)
+        in_step, last = self._settings.in_step, np.zeros(slots.rows, np.int32)
+        next_tokens, logits, slots.caches = step(slots.tokens, slots.positions, last, slots.caches, in_step)
+        new = self._settings.pick(next_tokens, logits, slots.positions[:, 0] + 1)
         ended = time.perf_counter()
         self.decode_s.append(ended - self._ended)
         self._ended = ended
         for state, row in zip(states, scheduled.rows, strict=True):
-            self._enter(state, row, new[row])
+            self._enter(state, row, *new[row])
         return states
 
-    def _enter(self, state: RequestState, row: int, token: int) -> None:
+    def _enter(self, state: RequestState, row: int, token: int, logprobs: TokenLogprobs | None) -> None:
         """Enters the new token of the request at `row`, and frees the row if it was its last."""
         if token == NO_TOKEN:
             state.end("error", self._why_not_finite())
         else:
-            state.advance(token, self._stop_tokens)
+            state.advance(token, self._stop_tokens, logprobs)
         if state.finish_reason is None:
             self._slots.enter(row, token, len(state.prompt) + len(state.tokens) - 1)
         else:
             self._scheduler.finish(state.id)
             self._slots.free(row)
             del self._states[state.id]
-
-    def _sampling_of(self, running: dict[int, RequestState], rows: int) -> Sampling | None:
-        """Returns how each row samples, greedy in free rows; None if the whole run is greedy."""
-        if not self._samples:
-            return None
-        requests = [Request(prompt=[0])] * rows
-        for row, state in running.items():
-            requests[row] = state.request
-        return Sampling(
-            seed=jnp.array([request.seed for request in requests], jnp.uint32),
-            temperature=jnp.array([request.temperature for request in requests], jnp.float32),
-            top_k=jnp.array([min(request.top_k, 2**31 - 1) for request in requests], jnp.int32),
-            top_p=jnp.array([request.top_p for request in requests], jnp.float32),
-        )
 
 
 def prefill_inputs(

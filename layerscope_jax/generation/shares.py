@@ -1,4 +1,4 @@
-"""What a run counted while one call was in it: all of it where the call was alone."""
+"""A call's share of the counts of a run: what was counted between its beginning and its end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def join(call: Call, account: Account, decode_s: list[float]) -> None:
     call.joined = Joined(
         counts={name: copy.deepcopy(getattr(account, name)) for name in COUNTS},
         wasted_bytes=account.wasted_bytes,
-        steps=account.steps,
         decode_steps=len(decode_s),
         plans=len(account.plans or ()),
         decoded=len(account.decoded or ()),
@@ -52,7 +51,6 @@ def leave(call: Call, account: Account, decode_s: list[float], now: float) -> No
     call.counted = Account(
         plans=(account.plans or [])[before.plans :] if call.record_plans else None,
         decoded=(account.decoded or [])[before.decoded :] if call.bound else None,
-        steps=account.steps - before.steps,
         peak_bytes=account.peak_bytes,
         wasted_bytes=max(0, account.wasted_bytes - before.wasted_bytes),
         **{name: difference(getattr(account, name), before.counts[name]) for name in COUNTS},
@@ -73,9 +71,9 @@ def difference(later: C, earlier: C) -> C:
     >>> difference(LinkStats(retries=5, dropped=1), LinkStats(retries=2)).retries
     3
     """
-    found: Any = copy.copy(later)
-    for field in fields(found):
+    counts: Any = copy.copy(later)
+    for field in fields(counts):
         now, then = getattr(later, field.name), getattr(earlier, field.name)
         if isinstance(now, int | float | Counter):
-            setattr(found, field.name, now - then)
-    return found
+            setattr(counts, field.name, now - then)
+    return counts

@@ -1,4 +1,4 @@
-"""Slots: the rows of a running batch, with their caches, their last tokens and the positions of those."""
+"""Slots: rows of the running batch, with their caches, last tokens and positions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from layerscope_jax.models.rotary import PAD_POSITION
 
 
 class Slots:
-    """Rows that requests take turns in; they grow where a newcomer needs more of them, or longer ones.
+    """Rows of the running batch, which requests use in turn; their number and length grow with new requests.
 
-    All caches have one length, so that a decode step is one program. What it costs: one request that may
-    become much longer than the others makes every row as long, in memory and in what XLA's attention reads.
+    All caches have one length, so that a decode step is one program. The cost: a request that may become much
+    longer than the others makes every row as long, in memory and in what XLA's attention reads.
 
     Args:
         new_caches: `(rows, length)` -> empty caches.
 
     Attributes:
-        caches: one a decoder layer, of B rows; donated by each step.
+        caches: one for each decoder layer, with B rows; donated by each step.
         length: positions of each row.
         tokens: [B, 1] int32, the last token of each row.
         positions: [B, 1] int32, position of that token; `PAD_POSITION` in free rows.
@@ -60,7 +60,7 @@ class Slots:
             caches: caches of the new requests, of `width` rows; further rows are padding.
             width: number of rows of `caches`, at least the number of new requests.
         """
-        at = np.full(width, self.rows, np.int32)  # past the last row: padding goes nowhere
+        at = np.full(width, self.rows, np.int32)  # padding has a row past the last, so it is dropped
         at[: len(rows)] = rows
         self.caches = put_rows(self.caches, at, caches)
 

@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from layerscope_jax.kernels.activations import SILU, add_bias, biases, gate_row
 from layerscope_jax.kernels.numbers import pointer, round_row, rounded, silu, taken
 from layerscope_jax.support.njit import njit
 from layerscope_jax.support.target import features
@@ -199,7 +200,21 @@ def shape_tiles(at, rows):
 
 
 @njit(cache=True, nogil=True)
-def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, kind, counter, scratch):
+def run_experts(
+    addresses,
+    firsts,
+    lasts,
+    order,
+    choices,
+    inputs,
+    hidden,
+    activation,
+    limit,
+    outputs,
+    kind,
+    counter,
+    scratch,
+):
     """As `loops.run_experts`, of weights in bfloat16 alone.
 
     Args:
@@ -220,6 +235,7 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
         x, y, sums = scratch + parts[0], scratch + parts[1], scratch + parts[2]
         more, woven = scratch + parts[3], scratch + parts[4]
         gate, up, down = addresses[expert, 0], addresses[expert, 1], addresses[expert, 2]
+        bias = carray(pointer(addresses[expert, 3]), biases(addresses[expert, 3], width, hidden), kind.dtype)
         shape_tiles(scratch, min(tokens, TILE))
         rows = carray(pointer(x), (tokens, width), outputs.dtype)
         for m in range(tokens):
@@ -231,19 +247,26 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
             product(x, width, up, hidden, first, last, tiles, more, woven, high)
             gates = carray(pointer(sums), (tokens, last - first), np.float32)
             ups = carray(pointer(more), (tokens, last - first), np.float32)
+            add_bias(gates, bias, first, last)
+            add_bias(ups, bias, hidden + first, hidden + last)
             for m in range(tokens):
-                activate(gates[m], ups[m], inner[m, first:last])
+                activate(gates[m], ups[m], inner[m, first:last], activation, limit)
         for first in range(0, width, wide):
             last = min(first + wide, width)
             product(y, hidden, down, width, first, last, tiles, sums, woven, high)
             totals = carray(pointer(sums), (tokens, last - first), np.float32)
+            add_bias(totals, bias, 2 * hidden + first, 2 * hidden + last)
             for m in range(tokens):
                 round_row(totals[m], outputs[slots[m], first:last])
     load_shapes(scratch + 64)
 
 
 @njit(cache=True, nogil=True)
-def activate(gates, ups, inner):
-    """A row of `silu(gates) * ups`. Of an index that may be negative the compiler makes no vectors."""
-    for f in range(np.uint64(len(inner))):
-        inner[f] = rounded(silu(gates[f]) * ups[f], inner)
+def activate(gates, ups, inner, activation, limit):
+    """As `activations.activate`, of inputs that stay bfloat16."""
+    if activation == SILU:
+        for f in range(np.uint64(len(inner))):
+            inner[f] = rounded(silu(gates[f]) * ups[f], inner)
+        return
+    gate_row(gates, ups, len(inner), activation, limit)
+    round_row(gates, inner)

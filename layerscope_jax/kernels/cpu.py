@@ -19,12 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.formats import ExpertFormat, plain_of
+from layerscope_jax.kernels.activations import facts_of
 from layerscope_jax.kernels.grouping import Assignments, Group
 from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel, RowsKernel, suits
 from layerscope_jax.kernels.loops import no_scratch
 from layerscope_jax.kernels.registry import Work
+from layerscope_jax.models.experts import SWIGLU, BiasedWeights
 from layerscope_jax.support.machine import cores
 from layerscope_jax.support.threads import Helpers
+
+ARRAYS = len(BiasedWeights._fields)
+"""Arrays of an expert that our own loops read."""
 
 SHARE_BYTES = 1 << 20
 """Bytes of weights that make waking another thread worth while: some 50 us of reading."""
@@ -104,7 +109,8 @@ class InMemory(NamedTuple):
 
     Attributes:
         arrays: of its format, copied already and not on the way: our own loops do not wait for copies.
-        addresses: of these arrays, int64 as bytes: those of many experts are joined faster than numbers.
+        addresses: of the first four arrays, 0 for a fourth that is not there, int64 as bytes: those of many
+            experts are joined faster than numbers.
         layout: how it lies in memory.
     """
 
@@ -128,7 +134,9 @@ class InMemory(NamedTuple):
         if any(device.platform != "cpu" for array in arrays for device in array.devices()):
             raise ValueError(f"expected an expert on a CPU device, got one on {arrays[0].sharding}")
         jax.block_until_ready(arrays)
-        addresses = np.array([array.unsafe_buffer_pointer() for array in arrays], np.int64)
+        addresses = np.zeros(ARRAYS, np.int64)
+        for index, array in enumerate(arrays[:ARRAYS]):
+            addresses[index] = array.unsafe_buffer_pointer()
         return cls(arrays, addresses.tobytes(), layout_of(format, *format.sizes(arrays)))
 
 
@@ -158,6 +166,7 @@ class CpuExperts:
         self.kernel = kernel
         self.format = format
         self._taken: tuple[Layout, np.dtype] | None = None  # experts and rows that the kernel was asked about
+        self._body = facts_of(SWIGLU)  # of these experts
         self._kind = np.empty(1)  # an array of the type that loops of our own take weights for
         self._kept = [np.empty(0, np.uint8)] * threads
         self._helpers = Helpers(threads - 1)
@@ -249,9 +258,10 @@ class CpuExperts:
         layout = held[0].layout
         if self._taken is None or self._taken[0] is not layout or self._taken[1] != outputs.dtype:
             self._take(kernel, layout, outputs.dtype)
+        activation, limit = self._body
         words = outputs.view(WORDS[outputs.dtype.name])
         addresses = np.frombuffer(bytearray().join([expert.addresses for expert in held]), np.int64)
-        addresses = addresses.reshape(-1, 3)
+        addresses = addresses.reshape(-1, ARRAYS)
         if tokens > kernel.piece:
             addresses, firsts, lasts = pieces(addresses, firsts, lasts, kernel.piece)
         counter, begins = np.zeros(1, np.int64), address(inputs)
@@ -268,6 +278,8 @@ class CpuExperts:
                 rows.choices,
                 begins,
                 layout.hidden,
+                activation,
+                limit,
                 words,
                 self._kind,
                 address(counter),
@@ -291,7 +303,7 @@ class CpuExperts:
                 f"format {layout.format.name!r} with rows of {dtype}"
             )
         self._kind = np.empty(1, kernel.words(layout.format.name))
-        self._taken = layout, dtype
+        self._body, self._taken = facts_of(layout.format.body), (layout, dtype)
 
     def _rows(
         self,

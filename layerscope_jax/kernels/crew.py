@@ -18,7 +18,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from layerscope_jax.kernels import loops
-from layerscope_jax.kernels.numbers import pointer, taken
+from layerscope_jax.kernels.numbers import float_of, pointer, taken
 from layerscope_jax.kernels.vectors import BYTE, INT, LONG, external
 from layerscope_jax.support.njit import cfunc, njit
 
@@ -28,9 +28,9 @@ DO, PARTS, TAKEN, INPUTS, WEIGHTS, OUTPUTS, ROWS, DEPTH, WIDTH = range(9)
 # Of products: columns and rows of a part, and how many parts these rows have; WEIGHTS are COUNT times an
 # address of weights, their columns and the address of the outputs.
 COLUMNS, HEIGHT, BESIDE, COUNT = range(9, 13)
-# Of experts: as `loops.run_experts`; WEIGHTS are addresses, DEPTH is F.
-FIRSTS, LASTS, ORDER, LENGTH, CHOICES = range(9, 14)
-SIZE = 14
+# Of experts: as `loops.run_experts`; WEIGHTS are addresses, DEPTH is F, LIMIT the bits of a float32.
+FIRSTS, LASTS, ORDER, LENGTH, CHOICES, ACTIVATION, LIMIT = range(9, 16)
+SIZE = 16
 
 # What the threads share: how many help, for how many bytes of weights each, whether they are to end, how many
 # have a job, the address of it; counts; then two semaphores for each helper, of 32 bytes.
@@ -125,13 +125,15 @@ def experts(run_experts: Any, scratch_bytes: Any, rows: Any, weights_of: Any) ->
         lasts = carray(pointer(job[LASTS]), job[PARTS], np.int64)
         memory = np.empty(scratch_bytes(firsts, lasts, job[WIDTH], job[DEPTH]) + 64, np.uint8)
         run_experts(
-            carray(pointer(job[WEIGHTS]), (job[PARTS], 3), np.int64),
+            carray(pointer(job[WEIGHTS]), (job[PARTS], 4), np.int64),
             firsts,
             lasts,
             carray(pointer(job[ORDER]), job[LENGTH], np.int32),
             job[CHOICES],
             job[INPUTS],
             job[DEPTH],
+            job[ACTIVATION],
+            float_of(np.uint32(job[LIMIT])),
             carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), rows),
             carray(pointer(job[WEIGHTS]), 1, weights_of),  # of which the type alone counts
             address + 8 * TAKEN,

@@ -11,6 +11,7 @@ from numba import from_dtype, types
 
 from layerscope_jax.formats import ExpertFormat
 from layerscope_jax.kernels import amx, loops, vectors
+from layerscope_jax.kernels.activations import ACTIVATIONS
 from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
 from layerscope_jax.support import target
 
@@ -67,6 +68,8 @@ def suits(kernel: AddressKernel, work: Work) -> bool:
     """Whether a kernel can compute experts, compiled for this CPU."""
     if work.platform != "cpu" or work.format not in WORDS or work.dtype.name not in WORDS:
         return False
+    if work.body.activation not in ACTIVATIONS:
+        return False
     if kernel is LOOPS:
         return True
     same = work.format == work.dtype.name
@@ -85,7 +88,8 @@ def not_compiled(kernel: AddressKernel, format: str, dtype: str) -> str | None:
         return reason
     rows, weights = (from_dtype(words) for words in (WORDS[dtype], kernel.words(format)))
     whole, number = types.int64[::1], types.int64
-    signature = [types.int64[:, ::1], whole, whole, types.int32[::1], number, number, number]
+    body = number, types.float32  # activation and limit
+    signature = [types.int64[:, ::1], whole, whole, types.int32[::1], number, number, number, *body]
     try:
         kernel.run.compile((*signature, rows[:, ::1], weights[::1], number, number))
         kernel.scratch_bytes.compile((whole, whole, number, number))
@@ -102,6 +106,7 @@ for _kernel in (LOOPS, PAIRS, AMX):
             functools.partial(suits, _kernel),
             _kernel,
             functools.partial(obstacle, _kernel),
+            any_body=True,
         )
     )
 

@@ -15,7 +15,8 @@ import numpy as np
 from numba import carray
 
 from layerscope_jax.kernels import crew
-from layerscope_jax.kernels.cpu import CpuExperts, InMemory
+from layerscope_jax.kernels.activations import facts_of
+from layerscope_jax.kernels.cpu import ARRAYS, CpuExperts, InMemory
 from layerscope_jax.kernels.crew import SEMAPHORE, SEMAPHORES, Crew
 from layerscope_jax.kernels.grouping import by_expert
 from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel
@@ -26,7 +27,7 @@ from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.support import target
 from layerscope_jax.support.njit import njit
 
-FACTS = 3
+FACTS = 5
 """Numbers of a layer's table before its addresses (`Inside.table_of`)."""
 
 _, CHOICES, ROWS, TOKENS = range(4)  # letters, in their order
@@ -41,9 +42,9 @@ def fit_experts(call):
         return False
     _, of_table = buffer(call, ARGUMENTS, 3)
     words = long_at(of_table)
-    if words < 2 * FACTS or (words - 2 * FACTS) % 6 != 0:
+    if words < 2 * FACTS or (words - 2 * FACTS) % (2 * ARRAYS) != 0:
         return False
-    return within(call, 1, sizes[ROWS], (words // 2 - FACTS) // 3 - 1)
+    return within(call, 1, sizes[ROWS], (words // 2 - FACTS) // ARRAYS - 1)
 
 
 @njit(cache=True, nogil=True)
@@ -87,17 +88,17 @@ def compute_experts(call, do, size):
     tokens, choices = long_at(sizes), long_at(sizes + 8)
     flags, _ = buffer(call, ARGUMENTS, 2)
     table_at, sizes = buffer(call, ARGUMENTS, 3)
-    count = (long_at(sizes) // 2 - FACTS) // 3
+    count = (long_at(sizes) // 2 - FACTS) // ARRAYS
     rows, _ = buffer(call, RESULTS, 0)
-    table = carray(pointer(table_at), FACTS + 3 * count, np.int64)
+    table = carray(pointer(table_at), FACTS + ARRAYS * count, np.int64)
     pool, hidden, piece = pool_at(table[0]), table[1], table[2]
     active = carray(pointer(flags), tokens, np.uint8)
     order, bounds, _ = by_expert(carray(pointer(chosen), tokens * choices, np.int32), active, choices)
     whose, firsts, lasts = pieces(bounds, piece)
-    addresses = np.empty((len(whose), 3), np.int64)
+    addresses = np.empty((len(whose), ARRAYS), np.int64)
     for index in range(len(whose)):
-        for matrix in range(3):
-            addresses[index, matrix] = table[FACTS + 3 * whose[index] + matrix]
+        for array in range(ARRAYS):
+            addresses[index, array] = table[FACTS + ARRAYS * whose[index] + array]
         if index == 0 or whose[index] != whose[index - 1]:
             pool[crew.COUNTED] += 1
     pool[crew.ASSIGNED] += len(order)
@@ -111,6 +112,7 @@ def compute_experts(call, do, size):
     job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = tokens * choices, hidden, width
     job[crew.FIRSTS], job[crew.LASTS] = firsts.ctypes.data, lasts.ctypes.data
     job[crew.ORDER], job[crew.LENGTH], job[crew.CHOICES] = order.ctypes.data, len(order), choices
+    job[crew.ACTIVATION], job[crew.LIMIT] = table[3], table[4]
     crew.share_out(pool, job, 3 * width * hidden * size * len(firsts))
     # Numba gives an array up after its last use: this is theirs.
     job[crew.LENGTH] = addresses.size + firsts.size + lasts.size + order.size
@@ -165,15 +167,22 @@ class Inside:
         return platform.system() == "Linux" and dtype.name in WORDS and target.refusal() is None
 
     def table_of(self, experts: Sequence[InMemory]) -> np.ndarray:
-        """[2 * (FACTS + 3 E)] uint32 for a layer: `table`, then F, tokens of an expert at a time, and where
-        each matrix lies.
+        """[2 * (FACTS + 4 E)] uint32 for a layer: `table`, then F, tokens of an expert at a time, activation
+        and limit, and where each array lies.
 
         Args:
             experts: of the layer; their memory must outlive every program that is given the table.
         """
         addresses = np.frombuffer(b"".join(expert.addresses for expert in experts), np.int64)
-        hidden = experts[0].arrays.gate.shape[1]
-        facts = [self._crew.pool.ctypes.data, hidden, self._piece]
+        layout = experts[0].layout
+        activation, limit = facts_of(layout.format.body)
+        facts = [
+            self._crew.pool.ctypes.data,
+            layout.hidden,
+            self._piece,
+            activation,
+            limit.view(np.uint32),
+        ]
         return np.array([*facts, *addresses], np.int64).view(np.uint32)
 
     def take_counts(self) -> tuple[int, int]:
@@ -204,7 +213,7 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
     kinds = [(inputs, 2, np.dtype(name.rpartition("_")[2])), (experts, 2, np.dtype(np.int32))]
     kinds += [(active, 1, np.dtype(np.bool_)), (table, 1, np.dtype(np.uint32))]
     fit = all(array.ndim == rank and array.dtype == dtype for array, rank, dtype in kinds)
-    numbers, rest = divmod(len(table) - 2 * FACTS, 6) if fit else (0, 0)
+    numbers, rest = divmod(len(table) - 2 * FACTS, 2 * ARRAYS) if fit else (0, 0)
     if numbers < 1 or rest or not len(experts) == len(active) == tokens:
         got = ", ".join(f"{array.dtype}{list(array.shape)}" for array, *_ in kinds)
         raise ValueError(

@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from layerscope_jax.kernels.numbers import activate, as_input, pointer, room, round_row, taken, widened
-from layerscope_jax.kernels.panels import multiply_many, swiglu_of_many
+from layerscope_jax.kernels.activations import activate, add_bias, biases
+from layerscope_jax.kernels.numbers import as_input, pointer, room, round_row, taken, widened
+from layerscope_jax.kernels.panels import ffn_of_many, multiply_many
 from layerscope_jax.kernels.strips import MANY
 from layerscope_jax.kernels.vectors import COLUMNS, ROWS, adding
 from layerscope_jax.support.njit import njit
@@ -91,12 +92,17 @@ def add_product(x, weights, first, last, sums):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def swiglu(x, gate, up, down, outputs, slots):
-    """`(silu(x gate) * (x up)) down` of M rows, into the `slots` of `outputs`."""
+def ffn(x, gate, up, down, bias, outputs, slots, activation, limit):
+    """`(silu(x gate) * (x up)) down` of M rows, into the `slots` of `outputs`, or with another body.
+
+    Args:
+        bias: [2 F + D] those of gate, up and down; [0] without.
+        activation, limit: as of `activate`.
+    """
     tokens, width = x.shape
     hidden = gate.shape[1]
     if are_many(tokens, width, hidden) and are_many(tokens, hidden, width):
-        swiglu_of_many(x, gate, up, down, outputs, slots)
+        ffn_of_many(x, gate, up, down, bias, outputs, slots, activation, limit)
         return
     inner = room(tokens, hidden, down)
     gates, ups = np.empty((tokens, STRIDE), np.float32), np.empty((tokens, STRIDE), np.float32)
@@ -106,12 +112,15 @@ def swiglu(x, gate, up, down, outputs, slots):
         ups[:, : last - first] = 0
         add_product(x, gate, first, last, gates)
         add_product(x, up, first, last, ups)
+        add_bias(gates, bias, first, last)
+        add_bias(ups, bias, hidden + first, hidden + last)
         for m in range(tokens):
-            activate(gates[m], ups[m], inner[m, first:last], outputs, down)
+            activate(gates[m], ups[m], inner[m, first:last], outputs, down, activation, limit)
     for first in range(0, width, BLOCK):
         last = min(first + BLOCK, width)
         gates[:, : last - first] = 0
         add_product(inner, down, first, last, gates)
+        add_bias(gates, bias, 2 * hidden + first, 2 * hidden + last)
         for m in range(tokens):
             round_row(gates[m], outputs[slots[m], first:last])
 
@@ -143,16 +152,31 @@ def no_scratch(firsts, lasts, width, hidden):
 
 
 @njit(cache=True, nogil=True)
-def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, outputs, kind, counter, scratch):
+def run_experts(
+    addresses,
+    firsts,
+    lasts,
+    order,
+    choices,
+    inputs,
+    hidden,
+    activation,
+    limit,
+    outputs,
+    kind,
+    counter,
+    scratch,
+):
     """Computes those of N experts that no other thread takes first.
 
     Args:
-        addresses: [N, 3] of each expert's gate, up and down.
+        addresses: [N, 4] of each expert's gate, up, down and biases, 0 where it has none.
         firsts, lasts: [N] where each expert's slots begin and end in `order`.
         order: [A] slots `token * choices + choice`.
         choices: K.
         inputs: address of [T, D] of the type of `outputs`.
         hidden: F.
+        activation, limit: of the experts' body (`activations.facts_of`).
         outputs: [T * K + 1, D], a row for each slot; those of these experts are written.
         kind: an array of the type of the weights, whatever it holds (`vectors.py`).
         counter: address of the number of experts taken so far.
@@ -173,4 +197,5 @@ def run_experts(addresses, firsts, lasts, order, choices, inputs, hidden, output
         gate = carray(pointer(addresses[expert, 0]), (width, hidden), kind.dtype)
         up = carray(pointer(addresses[expert, 1]), (width, hidden), kind.dtype)
         down = carray(pointer(addresses[expert, 2]), (hidden, width), kind.dtype)
-        swiglu(x, gate, up, down, outputs, slots)
+        bias = carray(pointer(addresses[expert, 3]), biases(addresses[expert, 3], width, hidden), kind.dtype)
+        ffn(x, gate, up, down, bias, outputs, slots, activation, limit)

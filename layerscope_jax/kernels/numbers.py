@@ -144,16 +144,6 @@ def _room(tokens, width, weights):
     return lambda tokens, width, weights: np.empty((tokens, width), dtype)
 
 
-@njit(cache=True, nogil=True)
-def activate(gates, ups, inner, outputs, weights):
-    """A row of `silu(gates) * ups`, rounded to the type of `outputs`, as an input of products with `weights`.
-
-    Of an index that may be negative the compiler makes no vectors.
-    """
-    for f in range(np.uint64(len(inner))):
-        inner[f] = as_input(rounded(silu(gates[f]) * ups[f], outputs), weights)
-
-
 LANES = 16
 """Numbers that a sum or maximum of a row is spread over, so that the compiler makes vectors of it."""
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from layerscope_jax.kernels.numbers import activate, room, round_row
+from layerscope_jax.kernels.activations import activate, add_bias
+from layerscope_jax.kernels.numbers import room, round_row
 from layerscope_jax.kernels.strips import (
     APART,
     COLUMNS,
@@ -148,8 +149,8 @@ def two_rooms():
 
 
 @njit(cache=True, nogil=True, inline="always")
-def swiglu_of_many(x, gate, up, down, outputs, slots):
-    """`loops.swiglu` of `MANY` tokens or more; sizes are multiples of `vectors.ROWS` and `COLUMNS`."""
+def ffn_of_many(x, gate, up, down, bias, outputs, slots, activation, limit):
+    """`loops.ffn` of `MANY` tokens or more; sizes are multiples of `vectors.ROWS` and `COLUMNS`."""
     tokens, width = x.shape
     hidden = gate.shape[1]
     ends, inner = shared_out(tokens), room(tokens, hidden, down)
@@ -165,13 +166,16 @@ def swiglu_of_many(x, gate, up, down, outputs, slots):
             inputs, ends, panel_of(gate, first, hidden), of_up, current, spare, gates, gate
         )
         current, spare = add_panel(inputs, ends, of_up, after, current, spare, ups, gate)
+        add_bias(gates, bias, first, last)
+        add_bias(ups, bias, hidden + first, hidden + last)
         for m in range(tokens):
-            activate(gates[m], ups[m], inner[m, first:last], outputs, down)
+            activate(gates[m], ups[m], inner[m, first:last], outputs, down, activation, limit)
     inputs = packed(inner, ends, down)
     for first in range(0, width, WIDE):
         last = min(first + WIDE, width)
         panel, after = panel_of(down, first, width), panel_of(down, last, width)
         current, spare = add_panel(inputs, ends, panel, after, current, spare, gates, down)
+        add_bias(gates, bias, 2 * hidden + first, 2 * hidden + last)
         for m in range(tokens):
             round_row(gates[m], outputs[slots[m], first:last])
     memory[0] = 0  # kept until here

@@ -27,6 +27,7 @@ class Family:
         ignored: names of tensors to ignore if the model has no place for them; `*` matches any text.
         extra_layers: whether checkpoints may hold layers behind the last one, which are ignored: they predict
             several tokens ahead.
+        aliases: other values of `model_type` that such models go by.
         attentions, feed_forwards: its own kinds of layer parts, by their names in its configs; see
             `layerscope_jax.models.kinds`.
     """
@@ -39,6 +40,7 @@ class Family:
     aliases: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("lm_head.weight",)
     extra_layers: bool = False
+    aliases: tuple[str, ...] = ()
     attentions: Mapping[str, Any] = field(default_factory=dict)
     feed_forwards: Mapping[str, Any] = field(default_factory=dict)
 

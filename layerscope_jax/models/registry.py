@@ -135,12 +135,23 @@ def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | No
     Traceback (most recent call last):
     ValueError: expected one of the architectures OlmoeForCausalLM, ...
     """
+    config = language_model(config)
     family = _family_of(config)
     try:
         found = family.read_config(config)
     except ValueError as error:
         raise ValueError(f"cannot use this config of {family.architecture}: {error}") from None
     return found if generation is None else with_generation(found, generation)
+
+
+def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the config of the language model inside one that also takes images; others as they are."""
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return config
+    shared = ("eos_token_id", "tie_word_embeddings", "dtype")
+    beside = {key: config[key] for key in shared if key in config and inner.get(key) is None}
+    return {**inner, **beside}
 
 
 def with_generation(config: ModelConfig, generation: Mapping[str, Any]) -> ModelConfig:
@@ -165,7 +176,8 @@ def _family_of(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES.values():
         if {family.architecture, *family.aliases} & set(map(str, architectures or ())):
             return family
-        if not architectures and family.model_type == config.get("model_type"):
+        kinds = (family.model_type, f"{family.model_type}_text", *family.aliases)
+        if not architectures and config.get("model_type") in kinds:
             return family
     supported = ", ".join(family.architecture for family in FAMILIES.values())
     found = f"{shown(architectures)} (model_type {shown(config.get('model_type'))})"

@@ -28,7 +28,9 @@ class Router(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.config = config
         rule = config.routing
-        self.weight = nnx.Param(normal(rngs, (config.hidden_size, config.num_experts), dtype))
+        # Where logits are float32 in any model, so is this: it is not widened anew in each step.
+        kind = jnp.dtype(jnp.float32) if rule.float32_logits else dtype
+        self.weight = nnx.Param(normal(rngs, (config.hidden_size, config.num_experts), kind))
         self.bias = nnx.Param(jnp.zeros(config.num_experts, dtype)) if rule.logit_bias else None
         # What is added to scores for choosing alone decides between near equals: float32 in any model.
         selection = jnp.zeros(config.num_experts, jnp.float32) if rule.selection_bias else None
@@ -37,11 +39,7 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array) -> Routing:
         """Routes `x` [T, D]."""
         rule, config = self.config.routing, self.config
-        if rule.float32_logits and x.dtype != jnp.float32:
-            weight = self.weight[...].astype(jnp.float32)
-            logits = jnp.matmul(x.astype(jnp.float32), weight)
-        else:
-            (logits,) = dense(x, self.weight[...])
+        (logits,) = dense(x.astype(self.weight[...].dtype), self.weight[...])
         if self.bias is not None:
             logits = logits + jnp.broadcast_to(self.bias[...].astype(logits.dtype), logits.shape)
         logits = logits.astype(jnp.float32)

@@ -224,6 +224,7 @@ LATENT = (
         ("kv_a_proj_with_mqa.weight", "kv_down.weight", TRANSPOSE),
         ("kv_a_proj_with_mqa.bias", "kv_down.bias", IDENTITY),
         ("kv_a_layernorm.weight", "kv_norm.scale", IDENTITY),
+        ("o_proj.bias", "o.bias", IDENTITY),
     ),
     Weight(
         LAYER + "self_attn.kv_b_proj.weight",

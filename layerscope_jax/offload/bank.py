@@ -1,4 +1,4 @@
-"""The host tier: every routed expert of a model, in pinned host memory, never written after load."""
+"""Expert bank: every routed expert of a model in pinned host memory, never written after loading."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from layerscope_jax.scheduling.plan import ExpertId
 
 
 def host_sharding(device: jax.Device | None = None) -> jax.sharding.Sharding:
-    """Pinned host memory beside `device` (the default device if None): copies from it are asynchronous."""
+    """Returns the sharding of pinned host memory, from which copies to `device` are asynchronous."""
     return jax.sharding.SingleDeviceSharding(device or jax.devices()[0], memory_kind="pinned_host")
 
 
 def device_sharding(device: jax.Device | None = None) -> jax.sharding.Sharding:
-    """The memory of `device` itself (the default device if None)."""
+    """Returns the sharding of a device's memory (the default device's if None)."""
     return jax.sharding.SingleDeviceSharding(device or jax.devices()[0], memory_kind="device")
 
 
 @dataclass(frozen=True)
 class ExpertBank:
-    """All routed experts in host memory, each as the arrays of one format, which cross the link one by one.
+    """All routed experts in host memory, each as the arrays of one format, which are copied one by one.
 
-    One copy in RAM serves both tiers of computing: the arrays are what is copied to the device, `views` are
-    NumPy views of the same buffers for the host's kernels.
+    One copy in RAM serves device and host: the arrays are copied to the device, and `views` are NumPy views
+    of the same buffers for the host's kernels.
 
     Attributes:
         layers: [L][E] each expert's arrays, L the MoE layers: an `Expert` of the format, in `pinned_host`
             memory.
-        format: how they lie in memory; where it is not given, the plain one of the first expert's matrices.
-        dtype: of what goes into and comes out of experts; where it is not given, that of the plain format.
+        format: format of the experts; by default the plain format of the first expert's matrices.
+        dtype: dtype of the inputs and outputs of experts; by default that of the plain format.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=2, num_heads=2,
     ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
@@ -71,17 +71,16 @@ class ExpertBank:
         device: jax.Device | None = None,
         format: ExpertFormat | None = None,
     ) -> ExpertBank:
-        """Fills a bank array by array from `read(expert, "gate" | "up" | "down" | "bias", shape)`.
+        """Makes a bank, array by array, from `read(expert, "gate" | "up" | "down" | "bias", shape)`.
 
-        Only one matrix at a time exists beside its pinned copy; where a format is given, one expert. Without
-        one, the bank may share, on a CPU, the memory of the array that `read` returns, which must not be
-        written afterwards.
+        Only one matrix (with a format, one expert) exists twice at a time. Without a format, the bank on a
+        CPU may share the memory of the array that `read` returns, which must not be written afterwards.
 
         Args:
-            config: shapes and numbers of experts.
-            read: gives a matrix, in the dtype of activations.
-            device: beside which experts lie; None for the default one.
-            format: to pack experts in; None leaves them as they are read.
+            config: sizes and numbers of the experts.
+            read: returns a matrix, in the dtype of activations.
+            device: device that the experts are copied to; None for the default device.
+            format: format to pack experts into; None to keep the matrices as they are read.
         """
         sharding, shapes = host_sharding(device), config.expert_shapes()
         dtype: np.dtype | None = None
@@ -89,14 +88,14 @@ class ExpertBank:
         form = None if format is None else format.for_body(config.expert_body)
 
         def put(array: np.ndarray) -> jax.Array:
-            # Blocking here keeps the sources of unfinished copies from piling up in memory.
+            # Waits, so that the sources of unfinished copies do not accumulate in memory.
             return jax.block_until_ready(jax.device_put(array, sharding))
 
         def build(expert: ExpertId) -> Any:
             nonlocal dtype
             if form is None:
                 return weights(*[put(read(expert, name, shape)) for name, shape in shapes.items()])
-            # Copies: a reader may use its memory again for the next matrix.
+            # Copies, because a reader may reuse its memory for the next matrix.
             copies: Any = [np.array(read(expert, name, shape)) for name, shape in shapes.items()]
             dtype = np.dtype(copies[0].dtype)
             return packed(form, put, weights(*copies))
@@ -110,11 +109,11 @@ class ExpertBank:
         return cls(layers, form, dtype)  # type: ignore[arg-type]
 
     def converted(self, format: ExpertFormat) -> ExpertBank:
-        """A bank of the same experts in another format, for activations of the same dtype.
+        """Returns a bank of the same experts in another format, for activations of the same dtype.
 
-        Both are in memory until this one is let go of.
+        Both banks are in memory until this one is freed.
         """
-        sharding = self.layers[0][0][0].sharding
+        sharding, format = self.layers[0][0][0].sharding, format.for_body(self.format.body)
 
         def put(array: np.ndarray) -> jax.Array:
             return jax.block_until_ready(jax.device_put(array, sharding))
@@ -141,11 +140,11 @@ class ExpertBank:
                 yield ExpertId(layer, index)
 
     def views(self, expert: ExpertId) -> tuple[np.ndarray, ...]:
-        """NumPy views of an expert's arrays, in their order: no copy where the backend shares memory."""
+        """Returns NumPy views of an expert's arrays, in order; no copies if the backend shares memory."""
         return tuple(map(_view, self[expert]))
 
     def unpacked(self, expert: ExpertId) -> Any:
-        """The matrices of an expert as NumPy arrays: in `dtype`, or as they are in a plain format."""
+        """Returns the arrays of an expert, unpacked, in `dtype` or in that of a plain format."""
         packed = self.format.Expert(*self.views(expert))
         if isinstance(self.format, PlainFormat):
             return packed
@@ -154,7 +153,7 @@ class ExpertBank:
         )
 
     def stacked(self, layer: int, device: jax.Device | None = None) -> Any:
-        """A copy on the device of one layer's experts, unpacked, stacked along a leading axis E."""
+        """Returns one layer's experts on a device, unpacked and stacked along a leading axis E."""
         sharding = device_sharding(device)
         experts = [self.unpacked(ExpertId(layer, index)) for index in range(len(self.layers[layer]))]
         return weights_type(self.format.body)(
@@ -163,7 +162,7 @@ class ExpertBank:
 
     @property
     def num_experts(self) -> int:
-        """Experts in a layer."""
+        """Number of experts in a layer."""
         return len(self.layers[0])
 
     @property
@@ -173,7 +172,7 @@ class ExpertBank:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert, in memory and on the link."""
+        """Size (bytes) of one expert, in memory and on the link."""
         return self.format.expert_bytes(*self.sizes)
 
     @property
@@ -182,10 +181,10 @@ class ExpertBank:
 
 
 def packed(format: ExpertFormat, put: Callable[[np.ndarray], jax.Array], matrices: Any) -> Any:
-    """An expert in a format, its arrays where `put` puts them.
+    """Returns an expert packed in a format, with each array passed through `put`.
 
     Raises:
-        ValueError: if what the format packs is not what it says.
+        ValueError: if the packed arrays are not those that the format declares.
     """
     expert = format.Expert(*map(put, format.pack(*matrices)))  # type: ignore[arg-type]
     format.check(expert)
@@ -193,5 +192,5 @@ def packed(format: ExpertFormat, put: Callable[[np.ndarray], jax.Array], matrice
 
 
 def _view(matrix: jax.Array) -> np.ndarray:
-    """Of the array's only buffer. An array itself would keep what a backend had to copy for NumPy."""
+    """Returns a NumPy view of the array's buffer; a view of the array itself would keep any copy alive."""
     return np.asarray(matrix.addressable_data(0))

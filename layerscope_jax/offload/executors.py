@@ -1,7 +1,7 @@
-"""Where experts are computed: on the device, and beside it on the host.
+"""Executors, which compute experts: on the device and on the host.
 
-Where the device is this machine's CPU too, both compute alike, a row has the same bits on either, and both
-write their rows into the same array.
+If the device is this machine's CPU, both use the same kernels, so that a row has the same bits on either, and
+both write their rows into the same array.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from layerscope_jax.support.threads import Helpers, Job
 from layerscope_jax.support.units import next_power
 
 SIZES = 2
-"""Sizes of rows to write to that are kept: a decode step's and those of the last prefill."""
+"""Number of output arrays that are kept, by size: for decode steps and the last prefill."""
 
 
 @functools.partial(jax.jit, static_argnames=("choices", "product"), donate_argnames="outputs")
@@ -41,7 +41,7 @@ def grouped_ffn(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes N experts and writes their rows into `outputs` [T * K + 1, D], which is donated.
 
-    Also returns one number of the result: it is ready when the whole result is, and may be waited for after
+    Also returns one element of the result: it is ready when the whole result is, and can be waited for after
     `outputs` has been donated on.
     """
     rows = expert_rows(inputs, slots, experts, choices, product)
@@ -51,33 +51,33 @@ def grouped_ffn(
 
 @functools.partial(jax.jit, donate_argnames="outputs")
 def place_rows(outputs: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
-    """Writes rows [R, D] that the host computed into `outputs` [T * K + 1, D]."""
+    """Writes rows [R, D] computed by the host into `outputs` [T * K + 1, D]."""
     return outputs.at[slots].set(rows)
 
 
 def product_of(
     format: ExpertFormat, expert: Any, dtype: np.dtype, device: jax.Device
 ) -> tuple[str, Callable]:
-    """Name in statistics, and product for `grouped_ffn`, of what computes such experts on a device."""
+    """Returns a device's kernel for experts of a format: name in statistics, product for `grouped_ffn`."""
     work = Work("experts", format.name, np.dtype(dtype), format.sizes(expert), device.platform, format.body)
-    # A CPU stands for an accelerator in tests alone; its kernels compute outside of programs.
+    # Only tests use a CPU as the accelerator; the CPU's kernels are not called from programs.
     kernel = None if work.platform == "cpu" else choose(work)
     return (REFERENCE, format.ffn) if kernel is None else (kernel.name, kernel.run)
 
 
 class DeviceExperts:
-    """Computes experts whose weights are in device memory, without waiting for them.
+    """Computes experts whose weights are in device memory; dispatches and does not wait.
 
     Args:
-        device: that computes.
-        format: of the experts; None for plain ones.
+        device: the device.
+        format: format of the experts; None for plain experts.
 
     Attributes:
-        stats: what was done.
+        stats: counts of dispatches and rows.
     """
 
     waits = False
-    """Whether `run` returns only when it is done."""
+    """Whether `run` waits until the experts are computed."""
 
     def __init__(self, device: jax.Device, format: ExpertFormat | None = None):
         self.stats = WorkStats()
@@ -89,22 +89,22 @@ class DeviceExperts:
         self._host_rows: dict[int, np.ndarray] = {}
 
     def keep(self, weights: Any) -> Any:
-        """An expert that has come, in the form that `run` takes."""
+        """Returns an expert's copied arrays in the form that `run` takes."""
         return weights
 
     def nothing(self, total: int, width: int, dtype: np.dtype) -> jax.Array:
-        """[total + 1, width] zeros, the rows of a layer before the first."""
+        """Returns the rows [total + 1, width] that the first layer adds: zeros."""
         if total not in self._nothing:
             self._nothing = {total: jnp.zeros((total + 1, width), dtype, device=self._device)}
         return self._nothing[total]
 
     def take(self, total: int, width: int, dtype: np.dtype) -> jax.Array:
-        """[total + 1, width] to write a layer's rows to; what nobody writes keeps any finite value."""
+        """Returns an array [total + 1, width] for a layer's rows; unwritten rows hold any finite values."""
         result = self._outputs.pop(total, None)
         return jnp.zeros((total + 1, width), dtype, device=self._device) if result is None else result
 
     def give_back(self, outputs: jax.Array) -> None:
-        """Rows that have been dispatched to whoever reads them, to be overwritten in the next layer."""
+        """Takes back an array whose reader has been dispatched, to be overwritten in the next layer."""
         self._outputs[len(outputs) - 1] = outputs
         forget_oldest(self._outputs, SIZES)
 
@@ -116,7 +116,7 @@ class DeviceExperts:
         experts: Iterable[int],
         weights: Callable[[Sequence[int]], Sequence[Any]],
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Dispatches `experts`; returns the outputs and something that is ready when they are."""
+        """Dispatches `experts`; returns the outputs and an array that is ready when they are."""
         done: jax.Array | None = None
         for group in rows.groups(experts):
             self.stats.count_group(group)
@@ -131,7 +131,7 @@ class DeviceExperts:
         return outputs, done
 
     def host_rows(self, outputs: jax.Array) -> np.ndarray:
-        """[T * K + 1, D] of host memory, for the host to write its rows to; the same in each layer."""
+        """Returns the array [T * K + 1, D] in host memory to which the host writes its rows in each layer."""
         if len(outputs) not in self._host_rows:
             self._host_rows = {len(outputs): np.empty(outputs.shape, outputs.dtype)}
         return self._host_rows[len(outputs)]
@@ -139,7 +139,7 @@ class DeviceExperts:
     def place(
         self, outputs: jax.Array, result: np.ndarray, rows: Assignments, experts: Sequence[int]
     ) -> jax.Array:
-        """Puts the rows of `experts` that the host `found` among the others."""
+        """Copies the host's rows of `experts` into the outputs."""
         taken = np.concatenate([rows.slots(expert) for expert in experts])
         slots = np.full(next_power(len(taken)), rows.total, np.int32)  # few shapes to compile
         slots[: len(taken)] = taken
@@ -148,13 +148,13 @@ class DeviceExperts:
         return place_rows(outputs, slots, values)
 
     def clear(self) -> None:
-        """After a failure: rows that are still being computed are not used again."""
+        """Drops the output arrays after a failure, because rows may still be written to them."""
         self._outputs.clear()
         self._host_rows.clear()
 
 
 class SharedExperts:
-    """As `DeviceExperts` where the device is this machine's CPU: waits, and all write the same array.
+    """`DeviceExperts` for this machine's CPU: waits for the experts, and shares output arrays with the host.
 
     Args:
         cpu: what computes.
@@ -174,7 +174,7 @@ class SharedExperts:
         return self._array(total, width, dtype, False)
 
     def take(self, total: int, width: int, dtype: np.dtype) -> np.ndarray:
-        # The program that read the last layer's rows has ended: routing came out of it.
+        # The program that read the last layer's rows has ended: it computed this layer's routing.
         return self._array(total, width, dtype, True)
 
     def _array(self, total: int, width: int, dtype: np.dtype, written: bool) -> np.ndarray:
@@ -212,18 +212,18 @@ class SharedExperts:
 
 
 def device_experts(device: jax.Device, cpu: CpuExperts) -> DeviceExperts | SharedExperts:
-    """What computes resident experts."""
+    """Returns the executor of resident experts for a device."""
     return SharedExperts(cpu) if device.platform == "cpu" else DeviceExperts(device, cpu.format)
 
 
 def forget_oldest(arrays: dict[Any, Any], most: int) -> None:
-    """Keeps the `most` that were entered last."""
+    """Removes all but the `most` newest entries."""
     while len(arrays) > most:
         del arrays[next(iter(arrays))]
 
 
 def aligned_zeros(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-    """Zeros that JAX's CPU backend takes as they are: it copies what does not begin at 64 bytes."""
+    """Returns zeros aligned to 64 bytes, which JAX's CPU backend uses without a copy."""
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize
     memory = np.zeros(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -231,17 +231,17 @@ def aligned_zeros(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
 
 
 class HostExperts:
-    """Computes experts on the host's CPU, straight from the bank's buffers, on a thread of its own.
+    """Computes experts on the host's CPU, directly from the bank's buffers, on a separate thread.
 
     Args:
-        bank: the host tier.
+        bank: the expert bank.
         device: the JAX CPU device to compute on.
-        threads: that compute.
-        shares_inputs: whether inputs come in arrays of this machine's memory, not of an accelerator's.
+        threads: number of threads that compute.
+        shares_inputs: whether inputs are in this machine's memory and not on an accelerator.
 
     Attributes:
         cpu: what computes.
-        inside: with which programs on a CPU go through the same loops; None where they cannot, or where
+        inside: the same kernels for use within jitted programs on a CPU; None if that is not supported, or
             the device is an accelerator.
     """
 
@@ -249,7 +249,7 @@ class HostExperts:
         self.bank = bank
         self.device = device
         self.stats = WorkStats()
-        self._weights: dict[tuple[int, int], InMemory] = {}  # those that share the bank's memory
+        self._weights: dict[tuple[int, int], InMemory] = {}  # arrays that share the bank's memory
         self._closed = False
         self._shares_inputs = shares_inputs
         self.cpu = CpuExperts(threads, kernel_of(bank.format, bank.dtype, *bank.sizes), bank.format)
@@ -260,17 +260,17 @@ class HostExperts:
     def start(
         self, outputs: np.ndarray, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
     ) -> Job:
-        """Begins to compute experts of `layer` into `outputs`, as `CpuExperts.compute` does.
+        """Starts to compute experts of `layer` into `outputs`; see `CpuExperts.compute`.
 
         Raises:
-            ValueError: if it was closed.
+            ValueError: if the executor was closed.
         """
         if self._closed:
             raise ValueError("the host executor was closed with its engine; make a new Engine")
         return self._thread.start(lambda _: self.compute(outputs, layer, inputs, rows, experts))
 
     def rest(self) -> BaseException | None:
-        """Waits until nothing is computed any more; gives what went wrong in what it waited for."""
+        """Waits until the host is idle; returns the failure of the computation that it waited for, if any."""
         failure = self._thread.rest()
         self.cpu.rest()
         return failure
@@ -285,9 +285,9 @@ class HostExperts:
     def compute(
         self, outputs: np.ndarray, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
     ) -> None:
-        """As `start`, but by the thread that calls: where it would only wait, another is not worth waking."""
+        """Computes as `start` does, but on the calling thread, which saves waking another one."""
         began = time.perf_counter()
-        kept = self._weights  # takes a plain pair too, and making an `ExpertId` of it takes longer
+        kept = self._weights  # also found by a plain pair, which is made faster than an `ExpertId`
 
         def weights(experts: Sequence[int]) -> list[InMemory]:
             try:
@@ -300,21 +300,21 @@ class HostExperts:
         self.stats.busy_s += time.perf_counter() - began
 
     def everything(self) -> list[list[InMemory]]:
-        """Every expert of every layer."""
+        """Returns every expert of every layer."""
         return [
             [self.weights(ExpertId(layer, expert)) for expert in range(len(experts))]
             for layer, experts in enumerate(self.bank.layers)
         ]
 
     def weights(self, expert: ExpertId) -> InMemory:
-        """The bank's buffers as arrays of the host's CPU device.
+        """Returns the bank's buffers of an expert as arrays of the host's CPU device.
 
-        Where the backend shares memory they are kept. Where it copies they are not: all of them together
-        would be the bank once more.
+        The arrays are kept if the backend shares memory. If it copies they are not, because together they
+        would take as much memory as the bank.
         """
         result = self._weights.get(expert)
         if result is None:
-            # Through another handle on the buffer: JAX keeps with an array whatever copy NumPy was given.
+            # Through another handle on the buffer, because JAX keeps the NumPy copy of an array with it.
             handles = [matrix.addressable_data(0) for matrix in self.bank[expert]]
             arrays = self.bank.format.Expert(
                 *(jax.device_put(np.asarray(handle), self.device) for handle in handles)
@@ -326,7 +326,7 @@ class HostExperts:
 
 
 def share_memory(some: Iterable[jax.Array], others: Iterable[jax.Array]) -> bool:
-    """Whether two experts lie in the same buffers."""
+    """Whether the arrays of two experts have the same buffers."""
     return all(
         a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in zip(some, others, strict=True)
     )

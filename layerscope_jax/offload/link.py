@@ -1,4 +1,4 @@
-"""The link (AsyncIO of the LayerScope paper): copies experts to the device on a thread of its own."""
+"""Link (AsyncIO of the LayerScope paper): copies experts to the device on a separate thread."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ MATRICES = len(ExpertWeights._fields)  # chunks of a plain expert; in any format
 ATTEMPTS = 3
 
 AHEAD_BYTES = 16 * 2**20
-"""Given to an unpaced link before the first of it has arrived. A copy to an accelerator costs some 200 us
-whatever its size, and waits for all that the device was given before it: one at a time, a link that carries
-50 GB/s reached 9 with copies of 3 MiB, and stood still while the device computed
-(`benchmarks/bench_gpu_facts.py`). The price is that a demand load may wait for so many bytes of prefetches, a
-third of a millisecond there."""
+"""Bytes in flight at once on an unpaced link to an accelerator. A copy costs about 200 us whatever its size,
+and waits for all work that the device was given before it: with one copy of 3 MiB at a time, a link of 50
+GB/s reached 9 GB/s, and it stood still while the device computed (`benchmarks/bench_gpu_facts.py`). The price
+is that an on-demand load may wait for this many bytes of prefetches, a third of a millisecond at that
+bandwidth."""
 
 WITHIN_BYTES = 64 * 2**20
-"""The same of demands where copies are this CPU's own work (`Transfers.within`): JAX shares them out to its
-threads, and this one comes late to hand over more. Prefetches go one by one there, as each takes long."""
+"""Bytes of on-demand loads in flight at once if copies are made by this CPU (`Transfers.within`): JAX copies
+on its own threads, which would run out of work before the link's thread adds more. Prefetches are copied one
+by one there, because each takes long."""
 
 STANDSTILL_S = 60.0
-"""A link on which no chunk has ended for so long after it was due stands still; no real chunk takes that."""
+"""Time (s) after which a chunk that is overdue counts as stuck; no real chunk takes that long."""
 
 GRACE_S = 5.0
-"""How long a chunk on the link that nobody wants any more is waited for."""
+"""Time (s) to wait for a cancelled chunk that is on the link."""
 
 
 @dataclass
 class LinkStats:
-    """What the link did since the last reset: seconds and bytes."""
+    """Counts of the link since the last reset, in seconds and bytes."""
 
     busy_s: float = 0.0
     demand_bytes: int = 0
@@ -53,44 +54,44 @@ class LinkStats:
 
 
 class _Chunk(NamedTuple):
-    """One matrix on the link."""
+    """One array on the link."""
 
     copy: Copy
     matrix: jax.Array
-    outcome: jax.Array | BaseException  # what starting the copy gave
-    due: float  # when a link of the paced rate has carried it
+    outcome: jax.Array | BaseException  # the copy, or why it could not be started
+    due: float  # when its copy ends on a link of the emulated bandwidth
 
 
 def start_copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Starts a copy of a matrix to the device, as every copy does: a test puts its faults in here."""
+    """Starts the copy of an array to the device; tests replace it to inject faults."""
     return jax.device_put(array, sharding)
 
 
 class Transfers:
-    """Copies experts from the bank into device memory, one array a chunk, demand before prefetch.
+    """Copies experts from the bank into device memory, one array (chunk) at a time, demand before prefetch.
 
     A chunk that has begun is finished. A prefetch chunk begins only when no demand waits and nothing else is
-    on the link, so a demand load waits for at most one prefetch chunk. Demand chunks overlap by one, which
-    hides the start of each copy; unless the link is paced, they begin while fewer than `AHEAD_BYTES` are on
-    it (within main memory `WITHIN_BYTES`), and on an accelerator prefetch chunks too. A failed chunk is tried
-    again; an expert whose copy fails for good is left where it was, and only whoever waits for it hears of
-    it. No call waits without end for a copy that does not end, nor for a link whose thread has ended.
+    on the link, so an on-demand load waits for at most one prefetch chunk. Demand chunks overlap by one,
+    which hides the start of each copy. Unless the bandwidth is emulated, they begin while fewer than
+    `AHEAD_BYTES` are on the link (within main memory `WITHIN_BYTES`), and on an accelerator so do prefetch
+    chunks. A failed chunk is tried again; if the copy of an expert fails for good, the expert stays where it
+    was, and only callers that wait for it get an error. No call waits forever for a copy that does not end,
+    or for a link whose thread has ended.
 
     Args:
-        bank: where experts come from.
-        device: where they go.
-        bandwidth: bytes a second to pace copies to, or None. A paced chunk counts as arrived when its real
-            copy is done and its time on a link of that rate has passed.
+        bank: source of the experts.
+        device: destination of the experts.
+        bandwidth: emulated bandwidth (bytes/s), or None. A chunk then counts as arrived when its real copy is
+            done and its time on a link of that bandwidth has passed.
         copy: `(array, sharding) -> array`; `start_copy` if None.
 
     Attributes:
-        stats: what the link did.
-        queue: what waits for it, is on it and has come off it; looked at and changed under one lock.
-        copy: through which every copy goes.
-        within: whether copies are unpaced and within main memory: they take the time of the CPU that
-            computes.
-        ahead, prefetch_ahead: bytes on the link until which chunks of demands begin, and of prefetches.
-        sharding: of what has arrived.
+        stats: counts of the link.
+        queue: copies that wait, are on the link or have arrived; read and changed only under one lock.
+        copy: function that starts every copy.
+        within: whether copies are made within main memory at full speed, by the CPU that also computes.
+        ahead, prefetch_ahead: bytes on the link below which the next demand or prefetch chunk begins.
+        sharding: sharding of the copies.
     """
 
     def __init__(
@@ -107,13 +108,13 @@ class Transfers:
         self.sharding = device_sharding(device)
         self.queue = CopyQueue(lambda expert: len(bank[expert]))
         self._changed = threading.Condition()
-        self._enough = 1  # arrivals worth waking the engine for
+        self._enough = 1  # number of arrivals at which the engine is woken
         self._closed = False
-        self._broken: BaseException | None = None  # what ended the link's thread before its time
+        self._broken: BaseException | None = None  # error that ended the link's thread
         self.within = not bandwidth and device.platform == "cpu"
         self.ahead = 0 if bandwidth else WITHIN_BYTES if self.within else AHEAD_BYTES
         self.prefetch_ahead = 0 if device.platform == "cpu" else self.ahead
-        self._expected, self._busy_since = 0.0, 0.0  # when the link has news if it moves; when it began
+        self._expected, self._busy_since = 0.0, 0.0  # when a chunk is due; begin of the busy spell
         self._thread = threading.Thread(target=self._run, name="layerscope-link", daemon=True)
         self._thread.start()
 
@@ -122,15 +123,16 @@ class Transfers:
     def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId]) -> None:
         """Queues copies and returns at once.
 
-        A load that is queued or has begun as a prefetch is moved ahead; one that has arrived is left alone.
+        A load that is queued or has begun as a prefetch moves ahead of all prefetches; one that has arrived
+        is not copied again.
 
         Raises:
             ValueError: if the bank has no such expert; nothing is queued then.
-            TransferError: if the link's thread has ended, as all that wait here do too.
+            TransferError: if the link's thread has ended; so do all methods that wait.
         """
         load, prefetch = list(load), list(prefetch)
         if not (load or prefetch):
-            return  # the link's thread is not woken for nothing
+            return  # does not wake the link's thread needlessly
         unknown = [tuple(expert) for expert in (*load, *prefetch) if expert not in self.bank]
         if unknown:
             raise ValueError(f"the model has no experts (layer, expert) {unknown} to copy")
@@ -141,32 +143,35 @@ class Transfers:
             self._changed.notify_all()
 
     def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
-        """Takes prefetches that have not begun off the queue where `stale(expert)`; returns them."""
+        """Removes the prefetches that have not begun and for which `stale(expert)` holds; returns them."""
         with self._changed:
             gone = self.queue.drop(stale)
             self.stats.dropped += len(gone)
             return gone
 
     def arrivals(self) -> tuple[dict[ExpertId, Any], list[ExpertId]]:
-        """What has arrived since the last call, and which prefetches failed for good; does not wait."""
+        """Returns experts that arrived and prefetches that failed since the last call; does not wait."""
         queue = self.queue
         if not (queue.arrived or queue.lost):
-            return {}, []  # what comes at this moment comes with the next call
+            return {}, []  # what arrives at this moment is returned by the next call
         with self._changed:
             arrived, lost = queue.take()
             return {expert: type(self.bank[expert])(*arrays) for expert, arrays in arrived.items()}, lost
 
-    def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:
-        """Returns when `count` experts have arrived, no more than are wanted.
+    def wait(self, experts: Collection[ExpertId], count: int = 1) -> None:
+        """Waits until `count` experts have arrived since `arrivals` was last called.
+
+        Args:
+            experts: on-demand loads that the caller waits for.
+            count: at most the number of `experts`.
 
         Raises:
-            TransferError: if the copy of a wanted expert failed for good or does not end, or the engine was
-                closed.
+            TransferError: if a copy of `experts` failed for good or does not end, or the engine was closed.
         """
         with self._changed:
             self._enough = count
             while len(self.queue.arrived) < count:
-                failed = next((expert for expert in wanted if expert in self.queue.failed), None)
+                failed = next((expert for expert in experts if expert in self.queue.failed), None)
                 if failed is not None:
                     error = self.queue.failed[failed]
                     raise TransferError(
@@ -178,25 +183,26 @@ class Transfers:
                 self._await_news(self._expected, STANDSTILL_S)
 
     def rest(self) -> None:
-        """Waits until the link has nothing left to do; demands that failed become prefetches that failed.
+        """Waits until the link is idle; demands that failed then count as prefetches that failed.
 
         Raises:
             TransferError: if a copy does not end.
         """
         with self._changed:
-            self._changed.notify_all()  # an interrupt may have kept `submit` from saying so
+            self._changed.notify_all()  # an interrupt may have kept `submit` from notifying
             while not (self._closed or self.queue.idle):
                 self._await_news(self._expected, STANDSTILL_S)
             self.queue.let_go()
 
     def cancel(self) -> None:
-        """Gives up every copy that has not arrived, demands too; waits for the chunks on the link alone.
+        """Gives up every copy that has not arrived, even demands; waits only for the chunks on the link.
 
-        Nothing is said of them any more: once this has returned, whatever `arrivals` does not name is where
-        it was.
+        They are not reported any more: after this, every expert that `arrivals` does not name is where it
+        was.
 
         Raises:
-            TransferError: if a chunk on the link does not end; its memory stays in use. May be called again.
+            TransferError: if a chunk on the link does not end; its memory stays in use. It may be called
+                again.
         """
         with self._changed:
             self.queue.cancel()
@@ -207,12 +213,12 @@ class Transfers:
     def close(self) -> None:
         """Finishes the chunks on the link and ends the thread; queued copies are dropped.
 
-        A chunk that does not end is left to itself: the thread does not keep the interpreter from exiting.
+        A chunk that does not end is not waited for: the thread does not keep the interpreter from exiting.
         """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:  # which may be the one that collects garbage
+        if threading.current_thread() is not self._thread:  # garbage collection may run on the link's thread
             self._thread.join(GRACE_S)
 
     def _check_thread(self) -> None:
@@ -221,7 +227,7 @@ class Transfers:
             raise TransferError(what) from self._broken
 
     def _await_news(self, since: float, patience: float) -> None:
-        """Waits for a change of the link, for `patience` seconds after `since`."""
+        """Waits for a change of the queue; raises TransferError `patience` seconds after `since`."""
         self._check_thread()
         left = since + patience - time.perf_counter()
         if left <= 0:
@@ -237,16 +243,16 @@ class Transfers:
         try:
             settle_thread()
             self._carry()
-        except BaseException as error:  # a fault of ours: whoever waits is to hear of it
+        except BaseException as error:  # a bug of ours, which the waiting callers report
             with self._changed:
                 self._broken = error
                 self._changed.notify_all()
 
     def _carry(self) -> None:
         on_link: deque[_Chunk] = deque()
-        carried = 0  # bytes of those
-        free = 0.0  # when the link, at its paced rate, is through with what it was given
-        rested = True  # whether it has had nothing to do since it began the last chunk
+        carried = 0  # bytes of the chunks on the link
+        free = 0.0  # when the link, at the emulated bandwidth, has finished its chunks
+        rested = True  # whether the link was idle since the last chunk began
         while True:
             with self._changed:
                 while not (self._closed or on_link or self.queue.waiting):
@@ -256,7 +262,7 @@ class Transfers:
                     return
                 begun = None if self._closed else self._next(len(on_link), carried)
             if begun is None:
-                # A link that turned out slower than the pace makes up for nothing later.
+                # If real copies were slower than the emulated link, it does not catch up later.
                 carried -= on_link[0].matrix.nbytes
                 free = max(free, self._finish(on_link.popleft()))
                 continue
@@ -265,8 +271,8 @@ class Transfers:
                 self._busy_since = now
             matrix = begun[1]
             carried += matrix.nbytes
-            # Within a busy spell the next chunk follows on the link's own clock, not on the time at which
-            # this thread woke up: the average rate is the paced one.
+            # In a busy spell the next chunk follows by the emulated clock and not by the time at which this
+            # thread woke up, so that the average rate is the emulated bandwidth.
             free = (max(free, now) if rested else free) + (
                 matrix.nbytes / self.bandwidth if self.bandwidth else 0.0
             )
@@ -275,8 +281,8 @@ class Transfers:
             on_link.append(_Chunk(*begun, self._start(matrix), free))
 
     def _next(self, on_link: int, carried: int) -> tuple[Copy, jax.Array] | None:
-        """Begins the next matrix that may begin beside so many chunks and their bytes; None to wait first."""
-        # Choosing and beginning are one step under the lock: what has been chosen is not dropped any more.
+        """Begins the next chunk, if one may begin beside those on the link; otherwise returns None."""
+        # A chunk is chosen and begun under one lock, so that a chosen chunk cannot be dropped.
         copy = self.queue.begin(
             demand=on_link < 2 or carried < self.ahead,
             prefetch=on_link == 0 or carried < self.prefetch_ahead,
@@ -284,14 +290,14 @@ class Transfers:
         return None if copy is None else (copy, self.bank[copy.expert][copy.begun - 1])
 
     def _start(self, matrix: jax.Array) -> jax.Array | BaseException:
-        """A copy that has begun, or why it has not."""
+        """Returns a copy that has begun, or the error that kept it from beginning."""
         try:
             return self.copy(matrix, self.sharding)
         except BaseException as error:
             return error
 
     def _finish(self, chunk: _Chunk) -> float:
-        """Waits until a chunk is across; hands the expert over with its last one. Returns when it was."""
+        """Waits until a chunk has arrived, with the last one delivers the expert, and returns the time."""
         copy = chunk.copy
         try:
             array = self._settle(chunk)
@@ -302,9 +308,9 @@ class Transfers:
             return time.perf_counter()
         across = time.perf_counter()
         if self.bandwidth:
-            # Pacing only ever makes a finished copy later, as a slower link would.
-            while (early := chunk.due - time.perf_counter()) > 0 and self._wanted(copy):
-                time.sleep(min(early, 1.0))  # looks up now and then whether anybody waits
+            # Emulation only delays a finished copy, as a slower link would.
+            while (early := chunk.due - time.perf_counter()) > 0 and self._is_needed(copy):
+                time.sleep(min(early, 1.0))  # checks from time to time whether the copy is still needed
         with self._changed:
             now = time.perf_counter()
             self.stats.busy_s += now - self._busy_since
@@ -318,17 +324,17 @@ class Transfers:
         return across
 
     def _ended(self, worth_telling: object) -> None:
-        """A chunk has left the link; wakes who waits, if there is something for them."""
+        """Counts a chunk as done, and wakes waiting threads if there is something for them."""
         self._expected = max(self._expected, time.perf_counter())
         if worth_telling or self.queue.idle:
             self._changed.notify_all()
 
-    def _wanted(self, copy: Copy) -> bool:
-        """Whether nobody has given up a copy that has begun."""
+    def _is_needed(self, copy: Copy) -> bool:
+        """Whether a copy that has begun was not given up."""
         return self.queue.wants(copy) and not self._closed
 
     def _settle(self, chunk: _Chunk) -> jax.Array:
-        """The finished copy of a chunk, tried again where it failed."""
+        """Returns the finished copy of a chunk, which is tried again if it failed."""
         outcome = chunk.outcome
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -336,7 +342,7 @@ class Transfers:
                     raise outcome
                 return outcome.block_until_ready()
             except BaseException:
-                if attempt == ATTEMPTS or not self._wanted(chunk.copy):
+                if attempt == ATTEMPTS or not self._is_needed(chunk.copy):
                     raise
                 self.stats.retries += 1
                 self._expected = max(self._expected, time.perf_counter())

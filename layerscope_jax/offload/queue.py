@@ -1,7 +1,7 @@
-"""What is copied to the device next: demand before prefetch, expert by expert, a chunk at a time.
+"""Queue of copies to the device: demand before prefetch, expert by expert, one chunk at a time.
 
-Books without a clock, a lock or an array of their own: `layerscope_jax.offload.link.Transfers` holds its lock
-around every call.
+It has no clock, lock or arrays of its own: `layerscope_jax.offload.link.Transfers` holds its lock around
+every call.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from layerscope_jax.scheduling.plan import ExpertId
 
 @dataclass(eq=False)
 class Copy:
-    """One expert on its way.
+    """Copy of one expert.
 
     Attributes:
-        expert: which.
+        expert: the expert.
         demanded: whether a layer waits for it.
-        chunks: that it crosses the link in.
-        begun: chunks that have begun.
-        arrays: those that have arrived, in order.
+        chunks: number of its chunks.
+        begun: number of chunks that have begun.
+        arrays: arrays that have arrived, in order.
     """
 
     expert: ExpertId
@@ -34,21 +34,21 @@ class Copy:
 
 
 class CopyQueue:
-    """Experts that wait for the link, are on it, or have come off it and were not asked for yet.
+    """Copies that wait for the link, are on it, or have arrived and were not taken yet.
 
     A copy is queued until its last chunk has begun, and in `begun` from its first chunk on until its last has
-    arrived; in between it is in both. What `cancel` gives up is in neither, and its chunks count for nobody.
+    arrived; in between it is in both. A copy that `cancel` gave up is in neither, and its chunks are ignored.
 
     Args:
-        chunks: how many chunks an expert has; each crosses the link alone.
+        chunks: returns the number of chunks of an expert.
 
     Attributes:
-        demand, prefetch: what is queued, next first.
-        begun: what has begun and not ended.
-        arrived: arrays of what has arrived since `take`.
-        failed: demands whose copy failed for good, with the reason.
-        lost: prefetches whose copy did, since `take`.
-        on_link: chunks that have begun and not ended, those given up counted.
+        demand, prefetch: queued copies, next first.
+        begun: copies that have begun and not ended.
+        arrived: arrays of the experts that have arrived since `take`.
+        failed: demands whose copy failed for good, with the error.
+        lost: prefetches whose copy failed for good since `take`.
+        on_link: number of chunks that have begun and not ended, including those given up.
 
     >>> queue = CopyQueue(lambda expert: 1)
     >>> queue.submit([], [ExpertId(1, 0)])
@@ -72,16 +72,16 @@ class CopyQueue:
 
     @property
     def waiting(self) -> bool:
-        """Whether anything is left to begin."""
+        """Whether any chunk has not begun."""
         return bool(self.demand or self.prefetch)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether no chunk waits or is on the link."""
         return not (self.demand or self.prefetch or self.on_link)
 
     def submit(self, load: Iterable[ExpertId], prefetch: Iterable[ExpertId]) -> None:
-        """Queues copies; a load that is a prefetch already moves ahead, what has arrived stays."""
+        """Queues copies; a load that is already a prefetch moves ahead, and one that has arrived stays."""
         for expert in load:
             copy = self.begun.get(expert) or next((c for c in self.prefetch if c.expert == expert), None)
             if copy is not None:
@@ -90,25 +90,25 @@ class CopyQueue:
                     self.prefetch.remove(copy)
                     self.demand.append(copy)
             elif expert not in self.arrived:
-                if expert in self.lost:  # failed as a prefetch, unnoticed until now
+                if expert in self.lost:  # failed as a prefetch, which was not taken yet
                     self.lost.remove(expert)
                 self.demand.append(Copy(expert, True, self._chunks(expert)))
         self.prefetch.extend([Copy(expert, False, self._chunks(expert)) for expert in prefetch])
 
     def drop(self, stale: Callable[[ExpertId], bool]) -> list[ExpertId]:
-        """Takes prefetches that have not begun off the queue where `stale(expert)`; returns them."""
+        """Removes the prefetches that have not begun and for which `stale(expert)` holds; returns them."""
         gone = [copy for copy in self.prefetch if not copy.begun and stale(copy.expert)]
         for copy in gone:
             self.prefetch.remove(copy)
         return [copy.expert for copy in gone]
 
     def begin(self, *, demand: bool, prefetch: bool) -> Copy | None:
-        """Begins the next chunk, the copy's number `begun - 1`; None if there is none that may begin now.
+        """Begins the next chunk and returns its copy (chunk `begun - 1`); None if none may begin now.
 
         While a demand waits, no prefetch begins.
 
         Args:
-            demand, prefetch: whether there is room on the link for a chunk of the kind.
+            demand, prefetch: whether the link has room for a chunk of this kind.
         """
         queue, room = (self.demand, demand) if self.demand else (self.prefetch, prefetch)
         if not (queue and room):
@@ -126,7 +126,7 @@ class CopyQueue:
         return self.begun.get(copy.expert) is copy
 
     def finish(self, copy: Copy, array: Any) -> None:
-        """A chunk has arrived; the expert has with its last one."""
+        """Enters a chunk that has arrived; with the last one the expert has arrived."""
         self.on_link -= 1
         copy.arrays.append(array)
         if len(copy.arrays) == copy.chunks and self.wants(copy):
@@ -134,9 +134,9 @@ class CopyQueue:
             self.arrived[copy.expert] = copy.arrays
 
     def fail(self, copy: Copy, error: BaseException) -> bool:
-        """A chunk has failed for good, and the expert with it; whether that was a prefetch.
+        """Enters a chunk that failed for good, and so its expert; returns whether that was a prefetch.
 
-        Nothing happens where another chunk of the copy failed before, or it was given up.
+        It has no effect if another chunk of the copy failed before, or the copy was given up.
         """
         self.on_link -= 1
         if not self.wants(copy):
@@ -152,17 +152,17 @@ class CopyQueue:
         return not copy.demanded
 
     def take(self) -> tuple[dict[ExpertId, list[Any]], list[ExpertId]]:
-        """What has arrived since the last call, and which prefetches failed."""
+        """Returns what has arrived since the last call, and which prefetches failed."""
         arrived, self.arrived = self.arrived, {}
         lost, self.lost = self.lost, []
         return arrived, lost
 
     def let_go(self) -> None:
-        """Nobody waits any more: demands that failed become prefetches that failed."""
+        """Turns failed demands into failed prefetches, when no layer waits for them any more."""
         self.lost.extend(self.failed)
         self.failed.clear()
 
     def cancel(self) -> None:
-        """Gives up every copy that has not arrived, those on the link too."""
+        """Gives up every copy that has not arrived, including those on the link."""
         for copies in (self.demand, self.prefetch, self.begun, self.failed):
             copies.clear()

@@ -1,4 +1,4 @@
-"""The device tier's books: which experts are resident, which are on their way; both fit the budget."""
+"""Residency: which experts are resident on the device or in flight, always within the budget."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from layerscope_jax.scheduling.plan import ExpertId, LayerPlan
 
 
 class Residency:
-    """An expert is absent, on its way (its bytes reserved) or resident. Only the engine's thread writes here.
+    """State of each expert: absent, in flight (its bytes are reserved) or resident. Written by one thread.
 
-    Raises RuntimeError on any step that would exceed the budget or contradict the books: those are faults of
-    the runtime, never of the user.
+    Methods raise RuntimeError for changes that would exceed the budget or contradict the state. Those are
+    bugs of the runtime and never the user's mistake.
 
     Args:
-        budget_bytes: for resident experts and copies on their way together.
-        expert_bytes: of one expert.
+        budget_bytes: budget (bytes) for resident experts and copies in flight together.
+        expert_bytes: size (bytes) of one expert.
 
     Attributes:
-        idle_prefetches: experts that have come, or are coming, as a prefetch that nothing has used yet.
+        idle_prefetches: experts that were prefetched, or are in flight as a prefetch, and not used yet.
 
     >>> books = Residency(budget_bytes=250, expert_bytes=100)
     >>> books.slots
@@ -36,7 +36,7 @@ class Residency:
         self.wasted_bytes = 0
         self.idle_prefetches: set[ExpertId] = set()
         self._held: dict[tuple[int, int], Any] = {}
-        self._coming: dict[ExpertId, None] = {}  # in the order asked for
+        self._coming: dict[ExpertId, None] = {}  # in the order of their requests
 
     @property
     def resident(self) -> KeysView[ExpertId]:
@@ -51,7 +51,7 @@ class Residency:
         return (len(self._held) + len(self._coming)) * self.expert_bytes
 
     def reserve(self, expert: ExpertId, *, prefetched: bool) -> None:
-        """Absent -> on its way."""
+        """Changes an expert from absent to in flight."""
         if expert in self._held or expert in self._coming:
             raise RuntimeError(f"{expert} is already on the device or on its way")
         if self.used_bytes + self.expert_bytes > self.budget_bytes:
@@ -62,21 +62,21 @@ class Residency:
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def arrive(self, expert: ExpertId, weights: Any) -> None:
-        """On its way -> resident."""
+        """Changes an expert from in flight to resident."""
         if expert not in self._coming:
             raise RuntimeError(f"{expert} arrived, but was not on its way")
         del self._coming[expert]
         self._held[expert] = weights
 
     def release(self, expert: ExpertId) -> None:
-        """On its way -> absent: the copy failed or was dropped."""
+        """Changes an expert from in flight to absent, because its copy failed or was dropped."""
         if expert not in self._coming:
             raise RuntimeError(f"{expert} was released, but was not on its way")
         del self._coming[expert]
         self.idle_prefetches.discard(expert)
 
     def evict(self, expert: ExpertId) -> None:
-        """Resident -> absent."""
+        """Changes an expert from resident to absent."""
         if expert not in self._held:
             raise RuntimeError(f"{expert} was evicted, but is not resident")
         del self._held[expert]
@@ -85,41 +85,40 @@ class Residency:
             self.wasted_bytes += self.expert_bytes
 
     def use(self, layer: int, experts: Iterable[int]) -> list[Any]:
-        """The weights of resident experts of a layer, as they arrived; they are about to be computed."""
+        """Returns the weights of resident experts of a layer, and counts the experts as used."""
         try:
-            found = [
-                self._held[layer, expert] for expert in experts
-            ]  # plain pairs are found, and made faster
+            # A plain pair equals an `ExpertId` and is made faster.
+            weights = [self._held[layer, expert] for expert in experts]
         except KeyError as error:
             raise RuntimeError(
                 f"{ExpertId(*error.args[0])} is to be computed on the device, but is not resident"
             ) from None
         if self.idle_prefetches:
             self.idle_prefetches.difference_update([ExpertId(layer, expert) for expert in experts])
-        return found
+        return weights
 
     def follow(
         self, plan: LayerPlan, drop: Callable[[Callable[[ExpertId], bool]], list[ExpertId]]
     ) -> list[ExpertId]:
-        """Enters what a plan, checked already, says of memory.
+        """Carries out the evictions and reservations of a checked plan.
 
         Args:
-            plan: of the layer whose turn has come.
-            drop: takes prefetches that have not begun off the link, where the function that it is given says
-                so; gives them.
+            plan: plan of the layer to compute now.
+            drop: removes prefetches that have not begun and for which a function holds from the link; returns
+                them.
 
         Returns:
-            What is to cross the link before all else, as this layer waits for it.
+            On-demand loads of this layer, which the link must copy first.
         """
         if not (self._coming or plan.evict or plan.load or plan.prefetch):
             return []
-        # What was queued for this layer in vain is not worth beginning any more.
-        wanted = {ExpertId(plan.layer, expert) for expert in plan.device}
-        for expert in drop(lambda e: e.layer == plan.layer and e not in wanted):
+        # Prefetches for this layer that it does not need are dropped unless they have begun.
+        needed = {ExpertId(plan.layer, expert) for expert in plan.device}
+        for expert in drop(lambda e: e.layer == plan.layer and e not in needed):
             self.release(expert)
         for expert in plan.evict:
             self.evict(expert)
-        promoted = sorted(wanted & self._coming.keys())
+        promoted = sorted(needed & self._coming.keys())
         for expert in plan.load:
             self.reserve(expert, prefetched=False)
         for expert in plan.prefetch:
@@ -127,11 +126,11 @@ class Residency:
         return [*promoted, *plan.load]
 
     def unused_prefetch_bytes(self) -> int:
-        """Bytes of prefetched experts that nothing has read so far: gone ones and resident ones."""
+        """Returns the bytes of prefetched experts that were never used, evicted and resident ones."""
         return self.wasted_bytes + len(self.idle_prefetches & self._held.keys()) * self.expert_bytes
 
     def reset(self) -> None:
-        """Begins the counts anew: what is resident now is no later run's waste."""
+        """Resets the counts; experts that are resident now do not count as wasted later."""
         self.wasted_bytes = 0
         self.peak_bytes = self.used_bytes
         self.idle_prefetches -= self._held.keys()

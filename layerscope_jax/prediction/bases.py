@@ -1,4 +1,4 @@
-"""Base classes of predictors: all that an engine asks of a predictor, with defaults."""
+"""Base classes of predictors: every method that an engine calls, with defaults."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Learner:
 
 
 class PredictorBase:
-    """Base class for predictors that do more than predict, with defaults for all that an engine asks.
+    """Base class for predictors that do more than predict, with defaults for every method that is called.
 
     Attributes:
         name: name in statistics and tables.

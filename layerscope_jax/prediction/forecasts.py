@@ -1,4 +1,4 @@
-"""A predictor at work in an engine: bound to the model, its probabilities summed to expected tokens."""
+"""Forecasts of an engine: a predictor bound to a model, its probabilities summed to expected tokens."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Forecast = Sequence[Sequence[float]]
 
 
 class Forecasts:
-    """A predictor at work for one engine.
+    """Forecasts of one engine's predictor.
 
     Args:
-        predictor: whose forecasts are used; None for no forecasts.
-        model: whose experts are predicted.
-        geometry: of the model.
+        predictor: the predictor; None for no forecasts.
+        model: the model whose experts are predicted.
+        geometry: geometry of the model.
 
     Raises:
-        ValueError: if the predictor was made for another model, or its output is of another shape than this
-            model's.
+        ValueError: if the predictor was made for another model, or its output does not have the shape for
+            this model.
 
     Attributes:
         in_layer: the predictor (or its `architecture`) if it runs inside the layer's jitted part.
-        kept_bytes: device memory that it keeps, apart from the model's own arrays.
+        kept_bytes: device memory (bytes) of the predictor, without the model's own arrays.
     """
 
     def __init__(self, predictor: Predictor | History | None, model: Model, geometry: Geometry):
@@ -56,7 +56,7 @@ class Forecasts:
                 raise
             params = self._learner.params
             kept = [kept_bytes(some, model) for some in (params, *params)]
-            # While those of a learner are replaced, one layer's are there twice.
+            # While a learner replaces its parameters, those of one layer exist twice.
             self.kept_bytes = kept[0] + (max(kept[1:]) if self._learner.learns else 0)
             self._numbers = [
                 jax.device_put(np.int32(layer), model.device) for layer in range(geometry.num_layers)
@@ -66,7 +66,7 @@ class Forecasts:
             self._state = self._history.init(geometry)
 
     def beside(self, budget_bytes: int) -> int:
-        """Bytes of a device budget that are left for experts.
+        """Returns the bytes of a device budget that are left for experts.
 
         Raises:
             ValueError: if the predictor needs more than the budget.
@@ -96,26 +96,26 @@ class Forecasts:
             ) from error
 
     def check(self) -> None:
-        """Warns, once, if learning has failed: the forecasts go on as they were."""
+        """Warns, once, if learning has failed; forecasts continue with the parameters as they are."""
         failure = self._learner.check()
         if failure is not None:
             warnings.warn(f"predictor {self.name!r}: {failure}", RuntimeWarning, stacklevel=4)
 
     def close(self) -> None:
-        """Ends the learner; raises its failure, if no warning was given before."""
+        """Closes the learner; raises its failure if there was no warning before."""
         learner, self._learner = self._learner, Learner(self._learner.params)  # which closes only once
         learner.close()
 
     def inputs(self, layer: int) -> tuple[Any, jax.Array | None]:
-        """Inputs of the forecast in a layer's jitted part: its parameters and its number, on the device."""
+        """Returns the inputs of a layer's forecast within its program: parameters and layer number."""
         return self._learner.params[layer], self._numbers[layer]
 
     def read(self, layer: int, expected: np.ndarray | None, tokens: int) -> Forecast:
-        """Forecast of the layers after `layer`.
+        """Returns the forecast of the layers after `layer`.
 
         Args:
             layer: the layer that is about to be planned.
-            expected: [W, E] from the jitted part, if the predictor runs there.
+            expected: [W, E] from the layer's program, if the predictor runs there.
             tokens: (token, choice) pairs of this layer.
         """
         if expected is not None:
@@ -139,13 +139,13 @@ class Forecasts:
             self._learner.observe(seen.layer, inputs, experts, weights, active, seen.phase)
 
     def _sane(self, expected: Forecast, tokens: int) -> Forecast:
-        """Forecast of a predictor as lists, with every number clipped to those that tokens can have.
+        """Returns a predictor's forecast as lists, with every number clipped to the possible range.
 
         Raises:
-            ValueError: if there is not a number for each expert.
+            ValueError: if it does not hold one number for each expert.
         """
         try:
-            if type(expected) is not list:  # such as an array, whose truth is not one
+            if type(expected) is not list:  # such as an array, which has no truth value
                 expected = np.array(expected, float).tolist()
             if any(len(row) != self._experts for row in expected):
                 raise TypeError
@@ -161,7 +161,7 @@ class Forecasts:
 
 
 def kept_bytes(params: Any, model: Model) -> int:
-    """Bytes that a predictor keeps on the model's device; the model's own arrays and scalars do not count."""
+    """Returns a predictor's bytes on the model's device, without scalars and the model's own arrays."""
     own = {id(array) for array in jax.tree.leaves(model.dense)}
     return sum(
         {
@@ -179,7 +179,8 @@ def check_forecasts(predictor: Predictor, name: str, params: Sequence[Any], mode
     """Traces a predictor once for each kind of layer parameters; nothing is compiled or computed.
 
     Raises:
-        ValueError: if its output is not probabilities [W, T, E], or it has not one set of parameters a layer.
+        ValueError: if its output is not probabilities [W, T, E], or there is not one set of parameters for
+            each layer.
     """
     config, tokens = model.config, 3
     ahead = predictor.look_ahead
@@ -220,7 +221,7 @@ def check_forecasts(predictor: Predictor, name: str, params: Sequence[Any], mode
 
 
 def counted_rows(active: np.ndarray, last: np.ndarray, length: int) -> np.ndarray:
-    """[2, T] float32: which rows count for layers of this step, and which have a next step.
+    """Returns which rows count for layers of this step, and which have a next step: [2, T] float32.
 
     Args:
         active: [T] bool, rows that are tokens.
@@ -238,18 +239,18 @@ def counted_rows(active: np.ndarray, last: np.ndarray, length: int) -> np.ndarra
 def expected_tokens(
     probabilities: jax.Array, counted: jax.Array, layer: jax.Array, num_layers: int
 ) -> jax.Array:
-    """[W, E] tokens that each expert of the next W layers is expected to get; zeros for what is not a number.
+    """Returns the expected tokens [W, E] of each expert of the next W layers; NaN and infinity count as 0.
 
     Args:
-        probabilities: [W, T, E].
+        probabilities: [W, T, E] that each token chooses each expert.
         counted: [2, T] see `counted_rows`; the second row is for layers of the next step.
-        layer: [] the layer that forecasts.
-        num_layers: L.
+        layer: [] number of the layer in which the forecast is made.
+        num_layers: L, number of MoE layers.
     """
     look_ahead, tokens, _ = probabilities.shape
     wraps = layer + 1 + jnp.arange(look_ahead, dtype=jnp.int32) >= num_layers  # [W]
     rows = jnp.where(wraps[:, None], counted[1][None], counted[0][None])  # [W, T]
-    # Rows that do not count may hold anything: times zero is not enough.
+    # Rows that do not count may hold NaN, which a product with zero would not remove.
     kept = jnp.where(rows[:, :, None] > 0, probabilities.astype(jnp.float32), 0.0)
     total = jnp.nan_to_num(kept, nan=0.0, posinf=0.0, neginf=0.0).sum(1)
     return jnp.clip(total, 0.0, jnp.float32(tokens))

@@ -1,4 +1,4 @@
-"""Forecasts from what was routed before: the same objects in engines, simulations and scorecards."""
+"""Forecasts from earlier routing, by the same objects in engines, simulations and scorecards."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Counts:
     of: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def ahead(self, layer: int, horizons: Sequence[int]) -> np.ndarray:
-        """[H, ..., E] tokens of the layers `horizons` after `layer`; zeros for a layer that is not known."""
+        """Returns tokens [H, ..., E] of the layers `horizons` after `layer`; zeros if not seen yet."""
         nothing = np.zeros(self.model.num_experts)
         layers = [turn_ahead(layer, horizon, self.model.num_layers)[1] for horizon in horizons]
         return np.stack([self.of.get(target, nothing) for target in layers])
@@ -76,7 +76,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class FromCounts:
-    """A `History` whose forecast of a layer is in proportion to counts of its experts."""
+    """A `History` whose forecast of a layer is proportional to counts of its experts."""
 
     look_ahead: int = LOOK_AHEAD
 
@@ -84,17 +84,17 @@ class FromCounts:
         return Counts(geometry)
 
     def forecast(self, state: Counts, layer: int, tokens: float, horizons: Sequence[int]) -> np.ndarray:
-        """[H, ..., E] expected tokens of the layers `horizons` after `layer`; see `expected`."""
+        """Returns expected tokens [H, ..., E] of the layers `horizons` after `layer`; see `expected`."""
         return scaled(state.ahead(layer, horizons), tokens)
 
     def expected(self, state: Counts, layer: int, tokens: int) -> list[list[float]]:
-        """[W][E]; see `History`."""
+        """Returns the expected tokens [W][E]; see `History`."""
         return self.forecast(state, layer, tokens, range(1, self.look_ahead + 1)).tolist()
 
 
 @dataclass(frozen=True)
 class PreviousToken(FromCounts):
-    """A layer's experts are those of the step before: in decoding, those of each request's previous token."""
+    """Forecasts the experts of the previous step: in decode, those of each request's previous token."""
 
     name = "previous-token"
 
@@ -104,7 +104,7 @@ class PreviousToken(FromCounts):
 
 @dataclass(frozen=True)
 class Popularity(FromCounts):
-    """A layer's experts are those it chose most often so far; what is long ago counts less and less.
+    """Forecasts the experts that a layer chose most often so far, with old counts decaying.
 
     Attributes:
         memory: share of the old counts that is kept at each step.
@@ -121,14 +121,14 @@ class Popularity(FromCounts):
 
 
 def tokens_of(seen: Observation, model: RoutedExperts) -> np.ndarray:
-    """[E] tokens of a layer's demand."""
+    """Returns a layer's demand as tokens [E]."""
     tokens = np.zeros(model.num_experts)
     tokens[list(seen.demand)] = list(seen.demand.values())
     return tokens
 
 
 def scaled(counts: np.ndarray, tokens: float) -> np.ndarray:
-    """[..., E] counts, scaled to add up to `tokens` (token, choice) pairs; zeros where nothing was counted.
+    """Returns counts [..., E] scaled to add up to `tokens` (token, choice) pairs; zeros if all are zero.
 
     >>> scaled(np.array([[0.0, 3.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), 8).tolist()
     [[0.0, 6.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]]

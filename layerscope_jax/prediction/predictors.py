@@ -1,4 +1,4 @@
-"""Forecasts of the coming layers' experts: the protocol of predictors, and the predictor from routers."""
+"""Predictors of the coming layers' experts: their protocol, and the predictor that uses the routers."""
 
 from __future__ import annotations
 
@@ -63,23 +63,23 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class NextGate(PredictorBase):
-    """The next layers' routers, applied to this layer's hidden state (Fate, arXiv 2502.12224, and others).
+    """Applies the next layers' routers to this layer's hidden state (Fate, arXiv 2502.12224, and others).
 
-    The hidden state is assumed to reach them unchanged: `x / scale_l` is what each of their norms scales. The
-    next step is not forecast.
+    The hidden state is assumed to reach them unchanged: each of their norms scales `x / scale_l`. The next
+    step is not forecast.
     """
 
     look_ahead: int = LOOK_AHEAD
     name = "gate"
 
     def bind(self, model: Model) -> list[RoutersAhead]:
-        """Takes the model's own arrays, without copies; only one number a layer is new."""
+        """Returns the model's own arrays, without copies; only one number for each layer is new."""
         routers = model.routers()
         counts = [jax.device_put(np.int32(count), model.device) for count in range(self.look_ahead + 1)]
         params = []
         for number, router in enumerate(routers):
             ahead = routers[number + 1 : number + 1 + self.look_ahead]
-            # All layers share a program, so all have W; those that stand in are masked by `known`.
+            # All layers share a program, so all have W routers; `known` masks the substitutes.
             filled = [*ahead, *[router] * (self.look_ahead - len(ahead))]
             params.append(
                 RoutersAhead(
@@ -94,7 +94,7 @@ class NextGate(PredictorBase):
     def predict(
         self, params: RoutersAhead, inputs: jax.Array, experts: jax.Array, weights: jax.Array
     ) -> jax.Array:
-        """`min(1, K softmax)`; zero past the last layer."""
+        """Returns `min(1, K softmax)`; zero past the last layer."""
         own = params.own.astype(jnp.float32)
         plain = inputs.astype(jnp.float32) / jnp.where(jnp.abs(own) > 1e-6, own, 1.0)[None]
         logits = [
@@ -107,9 +107,9 @@ class NextGate(PredictorBase):
 
 
 def router_shares(logits: jax.Array, choices: int) -> jax.Array:
-    """[..., E] probabilities that a token chooses an expert, by a router's logits: `min(1, K softmax)`.
+    """Returns probabilities [..., E] that a token chooses an expert, from router logits: `min(1, K softmax)`.
 
-    A softmax adds up to one, the experts that a token chooses to K.
+    A softmax adds up to one, but a token chooses K experts.
 
     >>> router_shares(jnp.log(jnp.array([6.0, 1.0, 1.0])), 2).tolist()
     [1.0, 0.25, 0.25]
@@ -122,8 +122,8 @@ class RoutersAhead(NamedTuple):
 
     Attributes:
         own: [D] scale of the norm before the layer's own router.
-        scales, weights: W of [D] and [D, E], of the next layers.
-        known: [] how many next layers there are; the rest of the W only stand in.
+        scales, weights: W arrays [D] and [D, E] of the next layers.
+        known: [] number of next layers that exist; the rest of the W are substitutes.
     """
 
     own: jax.Array
@@ -133,14 +133,14 @@ class RoutersAhead(NamedTuple):
 
 
 def routers_ahead(weight: np.ndarray, scale: np.ndarray, layer: int, look_ahead: int) -> np.ndarray:
-    """[W, D, E] routers of the next W layers, to be applied to one layer's normed hidden state.
+    """Returns routers [W, D, E] of the next W layers, to be applied to one layer's normed hidden state.
 
     Zeros past the last layer.
 
     Args:
-        weight: [L, D, E] of all routers.
-        scale: [L, D] of the norms before them.
-        layer: whose hidden state is read.
+        weight: [L, D, E] weights of all routers.
+        scale: [L, D] scales of the norms before them.
+        layer: number of the layer whose hidden state is read.
         look_ahead: W.
     """
     layers, width, experts = weight.shape

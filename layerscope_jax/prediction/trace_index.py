@@ -21,11 +21,11 @@ class Passage(NamedTuple):
     """Consecutive tokens of one document that were run as one request.
 
     Attributes:
-        domain, document: where they are from.
+        domain, document: source of the tokens.
         split: whether predictors may be trained on the document.
         start: index of the first token in the document.
-        prompt: how many of them are the prompt, read in prefill; each later one is a decode step.
-        tokens: how many they are.
+        prompt: number of prompt tokens, read in prefill; each later token is a decode step.
+        tokens: number of tokens.
     """
 
     domain: str
@@ -43,7 +43,7 @@ class TraceHeader:
     Attributes:
         model: the model whose routing was recorded.
         hidden: P, width of the recorded hidden states; 0 if there are none.
-        settings: of the recording; all must be equal for a trace to be continued.
+        settings: settings of the recording; a trace is continued only with equal settings.
     """
 
     model: ModelIdentity
@@ -55,7 +55,7 @@ class TraceHeader:
 
 
 def layout(header: TraceHeader, rows: int) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shape and dtype of each array of a chunk of `rows` rows."""
+    """Returns shape and dtype of each array of a chunk of `rows` rows."""
     model = header.model
     places = (rows, model.num_layers, model.experts_per_token)
     small = np.uint8 if model.num_experts <= 256 else np.uint16
@@ -102,7 +102,7 @@ def read_passage(fields: Any) -> Passage:
     """Reads one passage of a line of the index.
 
     Raises:
-        TypeError, ValueError: if it is none.
+        TypeError, ValueError: if it is not a passage.
     """
     passage = Passage(*fields)
     counts = (passage.start, passage.prompt, passage.tokens)
@@ -120,7 +120,7 @@ def read_files(files: Any, header: TraceHeader, rows: int) -> dict[str, tuple[in
     """Reads sizes and checksums of a chunk's files from a line of the index.
 
     Raises:
-        TypeError, ValueError, AttributeError: if they are not those of a chunk of so many rows.
+        TypeError, ValueError, AttributeError: if they are not those of a chunk of `rows` rows.
     """
     expected = layout(header, rows)
     if files.keys() != expected.keys():

@@ -1,4 +1,4 @@
-"""Traces: recorded routing and the hidden states behind it, written chunk by chunk, read by mapping.
+"""Traces: recorded routing and hidden states, written chunk by chunk and memory-mapped for reading.
 
     DIR/trace.json          what was recorded, of which model
     DIR/chunks.jsonl        a line for each finished chunk: its passages, its files with sizes and CRC-32
@@ -7,7 +7,7 @@
     DIR/00000.weights.npy   [N, L, K] float16
     DIR/00000.hidden.npy    [N, L, P] float16, where hidden states were recorded
 
-Rows are tokens, passage after passage. All but the hidden states is small and can be read without them.
+Rows are tokens, passage after passage. Everything but the hidden states is small and can be read alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADER, INDEX = "trace.json", "chunks.jsonl"
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some passages of a trace, whose arrays are mapped from disk on demand."""
+    """Chunk of a trace: some passages, whose arrays are mapped from disk on demand."""
 
     folder: Path
     number: int
@@ -50,7 +50,7 @@ class Chunk:
         return sum(passage.tokens for passage in self.passages)
 
     def map(self, array: str) -> np.ndarray:
-        """Maps one array; nothing is read before it is accessed.
+        """Maps one array; data is read when it is accessed.
 
         Raises:
             ValueError: if it was not recorded, or its file is missing, cut off or not what the index says.
@@ -65,9 +65,9 @@ class Chunk:
                 "copy it again, or record the trace anew"
             )
         shape, dtype = layout(self.header, self.rows)[array]
-        try:  # never by `np.load`, which reads other things too
+        try:  # not `np.load`, which accepts other kinds of files
             mapped = np.lib.format.open_memmap(path, mode="r")
-        except Exception as error:  # of NumPy, ast and mmap: nothing narrower has them all
+        except Exception as error:  # NumPy, ast and mmap raise errors without a common base
             raise ValueError(f"{path}: expected an array, got {error}; copy it again") from None
         if mapped.shape != shape or mapped.dtype != dtype:
             raise ValueError(
@@ -101,7 +101,7 @@ class Chunk:
         return self.folder / f"{self.number:05d}.{array}.npy"
 
     def passage_of_row(self) -> np.ndarray:
-        """[N] index into `passages`."""
+        """Returns the index [N] into `passages` of each row."""
         return passage_of_row(self.passages)
 
     def positions(self) -> np.ndarray:
@@ -114,7 +114,7 @@ class Chunk:
 
 
 def passage_of_row(passages: Sequence[Passage]) -> np.ndarray:
-    """[N] index of the passage that each row belongs to."""
+    """Returns the index [N] of the passage that each row belongs to."""
     return np.repeat(np.arange(len(passages)), [passage.tokens for passage in passages])
 
 
@@ -134,9 +134,9 @@ class Trace:
     """A recorded trace, complete or still being written.
 
     Attributes:
-        folder: of its files.
+        folder: folder of its files.
         header: model and settings.
-        chunks: the finished ones.
+        chunks: the finished chunks.
         complete: whether the recording is finished.
     """
 
@@ -147,10 +147,10 @@ class Trace:
 
     @classmethod
     def open(cls, folder: str | Path) -> Trace:
-        """Opens a trace; of one that is still being written, the finished chunks.
+        """Opens a trace, or the finished chunks of one that is still being written.
 
         Raises:
-            ValueError: if there is none, or it is damaged or of another format.
+            ValueError: if there is no trace, or it is damaged or of another format.
         """
         folder = Path(folder)
         if not (folder / HEADER).exists():
@@ -186,7 +186,7 @@ class Trace:
         return sum(chunk.rows for chunk in self.chunks)
 
     def passages(self) -> Iterator[tuple[Chunk, Passage, slice]]:
-        """Every passage with its chunk and its rows there."""
+        """Yields every passage with its chunk and its rows there."""
         for chunk in self.chunks:
             end = 0
             for passage in chunk.passages:
@@ -195,20 +195,20 @@ class Trace:
 
 
 class TraceWriter:
-    """Writes a trace, or continues one that was interrupted: finished chunks stay.
+    """Writes a trace, or continues an interrupted one after its finished chunks.
 
-    A chunk's files are written under temporary names and renamed, then its line is appended to the index: a
-    process that dies at any moment leaves whole chunks and, at worst, files that the next one replaces.
+    A chunk's files are written under temporary names and renamed, then its line is appended to the index. So
+    a process that dies leaves complete chunks and, at worst, files that the next process replaces.
 
     Args:
-        folder: made if needed.
-        header: of the trace.
+        folder: created if needed.
+        header: header of the trace.
 
     Raises:
-        ValueError: if the folder holds a trace of something else, with what differs.
+        ValueError: if the folder holds another trace; says what differs.
 
     Attributes:
-        done: passages that have been recorded.
+        done: recorded passages.
         complete: whether the trace is finished.
     """
 
@@ -241,12 +241,13 @@ class TraceWriter:
         """Adds a chunk.
 
         Args:
-            passages: in the order of the rows.
+            passages: passages in the order of the rows.
             arrays: "tokens" [N], "experts" [N, L, K], "weights" [N, L, K] and, where the header has a width,
                 "hidden" [N, L, P].
 
         Raises:
-            ValueError: if a hidden state is not finite, or the chunk cannot be written; nothing of it stays.
+            ValueError: if a hidden state is not finite, or the chunk cannot be written; then none of it
+                remains.
         """
         rows = sum(passage.tokens for passage in passages)
         expected = layout(self.header, rows)
@@ -281,7 +282,7 @@ class TraceWriter:
         try:
             whole = sum(len(line) + 1 for line in finished_lines(path))
             with path.open("ab") as file:
-                file.truncate(whole)  # the piece of a line that a process died in
+                file.truncate(whole)  # removes the part of a line that a killed process left
                 file.write(json.dumps(entry).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -290,7 +291,7 @@ class TraceWriter:
 
 
 def finished_lines(path: Path) -> list[bytes]:
-    """The complete lines of a file that may still be written to.
+    """Returns the complete lines of a file that may still be written to.
 
     Raises:
         ValueError: if it cannot be read.
@@ -302,7 +303,7 @@ def finished_lines(path: Path) -> list[bytes]:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Returns the CRC-32 of a file."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -311,6 +312,6 @@ def checksum(path: Path) -> int:
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A header as JSON reads it back, with its settings beside the other fields."""
+    """Returns a header as JSON reads it back, with its settings beside the other fields."""
     flat: dict[str, Any] = json.loads(json.dumps(record))
     return flat | flat.pop("settings")

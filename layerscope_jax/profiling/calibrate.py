@@ -47,11 +47,11 @@ def calibrate(
     """Measures the costs of a model on this machine.
 
     Args:
-        model: on the device that it will run on.
-        device_budget: bytes of device memory for experts, which measuring keeps to as well; None for all.
-        emulated_link_bandwidth: bytes a second that copies are limited to; None for no limit.
-        points: token counts and positions to take times at.
-        contexts: more positions to time layers at, as far as the model's context reaches.
+        model: the model, on the device that it will run on.
+        device_budget: device memory (bytes) for experts, also during measurements; None for all experts.
+        emulated_link_bandwidth: bandwidth (bytes/s) that copies are limited to; None for no limit.
+        points: token counts and positions to measure at.
+        contexts: further cache lengths at which layers are timed, up to the model's context.
 
     Raises:
         ValueError: if the budget has no room for an expert.
@@ -116,7 +116,7 @@ def calibrate(
 
 
 def by_size(jobs: Jobs) -> dict[str, dict[str, Any]]:
-    """Times copies of one expert, and of several in a row, alone and together, each as `line` returns it."""
+    """Times copies of one and of several experts, alone and with the other parts busy; see `line`."""
     sizes = [2**power for power in range(jobs.arriving.bit_length())]
     beside = {"alone": [], "together": others(jobs, "link")}
     times = {size: [timed_ms(jobs.link(size), some) for some in beside.values()] for size in sizes}
@@ -128,7 +128,7 @@ def by_size(jobs: Jobs) -> dict[str, dict[str, Any]]:
 
 
 def line(sizes: Sequence[int], expert_bytes: int, times: Sequence[float]) -> dict[str, Any]:
-    """Fits latency and bandwidth to times of copies; both are None where noise hides the slope.
+    """Fits latency and bandwidth to times of copies; both are None if noise hides the slope.
 
     >>> line([1, 2], 1000, [0.5, 0.7])["latency_ms"], line([1, 2], 1000, [0.5, 0.7])["bytes_per_s"]
     (0.3, 5000000.0)
@@ -149,13 +149,15 @@ def line(sizes: Sequence[int], expert_bytes: int, times: Sequence[float]) -> dic
 
 
 def by_context(jobs: Jobs, points: Points, contexts: Sequence[int]) -> dict[str, Any]:
-    """Times decode steps by the length of their caches: context -> alone, together."""
+    """Times decode steps by cache length: context -> alone, with the other parts busy."""
     requests = [rows for rows in points.decode if rows in (1, 16)]
     known = [context for context in contexts if context <= jobs.model.config.max_position_embeddings]
     link = others(jobs, "layer")
-    found: dict[str, Any] = {}
+    measured_by_context: dict[str, Any] = {}
     for context in known if requests else ():
         layers = {rows: jobs.layer(rows, 1, context) for rows in requests}
         pair = tables(layers, [[], link])
-        found[str(context)] = {way: measured.to_json() for way, measured in zip(WAYS, pair, strict=True)}
-    return found
+        measured_by_context[str(context)] = {
+            way: measured.to_json() for way, measured in zip(WAYS, pair, strict=True)
+        }
+    return measured_by_context

@@ -1,4 +1,4 @@
-"""Single parts of an engine's work, to be timed or to keep a part of the machine busy."""
+"""Jobs: single parts of an engine's work, which are timed or keep a part of the machine busy."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.errors import TransferError
 
 Job = Callable[[int], float | None]
-"""`job(round)` does its work once; each round takes another layer. It may return the seconds that count,
-where not all of its time does."""
+"""`job(round)` does its work once; each round uses another layer. It may return the time (s) that counts, if
+not all of its time does."""
 
 LAYERS = 16
 """Layers that rounds take in turn, so that a round's weights are not in a near cache, as in an engine. The
@@ -38,30 +38,30 @@ IN_A_ROW = 2
 
 
 class Jobs:
-    """Makes jobs of a model on its machine.
+    """Makes jobs of a model on this machine.
 
     Experts are computed as in a layer, several in a call, and copied several in a row. Resident experts and
-    those on the link fit into `slots` together. With fewer than two slots they take turns, so that device and
-    link jobs may not run at the same time.
+    those on the link fit into `slots` together. With fewer than two slots, device and link jobs cannot run at
+    the same time.
 
     Args:
         model: the model.
         host: the host executor.
-        transfers: the link, idle, with its pace and its thread.
-        slots: experts that the budget has room for; with none, one expert at a time is on the device.
+        transfers: the link, idle.
+        slots: number of experts that the budget holds; if it is 0, one expert at a time is on the device.
 
     Attributes:
-        computed: experts of a host job.
-        resident: experts of a device job.
-        arriving: most experts of a link job.
+        computed: number of experts of a host job.
+        resident: number of experts of a device job.
+        arriving: maximum number of experts of a link job.
         roomy: whether device and link jobs may run at the same time.
     """
 
     def __init__(self, model: Model, host: HostExperts, transfers: Transfers, slots: int):
         self.model = model
         self._host, self._transfers = host, transfers
-        # Where the device is this machine's CPU, its threads are others than the host's: a job of the one may
-        # run beside a job of the other, and `CpuExperts` takes one caller at a time.
+        # If the device is this machine's CPU, it gets threads of its own, because its jobs may run beside
+        # those of the host and `CpuExperts` takes one caller at a time.
         self._cpu = CpuExperts(host.cpu.threads, host.cpu.kernel, host.cpu.format)
         self._device = device_experts(model.device, self._cpu)
         self.computed = min(GROUP_SIZES[0], model.bank.num_experts)
@@ -77,11 +77,11 @@ class Jobs:
         """Computes `computed` experts on the host, `tokens` tokens each."""
         firsts = range(0, self.model.bank.num_experts - self.computed + 1, self.computed)
         routed = [self._routed(self.computed, tokens, first) for first in firsts]
-        found = self._device.host_rows(self._outputs(*routed[0]))
+        host_rows = self._device.host_rows(self._outputs(*routed[0]))
 
         def job(round: int) -> None:
             inputs, rows = routed[round // self._turns % len(routed)]
-            self._on_host(found, round % self._turns, inputs, rows, list(rows.demand))
+            self._on_host(host_rows, round % self._turns, inputs, rows, list(rows.demand))
 
         return job
 
@@ -92,9 +92,9 @@ class Jobs:
 
         def job(round: int) -> None:
             nonlocal outputs
-            found = self._device.host_rows(outputs)
-            self._on_host(found, round % self._turns, inputs, rows, [0])
-            outputs = jax.block_until_ready(self._device.place(outputs, found, rows, [0]))
+            host_rows = self._device.host_rows(outputs)
+            self._on_host(host_rows, round % self._turns, inputs, rows, [0])
+            outputs = jax.block_until_ready(self._device.place(outputs, host_rows, rows, [0]))
 
         return job
 
@@ -124,19 +124,19 @@ class Jobs:
         def job(round: int) -> None:
             if not self.roomy:
                 self._weights = []
-            wanted = {ExpertId(round % self._turns, expert) for expert in range(experts)}
-            self._transfers.submit(wanted, [])
-            self._transfers.wait(wanted, len(wanted))  # one wake-up disturbs the other jobs less than several
+            copies = {ExpertId(round % self._turns, expert) for expert in range(experts)}
+            self._transfers.submit(copies, [])
+            self._transfers.wait(copies, len(copies))  # one wake-up disturbs the other jobs less than several
             for weights in self._transfers.arrivals()[0].values():
                 self._device.keep(weights)
 
         return job
 
     def layer(self, rows: int, length: int, context: int, predictor: Predictor | None = None) -> Job:
-        """Runs everything of a layer but its experts, as an engine does that leaves them to the host.
+        """Runs a layer without its experts, as in an engine that computes them on the host.
 
-        That is dispatch, attention and router, read-back, grouping, a plan, the books, and the layer's share
-        of embeddings and logits. Time in which experts are computed does not count.
+        This covers dispatch, attention and router, read-back, grouping, planning, residency, and the layer's
+        share of embeddings and logits. Time in which experts are computed does not count.
 
         Args:
             rows: B, requests.
@@ -153,12 +153,12 @@ class Jobs:
         tokens = random.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
         places = np.arange(length, dtype=np.int32) if length > 1 else np.array([context - 1], np.int32)
         positions, last = np.tile(places, (rows, 1)), np.full(rows, length - 1, np.int32)
-        # With the dense layers on the way to the last of these MoE layers.
+        # Includes the dense layers before the last of these MoE layers.
         layers = config.spans[min(IN_A_ROW, config.num_moe_layers) - 1].stop
         caches = new_caches(config, rows, context, model.bank.dtype, model.device, layers)
 
         def seconds(layers: int) -> float:
-            """Returns the time of a step of so many layers, without its experts."""
+            """Returns the time (s) of a step of this many layers, without its experts."""
             nonlocal caches
             began, computed = time.perf_counter(), self._host.stats.arithmetic_s
             *_, caches[:layers] = runner.step(tokens, positions, last, caches[:layers], None)
@@ -172,25 +172,25 @@ class Jobs:
         return job
 
     def _on_host(
-        self, found: Any, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
+        self, host_rows: Any, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]
     ) -> None:
-        """Computes as an engine does: in another thread beside an accelerator, else in the caller's."""
+        """Computes as an engine does: on another thread beside an accelerator, otherwise on the caller's."""
         if self._device.waits:
-            self._host.compute(found, layer, inputs, rows, experts)
+            self._host.compute(host_rows, layer, inputs, rows, experts)
         else:
-            self._host.start(found, layer, inputs, rows, experts).result()
+            self._host.start(host_rows, layer, inputs, rows, experts).result()
 
     def clear(self) -> None:
-        """Takes the resident experts off the device."""
+        """Removes the resident experts from the device."""
         self._weights = []
 
     def close(self) -> None:
-        """Ends its own threads and takes the resident experts off the device."""
+        """Ends the threads and removes the resident experts from the device."""
         self.clear()
         self._cpu.close()
 
     def _outputs(self, inputs: jax.Array, rows: Assignments) -> Any:
-        """Returns [T * K + 1, D] rows to write to, for this job alone, because two jobs may run at once."""
+        """Returns an output array [T * K + 1, D] for this job only, because two jobs may run at once."""
         own = device_experts(self.model.device, self._cpu)
         return own.take(rows.total, inputs.shape[1], inputs.dtype)
 
@@ -221,8 +221,8 @@ class NoCopies:
     def arrivals(self) -> tuple[dict[ExpertId, Any], list[ExpertId]]:
         return {}, []
 
-    def wait(self, wanted: Collection[ExpertId], count: int = 1) -> None:
-        raise TransferError(f"this engine copies nothing, but waits for {sorted(wanted)}")
+    def wait(self, experts: Collection[ExpertId], count: int = 1) -> None:
+        raise TransferError(f"this engine copies nothing, but waits for {sorted(experts)}")
 
     def rest(self) -> None:
         pass

@@ -34,11 +34,11 @@ HEAD = (
 COSTS = ("host_ms", "device_ms", "layer_ms", "forecast_ms", "transfer_ms", "host_start_ms")
 
 LINKS = {"pcie3-x8": 2.0, "pcie4-x16": 0.5, "pcie5-x16": 0.25}
-"""Other links for published profiles: the time of a transfer by its time over PCIe 3 x16."""
+"""Other links for published profiles: the time of a copy divided by its time over PCIe 3 x16."""
 
 MACHINE = {"cpu": str, "cores": int, "device": str, "memory_bytes": int}
 DECISIVE = ("cpu", "cores", "device")
-"""What must be the same for costs to hold; more memory makes nothing faster."""
+"""Fields of the machine that must be equal for its costs to apply; more memory makes nothing faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,13 @@ class ModelShape(RoutedExperts):
 
     def geometry(self, slots: int) -> Geometry:
         """Returns the geometry that policies see, for a budget that holds `slots` experts."""
-        return Geometry(**self.counts(), expert_bytes=self.expert_bytes, slots=slots)
+        buffers = format_named(self.dtype).buffers(self.hidden_size, self.moe_intermediate_size)
+        return Geometry(
+            **self.counts(),
+            expert_bytes=self.expert_bytes,
+            slots=slots,
+            arrays_per_expert=len(buffers),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +141,10 @@ class MachineProfile:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> MachineProfile:
-        """Reads what `to_json` gave.
+        """Reads a record that `to_json` made.
 
         Raises:
-            ValueError: with every field that is missing or not as it should be.
+            ValueError: naming every field that is missing or invalid.
         """
         if not isinstance(record, Mapping) or record.get("format") != FORMAT:
             got = record.get("format") if isinstance(record, Mapping) else record
@@ -200,18 +206,18 @@ class MachineProfile:
         write_file(Path(path), readable(self.to_json()) + "\n")
 
     def check(self, model: Model, emulated_link_bandwidth: int | None = None) -> None:
-        """Refuses another machine or another model than this profile's.
+        """Refuses a machine or a model other than the profile's.
 
         Args:
-            model: that is to be run, on the device that it is to be run on.
-            emulated_link_bandwidth: bytes a second that its copies will be paced to, or None.
+            model: the model to run, on its device.
+            emulated_link_bandwidth: emulated bandwidth (bytes/s) of its link, or None.
 
         Raises:
-            ValueError: with everything that differs.
+            ValueError: naming everything that differs.
         """
-        here, shape = machine.describe(model.device), asdict(ModelShape.of(model))
+        current, shape = machine.describe(model.device), asdict(ModelShape.of(model))
         compared = [
-            *((name, self.machine.get(name), here[name]) for name in DECISIVE),
+            *((name, self.machine.get(name), current[name]) for name in DECISIVE),
             *((f"model.{name}", theirs, shape[name]) for name, theirs in asdict(self.model).items()),
             ("emulated_link_bandwidth", self.emulated_link_bandwidth, emulated_link_bandwidth),
         ]
@@ -225,10 +231,10 @@ class MachineProfile:
             )
 
     def geometry(self, slots: int | None = None) -> Geometry:
-        """The model as policies see it, with `slots` experts on the device, or those of the profile.
+        """Returns the geometry that policies see, with `slots`, by default the profile's own number of slots.
 
         Raises:
-            ValueError: if neither says how many.
+            ValueError: if `slots` is None and the profile has no number.
         """
         slots = self.slots if slots is None else slots
         if slots is None:
@@ -236,7 +242,7 @@ class MachineProfile:
         return self.model.geometry(slots)
 
     def _over(self, link: str) -> MachineProfile:
-        """This profile over another link, which is assumed to change the time of a transfer only."""
+        """Returns this profile with another link, which is assumed to change only the time of a copy."""
         factor = LINKS[link]
         source = f"{self.costs.source}; derived for {link}: transfer_ms x {factor:g} from PCIe 3 x16"
         costs = replace(self.costs, transfer_ms=self.costs.transfer_ms * factor, source=source)
@@ -244,7 +250,7 @@ class MachineProfile:
 
 
 def names() -> list[str]:
-    """Shipped profiles, each followed by itself over other links.
+    """Returns the names of the shipped profiles, each followed by its variants with other links.
 
     >>> names()[-4:]
     ['qwen3-30b-a3b', 'qwen3-30b-a3b@pcie3-x8', 'qwen3-30b-a3b@pcie4-x16', 'qwen3-30b-a3b@pcie5-x16']
@@ -258,10 +264,10 @@ def costs_of(
     model: Model,
     emulated_link_bandwidth: int | None,
 ) -> HardwareProfile | None:
-    """The times of a profile, given in any of the forms that a profile may have.
+    """Returns the costs of a profile, given as a file, a `MachineProfile` or a `HardwareProfile`.
 
     Raises:
-        ValueError: if it cannot be read, or is of another machine or model than `model` and its device.
+        ValueError: if it cannot be read, or is not of `model` and this machine.
     """
     if profile is None or isinstance(profile, HardwareProfile):
         return profile
@@ -277,7 +283,7 @@ def costs_of(
 
 
 def costs_json(costs: HardwareProfile) -> dict[str, Any]:
-    """The times of a profile, without their source."""
+    """Returns the times of a profile, without their source."""
     record: dict[str, Any] = {
         "host_ms": costs.host_ms.to_json(),
         "device_ms": costs.device_ms.to_json(),
@@ -292,7 +298,7 @@ def costs_json(costs: HardwareProfile) -> dict[str, Any]:
 
 
 def read_times(fields: Fields, costs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The times of a `HardwareProfile` in `costs`, by name; what is wrong with them is noted in `fields`."""
+    """Returns the times of a `HardwareProfile` in `costs` by name; adds what is wrong to `fields`."""
     times = {
         name: fields.check(read_table, costs, name, of=prefix + name)
         for name in ("host_ms", "device_ms", "layer_ms", "forecast_ms")
@@ -303,10 +309,10 @@ def read_times(fields: Fields, costs: Mapping[str, Any], prefix: str) -> dict[st
 
 
 def read_start(costs: Mapping[str, Any]) -> float:
-    """`host_start_ms` of `costs`, which published ones leave out: 0.
+    """Returns `host_start_ms` of `costs`; 0 if it is missing, as in published profiles.
 
     Raises:
-        ValueError: if it is no time.
+        ValueError: if it is not a time.
     """
     start_ms = costs.get("host_start_ms", 0.0)
     if not is_time(start_ms):
@@ -315,10 +321,10 @@ def read_start(costs: Mapping[str, Any]) -> float:
 
 
 def read_table(costs: Mapping[str, Any], name: str) -> TimeTable:
-    """One table of `costs`; published ones leave `forecast_ms` out: nothing.
+    """Returns one table of `costs`; published profiles lack `forecast_ms`, which then is zero.
 
     Raises:
-        ValueError: if it is missing or no table of times.
+        ValueError: if it is missing or not a table of times.
     """
     if name == "forecast_ms" and name not in costs:
         return NOTHING

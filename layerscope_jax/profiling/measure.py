@@ -27,7 +27,7 @@ BUSY_TOKENS = 4
 """Tokens of each expert that keeps the host or the device busy during a measurement."""
 
 ROUNDS, MOST_ROUNDS, ROUNDS_S = 5, 25, 0.1
-"""A job is timed at least `ROUNDS` times, and up to `MOST_ROUNDS` until that took `ROUNDS_S` seconds."""
+"""A job is timed at least `ROUNDS` times, then until `ROUNDS_S` seconds or `MOST_ROUNDS` are reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,11 @@ class Points:
 
 
 ROUGH = Points(tokens=(1, 4, 16, 64, 256), decode=(1,), prefill=(256,))
-"""What an engine measures when it has no profile."""
+"""Points that an engine without a profile measures at."""
 
 
 def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -> HardwareProfile:
-    """Measures the parts of a layer at a few points, while the others are busy and alone; takes some seconds.
+    """Measures the parts of a layer at a few points, alone and with the others busy, within some seconds.
 
     Never more than `slots` experts are on the device (see `Jobs`), and none afterwards.
 
@@ -60,7 +60,7 @@ def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -
         model: the model, on an idle device.
         host: the host executor.
         transfers: the link, idle.
-        slots: experts that the budget has room for.
+        slots: number of experts that the budget holds.
     """
     jobs = Jobs(model, host, transfers, slots)
     try:
@@ -76,11 +76,11 @@ def costs(
     """Measures all parts of a layer.
 
     Args:
-        jobs: of the model.
-        points: token counts and positions to take times at.
+        jobs: jobs of the model.
+        points: token counts and positions to measure at.
         ways: whether the other parts are busy meanwhile (see `others`); a profile is returned for each. The
             ways take turns at each point, so that a machine that drifts drifts under all of them.
-        predictor: its forecast is timed too; None times none.
+        predictor: predictor whose forecast is timed too; None for no predictor.
     """
     config = jobs.model.config
     context = min(points.context, config.max_position_embeddings)
@@ -91,8 +91,8 @@ def costs(
     parts = ("host", "device", "link", "layer")
     beside = {part: [others(jobs, part) if together else [] for together in ways] for part in parts}
     host = tables({n: jobs.host(n) for n in points.tokens}, beside["host"], jobs.computed)
-    one = jobs.host_start()
-    start = [timed_ms(one, some) - table(1) for some, table in zip(beside["host"], host, strict=True)]
+    job = jobs.host_start()
+    start = [timed_ms(job, some) - table(1) for some, table in zip(beside["host"], host, strict=True)]
     device = tables({n: jobs.device(n) for n in points.tokens}, beside["device"], jobs.resident)
     link = jobs.link(jobs.arriving)
     transfer = [timed_ms(link, some, jobs.arriving) for some in beside["link"]]

@@ -1,4 +1,4 @@
-"""What each call of an engine did: its own, whatever other calls come between its steps."""
+"""Accounts: counts and records of one call, separate from those of other calls that run between its steps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation
 
 @dataclass(eq=False)
 class Account:
-    """What one call counts and records.
+    """Counts and records of one call.
 
     Attributes:
-        plans: every layer's decision, if that is to be kept.
-        decoded: the demand of each layer of each decode step, if that is: for the lower bound.
-        meter, link, host, device: counts.
-        steps: that the call has gone through.
-        peak_bytes, wasted_bytes: of the books, when somebody else was last counted for.
-        opened: whether it was ever counted for.
+        plans: every layer's plan; None if plans are not recorded.
+        decoded: the demand of each layer of each decode step, for the lower bound; None if it is not
+            recorded.
+        meter, link, host, device: counts by part.
+        steps: number of steps so far.
+        peak_bytes, wasted_bytes: counts of the residency when it last stopped counting for this account.
+        opened: whether anything was ever counted for this account.
     """
 
     plans: list[LayerPlan] | None = None
@@ -42,7 +43,7 @@ class Account:
     opened: bool = False
 
     def enter(self, seen: Observation, plan: LayerPlan, idle_prefetches: Set[ExpertId]) -> None:
-        """Counts one layer that was planned, and records it where that is asked for."""
+        """Counts one planned layer, and records it if records are kept."""
         if self.decoded is not None and seen.phase == "decode":
             self.decoded.append(dict(seen.demand))
         self.meter.count(seen, idle_prefetches)
@@ -51,19 +52,19 @@ class Account:
 
     @property
     def records(self) -> bool:
-        """Whether it is to know of single layers."""
+        """Whether single layers are recorded."""
         return self.plans is not None or self.decoded is not None
 
     def after(self) -> Account:
-        """Nobody's, after this one: only what is still on its way is counted for the call that began it."""
+        """Returns an account of no call, which shares only the counts of copies still in flight."""
         return Account(link=self.link, host=self.host, device=self.device)
 
     def leave_books(self, books: Residency) -> None:
-        """Takes along what the books have counted, as they are to count for somebody else."""
+        """Saves the counts of the residency before it counts for another account."""
         self.peak_bytes, self.wasted_bytes = books.peak_bytes, books.unused_prefetch_bytes()
 
     def take_books(self, books: Residency) -> None:
-        """Has the books count for this call, where they were."""
+        """Restores the counts of the residency, which continues to count for this account."""
         books.reset()
         if self.opened:
             books.peak_bytes = max(books.peak_bytes, self.peak_bytes)
@@ -81,15 +82,15 @@ def run_stats(
     new_tokens: int,
     budget_bytes: int,
 ) -> RunStats:
-    """The statistics of a call.
+    """Returns the statistics of a call.
 
     Args:
-        account: what was counted.
-        runner: of the runner that it went by.
-        times: what was measured.
-        total_s: wall time.
-        prompts, new_tokens: how many.
-        budget_bytes: of the engine.
+        account: counts of the call.
+        runner: statistics of its runner.
+        times: times measured while generating.
+        total_s: wall time (s).
+        prompts, new_tokens: number of prompts and of generated tokens.
+        budget_bytes: device budget (bytes) of the engine.
     """
     meter, link, host, device = account.meter, account.link, account.host, account.device
     rows, experts = host.rows + device.rows, host.experts + device.experts

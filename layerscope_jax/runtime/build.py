@@ -1,4 +1,4 @@
-"""Which runner a model gets, and of what it is made."""
+"""Chooses the runner of a model and builds it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from layerscope_jax.support.machine import cpu_device
 logger = logging.getLogger(__name__)
 
 Measure = Callable[[Model, HostExperts, Transfers, int], HardwareProfile]
-"""Measures the machine's costs: of a model, by an executor and a link that are idle, within so many slots."""
+"""Function that measures the machine's costs: `(model, host executor, link, slots)`; both must be idle."""
 
 
 def build(
@@ -46,19 +46,19 @@ def build(
     threads: int | None = None,
     host_device: jax.Device | None = None,
 ) -> Runner:
-    """Makes a model's runner, with threads of its own until it is closed.
+    """Returns a model's runner, whose threads run until it is closed.
 
     Args:
         model: the model, on its device.
-        policy: decides, unless every expert fits and nothing is left to decide.
-        predictor: forecasts for it; None for the policy's own, if it has one.
-        budget_bytes: of device memory, for experts and what the predictor keeps there.
-        measure: measures costs, if the policy needs them and none are given.
-        policy_is_obeyed: whether the policy decides even where every expert fits.
-        fast: whether logits may differ by rounding where everything is resident on an accelerator.
-        costs: of the machine; None if they are not known.
-        bandwidth: bytes a second that the link is paced to; None for as fast as it goes.
-        threads: that compute on the host; None for as many as suit the machine.
+        policy: plans each layer, unless every expert fits and nothing is left to decide.
+        predictor: makes the forecasts; None for the policy's default predictor, if it has one.
+        budget_bytes: device memory (bytes) for experts and the predictor.
+        measure: measures costs if the policy needs them and `costs` is None.
+        policy_is_obeyed: whether the policy plans even if every expert fits.
+        fast: whether logits may differ by rounding if everything is resident on an accelerator.
+        costs: costs of the machine; None if they are not known.
+        bandwidth: emulated bandwidth (bytes/s) of the link; None for full speed.
+        threads: number of threads that compute on the host; None for a number that suits the machine.
         host_device: the JAX CPU device of the host; None for the last one.
 
     Raises:
@@ -69,7 +69,7 @@ def build(
     nothing_to_decide = budget_bytes >= model.bank.total_bytes and (
         isinstance(policy, Resident) or (chosen.uses_device and not policy_is_obeyed)
     )
-    # Packed experts are computed as they lie, which is not how a whole model has them.
+    # A whole model has plain experts; packed ones are computed from their packed form.
     plain = isinstance(model.bank.format, PlainFormat)
     if nothing_to_decide and plain and WholeModel.is_faster_on(model.device):
         if fast:
@@ -101,7 +101,7 @@ def build(
         runner = _layer_by_layer(model, chosen, budget_bytes, host, link, forecasts, costs, measure)
         if nothing_to_decide:
             runner.preload()
-        stack.pop_all()  # from now on they are the runner's to close
+        stack.pop_all()  # from now on the runner closes them
         return runner
 
 
@@ -115,8 +115,8 @@ def _layer_by_layer(
     costs: HardwareProfile | None,
     measure: Measure,
 ) -> LayerByLayer:
-    """A runner of these parts, the device's memory shared out among them."""
-    # What the predictor keeps on the device comes first; experts have the rest.
+    """Builds a layer-by-layer runner from its parts, and divides the device's memory among them."""
+    # The predictor's memory is taken off the budget first; experts get the rest.
     residency = Residency(forecasts.beside(budget_bytes), model.bank.expert_bytes)
     geometry = model.geometry(residency.slots)
     if costs is None and policy.uses_costs:

@@ -1,4 +1,4 @@
-"""Computing: the experts of one layer on device and host at once, each as soon as it is there."""
+"""Computes the experts of one layer on device and host at the same time, as they become available."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from layerscope_jax.scheduling.plan import LayerPlan
 from layerscope_jax.support.threads import Job
 
 ARRIVALS = GROUP_SIZES[1]
-"""Loaded experts that are computed together, so that dispatching does not hold up the link."""
+"""Loaded experts that are computed together, so that dispatching does not delay the link."""
 
 
 class HostPart(NamedTuple):
-    """What the host is at while the device computes.
+    """Work of the host while the device computes.
 
     Attributes:
-        job: of the host's thread.
-        rows: [T * K + 1, D] that it writes to.
-        done: is ready when the device has computed its own.
+        job: job of the host's threads.
+        rows: [T * K + 1, D] array that it writes to.
+        done: array that is ready when the device has computed its experts.
     """
 
     job: Job
@@ -36,11 +36,11 @@ class HostPart(NamedTuple):
 
 
 class BothSides:
-    """Computes experts where a plan says.
+    """Computes experts on the sides that a plan assigns them to.
 
     Args:
         device, host: the executors.
-        tier: the experts in device memory.
+        tier: experts in device memory.
     """
 
     def __init__(self, device: DeviceExperts | SharedExperts, host: HostExperts, tier: DeviceTier):
@@ -49,21 +49,21 @@ class BothSides:
     def begin(
         self, outputs: Any, inputs: jax.Array, rows: Assignments, plan: LayerPlan, meter: Meter
     ) -> tuple[Any, float, HostPart | None]:
-        """Computes the device's experts, those to be copied as they arrive; the host's meanwhile.
+        """Starts the host's experts and computes the device's, those in flight as they arrive.
 
-        Where the device has nothing to do, or is the same CPU, the host's are computed at once by this
-        thread, which would only wait.
+        If the device has nothing to do, or is the same CPU, this thread computes the host's experts itself
+        instead of waiting.
 
         Args:
-            outputs: [T * K + 1, D] to write rows to.
-            inputs: [T, D].
-            rows: which rows are whose.
-            plan: of the layer.
-            meter: counts the device's time.
+            outputs: [T * K + 1, D] array to write rows to.
+            inputs: [T, D] inputs of the experts.
+            rows: rows of each expert.
+            plan: the layer's plan.
+            meter: counts the busy time of the device.
 
         Returns:
-            The outputs; when the device was given the work it is at; and what the host is still at, if it
-            is, for `end`.
+            The outputs, the time at which the device got its current work, and the unfinished work of the
+            host (None if there is none), for `end`.
 
         Raises:
             TransferError: if an expert could not be copied.
@@ -88,8 +88,8 @@ class BothSides:
             outputs = device.place(outputs, host_rows, rows, plan.host)
         while missing:
             await_device(done, since, meter)
-            # A few at a time: the last few wait for each other a little, the rest cost fewer dispatches.
-            # Where copying takes the same cores, nothing was gained by computing beside it (`NOTES.md`).
+            # A few at a time: the last ones wait a little for each other, but there are fewer dispatches. If
+            # copying uses the same cores, computing meanwhile gains nothing (`benchmarks/NOTES.md`).
             few = len(missing) if tier.transfers.within else min(len(missing), ARRIVALS)
             tier.fetch(layer, missing, few)
             since = time.perf_counter()
@@ -102,7 +102,7 @@ class BothSides:
     def end(
         self, outputs: Any, since: float, host: HostPart, rows: Assignments, plan: LayerPlan, meter: Meter
     ) -> tuple[Any, float]:
-        """Waits for the host, and puts its rows among the device's; what `begin` gave comes in."""
+        """Waits for the host and places its rows into the outputs; takes what `begin` returned."""
         await_device(host.done, since, meter)
         host.job.result()
         since = time.perf_counter()
@@ -119,7 +119,7 @@ class BothSides:
 
 
 def await_device(done: jax.Array | None, since: float, meter: Meter) -> None:
-    """Before waiting for the host or the link: lets the device finish, to know how long it was busy."""
+    """Waits for the device before a wait for host or link, to measure how long the device was busy."""
     if done is not None:
         jax.block_until_ready(done)
         meter.device_busy_s += time.perf_counter() - since

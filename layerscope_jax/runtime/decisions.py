@@ -1,4 +1,4 @@
-"""Deciding: what a policy sees of a layer, and the state that it goes by."""
+"""Asks the policy for each layer's plan: builds the observation and keeps the policy's state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Pha
 from layerscope_jax.scheduling.policy import PolicyBase
 
 Enter = Callable[[Observation, LayerPlan, Set[ExpertId]], None]
-"""Counts and records a plan: what the policy saw, what it decided, prefetches not used yet."""
+"""Function that counts and records a plan: `(observation, plan, prefetches not used yet)`."""
 
 
 def decide(
@@ -27,20 +27,20 @@ def decide(
     known: Container[ExpertId],
     enter: Enter,
 ) -> tuple[Any, LayerPlan]:
-    """Asks a policy for one layer's plan, checks and enters it: in the engine and in the simulator.
+    """Asks a policy for one layer's plan, checks and counts it; used by the engine and the simulator.
 
     Args:
-        policy, state: what decides.
-        seen: what it is shown.
-        books: of the device tier; the plan is not carried out yet.
-        known: the experts of the model.
+        policy, state: the policy and its state.
+        seen: the observation that it is shown.
+        books: residency of the device, before the plan is carried out.
+        known: experts of the model.
         enter: counts and records the plan.
 
     Returns:
         The policy's new state, and the plan.
 
     Raises:
-        ValueError: if the plan is not one (see `check_plan`). What the policy raises passes through.
+        ValueError: if the plan is invalid (see `check_plan`). Exceptions of the policy pass through.
     """
     state, plan = ask(policy, state, seen)
     check_plan(plan, seen, books.slots, known, policy.name)
@@ -52,14 +52,14 @@ class Decisions:
     """Asks a policy for each layer's plan, and checks it.
 
     Args:
-        policy: that decides.
-        state: its first.
-        tier: what it sees of the device.
-        forecasts: what it sees of the coming layers.
-        known: the experts that there are.
+        policy: the policy.
+        state: its initial state.
+        tier: experts in device memory.
+        forecasts: forecasts of the coming layers.
+        known: experts of the model.
 
     Attributes:
-        state: the policy's, as of its last plan.
+        state: the policy's state after its last plan.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Decisions:
     ):
         self.policy, self.state = policy, state
         self._tier, self._forecasts, self._known = tier, forecasts, known
-        self._planned_at: float | None = None  # when the layer before was planned, within a step
+        self._planned_at: float | None = None  # when the previous layer of the step was planned
         self._last_ms = 0.0  # from the plan of the step's last layer to its end
 
     def plan(
@@ -83,15 +83,15 @@ class Decisions:
         demand: Mapping[int, int],
         expected: np.ndarray | None,
     ) -> tuple[Observation, LayerPlan]:
-        """What the policy saw, and what it says.
+        """Returns the observation and the plan of one layer.
 
         Args:
-            account: of the call, in which the plan is entered.
+            account: account of the call, which counts the plan.
             layer, phase, demand: see `Observation`.
-            expected: [W, E] as the layer's program gave it, if it gave any.
+            expected: [W, E] forecast that the layer's program computed; None without one.
 
         Raises:
-            ValueError: if the plan is none (see `check_plan`). What the policy raises passes through.
+            ValueError: if the plan is invalid (see `check_plan`). Exceptions of the policy pass through.
         """
         tier, residency = self._tier, self._tier.residency
         tier.absorb()
@@ -112,15 +112,15 @@ class Decisions:
         return seen, plan
 
     def end_step(self) -> None:
-        """The step has gone through all layers."""
+        """Ends a step of which all layers were run."""
         self._last_ms, self._planned_at = self._elapsed_ms(), None
 
     def abandon_step(self) -> None:
-        """It has not: no time is known until the next plan."""
+        """Ends a step that failed: no elapsed time is known at the next plan."""
         self._planned_at, self._last_ms = None, 0.0
 
     def _elapsed_ms(self) -> float:
-        """Since the last plan; between steps, from the last one to the end of its step."""
+        """Returns the time (ms) since the last plan, or from it to the end of its step if that has ended."""
         now = time.perf_counter()
         elapsed = self._last_ms if self._planned_at is None else 1e3 * (now - self._planned_at)
         self._planned_at = now

@@ -1,4 +1,4 @@
-"""The dense parts of a step: on the device, wherever experts are computed."""
+"""Dense parts of a step, which always run on the device: embeddings, attention, routers and logits."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from layerscope_jax.support.interrupts import check
 
 
 class StepInputs(NamedTuple):
-    """What is the same in all layers of a step.
+    """Inputs that are the same in all layers of a step.
 
     Attributes:
         phase: "prefill" or "decode".
-        active: [T] bool, which rows are tokens.
-        positions: [B, S], on the device.
+        active: [T] bool, which rows are tokens and not padding.
+        positions: [B, S] positions, on the device.
         counted: see `counted_rows`, on the device; None without a predictor in the programs.
     """
 
@@ -40,27 +40,27 @@ class StepInputs(NamedTuple):
 
 
 Layer = Callable[[int, StepInputs, Between, list[Any]], tuple[Between, list[Any]]]
-"""Goes through one MoE layer and the dense ones on the way to it: its number, the step, what the MoE
-layer before handed on, the caches of these layers, donated."""
+"""Function that runs one MoE layer and the dense layers before it: `(number, step inputs, state from the
+previous MoE layer, caches of these layers)`; the caches are donated."""
 
 NO_LAYERS = Layers((), [])
 
 
 class DenseParts:
-    """Dispatches embeddings, attention with router and forecast, and logits, each as one program.
+    """Dispatches the dense parts as programs: embeddings, attention with router and forecast, and logits.
 
     Args:
         model: the model.
-        forecasts: what looks ahead within the program of attention and router.
-        inside: with which dense products and attention go by our own loops; None where they are XLA's.
+        forecasts: makes forecasts within the program of attention and router.
+        inside: runs dense products and attention in this package's kernels; None to leave them to XLA.
 
     Attributes:
-        spans: by MoE layer, the decoder layers that end with it: dense ones on the way, and it.
-        layers, ends: parameters of each span, and of what is before the first layer and after the last.
-        tail: parameters of the dense layers behind the last MoE layer.
-        table: what `inside` is told by.
-        programs: with the forecast.
-        attend_alone: a layer's program without it.
+        spans: for each MoE layer, the decoder layers from after the previous MoE layer up to this one.
+        layers, ends: parameters of each span, and of the parts before the first layer and after the last.
+        tail: parameters of the dense layers after the last MoE layer.
+        table: table of addresses that `inside` needs; None without it.
+        programs: programs with the forecast.
+        attend_alone: program of a layer without the forecast.
     """
 
     def __init__(self, model: Model, forecasts: Forecasts, inside: Inside | None):
@@ -88,12 +88,12 @@ class DenseParts:
         caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
-        """Goes through a step, and waits until its tokens are there, which the caller reads in any case.
+        """Runs a step, and waits for its tokens, which the caller reads next anyway.
 
         Args:
-            layer: is called for each MoE layer whose caches are there; see `attend`.
-            experts: have the rows of the layer before the first.
-            tokens, positions, last, caches, sampling: as of `Runner.step`.
+            layer: function called for each MoE layer that has caches; see `attend`.
+            experts: executor that provides the experts' rows before the first layer.
+            tokens, positions, last, caches, sampling: as in `Runner.step`.
         """
         active, counted = (positions != PAD_POSITION).reshape(-1), None
         if self._forecasts.in_layer is not None:
@@ -109,14 +109,14 @@ class DenseParts:
         tail, behind = self.tail, self._behind
         if len(caches) < self._num_layers:
             tail, behind = NO_LAYERS, slice(0, 0)
-        found, logits, caches[behind] = self.programs.finish(
+        next_tokens, logits, caches[behind] = self.programs.finish(
             self.ends, state, places, last, sampling, tail, caches[behind], self.table
         )
-        found.block_until_ready()
-        return found, logits, caches
+        next_tokens.block_until_ready()
+        return next_tokens, logits, caches
 
     def _begin(self, experts: DeviceExperts | SharedExperts, tokens: Any, *others: Any) -> tuple[Any, ...]:
-        """What comes into the first layer: embeddings, no experts' rows yet; and `others`, on the device."""
+        """Returns the first layer's input, embeddings without experts' rows, and `others` on the device."""
         hidden, *others = self.programs.embed(self.ends, tokens, *others)
         total = tokens.size * self._choices
         outputs = experts.nothing(total, hidden.shape[-1], hidden.dtype)
@@ -133,18 +133,18 @@ class DenseParts:
         caches: list[Any],
         looks_ahead: bool,
     ) -> tuple[Any, ...]:
-        """Dispatches a MoE layer but its experts, those of the one before added up, and dense ones before it.
+        """Dispatches a MoE layer without its experts, after adding up the previous MoE layer's experts.
 
         Args:
-            layer: number of the MoE layer.
-            step: that it is of.
-            state: what the layer before handed on.
-            caches: of these layers; donated.
-            looks_ahead: whether to forecast.
+            layer: number of the MoE layer; the dense layers before it are run too.
+            step: inputs of the step.
+            state: state from the previous MoE layer.
+            caches: caches of these layers; donated.
+            looks_ahead: whether to compute a forecast.
 
         Returns:
             hidden [B, S, D] without experts, inputs [T, D] of the experts, the chosen experts [T, K], their
-            weights [T, K], the caches, and the tokens expected [W, E], if they are.
+            weights [T, K], the caches, and the expected tokens [W, E] (None without a forecast).
         """
         if looks_ahead:
             part, forecast = self.programs.attend_and_route, (*self._forecasts.inputs(layer), step.counted)

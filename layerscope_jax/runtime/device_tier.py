@@ -1,4 +1,4 @@
-"""Moving: the experts in device memory, and the link that brings more; the books agree with both."""
+"""Experts in device memory: keeps the residency in agreement with the link that copies experts there."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from layerscope_jax.scheduling.plan import ExpertId, LayerPlan
 
 
 class DeviceTier:
-    """Carries out what plans say of memory.
+    """Carries out the evictions and copies of plans.
 
     Args:
-        residency: the books.
+        residency: which experts are resident or in flight.
         transfers: the link.
-        keep: an expert's weights, as they came, in the form in which they are computed.
+        keep: converts an expert's copied arrays into the form from which it is computed.
     """
 
     def __init__(self, residency: Residency, transfers: Transfers, keep: Callable[[Any], Any]):
         self.residency, self.transfers, self._keep = residency, transfers, keep
 
     def absorb(self) -> None:
-        """Enters what the link has brought, or lost, since the last time into the books."""
+        """Updates the residency with the copies that have arrived or failed since the last call."""
         arrived, lost = self.transfers.arrivals()
         for expert, weights in arrived.items():
             self.residency.arrive(expert, self._keep(weights))
@@ -31,28 +31,28 @@ class DeviceTier:
             self.residency.release(expert)
 
     def follow(self, plan: LayerPlan) -> None:
-        """Evicts, and queues what is to be copied; waits for nothing."""
+        """Evicts experts and queues copies, as planned; does not wait."""
         self.transfers.submit(self.residency.follow(plan, self.transfers.drop), plan.prefetch)
 
     def missing(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Those that are not there, in their order."""
+        """Returns the experts that are not resident, in the same order."""
         resident = self.residency.resident
         return [expert for expert in experts if (layer, expert) not in resident]
 
     def fetch(self, layer: int, missing: Sequence[int], count: int) -> None:
-        """Waits until so many of the missing experts have arrived, or more.
+        """Waits until at least `count` of the missing experts have arrived.
 
         Raises:
-            TransferError: if one of them cannot.
+            TransferError: if one of them could not be copied.
         """
         self.transfers.wait([ExpertId(layer, expert) for expert in missing], count)
         self.absorb()
 
     def settle(self) -> None:
-        """Nothing is on its way any more; what was is where it had been.
+        """Cancels every copy in flight; the experts stay where they were.
 
         Raises:
-            TransferError: if a copy does not end; its room stays reserved.
+            TransferError: if a copy does not end; its memory stays reserved.
         """
         self.transfers.cancel()
         self.absorb()
@@ -60,6 +60,6 @@ class DeviceTier:
             self.residency.release(expert)
 
     def hold(self, expert: ExpertId, weights: Any) -> None:
-        """Has an expert there at once, past the link."""
+        """Makes an expert resident at once, without the link."""
         self.residency.reserve(expert, prefetched=False)
         self.residency.arrive(expert, weights)

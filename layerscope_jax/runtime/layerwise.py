@@ -1,4 +1,4 @@
-"""One step of an offloaded model: the sentence that deciding, book-keeping, moving and computing spell."""
+"""Runs an offloaded model layer by layer: attend and route, plan, move experts, compute experts."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class LayerByLayer:
 
     Args:
         model: the model.
-        policy: decides.
-        state: its first.
-        residency: the books of the device.
-        transfers, host_experts, forecasts: owned, and ended by `close`.
-        costs: of the machine, if they are known.
+        policy: plans each layer.
+        state: its initial state.
+        residency: residency of the device.
+        transfers, host_experts, forecasts: owned by the runner; `close` closes them.
+        costs: costs of the machine; None if they are not known.
 
     Attributes:
-        account: of the call that it counts for; nobody's at first.
-        dense, decisions, tier, experts: the parts of a layer: attend and route, decide, move, compute.
-        tap: is given each MoE layer's number, the inputs [T, D] of its experts, the chosen experts [T, K] and
-            their weights [T, K], if not None.
+        account: account of the call that is counted for; at first of no call.
+        dense, decisions, tier, experts: parts that attend and route, plan, move and compute.
+        tap: function that receives each MoE layer's number, the inputs [T, D] of its experts, the chosen
+            experts [T, K] and their weights [T, K]; None for no function.
     """
 
     mode = "layers"
@@ -76,14 +76,14 @@ class LayerByLayer:
         self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank)
         self.experts = BothSides(self.device_experts, host_experts, self.tier)
         self.account = Account()
-        self._books_of: Account | None = None  # the account that the books last counted for
+        self._books_of: Account | None = None  # the account that the residency last counted for
         self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
-        self._since = 0.0  # when the device was given the work it is at
-        self._settled = True  # whether all threads are idle, and the books agree with the link
+        self._since = 0.0  # when the device got its current work
+        self._settled = True  # whether all threads are idle and the residency agrees with the link
 
     @property
     def geometry(self) -> Geometry:
-        """What a policy knows of the model, with the slots that the budget leaves."""
+        """The model's geometry, with the slots that the budget leaves for experts."""
         return self.model.geometry(self.residency.slots)
 
     def step(
@@ -94,30 +94,31 @@ class LayerByLayer:
         caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
-        """One forward pass; see `Runner.step`. With fewer caches, of so many layers: to be timed."""
+        """Runs one forward pass, or (for timing) only the layers that have caches; see `Runner.step`."""
         with self.settled_after():
             self._since = time.perf_counter()
-            found = self.dense.through(
+            stepped = self.dense.through(
                 self._layer, self.device_experts, tokens, positions, last, caches, sampling
             )
         self.decisions.end_step()
         self.account.meter.device_busy_s += time.perf_counter() - self._since
         self.account.steps += 1
-        return found
+        return stepped
 
     def _layer(
         self, layer: int, step: StepInputs, state: Between, caches: list[Any]
     ) -> tuple[Between, list[Any]]:
-        """One MoE layer and the dense ones before it: attends and routes, decides, moves, computes."""
+        """Runs one MoE layer and the dense layers before it."""
         meter, device = self.account.meter, self.device_experts
         looks_ahead = step.counted is not None and self.policy.wants_forecast(self.decisions.state)
         hidden, inputs, experts, weights, caches, expected = self.dense.attend(
             layer, step, state, caches, looks_ahead
         )
         for array in (experts, expected, None if device.waits else inputs):
-            if array is not None:  # all on their way at once; the host's experts read the inputs
+            if array is not None:  # starts all copies at once; the host's experts read the inputs
                 array.copy_to_host_async()
-        # The only read-back of the layer; `jax.device_get` does the same, but through trees.
+        # The only read-back of the layer; `jax.device_get` does the same but handles pytrees, which takes
+        # longer.
         chosen, expected = np.asarray(experts), None if expected is None else np.asarray(expected)
         meter.device_busy_s += time.perf_counter() - self._since
         rows = Assignments(chosen, step.active)
@@ -136,15 +137,15 @@ class LayerByLayer:
     def _decide(
         self, layer: int, phase: Phase, rows: Assignments, expected: np.ndarray | None
     ) -> tuple[Observation, LayerPlan]:
-        """Asks the policy, counts, and carries out what the plan says of memory and the link."""
+        """Asks the policy for a plan, counts it, and carries out its evictions and copies."""
         seen, plan = self.decisions.plan(self.account, layer, phase, rows.demand, expected)
         self.tier.follow(plan)
         return seen, plan
 
     @contextmanager
     def settled_after(self) -> Iterator[None]:
-        """Within, threads may be at work and the books ahead of the link; whatever fails, not after it."""
-        if not self._settled:  # a copy did not end, or a second interrupt came
+        """Settles threads, residency and link if the `with` block, a step, fails."""
+        if not self._settled:  # an earlier copy did not end, or a second interrupt came
             self.settle()
         self._settled = False
         try:
@@ -159,27 +160,27 @@ class LayerByLayer:
         self._settled = True
 
     def settle(self) -> None:
-        """After a failure: all threads come to rest, and the books agree with the link.
+        """Waits until all threads are idle and the residency agrees with the link, after a failure.
 
         Raises:
             TransferError: if a copy does not end; its room stays reserved.
         """
         self.host_experts.rest()
         if self.device_experts.waits:
-            finish_all(self.transfers.sharding)  # they may be at our own loops, in memory that we hold
+            finish_all(self.transfers.sharding)  # programs may be running our kernels in memory that we own
         self.device_experts.clear()
         self.tier.settle()
         self._settled = True
 
     def settle_if_needed(self) -> None:
-        """Does what an interrupt has kept a step from doing."""
+        """Settles if an interrupt kept the last step from doing so."""
         if not self._settled:
             self.settle()
 
     def preload(self) -> None:
-        """Puts every expert on the device, ahead of all work and past the link's pace.
+        """Copies every expert to the device before the first step, at full speed even with an emulated link.
 
-        Where device and host are one, they stay where they are.
+        If the device is this machine's CPU, nothing is copied.
         """
         for expert in self.model.bank:
             if self.device_experts.waits:
@@ -189,7 +190,7 @@ class LayerByLayer:
                 self.tier.hold(expert, jax.block_until_ready(copied))
 
     def reset(self, account: Account | None) -> None:
-        """Counts and records for one call from now on; see `Runner.reset`."""
+        """Starts to count and record for a call; see `Runner.reset`."""
         if account is self.account:
             return
         if account is not None and not account.opened:
@@ -199,12 +200,12 @@ class LayerByLayer:
         self.account = account or self.account.after()
         self.transfers.stats = self.account.link
         self.host_experts.stats, self.device_experts.stats = self.account.host, self.account.device
-        if account not in (None, self._books_of):  # who goes on where nobody else was finds them as they were
+        if account not in (None, self._books_of):  # otherwise the counts still hold
             self._books_of = account
             self.account.take_books(self.residency)
 
     def stats(self, account: Account) -> RunnerStats:
-        """What it did for a call; see `Runner.stats`."""
+        """Returns the statistics of a call; see `Runner.stats`."""
         if account is self._books_of:
             account.leave_books(self.residency)
         least_s = None
@@ -225,9 +226,9 @@ class LayerByLayer:
         )
 
     def rehearsal(self) -> Rehearsal:
-        """A runner that compiles what this one will need; see `Runner.rehearsal`."""
+        """Returns a runner that compiles the programs of this one; see `Runner.rehearsal`."""
         return self.rehearsed_by(self, device_experts(self.model.device, self.host_experts.cpu))
 
     def close(self) -> None:
-        """Ends the threads; see `Runner.close`."""
+        """Ends the runner's threads; see `Runner.close`."""
         close_all([self.host_experts, self.transfers, self.forecasts])

@@ -43,7 +43,7 @@ from layerscope_jax.scheduling.plan import ExpertId, Geometry
 ROUNDS = 1000
 
 FEW = 8
-"""Up to so many experts a layer, all ways to share it out are looked at: parts of experts would cost less."""
+"""Maximum number of experts of a layer for which every assignment is tried, without fractions of experts."""
 
 
 def lower_bound_ms(
@@ -54,18 +54,18 @@ def lower_bound_ms(
     resident: Iterable[ExpertId] | None = None,
     rounds: int = ROUNDS,
 ) -> float:
-    """Least time that any policy could take for all steps together, in milliseconds; see the module.
+    """Returns a lower bound on the time (ms) of all steps together under any policy; see the module.
 
     Args:
         counts: [S, L, E] tokens routed to each expert.
-        tokens: of a step, or of each.
-        geometry: of the model, with the budget's slots.
+        tokens: tokens of every step, or of each.
+        geometry: geometry of the model, with the budget's slots.
         costs: of the machine.
-        resident: experts on the device at the beginning; None for those that it would be best to have.
-        rounds: of gradient ascent on the prices; more make the bound higher, never wrong.
+        resident: experts on the device at the beginning; None for the best choice.
+        rounds: rounds of gradient ascent on the prices; more rounds raise the bound and never make it wrong.
 
     Raises:
-        ValueError: if `counts` is of another geometry.
+        ValueError: if `counts` does not fit `geometry`.
     """
     if counts.ndim != 3 or counts.shape[1:] != (geometry.num_layers, geometry.num_experts):
         raise ValueError(
@@ -73,7 +73,7 @@ def lower_bound_ms(
             f"got {list(counts.shape)}"
         )
     steps, layers, experts = counts.shape
-    # Where parts hinder each other, none is faster than the faster of its times.
+    # If parts slow each other down, the shorter of both times is the bound.
     ways = [costs] if costs.alone is None else [costs, costs.alone]
     table = lambda times: np.array([0.0] + [times(n) for n in range(1, int(counts.max()) + 1)])  # noqa: E731
     present = np.full((layers, experts), resident is None)
@@ -104,11 +104,11 @@ def lower_bound_ms(
 
 
 def least_decode_s(demand: Sequence[dict[int, int]], geometry: Geometry, costs: HardwareProfile) -> float:
-    """Least time, in seconds, that any policy could take for decode steps.
+    """Returns a lower bound on the time (s) of decode steps under any policy.
 
     Args:
-        demand: of each layer of each step, as it was recorded.
-        geometry: of the model and the budget.
+        demand: recorded demand of each layer of each step.
+        geometry: geometry of the model and the budget.
         costs: of the machine.
     """
     layers, experts = geometry.num_layers, geometry.num_experts
@@ -120,12 +120,12 @@ def least_decode_s(demand: Sequence[dict[int, int]], geometry: Geometry, costs: 
 
 
 Prices = dict[str, jax.Array]
-"""`link` [S, L]: m summed from each t to the end, falling, within 0..1; `room` [S, L]: v; `share` [S, L]: x.
-In place of that last one, where all ways to share a layer out are looked at: `presence` [S, L, E]."""
+"""`link` [S, L]: m summed from each t to the end, falling, within 0..1; `room` [S, L]: v; `share` [S, L]: x,
+or `presence` [S, L, E] if every assignment of a layer is tried."""
 
 
 def _value(problem: dict[str, jax.Array], prices: Prices) -> jax.Array:
-    """The dual function."""
+    """Returns the value of the dual function."""
     weight, room = 1.0 - prices["link"], prices["room"]
     if "share" in prices:
         share = prices["share"]
@@ -144,12 +144,12 @@ def _value(problem: dict[str, jax.Array], prices: Prices) -> jax.Array:
 
 
 def _subsets(experts: int) -> np.ndarray:
-    """[2^E, E] every set of experts, as ones and zeros."""
+    """Returns every set of experts as a row [2^E, E] of ones and zeros."""
     return ((np.arange(2**experts)[:, None] >> np.arange(experts)) & 1).astype(np.float64)
 
 
 def _paths(problem: dict[str, jax.Array], prices: Prices, absent: jax.Array, present: jax.Array) -> jax.Array:
-    """[L, E] the least that experts cost over all steps, if a turn costs `absent` or `present` [S, L, E]."""
+    """Returns the least cost [L, E] of each expert over all steps, if a turn costs `absent` or `present`."""
     room = prices["room"]
     # Keeping an expert of layer l from its turn in step s to that in s + 1 takes room in the turns between.
     until = jnp.cumsum(room, 1)
@@ -158,7 +158,7 @@ def _paths(problem: dict[str, jax.Array], prices: Prices, absent: jax.Array, pre
     keep = after + jnp.concatenate([before[1:], jnp.zeros_like(room[:1])])
 
     def turn(later: tuple[jax.Array, jax.Array], now: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
-        """From here on, of what is absent before its turn and of what is there."""
+        """Returns the least cost from this turn on, for experts absent and for experts present before it."""
         gone, held = later
         absent, present, copy, room, keep = now
         through = room[:, None] + present + jnp.minimum(gone, keep[:, None] + held)
@@ -173,18 +173,18 @@ def _paths(problem: dict[str, jax.Array], prices: Prices, absent: jax.Array, pre
 
 @functools.partial(jax.jit, static_argnames=("rounds", "whole"))
 def _best(problem: dict[str, jax.Array], rounds: int, whole: bool) -> jax.Array:
-    """The highest value that was met on the way up."""
+    """Returns the highest value of the dual function during gradient ascent."""
     steps, layers, experts = problem["host"].shape
     shape = (steps, layers)
 
     def prices(raw: dict[str, jax.Array]) -> Prices:
-        # m_t as shares of at most one.
+        # The prices m_t add up to at most one.
         parts = jax.nn.softmax(jnp.append(raw["link"].reshape(-1), raw["idle"]))[:-1]
         link = jnp.minimum(jnp.cumsum(parts[::-1])[::-1].reshape(shape), 1.0)
-        found = {"link": link, "room": jnp.exp(raw["room"])}
+        positive = {"link": link, "room": jnp.exp(raw["room"])}
         if "share" in raw:
-            return found | {"share": jax.nn.sigmoid(raw["share"])}
-        return found | {"presence": problem["host"] * jax.nn.sigmoid(raw["presence"])}
+            return positive | {"share": jax.nn.sigmoid(raw["share"])}
+        return positive | {"presence": problem["host"] * jax.nn.sigmoid(raw["presence"])}
 
     raw = {
         "link": jnp.full(shape, -jnp.log(steps * layers)),

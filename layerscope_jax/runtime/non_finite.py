@@ -1,4 +1,5 @@
-"""What to say of logits that are not finite: which weights are not, or that activations overflowed."""
+"""Explains logits that are not finite: names weights that are not finite, or says that activations
+overflowed."""
 
 from __future__ import annotations
 
@@ -13,26 +14,26 @@ from flax.traverse_util import flatten_dict
 from layerscope_jax.checkpoints.model import Model
 
 NAMED = 3
-"""Tensors that are named, of however many."""
+"""Maximum number of tensors to name."""
 
 PIECE = 1 << 22
-"""Numbers looked at in one go, which bounds the memory that looking takes."""
+"""Number of elements that are checked at once, which bounds the memory that this takes."""
 
 EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
-"""Bits that are all set in NaN and infinity, and in no other number."""
+"""Bits (by dtype) that are all set in NaN and infinity, and in no other value."""
 
 
 def why_not_finite(model: Model) -> str:
-    """A sentence on why logits of a model are not finite; reads all its weights, up to the first bad ones.
+    """Returns a sentence on why a model's logits are not finite; reads its weights until some are not finite.
 
     Args:
-        model: with any weights, these or others.
+        model: the model.
     """
-    found = list(islice(bad_tensors(model), NAMED + 1))
-    if found:
+    tensors = list(islice(bad_tensors(model), NAMED + 1))
+    if tensors:
         return (
-            f"the logits hold NaN or infinity, because the weights do: {', '.join(found[:NAMED])}"
-            f"{' and others' if len(found) > NAMED else ''}; load an undamaged checkpoint"
+            f"the logits hold NaN or infinity, because the weights do: {', '.join(tensors[:NAMED])}"
+            f"{' and others' if len(tensors) > NAMED else ''}; load an undamaged checkpoint"
         )
     dtype = np.dtype(model.bank.dtype).name
     return (
@@ -42,27 +43,27 @@ def why_not_finite(model: Model) -> str:
 
 
 def bad_tensors(model: Model) -> Iterator[str]:
-    """Names of the tensors with a number that is not finite: dense parameters, then experts."""
+    """Yields the names of tensors with values that are not finite: dense parameters, then experts."""
     for path, array in flatten_dict(model.dense).items():
         if not is_finite(np.asarray(array)):
             yield ".".join(map(str, path))
     layers = model.config.moe_layers
     for expert in model.bank:
         for name, matrix in model.bank[expert]._asdict().items():
-            # Through another handle on the buffer: JAX keeps with an array whatever copy NumPy was given.
+            # Through another handle on the buffer, because JAX keeps the NumPy copy of an array with it.
             if not is_finite(np.asarray(matrix.addressable_data(0))):
                 yield f"layers.{layers[expert.layer]}.experts.{expert.expert}.{name}"
 
 
 def is_finite(array: np.ndarray | jax.Array) -> bool:
-    """Whether all numbers of an array are.
+    """Whether all values of an array are finite.
 
     >>> is_finite(np.array([1.0, -2.0], np.float32)), is_finite(np.array([1.0, np.inf], np.float16))
     (True, False)
     """
     array = np.asarray(array)
     exponent = EXPONENTS.get(array.dtype.name)
-    # NumPy looks at bfloat16 one by one; at its bits as fast as they come.
+    # NumPy tests bfloat16 values one by one, but compares their bits at full speed.
     words: Any = array if exponent is None else array.view(f"u{array.itemsize}")
     words = words.T if words.flags.f_contiguous else words
     flat = words.reshape(-1)

@@ -1,4 +1,4 @@
-"""The jitted parts of a step that goes layer by layer."""
+"""Jitted programs of a step that runs layer by layer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from layerscope_jax.runtime.sampling import sample
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["kinds"])
 @dataclass(frozen=True)
 class Layers:
-    """The parameters of some decoder layers; programs are compiled anew for other kinds of layers alone.
+    """Parameters of some decoder layers. Layers of the same kinds share compiled programs.
 
     Attributes:
-        kinds: of each.
-        params: of each, a pure dict.
+        kinds: kind of each layer.
+        params: parameters of each layer, as pure dicts.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -38,13 +38,13 @@ class Layers:
 
     @classmethod
     def of(cls, model: Model, layers: range) -> Layers:
-        """Some decoder layers of a model."""
+        """Returns the parameters of some decoder layers of a model."""
         kinds = tuple(model.config.layer_kind(layer) for layer in layers)
         return cls(kinds, [model.dense["layers"][layer] for layer in layers])
 
 
 class Programs(NamedTuple):
-    """The jitted parts of a step."""
+    """Jitted programs of a step: before the layers, for each MoE layer, and after the layers."""
 
     embed: Callable
     attend_and_route: Callable
@@ -54,7 +54,7 @@ class Programs(NamedTuple):
 def dense_parts(
     config: ModelConfig, dtype: np.dtype
 ) -> tuple[Callable[[Layers], list[Any]], Callable[[Any], Decoder]]:
-    """From their parameters: the dense parts of layers, and a decoder without layers."""
+    """Returns functions from parameters to the dense parts of layers, and to a decoder without layers."""
 
     @functools.cache
     def graph_of(kind: LayerKind) -> nnx.GraphDef:
@@ -73,22 +73,22 @@ def dense_parts(
 
 
 def add_rows(table: jax.Array | None) -> Add:
-    """Adds the rows that an engine's rooms wrote; see `add_experts`."""
+    """Returns the function that adds the experts' rows to the hidden state; see `add_experts`."""
     return lambda state: add_experts(state.hidden, state.outputs, state.weights, table)
 
 
 @functools.lru_cache(maxsize=16)
 def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) -> Programs:
-    """Embed; add the experts of the layer before, attend, route and forecast; add the last ones and finish.
+    """Returns the programs for models of one shape, with a predictor's forecast.
 
-    MoE layers share them (those with other dense layers before them have others), and so do all engines of
-    models of one shape: another policy or budget compiles nothing anew.
+    MoE layers with the same dense layers before them share a program, and so do all engines of models of one
+    shape: another policy or budget compiles nothing.
     """
     layers_of, ends_of = dense_parts(config, dtype)
 
     @jax.jit
     def embed(ends, tokens, *others):
-        # Whatever all layers read comes along: a copy to the device of its own takes as long as this does.
+        # The other inputs of all layers pass through: a separate copy to the device would take as long.
         return ends_of(ends).embed(tokens), *others
 
     @functools.partial(jax.jit, donate_argnames="caches")
@@ -100,7 +100,8 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
         expected = None
         if predictor is not None:
             with jax.named_scope("forecast"):
-                # Behind a barrier nothing of it is fused with the layer, whose bits must not change by it.
+                # The barrier keeps the forecast from being fused with the layer, which could change the
+                # layer's bits.
                 known = jax.lax.optimization_barrier((inputs, routing.experts, routing.weights))
                 probabilities = predictor.predict(forecast_params, *known)
                 expected = expected_tokens(probabilities, counted, number, config.num_moe_layers)

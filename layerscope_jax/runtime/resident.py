@@ -1,4 +1,4 @@
-"""Everything resident on a CPU: a decode step is one jitted function, with the bits of single layers."""
+"""All experts resident on a CPU: a decode step is one jitted function, bit-identical to single layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from layerscope_jax.support.interrupts import check
 
 
 class DecodeRehearsal(Rehearsal):
-    """As `Rehearsal` for prefills; decode steps are as they are, but for being counted."""
+    """`Rehearsal` for prefills; decode steps are run as usual, but not counted."""
 
     runner: ResidentOnCpu
 
@@ -43,21 +43,21 @@ class DecodeRehearsal(Rehearsal):
             return super().step(tokens, positions, last, caches, sampling)
         self.runner.settle_if_needed()
         try:
-            found = self.runner.decode(tokens, positions, last, caches, sampling)
-            found[0].block_until_ready()
+            stepped = self.runner.decode(tokens, positions, last, caches, sampling)
+            stepped[0].block_until_ready()
         except BaseException:
             self.settle()
             raise
         finally:
             self.runner.inside.take_counts()
-        return found
+        return stepped
 
 
 class ResidentOnCpu(LayerByLayer):
-    """As `LayerByLayer` for prefills, and where plans or demand are to be recorded.
+    """Runs decode steps as one jitted function; prefills, and recorded steps, as `LayerByLayer` does.
 
-    A prefill has so much arithmetic that Python between its layers does not count, and many shapes to
-    compile.
+    A prefill has so much arithmetic that Python between its layers does not matter, and its many shapes would
+    all be compiled.
     """
 
     mode = "decode"
@@ -69,7 +69,7 @@ class ResidentOnCpu(LayerByLayer):
         assert inside is not None
         self.inside = inside
         self._layers = Layers.of(model, range(model.config.num_layers))
-        self._experts = self.host_experts.everything()  # whose memory the tables name
+        self._experts = self.host_experts.everything()  # own the memory in the tables
         self._tables = [jax.device_put(inside.table_of(layer), model.device) for layer in self._experts]
         assert inside.target is not None
         self._decode = decode_program(model.config, model.bank.dtype, inside.target)
@@ -90,8 +90,8 @@ class ResidentOnCpu(LayerByLayer):
             return super().step(tokens, positions, last, caches, sampling)
         with self.settled_after():
             began = time.perf_counter()
-            found, logits, caches = self.decode(tokens, positions, last, caches, sampling)
-            found.block_until_ready()
+            next_tokens, logits, caches = self.decode(tokens, positions, last, caches, sampling)
+            next_tokens.block_until_ready()
         account.meter.device_busy_s += time.perf_counter() - began
         account.steps += 1
         experts, assignments = self.inside.take_counts()
@@ -100,14 +100,14 @@ class ResidentOnCpu(LayerByLayer):
         stats.count(experts, assignments, assignments)
         assert kernel is not None
         stats.by_kernel[kernel.name] += experts
-        return found, logits, caches
+        return next_tokens, logits, caches
 
     def settle(self) -> None:
         super().settle()
-        self.inside.take_counts()  # of a step that nobody will count
+        self.inside.take_counts()  # counts of the failed step are dropped
 
     def decode(self, tokens: np.ndarray, *others: Any) -> Stepped:
-        """The step alone: nothing is counted.
+        """Runs a decode step without counting it.
 
         Raises:
             ValueError: if the engine was closed.
@@ -129,7 +129,7 @@ class ResidentOnCpu(LayerByLayer):
 
 @functools.lru_cache(maxsize=16)
 def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callable:
-    """The jitted step; engines of models of one shape share it."""
+    """Returns the jitted step, which engines of models of one shape share."""
     layers_of, ends_of = dense_parts(config, dtype)
 
     @functools.partial(jax.jit, donate_argnames="caches")
@@ -147,7 +147,7 @@ def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callabl
         decoder = ends_of(ends)
         hidden, active = decoder.embed(tokens), (positions != PAD_POSITION).reshape(-1)
         choices = (len(tokens), config.experts_per_token)
-        # As one layer a program begins: with no experts' rows yet.
+        # Begins as a program of one layer does: there are no experts' rows yet.
         rows = jnp.zeros((choices[0] * choices[1], hidden.shape[-1]), hidden.dtype)
         state = Between(hidden, rows, jnp.zeros(choices, jnp.float32))
 
@@ -155,10 +155,10 @@ def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callabl
             return inside.rows(target, inputs, routing.experts, active, tables[number])
 
         with our_loops(table):
-            hidden, _, found = through(
+            hidden, _, caches = through(
                 config, layers_of(layers), state, positions, caches, experts, add_rows(table)
             )
             logits = decoder.next_logits(hidden, last)
-        return sample(logits, positions[np.arange(len(tokens)), last] + 1, sampling), logits, found
+        return sample(logits, positions[np.arange(len(tokens)), last] + 1, sampling), logits, caches
 
     return run

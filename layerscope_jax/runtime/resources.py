@@ -1,34 +1,34 @@
-"""What an engine has to end: closed in whatever way the engine comes to its end."""
+"""The parts of an engine that have threads, and their end: with the engine, or at exit of the interpreter."""
 
 from __future__ import annotations
 
 import atexit
-import os
-import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+from layerscope_jax.runtime.turns import Turns
+
 PATIENCE_S = 60.0
-"""How long the step that another thread is at is waited for: as long as it waits for a copy itself."""
+"""Seconds to wait for a step of another thread, which itself waits at most this long for a copy."""
 
 
 class Closable(Protocol):
     """A part with threads of its own."""
 
     def close(self) -> None:
-        """Ends them. May be called again, as after an interrupt."""
+        """Ends its threads. It may be called again, as after an interrupt."""
 
 
 C = TypeVar("C", bound=Closable)
 
 
 def close_all(parts: Iterable[Closable]) -> None:
-    """Closes every part, whatever happens in one of them.
+    """Closes every part, even if closing one of them fails.
 
     Raises:
-        BaseException: the first that closing a part ended with.
+        BaseException: the first exception raised while closing a part.
     """
     failures = []
     for part in parts:
@@ -41,64 +41,64 @@ def close_all(parts: Iterable[Closable]) -> None:
 
 
 class Resources:
-    """What an engine owns that has threads.
+    """The parts of an engine that have threads.
 
-    They are closed when the engine is, when nobody holds it any more, or when the interpreter exits, and then
-    before JAX ends: a thread that is within JAX at that time aborts the process. So a user's daemon thread
-    that generates is stopped there for good, after its step.
+    They are closed when the engine is closed, when it is garbage-collected, or when the interpreter exits. At
+    exit this happens before JAX shuts down, because a thread that is inside JAX at that time aborts the
+    process. So a daemon thread that generates runs its current step to the end and no further one: it waits
+    for its next turn until the process is gone. Only that step is waited for, not the whole call.
 
     Args:
-        engine: whose they are.
+        engine: the engine that owns the parts.
+        turns: turns of the engine.
 
     Attributes:
-        closed: whether no step may begin any more.
-        step: to be held during a step.
+        closed: whether the engine is closed, so that no step may begin.
     """
 
-    def __init__(self, engine: object):
+    def __init__(self, engine: object, turns: Turns):
         self.closed = False
-        self._process = os.getpid()
-        self.step = threading.RLock()
+        self._turns = turns
         self._owned: list[Closable] = []
-        # At exit by `atexit` itself, in the reverse order of registering: JAX has registered before. When
-        # `weakref.finalize` has its turn depends on who in this process used it first.
+        # Functions of `atexit` run in reverse order of registration, and JAX has registered its own already.
+        # When `weakref.finalize` runs at exit depends on which code of the process used it first.
         weakref.finalize(engine, self.close).atexit = False
         atexit.register(self._exit)
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """While the engine is made: like a step, and if that fails, all is closed."""
-        with self.step:
-            try:
-                yield
-            except BaseException:
-                self.close()
-                raise
+        """Closes everything if the `with` block, which makes the engine's parts, fails."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, part: C) -> C:
-        """Owns a part from now on."""
+        """Takes ownership of a part, and returns it."""
         self._owned.append(part)
         return part
 
     def close(self) -> None:
-        """Closes all that is owned, whatever happens. May be called again.
+        """Closes all parts, even if closing one of them fails. It may be called again.
 
         Raises:
-            BaseException: the first that closing a part ended with.
+            BaseException: the first exception raised while closing a part.
         """
         self.closed = True
-        if os.getpid() != self._process:  # a fork has none of the threads
+        if self._turns.inherited:  # a fork has none of the threads
             return
-        entered = self.step.acquire(timeout=PATIENCE_S)
+        entered = self._turns.lock.acquire(timeout=PATIENCE_S)
         try:
             close_all(self._owned)
             atexit.unregister(self._exit)
         finally:
             if entered:
-                self.step.release()
+                self._turns.lock.release()
 
     def _exit(self) -> None:
-        if os.getpid() != self._process:
+        if self._turns.inherited:
             return
-        self.step.acquire(timeout=PATIENCE_S)  # for good: no other thread begins a step any more
-        self.close()
+        self._turns.end(PATIENCE_S)
+        self.closed = True
+        close_all(self._owned)

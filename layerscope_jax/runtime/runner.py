@@ -73,7 +73,7 @@ class Runner(Protocol):
             tokens: [B, S] int32.
             positions: [B, S] int32; `PAD_POSITION` marks padding and finished requests, which are routed to
                 no expert.
-            last: [B] index along S of the token whose successor is wanted.
+            last: [B] index along S of the token whose successor is predicted.
             caches: one per decoder layer; donated.
             sampling: how the next tokens are picked; None for greedy.
 

@@ -20,14 +20,15 @@ class Sampling(NamedTuple):
     temperature: jax.Array  # [B] float32, 0 for greedy
     top_k: jax.Array  # [B] int32, 0 for all
     top_p: jax.Array  # [B] float32, 1 for all
+    min_p: jax.Array | None = None  # [B] float32, 0 for all; None if every row has 0
 
 
 def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) -> jax.Array:
     """Picks one token a row.
 
-    Temperature, then the `top_k` likeliest, then the fewest of them whose probability reaches `top_p`; one is
-    drawn by adding Gumbel noise, keyed by (seed, position) and laid out by token, to each log-probability.
-    What shares the batch has no part in it.
+    Temperature, then the `top_k` likeliest, then the fewest of them whose probability reaches `top_p`, then
+    those at least `min_p` times as likely as the likeliest; one is drawn by adding Gumbel noise, keyed by
+    (seed, position) and laid out by token, to each log-probability. What shares the batch has no part in it.
 
     Args:
         logits: [B, V] float32.
@@ -56,16 +57,7 @@ def _pick(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) ->
     greedy = jax.lax.top_k(logits, 1)[1][:, 0]  # as `argmax`, which takes up to four times as long on CPUs
     if sampling is None:
         return greedy
-    warmth = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-    # Counted from the largest, so that near temperature 0 the others overflow to minus infinity, not all.
-    below = (logits - logits.max(axis=-1, keepdims=True)) / warmth[:, None]
-    ranked, token = jax.lax.top_k(below, logits.shape[-1])  # [B, V] likeliest first
-    rank = jnp.arange(logits.shape[-1])[None]
-    limit = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
-    ranked = jnp.where(rank < limit[:, None], ranked, -jnp.inf)
-    shares = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(shares, axis=-1) - shares
-    ranked = jnp.where((before < sampling.top_p[:, None]) | (rank == 0), ranked, -jnp.inf)
+    ranked, token = ranked_scores(logits, sampling)
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
         # What `jax.random.key(seed)` is, but for settings that choose another kind of keys or add to seeds.
@@ -78,3 +70,24 @@ def _pick(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) ->
     best = jnp.argmax(ranked + drawn, axis=-1, keepdims=True)
     drawn_token = jnp.take_along_axis(token, best, axis=-1)[:, 0].astype(jnp.int32)
     return jnp.where(sampling.temperature > 0, drawn_token, greedy)
+
+
+def ranked_scores(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """Returns unnormalised log-probabilities, minus infinity for what is not sampled from, and their tokens.
+
+    Both are [B, V], likeliest first. Temperature 0 counts as 1.
+    """
+    warmth = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+    # Counted from the largest, so that near temperature 0 the others overflow to minus infinity, not all.
+    below = (logits - logits.max(axis=-1, keepdims=True)) / warmth[:, None]
+    ranked, token = jax.lax.top_k(below, logits.shape[-1])  # [B, V] likeliest first
+    rank = jnp.arange(logits.shape[-1])[None]
+    limit = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
+    ranked = jnp.where(rank < limit[:, None], ranked, -jnp.inf)
+    shares = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares
+    top_p = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)  # the sum may be rounded to 1 too early
+    ranked = jnp.where((before < top_p[:, None]) | (rank == 0), ranked, -jnp.inf)
+    if sampling.min_p is not None:
+        ranked = jnp.where(ranked >= jnp.log(sampling.min_p)[:, None], ranked, -jnp.inf)
+    return ranked, token

@@ -32,7 +32,7 @@ class Meter:
             seen: the observation from which the layer was planned.
             idle_prefetches: experts whose prefetch has arrived or is in flight, and was not used yet.
         """
-        layer, resident = seen.layer, seen.resident  # plain pairs equal `ExpertId`s, and are made faster
+        layer, resident = seen.layer, seen.resident  # a plain pair equals an `ExpertId` and is made faster
         hits = [n for expert, n in seen.demand.items() if (layer, expert) in resident]
         self.layers += 1
         self.experts += len(seen.demand)
@@ -40,9 +40,9 @@ class Meter:
         self.tokens += sum(seen.demand.values())
         self.token_hits += sum(hits)
         if idle_prefetches:  # costs nothing where nothing prefetches
-            wanted = [expert for expert in seen.demand if (layer, expert) in idle_prefetches]
-            here = sum([(layer, expert) in resident for expert in wanted])
-            self.on_time, self.late = self.on_time + here, self.late + len(wanted) - here
+            prefetched = [expert for expert in seen.demand if (layer, expert) in idle_prefetches]
+            arrived = sum([(layer, expert) in resident for expert in prefetched])
+            self.on_time, self.late = self.on_time + arrived, self.late + len(prefetched) - arrived
         if self._forecast and seen.phase == "decode":
             likeliest = sorted(range(len(self._forecast)), key=self._forecast.__getitem__, reverse=True)
             self.foreseen += len(seen.demand.keys() & set(likeliest[: len(seen.demand)]))

@@ -1,4 +1,4 @@
-"""Turns of an engine: one thread at a time, in the process that made it, outside of traced functions."""
+"""Turns: let one thread at a time use an engine, in the process that made it, outside of traced functions."""
 
 from __future__ import annotations
 
@@ -6,38 +6,29 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import jax
 
 from layerscope_jax.support.jax_settings import own_settings
 
 _first: int | None = None
-"""The process that made the first engine of this program; the engine's threads exist only there."""
-
-
-class Lock(Protocol):
-    """A lock that its thread may take again, and no other thread may release."""
-
-    def acquire(self, blocking: bool = True) -> bool: ...
-
-    def release(self) -> None: ...
+"""Id of the process that made the first engine; the threads of engines exist only there."""
 
 
 class Turns:
-    """Turns of an engine, one step each; other threads wait meanwhile.
+    """Lets one thread at a time use an engine, for one step (a turn); the others wait.
 
-    The only code of a caller that runs within a turn is policies, predictors and the like, which must not use
-    the engine; so two threads never wait for each other.
+    The only code of callers that runs during a turn is policies, predictors and the like, which must not use
+    the engine. So two threads never wait for each other.
 
-    Args:
-        lock: reentrant lock that a turn holds.
+    Attributes:
+        lock: held during a turn.
 
     Raises:
         ValueError: in a traced function, and in a fork of a process that has had an engine.
     """
 
-    def __init__(self, lock: Lock) -> None:
+    def __init__(self) -> None:
         global _first
         check_untraced("make an Engine")
         self._process = os.getpid()
@@ -48,8 +39,8 @@ class Turns:
                 f"this process ({self._process}) is a fork of one ({_first}) that has had an Engine: JAX "
                 'does not work in such a process; start it with multiprocessing.get_context("spawn")'
             )
-        self._lock = lock
-        self._next = threading.RLock()  # held by the next thread; the last owner comes after it
+        self.lock = threading.RLock()
+        self._next = threading.RLock()  # held by the thread that is next; the last owner queues behind it
         self._owner: int | None = None  # the thread whose turn it is
         self._waiting: dict[int, None] = {}  # threads that wait for a turn
 
@@ -59,12 +50,12 @@ class Turns:
         return os.getpid() != self._process
 
     @property
-    def wanted(self) -> bool:
+    def is_contended(self) -> bool:
         """Whether a thread waits for its turn."""
         return bool(self._waiting)
 
     def check(self) -> None:
-        """Refuses a call where no turn can be had.
+        """Refuses a call that cannot get a turn.
 
         Raises:
             ValueError: in a fork of the engine's process, or within a traced function.
@@ -79,24 +70,24 @@ class Turns:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Within, the engine is this thread's, and so are JAX's settings.
+        """Waits for a turn and holds it within the `with` block, under the engine's JAX settings.
 
-        Threads that want it all the time have it one after another.
+        Threads that ask for turns all the time get them alternately.
 
         Raises:
-            ValueError: as `check`, and from within a turn of the same thread.
+            ValueError: as `check`, and if this thread is in a turn already.
         """
         self.check()
         me = threading.get_ident()
         if self._owner == me:
             raise ValueError(
-                "the engine is in the midst of a step that this call comes out of: a policy, predictor, "
-                "copy or signal handler cannot generate; call from on_token, or when the step is over"
+                "the engine is running a step on this thread, from which this call was made: a policy, "
+                "predictor, copy or signal handler cannot generate; call from on_token, or after the step"
             )
         try:
             self._waiting[me] = None
             with self._next:
-                self._lock.acquire()
+                self.lock.acquire()
             self._owner = me
             self._waiting.pop(me, None)
             with own_settings():
@@ -104,26 +95,26 @@ class Turns:
         except BaseException:
             self._waiting.pop(me, None)
             raise
-        finally:  # an interrupt is taken up after calls: none may stand before the one that releases
+        finally:  # Python handles interrupts after calls: no call may come before the release
             if self._owner == me:
                 self._owner = None
             try:  # noqa: SIM105
-                self._lock.release()
-            except RuntimeError:  # the wait for it was interrupted
+                self.lock.release()
+            except RuntimeError:  # not held: the wait for it was interrupted
                 pass
 
     @contextmanager
     def turn_if_free(self) -> Iterator[bool]:
-        """Within, where it gives True, the engine is this thread's; it waits for nobody, and checks nothing.
+        """Holds a turn within the `with` block if no other thread has it; yields whether it does.
 
-        JAX's settings are as they were: for book-keeping alone.
+        It is for book-keeping only: JAX's settings remain the caller's, and nothing is checked.
         """
         me = threading.get_ident()
         if self.inherited or self._owner == me:
             yield False
             return
         try:
-            taken = self._lock.acquire(blocking=False)
+            taken = self.lock.acquire(blocking=False)
             if taken:
                 self._owner = me
             yield taken
@@ -131,21 +122,34 @@ class Turns:
             if self._owner == me:
                 self._owner = None
             try:  # noqa: SIM105
-                self._lock.release()
-            except RuntimeError:  # it was not free
+                self.lock.release()
+            except RuntimeError:  # not held: another thread has the turn
                 pass
+
+    def end(self, timeout: float) -> None:
+        """Takes the turn for good, after the step that another thread is running; no step begins afterwards.
+
+        A thread that asks for a turn later waits forever, outside of native code. It is for the exit of the
+        interpreter, when all other threads are daemons.
+
+        Args:
+            timeout: seconds to wait for the step that is running.
+        """
+        self._waiting[threading.get_ident()] = None
+        self._next.acquire(timeout=timeout)
+        self.lock.acquire(timeout=timeout)
 
 
 def check_untraced(what: str) -> None:
-    """Refuses to go on while JAX traces a function: what is computed there are no numbers yet.
+    """Refuses to go on while JAX traces a function, because a traced array holds no numbers yet.
 
     Raises:
-        ValueError: if it does.
+        ValueError: if JAX traces a function on this thread.
     """
     try:
         jax.sharding.get_mesh()  # no other public function tells
     except ValueError:
         raise ValueError(
-            f"expected to be outside of functions that JAX traces (jit, vmap, grad, scan and the like): one "
-            f"cannot {what} in them; generate before, and pass the tokens in"
+            f"cannot {what} in a function that JAX traces (jit, vmap, grad, scan and the like); generate "
+            "before, and pass the tokens in"
         ) from None

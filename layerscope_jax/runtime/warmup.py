@@ -1,4 +1,4 @@
-"""Compiling ahead: a rehearsal runs each program that a batch may need, and leaves nothing else behind."""
+"""Compiles ahead of time: a rehearsal runs each program that a batch may need, without other effects."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 
 class Rehearsal:
-    """A `Runner` of dense parts alone, and beside the first layer of one run of every expert program.
+    """A `Runner` that runs the dense parts of a step, and every program of experts once, with the first
+    layer.
 
-    Nothing is decided, moved, counted or learned: the parts of `runner` are read and not written.
+    Nothing is planned, moved, counted or learned: the parts of `runner` are read and not changed.
 
     Args:
-        runner: for whose steps it compiles.
-        device_experts: with rows to write to of its own.
+        runner: runner whose programs are compiled.
+        device_experts: executor with output arrays of its own.
     """
 
     def __init__(self, runner: LayerByLayer, device_experts: DeviceExperts | SharedExperts):
@@ -46,7 +47,7 @@ class Rehearsal:
         caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
-        """Runs every program that such a step may need; see `Runner.rehearsal`."""
+        """Runs every program that a step of this shape may need; see `Runner.rehearsal`."""
         self.runner.settle_if_needed()
         try:
             return self.runner.dense.through(
@@ -57,24 +58,24 @@ class Rehearsal:
             raise
 
     def settle(self) -> None:
-        """After a failure: all threads come to rest, but the link's, which is at work for somebody else."""
+        """Waits, after a failure, until all threads but the link's are idle; the link is not used."""
         self.runner.host_experts.rest()
         if self._device_experts.waits:
             finish_all(self.runner.transfers.sharding)
         self._device_experts.clear()
 
     def reset(self, account: Account | None) -> None:
-        """Nothing: nothing is counted."""
+        """Does nothing, because nothing is counted."""
 
     def stats(self, account: Account) -> RunnerStats:
-        """Those of the runner."""
+        """Returns the statistics of the runner."""
         return self.runner.stats(account)
 
     def rehearsal(self) -> Rehearsal:
         return self
 
     def close(self) -> None:
-        """Nothing: the threads are the runner's."""
+        """Does nothing, because the threads belong to the runner."""
 
     def _layer(
         self, layer: int, step: StepInputs, state: Between, caches: list[Any]
@@ -95,7 +96,7 @@ class Rehearsal:
         return Between(hidden, outputs, weights), caches
 
     def _ask(self, phase: Phase, rows: Assignments, expected: np.ndarray | None) -> None:
-        """Asks the policy, whose loops are then compiled: a pure function. Its answer is dropped."""
+        """Asks the policy for a plan, which compiles its loops, and drops the plan; policies are pure."""
         runner = self.runner
         seen = Observation(
             step=0 if phase == "prefill" else 1,
@@ -106,16 +107,16 @@ class Rehearsal:
             in_flight=runner.residency.coming,
             forecast=runner.forecasts.read(0, expected, sum(rows.demand.values())),
         )
-        with suppress(ValueError):  # recorded plans may be those of fewer steps
+        with suppress(ValueError):  # recorded plans may cover fewer steps
             runner.policy.plan(runner.decisions.state, seen)
 
     def _experts(self, outputs: Any, inputs: jax.Array, chosen: np.ndarray, tokens: int) -> Any:
-        """Runs every program that up to so many tokens may need, wherever experts may be computed."""
+        """Runs every program for experts with up to `tokens` tokens, on each side that may compute them."""
         runner, policy = self.runner, self.policy
         total, choices = chosen.size, chosen.shape[1]
         first = ExpertId(0, 0)
         shared, slots = self._device_experts.waits, runner.residency.slots
-        # Where device and host are one, what is always resident stays in the bank.
+        # If the device is this machine's CPU, experts that are always resident stay in the bank.
         copies = slots and policy.uses_device and (policy.uses_host or not shared)
         if shared or policy.uses_host:
             self._on_cpu(inputs, chosen, tokens, runner.host_experts.weights(first))
@@ -137,7 +138,7 @@ class Rehearsal:
         return outputs
 
     def _on_cpu(self, inputs: jax.Array, chosen: np.ndarray, tokens: int, weights: InMemory) -> None:
-        """The same for what computes with these weights in this machine's memory."""
+        """Runs every program of the CPU's executor, with these weights in host memory."""
         choices = chosen.shape[1]
         few = Assignments(chosen[:1])
         row, first = np.zeros((choices + 1, inputs.shape[1]), inputs.dtype), np.asarray(inputs)[:1]
@@ -145,7 +146,7 @@ class Rehearsal:
             row, first, few, few.demand, lambda experts: [weights] * len(experts), WorkStats()
         )
         if self.runner.host_experts.cpu.kernel is not None:
-            return  # compiled by that
+            return  # this has compiled them
         local = jax.device_put(np.asarray(inputs), weights.arrays[0].sharding)
         for bucket, size in possible_groups(tokens, choices, self.runner.model.config.num_experts):
             slots = np.full((size, bucket), chosen.size, np.int32)

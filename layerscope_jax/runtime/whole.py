@@ -1,4 +1,4 @@
-"""Everything resident: one step of the whole model as one jitted function."""
+"""All experts resident: a step of the whole model as one jitted function."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class WholeModel:
     """A `Runner` of a model whose experts are all on the device, stacked.
 
     Attributes:
-        account: of the call that it counts for; nobody's at first.
+        account: account of the call that is counted for; at first of no call.
     """
 
     mode = "whole"
@@ -42,10 +42,10 @@ class WholeModel:
 
     @staticmethod
     def is_faster_on(device: jax.Device) -> bool:
-        """Whether a step is faster so than layer by layer: not on a CPU.
+        """Whether this is faster than layer by layer on a device; false for CPUs.
 
-        There our own loops compute experts where they lie, and nothing is copied to be stacked (`resident`,
-        `benchmarks/bench_resident.py`).
+        On a CPU this package's kernels compute experts in place, without copying them into stacks
+        (`resident`, `benchmarks/bench_resident.py`).
         """
         return device.platform != "cpu"
 
@@ -57,20 +57,20 @@ class WholeModel:
         caches: list[Any],
         sampling: Sampling | None,
     ) -> Stepped:
-        """One forward pass; see `Runner.step`."""
+        """Runs one forward pass; see `Runner.step`."""
         check()
         began = time.perf_counter()
-        found = self.run(self.params, tokens, positions, last, caches, sampling)
-        found[0].block_until_ready()
+        stepped = self.run(self.params, tokens, positions, last, caches, sampling)
+        stepped[0].block_until_ready()
         self.account.meter.device_busy_s += time.perf_counter() - began
-        return found
+        return stepped
 
     def reset(self, account: Account | None) -> None:
-        """Counts for one call from now on; see `Runner.reset`."""
+        """Starts to count for a call; see `Runner.reset`."""
         self.account = account or Account()
 
     def stats(self, account: Account) -> RunnerStats:
-        """What it did for a call; see `Runner.stats`."""
+        """Returns the statistics of a call; see `Runner.stats`."""
         bank = self.model.bank
         return RunnerStats(
             policy=self.policy.name,
@@ -81,18 +81,18 @@ class WholeModel:
         )
 
     def rehearsal(self) -> WholeModel:
-        """One that counts for nobody: its steps compile this one's; see `Runner.rehearsal`."""
+        """Returns a runner of the same program that counts for no call; see `Runner.rehearsal`."""
         other = copy.copy(self)
         other.account = Account()
         return other
 
     def close(self) -> None:
-        """Nothing: it has no threads."""
+        """Does nothing, because there are no threads."""
 
 
 @functools.lru_cache(maxsize=16)
 def program(graphdef: nnx.GraphDef) -> Callable:
-    """The jitted step; engines of models of one shape share it."""
+    """Returns the jitted step, which engines of models of one shape share."""
 
     @functools.partial(jax.jit, donate_argnames="caches")
     def run(params, tokens, positions, last, caches, sampling):

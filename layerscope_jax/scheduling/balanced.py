@@ -43,10 +43,10 @@ class Shares:
         ]
 
     def room(self, seen: Observation, gone: Sequence[ExpertId]) -> int:
-        """Returns how many copies there is room for after the evictions."""
+        """Returns the number of copies that fit after the evictions."""
         return self.geometry.slots - len(seen.resident) - len(seen.in_flight) + len(gone)
 
-    def here(self, seen: Observation, gone: Sequence[ExpertId]) -> set[int]:
+    def held(self, seen: Observation, gone: Sequence[ExpertId]) -> set[int]:
         """Returns this layer's experts that are resident and not evicted."""
         copies = {ExpertId(seen.layer, expert) for expert in range(self.geometry.num_experts)}
         return {copy.expert for copy in copies.difference(gone) if copy in seen.resident}
@@ -108,14 +108,14 @@ class HybriMoE(PolicyBase):
             scores[expert] = scores.get(expert, 0.0) + WEIGHT * tokens / total
 
         gone = state.gone(seen)
-        room, here = state.room(seen, gone), state.here(seen, gone)
+        room, held = state.room(seen, gone), state.held(seen, gone)
         coming = state.coming(seen)
         link_ms = len(coming) * state.costs.transfer_ms
-        split = balance(state.costs, demand, here & demand.keys(), coming, link_ms=link_ms, loads=room)
+        split = balance(state.costs, demand, held & demand.keys(), coming, link_ms=link_ms, loads=room)
         most = min(room - len(split.load), state.idle_copies(seen, split))
         prefetch = with_most_impact(state, seen, most)
 
-        after = sorted(here.union(split.device))
+        after = sorted(held.union(split.device))
         stay = set(nlargest(state.each, after, key=lambda expert: scores.get(expert, 0.0)))
         state = replace(
             state,
@@ -144,15 +144,15 @@ def with_most_impact(state: Shares, seen: Observation, most: int) -> list[Expert
             layers.append((number, demand, held, absent))
             ending.append(ends(demand, held))
             savings.append(ending[-1] - ends(demand, [*held, absent[-1]]))
-    found: list[ExpertId] = []
-    while len(found) < most and savings and max(savings) > 0:
+    prefetch: list[ExpertId] = []
+    while len(prefetch) < most and savings and max(savings) > 0:
         best = savings.index(max(savings))
         number, demand, held, absent = layers[best]
         held.append(absent.pop())
-        found.append(ExpertId(number, held[-1]))
+        prefetch.append(ExpertId(number, held[-1]))
         ending[best] -= savings[best]
         savings[best] = ending[best] - ends(demand, [*held, absent[-1]]) if absent else 0.0
-    return found
+    return prefetch
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class DALI(PolicyBase):
             state.kept.get(layer), state.windows.get(layer, (0, {})), demand, state.each
         )
         gone = state.gone(seen, kept)
-        room, here = state.room(seen, gone), state.here(seen, gone)
-        arrivals = dict(state.coming(seen)) | dict.fromkeys(here, 0.0)
+        room, held = state.room(seen, gone), state.held(seen, gone)
+        arrivals = dict(state.coming(seen)) | dict.fromkeys(held, 0.0)
         split = assign(state.costs, demand, arrivals, room)
 
         room -= len(split.load)
@@ -200,7 +200,7 @@ class DALI(PolicyBase):
         for number, expected in state.ahead(seen, 1) if most else ():
             there = {e: 0.0 for e in expected if present(ExpertId(number, e), seen)}
             prefetch += [ExpertId(number, e) for e in assign(state.costs, expected, there, most).load]
-        absent = [e for e in kept.difference(here, split.load) if not present(ExpertId(layer, e), seen)]
+        absent = [e for e in kept.difference(held, split.load) if not present(ExpertId(layer, e), seen)]
         # The first pass fills the layer's cache, however long that takes.
         most = most if layer in state.kept else room
         busiest = sorted(absent, key=lambda e: (-window[1].get(e, 0), e))
@@ -209,7 +209,7 @@ class DALI(PolicyBase):
             state,
             kept={**state.kept, layer: kept},
             windows={**state.windows, layer: window},
-            leaving=tuple(ExpertId(layer, e) for e in sorted(here.union(split.device) - kept)),
+            leaving=tuple(ExpertId(layer, e) for e in sorted(held.union(split.device) - kept)),
         )
         load = [ExpertId(layer, expert) for expert in split.load]
         return state, answer(seen, split.device, evict=gone, load=load, prefetch=prefetch)

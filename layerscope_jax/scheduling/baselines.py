@@ -1,4 +1,4 @@
-"""Policies that weigh no costs: everything on the device, everything on the host, on demand."""
+"""Policies without costs: everything on the device, everything on the host, on demand."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class OnDemand(PolicyBase):
 
     def plan(self, state: None, seen: Observation) -> tuple[None, LayerPlan]:
         device = tuple(busiest_first(seen))
-        wanted = tuple(ExpertId(seen.layer, expert) for expert in device)
+        active = tuple(ExpertId(seen.layer, expert) for expert in device)
         return None, LayerPlan(
             step=seen.step,
             layer=seen.layer,
             device=device,
-            evict=tuple(sorted(set(seen.resident) - set(wanted))),
-            load=tuple(expert for expert in wanted if not present(expert, seen)),
+            evict=tuple(sorted(set(seen.resident) - set(active))),
+            load=tuple(expert for expert in active if not present(expert, seen)),
         )

@@ -1,4 +1,4 @@
-"""Highest hit rate that any replacement policy can reach."""
+"""Bound on the hit rate: the highest that any replacement policy can reach."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def belady_hit_rate(counts: np.ndarray, slots: int, resident: Iterable[ExpertId]
 
     Args:
         counts: [S, L, E] tokens routed to each expert.
-        slots: how many experts the budget holds.
+        slots: number of experts that the budget holds.
         resident: experts on the device at the beginning.
 
     Returns:
-        Active experts that are resident when their layer is planned, by all active experts; 1 without any.
+        Fraction of active experts that are resident when their layer is planned; 1 without active experts.
 
     >>> counts = np.array([[[1, 0, 0]], [[0, 1, 1]], [[1, 0, 1]]])  # one layer, three steps
     >>> belady_hit_rate(counts, slots=1), belady_hit_rate(counts, slots=2)

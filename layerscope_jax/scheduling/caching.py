@@ -16,7 +16,7 @@ from layerscope_jax.scheduling.policy import PolicyBase
 class CacheState:
     """Slots on the device, and the resident experts in order of use, least recent first.
 
-    What the numbers count is each policy's own; `left` has those of evicted experts, where they still count.
+    Each policy defines what its numbers count; `left` holds those of evicted experts, if they still count.
     """
 
     slots: int
@@ -59,25 +59,25 @@ class Cache(PolicyBase):
         return missing
 
     def plan(self, state: CacheState, seen: Observation) -> tuple[CacheState, LayerPlan]:
-        wanted = [ExpertId(seen.layer, expert) for expert in busiest_first(seen)]
-        missing = [expert for expert in wanted if not present(expert, seen)]
+        active = [ExpertId(seen.layer, expert) for expert in busiest_first(seen)]
+        missing = [expert for expert in active if not present(expert, seen)]
         load = missing[: self.copies(state, seen, len(missing))]
         short = len(seen.resident) + len(seen.in_flight) + len(load) - state.slots
-        evict = self._evict(state, seen, set(wanted), short) if short > 0 else []
+        evict = self._evict(state, seen, set(active), short) if short > 0 else []
         if short > 0:
             load = load[: len(load) - (short - len(evict))]
         host = set(missing).difference(load)
-        here = [expert for expert in wanted if expert not in host]
+        computed = [expert for expert in active if expert not in host]
         used, left = dict(state.used), state.left
         if self.remembers and evict:
             left = left | {expert: used[expert] for expert in evict if expert in used}
         for expert in evict:
             used.pop(expert, None)
-        for expert in reversed(here):  # within a layer, the least busy expert counts as the least recent
+        for expert in reversed(computed):  # within a layer, the least busy expert counts as the least recent
             used.pop(expert, None)
             used[expert] = self.number(state, seen, expert)
         return replace(state, used=used, left=left), answer(
-            seen, [expert.expert for expert in here], evict=evict, load=load
+            seen, [expert.expert for expert in computed], evict=evict, load=load
         )
 
     def _evict(
@@ -121,7 +121,8 @@ class LFU(Cache):
 
 
 class LeastStale(Cache):
-    """Evicts first what this pass went past without using (SpecMD, arXiv 2602.03921).
+    """Evicts first the experts of layers that this pass has run without using them (SpecMD, arXiv
+    2602.03921).
 
     A pass runs the layers in order, so experts of passed layers that were not used are the most stale and are
     evicted first. Then come experts of later layers, the farthest layer first, then those that this pass has
@@ -184,9 +185,9 @@ class ARC(PolicyBase):
     def plan(self, state: ARCState, seen: Observation) -> tuple[ARCState, LayerPlan]:
         size, p = state.slots, state.p
         t1, t2, b1, b2 = dict(state.t1), dict(state.t2), dict(state.b1), dict(state.b2)
-        wanted = [ExpertId(seen.layer, expert) for expert in busiest_first(seen)]
-        needed = set(wanted)
-        missing = {expert for expert in wanted if not present(expert, seen)}
+        active = [ExpertId(seen.layer, expert) for expert in busiest_first(seen)]
+        needed = set(active)
+        missing = {expert for expert in active if not present(expert, seen)}
         free = size - len(seen.resident) - len(seen.in_flight)
         if len(missing) > free:
             # Experts that this policy did not load count as used once, long ago; lost ones are forgotten.
@@ -213,7 +214,7 @@ class ARC(PolicyBase):
                     return True
             return False
 
-        for expert in reversed(wanted):
+        for expert in reversed(active):
             again, remember = True, True
             from_t1 = len(t1) > p
             if expert in t1 or expert in t2:
@@ -244,5 +245,5 @@ class ARC(PolicyBase):
         load.reverse()
         host = missing.difference(load)
         return ARCState(size, p, t1, t2, b1, b2), answer(
-            seen, [e.expert for e in wanted if e not in host], evict=evict, load=load
+            seen, [e.expert for e in active if e not in host], evict=evict, load=load
         )

@@ -56,12 +56,12 @@ def expected_next(seen: Observation, geometry: Geometry, layers: int = 1) -> lis
     >>> expected_next(seen, geometry, layers=2)[2:]
     [ExpertId(layer=1, expert=2)]
     """
-    found = []
+    experts = []
     for ahead, tokens in enumerate(seen.forecast[:layers], 1):
         layer = (seen.layer + ahead) % geometry.num_layers
         likely = [expert for expert, expected in enumerate(tokens) if expected >= 0.5]
-        found += [ExpertId(layer, expert) for expert in sorted(likely, key=lambda e: (-tokens[e], e))]
-    return found
+        experts += [ExpertId(layer, expert) for expert in sorted(likely, key=lambda e: (-tokens[e], e))]
+    return experts
 
 
 def answer(

@@ -1,4 +1,4 @@
-"""How many experts a model routes to, and how many of them a device budget holds."""
+"""Numbers of a model's routed experts, and of those that a device budget holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from layerscope_jax.support.checks import Problems
 
 MOST_EXPERTS = 2**24
-"""Of all layers: sixteen million, a thousand times those of any model; more is damage, not a model."""
+"""Maximum number of experts of all layers, a thousand times that of any model: more means damaged input."""
 
 
 class ExpertId(NamedTuple):
@@ -20,15 +20,15 @@ class ExpertId(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedExperts:
-    """How many routed experts a model has: what routing, profiles, predictors and policies all count by.
+    """Numbers of a model's routed experts, as routing, profiles, predictors and policies use them.
 
     Attributes:
-        num_layers: L, layers with routed experts. A model may have other layers, which are not counted.
-        num_experts: E, experts of each of these layers.
-        experts_per_token: K, experts that a token chooses in each.
+        num_layers: L, number of layers with routed experts; other layers are not counted.
+        num_experts: E, number of experts of each of these layers.
+        experts_per_token: K, number of experts that a token chooses in each.
 
     Raises:
-        ValueError: naming every number that no model has.
+        ValueError: naming every number that is out of range.
 
     >>> RoutedExperts(num_layers=0, num_experts=8, experts_per_token=9)
     Traceback (most recent call last):
@@ -58,7 +58,7 @@ class RoutedExperts:
 
     @property
     def total_experts(self) -> int:
-        """Experts of all layers."""
+        """Number of experts of all layers."""
         return self.num_layers * self.num_experts
 
     @property
@@ -72,22 +72,25 @@ class RoutedExperts:
         return RoutedExperts(**self.counts())
 
     def counts(self) -> dict[str, Any]:
-        """The three numbers by name, to make another record of or to write down."""
+        """Returns the three numbers by name, for another record or a file."""
         return {field.name: getattr(self, field.name) for field in fields(RoutedExperts)}
 
     def every_expert(self) -> list[ExpertId]:
-        """All experts, layer by layer."""
+        """Returns all experts, layer by layer."""
         return [ExpertId(la, expert) for la in range(self.num_layers) for expert in range(self.num_experts)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry(RoutedExperts):
-    """What a policy knows of a model and of the device budget.
+    """Sizes of a model and of the device budget that a policy knows.
 
     Attributes:
-        expert_bytes: of one expert.
-        slots: how many experts the device budget holds, copies on their way counted.
+        expert_bytes: size (bytes) of one expert.
+        slots: number of experts that the device budget holds, copies in flight included.
+        arrays_per_expert: number of arrays of one expert, each of which is copied by itself: between two of
+            them, an on-demand load can overtake a prefetch. Plain formats have three, one for each matrix.
     """
 
     expert_bytes: int
     slots: int
+    arrays_per_expert: int = 3

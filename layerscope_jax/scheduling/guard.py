@@ -32,7 +32,7 @@ WAYS = (
 )
 
 TRIAL = {"prefill": 1, "decode": 3}
-"""Steps of a trial. In decode the first one clears what the previous way left behind, and is not measured."""
+"""Steps of a trial. In decode the first one clears the effects of the previous way, and is not measured."""
 
 FIRST_WAIT, LONGEST_WAIT, LONGER = 16, 1024, 4
 """Steps between rounds of trials. The wait grows by `LONGER` after each round that changes nothing, and never
@@ -42,7 +42,7 @@ SLACK = 0.15
 """Share by which measured times may differ from planned ones before other ways are tried."""
 
 HOPELESS = 1.25
-"""The host alone is not tried where, by the costs, it takes this many times what is measured and planned."""
+"""The host alone is not tried if its time by the costs is this many times the measured and planned time."""
 
 MARGIN, LAYER_MARGIN = 0.06, 0.45
 """Share of the time by which another way must be faster to be chosen, for all layers and for a single one, if
@@ -60,8 +60,8 @@ class Watch:
     Attributes:
         ms: [ways, L, samples] newest measured times of a layer's turn, infinite where there are fewer.
         chosen: [L] the way of each layer.
-        planned_ms: [L, samples] what the costs said of the newest measured turns of the chosen way.
-        alone_ms: what they say of a whole step by the host alone, as of the step before a round of trials.
+        planned_ms: [L, samples] times by the costs of the newest measured turns of the chosen way.
+        alone_ms: time of a whole step by the host alone, by the costs, in the step before a round of trials.
         wait: steps until the next round of trials.
         trial: the way that is tried in this step, in all layers; None outside of trials.
         left: steps of the trial, this one included.
@@ -95,14 +95,14 @@ class GuardState:
     """PreSched's state, and the guard's measurements.
 
     Attributes:
-        inner: the policy's own.
-        forecasts: whether there has been one.
-        watches: by phase and power of two of the tokens; as of the end of the step before.
-        key: of the step under way.
-        turns: of its layers so far; none where nothing is to be measured in it.
-        took_ms: of each, but the last; 0 if unknown.
-        ended: whether every layer of it was planned.
-        wants: whether the next layer, and the others of its step, may make use of a forecast.
+        inner: state of PreSched.
+        forecasts: whether there has been a forecast.
+        watches: by phase and power of two of the tokens; as of the end of the previous step.
+        key: key in `watches` of the current step.
+        turns: turns of its layers so far; empty if nothing is measured in it.
+        took_ms: measured time of each turn but the last; 0 if unknown.
+        ended: whether every layer of the step was planned.
+        wants: whether the next layer, and the others of its step, may use a forecast.
     """
 
     inner: PreSchedState
@@ -157,7 +157,7 @@ class Guard(PolicyBase):
             known = seen if way.forecast else replace(seen, forecast=())
             inner, plan = self._policy.decide(inner, known, move=way.move)
             planned_ms = float(inner.span_ms[seen.layer])
-        else:  # nothing to decide, and PreSched remembers what it knew
+        else:  # nothing to decide; PreSched's state stays as it was
             plan = answer(seen, ())
         forecasts, ended = state.forecasts or bool(seen.forecast), seen.layer + 1 == len(watch.chosen)
         if watch.trial is not None or watch.wait <= SAMPLES:
@@ -173,17 +173,17 @@ class Guard(PolicyBase):
 
     def report(self, state: GuardState) -> dict[str, Any]:
         """Returns the share of layers that was run each way, by phase."""
-        found: dict[str, Any] = {}
+        shares: dict[str, Any] = {}
         now = turns_of(state)
         for phase in ("prefill", "decode"):
             known = [watch.turns for (of, _), watch in state.watches.items() if of == phase]
             turns = np.sum(known, 0) + now * (state.key[0] == phase)
             total = np.sum(turns)
             if total:
-                found[phase] = {
+                shares[phase] = {
                     way.name: float(count / total) for way, count in zip(WAYS, turns, strict=True)
                 }
-        return found
+        return shares
 
     def _measured(self, watch: Watch, state: GuardState, took_ms: Sequence[float]) -> Watch:
         """Returns the watch with the measurements of the step that has ended."""
@@ -213,7 +213,7 @@ def turns_of(state: GuardState) -> np.ndarray:
     """Counts the layers of the current step, or of the last one if it has ended, by way [ways]."""
     ways: Sequence[int] | np.ndarray = [turn.way for turn in state.turns]
     if not ways and state.ended and state.key in state.watches:
-        ways = state.watches[state.key].chosen  # nothing was measured in it
+        ways = state.watches[state.key].chosen  # nothing was measured in this step
     return np.bincount(np.asarray(ways, np.int64), minlength=len(WAYS))
 
 
@@ -242,7 +242,7 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
     """Decides how the next step is run: as a trial, or with each layer's chosen way."""
     if watch.trial is not None and watch.left > 1:
         return replace(watch, left=watch.left - 1)
-    if watch.trial is not None:  # it is over
+    if watch.trial is not None:  # the trial has ended
         watch = replace(watch, trial=None)
         if not watch.untried:
             chosen = choose(watch)
@@ -254,7 +254,7 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
     else:
         ways = [index for index, way in enumerate(WAYS) if forecasts or not way.forecast or index == 0]
         if not forecasts:
-            ways.remove(1)  # without a predictor it is the same as the first
+            ways.remove(1)  # without a predictor, it equals the first way
         now = medians(watch.ms)[watch.chosen, np.arange(len(watch.chosen))].sum()
         planned = medians(watch.planned_ms).sum()
         kept = planned / (1 + SLACK) <= now <= (1 + SLACK) * planned

@@ -11,8 +11,8 @@ from layerscope_jax.support.njit import njit
 def lowest(values: np.ndarray, count: int) -> np.ndarray:
     """Returns the places of the `count` lowest values, lowest first; ties, to eleven digits, by place.
 
-    A heap of the lowest so far, highest on top: few of many are wanted, and most are looked at once. Value
-    and place are one integer, since comparing costs more than all else here.
+    Uses a heap of the lowest so far, highest on top, because few of many are needed and most are compared
+    once. Value and place are packed into one integer, since comparisons take most of the time.
     """
     size, bits = min(count, len(values)), 1
     while len(values) >> bits:

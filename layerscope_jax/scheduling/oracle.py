@@ -1,4 +1,4 @@
-"""The oracle policy, which is told all future demand; for the simulator, since an engine does not know it."""
+"""Oracle policy, which is given all future demand; for the simulator, as an engine does not know it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layerscope_jax.scheduling.presched import arrivals
 from layerscope_jax.scheduling.split import Split, balance
 
 AHEAD = 64
-"""Layers ahead that are searched for experts to prefetch; the link is full long before."""
+"""Layers ahead that are searched for experts to prefetch; the link is usually full long before."""
 
 LOAD_GAIN = 0.25
 """Least gain of an on-demand load that delays prefetches, as a share of its time on the link."""
@@ -23,38 +23,37 @@ LOAD_GAIN = 0.25
 
 @dataclass(frozen=True)
 class OracleState:
-    """The future demand, and what is on the link.
+    """State of the oracle: future demand and copies on the link.
 
     Attributes:
-        costs, geometry: of machine and model.
-        wanted: for each turn (a layer of a step), the experts that the device should compute if it had them
-            all, most tokens first.
-        next_turn: [S + 1][L][E] the first turn, from each step on, that an expert is wanted in; the number of
+        costs, geometry: costs of the machine, geometry of the model.
+        useful: for each turn (a layer of a step), the experts that the device should compute if all were
+            resident, most tokens first.
+        next_turn: [S + 1][L][E] the first turn, from each step on, that an expert is useful in; the number of
             turns if there is none. Lists, as numbers are taken out of them one by one.
-        queue: what was put on the link, in order.
+        queue: experts put on the link, in order.
     """
 
     costs: HardwareProfile
     geometry: Geometry
-    wanted: tuple[tuple[int, ...], ...]
+    useful: tuple[tuple[int, ...], ...]
     next_turn: list[list[list[int]]]
     queue: tuple[ExpertId, ...] = ()
 
 
 class Oracle(PolicyBase):
-    """Prefetches the expert needed next in place of the one needed last.
+    """Prefetches the expert that is needed soonest and evicts the one that is needed last.
 
-    Each layer's experts are shared out by `balance`. Then, while the link has time until the next plan, the
-    absent experts of the coming layers are copied, the next layer's first, of a layer those with most tokens;
-    each in the place of the resident expert whose next turn is farthest, if that comes later than its own
-    (Cao, Felten, Karlin and Li, "A study of integrated prefetching and caching strategies", SIGMETRICS 1995).
-    An expert's turns are those in which it is worth having: in which the device should compute it if every
-    expert were there. This is near the best that any policy can do, but not it: see
-    `layerscope_jax.runtime.lower_bound` for what nothing can beat.
+    Each layer's experts are divided between device and host by `balance`. Then, while the link has time until
+    the next plan, absent experts of the coming layers are copied: the next layer's first, and within a layer
+    those with most tokens. Each replaces the resident expert whose next turn is farthest, if that comes later
+    than its own (Cao, Felten, Karlin and Li, "A study of integrated prefetching and caching strategies",
+    SIGMETRICS 1995). An expert's turns are those in which the device should compute it if every expert were
+    resident. This is near the optimum but not equal to it; no policy can beat the bound of
+    `layerscope_jax.runtime.lower_bound`.
 
     Args:
-        counts: the demand to come, [S, L, E] tokens of one workload after the other, in the order in which
-            they run.
+        counts: future demand: [S, L, E] tokens of each workload, in the order in which they run.
     """
 
     name = "oracle"
@@ -74,17 +73,17 @@ class Oracle(PolicyBase):
             )
         at_once = replace(costs, transfer_ms=0.0)
         turns = np.full((steps + 1, layers, experts), steps * layers)
-        wanted = []
+        useful = []
         for turn, (step, layer) in enumerate(np.ndindex(steps, layers)):
             demand = self._demand(step, layer)
             device = balance(at_once, demand, (), loads=len(demand)).device
-            wanted.append(tuple(device))
+            useful.append(tuple(device))
             turns[step, layer, device] = turn
         next_turn = np.minimum.accumulate(turns[::-1])[::-1].tolist()
-        return OracleState(costs, geometry, tuple(wanted), next_turn)
+        return OracleState(costs, geometry, tuple(useful), next_turn)
 
     def plan(self, state: OracleState, seen: Observation) -> tuple[OracleState, LayerPlan]:
-        """Plans a layer as `Policy.plan` does. Raises ValueError if demand differs from what it was told."""
+        """Plans a layer as `Policy.plan` does; raises ValueError if its demand differs from the given one."""
         step, layer, demand = seen.step, seen.layer, seen.demand
         if step >= len(self.counts) or demand != self._demand(step, layer):
             raise ValueError(f"policy {self.name!r} was told of other demand for step {step}, layer {layer}")
@@ -92,7 +91,7 @@ class Oracle(PolicyBase):
         queue = [expert for expert in state.queue if expert in seen.in_flight]
         free = state.geometry.slots - len(seen.resident) - len(seen.in_flight)
         leaving = self._leaving(state, seen)
-        coming, link_ms = arrivals(queue, layer, demand, costs.transfer_ms)
+        coming, link_ms = arrivals(queue, layer, demand, costs.transfer_ms, state.geometry.arrays_per_expert)
         split = balance(
             costs,
             demand,
@@ -135,14 +134,14 @@ class Oracle(PolicyBase):
         """Returns what to prefetch until the next plan, and how many of `leaving`, from its end, may stay."""
         costs, layers, transfer_ms = state.costs, state.geometry.num_layers, state.costs.transfer_ms
         tokens = sum(seen.demand.values()) / state.geometry.experts_per_token
-        # The first copy of the queue is half across, on average.
+        # The first copy of the queue is half done, on average.
         queue_ms = (queued - 0.5 * bool(queued) + len(split.load)) * transfer_ms
         left_ms = max(split.device_ms, split.host_ms) + costs.layer_ms(round(tokens)) - queue_ms
         now, gone = seen.step * layers + seen.layer, 0
-        turns = range(now + 1, min(now + 1 + AHEAD, len(state.wanted)))
+        turns = range(now + 1, min(now + 1 + AHEAD, len(state.useful)))
         prefetch: list[ExpertId] = []
         copied = {ExpertId(seen.layer, expert) for expert in split.load}
-        for turn, expert in [(t, expert) for t in turns for expert in state.wanted[t]]:
+        for turn, expert in [(t, expert) for t in turns for expert in state.useful[t]]:
             copy = ExpertId(turn % layers, expert)
             if left_ms <= 0:
                 break

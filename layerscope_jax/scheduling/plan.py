@@ -209,9 +209,9 @@ def _check(
     plan: LayerPlan, seen: Observation, slots: int, known: Container[ExpertId] | None, where: str
 ) -> None:
     def refuse(what: str, experts: Iterable) -> None:
-        found = sorted(experts)
-        if found:
-            raise ValueError(f"{where}: {what}: {found}")
+        named = sorted(experts)
+        if named:
+            raise ValueError(f"{where}: {what}: {named}")
 
     if (plan.step, plan.layer) != (seen.step, seen.layer):
         raise ValueError(f"{where} was given for step {seen.step}, layer {seen.layer}")
@@ -224,8 +224,8 @@ def _check(
     if len(chosen) < len(plan.device) + len(plan.host):
         refuse("experts computed more than once", Counter(plan.device + plan.host) - Counter(chosen))
 
-    # Only what the plan names is looked up: the sets of resident experts may be large. This is done in every
-    # layer, so a plan that moves nothing is through soon.
+    # Only experts that the plan names are looked up, because the sets of resident experts may be large. Plans
+    # that move nothing return early, because this runs in every layer.
     layer, resident, in_flight = plan.layer, seen.resident, seen.in_flight
     if not (plan.evict or plan.load or plan.prefetch):
         absent = [e for e in plan.device if (layer, e) not in resident and (layer, e) not in in_flight]
@@ -319,15 +319,15 @@ class Replay(PolicyBase):
                 f"the recorded plans end before step {seen.step}, layer {seen.layer}; "
                 "replay with the prompts and settings of the recording"
             )
-        here = {*seen.resident, *seen.in_flight}
+        occupied = {*seen.resident, *seen.in_flight}
         needed = [ExpertId(seen.layer, expert) for expert in recorded.device]
-        load = [e for e in dict.fromkeys((*recorded.load, *needed)) if e not in here]
+        load = [e for e in dict.fromkeys((*recorded.load, *needed)) if e not in occupied]
         evict = [e for e in recorded.evict if e in seen.resident]
-        room = state - len(here) + len(evict) - len(load)
+        room = state - len(occupied) + len(evict) - len(load)
         if room < 0:
             spare = set(seen.resident).difference(needed, evict)
             evict += sorted(spare, key=lambda e: (e in recorded.prefetch, e))[:-room]
             room = 0
-        here.difference_update(evict)
-        prefetch = [e for e in recorded.prefetch if e not in here][:room]
+        occupied.difference_update(evict)
+        prefetch = [e for e in recorded.prefetch if e not in occupied][:room]
         return state, replace(recorded, evict=tuple(evict), load=tuple(load), prefetch=tuple(prefetch))

@@ -16,7 +16,7 @@ def save_plans(plans: Iterable[LayerPlan], path: str | Path) -> None:
     """Writes plans as JSON lines, whole or not at all.
 
     Raises:
-        ValueError: if one is no plan, or the file cannot be written.
+        ValueError: if one of them is not a plan, or the file cannot be written.
     """
     path = Path(path)
 

@@ -1,4 +1,4 @@
-"""Base class of policies (`PolicyBase`): all that engine and simulator ask of a policy, with defaults."""
+"""Base class of policies (`PolicyBase`): every method that engine and simulator call, with defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class PolicyBase:
-    """Base class for policies that do more than plan, with defaults for all that engine and simulator ask.
+    """Base class for policies that do more than plan, with defaults for every method that is called.
 
     Attributes:
         name: name in statistics and tables.

@@ -33,10 +33,10 @@ def ahead_of_lru(
         coming: experts of later layers, the one needed first in front.
         most: limit of prefetches; the others are left to the next layer's plan.
     """
-    wanted = [ExpertId(seen.layer, expert) for expert in busiest_first(seen)]
-    needed = set(wanted)
+    active = [ExpertId(seen.layer, expert) for expert in busiest_first(seen)]
+    needed = set(active)
     coming = list(dict.fromkeys(expert for expert in coming if expert not in needed))
-    missing = [expert for expert in wanted if not present(expert, seen)]
+    missing = [expert for expert in active if not present(expert, seen)]
     absent = [expert for expert in coming if not present(expert, seen)][: max(0, most)]
     free = state.geometry.slots - len(seen.resident) - len(seen.in_flight)
     idle: list[ExpertId] = []
@@ -59,11 +59,11 @@ def ahead_of_lru(
     recent = dict(state.recent)
     for expert in evict:
         recent.pop(expert, None)
-    for expert in (*reversed(prefetch), *reversed(wanted)):
+    for expert in (*reversed(prefetch), *reversed(active)):
         recent.pop(expert, None)
         recent[expert] = None
     return replace(state, recent=recent), answer(
-        seen, [e.expert for e in wanted if e not in host], evict=evict, load=load, prefetch=prefetch
+        seen, [e.expert for e in active if e not in host], evict=evict, load=load, prefetch=prefetch
     )
 
 
@@ -143,15 +143,15 @@ class Klotski(PolicyBase):
 
     def plan(self, state: KlotskiState, seen: Observation) -> tuple[KlotskiState, LayerPlan]:
         geometry = state.geometry
-        wanted = [ExpertId(seen.layer, expert) for expert in busiest_first(seen)]
-        hot = [e for e in expected_next(seen, geometry)[: geometry.experts_per_token] if e not in wanted]
-        kept = {*wanted, *hot}
+        active = [ExpertId(seen.layer, expert) for expert in busiest_first(seen)]
+        hot = [e for e in expected_next(seen, geometry)[: geometry.experts_per_token] if e not in active]
+        kept = {*active, *hot}
         evict = [expert for expert in state.passed if expert in seen.resident and expert not in kept]
-        missing = [expert for expert in wanted if not present(expert, seen)]
+        missing = [expert for expert in active if not present(expert, seen)]
         free = geometry.slots - len(seen.resident) - len(seen.in_flight) + len(evict)
         if len(missing) > free:
             # Something was loaded by others, or is still in flight: everything not needed now may be evicted.
-            others = (expert for expert in seen.resident if expert not in evict and expert not in wanted)
+            others = (expert for expert in seen.resident if expert not in evict and expert not in active)
             more = sorted(others, key=lambda e: (e in hot, e.layer < state.kept_layers, e))
             evict += more[: len(missing) - free]
             free += len(more[: len(missing) - free])
@@ -159,7 +159,7 @@ class Klotski(PolicyBase):
         room = min(free - len(load), room_ahead(seen, geometry))
         prefetch = [expert for expert in hot if not present(expert, seen)][:room]
         host = set(missing).difference(load)
-        device = [expert for expert in wanted if expert not in host]
+        device = [expert for expert in active if expert not in host]
         left = {e for e in state.passed if present(e, seen)}.difference(evict)
         passed = sorted(left.union(device, prefetch))
         return replace(state, passed=tuple(e for e in passed if e.layer >= state.kept_layers)), answer(

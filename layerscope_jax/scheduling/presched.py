@@ -15,24 +15,24 @@ from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observ
 from layerscope_jax.scheduling.policy import PolicyBase
 
 CERTAIN = {"prefill": 0.0, "decode": 0.5}
-"""Share of a prefetch's gain that a load for this layer must gain, as its gain is certain. In a prefill
-nearly all experts of all layers are needed, and the link is busy with this layer until it ends."""
+"""Share of a prefetch's gain that a load for this layer must gain, by phase: a load's gain is certain. In a
+prefill nearly all experts of all layers are needed, and the link is busy with this layer until it ends."""
 
 
 @dataclass(frozen=True)
 class PreSchedState:
-    """What PreSched remembers; arrays are copied before they change.
+    """State of PreSched; arrays are copied before they are changed.
 
     Attributes:
-        costs, geometry: of machine and model.
-        popularity: [L, E] mean tokens that an expert gets of one token in the step.
-        worth: [L, E] ms that having an expert on the device saves in its layer's next turn, if as popular as
-            ever.
-        present: [L, E] bool, on the device or on its way.
-        span_ms: [L] from a layer's plan to the next, as it was expected last.
-        price: [L] what a millisecond of device work costs of a layer's time; the host's costs the rest. 0
-            where the host ends last whatever is done.
-        queue: what was put on the link, in order.
+        costs, geometry: costs of the machine, geometry of the model.
+        popularity: [L, E] mean tokens of an expert for each token of the step.
+        worth: [L, E] time (ms) that an expert on the device saves in its layer's next turn, by its
+            popularity.
+        present: [L, E] bool, resident or in flight.
+        span_ms: [L] time (ms) from a layer's plan to the next plan, as last expected.
+        price: [L] share in 0..1 of a layer's time that a millisecond of device work costs; a millisecond of
+            host work costs the rest. 0 if the host ends last in any case.
+        queue: experts put on the link, in order.
     """
 
     costs: HardwareProfile
@@ -82,9 +82,9 @@ class PreSched(PolicyBase):
         costs, layer, demand = state.costs, seen.layer, seen.demand
         rows = sum(demand.values()) / state.geometry.experts_per_token
         queue = [expert for expert in state.queue if expert in seen.in_flight]
-        if len(queue) < len(seen.in_flight):  # others put something on the link
+        if len(queue) < len(seen.in_flight):  # the link has copies that this policy did not ask for
             queue += sorted(set(seen.in_flight).difference(queue))
-        coming, ahead_ms = arrivals(queue, layer, demand, costs.transfer_ms)
+        coming, ahead_ms = arrivals(queue, layer, demand, costs.transfer_ms, state.geometry.arrays_per_expert)
         fitting = int(state.span_ms[layer] / max(costs.transfer_ms, 1e-6)) + 1 - len(queue)
         number = state.geometry.num_experts
         every = numbered(state.geometry.num_layers, number)
@@ -110,8 +110,8 @@ class PreSched(PolicyBase):
             move=move,
         )
         device, host, load, prefetch, evict = (
-            found.tolist()
-            for found in weighing.decide(
+            part.tolist()
+            for part in weighing.decide(
                 costs.curves,
                 books,
                 turn,
@@ -133,7 +133,7 @@ class PreSched(PolicyBase):
             prefetch=tuple([every[flat] for flat in prefetch]),
         )
         copies = [every[layer * number + expert] for expert in device]
-        if not agree(plan, copies, seen):  # others brought some and took as many
+        if not agree(plan, copies, seen):  # experts were loaded and evicted that this policy did not plan
             return self.decide(replace(state, present=counted(state, seen)), seen, move=move)
         state = PreSchedState(costs, state.geometry, *books, queue=(*queue, *plan.load, *plan.prefetch))
         return state, plan
@@ -182,16 +182,23 @@ def agree(plan: LayerPlan, device: Sequence[ExpertId], seen: Observation) -> boo
 
 
 def arrivals(
-    queue: Sequence[ExpertId], layer: int, demand: Mapping[int, int], transfer_ms: float
+    queue: Sequence[ExpertId], layer: int, demand: Mapping[int, int], transfer_ms: float, arrays: int
 ) -> tuple[list[tuple[int, float]], float]:
-    """Returns this layer's active experts on the link with the ms to their arrival, and to the next load."""
-    found: list[tuple[int, float]] = []
+    """Returns the time (ms) until each active expert in `queue` arrives, and until a load could begin.
+
+    Args:
+        queue: experts on the link, in order.
+        layer, demand: the layer that is planned.
+        transfer_ms: time of one copy.
+        arrays: number of arrays of an expert, each copied by itself.
+    """
+    arriving: list[tuple[int, float]] = []
     ahead = 0.0
     for position, expert in enumerate(queue):
         if expert.layer == layer and expert.expert in demand:
-            # The first is half way on average; demand overtakes the others at the next matrix.
+            # The first copy is half done on average; a demand overtakes the others at the next array.
             ahead += (0.5 if position == 0 else 1.0) * transfer_ms
-            found.append((expert.expert, ahead))
+            arriving.append((expert.expert, ahead))
         elif position == 0:
-            ahead = transfer_ms / 6
-    return found, ahead
+            ahead = transfer_ms / (2 * arrays)
+    return arriving, ahead

@@ -66,10 +66,10 @@ class PaperPreSched(PolicyBase):
 
     def _forecast(self, geometry: Geometry, seen: Observation) -> list[ExpertId]:
         """Returns experts of the next layers with half an expected token or more, most tokens first."""
-        found = [
+        expected = [
             (tokens, ExpertId((seen.layer + 1 + ahead) % geometry.num_layers, expert))
             for ahead, row in enumerate(seen.forecast[: min(LOOK_AHEAD, geometry.num_layers - 1)])
             for expert, tokens in enumerate(row)
             if tokens >= 0.5
         ]
-        return [expert for _, expert in sorted(found, key=lambda item: (-item[0], item[1]))]
+        return [expert for _, expert in sorted(expected, key=lambda item: (-item[0], item[1]))]

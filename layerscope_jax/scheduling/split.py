@@ -18,8 +18,8 @@ class Split(NamedTuple):
     Attributes:
         device, host: experts computed there; each once.
         load: those of `device` that must be copied first, first needed first.
-        device_ms, host_ms: when the device and the host end, from when the layer's experts begin.
-        moved: tokens of the busiest resident expert that the host computes; 0 where there is none.
+        device_ms, host_ms: time (ms) from the beginning of the layer's experts to the end of device and host.
+        moved: tokens of the busiest resident expert that the host computes; 0 if there is none.
     """
 
     device: list[int]
@@ -42,19 +42,19 @@ def balance(
 ) -> Split:
     """Splits a layer by greedy moves, each of which makes the layer end earlier.
 
-    Begins with what is resident on the device and the rest on the host. While the host ends last, experts are
-    handed to the device: those on their way as they arrive, then loads, most tokens first, one after the
-    other on the link. While the device ends last, resident experts with the fewest tokens go to the host,
-    which can read every expert.
+    Starts with the resident experts on the device and the others on the host. While the host ends last,
+    experts are moved to the device: those in flight as they arrive, then loads, most tokens first, one after
+    the other on the link. While the device ends last, resident experts with the fewest tokens are moved to
+    the host, which has every expert.
 
     Args:
-        costs: of an expert.
+        costs: costs of an expert.
         demand: expert -> tokens.
         resident: active experts on the device.
-        coming: active experts on their way, each with the ms until it is there, in order of arrival.
-        link_ms: until the link could begin a load.
-        loads: most that may be loaded.
-        worth_ms: what a load must gain at least; the link may have something better to do.
+        coming: active experts in flight, each with the time (ms) until it arrives, in order of arrival.
+        link_ms: time (ms) until the link could begin a load.
+        loads: maximum number of loads.
+        worth_ms: minimum gain (ms) of a load, because the link may have something better to do.
 
     >>> from layerscope_jax import TimeTable
     >>> costs = HardwareProfile(host_ms=TimeTable((1,), (2.0,)), device_ms=TimeTable((1,), (1.0,)),
@@ -98,7 +98,7 @@ def ordered(experts: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.nda
     number = 1
     for expert in experts:
         number = max(number, expert + 1)
-    keys = np.empty(len(experts))  # whole numbers, far smaller than those that `lowest` takes for equal
+    keys = np.empty(len(experts))  # whole numbers, small enough that `lowest` distinguishes them
     for place in range(len(experts)):
         keys[place] = experts[place] - tokens[place] * number
     order = lowest(keys, len(keys))
@@ -117,18 +117,18 @@ def share_out(
     loads: int,
     worth_ms: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float, int]:
-    """`balance` on arrays; experts are places in `tokens`, which falls.
+    """Computes `balance` on arrays; experts are indices of `tokens`, which is sorted, largest first.
 
     Args:
-        curves, transfer_ms: costs.
-        tokens: [A] of each active expert.
+        curves, transfer_ms: costs of computing and of copying an expert.
+        tokens: [A] tokens of each active expert.
         resident: [A] bool, on the device.
-        coming: places of those on their way, in order of arrival.
-        arrival: [A] ms until each of these is there, infinite for all others.
-        link_ms, loads, worth_ms: as of `balance`.
+        coming: indices of the experts in flight, in order of arrival.
+        arrival: [A] time (ms) until each of these arrives, infinite for all others.
+        link_ms, loads, worth_ms: as in `balance`.
 
     Returns:
-        device, load and host as places; device_ms, host_ms, moved.
+        device, load and host as indices; device_ms, host_ms, moved.
     """
     active = len(tokens)
     host_ms, device_ms = np.empty(active), np.empty(active)

@@ -31,7 +31,7 @@ SPARE = 48
 
 
 class Books(NamedTuple):
-    """The arrays of `PreSchedState`. They are written to: the caller gives copies."""
+    """Arrays of `PreSchedState`; they are written to, so the caller passes copies."""
 
     popularity: np.ndarray  # [L, E]
     worth: np.ndarray  # [L, E]
@@ -88,11 +88,12 @@ def decide(
 
     Args:
         curves: costs of an expert.
-        books: changed in place to what is to be remembered.
+        books: arrays of the state, changed in place to the next state.
         turn: the layer.
         experts, tokens: [A] the demand, in any order.
-        away: flat numbers `layer * E + expert` of what is on the link.
-        coming, coming_ms: this layer's active experts among these, in order of arrival, and when.
+        away: flat numbers `layer * E + expert` of the experts on the link.
+        coming, coming_ms: this layer's active experts among these, in order of arrival, with their times
+            (ms).
         forecast: [W, E] expected tokens; W = 0 without a predictor.
 
     Returns:
@@ -108,7 +109,7 @@ def decide(
     wishes, saves = wish(books, turn, coming_saves) if turn.move else nothing()
     spare, worth = leaving(books, turn, coming_saves, experts, on_link) if turn.move else nothing()
 
-    # One by one: for an array into places of another numba compiles messages about shapes, for seconds.
+    # One by one, because assigning one array to places of another takes numba seconds to compile.
     place = np.full(number, -1)
     for index in range(len(experts)):
         place[experts[index]] = index
@@ -129,7 +130,7 @@ def decide(
     )
     price = device_price(curves, moved)
     if turn.alone_ms < max(device_ms, host_ms):
-        # The host alone ends sooner than both sides that slow each other down; then an expert on the device
+        # If the host alone is faster than both sides, which slow each other down, an expert on the device
         # saves nothing.
         device, load, host = device[:0], load[:0], np.arange(len(experts))
         device_ms, host_ms, price = 0.0, turn.alone_ms, 1.0
@@ -139,7 +140,7 @@ def decide(
     link_ms = (turn.queued - (0.5 if turn.queued else 0.0) + len(load)) * turn.transfer_ms
     due_ms = until_turn(books.span_ms, layer, turn.other_ms)
     prefetch = np.empty(len(wishes), np.int64)
-    found = 0
+    count = 0
     for index in range(len(wishes)):
         if link_ms >= span_ms:
             break
@@ -151,10 +152,10 @@ def decide(
             gone += 1
         else:
             break
-        prefetch[found] = wishes[index]
-        found += 1
+        prefetch[count] = wishes[index]
+        count += 1
         link_ms += turn.transfer_ms
-    prefetch, evict = prefetch[:found], spare[:gone]
+    prefetch, evict = prefetch[:count], spare[:gone]
 
     present = books.present.reshape(-1)
     present[evict] = False
@@ -219,16 +220,16 @@ def foresee(curves: Curves, books: Books, turn: Turn, forecast: np.ndarray) -> n
 def wish(books: Books, turn: Turn, saves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns absent experts of the coming layers (flat numbers) and the ms that each saves, most first."""
     layers, number = books.present.shape
-    least, found = WORTHWHILE * turn.transfer_ms, 0
+    least, count = WORTHWHILE * turn.transfer_ms, 0
     wishes, losses = np.empty(saves.size, np.int64), np.empty(saves.size)
     for ahead in range(len(saves)):
         layer = (turn.layer + 1 + ahead) % layers
         present, row = books.present[layer], saves[ahead]
         for expert in range(number):
             if row[expert] > least and not present[expert]:
-                wishes[found], losses[found] = layer * number + expert, -row[expert]
-                found += 1
-    first = lowest(losses[:found], turn.fitting + SPARE)
+                wishes[count], losses[count] = layer * number + expert, -row[expert]
+                count += 1
+    first = lowest(losses[:count], turn.fitting + SPARE)
     return wishes[first], -losses[first]
 
 
@@ -240,7 +241,7 @@ def leaving(
     layers, number = books.present.shape
     may = books.present & ~on_link.reshape(layers, number)
     may[turn.layer][experts] = False
-    residents, worths, found = np.empty(may.size + 1, np.int64), np.empty(may.size + 1), 0
+    residents, worths, count = np.empty(may.size + 1, np.int64), np.empty(may.size + 1), 0
     for ahead in range(layers - 1, -1, -1):  # of equals, the one whose turn is farthest leaves
         layer = (turn.layer + 1 + ahead) % layers
         if ahead < len(saves):
@@ -249,9 +250,9 @@ def leaving(
             worth = books.worth[layer] * (1 - AGAIN * ahead / layers)
         row = may[layer]
         for expert in range(number):  # written always and kept if resident: no branch to guess wrong
-            residents[found], worths[found] = layer * number + expert, worth[expert]
-            found += row[expert]
-    first = lowest(worths[:found], turn.fitting + SPARE + turn.crowd)
+            residents[count], worths[count] = layer * number + expert, worth[expert]
+            count += row[expert]
+    first = lowest(worths[:count], turn.fitting + SPARE + turn.crowd)
     return residents[first], worths[first]
 
 

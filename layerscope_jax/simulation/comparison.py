@@ -1,4 +1,4 @@
-"""Policies compared on a profile's machine: recorded routing on the virtual clock, beside the bounds."""
+"""Compares policies on the machine of a profile: recorded routing on the virtual clock, with bounds."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from layerscope_jax.simulation.simulator import Simulated, Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Outcome):
-    """Outcome of one policy in one phase of one batch. Bytes are of all steps together.
+    """Outcome of one policy in one phase of one batch; bytes are summed over all steps.
 
-    The share of the bound is that of this phase's steps; 1 if the bound is reached.
+    The share of the bound is for the steps of this phase; 1 if the bound is reached.
 
     Attributes:
-        profile: its name.
-        batch: requests.
-        phase: "prefill", of all prompts in one step that begins with an empty device, or "decode" after it.
-        steps: S.
-        bound_s: least time of a step under any policy, in decode whatever was resident at its beginning.
-        ratio_to_presched: time of a step divided by that under "presched"; None if that was not simulated.
-        belady_hit_rate: highest hit rate within the budget if nothing is copied before it is asked for.
+        profile: name of the profile.
+        batch: number of requests.
+        phase: "prefill" (all prompts in one step, from an empty device) or "decode" (the steps after it).
+        steps: S, number of steps.
+        bound_s: lower bound on the mean time (s) of a step under any policy; in decode, for any initial
+            residency.
+        ratio_to_presched: time of a step divided by that under "presched"; None if it was not simulated.
+        belady_hit_rate: highest hit rate within the budget without prefetching.
     """
 
     profile: str
@@ -52,22 +53,22 @@ class Row(Outcome):
 
     @property
     def step_s(self) -> float:
-        """Time of a step, on average: to the first token in prefill, per output token in decode."""
+        """Mean time (s) of a step: time to first token in prefill, time per output token in decode."""
         return self.ttft_s if self.phase == "prefill" else self.tpot_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Policies on one profile and routing, within one budget.
+    """Comparison of policies on one profile and routing, within one budget.
 
     Attributes:
-        profile: its name.
+        profile: name of the profile.
         source: where its costs come from.
         routing: name or file of the recorded routing.
-        budget_experts: how many experts the device has room for.
-        all_experts: how many there are.
-        expert_bytes: bytes of one expert.
-        refused: policy -> why it does not run within this budget.
+        budget_experts: number of experts that the budget holds.
+        all_experts: number of experts of the model.
+        expert_bytes: size (bytes) of one expert.
+        refused: policy -> why it cannot run within this budget.
         rows: by batch, then by policy, prefill before decode.
     """
 
@@ -94,24 +95,24 @@ def simulate_profile(
     predictor: str = "llapor",
     progress: bool = False,
 ) -> Comparison:
-    """Runs recorded routing under policies on the machine of a profile, on a virtual clock.
+    """Simulates policies over recorded routing on the machine of a profile.
 
     Each policy prefills the prompts of a batch in one step, from an empty device, then runs the decode steps
-    with what is resident by then. A batch consists of the first requests of the routing.
+    from the residency that this leaves. A batch consists of the first requests of the routing.
 
     Args:
-        profile: what `layerscope calibrate` measured, or the name of a shipped one.
-        routing: recorded of a model with as many layers, experts and choices as the profile's; None for the
-            one that the profile names.
-        batches: requests of each batch.
-        slots: experts that the device has room for; None for what the profile says.
+        profile: a profile that `layerscope calibrate` measured, or the name of a shipped profile.
+        routing: recorded routing of a model with the numbers of layers, experts and choices of the profile's;
+            None for the routing that the profile names.
+        batches: batch sizes.
+        slots: number of experts that the budget holds; None for the profile's number.
         policies: some of `SIMULATED`, or names of registered policies.
-        predictor: one of the routing's, for the policies that make use of forecasts; prefills have none.
-        progress: whether to draw a bar on stderr, if that is a terminal.
+        predictor: a predictor of the routing, for policies that use forecasts; prefills have none.
+        progress: whether to show a progress bar on stderr, if that is a terminal.
 
     Raises:
-        ValueError: for what is not known or out of range, saying what there is; if the routing is of another
-            shape than the profile's model.
+        ValueError: for unknown names, with those that exist, and for values out of range; if the routing does
+            not have the shape of the profile's model.
 
     >>> comparison = simulate_profile("mixtral-8x7b", batches=[4], policies=["presched", "lru"])
     >>> [(row.policy, row.predictor, row.phase, row.steps) for row in comparison.rows][1:3]
@@ -163,12 +164,12 @@ def simulate_profile(
 
 
 def _is_from_outside(name: str) -> bool:
-    """Whether other code registered a policy of this name; "resident" has nothing to compare."""
+    """Whether other code registered a policy of this name; "resident" is not compared."""
     return name != Resident.name and is_policy(name)
 
 
 def _routing(profile: MachineProfile, routing: Routing | str | Path | None) -> tuple[Routing, str]:
-    """The routing, and what to call it."""
+    """Returns the routing and its name."""
     if isinstance(routing, Routing):
         return routing, str(routing.header.get("name", "given"))
     if routing is not None:
@@ -200,9 +201,9 @@ def _sizes(model: RoutedExperts) -> str:
 
 
 def _limits(workload: Workload, geometry: Geometry, costs: HardwareProfile) -> tuple[float, float]:
-    """Least time of a step (ms) and highest hit rate of any policy.
+    """Returns a lower bound on the time of a step (ms) and the highest hit rate of any policy.
 
-    What is resident when decode begins is up to the policy, so the best is assumed.
+    The policy decides what is resident when decode begins, so the best choice is assumed.
     """
     counts, decode = workload.counts, workload.phase == "decode"
     bound = lower_bound_ms(counts, workload.tokens, geometry, costs, resident=None if decode else ())

@@ -1,4 +1,4 @@
-"""Times of host and device on a machine where they, and copies, slow each other down."""
+"""Contention: times of host and device on a machine where they and copies slow each other down."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from layerscope_jax.scheduling.plan import LayerPlan
 def side_by_side(
     costs: HardwareProfile, plan: LayerPlan, demand: Mapping[int, int], copying: bool
 ) -> tuple[float, float]:
-    """Time (ms) of the host for its part of a plan, and the device's time for its own by `costs.device_ms`.
+    """Returns the host's time (ms) for its part of a plan, and the factor on the device's times.
 
-    While copies are made, both take the times of `costs`. Without copies they do so until one of them is
-    done; the other goes on at the pace of `costs.alone`. Any wait of the device for copies is left to the
-    caller.
+    During copies, both take the times of `costs`. Without copies they do so until one of them is done; the
+    other continues at the speed of `costs.alone`. The factor is relative to `costs.device_ms`. The caller
+    adds any wait of the device for copies.
 
     Args:
-        costs: of the machine.
-        plan: of the layer.
+        costs: costs of the machine.
+        plan: plan of the layer.
         demand: expert -> tokens.
-        copying: whether copies are made meanwhile.
+        copying: whether copies are made at the same time.
 
     >>> from layerscope_jax import TimeTable
     >>> def machine(host_ms, alone=None):
@@ -43,7 +43,7 @@ def side_by_side(
 
 
 def _times(costs: HardwareProfile, plan: LayerPlan, demand: Mapping[int, int]) -> tuple[float, float]:
-    """Times (ms) of host and device for their parts of a plan."""
+    """Returns the times (ms) of host and device for their parts of a plan."""
     host_ms = costs.host_start_ms if plan.host else 0.0
     device_ms = 0.0
     for expert in plan.host:

@@ -1,4 +1,4 @@
-"""Forecasts of recorded demand that need nothing but the demand: from what was before, and from the truth."""
+"""Forecasts of recorded demand that are computed from the demand alone: from its past or its future."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from layerscope_jax.scheduling.plan import Observation, Phase
 def remembered(
     predictor: History, model: RoutedExperts, before: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
-    """What a predictor says at each turn, if it is shown every turn as an engine would.
+    """Returns a predictor's forecasts after each layer of each step, as an engine would get them.
 
     Args:
-        predictor: as an engine takes it.
-        model: whose experts.
-        before: [L, E] tokens of each expert in the step before the first.
-        counts: [S, L, E] of the steps.
+        predictor: a predictor that forecasts from earlier routing.
+        model: numbers of the model's layers and experts.
+        before: [L, E] tokens of each expert in the step before the first one.
+        counts: [S, L, E] tokens of each expert in the steps.
 
     Returns:
         [S, L, W, E] float32 tokens expected of the W layers after each.
@@ -46,7 +46,7 @@ def remembered(
 
 
 def foretold(counts: np.ndarray, look_ahead: int) -> np.ndarray:
-    """What comes true: the demand itself.
+    """Returns a perfect forecast, which is the demand itself.
 
     Args:
         counts: [S, L, E] tokens of each expert.

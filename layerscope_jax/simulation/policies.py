@@ -1,4 +1,4 @@
-"""Recorded routing as workloads, and runs of policies on them by name, the oracle's too."""
+"""Workloads from recorded routing, and simulations of policies, including the oracle, by name."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from layerscope_jax.scheduling.registry import FORECASTING, POLICIES
 from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.simulation.simulator import Simulated, Workload, simulate
 
-# Where everything is resident there is nothing to compare, and it would begin with what others must copy.
+# "resident" is left out: it would begin with every expert resident, which others have to copy.
 SIMULATED = (*(name for name in POLICIES if name != Resident.name), Oracle.name)
-"""Policies that can be compared by name; the oracle is told all demand to come."""
+"""Policies that can be compared by name; the oracle is given all future demand."""
 
 BATCHES = (4, 16, 64)
 """Batch sizes that are compared by default."""
 
 
 def workloads(routing: Routing, batch: int, predictor: str) -> tuple[Workload, Workload]:
-    """Demand of the first `batch` requests: their prompts in one step, and their decode steps.
+    """Returns the demand of the first `batch` requests: their prompts in one step, and their decode steps.
 
     Raises:
-        ValueError: if there are not so many requests, or for an unknown predictor.
+        ValueError: if the routing has fewer requests, or for an unknown predictor.
     """
     if not 1 <= batch <= routing.requests:
         raise ValueError(f"batch must lie in 1..{routing.requests}, the requests recorded; got {batch}")
     requests = range(batch)
     counts, forecasts = routing.batch(requests, predictor)
     tokens = int(routing.prefill_lengths[:batch].sum())
-    # An engine without a predictor sees no forecast, rather than one of nothing.
+    # An engine without a predictor has no forecast, instead of one that expects no tokens.
     named = None if predictor == "none" else predictor
     return (
         Workload(phase="prefill", tokens=tokens, counts=routing.prefill(requests)[None], predictor=named),
@@ -49,7 +49,7 @@ def workloads(routing: Routing, batch: int, predictor: str) -> tuple[Workload, W
 def run(
     policy: str, workloads: Sequence[Workload], geometry: Geometry, costs: HardwareProfile
 ) -> list[Simulated]:
-    """Simulates one of `SIMULATED`, from an empty device; only policies that use forecasts are given them."""
+    """Simulates one of `SIMULATED` from an empty device; only policies that use forecasts get them."""
     if policy not in FORECASTING:
         workloads = [replace(part, forecasts=None, predictor=None) for part in workloads]
     made = Oracle([part.counts for part in workloads]) if policy == Oracle.name else POLICIES[policy]()
@@ -57,7 +57,7 @@ def run(
 
 
 def refusals(policies: Iterable[str], geometry: Geometry, costs: HardwareProfile) -> dict[str, str]:
-    """Reasons of the policies that do not run within the budget, by name; the oracle always runs."""
+    """Returns why policies cannot run within the budget, by name; the oracle always can."""
     reasons = {}
     for name in policies:
         if name != Oracle.name:

@@ -1,6 +1,6 @@
-"""Recorded routing of requests and what predictors said of it: something to schedule by, without the model.
+"""Recorded routing of requests, with predictors' forecasts of it: replaces the model in simulations.
 
-`profiles/README.md` says where the shipped files come from, `simulation.routing_files` what is in one.
+`profiles/README.md` describes the origin of the shipped files, `simulation.routing_files` their contents.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from layerscope_jax.simulation.routing_files import check, read, write
 HISTORIES = {kind.name: kind for kind in (PreviousToken, Popularity)}
 
 DERIVED = (*HISTORIES, "oracle", "none")
-"""Forecasts that need nothing but the routing: those of the predictors of these names that an engine takes,
-shown the prompts' last tokens first; what came true, zeros after the last step; nothing."""
+"""Forecasts that are computed from the routing: by an engine's predictors of these names, after observing the
+prompts' last tokens; perfect ones, zeros after the last step; none."""
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 
 
 class StoredForecast(NamedTuple):
-    """What a predictor said of each token; both [S, R, L, W, M] uint8.
+    """Forecast of a predictor for each token; both arrays are [S, R, L, W, M] uint8.
 
     Attributes:
-        experts: the M likeliest.
-        probabilities: theirs, in 255ths.
+        experts: the M likeliest experts.
+        probabilities: their probabilities, in 255ths.
     """
 
     experts: np.ndarray
@@ -40,7 +40,7 @@ class StoredForecast(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What some requests, decoded together, ask for.
+    """Demand of some requests that are decoded together.
 
     Attributes:
         counts: [S, L, E] int32 tokens routed to each expert.
@@ -55,14 +55,14 @@ class Batch(NamedTuple):
 class Routing:
     """Recorded routing of R requests, each a prompt and S decode steps.
 
-    A look-ahead that passes the last layer goes on into the first layers of the next step.
+    A look-ahead past the last layer continues with the first layers of the next step.
 
     Attributes:
-        header: {"format": 2, "geometry": `RoutedExperts`, "domains": [R names]} and more, for people to read.
+        header: {"format": 2, "geometry": `RoutedExperts`, "domains": [R names]} and more, for human readers.
         decode_experts: [S, R, L, K] uint8.
         prefill_experts: [R, P, L, K] uint8.
         prefill_lengths: [R] tokens of each prompt, 1..P.
-        forecasts: predictor -> what it said.
+        forecasts: predictor -> its forecast.
 
     Raises:
         ValueError: naming everything that is wrong.
@@ -94,7 +94,7 @@ class Routing:
 
     @cached_property
     def routed(self) -> RoutedExperts:
-        """The model's routed experts: L, E, K."""
+        """Numbers of the model's routed experts: L, E, K."""
         return RoutedExperts(**self.header["geometry"])
 
     @property
@@ -107,25 +107,25 @@ class Routing:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """[R] what kind of text each request is of."""
+        """Domain (kind of text) of each request [R]."""
         return tuple(self.header["domains"])
 
     @property
     def look_ahead(self) -> int:
-        """W of every forecast: the farthest that is stored, or 1."""
+        """W of every forecast: the largest that is stored, or 1."""
         return max((stored.experts.shape[3] for stored in self.forecasts.values()), default=1)
 
     @property
     def predictors(self) -> tuple[str, ...]:
-        """Every name that `batch` takes."""
+        """Names of the predictors that `batch` takes."""
         return (*self.forecasts, *DERIVED)
 
     def batch(self, requests: Sequence[int], predictor: str = "none") -> Batch:
-        """What some requests, decoded together, ask for, and what a predictor says of it.
+        """Returns the demand of some requests that are decoded together, with a predictor's forecast.
 
         Args:
-            requests: indices 0..R-1; one that is named twice counts twice.
-            predictor: one of `predictors`: a stored one, or one of `DERIVED`.
+            requests: indices 0..R-1; repeated ones count repeatedly.
+            predictor: one of `predictors`.
 
         Raises:
             ValueError: for an unknown predictor, or a request out of range.
@@ -146,7 +146,7 @@ class Routing:
         return Batch(counts, remembered(HISTORIES[predictor](self.look_ahead), model, before, counts))
 
     def prefill(self, requests: Sequence[int]) -> np.ndarray:
-        """[L, E] int32 tokens of all the requests' prompts that are routed to each expert.
+        """Returns the tokens [L, E] int32 of the requests' prompts that are routed to each expert.
 
         Raises:
             ValueError: if a request is out of range.
@@ -160,7 +160,7 @@ class Routing:
         """Reads a file that `save` wrote.
 
         Raises:
-            ValueError: if there is none, or naming everything that is wrong with it.
+            ValueError: if there is no such file, or naming everything that is wrong with it.
         """
         header, arrays = read(Path(path))
         parts = ("decode_experts", "prefill_experts", "prefill_lengths")
@@ -177,10 +177,10 @@ class Routing:
 
     @classmethod
     def shipped(cls, name: str) -> Routing:
-        """One of those that come with the library, by its name in `profiles/`.
+        """Returns the shipped routing of a name in `profiles/`.
 
         Raises:
-            ValueError: with the names there are.
+            ValueError: if there is none of that name; lists all names.
         """
         names = sorted(file.stem for file in PROFILES.glob("*.npz"))
         if name not in names:
@@ -188,7 +188,7 @@ class Routing:
         return cls.load(PROFILES / f"{name}.npz")
 
     def save(self, path: str | Path) -> None:
-        """Writes one .npz file, whole or not at all.
+        """Writes one .npz file, completely or not at all.
 
         Raises:
             ValueError: if it cannot be written.
@@ -196,7 +196,7 @@ class Routing:
         write(Path(path), self.header, self._arrays())
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        """By their names in a file."""
+        """Returns the arrays by their names in a file."""
         arrays = {
             "decode_experts": self.decode_experts,
             "prefill_experts": self.prefill_experts,
@@ -213,7 +213,7 @@ class Routing:
         return chosen
 
     def _stored(self, predictor: str, chosen: np.ndarray) -> np.ndarray:
-        """[S, L, W, E] sums of what a predictor said of each token; zeros past its own look-ahead."""
+        """Returns a predictor's probabilities [S, L, W, E] summed over tokens; zeros past its look-ahead."""
         model = self.routed
         experts, probabilities = (part[:, chosen] for part in self.forecasts[predictor])
         steps, size, layers, ahead, kept = experts.shape
@@ -225,12 +225,12 @@ class Routing:
 
 
 def _tally(experts: np.ndarray, size: int, probabilities: np.ndarray | None = None) -> np.ndarray:
-    """Sums over requests, for each expert: [A, R, B, M] -> [A, B, E].
+    """Returns sums over requests for each expert: [A, R, B, M] -> [A, B, E].
 
     Args:
-        experts: who is counted.
+        experts: experts to count.
         size: E.
-        probabilities: in 255ths, as large as `experts`, to be added up as float32; None to count as int32.
+        probabilities: probabilities in 255ths of the same shape, summed as float32; None to count as int32.
     """
     outer, _, inner, _ = experts.shape
     place = np.arange(outer)[:, None, None, None] * inner + np.arange(inner)[None, None, :, None]

@@ -1,4 +1,4 @@
-"""Files of recorded routing (`simulation.routing`): what is in them, and whether it fits together.
+"""Files of recorded routing (`simulation.routing`): their contents, and checks of their consistency.
 
 An .npz file holds, for R requests, S decode steps, L layers, E experts, K choices, W layers of look-ahead and
 the M likeliest experts of each forecast:
@@ -33,10 +33,10 @@ _FIXED = ("decode_experts", "prefill_experts", "prefill_lengths")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A file's header and arrays; `check` says whether they fit together.
+    """Returns a file's header and arrays, which `check` has yet to check.
 
     Raises:
-        ValueError: if it is none, or arrays are missing or not known, all of them named.
+        ValueError: if it is not such a file, or naming all arrays that are missing or unknown.
     """
     if not is_file(path):
         raise ValueError(
@@ -44,10 +44,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "tools/record_routing.py makes one"
         )
     try:
-        # Opened here, for np.load forgets to close what is broken.
+        # Opened explicitly, because np.load does not close damaged files.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as opened:
             arrays = {name: opened[name] for name in opened.files}
-    except Exception as error:  # of numpy, zipfile and zlib: nothing narrower has them all
+    except Exception as error:  # NumPy, zipfile and zlib raise errors without a common base
         raise ValueError(f"{path}: expected an .npz file, got {error!r}; copy it again") from None
     expected = {"header", *_FIXED}
     expected |= {
@@ -64,7 +64,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a file, completely or not at all.
 
     Raises:
         ValueError: if it cannot be written.
@@ -73,14 +73,14 @@ def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray
 
 
 def check(header: Any, arrays: Mapping[str, np.ndarray]) -> RoutedExperts:
-    """The model's routed experts, as a header has them, if header and arrays fit together.
+    """Returns the model's routed experts by the header, if header and arrays are consistent.
 
     Args:
-        header: of a file.
-        arrays: all that a file must have, by their names there.
+        header: header of a file.
+        arrays: all arrays of a file, by name.
 
     Raises:
-        ValueError: naming everything that does not.
+        ValueError: naming everything that is inconsistent.
     """
     problems = Problems()
     others = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
@@ -110,7 +110,7 @@ def check(header: Any, arrays: Mapping[str, np.ndarray]) -> RoutedExperts:
 
 
 def read_header(header: Any) -> RoutedExperts:
-    """The model's routed experts, as a header has them.
+    """Returns the model's routed experts by the header.
 
     Raises:
         ValueError: naming everything that is wrong with the header.
@@ -137,7 +137,7 @@ def read_header(header: Any) -> RoutedExperts:
 def _shapes(
     routed: RoutedExperts, requests: int, arrays: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[int | None, ...]]:
-    """The shape that each array must have; None may be anything but 0."""
+    """Returns the required shape of each array; None stands for any size but 0."""
     layers, choices = routed.num_layers, routed.experts_per_token
     steps = arrays["decode_experts"].shape[0] if arrays["decode_experts"].ndim else 0
     shapes: dict[str, tuple[int | None, ...]] = {
@@ -160,7 +160,7 @@ def _shapes(
 
 
 def _check_experts(chosen: np.ndarray, experts: int) -> None:
-    """Refuses what are no sets of experts [..., n].
+    """Refuses arrays that are not sets of experts [..., n].
 
     Raises:
         ValueError: if an expert does not exist, or is chosen twice.

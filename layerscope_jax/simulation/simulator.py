@@ -23,11 +23,11 @@ from layerscope_jax.scheduling.plan import (
 )
 from layerscope_jax.scheduling.policy import PolicyBase, completed
 from layerscope_jax.simulation.contention import side_by_side
-from layerscope_jax.simulation.virtual_link import CHUNKS, Link
+from layerscope_jax.simulation.virtual_link import Link
 from layerscope_jax.simulation.workload import Workload
 
 NO_WEIGHTS: Any = None
-"""Weights of an expert, as the residency is given them: nothing is computed here."""
+"""Placeholder for the weights of an expert in the residency; the simulator computes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Simulated(Outcome):
     """Times, hit rates and bytes of one workload, by the virtual clock.
 
     Attributes:
-        phase: of all its steps; `ttft_s` is 0 in decode, `tpot_s` in prefill.
+        phase: phase of all its steps; `ttft_s` is 0 in decode, `tpot_s` in prefill.
         step_ms: milliseconds of each step.
     """
 
@@ -60,16 +60,17 @@ def simulate(
 
     A layer's attention and router run on the device; then the policy plans. The host computes its experts one
     after the other, the device its resident ones first and then the others as they arrive, and the layer ends
-    when both are done. Where the costs tell times alone from times beside other work, a part takes the former
-    while the others rest (`simulation.contention`); a copy does so in a layer that leaves the host idle.
-    Deterministic: the same input gives the same floating-point numbers.
+    when both are done. If the costs have separate times for parts that run alone, a part takes these while
+    the others are idle (`simulation.contention`), and a copy does so in a layer that leaves the host idle.
+    The link copies an expert in `geometry.arrays_per_expert` parts. The simulation is deterministic: the same
+    input gives the same floating-point numbers.
 
     Args:
-        policy: the object that an engine would run.
-        workloads: the demand, one after the other: a prefill and the decode steps after it, say. What is
-            resident at the end of one is so at the beginning of the next.
-        geometry: of the model, with the budget's slots.
-        costs: of the machine.
+        policy: the policy, the same object that an engine runs.
+        workloads: the demand, for example a prefill and then its decode steps; each workload begins with the
+            experts that the previous one left resident.
+        geometry: geometry of the model, with the budget's slots.
+        costs: costs of the machine.
         resident: experts on the device at the beginning, at no cost.
         record: called with every plan.
 
@@ -77,8 +78,8 @@ def simulate(
         The outcome of each workload.
 
     Raises:
-        ValueError: if the policy refuses the budget, a plan is not valid (see `check_plan`), a workload is of
-            another geometry or has a layer without tokens, or `resident` does not fit.
+        ValueError: if the policy refuses the budget, a plan is invalid (see `check_plan`), a workload does
+            not fit the geometry or has a layer without tokens, or `resident` does not fit the budget.
     """
     for workload in workloads:
         workload.check(geometry)
@@ -87,7 +88,7 @@ def simulate(
 
 
 class _Run:
-    """One simulated run: the clock, the link and the residency, and what is counted of them."""
+    """State of a simulated run: clock, link, residency and counts."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class _Run:
         self.policy, self.geometry, self.costs, self.record = policy, geometry, costs, record
         self.known = set(geometry.every_expert())
         self.state: Any = policy.init(geometry, costs)
-        self.link = Link(costs.transfer_ms)
+        self.link = Link(costs.transfer_ms, geometry.arrays_per_expert)
         self.books = Residency(geometry.slots * geometry.expert_bytes, geometry.expert_bytes)
         resident = set(resident)
         if len(resident) > self.books.slots or not resident <= self.known:
@@ -116,7 +117,7 @@ class _Run:
         self.planned_ms = 0.0  # when the last layer was planned
 
     def workload(self, workload: Workload) -> Simulated:
-        """Runs all steps of a workload; counts begin anew, what is resident stays."""
+        """Runs all steps of a workload; resets the counts and keeps the residency."""
         self.meter = Meter()
         self.books.reset()
         self.link.reset(self.now)
@@ -147,8 +148,8 @@ class _Run:
         """Runs one layer as `layerscope_jax.runtime.layerwise.LayerByLayer` does.
 
         Args:
-            seen: what its policy is shown.
-            other_ms: time of everything in the layer but its experts.
+            seen: the policy's observation of the layer.
+            other_ms: time (ms) of everything in the layer but its experts.
         """
         self.now += other_ms
         self.device_ms += other_ms
@@ -175,25 +176,25 @@ class _Run:
         self.now = max(device_end, self.now + host_ms)
 
     def _other_ms(self, tokens: int, looks_ahead: bool) -> float:
-        """Time of everything but the experts in a layer that begins now."""
+        """Returns the time (ms) of everything but the experts in a layer that begins now."""
         alone = self.costs.alone
         costs = self.costs if alone is None or not self.link.idle(self.now) else alone
         return costs.layer_ms(tokens) + (costs.forecast_ms(tokens) if looks_ahead else 0.0)
 
     def _compute(self, expert: ExpertId, took_ms: float) -> float:
-        """Counts a resident expert as computed on the device; returns the time it took."""
+        """Counts a resident expert as computed on the device; returns its time (ms)."""
         self.books.use(expert.layer, [expert.expert])
         self.device_ms += took_ms
         return took_ms
 
     def _decide(self, seen: Observation) -> LayerPlan:
-        """Plans the layer, and enters the plan into the residency and the link's queues."""
+        """Plans the layer, and carries out the plan's evictions and copies."""
         books, link = self.books, self.link
         self._absorb(self.now)
         self.planned_ms = self.now
         if seen.in_flight and self.policy.awaits_link(self.state, seen):
             self.now = link.rest(self.now)
-            self._absorb(self.now)  # `seen` views the residency, and so sees what has arrived
+            self._absorb(self.now)  # `seen` is a view of the residency and includes what has arrived
         now = self.now
         self.state, plan = decide(self.policy, self.state, seen, books, self.known, self._enter)
         demanded = books.follow(plan, lambda stale: link.drop(stale, now))
@@ -203,26 +204,26 @@ class _Run:
         return plan
 
     def _enter(self, seen: Observation, plan: LayerPlan, idle_prefetches: Set[ExpertId]) -> None:
-        """Counts a plan, and records it if that is asked for."""
+        """Counts a plan, and records it if plans are recorded."""
         self.meter.count(seen, idle_prefetches)
         if self.record is not None:
             self.record(plan)
 
     def _absorb(self, now: float) -> None:
-        """Makes resident what the link has brought by `now`."""
+        """Makes the experts resident that have arrived by `now`."""
         for expert in self.link.arrivals(now):
             self.books.arrive(expert, NO_WEIGHTS)
 
     def result(self, workload: Workload, ends: Sequence[float]) -> Simulated:
-        """Outcome of the workload that has just run.
+        """Returns the outcome of the workload that has just run.
 
         Args:
-            workload: it.
-            ends: [S + 1] times at which its steps began and ended.
+            workload: the workload.
+            ends: [S + 1] times (ms) at which its steps began and ended.
         """
-        self._absorb(self.now)  # what the link began during the last layer is this workload's
+        self._absorb(self.now)  # copies begun during the last layer count for this workload
         geometry, link = self.geometry, self.link
-        chunk_bytes = geometry.expert_bytes / CHUNKS
+        chunk_bytes = geometry.expert_bytes / geometry.arrays_per_expert
         step_ms = tuple(np.diff(ends).tolist())
         mean_s = 1e-3 * sum(step_ms) / len(step_ms) if step_ms else 0.0
         busy_ms = {"device": self.device_ms, "host": self.host_ms, "link": link.busy_ms(self.now)}

@@ -1,40 +1,38 @@
-"""The link on a virtual clock: what `layerscope_jax.offload.link` does, without a thread or a byte."""
+"""Link on a virtual clock: behaves as `layerscope_jax.offload.link`, without threads and copies."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
-from layerscope_jax.offload.link import MATRICES
 from layerscope_jax.scheduling.plan import ExpertId
-
-CHUNKS = MATRICES
-"""Chunks that the copy of an expert is made of, as in the engine."""
 
 
 class Link:
     """A serial link: on-demand loads before prefetches; a chunk that has begun is finished.
 
-    The clock is the caller's, and never goes back. Where two things happen at one time the link is first: a
-    chunk that may begin now has begun.
+    Time is passed in by the caller and never goes back. If a chunk can begin at the time of a call, it begins
+    before the call takes effect.
 
     Args:
-        transfer_ms: time that one expert takes.
+        transfer_ms: time (ms) to copy one expert.
+        chunks: number of chunks of an expert, one for each of its arrays; all are taken to last equally long.
 
     Attributes:
         demanded, prefetched: chunks begun since the last reset.
 
-    >>> link = Link(3.0)
+    >>> link = Link(3.0, chunks=3)
     >>> link.submit([], [ExpertId(1, 0)], now=0.0)
     >>> link.submit([ExpertId(0, 0)], [], now=0.5)  # waits for one chunk of the prefetch
     >>> link.next_arrival({ExpertId(0, 0)}), link.next_arrival({ExpertId(1, 0)})
     (4.0, 6.0)
     """
 
-    def __init__(self, transfer_ms: float):
+    def __init__(self, transfer_ms: float, chunks: int):
+        self._chunks = chunks
         self.demanded = self.prefetched = 0
         self._busy_ms = 0.0  # of chunks begun since the last reset, and of the one that was on the link then
-        self._chunk_ms = transfer_ms / CHUNKS
+        self._chunk_ms = transfer_ms / self._chunks
         self._free = 0.0  # when the chunk on the link ends, or the last one ended
         self._demand: deque[ExpertId] = deque()
         self._prefetch: deque[ExpertId] = deque()
@@ -48,9 +46,9 @@ class Link:
         self._busy_ms = max(0.0, self._free - now)
 
     def pace(self, transfer_ms: float, now: float) -> None:
-        """Sets the time that an expert takes from now on; a chunk that has begun takes what it would have."""
+        """Sets the time (ms) to copy an expert from now on; a chunk that has begun is not affected."""
         self._run(now)
-        self._chunk_ms = transfer_ms / CHUNKS
+        self._chunk_ms = transfer_ms / self._chunks
 
     def idle(self, now: float) -> bool:
         """Whether no copy is on the link or waits for it."""
@@ -73,23 +71,25 @@ class Link:
             if expert in self._left:
                 self._prefetch.remove(expert)
             else:
-                self._left[expert] = CHUNKS
+                self._left[expert] = self._chunks
             self._demand.append(expert)
         for expert in prefetch:
-            self._left[expert] = CHUNKS
+            self._left[expert] = self._chunks
             self._prefetch.append(expert)
 
     def drop(self, stale: Callable[[ExpertId], bool], now: float) -> list[ExpertId]:
         """Removes the prefetches that have not begun and for which `stale(expert)` holds; returns them."""
         self._run(now)
-        dropped = [expert for expert in self._prefetch if self._left[expert] == CHUNKS and stale(expert)]
+        dropped = [
+            expert for expert in self._prefetch if self._left[expert] == self._chunks and stale(expert)
+        ]
         for expert in dropped:
             self._prefetch.remove(expert)
             del self._left[expert]
         return dropped
 
     def arrivals(self, now: float) -> list[ExpertId]:
-        """Experts that have arrived since the last call."""
+        """Returns the experts that have arrived since the last call."""
         self._run(now)
         arrived = [expert for expert, when in self._arrived.items() if when <= now]
         for expert in arrived:
@@ -97,17 +97,17 @@ class Link:
         return arrived
 
     def rest(self, now: float) -> float:
-        """Time at which the link becomes idle, if nothing is submitted before."""
+        """Returns the time at which the link becomes idle, if nothing else is submitted."""
         self._run(now)
         while self._left:
             self._run(self._free)
         return max(self._free, now)
 
     def next_arrival(self, experts: Collection[ExpertId]) -> float:
-        """Time at which the first of some experts arrives, if nothing is submitted before.
+        """Returns the time at which the first of some experts arrives, if nothing else is submitted.
 
         Raises:
-            RuntimeError: if none of them is on its way: the wait would have no end.
+            RuntimeError: if none of them is in flight, so that the wait would never end.
         """
         while not any(expert in self._arrived for expert in experts):
             if not any(expert in self._left for expert in experts):
@@ -116,7 +116,7 @@ class Link:
         return min(self._arrived[expert] for expert in experts if expert in self._arrived)
 
     def _run(self, now: float) -> None:
-        """Begins every chunk whose turn comes by `now`."""
+        """Begins every chunk that can begin by `now`."""
         while self._left and self._free <= now:
             queue = self._demand or self._prefetch
             expert = queue[0]

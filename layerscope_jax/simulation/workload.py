@@ -1,4 +1,4 @@
-"""What a batch asks for, step by step: recorded demand, and what was forecast of it."""
+"""Workload of a simulation: recorded demand of a batch, step by step, and forecasts of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from layerscope_jax.scheduling.plan import Phase
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Demand of some steps of one phase.
+    """Demand and forecasts of some steps of one phase.
 
     Attributes:
-        phase: of all steps.
-        tokens: of a step: its requests in decode, all of their prompts' tokens in prefill.
+        phase: phase of all steps.
+        tokens: tokens of a step: the number of requests in decode, all prompt tokens in prefill.
         counts: [S, L, E] tokens routed to each expert.
         forecasts: [S, L, W, E] tokens expected of the W layers after each, or None; see
             `layerscope_jax.scheduling.plan.Observation`.
@@ -31,11 +31,11 @@ class Workload:
     predictor: str | None = None
 
     def check(self, model: RoutedExperts) -> None:
-        """Refuses what no engine would run.
+        """Refuses demand that no engine could have.
 
         Raises:
-            ValueError: if an array is of another shape than the model's, holds no numbers of tokens, or has a
-                layer of a step without any.
+            ValueError: if an array does not have the model's shape, holds invalid numbers of tokens, or has a
+                layer of a step without tokens.
         """
         layers, experts = model.num_layers, model.num_experts
         if self.phase not in get_args(Phase):
@@ -57,7 +57,7 @@ class Workload:
 
 
 def _check_numbers(array: Any, name: str, kind: type) -> tuple[int, ...]:
-    """The shape of an array; refuses what holds no numbers of tokens."""
+    """Returns the shape of an array; refuses arrays that hold no valid numbers of tokens."""
     if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, kind):
         got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueError(f"{name} must be an array of {'whole ' * (kind is np.integer)}numbers, got {got}")

@@ -1,4 +1,4 @@
-"""Checks of what came from outside: everything that is wrong is collected and raised once."""
+"""Checks of input: collects everything that is wrong and raises it as one error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Problems:
-    """What is wrong with some input, in sentences.
+    """Collects what is wrong with some input, as sentences for one error.
 
     Attributes:
-        found: the sentences, in the order in which they were noted.
+        found: the sentences, in the order in which they were added.
 
     >>> problems = Problems()
     >>> problems.expect(False, "budget", "a size", -1)
@@ -24,16 +24,16 @@ class Problems:
         self.found: list[str] = []
 
     def add(self, *sentences: str) -> None:
-        """Notes sentences as they are."""
+        """Adds sentences."""
         self.found += sentences
 
     def expect(self, fits: bool, name: str, expected: str, got: Any) -> None:
-        """Notes that `name` must be `expected`, unless it `fits`."""
+        """Adds that `name` must be `expected` but was `got`, unless `fits` is true."""
         if not fits:
             self.found.append(f"{name} must be {expected}, got {repr(got)[:60]}")
 
     def at_least(self, record: Any, **least: float) -> None:
-        """Notes which attributes of `record` are less than they may be.
+        """Adds which attributes of `record` are below their minimum.
 
         >>> problems = Problems()
         >>> problems.at_least(slice(0, 5), start=1, stop=1)
@@ -42,13 +42,13 @@ class Problems:
         """
         for name, low in least.items():
             value = getattr(record, name)
-            self.expect(value >= low, name, f"{low} or more", value)  # NaN is not, either
+            self.expect(value >= low, name, f"{low} or more", value)  # false for NaN too
 
     def check(self, call: Callable[..., Any], *arguments: Any, of: str = "") -> Any:
-        """Calls what raises ValueError for a wrong value, and notes what it says, with `of` before it.
+        """Calls a function and adds the message of the ValueError that it raises, preceded by `of`.
 
         Returns:
-            What the call gave; None if it raised.
+            The function's result; None if it raised.
         """
         try:
             return call(*arguments)
@@ -57,7 +57,7 @@ class Problems:
             return None
 
     def same_names(self, given: Iterable[str], expected: Iterable[str]) -> None:
-        """Notes which names are missing and which are not expected.
+        """Adds which names are missing and which are not expected.
 
         >>> problems = Problems()
         >>> problems.same_names({"mean", "scale"}, {"mean", "variance"})
@@ -69,11 +69,11 @@ class Problems:
         self.found += [f"{name} is not expected" for name in sorted(given - expected)]
 
     def raise_any(self, where: str = "", remedy: str = "") -> None:
-        """Raises one ValueError with everything that was noted, if anything was.
+        """Raises one ValueError with all sentences, if there are any.
 
         Args:
-            where: put before it, such as the name of a file.
-            remedy: what to do about it, put behind it.
+            where: start of the message, such as the name of a file.
+            remedy: end of the message: what to do about it.
         """
         if self.found:
             said = "; ".join([*self.found, remedy] if remedy else self.found)

@@ -20,7 +20,7 @@ from layerscope_jax.support.files import user_cache
 from layerscope_jax.support.units import parse_bytes
 
 CHECKED = ".checked"
-"""File whose age says which programs were checked already."""
+"""Name of a file; programs written before its last change have been checked already."""
 
 ZSTD = b"\x28\xb5\x2f\xfd"
 """First bytes of a file that JAX compressed with zstandard; others use zlib."""
@@ -34,24 +34,25 @@ def use_compilation_cache(folder: str | Path | None = None, *, max_size: int | s
     application. A cache that is already on (`jax_compilation_cache_dir`, `JAX_COMPILATION_CACHE_DIR`) stays
     as it is, and `JAX_ENABLE_COMPILATION_CACHE=0` keeps all caches off.
 
-    Every program is kept, however quickly it was compiled, because a model is many small programs. Each call
-    removes files that were cut off while they were written, and the programs used longest ago until no more
+    Every program is kept, however quickly it was compiled, because a model consists of many small programs.
+    Each call removes files that were only partly written, and the least recently used programs until no more
     than `max_size` is left. The folder may be deleted at any time. Do not share it: whoever can write to it
     can make this process run any code.
 
     Args:
-        folder: made if needed. None for one of this user and kind of CPU: `layerscope_jax` in
+        folder: created if needed. None for a folder of this user and kind of CPU: `layerscope_jax` in
             `$XDG_CACHE_HOME` or `~/.cache` (on macOS `~/Library/Caches`, on Windows `%LOCALAPPDATA%`).
-        max_size: most bytes of programs: those in the folder, or, for the default folder, those for all kinds
-            of CPU together. JAX's own limit (`jax_compilation_cache_max_size`), if set, is used instead.
+        max_size: maximum size of the programs in the folder or, for the default folder, of those for all
+            kinds of CPU together. JAX's own limit (`jax_compilation_cache_max_size`), if set, is used
+            instead.
 
     Returns:
         The folder in use; None if caches are switched off.
 
     Raises:
-        ValueError: if JAX keeps a cache in another folder than the one that was asked for, or if `max_size`
-            is not a size.
-        OSError: if the folder cannot be made or written to.
+        ValueError: if JAX already keeps a cache in another folder than `folder`, or if `max_size` is not a
+            size.
+        OSError: if the folder cannot be created or written to.
     """
     most = parse_bytes(max_size, "max_size")
     if not jax.config.values["jax_enable_compilation_cache"]:
@@ -76,7 +77,7 @@ def use_compilation_cache(folder: str | Path | None = None, *, max_size: int | s
             )
             prune([path, *(other for other in others if other != path)], most)
             discard_damaged(path)
-    # By default JAX keeps only what took a second to compile, which little of a model on a CPU does.
+    # By default JAX keeps only programs that took a second to compile; few programs of a model do on a CPU.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_dir", str(path))
     return str(path)
@@ -109,14 +110,14 @@ def discard_damaged(folder: Path) -> None:
 
 
 def is_whole(program: bytes) -> bool:
-    """Whether a file of JAX's cache can be read."""
+    """Whether a file of JAX's cache is complete."""
     if program[:4] != ZSTD:
         try:
             zlib.decompress(program)
         except zlib.error:
             return False
         return True
-    for name in ("compression.zstd", "zstandard"):  # Python's own from 3.14 on
+    for name in ("compression.zstd", "zstandard"):  # the former in Python from 3.14 on
         with suppress(ImportError):
             zstd = importlib.import_module(name)
             try:
@@ -127,7 +128,7 @@ def is_whole(program: bytes) -> bool:
 
 
 def prune(folders: list[Path], most: int) -> None:
-    """Removes the programs used longest ago until the others take at most `most` bytes.
+    """Removes the least recently used programs until the others take at most `most` bytes.
 
     The first folder stays; the others are removed when they are empty.
     """
@@ -151,11 +152,11 @@ def prune(folders: list[Path], most: int) -> None:
 
 @dataclass
 class Compilations:
-    """Counts of programs that JAX compiled or read.
+    """Counts of programs that JAX compiled or read from its cache.
 
     Attributes:
-        programs: all of them.
-        cached: those read from the cache on disk.
+        programs: number of programs.
+        cached: number of programs read from the cache on disk.
     """
 
     programs: int = 0

@@ -1,4 +1,4 @@
-"""Waits for everything that a device was given to do."""
+"""Waits for the programs of a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def finish_all(sharding: jax.sharding.Sharding) -> None:
-    """Waits for every program that this thread gave a device, which runs them one after the other."""
+    """Waits for every program that this thread has dispatched to a device, which runs them in order."""
     jax.block_until_ready(_last(jax.device_put(np.float32(0), sharding)))
 
 

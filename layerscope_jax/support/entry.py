@@ -35,7 +35,7 @@ def run(module: str) -> NoReturn:
 
 
 def occupy_standard_streams() -> None:
-    """Opens the null device for each closed standard stream, so that no file opened later takes its place."""
+    """Opens the null device for each closed standard stream, so that no file opened later gets its number."""
     number = os.open(os.devnull, os.O_RDWR)
     while number <= 2:
         number = os.open(os.devnull, os.O_RDWR)

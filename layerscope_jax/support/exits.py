@@ -1,4 +1,4 @@
-"""Exit codes of commands, and the one line on stderr for whatever went wrong."""
+"""Exit codes of commands, and the line on stderr that says what went wrong."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ EXIT_CODES = (
 OURS = ("layerscope_jax", "predictor", "tools")
 OUTPUT = "standard output"
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EPIPE)
-"""Errors of the machine, which another file name would not avoid."""
+"""Error numbers of the machine's own failures, which a different file name would not avoid."""
 
 
 def run(command: Callable[[list[str]], int | None], args: Sequence[str] | None = None) -> int:
     """Calls a command with its arguments and returns its exit code (None counts as 0).
 
-    What it raises becomes one line on stderr. An argument `--debug`, anywhere, adds the traceback and is not
+    An exception becomes one line on stderr. The argument `--debug`, anywhere, adds the traceback and is not
     passed on.
 
     Args:
@@ -74,7 +74,7 @@ def say(text: str) -> None:
 
 
 def need_output() -> None:
-    """Refuses to begin a command whose output nobody could read.
+    """Refuses to start a command if its output could not be written.
 
     Raises:
         OSError: if the standard output is closed.
@@ -84,7 +84,7 @@ def need_output() -> None:
 
 
 def is_deliberate(error: BaseException) -> bool:
-    """Whether layerscope or a plugin raised the error with `raise`; otherwise it came from a library."""
+    """Whether layerscope or a plugin raised the error with `raise`; if not, a library raised it."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
@@ -109,7 +109,7 @@ def _package(place: TracebackType) -> str:
 
 
 def code_of(error: Exception) -> int:
-    """Returns the exit code of an error: bad input, the machine's failure, or a fault of ours."""
+    """Returns the exit code of an error: bad input, a failure of the machine, or a bug of this package."""
     if isinstance(error, OSError):
         return FAILED if error.filename in (None, OUTPUT) or error.errno in MACHINE else REFUSED
     if isinstance(error, ValueError) and is_deliberate(error):
@@ -125,7 +125,7 @@ def code_of(error: Exception) -> int:
 
 
 def described(error: Exception) -> str:
-    """Returns the message of an error, without OSError's number; for lack of memory, with what to change."""
+    """Returns an error's message, without an OSError's number; if memory ran out, with what to change."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     what = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else str(error)
@@ -143,7 +143,7 @@ def _outcome(call: Callable[[], int | None], debug: bool) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.filename == OUTPUT:
             _give_output_up()
-        if isinstance(error, BrokenPipeError):  # the reader of the output has gone, so nothing is said
+        if isinstance(error, BrokenPipeError):  # the reader of the output has gone: print nothing
             return FAILED
         return _explain(error, debug)
 
@@ -166,7 +166,7 @@ def _flush() -> None:
 
 
 def _give_output_up() -> None:
-    """Discards what is left to be written, which Python would otherwise try to write at exit."""
+    """Discards output that is still buffered, which Python would otherwise try to write at exit."""
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -175,7 +175,7 @@ def _give_output_up() -> None:
 
 @contextmanager
 def _output() -> Iterator[None]:
-    """Makes the standard output accept any character, and name itself in its errors."""
+    """Makes the standard output accept any character, and be named in its errors."""
     before = sys.stdout
     if before is None:
         sys.stdout = _Closed()
@@ -201,7 +201,7 @@ def _output() -> Iterator[None]:
 
 
 class _Named(io.FileIO):
-    """A standard output whose errors name it."""
+    """Standard output whose errors name it."""
 
     def write(self, data: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Files: JSON read with errors that say what to do, and files written whole or not at all."""
+"""Reads JSON with errors that say what to do, and writes files completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Content: TypeAlias = "str | bytes | np.ndarray | Mapping[str, np.ndarray] | Callable[[Path], object]"
-"""What a file is to hold; see `replace_files`."""
+"""Content of a file to write; see `replace_files`."""
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
@@ -29,10 +29,10 @@ _MARKS = {
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is anything under this name.
+    """Whether a file or folder exists at a path.
 
     Raises:
-        ValueError: if it cannot be told, or if it is a link to a file that is not there.
+        ValueError: if that cannot be determined, or if it is a link to a file that does not exist.
     """
     try:
         path.lstat()
@@ -52,10 +52,11 @@ def is_there(path: Path) -> bool:
 
 
 def parse_json(content: bytes) -> Any:
-    """Value of JSON in UTF-8, read strictly.
+    """Returns the value of JSON in UTF-8, read strictly.
 
     Raises:
-        ValueError: if it is no JSON, names a key twice, or holds NaN, an infinity or a number too large.
+        ValueError: if it is not JSON, names a key twice, or holds NaN, an infinity or a number that is too
+            large.
 
     >>> parse_json(b'{"a": [1, {"b": 1e400}]}')
     Traceback (most recent call last):
@@ -70,7 +71,7 @@ def parse_json(content: bytes) -> Any:
         raise ValueError(
             f"expected UTF-8, got the byte 0x{content[error.start]:02x} at {error.start}; save it as UTF-8"
         ) from None
-    odd: list[float] = []  # numbers that are none; looked for only where there are some
+    odd: list[float] = []  # floats that are not finite; only if there are some are they located
 
     def number(digits: str) -> float:
         value = float(digits)
@@ -93,14 +94,14 @@ def parse_json(content: bytes) -> Any:
 
 
 def read_json(file: Path, remedy: str = "download it again") -> dict[str, Any]:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
 
     Args:
-        file: where.
-        remedy: what to do if the file is no JSON.
+        file: path of the file.
+        remedy: what to do if the file is not JSON.
 
     Raises:
-        ValueError: if it is missing or holds something else (see `parse_json`).
+        ValueError: if the file is missing or holds anything else (see `parse_json`).
     """
     try:
         content = file.read_bytes()
@@ -127,7 +128,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _numbers(value: Any) -> Iterator[tuple[str, float]]:
-    """Every float in a JSON value and where it is; not by recursion, for Python's is bounded."""
+    """Yields every float in a JSON value with its path; without recursion, whose depth Python limits."""
     left: list[tuple[str, Any]] = [("", value)]
     while left:
         where, item = left.pop()
@@ -140,10 +141,10 @@ def _numbers(value: Any) -> Iterator[tuple[str, float]]:
 
 
 def user_cache() -> Path:
-    """The user's cache folder of this package; it need not exist.
+    """Returns this package's folder in the user's cache folder; it need not exist.
 
     Raises:
-        RuntimeError: if the user has no home.
+        RuntimeError: if the user has no home folder.
     """
     home = Path.home()
     if sys.platform == "darwin":
@@ -152,32 +153,32 @@ def user_cache() -> Path:
         base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
     else:
         named = os.environ.get("XDG_CACHE_HOME", "")
-        base = Path(named) if os.path.isabs(named) else home / ".cache"  # as its specification says
+        base = Path(named) if os.path.isabs(named) else home / ".cache"  # as the XDG specification requires
     return base / "layerscope_jax"
 
 
 def write_file(file: Path, content: Content) -> None:
-    """Writes one file, whole or not at all, as `replace_files` does."""
+    """Writes one file, completely or not at all, as `replace_files` does."""
     replace_files(file.parent, {file.name: content})
 
 
 def replace_files(folder: Path, contents: Mapping[str, Content]) -> None:
     """Writes files into a folder under temporary names, and renames them once all are complete and on disk.
 
-    Whoever opens one of the files meanwhile finds the old one or the new one, whole. A failure or an
-    interrupt leaves all of the old ones or, once the last is renamed, all of the new ones. For more than one
-    file no file system promises as much of a kill or a power cut: between two of the renames, which take
-    microseconds, it leaves some files new and some old; the old ones of those then lie beside them, under
-    names that end in ".old".
+    A process that opens one of the files meanwhile gets the complete old or the complete new file. A failure
+    or an interrupt leaves all old files or, once the last is renamed, all new files. A kill or a power cut
+    between two of the renames, which take microseconds, leaves some files new and some old, because no file
+    system renames several at once; the old version of each new file is then beside it, under a name that ends
+    in ".old".
 
     Args:
-        folder: made if needed.
-        contents: file name -> what it is to hold: text (as UTF-8), bytes, an array (as `.npy`), arrays by
-            name (as `.npz`), or what writes it to the path that it is given, where an empty file is.
+        folder: created if needed.
+        contents: file name -> content: text (written as UTF-8), bytes, an array (`.npy`), arrays by name
+            (`.npz`), or a function that writes to the path that it is called with, an empty file.
 
     Raises:
-        ValueError: if one cannot be written. That, as anything else that writing raises, leaves none of the
-            new files behind, and those they were to replace untouched.
+        ValueError: if a file cannot be written. After this or any other exception no new file remains, and
+            the old files are unchanged.
     """
     swaps: list[_Swap] = []
     try:
@@ -202,7 +203,7 @@ def replace_files(folder: Path, contents: Mapping[str, Content]) -> None:
 
 
 def _put(file: Path, content: Content) -> None:
-    """Fills a file that is there."""
+    """Writes content to an existing file."""
     if isinstance(content, str):
         file.write_text(content, encoding="utf-8")
     elif isinstance(content, bytes):
@@ -210,9 +211,9 @@ def _put(file: Path, content: Content) -> None:
     elif callable(content):
         content(file)
     else:
-        import numpy as np  # only where there are arrays: a command's first words should not wait for it
+        import numpy as np  # only if there are arrays, so that commands without them start sooner
 
-        with file.open("wb") as opened:  # a file, for NumPy adds an ending to a name
+        with file.open("wb") as opened:  # an open file, because NumPy adds an ending to a name
             if isinstance(content, Mapping):
                 arrays: Any = dict(content)
                 np.savez_compressed(opened, **arrays)
@@ -221,11 +222,11 @@ def _put(file: Path, content: Content) -> None:
 
 
 class _Swap:
-    """A file that is to take another's place, beside both of them."""
+    """Replacement of one file: the new content and the old file, each under a temporary name beside it."""
 
     def __init__(self, final: Path):
         self.final = final
-        # No other process and no other call has these names; the dot keeps them out of most listings.
+        # No other process or call uses these names; the dot hides them in most listings.
         token = f".{final.name[:40]}.{secrets.token_hex(6)}"
         self.new, self.old = final.with_name(token + ".tmp"), final.with_name(token + ".old")
         self.had_old: bool | None = None  # not known before the renames begin
@@ -242,12 +243,12 @@ class _Swap:
         if self.had_old and keep_old:
             try:
                 os.link(self.final, self.old, follow_symlinks=False)
-            except (OSError, NotImplementedError):  # without links there is no such file for a moment
+            except (OSError, NotImplementedError):  # no links: the file is missing for a moment
                 os.rename(self.final, self.old)
         os.replace(self.new, self.final)
 
     def undo(self) -> None:
-        """Puts the old file back, from wherever `replace` stopped; twice is as good as once."""
+        """Restores the old file, wherever `replace` stopped; may be called again."""
         if os.path.lexists(self.old):
             os.replace(self.old, self.final)
         elif self.had_old is False and not os.path.lexists(self.new):
@@ -255,7 +256,7 @@ class _Swap:
 
 
 def _undo(swaps: list[_Swap]) -> None:
-    for _ in range(3):  # the user may be impatient, and interrupt what the first interrupt began
+    for _ in range(3):  # a second interrupt may stop what the first one started
         with suppress(KeyboardInterrupt):
             for swap in reversed(swaps):
                 swap.undo()
@@ -267,13 +268,13 @@ def _sync(path: Path) -> None:
     try:
         opened = os.open(path, os.O_RDONLY)
     except OSError:
-        if path.is_dir():  # some systems open no folders
+        if path.is_dir():  # some systems cannot open folders
             return
         raise
     try:
         os.fsync(opened)
     except OSError as error:
-        # Not every file system has this for folders, and what is on none (a pipe) cannot have it.
+        # Some file systems cannot sync folders, and pipes cannot be synced.
         if error.errno not in _NO_SYNC:
             raise
     finally:

@@ -1,18 +1,19 @@
-"""Handles Ctrl-C in a command: ends it where nothing is half done, or after two seconds in any case.
+"""Handles Ctrl-C in a command: ends it at a safe point, or after two seconds in any case.
 
-A handler that raised would do so wherever Python happens to be: in a callback of a compiled program or in a
-destructor the exception is printed and lost, in an import it is a traceback. So the handler only notes the
-signal, and long loops call `check` where they may end. If the main thread does not get there, because it
-compiles or waits, a thread that the signal wakes ends the process. Files that can be continued then hold
-whole lines, and at worst the beginning of one, which the next run cuts off. A second Ctrl-C ends it at once.
+A handler that raises does so wherever Python happens to be: in a callback of a compiled program or in a
+destructor the exception is printed and lost, and during an import it becomes a traceback. So the handler only
+records the signal, and long loops call `check` at points where they can end. If the main thread does not
+reach such a point, because it compiles or waits, a thread that the signal wakes ends the process. Files that
+can be continued then hold whole lines, and at worst the beginning of one, which the next run cuts off. A
+second Ctrl-C ends it at once.
 
-This applies only to a command run as a process (`support.entry`). In a program that uses the library, `check`
-does nothing, and the program's own handler stays.
+This applies only to commands run as a process (`support.entry`). In a program that uses the library, `check`
+does nothing, and the program's own handler stays in place.
 """
 
 from __future__ import annotations
 
-import _thread  # for `threading` takes its time, before which the handler is to be there
+import _thread  # `threading` takes longer to import, and the handler should be installed before
 import atexit
 import os
 import signal
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
     import socket
 
 PATIENCE_S = 1.5
-"""Seconds that the main thread has to end by itself."""
+"""Time (s) that the main thread has to end by itself."""
 
 INTERRUPTED = 130  # exit code, as of shells
 PLAIN = "interrupted"
 FRESH = "\x1b[?25h\n"  # on a terminal: the cursor that a bar hid, and a line of its own
 
 _noted = False
-_busy = False  # else there is nothing that could be left half done
+_busy = False  # whether the command has begun its work, which could be left unfinished
 _line = PLAIN
 _told = False
 _telling = _thread.allocate_lock()
@@ -58,7 +59,7 @@ def install() -> None:
     if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         return
     signal.signal(signal.SIGINT, _note)  # before the imports below, which take a while too
-    # What is registered first is called last. After it Python gives signals up, and is through soon.
+    # The function registered first is called last; after it, Python stops handling signals and soon ends.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     import socket
     import threading
@@ -66,20 +67,20 @@ def install() -> None:
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     threading.Thread(target=_watch, args=(ours,), name="interrupts", daemon=True).start()
-    # The signal itself writes there, even while the main thread is outside of Python.
+    # The signal writes to this socket even while the main thread is outside of Python.
     signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
-    if _noted:  # before anybody could be woken
+    if _noted:  # before the socket existed
         leave()
 
 
 def begin() -> None:
-    """Says that the command begins its work; before that, during imports, Ctrl-C ends the process at once."""
+    """Marks the start of the command's work; before it, during imports, Ctrl-C ends the process at once."""
     global _busy
     _busy = True
 
 
 def close() -> None:
-    """Says that the command is done, so that Ctrl-C, also an earlier one, ends the process at once."""
+    """Marks the end of the command's work; then Ctrl-C, even an earlier one, ends the process at once."""
     global _busy
     _busy = False
     if _noted:
@@ -96,15 +97,15 @@ def tell() -> None:
 
 
 def _say() -> None:
-    with suppress(OSError, ValueError, AttributeError):  # there is no stderr
+    with suppress(OSError, ValueError, AttributeError):  # no stderr
         try:
             number = sys.stderr.fileno()
-        except OSError:  # it is kept in memory
+        except OSError:  # stderr is kept in memory and has no descriptor
             print(_line, file=sys.stderr)
         else:
             fresh = FRESH if os.isatty(number) else ""
             if _takes(number):
-                # Past Python's buffer, which another thread may be at.
+                # Bypasses Python's buffer, which another thread may be using.
                 os.write(number, f"{fresh}{_line}\n".encode(errors="backslashreplace"))
 
 
@@ -115,7 +116,7 @@ def leave() -> None:
 
 
 def _takes(number: int) -> bool:
-    """Whether a line can be written to a file without waiting for its reader."""
+    """Whether a line can be written to a descriptor without waiting for its reader."""
     import select
 
     try:

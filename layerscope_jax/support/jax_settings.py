@@ -1,9 +1,9 @@
-"""JAX settings that an engine computes under, whatever its caller's are.
+"""JAX settings that an engine computes under, independent of its caller's.
 
-Tokens must not depend on a setting that a caller made for something else, in a `with` statement or for the
-whole process: another number type, other precision, other randomness, another mesh. So each turn of an engine
-resets the settings that differ, for its own thread and its own time. How strictly types and ranks are
-promoted stays the caller's choice: the engine relies on no promotion.
+Tokens must not depend on settings that a caller made for other code, in a `with` statement or for the whole
+process: number type, precision, random number generator, mesh. So each turn of an engine resets the settings
+that differ, for its own thread and for the duration of the turn. The caller's setting of type and rank
+promotion stays, because the engine relies on no promotion.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 PRNG = "threefry2x32"
-"""JAX's name of the random number generator that every key here uses."""
+"""JAX's name of the random number generator of every key of an engine."""
 
 GUARDED = "jax_transfer_guard_host_to_device", "jax_transfer_guard_device_to_host"
 
@@ -32,7 +32,7 @@ OURS: dict[str, tuple[tuple[Any, ...], Callable[[], AbstractContextManager]]] = 
     GUARDED[0]: ((None, "allow"), lambda: jax.transfer_guard("allow")),
     GUARDED[1]: ((None, "allow"), lambda: jax.transfer_guard("allow")),
 }
-"""Settings that results depend on: the values that are fine, and how to reset the others."""
+"""Settings that results depend on: the accepted values, and how to reset any other."""
 
 _values = attrgetter(*OURS)
 _ALLOWED = [allowed for allowed, _ in OURS.values()]
@@ -41,7 +41,7 @@ _of_thread = threading.local()
 
 
 def own_settings() -> AbstractContextManager:
-    """Resets the caller's settings on this thread within the `with` block; cheap where none differs."""
+    """Resets the caller's settings on this thread within the `with` block; cheap if none differs."""
     changed = [
         change
         for value, allowed, (_, change) in zip(_values(jax.config), _ALLOWED, OURS.values(), strict=True)
@@ -53,7 +53,7 @@ def own_settings() -> AbstractContextManager:
 
 
 def random_key(seed: int) -> jax.Array:
-    """Returns a random key of the engine's generator, whatever JAX's default is."""
+    """Returns a random key of the engine's generator, not of JAX's default one."""
     return jax.random.key(seed, impl=PRNG)
 
 
@@ -63,7 +63,7 @@ def without_mesh() -> AbstractContextManager:
 
 
 def settle_thread() -> None:
-    """Gives the calling thread, one of the engine's own, these settings for its whole life."""
+    """Applies these settings to the calling thread, one of the engine's own, for good."""
     _of_thread.settings = _all_of([change for _, change in OURS.values()])
 
 

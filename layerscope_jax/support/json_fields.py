@@ -1,4 +1,4 @@
-"""JSON records: read field by field, so that all that is wrong is said at once, and written for readers."""
+"""JSON records: reads them field by field, reporting all errors at once, and writes them readably."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layerscope_jax.support.checks import Problems
 Record = TypeVar("Record", bound=Any)
 
 MOST = {int: 2**53, float: 1e9}
-"""Numbers of a record are no larger: nothing that is counted, nor a time in ms."""
+"""Upper limit of the numbers of a record, of counts as well as of times in ms."""
 
 KINDS = {
     str: "text",
@@ -24,7 +24,7 @@ KINDS = {
 
 
 class Fields(Problems):
-    """Takes fields out of a record and collects what is wrong with them.
+    """Reads the fields of a record and collects what is wrong with them.
 
     >>> fields = Fields({"name": "small", "slots": "many"})
     >>> fields.of("name", str), fields.of("slots", int), fields.of("details", dict)
@@ -45,7 +45,7 @@ class Fields(Problems):
         prefix: str = "",
         optional: bool = False,
     ) -> Any:
-        """A field of `record`, the whole one by default; numbers are over 0."""
+        """Returns a field of `record`, by default of the whole record; numbers must be above 0."""
         record = self.record if record is None else record
         value: Any = record.get(name)
         if value is None and optional and name in record:
@@ -61,7 +61,7 @@ class Fields(Problems):
         return value if fits else None
 
     def only(self, names: Iterable[str], record: Mapping[str, Any] | None = None, prefix: str = "") -> None:
-        """Refuses other fields in `record`, the whole one by default: a misspelt one is no default."""
+        """Refuses any other field in `record`, by default in the whole record: it may be a misspelt name."""
         record = self.record if record is None else record
         others = sorted(str(name)[:40] for name in record.keys() - set(names))
         if others:
@@ -74,11 +74,11 @@ def of_record(kind: type[Record], record: Any, name: str) -> Record:
     Args:
         kind: the dataclass.
         record: the object.
-        name: what it is called where it was read, for messages.
+        name: name of the object in messages.
 
     Raises:
-        ValueError: naming every field that is missing, not expected or not as it should be; or with what the
-            class itself refuses.
+        ValueError: naming every field that is missing, unexpected or invalid; or with the reason for which
+            the class refuses the values.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{name} must be an object, got {str(record)[:40]!r}")
@@ -94,7 +94,7 @@ def of_record(kind: type[Record], record: Any, name: str) -> Record:
 
 
 def readable(value: Any, indent: int = 0) -> str:
-    """JSON with a line a key, and lists of plain values on one line.
+    """Returns JSON with one line for each key, and lists of plain values on one line.
 
     >>> print(readable({"a": [1, 2], "b": {"c": None}}))
     {
@@ -112,7 +112,7 @@ def readable(value: Any, indent: int = 0) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; also of names that none can have."""
+    """Whether a file exists; False for paths that are not valid."""
     try:
         return path.is_file()
     except OSError:

@@ -1,9 +1,9 @@
-"""Compiled functions kept on disk from process to process: read only if whole, and made of these sources.
+"""Cache of compiled functions on disk, read only if a file is complete and compiled from these sources.
 
-Numba has a cache of its own. It knows a function by the file that defines it, so that a change of what is
-inlined from another file goes unseen; it reads damaged files as they are; and two processes that write at the
-same time can take each other's code for their own. Here a folder is named by everything that decides what
-comes out, all sources with compiled functions included, and each file begins with the hash of its content.
+Numba's own cache identifies a function by the file that defines it, so it misses changes of code that is
+inlined from another file; it reads damaged files; and two processes that write at the same time can read each
+other's code as their own. In this cache, a folder is named by a hash of everything that the machine code
+depends on, including all sources with compiled functions, and each file begins with the hash of its content.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from layerscope_jax.support.files import user_cache, write_file
 PACKAGE = Path(__file__).parents[1]
 
 KEPT = 8
-"""Folders that are kept, those used last: of other sources, versions, CPUs and settings."""
+"""Number of most recently used folders to keep: of other sources, versions, CPUs and settings."""
 
 FORGOTTEN_S = 86_400
-"""Age of a file that was never finished: whoever began it is gone."""
+"""Age at which an unfinished file is removed: the process that began it has ended."""
 
 SUFFIX = ".kernel"
 
@@ -43,12 +43,12 @@ logger = logging.getLogger("layerscope_jax")
 
 
 class KernelCache:
-    """A function's compiled forms on disk, as numba's dispatchers ask for them.
+    """Cache of one function's compiled versions (one per signature), with the interface that numba expects.
 
-    Whatever is wrong with a file or a folder, the function is compiled anew.
+    If anything is wrong with a file or a folder, the function is compiled again.
 
     Args:
-        function: before it is compiled.
+        function: the Python function.
     """
 
     def __init__(self, function: Callable):
@@ -57,7 +57,7 @@ class KernelCache:
 
     @property
     def cache_path(self) -> str | None:
-        """Where files are written first."""
+        """Folder that files are written to if possible."""
         return str(folders()[0]) if folders() else None
 
     def enable(self) -> None:
@@ -67,13 +67,13 @@ class KernelCache:
         self._enabled = False
 
     def flush(self) -> None:
-        """Forgets every form of the function."""
+        """Removes every compiled version of the function."""
         for folder in folders():
             for file in folder.glob(f"{self._name()}-*{SUFFIX}"):
                 discard(file)
 
     def load_overload(self, signature: Any, context: Any) -> Any:
-        """The form of a signature; None if it is not there, or not whole."""
+        """Returns the compiled version for a signature; None if there is no complete file of it."""
         if not self._enabled:
             return None
         context.refresh()
@@ -84,7 +84,7 @@ class KernelCache:
                 result = read(file, key, context)
             except FileNotFoundError:
                 continue
-            except Exception as error:  # damaged in a way that nobody thought of
+            except Exception as error:  # any kind of damage
                 logger.debug("%s is compiled anew: %s: %s", file, type(error).__name__, error)
                 discard(file)
                 continue
@@ -94,7 +94,7 @@ class KernelCache:
         return None
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
-        """Keeps a form, where a folder can be written to."""
+        """Saves a compiled version, if a folder can be written to."""
         if not self._enabled:
             return
         key = self._key(signature)
@@ -102,7 +102,7 @@ class KernelCache:
             if compiled.lifted or compiled.library.has_dynamic_globals:
                 return
             content = dumps((key, compiled._reduce()))
-        except Exception as error:  # another numba, which does it in another way
+        except Exception as error:  # another version of numba, with other internals
             logger.debug("%s is not kept: %s: %s", self._name(), type(error).__name__, error)
             return
         for folder in folders():
@@ -119,7 +119,7 @@ class KernelCache:
         return full.replace("<", "").replace(">", "")
 
     def _key(self, signature: Any) -> tuple[str, ...]:
-        """What tells a form from others in a folder: whose it is, of which types, and what it closes over."""
+        """Returns what identifies a compiled version in a folder: function, signature and closure."""
         code = self._function.__code__
         cells = tuple(named(cell.cell_contents) for cell in self._function.__closure__ or ())
         closed = hashlib.sha256(code.co_code + (dumps(cells) if cells else b"")).hexdigest()
@@ -130,7 +130,7 @@ class KernelCache:
 
 
 def named(value: Any) -> Any:
-    """What is closed over; of a compiled function, which is another in each process, where it is defined."""
+    """Returns what a closure's value adds to the key: for a compiled function, where it is defined."""
     function = getattr(value, "py_func", None)
     if function is None:
         return value
@@ -138,10 +138,10 @@ def named(value: Any) -> Any:
 
 
 def read(file: Path, key: tuple[str, ...], context: Any) -> Any:
-    """The compiled function in a file.
+    """Returns the compiled function in a file.
 
     Raises:
-        ValueError: if the file is not as it was written, or another function's.
+        ValueError: if the file is damaged, or holds another function.
     """
     content = file.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
@@ -153,7 +153,7 @@ def read(file: Path, key: tuple[str, ...], context: Any) -> Any:
 
 
 def write(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, whoever else writes it, with its digest before it.
+    """Writes a file with its digest in front, completely or not at all, even if other processes write it too.
 
     Raises:
         OSError, ValueError: if it cannot be written.
@@ -163,7 +163,7 @@ def write(file: Path, content: bytes) -> None:
 
 
 def discard(file: Path) -> None:
-    """Removes what lies in a file's place, whatever it is; leaves it where that is not allowed."""
+    """Removes a file, or whatever else has its name, if that is permitted."""
     with suppress(OSError):
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)
@@ -173,10 +173,10 @@ def discard(file: Path) -> None:
 
 @functools.cache
 def folders() -> tuple[Path, ...]:
-    """Where forms may be, those of these sources and this target; the first that can be is written to.
+    """Returns the folders that may hold versions for these sources and this target; the first is preferred.
 
-    Beside the sources, or where that is read-only in the user's cache folder; where `NUMBA_CACHE_DIR` names
-    a folder, there alone. None where the sources cannot be read, as in a zip archive.
+    They are beside the sources and, if that is read-only, in the user's cache folder; if `NUMBA_CACHE_DIR`
+    names a folder, only there. Empty if the sources cannot be read, as in a zip archive.
     """
     sources = list(compiled_sources(PACKAGE))
     if not sources:
@@ -195,7 +195,7 @@ def folders() -> tuple[Path, ...]:
 
 
 def compiled_sources(package: Path) -> Iterable[tuple[str, bytes]]:
-    """The files that functions to be compiled are in, or made by: those that speak of numba or `njit`."""
+    """Yields the files that contain or generate compiled functions: those that mention numba or `njit`."""
     for file in sorted(package.rglob("*.py")):
         content = file.read_bytes()
         if b"numba" in content or b"njit" in content:
@@ -204,7 +204,7 @@ def compiled_sources(package: Path) -> Iterable[tuple[str, bytes]]:
 
 @functools.cache
 def say_if_cold() -> None:
-    """Says, once, that this will take a while: where not a single form is there yet."""
+    """Logs, once, that compiling will take a while, if no compiled version exists yet."""
     if any(any(folder.glob(f"*{SUFFIX}")) for folder in folders()):
         return
     what = "compiling kernels for this CPU, which takes up to a minute"
@@ -228,10 +228,10 @@ def touch(folder: Path) -> None:
 
 @functools.cache
 def prune(folder: Path) -> None:
-    """Removes, once a process, the folders beside this one used longest ago, and what was not finished."""
+    """Removes, once a process, the least recently used folders beside this one, and unfinished files."""
     with suppress(OSError):
         beside = sorted(folder.parent.glob("kernels-*"), key=used, reverse=True)
-        for old in [one for one in beside if one != folder][KEPT - 1 :]:
+        for old in [other for other in beside if other != folder][KEPT - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
         for rest in folder.glob("*.tmp"):
             if time.time() - used(rest) > FORGOTTEN_S:

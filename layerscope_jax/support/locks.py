@@ -1,7 +1,7 @@
-"""Lets one run at a time write to a file or folder; a second run is told which run that is.
+"""Lets one run at a time write to a file or folder; a second run is told which run holds it.
 
-The lock is the operating system's, on a file of its own beside the place, so a file left by a killed run
-locks nothing. It keeps out runs on this machine; on a network file system perhaps not those on other
+It is a lock of the operating system on a separate lock file, so a lock file that a killed run left behind
+locks nothing. It keeps out other runs on this machine; on a network file system, perhaps not runs on other
 machines.
 """
 
@@ -65,7 +65,7 @@ def locked(place: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Keeps other runs away from a folder, which is made if needed."""
+    """Keeps other runs away from a folder, which is created if needed."""
     with made(folder), locked(folder):
         yield
 
@@ -86,7 +86,7 @@ def made(folder: Path) -> Iterator[None]:
         yield
     finally:
         if new:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # not empty
                 folder.rmdir()
 
 

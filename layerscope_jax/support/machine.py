@@ -14,12 +14,12 @@ import numpy as np
 from layerscope_jax.support.threads import Helpers
 
 MOST_BYTES = 256 * 2**20
-"""Bytes to read when memory is measured: more than most caches hold."""
+"""Bytes that are read to measure memory: more than most caches hold."""
 
 READS = 5
 
 UNKNOWN_BYTES = 2**32
-"""Bytes of memory assumed where the system does not tell."""
+"""Size of memory (bytes) that is assumed if the system does not report it."""
 
 
 def describe(device: jax.Device) -> dict[str, Any]:
@@ -79,19 +79,19 @@ def free_bytes() -> int:
     available = _field("/proc/meminfo", "MemAvailable")
     if available is not None:
         return int(available.split()[0]) * 1024
-    return (memory_bytes() or UNKNOWN_BYTES) // 2  # a guess where the system does not tell
+    return (memory_bytes() or UNKNOWN_BYTES) // 2  # a guess, if the system does not report it
 
 
 def memory_bytes() -> int | None:
-    """Returns the total host memory (bytes); None where the system does not tell."""
+    """Returns the total host memory (bytes); None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no such call, other systems not these names
+    except (AttributeError, ValueError, OSError):  # Windows lacks the call, some other systems these names
         return None
 
 
 def device_free_bytes(device: jax.Device) -> int | None:
-    """Returns the accelerator's free memory (bytes); None where it does not tell, as on a CPU."""
+    """Returns the accelerator's free memory (bytes); None if it is not reported, as on a CPU."""
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats or "bytes_in_use" not in stats:
         return None
@@ -99,9 +99,9 @@ def device_free_bytes(device: jax.Device) -> int | None:
 
 
 def read_bytes_per_s() -> float:
-    """Returns how fast all cores together read host memory, which limits computing few tokens on the host.
+    """Returns the read bandwidth (bytes/s) of host memory, which limits computing few tokens on the host.
 
-    Reads less than `MOST_BYTES` where little memory is free.
+    Reads less than `MOST_BYTES` if little memory is free.
     """
     threads = cores()
     part = min(MOST_BYTES, free_bytes() // 8) // threads // 4

@@ -1,4 +1,4 @@
-"""Numba's decorators, with a cache of our own (`kernel_cache`)."""
+"""Numba's decorators with this package's cache (`kernel_cache`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from layerscope_jax.support.kernel_cache import KernelCache
 
 
 def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable], Any]:
-    """As `numba.njit`. Where nothing can be compiled (`target.refusal`) a function stays as it is.
+    """Compiles as `numba.njit` does; returns the function itself if nothing can be compiled.
 
-    With `inline="always"` a function is compiled as a part of those that call it; otherwise for itself too,
-    and then optimised anew in each of them all the same.
+    The latter is so if `target.refusal` gives a reason. With `inline="always"` a function is compiled only as
+    a part of its callers. Otherwise it is compiled by itself too, and optimised again in each caller.
     """
 
     def decorate(function: Callable) -> Any:
@@ -24,14 +24,14 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable], Any]:
             return function
         made = numba.njit(**options)(function)
         if cache:
-            made._cache = KernelCache(function)  # where numba looks for its own; one that does not has none
+            made._cache = KernelCache(function)  # numba's cache attribute; a numba without it has no cache
         return made
 
     return decorate
 
 
 def cfunc(signature: Any, *, cache: bool = False, **options: Any) -> Callable[[Callable], Any]:
-    """As `numba.cfunc`, in the same way."""
+    """Compiles as `numba.cfunc` does, with the same cache."""
 
     def decorate(function: Callable) -> Any:
         if not cache:

@@ -27,10 +27,10 @@ def option(name: str) -> Iterator[None]:
 
 @contextmanager
 def writing(name: str, file: Path) -> Iterator[None]:
-    """Keeps other runs away from the file that an option names, whose folder is made if needed.
+    """Keeps other runs away from the file that an option names; creates its folder if needed.
 
     Raises:
-        ValueError: if it cannot be written, before anything is computed.
+        ValueError: if the file cannot be written; raised before anything is computed.
     """
     with option(name):
         is_folder = file.is_dir()  # raises OSError for a name that is too long

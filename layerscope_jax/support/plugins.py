@@ -8,18 +8,18 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 LOADED: dict[str, str] = {}
-"""Top-level module of each plugin that was loaded -> the package that it was installed with."""
+"""Top-level module of each loaded plugin -> the package that installed it."""
 
 
 def entry_points_of(group: str) -> dict[str, EntryPoint]:
-    """Returns the entry points of a group by name; of two with one name, the one found first on the path.
+    """Returns the entry points of a group by name; of two with the same name, the first on the path.
 
     Nothing is imported.
 
     Args:
         group: "layerscope.commands" or "layerscope.policies".
     """
-    from importlib.metadata import entry_points  # takes some 10 ms, which most commands need not spend
+    from importlib.metadata import entry_points  # takes about 10 ms, which most commands save
 
     points: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
@@ -36,7 +36,7 @@ def load(point: EntryPoint) -> Any:
     package = point.dist.name if point.dist is not None else "an unknown package"
     try:
         loaded = point.load()
-    except Exception as error:  # whatever a module may raise when it is imported
+    except Exception as error:  # a module can raise anything when it is imported
         raise ValueError(
             f"{point.name!r} of package {package!r} cannot be imported ({type(error).__name__}: {error}); "
             "install the package again, or remove it"

@@ -1,4 +1,4 @@
-"""What numba compiles for, which is not always this CPU: its settings, and instructions that it may use."""
+"""Target that numba compiles for, which need not be this CPU: settings and permitted instructions."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ SETTINGS = (
     "BOUNDSCHECK",
     "DEBUGINFO_DEFAULT",
 )
-"""Numba's settings that change what it compiles, by their names without `NUMBA_`."""
+"""Names, without `NUMBA_`, of numba's settings that change the compiled code."""
 
 
 def describe() -> str:
-    """All that decides what numba makes of one source."""
+    """Returns a description of everything but the source that numba's machine code depends on."""
     settings = {name: str(getattr(config, name, None)) for name in SETTINGS}
     return f"{binding.get_process_triple()} {binding.get_host_cpu_name()} {sorted(of_host())} {settings}"
 
 
 @functools.cache
 def of_host() -> frozenset[str]:
-    """The instructions that this CPU and system have, by LLVM's names; none where LLVM cannot tell."""
+    """Returns LLVM's names of this CPU's instruction sets; empty if LLVM does not know them."""
     try:
         return frozenset(name for name, has in binding.get_host_cpu_features().items() if has)
     except RuntimeError:
@@ -37,7 +37,7 @@ def of_host() -> frozenset[str]:
 
 
 def told() -> frozenset[str] | None:
-    """The instructions that `NUMBA_CPU_FEATURES` names, none of a generic CPU; None if neither is told."""
+    """Returns the instruction sets of `NUMBA_CPU_FEATURES`; empty for a generic CPU; None if unset."""
     features = config.CPU_FEATURES
     if features is None:
         return None
@@ -46,9 +46,9 @@ def told() -> frozenset[str] | None:
 
 @functools.cache
 def features() -> frozenset[str]:
-    """The instructions, by LLVM's names, that a function which numba compiles may use on this CPU.
+    """Returns LLVM's names of the instruction sets that functions compiled by numba may use on this CPU.
 
-    A compiler that is told of an instruction which it may not use ends the process.
+    LLVM ends the process if it has to compile an instruction that is not among them.
     """
     named = told()
     result = of_host() if named is None else named & of_host()
@@ -59,12 +59,12 @@ def features() -> frozenset[str]:
 
 @functools.cache
 def refusal() -> str | None:
-    """Why nothing can be compiled as numba is set; None if it can."""
+    """Returns why numba's settings make compiling impossible; None if it is possible."""
     if config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set"
     name = config.CPU_NAME
     if name not in (None, "generic", binding.get_host_cpu_name()) and config.CPU_FEATURES is not None:
-        # LLVM then takes whatever that CPU has; without a list numba says what this one lacks.
+        # LLVM then uses everything that the named CPU has, even what this CPU lacks.
         return f"NUMBA_CPU_NAME names {name}, and NUMBA_CPU_FEATURES does not say what of it this CPU lacks"
     foreign = (told() or frozenset()) & lacking()
     if foreign:
@@ -73,7 +73,7 @@ def refusal() -> str | None:
 
 
 def lacking() -> frozenset[str]:
-    """The instructions that LLVM knows and this CPU lacks."""
+    """Returns the instruction sets that LLVM knows and this CPU lacks."""
     try:
         return frozenset(name for name, has in binding.get_host_cpu_features().items() if not has)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Threads that help their caller with one call at a time, woken as fast as Python allows."""
+"""Helper threads for one call at a time, which are woken faster than those of a thread pool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layerscope_jax.support.jax_settings import settle_thread
 
 
 class Job:
-    """Numbered parts of a call, for threads to take.
+    """A call split into numbered parts, which threads take.
 
     An interrupt may reach the caller between any two lines, more than once. So every change of state is a
     single atomic step, and waiting can be repeated.
@@ -25,7 +25,7 @@ class Job:
         self._news: SimpleQueue[None] = SimpleQueue()
 
     def do(self, number: int) -> None:
-        """Does a part, unless the caller gave it up; called by a helper."""
+        """Runs a part, unless the caller gave it up; called by a helper."""
         if not self._helped.setdefault(number, True):
             return
         failure = None
@@ -110,7 +110,7 @@ class Helpers:
             raise failure
 
     def start(self, call: Callable[[int], None], numbers: Iterable[int] = (0,)) -> Job:
-        """Begins `call(number)` for each number, at most as many as helpers, and returns at once.
+        """Begins `call(number)` for each number, at most as many as there are helpers, and returns at once.
 
         Raises:
             ValueError: if the helpers were closed.
@@ -126,11 +126,11 @@ class Helpers:
         return job
 
     def rest(self) -> BaseException | None:
-        """Waits until every helper is idle; returns the failure of the job it waited for, if any."""
+        """Waits until every helper is idle; returns the failure of a job that nothing had waited for."""
         job, failure = self._job, None
         if job is not None:
             failure = job.give_up()
-            with suppress(Empty):  # takes back the parts that were given up
+            with suppress(Empty):  # removes the parts that were given up
                 while not self._closed:
                     self._calls.get_nowait()
             self._job = None
@@ -149,4 +149,4 @@ class Helpers:
         settle_thread()
         while (part := self._calls.get()) is not None:
             part[0].do(part[1])
-            del part  # frees its arrays: a thread that waits at exit must not be their last owner
+            del part  # frees its arrays: a waiting thread must not be their last owner at exit

@@ -16,7 +16,7 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def next_power(number: int) -> int:
-    """Returns the smallest power of two that is not below `number`.
+    """Returns the smallest power of two that is at least `number`.
 
     >>> [next_power(number) for number in (1, 2, 3, 17)]
     [1, 2, 4, 32]

@@ -347,7 +347,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         ({"head_dim": 16}, "head_dim: expected 8, got 16"),
         ({"family": "mixtral", "normalize_top_k": False, "qk_norm": "none"}, "normalize_top_k=False"),
         ({"family": "mixtral"}, "MixtralForCausalLM has no tensors for layers.0.attention.k_norm.scale"),
-        ({"family": "gpt"}, "family must be one of olmoe, mixtral, qwen3_moe, got 'gpt'"),
+        ({"family": "gpt"}, "family must be one of olmoe, .*, got 'gpt'"),
     ],
 )
 def test_a_model_that_its_family_cannot_express_is_refused(tmp_path, changes, words):

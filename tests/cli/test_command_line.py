@@ -34,6 +34,6 @@ def test_no_traceback():
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
-        "error: nowhere: expected a folder with config.json and safetensors files, found no folder; "
-        "check the path\n"
+        "error: nowhere: expected a folder with config.json and safetensors files, or a name on the Hugging "
+        'Face hub, "organisation/name"; found no such folder; check the path\n'
     )

@@ -5,10 +5,16 @@ from command_lines import write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerscope_jax.generation.batch_files import CompletionFile, Row, completion, read_prompts
+from layerscope_jax.generation.batch_files import CompletionFile, completion
+from layerscope_jax.generation.completions import Output
+from layerscope_jax.generation.prompt_files import Row, read_prompts
 from layerscope_jax.generation.requests import Request
 
 MODEL = "1b06093c6a5c"
+
+
+def output(text, tokens, reason):
+    return Output(text=text, token_ids=tokens, finish_reason=reason)
 
 
 @pytest.fixture
@@ -29,7 +35,7 @@ def test_notes_and_a_byte_order_mark_are_passed_over(tmp_path):
 
 def test_cut_at_every_byte_of_the_last_line(rows, tmp_path):
     file, rows = tmp_path / "out.jsonl", rows[:3]
-    lines = [completion(row, "Löffel 匙", [1, 2], "stop", MODEL) for row in rows]
+    lines = [completion(row, [output("Löffel 匙", [1, 2], "stop")], MODEL) for row in rows]
     whole = b"".join(lines)
     for length in range(len(whole) - len(lines[-1]), len(whole)):
         file.write_bytes(whole[:length])
@@ -45,7 +51,7 @@ def test_other_files_are_left_alone(tmp_path_factory, content):
     file = tmp_path_factory.mktemp("other") / "out"
     file.write_bytes(content)
     row = Row("a", Request(prompt="b"), "")
-    if not completion(row, "", [], "", MODEL).startswith(content):
+    if not completion(row, [output("", [], "")], MODEL).startswith(content):
         with pytest.raises(ValueError, match="the file belongs to other prompts"):
             CompletionFile(file, [row], MODEL)
         assert file.read_bytes() == content
@@ -54,8 +60,8 @@ def test_other_files_are_left_alone(tmp_path_factory, content):
 def test_other_prompts_are_refused(rows, tmp_path):
     file = tmp_path / "out.jsonl"
     for line in (
-        completion(Row("sea", Request(prompt="Call me Ahab."), ""), "", [], "stop", MODEL),
-        completion(Row("ocean", rows[0].request, ""), "", [], "stop", MODEL),
+        completion(Row("sea", Request(prompt="Call me Ahab."), ""), [output("", [], "stop")], MODEL),
+        completion(Row("ocean", rows[0].request, ""), [output("", [], "stop")], MODEL),
         b'{"id": "sea", "prompt": "Call me Ishmael."}\n',
         b"\n",
     ):
@@ -83,10 +89,10 @@ def test_a_full_disk_leaves_whole_lines(rows, tmp_path):
             return self.file.write(data[: len(data) // 2])
 
     file = tmp_path / "out.jsonl"
-    line = completion(rows[0], "text", [1], "stop", MODEL)
+    line = completion(rows[0], [output("text", [1], "stop")], MODEL)
     with CompletionFile(file, rows, MODEL) as found:
         found.write(line)
         found._file = Full(found._file)
         with pytest.raises(OSError, match=r"No space left on device: '.*out.jsonl'"):
-            found.write(completion(rows[1], "text", [1], "stop", MODEL))
+            found.write(completion(rows[1], [output("text", [1], "stop")], MODEL))
     assert file.read_bytes() == line

@@ -11,7 +11,8 @@ from command_lines import PROMPTS, read, refusal, write
 
 import layerscope_jax
 from layerscope_jax.cli import main as cli
-from layerscope_jax.generation.completions import Token
+from layerscope_jax.generation.completions import Output, Token
+from layerscope_jax.generation.requests import CHAT, DEFAULTS
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -36,15 +37,17 @@ def test_rows_to_stdout(tiny, prompts, capsys):
     assert list(rows) == ["stop", 7, "sea", "ids"]  # as they are complete
     assert [len(rows[row["id"]]["token_ids"]) for row in PROMPTS] == [5, 3, 5, 1]
     assert [rows[row["id"]]["prompt"] for row in PROMPTS] == [row["prompt"] for row in PROMPTS]
-    assert all(row.keys() == LINE for row in rows.values())
+    assert all(row.keys() - {"stop_reason"} == LINE for row in rows.values())
+    assert [row.get("stop_reason") for row in rows.values()] == [
+        rows["stop"]["token_ids"][0],
+        None,
+        None,
+        None,
+    ]
     assert rows["ids"]["settings"]["seed"] == 3
     assert rows[7]["settings"] == {
+        **{name: value for name, value in DEFAULTS.items() if name not in CHAT},
         "max_new_tokens": 3,
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "seed": 0,
-        "stop_token_ids": None,
     }
     assert [rows[row["id"]]["finish_reason"] for row in PROMPTS] == ["length", "length", "length", "stop"]
     assert rows["stop"]["text"] == ""
@@ -75,8 +78,8 @@ def test_goes_on_with_a_file(tiny, prompts, tmp_path, capsys):
 def test_an_interrupted_run_keeps_whole_rows(tiny, prompts, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.jsonl"
 
-    def interrupted(engine, rows, *, on_row, **_):
-        on_row(rows[0], "text", [1, 2], "length")
+    def interrupted(engine, rows, requests, *, on_row, **_):
+        on_row(rows[0], [Output(text="text", token_ids=[1, 2], finish_reason="length")])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "complete", interrupted)
@@ -122,7 +125,7 @@ def test_another_checkpoint_does_not_go_on_with_a_file(tiny, prompts, tmp_path, 
 
 
 def test_letters_that_the_terminal_lacks(tiny, monkeypatch):
-    def says_snowman(engine, rows, on_token, **_):
+    def says_snowman(engine, rows, requests, on_token, **_):
         on_token(Token(0, 1, "\u2603", "stop"))
         raise KeyboardInterrupt
 

@@ -8,7 +8,7 @@ from command_lines import refusal
 
 import layerscope_jax
 from layerscope_jax.cli import main as cli
-from layerscope_jax.generation.batch_files import read_prompts
+from layerscope_jax.generation.prompt_files import read_prompts
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,10 @@ def test_refusals(tiny, capsys, args, message):
         ('{"prompt": "x", "id": 1.5}\n', ":1: expected an id that is a string or an integer, got 1.5"),
         ('{"prompt": "x", "id": "\\udfff"}\n', ":1: the id holds half a surrogate pair"),
         ('{"prompt": null}\n', ":1: prompt must be text or a list of token ids, got None"),
-        ('{"prompt": "x", "top_k": "3"}\n', ":1: top_k must be a whole number, 0 (all) or more, got '3'"),
+        (
+            '{"prompt": "x", "top_k": "3"}\n',
+            ":1: top_k must be a whole number, 0 (all) or more, or -1, got '3'",
+        ),
         (f'{{"prompt": "x", "temperature": {"9" * 400}}}\n', ":1: temperature must be a number from 0"),
         ('{"prompt": "x", "stop_token_ids": [true]}\n', ":1: stop_token_ids must be a list of token ids"),
         (
@@ -64,9 +67,16 @@ def test_refusals(tiny, capsys, args, message):
         ('{"prompt": "x"}\n\n{"prompt": ""}\n', ":3: the prompt is empty; it needs at least one token"),
         ('{"prompt": [600]}\n', ":1: the prompt has ids outside 0..599: [600]"),
         ("\n", ': expected lines {"prompt": ...}, got none'),
-        ('{"prompt": "x", "stop": ["a"]}\n', ":1: unknown key 'stop'; did you mean 'stop_token_ids'?"),
-        ('{"prompt": "x", "min_p": 0.1}\n', ":1: unknown key 'min_p'; "),
-        ('{"prompt": "x", "n": 2}\n', ":1: unknown key 'n'; known keys are id, prompt, max_new_tokens, "),
+        ('{"prompt": "x", "n": 2}\n', ":1: n must be 1 at temperature 0"),
+        ('{"prompt": "x", "qqq": 2}\n', ":1: unknown key 'qqq'; known keys are id, prompt, messages, "),
+        ('{"prompt": "x", "messages": []}\n', ":1: expected either a prompt or messages, got both"),
+        ('{"messages": "x"}\n', ":1: messages must be a list of"),
+        ('{"messages": [{"role": "user"}]}\n', ":1: the prompt: expected the checkpoint to have a chat"),
+        ('{"prompt": "x", "logit_bias": {"a": 1}}\n', ":1: logit_bias must be token ids with numbers in"),
+        (
+            '{"prompt": "x", "logit_bias": {"600": 1}}\n',
+            ":1: the prompt has logit_bias of ids outside 0..599",
+        ),
         ('{"prompt": "x", "note": "y"}\n', ":1: unknown key 'note'; "),
         ('{"prompt": "x", "": "y"}\n', ":1: unknown key ''; "),
         ('{"prompt": "x", "prompt": "y"}\n', ":1: expected each key once, got 'prompt' twice"),

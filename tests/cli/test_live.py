@@ -3,8 +3,8 @@
 import sys
 
 from layerscope_jax.cli.complete import Live
-from layerscope_jax.generation.batch_files import Row
 from layerscope_jax.generation.completions import Token
+from layerscope_jax.generation.prompt_files import Row
 from layerscope_jax.generation.requests import Request
 
 

@@ -18,6 +18,8 @@ from layerscope_jax.offload.executors import DeviceExperts
 from layerscope_jax.profiling.machine_profile import ModelShape
 from layerscope_jax.runtime.non_finite import why_not_finite
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 EXTEND = Path(__file__).parents[2] / "examples" / "extend"
 PROMPTS = [[5, 20, 7], [17], list(range(30, 44))]
 
@@ -61,7 +63,6 @@ def run(model, config):
 POLICIES = ["lru", "host-only", "presched", "auto"]
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_every_policy_has_the_bits_of_everything_resident_and_is_near_the_plain_model(example, plain, packed):
     bank = packed.bank
     assert bank.expert_bytes == 3 * 32 * 20 + 12
@@ -88,7 +89,6 @@ def test_every_policy_has_the_bits_of_everything_resident_and_is_near_the_plain_
     assert np.corrcoef(first.ravel(), other.ravel())[0, 1] > 0.99
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_an_accelerator_computes_what_the_host_computes(example, packed):
     """The executor of accelerators, on a CPU: the product of the format, inside of its program."""
     rows = Assignments(np.array([[0, 1], [1, 0], [0, 2]], np.int32))
@@ -135,10 +135,11 @@ def test_a_checkpoint_is_loaded_into_it_and_saved_unpacked(example, tmp_path):
     assert "all weights are finite" in why_not_finite(loaded)
 
 
-def test_a_profile_knows_its_bytes(example, packed):
+def test_a_profile_knows_its_bytes_and_arrays(example, packed):
     shape = ModelShape.of(packed)
     assert shape.dtype == "float8_e4m3"
     assert shape.expert_bytes == packed.bank.expert_bytes
+    assert shape.geometry(slots=1).arrays_per_expert == len(packed.bank.layers[0][0]) == 4
 
 
 def test_another_one_of_its_name_is_refused(example):

@@ -12,6 +12,8 @@ from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.kernels import registry
 from layerscope_jax.kernels.host_kernels import kernel_of
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 EXTEND = Path(__file__).parents[2] / "examples" / "extend"
 ON_HOST = OffloadConfig(device_budget=0, policy="host-only")
 
@@ -54,7 +56,6 @@ def test_it_is_the_reference_and_a_row_is_its_own(example, dtype):
     np.testing.assert_array_equal(bits(alone), bits(outputs[4:5]))
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_it_computes_and_is_named_and_every_policy_has_its_bits(example):
     model = random_model().with_format(sys.modules["format"].FLOAT8)
     found = []
@@ -71,7 +72,6 @@ def test_it_computes_and_is_named_and_every_policy_has_its_bits(example):
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_where_it_cannot_be_had_the_reference_computes_with_one_warning(example, fallbacks, monkeypatch):
     monkeypatch.setattr(example.config, "DISABLE_JIT", 1)
     model = random_model(num_layers=1).with_format(sys.modules["format"].FLOAT8)

@@ -11,12 +11,12 @@ from helpers import PROMPTS, byte_tokenizer, spelling_model
 from tokenizers import Tokenizer, models, normalizers
 
 from layerscope_jax import Engine, OffloadConfig, Request
+from layerscope_jax.generation.arguments import make_requests
 from layerscope_jax.generation.encoding import encode_prompts, encode_within
-from layerscope_jax.generation.requests import make_requests
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-NAMES = "max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids"
+NAMES = "max_new_tokens, min_new_tokens, n, temperature, .*, chat_template_kwargs"
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +283,6 @@ def test_many_ids_are_not_looked_at_one_by_one():
 
 
 def test_a_tracer_is_no_prompt(engine):
-    with pytest.raises(ValueError, match="outside of functions that JAX traces"):
+    with pytest.raises(ValueError, match="in a function that JAX traces"):
         jax.jit(lambda ids: engine.generate([ids], max_new_tokens=2))(jnp.array([1, 2]))
     assert engine.generate([[1, 2]], max_new_tokens=2).token_ids

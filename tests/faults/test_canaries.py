@@ -10,17 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerscope_jax.formats import format_named
 from layerscope_jax.kernels import amx, attention, combining, crew, prefill_attention, vectors
+from layerscope_jax.kernels.activations import facts_of
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments, by_expert
 from layerscope_jax.kernels.host_kernels import AMX, LOOPS, PAIRS
 from layerscope_jax.kernels.inside import pieces
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.models.experts import ExpertBody
 
 AROUND = 4096
 """Bytes before and behind what may be written."""
 
-CANARY = np.frombuffer(b"\xa5", np.uint8)[0]
+CANARY = np.uint8(0xFF)
+"""Of such bytes every number is not a number: it is seen, too, where they are read."""
 
 
 class Guarded:
@@ -54,6 +57,14 @@ def numbers(rng, shape, dtype):
     return (rng.standard_normal(shape) / 4).astype(dtype)
 
 
+def arrays_of(rng, width, hidden, dtype, body):
+    """Of an expert, its biases last."""
+    shapes = ((width, hidden), (width, hidden), (hidden, width), (2 * hidden + width,))
+    return [numbers(rng, shape, dtype) for shape in shapes[: 4 if body.bias else 3]]
+
+
+BODIES = [ExpertBody(), ExpertBody("gelu")]
+BODIES += [ExpertBody("gelu_tanh", bias=True), ExpertBody("clamped", bias=True)]
 pairs = vectors.suit(np.dtype(ml_dtypes.bfloat16), 32, 32)
 TYPES = (np.float32, ml_dtypes.bfloat16)
 KERNELS = [(LOOPS, dtype, dtype, 1) for dtype in TYPES]
@@ -68,9 +79,11 @@ def test_experts(data, tokens, seed):
     kernel, dtype, of_weights, step = data.draw(st.sampled_from(every), "kernel")
     width, hidden = (step * data.draw(st.integers(1, 160 // step if step > 1 else 100)) for _ in range(2))
     rng, guarded = np.random.default_rng(seed), Guarded()
-    shapes = ((width, hidden), (width, hidden), (hidden, width))
+    format = format_named(np.dtype(of_weights).name).for_body(data.draw(st.sampled_from(BODIES), "body"))
     held = [
-        InMemory.of(ExpertWeights(*(jnp.asarray(numbers(rng, shape, of_weights)) for shape in shapes)))
+        InMemory.of(
+            format.Expert(*map(jnp.asarray, arrays_of(rng, width, hidden, of_weights, format.body))), format
+        )
         for _ in range(3)
     ]
     choices = data.draw(st.integers(1, 3))
@@ -257,23 +270,30 @@ def test_sums(words, tokens, choices, width, seed):
 
 @given(
     kernel=st.sampled_from(KERNELS),
+    body=st.sampled_from(BODIES),
     tokens=st.integers(1, 40),
     choices=st.integers(1, 3),
     steps=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=40)
-def test_experts_as_a_job_of_a_program(kernel, tokens, choices, steps, seed):
+def test_experts_as_a_job_of_a_program(kernel, body, tokens, choices, steps, seed):
     """As XLA's call hands them on: pieces of experts, by addresses."""
     kernel, dtype, of_weights, step = kernel
     width, hidden = (max(step, 8) * size for size in steps)
     rng, guarded = np.random.default_rng(seed), Guarded()
-    shapes = ((width, hidden), (width, hidden), (hidden, width))
-    held = [[numbers(rng, shape, of_weights) for shape in shapes] for _ in range(3)]
+    held = [[], [], []]
+    for expert in held:
+        for numbered in arrays_of(rng, width, hidden, of_weights, body):
+            expert.append(guarded.array(numbered.shape, of_weights))
+            expert[-1][...] = numbered
     chosen = np.argsort(rng.random((tokens, 3)), 1)[:, :choices].astype(np.int32)
     order, bounds, demand = by_expert(chosen.reshape(-1), np.ones(tokens, bool), choices)
     whose, firsts, lasts = pieces(bounds, 7)
-    addresses = np.array([[matrix.ctypes.data for matrix in held[one]] for one in whose], np.int64)
+    addresses = np.zeros((len(whose), 4), np.int64)
+    for row, one in zip(addresses, whose, strict=True):
+        row[: len(held[one])] = [array.ctypes.data for array in held[one]]
+    activation, limit = facts_of(body)
     inputs = numbers(rng, (tokens, width), dtype)
     outputs = guarded.array((tokens * choices, width), dtype)
     work = job(
@@ -289,6 +309,8 @@ def test_experts_as_a_job_of_a_program(kernel, tokens, choices, steps, seed):
         ORDER=order,
         LENGTH=len(order),
         CHOICES=choices,
+        ACTIVATION=activation,
+        LIMIT=limit.view(np.uint32),
     )
     words = [WORDS["float32" if one is np.float32 else "uint16"] for one in (dtype, of_weights)]
     words[1] = np.int16 if kernel is PAIRS else words[1]

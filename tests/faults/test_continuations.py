@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.cli.complete import complete
-from layerscope_jax.generation.batch_files import Row
 from layerscope_jax.generation.detokenize import TextStream, continuation
+from layerscope_jax.generation.prompt_files import Row
 from layerscope_jax.generation.requests import Request
 
 TOKENIZERS = {"bytes": byte_tokenizer(), "fallback": fallback_tokenizer()}
@@ -160,6 +160,6 @@ def test_texts_streams_and_rows_have_it(monkeypatch):
         assert texts == expected
         spoken, rows = Dictation(new), {}
         requests = [Row(index, Request(prompt=p, **call), "") for index, p in enumerate(prompts)]
-        complete(engine, requests, on_row=lambda row, text, *_: rows.update({row.id: text}))
+        complete(engine, requests, on_row=lambda row, outputs: rows.update({row.id: outputs[0].text}))
         assert rows == dict(enumerate(expected))
         assert engine.text(new[0], "stop", [5, 0]) == expected[0]

@@ -277,7 +277,7 @@ def test_a_policy_that_generates_is_refused():
     config = OffloadConfig(policy=Calling(), device_budget=9 * model.bank.expert_bytes)
     with Engine(model, config) as engine:
         engines.append(engine)
-        with pytest.raises(ValueError, match=r"in the midst of a step.*a policy"):
+        with pytest.raises(ValueError, match=r"running a step on this thread.*a policy"):
             in_time(lambda: engine.generate([[1]], max_new_tokens=1))
 
 

@@ -12,7 +12,7 @@ TESTS = Path(__file__).parents[1]
 BEGIN = """
 import tempfile
 kept = tempfile.TemporaryDirectory()  # has its turn at exit by `weakref`, before JAX is imported
-import atexit, sys, threading
+import atexit, os, sys, threading
 sys.path[:0] = [{tests!r}, {root!r}]
 from helpers import random_model
 import layerscope_jax as ls
@@ -33,7 +33,7 @@ def slowly(engine):
         steps.append(None)
         if len(steps) == 2:
             begun.set()
-            waited_for()
+            waited_for(engine)
         return step(*inputs)
     engine.runner.step = slow
     done.append(generate(engine))
@@ -56,7 +56,7 @@ next(stream)
 sys.exit(3)
 """,
     "threads that generate, and make an engine, when the main one ends": """
-waited_for = threading.main_thread().join
+waited_for = lambda engine: threading.main_thread().join()
 def work():
     slowly(ls.Engine(model, within))
     costly = ls.OffloadConfig(device_budget=within.device_budget, policy="fiddler")
@@ -66,7 +66,13 @@ threading.Thread(target=work).start()
 begun.wait()
 """,
     "daemon threads that generate": """
-waited_for = ending.wait
+from layerscope_jax.runtime import resources
+resources.PATIENCE_S = 600.0  # more than the test waits for this process
+atexit.register(lambda: os._exit(9) if done else None)  # called after the engines have ended
+def waited_for(engine):
+    ending.wait()
+    while not engine._turns.is_contended:  # until this engine ends
+        pass
 for config in (within, resident):
     begun.clear()
     threading.Thread(target=lambda: slowly(ls.Engine(model, config)), daemon=True).start()
@@ -76,24 +82,15 @@ sys.exit(3)
 }
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """A compilation cache for these processes: what the first compiles, the others read."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_a_process_ends_by_its_own_code_and_says_nothing(name, programs):
+def test_a_process_ends_by_its_own_code_and_says_nothing(name):
     program = BEGIN.format(tests=str(TESTS), root=str(TESTS.parent)) + CASES[name]
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | programs | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
     )
     expected = (0, "done\n", "") if "main one" in name else (3, "", "")
     assert (done.returncode, done.stdout, done.stderr) == expected

@@ -102,6 +102,18 @@ def test_a_tokenizer_counts(tensors, tmp_path):
     assert fingerprint(folder) != before
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "vocab.json", "tokenizer_config.json", "added_tokens.json"]
+)
+def test_a_tokenizer_of_several_files_counts(tensors, tmp_path, name):
+    folder = write(tmp_path / "a", {"norm": tensors["norm"]})
+    (folder / "tokenizer.json").unlink()
+    (folder / "tiktoken.model").write_bytes(b"YQ== 0")
+    before = fingerprint(folder)
+    (folder / name).write_text('{"add_bos_token": true}')
+    assert fingerprint(folder) != before
+
+
 def test_of_a_large_tensor_little_is_read(tensors, tmp_path, monkeypatch):
     folder, pread, read = write(tmp_path / "a", tensors), os.pread, []
 

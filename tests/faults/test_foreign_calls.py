@@ -9,15 +9,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from layerscope_jax.formats import PlainFormat
 from layerscope_jax.kernels import crew, inside, registry, xla_calls, xla_ffi
 from layerscope_jax.kernels.attention import attention_target
 from layerscope_jax.kernels.combining import sums_target
-from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
+from layerscope_jax.kernels.cpu import ARRAYS, CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.host_kernels import LOOPS
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.products import products, products_target
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.models.experts import BiasedWeights, ExpertBody, ExpertWeights
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 WIDTH, HIDDEN, EXPERTS = 44, 36, 3
 FLOAT32 = np.dtype(np.float32)
@@ -62,7 +65,8 @@ WRONG = {
     "fewer flags": {"active": np.ones(3, bool)},
     "a table of another type": {"table": np.zeros(24, np.int32)},
     "a table of another rank": {"table": np.zeros((2, 12), np.uint32)},
-    "an odd table": {"table": np.zeros(2 * (inside.FACTS + 3 * EXPERTS) + 2, np.uint32)},
+    "a table of three addresses an expert": {"table": np.zeros(2 * (inside.FACTS + 3), np.uint32)},
+    "an odd table": {"table": np.zeros(2 * (inside.FACTS + ARRAYS * EXPERTS) + 2, np.uint32)},
     "no table": {"table": np.zeros(1, np.uint32)},
 }
 
@@ -177,6 +181,30 @@ def test_a_bound_where_nothing_is_is_refused(within, bound):
 def test_matrices_that_are_no_expert_are_refused(matrices):
     with pytest.raises(ValueError, match=r"an expert is gate \[D, F\]"):
         InMemory.of(matrices)
+
+
+BIASED = PlainFormat("float32", ExpertBody("clamped", bias=True))
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        jnp.ones(2 * HIDDEN + WIDTH - 1),
+        jnp.ones((1, 2 * HIDDEN + WIDTH)),
+        jnp.ones(2 * HIDDEN + WIDTH, jnp.bfloat16),
+        None,
+    ],
+)
+def test_biases_that_do_not_fit_are_refused(bias):
+    arrays = expert() if bias is None else BiasedWeights(*expert(), bias)
+    with pytest.raises(ValueError, match=r"an expert in the format 'float32' is .* bias float32\[116\], got"):
+        InMemory.of(arrays, BIASED)
+    if bias is not None:
+        with pytest.raises(ValueError, match=r"down float32\[36, 44\], got"):  # not that they are left out
+            InMemory.of(arrays)
+    right = InMemory.of(BiasedWeights(*expert(), jnp.ones(2 * HIDDEN + WIDTH)), BIASED)
+    assert np.frombuffer(right.addresses, np.int64)[3] == right.arrays.bias.unsafe_buffer_pointer()
+    assert np.frombuffer(InMemory.of(expert()).addresses, np.int64)[3] == 0
 
 
 def strided(shape):

@@ -15,7 +15,7 @@ from layerscope_jax import save
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals as POSIX has them")
 
-MOMENTS, ROWS = 8, 30
+MOMENTS, ROWS = 5, 30
 LIMIT_S = 20
 """For a machine that has a lot else to do; it is 2 s on one that has not."""
 
@@ -153,9 +153,8 @@ def test_several_moments(runs):
     [
         ((signal.SIGINT, signal.SIGINT), 130),
         ((signal.SIGTERM,), -signal.SIGTERM),
-        ((signal.SIGHUP,), -signal.SIGHUP),
     ],
-    ids=["twice", "terminate", "hang-up"],
+    ids=["twice", "terminate"],
 )
 def test_it_ends_at_once(runs, signals, code, request):
     name = request.node.callspec.id

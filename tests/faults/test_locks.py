@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from layerscope_jax import Request
-from layerscope_jax.generation.batch_files import CompletionFile, Row, completion
+from layerscope_jax.generation.batch_files import CompletionFile, completion
+from layerscope_jax.generation.completions import Output
+from layerscope_jax.generation.prompt_files import Row
 from layerscope_jax.support import locks
 from layerscope_jax.support.locks import locked, locked_folder
 
@@ -105,7 +107,7 @@ def test_a_folder_is_not_left_behind_empty(tmp_path):
 
 def test_completions(tmp_path):
     file = tmp_path / "out.jsonl"
-    line = completion(ROW, "text", [1], "stop", "m")
+    line = completion(ROW, [Output(text="text", token_ids=[1], finish_reason="stop")], "m")
     with CompletionFile(file, [ROW], "m") as first:
         with pytest.raises(ValueError, match=HOLDER):
             CompletionFile(file, [ROW], "m")

@@ -22,6 +22,8 @@ from layerscope_jax.scheduling.plan import Policy, Replay
 from layerscope_jax.scheduling.registry import POLICIES
 from layerscope_jax.simulation.virtual_link import Link
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 RUNNERS = (WholeModel, LayerByLayer, ResidentOnCpu, Rehearsal, DecodeRehearsal)
 
 

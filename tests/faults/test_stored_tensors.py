@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from helpers import TINY, in_time, random_decoder
+from sharded import INDEX, sharded, tensors, write
 
 from layerscope_jax import ModelConfig, load, save
 from layerscope_jax.checkpoints import safetensors_io
@@ -30,37 +32,20 @@ CONFIG = replace(
     stop_token_ids=(0,),
 )
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ROUTER, INDEX = "model.layers.1.mlp.gate.weight", "model.safetensors.index.json"
+ROUTER = "model.layers.1.mlp.gate.weight"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save(random_decoder(CONFIG), folder)
+    return folder
 
 
 @pytest.fixture
-def folder(tmp_path):
-    save(random_decoder(CONFIG), tmp_path / "model")
-    return tmp_path / "model"
-
-
-def tensors(folder):
-    return safetensors.numpy.load_file(folder / "model.safetensors")
-
-
-def write(folder, name, held):
-    safetensors.numpy.save_file(
-        {key: np.ascontiguousarray(value) for key, value in held.items()}, folder / name
-    )
-
-
-def sharded(folder, overlay=None, **extra):
-    """Two shards and an index; tensors of `overlay` lie in a third one too, which the index means."""
-    held = tensors(folder)
-    names = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(held))}
-    for part in set(names.values()):
-        write(folder, part, {name: held[name] for name in held if names[name] == part})
-    if overlay:
-        write(folder, "an-overlay.safetensors", overlay | extra)
-        names |= dict.fromkeys(overlay, "an-overlay.safetensors")
-    (folder / "model.safetensors").unlink()
-    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
-    return names
+def folder(saved, tmp_path):
+    """A copy, to be changed."""
+    return shutil.copytree(saved, tmp_path / "model")
 
 
 def change(folder, **settings):

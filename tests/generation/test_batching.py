@@ -33,7 +33,7 @@ CONFIGS = {
 
 @lru_cache
 def model():
-    return random_model()
+    return random_model(num_layers=2)
 
 
 MADE = []
@@ -90,7 +90,7 @@ def mixed(counts, prompts=(3, 4), **settings):
 )
 @example(requests=[(7, 20), (0, 1), (1, 2), (6, 1), (2, 20), (0, 1), (5, 7)], slots=2, stop=None)
 @example(requests=[(0, 1)] * 9, slots=4, stop=None)
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 def test_each_request_gets_what_it_gets_alone(name, requests, slots, stop):
     expected = []
     for prompt, count in requests:
@@ -188,7 +188,7 @@ def test_times_are_those_of_requests_and_steps():
 
 @pytest.mark.parametrize("name", ["whole", "layers"])
 def test_few_programs_are_compiled_whoever_comes_and_goes(name):
-    model = random_model(num_layers=2, hidden_size=24, head_dim=6, seed=8)  # a shape of its own
+    model = random_model(num_layers=1, hidden_size=24, head_dim=6, seed=8)  # a shape of its own
     before, kinds = len(compiled), set()
     config = replace(CONFIGS[name], device_budget=None, policy="auto", max_num_seqs=4)
     with one_jit(name == "whole"), Engine(model, config) as engine:
@@ -210,7 +210,14 @@ def long_engine(chunk, **changes):
         return Engine(model, OffloadConfig(prefill_chunk_size=chunk, **changes))
 
 
-LONG = [RNG.integers(0, 61, size).tolist() for size in (180, 150, 64, 7, 33, 129)]
+LONG = [RNG.integers(0, 61, size).tolist() for size in (90, 64, 50, 7, 33, 96)]
+
+
+@lru_cache
+def in_one_step():
+    """What long prompts are answered where a chunk holds all of them."""
+    with long_engine(4096, policy="host-only", max_num_seqs=4) as engine:
+        return engine.generate(LONG, max_new_tokens=3).token_ids
 
 
 @pytest.mark.parametrize(
@@ -222,7 +229,7 @@ def test_a_prefill_in_chunks_says_the_same(changes):
     """To float32 rounding: products of other shapes round differently."""
     found = {}
     prompts = LONG[:2]
-    for chunk in (4096, 60):
+    for chunk in (4096, 30):
         with long_engine(chunk, **changes) as engine:
             logits = tap(engine)
             tokens = [engine.generate([prompt], max_new_tokens=4).token_ids[0] for prompt in prompts]
@@ -230,13 +237,13 @@ def test_a_prefill_in_chunks_says_the_same(changes):
         assert len(logits) == sum(steps)
         ends = np.cumsum(steps)
         found[chunk] = tokens, [one for end in ends for one in logits[end - 4 : end]]
-    (tokens, logits), (expected, whole) = found[60], found[4096]
+    (tokens, logits), (expected, whole) = found[30], found[4096]
     assert tokens == expected
     for here, there in zip(logits, whole, strict=True):
         np.testing.assert_allclose(here, there, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [16, 100])
+@pytest.mark.parametrize("chunk", [16, 40])
 def test_no_prefill_step_is_larger_than_a_chunk(chunk):
     with long_engine(chunk, policy="host-only", max_num_seqs=4) as engine:
         result, shapes = steps_of(engine, lambda: engine.generate(LONG, max_new_tokens=3))
@@ -244,8 +251,7 @@ def test_no_prefill_step_is_larger_than_a_chunk(chunk):
     assert max(rows * width for rows, width in prefills) <= chunk
     long = sum(-(-len(prompt) // chunk) for prompt in LONG if len(prompt) > chunk)
     assert prefills.count((1, chunk)) >= long
-    with long_engine(4096, policy="host-only", max_num_seqs=4) as engine:
-        assert engine.generate(LONG, max_new_tokens=3).token_ids == result.token_ids
+    assert result.token_ids == in_one_step()
 
 
 @pytest.mark.parametrize("config", [{}, {"policy": "host-only"}], ids=["whole", "host-only"])

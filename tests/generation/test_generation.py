@@ -73,7 +73,7 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(engine):
     assert backwards.token_ids == together.token_ids[::-1]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 3])
 def test_how_prompts_are_parted_into_batches_does_not_matter(engine, size):
     together = engine.generate(PROMPTS, max_new_tokens=6)
     few = replace(engine.config, max_num_seqs=size)
@@ -345,7 +345,7 @@ def test_bad_prompts_are_refused_at_once(layers, call, prompts, message):
         ({"temperature": float("inf")}, "temperature must be"),
         ({"temperature": 10**400}, "temperature must be.*, got 10{59}$"),
         ({"temperature": "1"}, "temperature must be"),
-        ({"top_k": -1}, "top_k must be a whole number, 0"),
+        ({"top_k": -2}, "top_k must be a whole number, 0"),
         ({"top_k": 1.0}, "top_k must be"),
         ({"top_p": 0.0}, "top_p must be a number in"),
         ({"top_p": 1.1}, "top_p must be"),
@@ -353,12 +353,12 @@ def test_bad_prompts_are_refused_at_once(layers, call, prompts, message):
         ({"top_p": None}, "top_p must be"),
         ({"seed": -1}, "seed must be"),
         ({"seed": 2**32}, "seed must be"),
-        ({"seed": None}, "seed must be"),
+        ({"seed": 1.5}, "seed must be"),
         ({"stop_token_ids": 3}, "stop_token_ids must be a list of token ids or None, got 3"),
         ({"stop_token_ids": "3"}, "stop_token_ids must be"),
         pytest.param({"stop_token_ids": iter([3])}, "stop_token_ids must be", id="an iterator"),
         ({"stop_token_ids": [3.5]}, "stop_token_ids must be"),
-        ({"top_k": -1, "top_p": 2.0}, "top_k must be.*; top_p must be"),
+        ({"top_k": -2, "top_p": 2.0}, "top_k must be.*; top_p must be"),
         ({"max_num_seqs": 8}, r"got 'max_num_seqs' \(an engine has it: OffloadConfig\(max_num_seqs=\)\)"),
     ],
     ids=str,

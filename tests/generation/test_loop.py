@@ -7,99 +7,16 @@ mixed up with another, or not filled again, says something else.
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
+from arithmetic import WORDS, alone, looped
 from helpers import in_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax.generation import calls, loop, run, scheduler, shares, slots
+from layerscope_jax.generation import calls, loop, row_settings, run, scheduler, shares, slots, stop_strings
 from layerscope_jax.generation.handles import Handle
-from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.requests import Request
-from layerscope_jax.models.rotary import PAD_POSITION
-from layerscope_jax.runtime.accounts import Account
-from layerscope_jax.runtime.runner import RunnerStats
-from layerscope_jax.runtime.turns import Turns
-
-WORDS, CONTEXT = 101, 96
-
-
-def next_token(tokens):
-    return sum((place + 3) * (token + 1) for place, token in enumerate(tokens)) % WORDS
-
-
-def alone(prompt, count):
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
-
-
-class Held(NamedTuple):
-    """A cache of tokens."""
-
-    tokens: jax.Array  # [B, P]
-
-    @staticmethod
-    def position_axes():
-        return (1,)
-
-
-class Arithmetic:
-    """A runner whose caches hold the tokens themselves."""
-
-    mode = "arithmetic"
-
-    def __init__(self):
-        self.account, self.steps, self.shapes, self.fails = Account(), 0, [], 0
-
-    def reset(self, account):
-        self.account = account or Account()
-
-    def stats(self, account):
-        return RunnerStats(
-            policy="none", mode=self.mode, format="none", dense_kernels={}, peak_expert_bytes=0
-        )
-
-    def step(self, tokens, positions, last, caches, sampling):
-        self.steps += 1
-        self.shapes.append((*tokens.shape, caches[0].tokens.shape[1]))
-        cache = np.array(caches[0].tokens)
-        caches[0].tokens.delete()  # as what is donated
-        if self.fails:
-            self.fails -= 1
-            raise OSError("injected")
-        found = np.zeros(len(tokens), np.int32)
-        for row, places in enumerate(positions):
-            for token, place in zip(tokens[row], places, strict=True):
-                if place != PAD_POSITION:
-                    cache[row, place] = token
-            if places[last[row]] != PAD_POSITION:
-                found[row] = next_token(cache[row, : places[last[row]] + 1].tolist())
-        return found, None, [Held(jnp.asarray(cache))]
-
-
-def looped(max_num_seqs=3, chunk=32, closed=()):
-    """A loop over such a runner; the runner."""
-    config = SimpleNamespace(max_position_embeddings=CONTEXT, stop_token_ids=(WORDS,))
-    runner = Arithmetic()
-    made = Loop(
-        SimpleNamespace(config=config, tokenizer=None),
-        runner,
-        Turns(threading.RLock()),
-        lambda: bool(closed),
-        lambda rows, length: [Held(jnp.zeros((rows, length), jnp.int32))],
-        max_num_seqs,
-        chunk,
-        0,
-    )
-    return made, runner
 
 
 def submitted(made, prompt, count, **options):
@@ -179,7 +96,7 @@ def test_whatever_callers_do_each_gets_its_own_tokens(acts, most, fails):
     assert is_idle(made)
 
 
-OURS = tuple(module.__file__ for module in (calls, loop, run, scheduler, shares, slots))
+OURS = tuple(m.__file__ for m in (calls, loop, row_settings, run, scheduler, shares, slots, stop_strings))
 
 
 class Interrupts:

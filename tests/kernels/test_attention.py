@@ -18,6 +18,8 @@ from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.models.attention import attend
 from layerscope_jax.models.rotary import PAD_POSITION
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ours = jax.jit(attention.attention, static_argnames="window")
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 """Of sums of size 1 to 3: a few units in the last place."""

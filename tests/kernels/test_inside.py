@@ -18,14 +18,17 @@ from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.host_kernels import kernel_of
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.products import products
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.models.experts import SWIGLU, ExpertBody
 
 EXPERTS = 9
 CASES = {
     "float32": (np.float32, 44, 36),
     "bfloat16": (ml_dtypes.bfloat16, 44, 36),
     "even": (ml_dtypes.bfloat16, 64, 96),
+    "biased float32": (np.float32, 44, 36),
+    "biased even": (ml_dtypes.bfloat16, 64, 96),
 }
+CLAMPED = ExpertBody("clamped", bias=True, limit=0.7)
 
 rows = jax.jit(inside.rows, static_argnums=0)
 
@@ -39,13 +42,10 @@ def made(case, threads):
     def matrix(*shape):
         return jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype))
 
-    held = [
-        InMemory.of(ExpertWeights(matrix(width, hidden), matrix(width, hidden), matrix(hidden, width)))
-        for _ in range(EXPERTS)
-    ]
-    computer = CpuExperts(
-        threads, kernel_of(format_named(np.dtype(dtype).name), np.dtype(dtype), width, hidden)
-    )
+    format = format_named(np.dtype(dtype).name).for_body(CLAMPED if "biased" in case else SWIGLU)
+    shapes = [buffer.shape for buffer in format.buffers(width, hidden).values()]
+    held = [InMemory.of(format.Expert(*(matrix(*shape) for shape in shapes)), format) for _ in range(EXPERTS)]
+    computer = CpuExperts(threads, kernel_of(format, np.dtype(dtype), width, hidden))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crew, "WORTH_BYTES", 1)  # else one thread would compute experts of this size
         return computer, Inside(computer, np.dtype(dtype).name, np.dtype(dtype)), held

@@ -1,5 +1,8 @@
 """Our own loops: the network's rows, with the same bits in any company, block and thread."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -9,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from layerscope_jax.formats import format_named
+from layerscope_jax.formats import format_named, plain_of
 from layerscope_jax.kernels import amx, cpu, strips, vectors
+from layerscope_jax.kernels.activations import clamped, gelu, gelu_tanh
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.host_kernels import AMX, LOOPS, PAIRS, kernel_of
 from layerscope_jax.kernels.numbers import silu
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.models.experts import SWIGLU, ExpertBody, weights_type
 
 TYPES = {"float32": (np.float32, 2e-6), "bfloat16": (ml_dtypes.bfloat16, 1e-2)}
 
@@ -36,23 +40,27 @@ def computers():
         one.close()
 
 
-def experts(dtype, width, hidden, count):
+def experts(dtype, width, hidden, count, body=SWIGLU):
     rng = np.random.default_rng(0)
 
     def matrix(*shape):
         return jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype))
 
+    def bias():
+        return [jnp.asarray(rng.standard_normal(2 * hidden + width).astype(dtype))] if body.bias else []
+
     return [
-        ExpertWeights(matrix(width, hidden), matrix(width, hidden), matrix(hidden, width))
+        weights_type(body)(matrix(width, hidden), matrix(width, hidden), matrix(hidden, width), *bias())
         for _ in range(count)
     ]
 
 
-def rows_of(computer, inputs, tokens, weights):
+def rows_of(computer, inputs, tokens, weights, body=SWIGLU):
     """[T, D] of those `tokens` of one expert."""
+    held = InMemory.of(weights, plain_of(weights).for_body(body))
     chosen = Assignments(np.zeros((len(inputs), 1), np.int32), np.isin(np.arange(len(inputs)), tokens))
     outputs = np.zeros((len(inputs) + 1, inputs.shape[1]), inputs.dtype)
-    computer.compute(outputs, inputs, chosen, [0], lambda _: [InMemory.of(weights)], WorkStats())
+    computer.compute(outputs, inputs, chosen, [0], lambda _: [held], WorkStats())
     others = np.delete(outputs[:-1], tokens, 0)
     assert not others.any()
     return outputs[tokens]
@@ -74,6 +82,7 @@ COUNTS = (1, 2, 3, 4, 7, 8, 15, 16, 29, 40, 64, 65, 130)
 pairs_only = pytest.mark.skipif(
     not vectors.suit(np.dtype(ml_dtypes.bfloat16), 32, 32), reason="this CPU has no AVX512_BF16"
 )
+amx_only = pytest.mark.skipif(not amx.available(), reason="this CPU has no AMX")
 WAYS = [
     *[(name, LOOPS, shape) for name in TYPES for shape in SHAPES],
     *[pytest.param("bfloat16", PAIRS, shape, marks=pairs_only) for shape in EVEN],
@@ -90,6 +99,48 @@ def test_they_are_the_network(computers, name, kernel, shape):
         found = rows_of(computers(1, kernel), inputs, np.arange(count), weights).astype(np.float64)
         error = np.abs(found - expected[:count]).max() / np.abs(expected).max()
         assert error < tolerance
+
+
+BODIES = {
+    "silu, biases": ExpertBody("silu", bias=True),
+    "gelu": ExpertBody("gelu"),
+    "gelu_tanh, biases": ExpertBody("gelu_tanh", bias=True),
+    "clamped": ExpertBody("clamped", limit=0.7),
+    "clamped, biases": ExpertBody("clamped", bias=True, limit=1.5),
+}
+PLACES = [  # with and without a rest, of several blocks, of several panels
+    *[("float32", LOOPS, (37, 29)), ("bfloat16", LOOPS, (37, 29)), ("float32", LOOPS, (6, 4500))],
+    *[("float32", LOOPS, (288, 544)), ("bfloat16", LOOPS, (288, 544))],
+    pytest.param("bfloat16", PAIRS, (288, 544), marks=pairs_only),
+    pytest.param("bfloat16", AMX, (288, 544), marks=amx_only),
+]
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+@pytest.mark.parametrize(("name", "kernel", "shape"), PLACES)
+def test_experts_of_any_body_are_the_reference_with_the_same_bits_in_any_company(
+    computers, name, kernel, shape, body
+):
+    dtype, tolerance = TYPES[name]
+    (weights,) = experts(dtype, *shape, 1, body)
+    inputs = np.random.default_rng(1).standard_normal((70, shape[0])).astype(dtype)
+    reference = format_named(name).for_body(body).ffn
+    expected = np.asarray(jax.jit(reference)(jnp.asarray(inputs), weights), np.float64)
+    everything = rows_of(computers(1, kernel), inputs, np.arange(70), weights, body)
+    error = np.abs(everything.astype(np.float64) - expected).max() / np.abs(expected).max()
+    assert error < 2 * tolerance  # both round
+    for some in (np.array([5]), np.array([1, 2, 69]), np.arange(7, 40)):
+        found = rows_of(computers(2, kernel), inputs, some, weights, body)
+        np.testing.assert_array_equal(bits(found), bits(everything[some]))
+
+
+def test_every_body_has_a_kernel_but_an_activation_that_nobody_knows():
+    for name in TYPES:
+        for body in BODIES.values():
+            kernel = kernel_of(format_named(name).for_body(body), np.dtype(name), 64, 96)
+            assert kernel is kernel_of(format_named(name), np.dtype(name), 64, 96)
+    unknown = ExpertBody("relu")  # a format of one's own may compute it
+    assert kernel_of(format_named("float32").for_body(unknown), np.dtype("float32"), 64, 96) is None
 
 
 @pytest.mark.parametrize(
@@ -167,9 +218,6 @@ def test_the_kernel_that_suits():
     )  # which widens weights, whatever the rows
 
 
-amx_only = pytest.mark.skipif(not amx.available(), reason="this CPU has no AMX")
-
-
 @amx_only
 @pytest.mark.parametrize("shape", EVEN)
 def test_matrix_instructions_are_the_network(computers, shape):
@@ -227,6 +275,36 @@ def test_silu_everywhere():
     x = np.linspace(-80, 80, 20_001).astype(np.float32)
     found = np.array([silu(one) for one in x], np.float64)
     np.testing.assert_allclose(found, x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64))), rtol=4e-7)
+
+
+EXACT = {
+    gelu: lambda x: 0.5 * x * np.array([math.erfc(-one / math.sqrt(2)) for one in x]),
+    gelu_tanh: lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
+
+
+@pytest.mark.parametrize("function", EXACT, ids=["gelu", "gelu_tanh"])
+def test_gelu_everywhere(function):
+    x = np.linspace(-14, 14, 20_001).astype(np.float32)
+    found = np.array([function(one) for one in x], np.float64)
+    exact = EXACT[function](x.astype(np.float64))
+    np.testing.assert_allclose(found, exact, rtol=3e-7, atol=2e-7)
+    theirs = jax.nn.gelu(jnp.asarray(x), approximate=function is gelu_tanh)
+    np.testing.assert_allclose(found, np.asarray(theirs), rtol=4e-7, atol=1e-6)
+    large = [function(np.float32(one)) for one in (1e30, -1e30, np.nan)]
+    np.testing.assert_allclose(large, [1e30, 0, np.nan], rtol=1e-6, atol=1e-7)
+
+
+def test_clamped_everywhere():
+    rng, body = np.random.default_rng(0), ExpertBody("clamped", limit=2.5)
+    gates, ups = rng.normal(0, 3, (2, 2000)).astype(np.float32)
+    gates[:4], ups[:4] = (np.nan, 1, -1e30, 1e30), (1, np.nan, 1e30, -1e30)
+    limit = np.float32(body.limit)
+    found = [clamped(gate, up, limit) for gate, up in zip(gates, ups, strict=True)]
+    expected = np.asarray(body.gated(jnp.asarray(gates), jnp.asarray(ups)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert (np.abs(gates) > body.limit).any()
+    assert (np.abs(ups) > body.limit).any()
 
 
 def test_threads_share_the_experts_out_and_change_no_bit(computers, monkeypatch):

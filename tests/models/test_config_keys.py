@@ -114,6 +114,7 @@ UNKNOWN = "unknown key, which may change what the model computes, got "
             {"layer_types": "full_attention"},
             "layer_types: expected 'full_attention' for every layer, got 'full_",
         ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: expected 1.0, got 0.5"),
         ({"rope_parameters": {"rope_theta": 2.0, "factor": 8}}, f"rope_parameters.factor: {UNKNOWN}8"),
         ({"rope_scaling": {"type": "default", "mscale": 1}}, f"rope_scaling.mscale: {UNKNOWN}1"),
         ({"dual_chunk_attention_config": {"chunk_size": 9}}, f"dual_chunk_attention_config: {UNKNOWN}"),
@@ -144,7 +145,7 @@ def test_what_one_family_has_is_not_anothers(family, changes):
 
 def test_all_of_it_is_said_at_once():
     config = published(
-        "mixtral", rope_foo=3, quantization_config={"bits": 4}, hidden_act="gelu", bar="x" * 500
+        "mixtral", rope_foo=3, quantization_config={"bits": 4}, hidden_act="relu", bar="x" * 500
     )
     with pytest.raises(ValueError, match=r".") as raised:
         config_from_hf(config)

@@ -10,6 +10,8 @@ import pytest
 from layerscope_jax.checkpoints.weight_names import Naming
 from layerscope_jax.models import FAMILIES, config_from_hf
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.experts import ExpertBody
+from layerscope_jax.models.rotary import RopeScaling
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PUBLISHED = {
@@ -64,6 +66,12 @@ PUBLISHED = {
     ),
 }
 ABSENT = object()
+
+
+def scaled(kind, original, **settings):
+    return RopeScaling(kind=kind, original_max_position_embeddings=original, **settings)
+
+
 FAMILY = pytest.mark.parametrize("family", PUBLISHED)
 
 
@@ -142,6 +150,23 @@ def test_tensor_shapes_are_those_of_the_checkpoint(family):
         ("mixtral", {"num_key_value_heads": None}, {"num_kv_heads": 32}),
         ("mixtral", {"num_local_experts": ABSENT, "num_experts": 16}, {"num_experts": 16}),
         ("mixtral", {"sliding_window": 4096}, {"sliding_window": 4096}),
+        ("mixtral", {"hidden_act": "gelu_new"}, {"expert_body": ExpertBody("gelu_tanh")}),
+        ("mixtral", {"hidden_act": "gelu"}, {"expert_body": ExpertBody("gelu")}),
+        (
+            "mixtral",
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            {"rope_scaling": scaled("linear", 32768, factor=2.0)},
+        ),
+        (
+            "mixtral",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            {"rope_scaling": scaled("dynamic", 32768, factor=2.0), "max_position_embeddings": 65536},
+        ),
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 8192}},
+            {"rope_scaling": scaled("yarn", 8192, factor=4.0)},
+        ),
         ("mixtral", {"rope_theta": ABSENT}, {"rope_theta": 1e6}),
         ("mixtral", {"norm_topk_prob": False}, {}),
         ("mixtral", {"rope_theta": 1, "rope_parameters": {"rope_theta": 5.0}}, {"rope_theta": 5.0}),
@@ -225,12 +250,17 @@ def test_stop_tokens(config, generation, expected):
         ),
         (old("mixtral", hidden_size=True), ["hidden_size", "True"]),
         (old("mixtral", rms_norm_eps=0), ["rms_norm_eps", "above 0"]),
-        (old("mixtral", hidden_act="gelu"), ["hidden_act", "'silu'", "'gelu'"]),
+        (old("mixtral", hidden_act="relu"), ["hidden_act", "silu", "'relu'"]),
         (
-            old("mixtral", rope_scaling={"type": "linear", "factor": 2}),
-            ["rope_scaling", "'linear'", "'default'"],
+            old("mixtral", rope_scaling={"type": "ntk", "factor": 2}),
+            ["rope_scaling", "'ntk'", "default, linear, dynamic, yarn, llama3, longrope"],
         ),
-        (old("olmoe", rope_parameters={"rope_type": "yarn"}), ["rope_parameters", "'yarn'", "'default'"]),
+        (old("olmoe", rope_scaling={"type": "linear"}), ["missing: rope_scaling.factor"]),
+        (
+            old("olmoe", rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": "x"}),
+            ["short_factor: expected 64 numbers, got 1", "rope_scaling.long_factor", "'x'"],
+        ),
+        (old("olmoe", rope_scaling={"type": "yarn", "factor": -2}), ["rope_scaling.factor", "-2"]),
         (old("olmoe", rope_parameters=[1]), ["rope_parameters", "[1]"]),
         (old("olmoe", rope_theta=-1), ["rope_theta", "-1"]),
         (old("mixtral", head_dim=7), ["head_dim", "even", "7"]),
@@ -242,7 +272,7 @@ def test_stop_tokens(config, generation, expected):
         (old("qwen3_moe", mlp_only_layers="0"), ["mlp_only_layers", "a list of layer numbers", "'0'"]),
         (old("qwen3_moe", mlp_only_layers=[0, True]), ["mlp_only_layers", "[0, True]"]),
         (
-            old("qwen3_moe", decoder_sparse_step=0, hidden_act="gelu", vocab_size=ABSENT),
+            old("qwen3_moe", decoder_sparse_step=0, hidden_act="relu", vocab_size=ABSENT),
             ["decoder_sparse_step", "hidden_act", "vocab_size"],
         ),
         (
@@ -259,8 +289,17 @@ def test_errors_name_everything_that_is_wrong(config, words):
     assert [word for word in words if word not in str(raised.value)] == []
 
 
+LAYERS = {
+    *("decoder_sparse_step", "mlp_only_layers", "layer_types", "sliding_window"),
+    *("moe_layer_start_index", "moe_layer_end_index", "n_shared_experts", "intermediate_size"),
+}
+"""Keys that say together which layers are of which kind, in more ways than one."""
+
+
 @pytest.mark.parametrize(
-    "folder", sorted(file.parent for file in GOLDEN.glob("**/config.json")), ids=lambda f: f.name
+    "folder",
+    [*sorted(file.parent for file in GOLDEN.glob("*/golden.npz")), *GOLDEN.glob("old_style_configs/*")],
+    ids=lambda folder: folder.name,
 )
 def test_a_written_config_reads_back_the_same(folder):
     raw = json.loads((folder / "config.json").read_text())
@@ -271,4 +310,4 @@ def test_a_written_config_reads_back_the_same(folder):
     if "rope_parameters" in raw:  # of transformers 5, in whose keys we write
         differing = {key for key, value in written.items() if value != raw.get(key)}
         # Null there where it is hidden_size / heads; and two that say together which layers are dense.
-        assert differing <= {"head_dim", "decoder_sparse_step", "mlp_only_layers"}
+        assert differing <= {"head_dim", "rope_parameters", *LAYERS}  # of the second, defaults are left out

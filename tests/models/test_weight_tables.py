@@ -1,49 +1,88 @@
 """Each family's table of weights: whatever a row does on the way in, it undoes on the way out."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import TINY
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 from layerscope_jax.checkpoints.weight_names import Naming
-from layerscope_jax.models import FAMILIES
-from layerscope_jax.models.weights import IDENTITY, TRANSPOSE, mapped
-
-
-@pytest.mark.parametrize("transform", [IDENTITY, TRANSPOSE], ids=lambda each: each.name)
-@given(
-    array=arrays.arrays(np.float32, arrays.array_shapes(max_dims=3, max_side=4), elements=st.floats(width=32))
+from layerscope_jax.models import FAMILIES, config_from_hf
+from layerscope_jax.models.families.gpt_oss import PLAIN
+from layerscope_jax.models.mxfp4 import VALUES, unpack
+from layerscope_jax.models.weights import (
+    GATE_AND_UP,
+    IDENTITY,
+    KEYS_AND_VALUES,
+    ROW,
+    TRANSPOSE,
+    Transform,
 )
-def test_every_transform_has_an_inverse(transform, array):
-    stored = transform.save(array)
-    assert stored.shape == transform.stored_shape(array.shape)
-    np.testing.assert_array_equal(transform.load(stored), array)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(file.parent.name for file in GOLDEN.glob("*/golden.npz"))
+
+SIZES = st.integers(1, 4)
+"""Transforms, and the shapes of the decoder's arrays that they are of, made of a few sizes."""
+TRANSFORMS = {
+    IDENTITY: lambda a, b, c: [(a, b)],
+    TRANSPOSE: lambda a, b, c: [(a, b)],
+    ROW: lambda a, b, c: [(a,)],
+    GATE_AND_UP: lambda a, b, c: [(a, b), (a, b)],
+    KEYS_AND_VALUES: lambda a, b, c: [(a, b, 3), (a, 3, c)],
+    PLAIN: lambda a, b, c: [(a, b), (a, b), (b, a), (2 * b + a,)],
+}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_parameter_has_one_tensor(family):
-    qk_norm = {"olmoe": "all", "mixtral": "none", "qwen3_moe": "head"}[family]
-    config = replace(TINY, family=family, qk_norm=qk_norm)
-    if family == "qwen3_moe":
-        config = replace(config, dense_layers=(0,), intermediate_size=24)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda each: each.name)
+@given(a=SIZES, b=SIZES, c=SIZES, seed=st.integers(0, 9))
+def test_every_transform_has_an_inverse(transform: Transform, a, b, c, seed):
+    shapes = TRANSFORMS[transform](a, b, c)
+    rng = np.random.default_rng(seed)
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    stored = transform.save(arrays)
+    assert [tensor.shape for tensor in stored] == list(map(tuple, transform.stored_shapes(shapes)))
+    for array, again in zip(arrays, transform.load(stored, shapes), strict=True):
+        np.testing.assert_array_equal(again, array)
+
+
+@given(
+    codes=st.lists(st.integers(0, 15), min_size=64, max_size=64),
+    scales=st.tuples(*[st.integers(90, 160)] * 2),
+)
+def test_mxfp4_is_a_code_and_a_power_of_two(codes, scales):
+    blocks = np.array(codes, np.uint8).reshape(2, 16, 2)
+    packed = blocks[..., 0] | blocks[..., 1] << 4
+    numbers = unpack(packed, np.array(scales, np.uint8))
+    expected = [VALUES[code] * 2.0 ** (scales[i // 32] - 127) for i, code in enumerate(codes)]
+    np.testing.assert_array_equal(numbers, np.float32(expected))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_parameter_has_one_source(case):
+    config = config_from_hf(json.loads((GOLDEN / case / "config.json").read_text()))
     naming = Naming.of(config)
-    assert sorted(naming.dense.values(), key=str) == sorted(naming.parameters, key=str)
-    assert len(naming.experts) == len(set(naming.experts.values())) == 3 * config.num_moe_layers * 8
-    assert naming.shapes.keys() == naming.dense.keys() | naming.experts.keys() == naming.transforms.keys()
-    moe = {name.split(".")[2] for name in naming.experts}
+    paths = [path for source in naming.dense for path in source.keys]
+    assert sorted(paths, key=str) == sorted(naming.parameters, key=str)
+    arrays = len(config.expert_shapes())
+    assert len(naming.experts) == arrays * config.num_moe_layers * config.num_experts
+    assert naming.shapes.keys() == naming.uses.keys() == naming.dtypes.keys()
+    names = {name for source in naming.experts.values() for name, _ in source.tensors}
+    moe = {name.split(".")[2] for name in names}
     assert moe == {str(layer) for layer in config.moe_layers}  # names go by decoder layers
-    assert {expert.layer for expert, _ in naming.experts.values()} == set(range(config.num_moe_layers))
+    assert {expert.layer for expert, _ in naming.experts} == set(range(config.num_moe_layers))
 
 
 def test_a_family_without_a_name_for_a_parameter_says_which(monkeypatch):
-    other = replace(FAMILIES["olmoe"], weights=FAMILIES["olmoe"].weights[:-1])
+    named = [row for row in FAMILIES["olmoe"].weights if "experts.{layer}.{expert}.down" not in row.places]
+    other = replace(FAMILIES["olmoe"], weights=tuple(named))
     monkeypatch.setitem(FAMILIES, "olmoe", other)
     with pytest.raises(ValueError, match=r"OlmoeForCausalLM has no tensors for experts\.\*\.down"):
         Naming.of(replace(TINY, qk_norm="all"))
-    monkeypatch.setitem(FAMILIES, "olmoe", replace(other, weights=mapped("", "", *other.weights[1:])))
+    monkeypatch.setitem(FAMILIES, "olmoe", replace(other, weights=other.weights[1:]))
     with pytest.raises(ValueError, match="has no tensors for embedding, experts"):
         Naming.of(replace(TINY, qk_norm="all"))

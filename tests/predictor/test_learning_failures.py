@@ -62,7 +62,7 @@ def test_a_failure_is_told_and_tokens_stay_right(model, online, monkeypatch):
             assert engine.generate(PROMPTS, max_new_tokens=5).token_ids == oracle
         engine.generate(PROMPTS, max_new_tokens=2)  # told once
         assert online._work == []
-        with pytest.raises(LearningError, match="injected; forecasts stay as they were") as raised:
+        with pytest.raises(LearningError, match="injected; forecasts keep their parameters") as raised:
             online.finish()
         assert isinstance(raised.value.__cause__, FloatingPointError)
     assert threads() == []

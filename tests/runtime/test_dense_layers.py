@@ -34,10 +34,8 @@ def resident(dtype):
     ("dtype", "policy", "slots"),
     [
         ("float32", "lru", 7),
-        ("float32", "presched", 7),
         ("float32", "auto", 4),
         ("float32", "host-only", 0),
-        ("float32", "resident", 12),
         ("bfloat16", "presched", 7),
         ("bfloat16", "resident", 12),
     ],

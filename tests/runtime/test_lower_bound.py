@@ -165,7 +165,7 @@ def test_no_schedule_is_faster_than_the_bound(seed, slots):
         assert best <= result.total_ms * ROUNDING
 
 
-@pytest.mark.parametrize(("shape", "slots", "seeds"), [(TINY, 2, range(8)), ((6, 3, 8), 6, range(4))])
+@pytest.mark.parametrize(("shape", "slots", "seeds"), [(TINY, 2, range(8)), ((6, 3, 8), 6, range(2))])
 def test_the_bound_is_all_but_the_linear_program(shape, slots, seeds, monkeypatch):
     """In which experts may be computed in parts; whole ones can only cost more."""
     for seed in seeds:

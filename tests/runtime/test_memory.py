@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 RNG = np.random.default_rng(7)
 REQUESTS = [
     Request(prompt=RNG.integers(0, 64, size).tolist(), max_new_tokens=count, stop_token_ids=())
-    for size, count in zip((20, 33, 5, 12, 40, 3, 18, 30), (5, 2, 3, 4, 2, 3, 4, 2), strict=True)
+    for size, count in zip((20, 17, 5, 12, 24, 3, 18, 23), (5, 2, 3, 4, 2, 3, 4, 2), strict=True)
 ]
 """More than there are slots, and of different lengths: newcomers are prefilled while others hold theirs."""
 
@@ -84,9 +84,11 @@ def test_the_device_holds_what_was_named_and_ram_the_experts_once(policy, eighth
 
 
 def test_nothing_on_the_device_but_what_is_dense():
+    """In a process that has run something else before: what others hold does not count."""
+    others = on_device(np.ones(10_000_000, np.uint8))
     taken, _ = watched(config("host-only", 0))
     assert taken.moved == taken.experts == taken.named["experts"] == 0
-    assert taken.named["dense"] < taken.device["prefill"] <= taken.limit("prefill")
+    assert taken.named["dense"] < taken.device["prefill"] <= taken.limit("prefill") < others.nbytes
     assert taken.bank <= taken.ram <= taken.ram_limit
 
 
@@ -123,7 +125,6 @@ def on_device(experts):
 
 SECOND_IN_RAM = {
     "pinned": lambda: copied(host_sharding()),
-    "of the host's device": lambda: copied(device_sharding(jax.devices()[-1])),
     "NumPy's": lambda: [np.array(view) for expert in model().bank for view in model().bank.views(expert)],
 }
 
@@ -133,12 +134,6 @@ def test_a_second_copy_in_ram_is_found(kind):
     taken, _ = watched(config("host-only", 0), SECOND_IN_RAM[kind])
     assert taken.ram > 1.95 * taken.bank > taken.ram_limit
     assert taken.device["prefill"] <= taken.limit("prefill")
-
-
-def test_a_second_copy_on_the_device_is_found():
-    taken, _ = watched(config("lru", 2), lambda: on_device(model().bank.layers))
-    assert min(taken.device.values()) > taken.bank > taken.limit("prefill")
-    assert taken.bank <= taken.ram <= taken.ram_limit
 
 
 def test_one_layer_too_much_on_the_device_is_found():
@@ -169,10 +164,3 @@ def test_copies_are_counted_while_they_live():
     assert (copies.moved, copies.alive) == (1200, 1200)
     del held[0]
     assert (copies.moved, copies.alive) == (1200, 800)
-
-
-def test_what_others_hold_does_not_count():
-    """As in a process that has run something else before."""
-    others = on_device(np.ones(10_000_000, np.uint8))
-    taken, _ = watched(config("host-only", 0))
-    assert taken.device["prefill"] <= taken.limit("prefill") < others.nbytes

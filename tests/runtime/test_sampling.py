@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from layerscope_jax.runtime.sampling import Sampling, sample
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROWS, VOCABULARY = 4000, 6
 LOGITS = np.log(np.array([0.05, 0.3, 0.1, 0.25, 0.2, 0.1])).astype(np.float32)
 run = jax.jit(sample)
@@ -89,7 +91,7 @@ def test_neighbouring_seeds_and_positions_are_independent():
 
 
 @given(st.integers(0, 2**32 - 1), st.permutations(range(8)))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_a_row_is_drawn_alike_wherever_it_stands(number, order):
     rng = np.random.default_rng(number)
     logits = rng.standard_normal((8, 17))
@@ -109,7 +111,7 @@ def test_a_row_is_drawn_alike_wherever_it_stands(number, order):
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_noise_belongs_to_the_token(number):
     """So a filter changes a draw only if it takes that very token away."""
     logits = np.random.default_rng(number).standard_normal((8, 17))

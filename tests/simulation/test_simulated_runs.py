@@ -50,6 +50,7 @@ class Listener:
         return self.policy.plan(state, seen)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("name", ["lru", "host-only", "on-demand"])
 def test_the_engine_and_its_simulation_decide_alike(name):
     """Their plans do not depend on time, so they are equal."""

@@ -118,6 +118,21 @@ def test_a_load_waits_for_one_chunk_of_a_prefetch_that_then_goes_on():
     assert (result.bytes_prefetch, result.bytes_demand, result.bytes_wasted) == (600, 300, 300)
 
 
+@pytest.mark.parametrize(("arrays", "step_ms"), [(1, 15.0), (2, 15.0), (3, 14.0)])
+def test_a_load_waits_for_one_array_of_a_prefetch(arrays, step_ms):
+    plans = [
+        {"host": (0,), "prefetch": (ExpertId(2, 0), ExpertId(2, 1))},
+        {"device": (0,), "load": (ExpertId(1, 0),)},
+        {"host": (0,), "device": (1,)},
+    ]
+    shape = replace(geometry(8, num_layers=3, num_experts=2), arrays_per_expert=arrays)
+    (result,) = simulate(Script(*plans), [decode([[[1, 0], [1, 0], [1, 1]]])], shape, COSTS)
+    # At 5 an array of (2, 1) is on the link: until 5.5 if there are three, else until 6.5. Then the load
+    # takes 3 ms and its computation 1 ms, and layer 2 takes 4.5 ms.
+    assert result.step_ms == (step_ms,)
+    assert (result.bytes_prefetch, result.bytes_demand) == (600, 300)
+
+
 def test_stale_prefetches_are_dropped_unless_they_have_begun():
     plans = [
         {"host": (0,), "prefetch": (ExpertId(1, 0), ExpertId(1, 1), ExpertId(1, 2), ExpertId(0, 2))},

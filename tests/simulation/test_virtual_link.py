@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerscope_jax import ExpertId
-from layerscope_jax.simulation.virtual_link import CHUNKS, Link
+from layerscope_jax.simulation.virtual_link import Link
 
 A, B, C, D = (ExpertId(layer, 0) for layer in range(4))
 ALL = {A, B, C, D}
@@ -22,7 +22,7 @@ def arrivals(link, until=100.0):
 
 
 def test_copies_follow_one_another():
-    link = Link(3.0)
+    link = Link(3.0, chunks=3)
     link.submit([A], [C], now=2.0)
     link.submit([B], [D], now=2.0)
     # The first chunk of A had begun, and nothing of C: B is next.
@@ -31,21 +31,21 @@ def test_copies_follow_one_another():
 
 
 def test_a_demand_overtakes_a_prefetch_at_the_next_chunk():
-    link = Link(3.0)
+    link = Link(3.0, chunks=3)
     link.submit([], [C], now=0.0)
     link.submit([A], [], now=1.5)  # the second chunk of C began at 1 and ends at 2
     assert arrivals(link) == {A: 5.0, C: 6.0}
 
 
 def test_of_two_things_at_one_time_the_link_is_first():
-    link = Link(3.0)
+    link = Link(3.0, chunks=3)
     link.submit([], [C], now=0.0)
     link.submit([A], [], now=1.0)
     assert arrivals(link) == {A: 5.0, C: 6.0}
 
 
 def test_a_prefetch_that_is_needed_goes_ahead_of_the_others():
-    link = Link(3.0)
+    link = Link(3.0, chunks=3)
     link.submit([], [C, D, B], now=0.0)
     link.submit([D], [], now=0.5)
     link.submit([D, C], [], now=0.5)  # asked for again: nothing is sent twice
@@ -55,7 +55,7 @@ def test_a_prefetch_that_is_needed_goes_ahead_of_the_others():
 
 
 def test_a_demand_for_what_is_on_the_link_waits_for_its_last_chunk():
-    link = Link(3.0)
+    link = Link(3.0, chunks=3)
     link.submit([], [C, D], now=0.0)
     link.submit([C], [], now=2.5)
     assert link.next_arrival({C}) == 3.0
@@ -67,7 +67,7 @@ def test_a_demand_for_what_is_on_the_link_waits_for_its_last_chunk():
 
 
 def test_only_prefetches_that_have_not_begun_are_dropped():
-    link = Link(3.0)
+    link = Link(3.0, chunks=3)
     link.submit([A], [B, C, D], now=0.0)
     assert link.drop(lambda expert: expert != D, now=3.5) == [C]  # A is there, B has begun
     assert link.drop(lambda expert: True, now=3.5) == [D]
@@ -75,7 +75,7 @@ def test_only_prefetches_that_have_not_begun_are_dropped():
 
 
 def test_an_idle_link_saves_up_nothing():
-    link = Link(3.0)
+    link = Link(3.0, chunks=3)
     link.submit([A], [], now=1.0)
     assert link.arrivals(50.0) == [A]
     link.submit([], [B], now=50.0)
@@ -85,7 +85,7 @@ def test_an_idle_link_saves_up_nothing():
 
 
 def test_dropping_all_that_waits_leaves_the_chunk_on_the_link():
-    link = Link(3.0)
+    link = Link(3.0, chunks=3)
     link.submit([], [A, B], now=0.0)
     assert link.drop(lambda expert: True, now=2.5) == [B]
     link.submit([], [C], now=2.5)
@@ -93,7 +93,7 @@ def test_dropping_all_that_waits_leaves_the_chunk_on_the_link():
 
 
 def test_busy_time_is_told_apart_to_the_chunk():
-    link = Link(3.0)
+    link = Link(3.0, chunks=3)
     link.submit([A], [], now=1.0)
     assert link.busy_ms(2.5) == 1.5
     link.reset(2.5)
@@ -104,7 +104,7 @@ def test_busy_time_is_told_apart_to_the_chunk():
 
 
 def test_waiting_for_what_nobody_sends_is_refused():
-    link = Link(3.0)
+    link = Link(3.0, chunks=3)
     link.submit([], [A], now=0.0)
     with pytest.raises(RuntimeError, match="is on its way"):
         link.next_arrival({B, C})
@@ -112,7 +112,7 @@ def test_waiting_for_what_nobody_sends_is_refused():
 
 
 def test_a_link_that_takes_no_time():
-    link = Link(0.0)
+    link = Link(0.0, chunks=3)
     link.submit([A], [B], now=1.0)
     assert link.next_arrival({B}) == 1.0
     assert sorted(link.arrivals(1.0)) == [A, B]
@@ -123,7 +123,7 @@ KINDS = st.sampled_from(["load", "prefetch", "drop", "take"])
 
 @given(st.lists(st.tuples(KINDS, st.integers(0, 3), st.integers(0, 8)), max_size=30))
 def test_nothing_is_lost_or_sent_twice(events):
-    link, now, coming, came = Link(3.0), 0.0, set(), []
+    link, now, coming, came = Link(3.0, chunks=3), 0.0, set(), []
     for what, number, wait in events:
         expert = ExpertId(number, 0)
         now += wait / 4
@@ -147,7 +147,7 @@ def test_nothing_is_lost_or_sent_twice(events):
         assert found
         coming -= set(found)
         came += found
-    assert link.demanded + link.prefetched == CHUNKS * len(came)
+    assert link.demanded + link.prefetched == 3 * len(came)
     assert link.busy_ms(now) == pytest.approx(3.0 * len(came))
 
 
@@ -158,7 +158,7 @@ def test_nothing_is_lost_or_sent_twice(events):
 )
 def test_prefetches_hold_a_layers_loads_up_by_one_chunk_at_most(prefetches, when, loads):
     """So a layer ends no later than with the same plan and no prefetches, plus one chunk."""
-    busy, idle = Link(3.0), Link(3.0)
+    busy, idle = Link(3.0, chunks=3), Link(3.0, chunks=3)
     number = 0
     for begun, count in sorted(prefetches):
         if begun <= when:

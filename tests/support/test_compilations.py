@@ -98,7 +98,7 @@ def random_prompts(seed, batch, prompt_tokens):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_after_a_warm_up_the_whole_model_compiles_nothing(temperature):
-    model = random_model(num_layers=2, hidden_size=20, num_heads=2, head_dim=10, num_kv_heads=1)
+    model = random_model(num_layers=1, hidden_size=20, num_heads=2, head_dim=10, num_kv_heads=1)
     with one_jit(), Engine(model, OffloadConfig(numerics="fast")) as engine:
         found = engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4, sampled=temperature > 0)
         # A prefill and a decode step; empty caches of two lengths and what is in them; rows put into slots;
@@ -127,8 +127,6 @@ def test_after_a_warm_up_what_is_resident_compiles_nothing():
     ("policy", "dtype"),
     [
         ("resident", jnp.float16),
-        ("host-only", jnp.float32),
-        ("lru", jnp.float32),
         ("auto", jnp.float16),
         ("random", jnp.float32),
     ],
@@ -140,7 +138,7 @@ def test_after_a_warm_up_no_layer_compiles_anything(policy, dtype):
         policy=RandomPolicy() if policy == "random" else policy,
         profile=PROFILE,
     )
-    batch, length = 4, 40
+    batch, length = 2, 18
     with Engine(model, config) as engine:
         found = engine.warmup(max_num_seqs=batch, prompt_tokens=length, new_tokens=6)
         # Where the device is a CPU, only float16 goes by XLA's products.
@@ -152,16 +150,14 @@ def test_after_a_warm_up_no_layer_compiles_anything(policy, dtype):
         assert counted == [0]
 
 
-@pytest.mark.parametrize(
-    "policy", [RandomPolicy(), RandomPolicy(device=0.0)], ids=["random", "random on the host"]
-)
-def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch, policy):
+def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch):
+    """With few experts on the device: in some steps there is none."""
     monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
     model = random_model(
         num_layers=2, hidden_size=36, num_experts=20, experts_per_token=4, dtype=jnp.bfloat16
     )
-    config = OffloadConfig(device_budget=25 * model.bank.expert_bytes, policy=policy)
-    batch, length = 3, 20
+    config = OffloadConfig(device_budget=25 * model.bank.expert_bytes, policy=RandomPolicy(device=0.2))
+    batch, length = 3, 10
     with Engine(model, config) as engine:
         found = engine.warmup(max_num_seqs=batch, prompt_tokens=length, new_tokens=8)
         placing = sum((tokens * 4).bit_length() + 1 for tokens in (batch * length, batch))
@@ -200,7 +196,7 @@ def test_a_warm_up_leaves_everything_as_it_was(model):
             state = [runner.decisions.state, runner.account, *(room.stats for room in rooms)]
             held, seen = list(runner.residency.resident), repr(state)
             if warm:
-                assert engine.warmup(max_num_seqs=4, prompt_tokens=30, new_tokens=9).programs > 0
+                assert engine.warmup(max_num_seqs=1, prompt_tokens=20, new_tokens=3).programs > 0
             assert repr(state) == seen
             assert list(runner.residency.resident) == held
             second = engine.generate(PROMPTS[:2], max_new_tokens=4, record_plans=True)

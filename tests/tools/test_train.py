@@ -29,7 +29,7 @@ def run(tmp_path):
     return TrainConfig(
         tokens=tokens,
         out=tmp_path / "run",
-        layers=2,
+        layers=1,
         experts=4,
         top_k=2,
         hidden=16,

@@ -57,9 +57,10 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    method = GROUPED if config.routing.num_groups > 1 else "greedy"
-    settings = write_shared(config) | write_latent(config) | write_groups(config)
-    return settings | write_deepseek_layers(config) | {"topk_method": method}
+    settings = write_shared(config) | write_latent(config) | write_deepseek_layers(config)
+    if config.routing.num_groups > 1:
+        return settings | write_groups(config) | {"topk_method": GROUPED}
+    return settings | {"routed_scaling_factor": config.routing.scale, "topk_method": "greedy"}
 
 
 DEEPSEEK_V2 = Family(

@@ -63,4 +63,5 @@ DEEPSEEK_V3 = Family(
     write_config=write_config,
     weights=(*WEIGHTS, *LATENT, *ROUTED_LAYERS, SELECTION_BIAS, *SHARED_EXPERTS, *DENSE_LAYERS),
     extra_layers=True,
+    aliases=("kimi_k2",),
 )

@@ -62,6 +62,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         "shared_intermediate_size": shared_experts * inner or None,
         "attention_bias": bias,
         "mlp_bias": bias,
+        "head_bias": bias,
         "tie_embeddings": tied,
         "routing": RoutingRule(
             selection_bias=True,
@@ -107,6 +108,7 @@ ERNIE4_5_MOE = Family(
         *WEIGHTS,
         *BIASES,
         *ROUTED_LAYERS,
+        Weight("lm_head.bias", "head_bias"),
         Weight(LAYER + "mlp.moe_statics.e_score_correction_bias", BIAS, ROW),
         Weight(LAYER + "mlp.gate.moe_statics.e_score_correction_bias", BIAS, ROW),
         *SHARED_EXPERTS,

@@ -1,0 +1,84 @@
+"""Lines of completions, written to a file or to standard output as rows are complete."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.generation import openai_answers
+from layerscope_jax.generation.batch_files import CompletionFile, completion, openai_line
+from layerscope_jax.generation.chat import Chat
+from layerscope_jax.generation.completions import Output
+from layerscope_jax.generation.openai_requests import OpenAICall
+from layerscope_jax.generation.prompt_files import Row, encode_row
+from layerscope_jax.generation.requests import Request
+from layerscope_jax.support.exits import say
+
+
+class Lines:
+    """Writes the lines of rows.
+
+    Args:
+        model: names what generates, in the lines.
+        tokenizer: tells the texts of tokens in answers of OpenAI's batch API.
+        file: where the lines go; None for standard output.
+
+    Attributes:
+        refused: number of requests of OpenAI's batch API that were refused.
+    """
+
+    def __init__(self, model: str, tokenizer: Tokenizer | None, file: CompletionFile | None):
+        self._model, self._tokenizer, self._file = model, tokenizer, file
+        self._prompt_tokens: dict[str | int, int] = {}
+        self.refused = 0
+
+    def encode(self, rows: Sequence[Row], model: Model, chat: Chat) -> list[tuple[Row, Request]]:
+        """Returns the rows with their requests, whose prompts are token ids.
+
+        A request of OpenAI's batch API that cannot be encoded gets a line that says why, and is left out.
+
+        Raises:
+            ValueError: naming the first other row that cannot be encoded.
+        """
+        found, refusals = [], []
+        for row in rows:
+            try:
+                if row.call is not None and row.call.refusal is not None:
+                    raise ValueError(row.call.refusal)
+                request = encode_row(row, model, chat)
+            except ValueError as error:
+                if row.call is None:
+                    raise
+                refusals.append((row, row.call, str(error).removeprefix(f"{row.where}: ")))
+                continue
+            found.append((row, request))
+            if row.call is not None:
+                assert request.prompt is not None
+                self._prompt_tokens[row.id] = len(request.prompt)
+        for refusal in refusals:
+            self._refuse(*refusal)
+        return found
+
+    def _refuse(self, row: Row, call: OpenAICall, message: str) -> None:
+        say(f"{row.where}: refused: {message}")
+        self.refused += 1
+        self._write(openai_line(row, self._model, openai_answers.refused(call, self._model, message)))
+
+    def write(self, row: Row, outputs: Sequence[Output]) -> None:
+        """Writes the line of a completed row."""
+        if row.call is None:
+            self._write(completion(row, outputs, self._model))
+            return
+        tokens = self._prompt_tokens[row.id]
+        response = openai_answers.answer(row.call, outputs, self._model, tokens, self._tokenizer)
+        self._write(openai_line(row, self._model, response))
+
+    def _write(self, line: bytes) -> None:
+        if self._file is not None:
+            self._file.write(line)
+        else:
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
