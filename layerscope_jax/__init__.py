@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from layerscope_jax.checkpoints.model import Model, load, save
     from layerscope_jax.config import OffloadConfig
     from layerscope_jax.engine import Engine
-    from layerscope_jax.generation.completions import Completion, Completions, Token
+    from layerscope_jax.generation.completions import Completion, Completions, Token, TokenLogprobs
     from layerscope_jax.generation.requests import Request
     from layerscope_jax.models import Decoder, ExpertParam
     from layerscope_jax.models.config import ModelConfig
@@ -51,6 +51,7 @@ _CONTENTS = {
         "Completion",
         "Completions",
         "Token",
+        "TokenLogprobs",
     ),
     "generation.requests": ("Request",),
     "models": (
@@ -123,6 +124,7 @@ __all__ = [
     "RunStats",
     "TimeTable",
     "Token",
+    "TokenLogprobs",
     "TransferError",
     "load",
     "load_plans",

@@ -18,7 +18,6 @@ from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from layerscope_jax.checkpoints.fingerprint import fingerprint
 from layerscope_jax.checkpoints.generation_defaults import read_generation_defaults
-from layerscope_jax.checkpoints.model import load
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.commands import Command, union, with_added
@@ -98,7 +97,7 @@ class Demo:
         """Returns the exit code."""
         exits.need_output()
         with option("--checkpoint"):
-            model = open_model(self.checkpoint, revision=self.revision)
+            model = open_model(self.checkpoint, None, self.revision)
         report = demo.compare(
             model,
             demo.read_demo_prompts(),
@@ -266,7 +265,7 @@ class Generate(RequestOptions):
         self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None, template: str | None
     ) -> int:
         """Completes the rows; returns how many ended with an error."""
-        model = load(self._folder, dtype=self.dtype)
+        model = open_model(str(self._folder), self.dtype)
         lines = Lines(self._model(rows, template) if file is None else file.model, model.tokenizer, file)
         with closing(Chat(model.path, template)) as chat:
             requests = lines.encode(rows, model, chat)

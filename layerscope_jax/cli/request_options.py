@@ -113,8 +113,9 @@ class RequestOptions:
         given["logit_bias"] = dict(map(bias_of, self.logit_bias)) or None
         given["chat_template_kwargs"] = None
         found = {name: value for name, value in given.items() if value is not None}
-        # The number of samples is checked with each row's own temperature.
-        Request(prompt="", **{name: value for name, value in found.items() if name != "n"})
+        # `n` and `min_new_tokens` are checked with the temperature and the `max_new_tokens` of each row.
+        alone = {"max_new_tokens": 2**31 - 1} | {name: found[name] for name in found if name != "n"}
+        Request(prompt="", **alone)
         if self.chat_template_kwargs is not None:
             with option("--chat-template-kwargs"):
                 found["chat_template_kwargs"] = variables_of(self.chat_template_kwargs)

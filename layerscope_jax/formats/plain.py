@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -36,14 +37,14 @@ class PlainFormat(ExpertFormat):
     """
 
     name: str
-    body: ExpertBody = SWIGLU
+    body: ExpertBody = field(default=SWIGLU, repr=False)
 
     @property
     def Expert(self) -> Any:
         return weights_type(self.body)
 
     def for_body(self, body: ExpertBody) -> PlainFormat:
-        return replace(self, body=body)
+        return plain(self.name, body)
 
     @property
     def dtype(self) -> np.dtype:
@@ -80,4 +81,10 @@ class PlainFormat(ExpertFormat):
             super().check(expert)
 
 
-FLOAT32, BFLOAT16, FLOAT16 = (PlainFormat(name) for name in DTYPES)
+@functools.cache
+def plain(name: str, body: ExpertBody) -> PlainFormat:
+    """Returns the format of a name and a body: one object each, since programs know `ffn` by its object."""
+    return PlainFormat(name, body)
+
+
+FLOAT32, BFLOAT16, FLOAT16 = (plain(name, SWIGLU) for name in DTYPES)

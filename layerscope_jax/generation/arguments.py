@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from layerscope_jax.generation.requests import SETTINGS, Request, are_ids, is_list
+from layerscope_jax.generation.requests import SETTINGS, Request, are_ids, are_objects, is_list
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.units import is_integer
@@ -132,6 +132,11 @@ def _request(index: int, prompt: Any, settings: dict[str, Any]) -> Request:
     if not (isinstance(prompt, str) or are_ids(prompt)):
         raise ValueError(
             f"prompt {index} must be text, a list of token ids or a Request, got {repr(prompt)[:60]}"
+            + (
+                "; put a conversation into a Request(messages=...)"
+                if are_objects(prompt) and len(prompt)
+                else ""
+            )
         )
     return Request(prompt=prompt, **settings)
 

@@ -65,14 +65,14 @@ class RowSettings:
         Args:
             found: [B] int32, the tokens that the step picked.
             logits: [B, V] float32 of the step.
-            positions: [B] int32 of the new tokens.
+            positions: [B] int32 of the tokens before the new ones.
         """
         if not self._extra:
             return [(token, None) for token in np.asarray(found).tolist()]
         if self._changed and self._changes is None:
             self._changes, self._counts = self._prepare(logits.shape[-1])
         top = MOST_LOGPROBS if self._told else None
-        chosen = choose(logits, found, positions, self._sampling, self._changes, self._counts, top)
+        chosen = choose(logits, found, positions + 1, self._sampling, self._changes, self._counts, top)
         self._counts = chosen.counts
         new: list[Any] = [[token, None] for token in np.asarray(chosen.tokens).tolist()]
         if chosen.logprob is None or chosen.top_ids is None or chosen.top_logprobs is None:

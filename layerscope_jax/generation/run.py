@@ -133,7 +133,7 @@ class Run:
         for start in range(0, longest, width):
             tokens, positions, last = prefill_inputs(prompts, rows, start, width)
             next_tokens, logits, caches = step(tokens, positions, last, caches, settings.in_step)
-        new = settings.pick(next_tokens, logits, positions[np.arange(rows), last] + 1)
+        new = settings.pick(next_tokens, logits, positions[np.arange(rows), last])
         ended = time.perf_counter()
         slots.put(scheduled.rows, caches, rows)
         for state, row, (token, logprobs) in zip(group, scheduled.rows, new, strict=False):
@@ -154,7 +154,7 @@ class Run:
             self._settings = RowSettings(running, slots.rows, self._samples, self._stop_tokens)
         in_step, last = self._settings.in_step, np.zeros(slots.rows, np.int32)
         next_tokens, logits, slots.caches = step(slots.tokens, slots.positions, last, slots.caches, in_step)
-        new = self._settings.pick(next_tokens, logits, slots.positions[:, 0] + 1)
+        new = self._settings.pick(next_tokens, logits, slots.positions[:, 0])
         ended = time.perf_counter()
         self.decode_s.append(ended - self._ended)
         self._ended = ended

@@ -6,9 +6,7 @@ all rows, and wake threads of their own for it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,24 +23,28 @@ from layerscope_jax.kernels.prefill_attention import (
     BOUNDS,
     GROUPS,
     HEADS,
+    STORED,
+    VALUE_SIZE,
     VALUES,
+    WEIGHING,
     blocks,
     compute_attention_of_many,
 )
-from layerscope_jax.kernels.products import products
 from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
 from layerscope_jax.kernels.vectors import COLUMNS
 from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches, within
 from layerscope_jax.kernels.xla_ffi import Unavailable, register
-from layerscope_jax.models.attention import attending_by
-from layerscope_jax.models.experts import products_by
 from layerscope_jax.support.njit import cfunc, njit
 
 
 @njit(cache=True, nogil=True, inline="always")
-def attend_group(queries, keys, values, first, last, outputs):
-    """Queries [G, D] of one row see keys [D, P] and values [P, D] from `first` to `last`."""
+def attend_group(queries, keys, values, weighing, first, last, outputs):
+    """Queries [G, D] of one row see keys [D, P] and values [P, V or more] from `first` to `last`.
+
+    Outputs are [G, V]; scales and sinks [G, 2].
+    """
     groups, size = queries.shape
+    value_size = outputs.shape[1]
     x = np.empty((groups, size), np.float32)
     for group in range(groups):
         for d in range(np.uint64(size)):
@@ -50,21 +52,20 @@ def attend_group(queries, keys, values, first, last, outputs):
     # To the edge of what is added at once: a few positions more are computed, and have a share of zero.
     until = min(first + (last - first + COLUMNS - 1) // COLUMNS * COLUMNS, keys.shape[1])
     scores, sums = np.empty((groups, until - first), np.float32), np.empty((groups, STRIDE), np.float32)
-    scale = np.float32(1 / np.sqrt(size))
     for begin in range(first, until, BLOCK):
         end = min(begin + BLOCK, until)
         clear(sums, end - begin)
         add_product(x, keys, begin, end, sums)
         for group in range(groups):
-            columns = scores[group, begin - first : end - first]
+            columns, scale = scores[group, begin - first : end - first], weighing[group, 0]
             for index in range(np.uint64(end - begin)):
                 columns[index] = scale * sums[group, index]
     for group in range(groups):
-        weigh(scores[group, : last - first], outputs)
+        weigh(scores[group, : last - first], weighing[group, 1], outputs)
         for index in range(np.uint64(last - first), np.uint64(until - first)):
             scores[group, index] = 0
-    for begin in range(0, size, BLOCK):
-        end = min(begin + BLOCK, size)
+    for begin in range(0, value_size, BLOCK):
+        end = min(begin + BLOCK, value_size)
         clear(sums, end - begin)
         add_product(scores, values[first:until], begin, end, sums)
         for group in range(groups):
@@ -89,8 +90,9 @@ def rows(words: Any) -> Any:
         heads, groups = job[HEADS], job[GROUPS]
         queries = carray(pointer(job[crew.INPUTS]), (count, heads, groups, size), words)
         keys = carray(pointer(job[crew.WEIGHTS]), (count, heads, size, length), np.float32)
-        values = carray(pointer(job[VALUES]), (count, heads, length, size), np.float32)
-        outputs = carray(pointer(job[crew.OUTPUTS]), (count, heads, groups, size), words)
+        values = carray(pointer(job[VALUES]), (count, heads, length, job[STORED]), np.float32)
+        outputs = carray(pointer(job[crew.OUTPUTS]), (count, heads, groups, job[VALUE_SIZE]), words)
+        weighing = carray(pointer(job[WEIGHING]), (heads, groups, 2), np.float32)
         bounds = carray(pointer(job[BOUNDS]), (count, 2), np.int32)
         while True:
             part = taken(address + 8 * crew.TAKEN)
@@ -100,7 +102,13 @@ def rows(words: Any) -> Any:
             first, last = bounds[row, 0], bounds[row, 1]
             if first < last:
                 attend_group(
-                    queries[row, head], keys[row, head], values[row, head], first, last, outputs[row, head]
+                    queries[row, head],
+                    keys[row, head],
+                    values[row, head],
+                    weighing[head],
+                    first,
+                    last,
+                    outputs[row, head],
                 )
             else:
                 outputs[row, head] = 0
@@ -108,17 +116,19 @@ def rows(words: Any) -> Any:
     return attend_rows
 
 
-# Of a batch B: tokens S, query heads H and key heads G of size D, positions P; bounds are two numbers N each.
-BATCH, _, KEY_HEADS, QUERY_HEADS, BOUND, POSITIONS, TOKENS = range(7)  # letters, in their order
-ONE = layout("x B H D, float32 B G D P, float32 B G P D, int32 B N", "x B H D")
-MANY = layout("x B S H D, float32 B G D P, float32 B G P D, int32 B S N", "x B S H D")
+# Of a batch B: tokens S, query heads H and key heads G of size D, positions P; bounds are two numbers N each,
+# and so are the scale and the sink of a head. Of R columns of values the first Q are used.
+BATCH, _, KEY_HEADS, QUERY_HEADS, BOUND, POSITIONS, USED, STORE, TOKENS = range(9)  # letters, in their order
+ONE = layout("x B H D, float32 B G D P, float32 B G P R, int32 B N, float32 H N", "x B H Q")
+MANY = layout("x B S H D, float32 B G D P, float32 B G P R, int32 B S N, float32 H N", "x B S H Q")
 
 
 @njit(cache=True, nogil=True)
 def share_heads(sizes):
-    """Whether as many query heads go to each key head, and bounds are two numbers each."""
+    """Whether each key head has as many query heads, bounds are two numbers each, and values long enough."""
     heads = sizes[KEY_HEADS]
-    return sizes[BOUND] == 2 and heads > 0 and sizes[QUERY_HEADS] % heads == 0
+    even = heads > 0 and sizes[QUERY_HEADS] % heads == 0
+    return even and sizes[BOUND] == 2 and sizes[USED] <= sizes[STORE]
 
 
 @njit(cache=True, nogil=True)
@@ -138,17 +148,22 @@ def fit_attention_of_many(call):
 
 @njit(cache=True, nogil=True)
 def compute_attention(call, do, size):
-    """Of queries [B, H, D], keys, values, bounds [B, 2] and a table, into [B, H, D]; as `compute_experts`."""
+    """Of queries [B, H, D], keys, values, bounds [B, 2], scales and sinks [H, 2] and a table, into [B, H, V].
+
+    As `compute_experts`.
+    """
     queries, sizes = buffer(call, ARGUMENTS, 0)
     count, heads = long_at(sizes), long_at(sizes + 8)
     keys, cache = buffer(call, ARGUMENTS, 1)
-    values, _ = buffer(call, ARGUMENTS, 2)
+    values, of_values = buffer(call, ARGUMENTS, 2)
     bounds, _ = buffer(call, ARGUMENTS, 3)
-    table_at, _ = buffer(call, ARGUMENTS, 4)
-    outputs, _ = buffer(call, RESULTS, 0)
+    weighing, _ = buffer(call, ARGUMENTS, 4)
+    table_at, _ = buffer(call, ARGUMENTS, 5)
+    outputs, of_outputs = buffer(call, RESULTS, 0)
     job = np.zeros(crew.SIZE, np.int64)
     job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = do, queries, keys, outputs
-    job[VALUES], job[BOUNDS] = values, bounds
+    job[VALUES], job[BOUNDS], job[WEIGHING] = values, bounds, weighing
+    job[STORED], job[VALUE_SIZE] = long_at(of_values + 24), long_at(of_outputs + 16)
     job[HEADS], job[crew.DEPTH], job[crew.WIDTH] = (
         long_at(cache + 8),
         long_at(cache + 16),
@@ -179,28 +194,27 @@ def attention(
         table: any layer's (`Inside`).
         query: [B, S, H, D_head] float32 or bfloat16.
         key: [B, H_kv, D_head, P] float32.
-        value: [B, H_kv, P, D_head] float32.
+        value: [B, H_kv, P, D_value] float32.
         positions: [B, S] of the tokens, whose keys are there; those of none are past all others.
         window: positions that each sees at most, its own counted.
         scale, sinks: as of `attend`.
 
     Returns:
-        [B, S, H * D_head], zeros where there is no token. None where no kernel suits: several tokens in
+        [B, S, H * D_value], zeros where there is no token. None where no kernel suits: several tokens in
         shapes with a rest, and all where our own loops cannot be compiled.
     """
-    length = key.shape[3]
-    if scale is not None or sinks is not None:
-        return None
     formats = {key.dtype.name, value.dtype.name}
     name = formats.pop() if len(formats) == 1 else "mixed"
-    sizes = (query.shape[1], query.shape[3], length)
+    sizes = (query.shape[1], query.shape[3], key.shape[3], value.shape[3])
     kernel = choose(Work("attention", name, np.dtype(query.dtype), sizes))
-    return None if kernel is None else kernel.run(table, query, key, value, positions, window)
+    if kernel is None:
+        return None
+    return kernel.run(table, query, key, value, positions, window, scale, sinks)
 
 
 def suits(work: Work) -> bool:
-    tokens, size, length = work.sizes
-    even = tokens == 1 or (length % COLUMNS == 0 and size % COLUMNS == 0)
+    tokens, *others = work.sizes
+    even = tokens == 1 or not any(size % COLUMNS for size in others)
     return even and work.format == "float32" and work.dtype.name in WORDS
 
 
@@ -233,29 +247,31 @@ def attend_by_loops(
     value: jax.Array,
     positions: jax.Array,
     window: int | None,
+    scale: float | None,
+    sinks: jax.Array | None,
+    value_size: int | None = None,
 ) -> jax.Array:
-    """`attention` by our own loops."""
+    """`attention` by our own loops.
+
+    Args:
+        table, query, key, value, positions, window, scale, sinks: as of `attention`.
+        value_size: how many of a value's numbers are used; None for all.
+    """
     last = jnp.where(positions < key.shape[3], positions + 1, 0)
     first = jnp.zeros_like(last) if window is None else jnp.maximum(last - window, 0)
     bounds, one = jnp.stack([first, last], axis=-1), query.shape[1] == 1
     if one:
         query, bounds = query[:, 0], bounds[:, 0]
-    name, shape = attention_target(np.dtype(query.dtype), one), jax.ShapeDtypeStruct(query.shape, query.dtype)
-    result = jax.ffi.ffi_call(name, shape)(query, key, value, bounds, table)
+    heads, size = query.shape[-2:]
+    scales = jnp.full(heads, 1 / np.sqrt(size) if scale is None else scale, jnp.float32)
+    extra = jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
+    weighing = jnp.stack([scales, extra], axis=-1)  # [H, 2]
+    shape = (*query.shape[:-1], value_size or value.shape[3])
+    call = jax.ffi.ffi_call(
+        attention_target(np.dtype(query.dtype), one), jax.ShapeDtypeStruct(shape, query.dtype)
+    )
+    result = call(query, key, value, bounds, weighing, table)
     return result.reshape(*positions.shape, -1)
 
 
 built_in(Kernel("loops", "attention", suits, attend_by_loops, obstacle))
-
-
-@contextlib.contextmanager
-def our_loops(table: jax.Array | None) -> Iterator[None]:
-    """While a program is traced within, attention and products go by our own loops; without a table not."""
-    if table is None:
-        yield
-        return
-    with (
-        products_by(functools.partial(products, table)),
-        attending_by(functools.partial(attention, table)),
-    ):
-        yield

@@ -30,7 +30,7 @@ DO, PARTS, TAKEN, INPUTS, WEIGHTS, OUTPUTS, ROWS, DEPTH, WIDTH = range(9)
 COLUMNS, HEIGHT, BESIDE, COUNT = range(9, 13)
 # Of experts: as `loops.run_experts`; WEIGHTS are addresses, DEPTH is F, LIMIT the bits of a float32.
 FIRSTS, LASTS, ORDER, LENGTH, CHOICES, ACTIVATION, LIMIT = range(9, 16)
-SIZE = 16
+SIZE = 17
 
 # What the threads share: how many help, for how many bytes of weights each, whether they are to end, how many
 # have a job, the address of it; counts; then two semaphores for each helper, of 32 bytes.

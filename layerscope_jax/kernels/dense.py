@@ -1,33 +1,57 @@
-"""What computes the parts of a decode step that are no experts, by name."""
+"""What computes the parts of a decode step that are no experts: set while a program is traced, and named."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import jax
 import numpy as np
 
+from layerscope_jax.kernels.attention import attention
+from layerscope_jax.kernels.head_products import head_products
+from layerscope_jax.kernels.latent_attention import latent_attention
+from layerscope_jax.kernels.products import products
 from layerscope_jax.kernels.registry import REFERENCE, Kind, Work, choose
+from layerscope_jax.models.attention import attending_by
+from layerscope_jax.models.experts import products_by
+from layerscope_jax.models.latent_attention import head_products_by, latent_attending_by
 
-PARTS: tuple[Kind, ...] = ("products", "attention", "sums")
+
+@contextlib.contextmanager
+def our_loops(table: jax.Array | None) -> Iterator[None]:
+    """While a program is traced within, attention and products go by our own loops; without a table not."""
+    if table is None:
+        yield
+        return
+    with (
+        products_by(functools.partial(products, table)),
+        attending_by(functools.partial(attention, table)),
+        latent_attending_by(functools.partial(latent_attention, table)),
+        head_products_by(functools.partial(head_products, table)),
+    ):
+        yield
 
 
-def dense_kernels(hidden_size: int, dtype: np.dtype, in_programs: bool) -> dict[str, str]:
+def dense_kernels(hidden_size: int, dtype: np.dtype, in_programs: bool, latent: bool) -> dict[str, str]:
     """Returns the name of what computes each part: products of D by D, attention, and the sums over experts.
 
     Args:
         hidden_size: D.
         dtype: of activations.
         in_programs: whether programs can call our own loops here (`Inside.table`).
+        latent: whether attention is latent.
 
-    >>> dense_kernels(64, np.dtype(np.float32), in_programs=False)
+    >>> dense_kernels(64, np.dtype(np.float32), in_programs=False, latent=False)
     {'products': 'xla', 'attention': 'xla', 'sums': 'xla'}
     """
-    sizes: dict[Kind, tuple[int, ...]] = {
-        "products": (hidden_size, hidden_size),
-        "attention": (1, 1, 1),  # a token a row: any size suits
-        "sums": (hidden_size,),
+    attends: Kind = "latent_attention" if latent else "attention"
+    caches = "float32"  # on a CPU
+    parts = {
+        "products": Work("products", dtype.name, dtype, (hidden_size, hidden_size)),
+        "attention": Work(attends, caches, dtype, (1, 1, 1, 1)),  # a token a row: any size suits
+        "sums": Work("sums", dtype.name, dtype, (hidden_size,)),
     }
-    names: dict[str, str] = {}
-    for kind in PARTS:
-        format = "float32" if kind == "attention" else dtype.name  # that of caches on a CPU
-        kernel = choose(Work(kind, format, np.dtype(dtype), sizes[kind])) if in_programs else None
-        names[kind] = REFERENCE if kernel is None else kernel.name
-    return names
+    kernels = {name: choose(work) if in_programs else None for name, work in parts.items()}
+    return {name: REFERENCE if kernel is None else kernel.name for name, kernel in kernels.items()}

@@ -149,11 +149,24 @@ LANES = 16
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-def weigh(scores, kind):
-    """Scores to their softmax, rounded to the type of `kind`."""
+def weigh(scores, sink, kind):
+    """Scores to their softmax, rounded to the type of `kind`.
+
+    Args:
+        sink: a score more that takes its share; minus infinity where there is none.
+    """
+    high, total = raised(scores, sink)
+    total += exp(sink - high)  # of minus infinity less than changes a sum of 1 or more
+    for index in range(np.uint64(len(scores))):
+        scores[index] = widened(rounded(scores[index] / total, kind))
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+def raised(scores, high):
+    """Scores to `e^(score - highest)`; the highest, no lower than `high`, and the sum of all."""
     count, part = np.uint64(len(scores)), np.empty(LANES, np.float32)
     whole = count - count % np.uint64(LANES)
-    high = scores[0]
+    high = max(scores[0], high)
     for index in range(whole, count):
         high = max(high, scores[index])
     part[:] = high
@@ -173,5 +186,4 @@ def weigh(scores, kind):
             part[lane] += scores[start + lane]
     for lane in range(LANES):
         total += part[lane]
-    for index in range(count):
-        scores[index] = widened(rounded(scores[index] / total, kind))
+    return high, total

@@ -21,8 +21,9 @@ from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, long_at
 from layerscope_jax.support.njit import cfunc, njit
 
 # Of a job of attention (`crew`), of one token a row too: INPUTS are queries, WEIGHTS keys; ROWS are B, DEPTH
-# is D_head, WIDTH P; TOKENS are S.
-VALUES, BOUNDS, HEADS, GROUPS, TOKENS = range(9, 14)
+# is D_head, WIDTH P; TOKENS are S. Of values, STORED columns lie in each row, and the first VALUE_SIZE are
+# used. WEIGHING is where each query head's scale and sink are.
+VALUES, BOUNDS, HEADS, GROUPS, TOKENS, STORED, VALUE_SIZE, WEIGHING = range(9, 17)
 
 BLOCK = 128
 """Queries of a key head that are computed at once."""
@@ -39,12 +40,13 @@ def seen(bounds, start, end):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def attend_block(queries, keys, values, bounds, start, end, head, groups, outputs):
-    """Tokens from `start` to `end` see keys [D, P] and values [P, D] within their bounds [S, 2].
+def attend_block(queries, keys, values, weighing, bounds, start, end, head, groups, outputs):
+    """Tokens from `start` to `end` see keys [D, P] and values [P, V or more] within their bounds [S, 2].
 
-    Queries and outputs are [S, H, D]; those of this key head are `groups` from `head` on.
+    Queries are [S, H, D] and outputs [S, H, V]; those of this key head are `groups` from `head` on, and so
+    are scales and sinks [H, 2].
     """
-    size = queries.shape[2]
+    size, value_size = queries.shape[2], outputs.shape[2]
     first, last = seen(bounds, start, end)
     if first >= last:
         for token in range(start, end):
@@ -62,36 +64,39 @@ def attend_block(queries, keys, values, bounds, start, end, head, groups, output
     memory, current, spare = two_rooms()
     scores = np.empty((count, last - first), np.float32)
     sums = np.empty((count, APART), np.float32)
-    scale, of_values = np.float32(1 / np.sqrt(size)), values[first:last]
+    of_values = values[first:last]
     lay_first(panel_of(keys, first, last), current, keys)
     for begin in range(first, last, WIDE):
         after = panel_of(keys, begin + WIDE, last)
         if begin + WIDE >= last:
-            after = panel_of(of_values, 0, size)
+            after = panel_of(of_values, 0, value_size)
         panel = panel_of(keys, begin, last)
         current, spare = add_panel(inputs, ends, panel, after, current, spare, sums, keys)
         for row in range(count):
             columns = scores[row, begin - first : min(begin + WIDE, last) - first]
+            scale = weighing[head + row % groups, 0]
             for index in range(np.uint64(len(columns))):
                 columns[index] = scale * sums[row, index]
     for row in range(count):
         token = min(start + row // groups, end - 1)
-        weigh_within(scores[row], bounds[token, 0] - first, bounds[token, 1] - first, outputs)
+        sink = weighing[head + row % groups, 1]
+        weigh_within(scores[row], bounds[token, 0] - first, bounds[token, 1] - first, sink, outputs)
     inputs = packed(scores, ends, keys)
-    for begin in range(0, size, WIDE):
-        panel, after = panel_of(of_values, begin, size), panel_of(of_values, begin + WIDE, size)
+    for begin in range(0, value_size, WIDE):
+        end_of = min(begin + WIDE, value_size)
+        panel, after = panel_of(of_values, begin, value_size), panel_of(of_values, end_of, value_size)
         current, spare = add_panel(inputs, ends, panel, after, current, spare, sums, keys)
         for row in range(groups * (end - start)):
             output = outputs[start + row // groups, head + row % groups]
-            round_row(sums[row], output[begin : min(begin + WIDE, size)])
+            round_row(sums[row], output[begin:end_of])
     memory[0] = 0  # kept until here
 
 
 @njit(cache=True, nogil=True, inline="always")
-def weigh_within(scores, first, last, kind):
+def weigh_within(scores, first, last, sink, kind):
     """Scores to their softmax from `first` to `last`; zeros elsewhere."""
     if first < last:
-        weigh(scores[first:last], kind)
+        weigh(scores[first:last], sink, kind)
     else:
         first = last = 0
     for index in range(np.uint64(first)):
@@ -109,11 +114,12 @@ def blocks(words: Any) -> Any:
         job = carray(pointer(address), crew.SIZE, np.int64)
         count, size, length = job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH]
         tokens, heads, groups = job[TOKENS], job[HEADS], job[GROUPS]
-        shape = (count, tokens, heads * groups, size)
-        queries = carray(pointer(job[crew.INPUTS]), shape, words)
+        shape = (count, tokens, heads * groups)
+        queries = carray(pointer(job[crew.INPUTS]), (*shape, size), words)
         keys = carray(pointer(job[crew.WEIGHTS]), (count, heads, size, length), np.float32)
-        values = carray(pointer(job[VALUES]), (count, heads, length, size), np.float32)
-        outputs = carray(pointer(job[crew.OUTPUTS]), shape, words)
+        values = carray(pointer(job[VALUES]), (count, heads, length, job[STORED]), np.float32)
+        outputs = carray(pointer(job[crew.OUTPUTS]), (*shape, job[VALUE_SIZE]), words)
+        weighing = carray(pointer(job[WEIGHING]), (heads * groups, 2), np.float32)
         bounds = carray(pointer(job[BOUNDS]), (count, tokens, 2), np.int32)
         most = tokens_of_block(groups)
         while True:
@@ -126,6 +132,7 @@ def blocks(words: Any) -> Any:
                 queries[row],
                 keys[row, head],
                 values[row, head],
+                weighing,
                 bounds[row],
                 start,
                 min(start + most, tokens),
@@ -144,19 +151,21 @@ def tokens_of_block(groups):
 
 @njit(cache=True, nogil=True)
 def compute_attention_of_many(call, do, size):
-    """Of queries [B, S, H, D], keys, values, bounds [B, S, 2] and a table, into [B, S, H, D]."""
+    """As `attention.compute_attention`, of queries [B, S, H, D] and bounds [B, S, 2] into [B, S, H, V]."""
     queries, sizes = buffer(call, ARGUMENTS, 0)
     count, tokens, all_heads = long_at(sizes), long_at(sizes + 8), long_at(sizes + 16)
     keys, cache = buffer(call, ARGUMENTS, 1)
     heads, depth, length = long_at(cache + 8), long_at(cache + 16), long_at(cache + 24)
-    values, _ = buffer(call, ARGUMENTS, 2)
+    values, of_values = buffer(call, ARGUMENTS, 2)
     bounds, _ = buffer(call, ARGUMENTS, 3)
-    table_at, _ = buffer(call, ARGUMENTS, 4)
-    outputs, _ = buffer(call, RESULTS, 0)
+    weighing, _ = buffer(call, ARGUMENTS, 4)
+    table_at, _ = buffer(call, ARGUMENTS, 5)
+    outputs, of_outputs = buffer(call, RESULTS, 0)
     most = tokens_of_block(all_heads // heads)
     job = np.zeros(crew.SIZE, np.int64)
     job[crew.DO], job[crew.INPUTS], job[crew.WEIGHTS], job[crew.OUTPUTS] = do, queries, keys, outputs
     job[crew.ROWS], job[crew.DEPTH], job[crew.WIDTH] = count, depth, length
     job[VALUES], job[BOUNDS], job[HEADS], job[TOKENS] = values, bounds, heads, tokens
+    job[STORED], job[VALUE_SIZE], job[WEIGHING] = long_at(of_values + 24), long_at(of_outputs + 24), weighing
     job[GROUPS], job[crew.PARTS] = all_heads // heads, count * heads * ((tokens + most - 1) // most)
     crew.share_out(pool_at(long_at(table_at)), job, count * tokens * all_heads * depth * size)

@@ -99,7 +99,7 @@ def fits(call, kind):
     return True
 
 
-LETTERS = 8
+LETTERS = 12
 """Sizes that a layout may name."""
 
 

@@ -79,6 +79,12 @@ def attending_by(attention: Attending) -> Iterator[None]:
         _attending.reset(before)
 
 
+def attended(*arguments: Any) -> jax.Array | None:
+    """What `attending_by` gives for its arguments; None where there is none, or it does not suit."""
+    attending = _attending.get()
+    return None if attending is None else attending(*arguments)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with grouped queries.
 
@@ -127,12 +133,9 @@ class Attention(nnx.Module):
                 cache.key.at[rows, :, :, positions].set(key.astype(kind), mode="drop"),
                 cache.value.at[rows, :, positions].set(value.astype(kind), mode="drop"),
             )
-            if (attending := _attending.get()) is not None:
-                mixed = attending(
-                    query, *cache, positions, config.sliding_window, config.attention_scale, sinks
-                )
-                if mixed is not None:
-                    return self.o(mixed), cache
+            mixed = attended(query, *cache, positions, config.sliding_window, config.attention_scale, sinks)
+            if mixed is not None:
+                return self.o(mixed), cache
             key_positions = jnp.arange(cache.key.shape[3])[None, None, :]
         back = positions[:, :, None] - key_positions  # [B, S, P] how far back each key lies
         mask = back >= 0

@@ -19,7 +19,7 @@ class Family:
     Attributes:
         architecture: HF's class name, as in `architectures` of `config.json`.
         model_type: HF's short name, also used as `ModelConfig.family`.
-        aliases: other names of the architecture in published configs.
+        aliases: other names of the architecture, or of the `model_type`, in published configs.
         read_config: function from `config.json` as a dict to a `ModelConfig`; raises one ValueError that
             names everything that is wrong.
         write_config: the reverse, without `architectures`, `model_type` and `dtype`.
@@ -27,7 +27,6 @@ class Family:
         ignored: names of tensors to ignore if the model has no place for them; `*` matches any text.
         extra_layers: whether checkpoints may hold layers behind the last one, which are ignored: they predict
             several tokens ahead.
-        aliases: other values of `model_type` that such models go by.
         attentions, feed_forwards: its own kinds of layer parts, by their names in its configs; see
             `layerscope_jax.models.kinds`.
     """
@@ -40,7 +39,6 @@ class Family:
     aliases: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("lm_head.weight",)
     extra_layers: bool = False
-    aliases: tuple[str, ...] = ()
     attentions: Mapping[str, Any] = field(default_factory=dict)
     feed_forwards: Mapping[str, Any] = field(default_factory=dict)
 

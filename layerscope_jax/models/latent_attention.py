@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layerscope_jax.models.attention import attend, attended
 from layerscope_jax.models.cache import CacheArray
 from layerscope_jax.models.config import LatentSizes, ModelConfig
 from layerscope_jax.models.layers import Linear, RMSNorm, normal
@@ -67,11 +68,56 @@ def latent_attending_by(attention: LatentAttending) -> Iterator[None]:
         _attending.reset(before)
 
 
+def head_matmul(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`x` [..., H, K] times the matrix [K, N] of each head [H, K, N]; sums in float32, rounded once.
+
+    Heads lead: with them in between, as in an einsum, XLA's CPU backend has no product of bfloat16.
+    """
+    heads, depth, width = weights.shape
+    of_heads = x.reshape(-1, heads, depth).swapaxes(0, 1)
+    result = jnp.matmul(of_heads, weights, preferred_element_type=jnp.float32)
+    return result.swapaxes(0, 1).reshape(*x.shape[:-1], width).astype(x.dtype)
+
+
+HeadProducts = Callable[[jax.Array, jax.Array], jax.Array]
+"""As `head_matmul`."""
+
+_head_products: ContextVar[HeadProducts] = ContextVar("head products", default=head_matmul)
+
+
+@contextmanager
+def head_products_by(products: HeadProducts) -> Iterator[None]:
+    """While a program is traced within, products with a matrix for each head are these."""
+    before = _head_products.set(products)
+    try:
+        yield
+    finally:
+        _head_products.reset(before)
+
+
+def expanding_pays(tokens: int, length: int, sizes: LatentSizes) -> bool:
+    """Whether making keys and values takes fewer multiplications than attending to compressed rows.
+
+    Args:
+        tokens: S, of each row.
+        length: P, rows that are there for each.
+        sizes: of the model.
+
+    >>> sizes = LatentSizes(query_rank=None, rank=512, rope=64, nope=128, value=128)
+    >>> [expanding_pays(*shape, sizes) for shape in [(1, 2048), (128, 2048), (256, 2048), (32, 32)]]
+    [False, False, True, True]
+    """
+    made = sizes.nope + sizes.value  # numbers of a head's key and value that are made of a row
+    saved = tokens * length * (2 * sizes.rank - made)
+    return tokens > 1 and saved > (length - tokens) * sizes.rank * made
+
+
 class LatentAttention(nnx.Module):
     """Causal self-attention over compressed rows.
 
-    Keys and values are never made: what would expand a row into a head's key is multiplied into the query,
-    and what would expand it into a head's value into the mixed row, which is the same by associativity.
+    For few tokens keys and values are never made: what would expand a row into a head's key is multiplied
+    into the query, and what would expand it into a head's value into the mixed row, which is the same by
+    associativity. For many (`expanding_pays`) they are made of the rows, and forgotten.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
@@ -109,36 +155,65 @@ class LatentAttention(nnx.Module):
 
         As of `attention.Attention`.
         """
-        config, sizes = self.config, latent_sizes(self.config)
-        scale = config.attention_scale or (sizes.nope + sizes.rope) ** -0.5
         query = self._queries(hidden, positions)
         rows = self._rows(hidden, positions)  # [B, S, R + E]
         key_positions = positions[:, None, :]  # [B, 1, S]
-        mixed = None
         if cache is not None:
             batch = jnp.arange(hidden.shape[0])[:, None]
             kept = cache.rows.at[batch, positions].set(rows.astype(cache.rows.dtype), mode="drop")
             cache, rows = LatentCache(kept), kept
-            if (attending := _attending.get()) is not None:
-                mixed = attending(query, rows, positions, sizes.rank, scale)
             key_positions = jnp.arange(rows.shape[1])[None, None, :]
+        mask = positions[:, :, None] >= key_positions
+        many = expanding_pays(hidden.shape[1], rows.shape[1], latent_sizes(self.config))
+        mix = self._expanded if many else self._absorbed
+        return self.o(mix(query, rows, positions, mask, cache is not None)), cache
+
+    def _absorbed(
+        self, query: jax.Array, rows: jax.Array, positions: jax.Array, mask: jax.Array, cached: bool
+    ) -> jax.Array:
+        """Mixed values [B, S, H * V] of queries [B, S, H, nope + E] that see compressed rows as they are."""
+        sizes, scale = latent_sizes(self.config), self._scale()
+        absorbed = _head_products.get()(query[..., : sizes.nope], self.key_up[...])
+        query = jnp.concatenate([absorbed, query[..., sizes.nope :]], axis=-1)
+        attending, mixed = _attending.get(), None
+        if cached and attending is not None:
+            mixed = attending(query, rows, positions, sizes.rank, scale)
         if mixed is None:
-            mask = positions[:, :, None] >= key_positions
             mixed = latent_attend(query, rows, mask, sizes.rank, scale)
-        values = jnp.einsum(
-            "bshr,hrv->bshv", mixed, self.value_up[...], preferred_element_type=jnp.float32
-        ).astype(hidden.dtype)
-        return self.o(values.reshape(*hidden.shape[:2], -1)), cache
+        return _head_products.get()(mixed, self.value_up[...]).reshape(*query.shape[:2], -1)
+
+    def _expanded(
+        self, query: jax.Array, rows: jax.Array, positions: jax.Array, mask: jax.Array, cached: bool
+    ) -> jax.Array:
+        """The same by keys and values of every head, made of the rows."""
+        rank, dtype = latent_sizes(self.config).rank, query.dtype
+        compressed, turned = rows[..., :rank].astype(dtype), rows[..., rank:].swapaxes(1, 2)  # [B, E, P]
+
+        def made(kind: str, *parts: jax.Array) -> jax.Array:
+            wide = jnp.einsum(kind, *parts, preferred_element_type=jnp.float32)
+            return wide.astype(dtype).astype(rows.dtype)
+
+        keys = made("hnr,bpr->bhnp", self.key_up[...], compressed)
+        turned = jnp.broadcast_to(turned[:, None], (*keys.shape[:2], *turned.shape[1:]))
+        keys = jnp.concatenate([keys, turned], axis=2)  # [B, H, nope + E, P]
+        values = made("bpr,hrv->bhpv", compressed, self.value_up[...])
+        mixed = None
+        if cached:
+            mixed = attended(query, keys, values, positions, None, self._scale(), None)
+        return attend(query, keys, values, mask, self._scale()) if mixed is None else mixed
+
+    def _scale(self) -> float:
+        sizes = latent_sizes(self.config)
+        return self.config.attention_scale or (sizes.nope + sizes.rope) ** -0.5
 
     def _queries(self, hidden: jax.Array, positions: jax.Array) -> jax.Array:
-        """[B, S, H, R + E]."""
+        """[B, S, H, nope + E]."""
         sizes = latent_sizes(self.config)
         compressed = sizes.query_rank is not None
         flat = self.q_up(self.q_norm(self.q_down(hidden))) if compressed else self.q(hidden)
         query = flat.reshape(*hidden.shape[:2], self.config.num_heads, -1)
         plain, turned = query[..., : sizes.nope], rotate(query[..., sizes.nope :], positions, self.config)
-        absorbed = jnp.einsum("bshn,hnr->bshr", plain, self.key_up[...], preferred_element_type=jnp.float32)
-        return jnp.concatenate([absorbed.astype(query.dtype), turned], axis=-1)
+        return jnp.concatenate([plain, turned], axis=-1)
 
     def _rows(self, hidden: jax.Array, positions: jax.Array) -> jax.Array:
         """[B, S, R + E]."""

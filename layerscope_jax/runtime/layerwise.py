@@ -216,7 +216,10 @@ class LayerByLayer:
             mode=self.mode,
             format=self.model.bank.format.name,
             dense_kernels=dense_kernels(
-                self.model.config.hidden_size, self.model.bank.dtype, self.dense.table is not None
+                self.model.config.hidden_size,
+                self.model.bank.dtype,
+                self.dense.table is not None,
+                self.model.config.latent is not None,
             ),
             peak_expert_bytes=account.peak_bytes,
             predictor=self.forecasts.name,

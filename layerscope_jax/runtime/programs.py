@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.kernels.attention import our_loops
 from layerscope_jax.kernels.combining import add_experts
+from layerscope_jax.kernels.dense import our_loops
 from layerscope_jax.models.config import LayerKind, ModelConfig
 from layerscope_jax.models.decoder import Add, Decoder, to_end, to_experts
 from layerscope_jax.models.decoder_layers import new_layer

@@ -13,7 +13,7 @@ import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels import inside
-from layerscope_jax.kernels.attention import our_loops
+from layerscope_jax.kernels.dense import our_loops
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Between, through
 from layerscope_jax.models.rotary import PAD_POSITION

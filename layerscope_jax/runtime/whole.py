@@ -76,7 +76,9 @@ class WholeModel:
             policy=self.policy.name,
             mode=self.mode,
             format=bank.format.name,
-            dense_kernels=dense_kernels(self.model.config.hidden_size, bank.dtype, False),
+            dense_kernels=dense_kernels(
+                self.model.config.hidden_size, bank.dtype, False, self.model.config.latent is not None
+            ),
             peak_expert_bytes=bank.total_bytes,
         )
 

@@ -26,27 +26,6 @@ PRINTED = """\
 """
 
 
-@pytest.mark.usefixtures("quick_compiles")
-def test_bench_peers(tmp_path, capsys):
-    file = tmp_path / "peers.json"
-    bench_peers.main(bench_peers.Options(quick=True, dtypes=("float32",), batches=(2, 4), json=file))
-    result = json.loads(file.read_text())
-    assert result["benchmark"] == "peers"
-    assert result["left_out"] == {
-        "llama.cpp": "no --llama-bench",
-        "vllm": "no --vllm-python",
-        "hf": "no --hf-python",
-    }
-    assert [(row["dtype"], row["batch"]) for row in result["rows"]] == [("float32", 2), ("float32", 4)]
-    for row in result["rows"]:
-        for part in ("prefill", "decode"):
-            assert row["tokens_per_s"][part].keys() == row["ms"][part].keys() == {"engine"}
-            assert row["to_engine"][part] == {}
-        assert row["peak_bytes"].keys() == row["same_first_tokens"].keys() == {"engine"}
-    said = capsys.readouterr().out
-    assert "left out: vllm (no --vllm-python)" in said
-
-
 def test_rates_and_ratios_are_those_of_the_seconds():
     seconds = {
         "engine": {"prefill": [2.0, 2.0], "decode": [0.5, 0.5]},

@@ -45,35 +45,6 @@ def test_bench_gpu_facts(tmp_path, capsys):
     assert "overlaps a kernel" in capsys.readouterr().out
 
 
-def test_bench_real_sizes(tmp_path, capsys):
-    file = tmp_path / "real.json"
-    options = bench_real_sizes.Options(
-        quick=True, models=("mixtral-8x7b",), policies=("on-demand", "host-only"), json=file
-    )
-    bench_real_sizes.main(options)
-    result = json.loads(file.read_text())
-    assert result["benchmark"] == "real_sizes"
-    # 62 of 256 experts are 7.75 of 32, and a step may need all 8 of a layer.
-    assert result["models"]["mixtral-8x7b"]["slots"] == 7
-    refused, *rows = result["rows"]
-    assert refused["policy"] == "on-demand"
-    assert "device_budget is too small" in refused["refused"]
-    assert [(row["policy"], row["work"]["requests"]) for row in rows] == [
-        ("host-only", requests) for requests in (4, 1)
-    ]
-    for row in rows:
-        assert (row["layers"], row["all_layers"]) == (4, 32)
-        assert (row["tpot_ms"] is None) == (row["work"]["new_tokens"] == 1)
-        assert (row["stats"]["share_of_bound"] is None) == (row["tpot_ms"] is None)
-        assert 2 <= row["active_experts_a_layer"] <= 8
-        assert row["stats"]["peak_expert_bytes"] <= row["stats"]["budget_bytes"]
-    for requests in (4, 1):
-        assert min(row["time_to_best"] for row in rows if row["work"]["requests"] == requests) == 1
-    out = capsys.readouterr().out
-    assert "mixtral-8x7b: 4 of 32 layers" in out
-    assert "prefill of 32" in out
-
-
 def test_bench_real_sizes_says_what_does_not_fit(capsys):
     """All rows of a model for which there is no memory, and the names there are."""
     options = bench_real_sizes.Options(models=("mixtral-8x7b",), memory="5GB")
@@ -105,7 +76,7 @@ def test_a_measurement_that_fails_loses_no_other(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_are_those_of_the_profiles(name):
     config, model = PUBLISHED[name], MachineProfile.load(name).model
-    assert (config.num_layers, config.num_experts, config.experts_per_token) == (
+    assert (config.num_moe_layers, config.num_experts, config.experts_per_token) == (
         model.num_layers,
         model.num_experts,
         model.experts_per_token,

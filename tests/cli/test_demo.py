@@ -83,7 +83,7 @@ def test_fits_the_terminal(report, width):
 def test_other_tokens_end_in_1(report, monkeypatch, capsys):
     runs = [run | {"same_tokens": run["policy"] != "lru"} for run in report["runs"]]
     monkeypatch.setattr(demo, "compare", lambda *_, **__: report | {"exact": False, "runs": runs})
-    monkeypatch.setattr(cli, "open_model", lambda *_: None)
+    monkeypatch.setattr(cli, "open_model", lambda *_, **__: None)
     assert cli.main(["demo"]) == 1
     assert "everything resident: lru." in capsys.readouterr().out
     assert cli.main(["demo", "--json"]) == 1

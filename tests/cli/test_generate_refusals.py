@@ -118,7 +118,7 @@ def test_an_option_that_contradicts_a_row(tiny, tmp_path, capsys):
 
 
 def test_files_that_cannot_be_used(tiny, prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "open_model", lambda *_: pytest.fail("it must be refused before"))
+    monkeypatch.setattr(cli, "open_model", lambda *_, **__: pytest.fail("it must be refused before"))
     start = ("generate", tiny, f"--prompts={prompts}")
     missing = f"--prompts={tmp_path / 'none'}"
     assert "none: expected a file of prompts, got No such file" in refusal(capsys, *start[:2], missing)

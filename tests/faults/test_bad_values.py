@@ -213,9 +213,9 @@ class Watching:
     def __init__(self, tokenizer):
         self.tokenizer, self.lengths = tokenizer, []
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=True):
         self.lengths.append(len(text))
-        return self.tokenizer.encode(text)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 def spaces_tokenizer(normalizer=None):

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from guarded import WORDS, Guarded, job, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax.formats import format_named
-from layerscope_jax.kernels import amx, attention, combining, crew, prefill_attention, vectors
+from layerscope_jax.kernels import amx, combining, crew, vectors
 from layerscope_jax.kernels.activations import facts_of
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments, by_expert
@@ -19,42 +20,10 @@ from layerscope_jax.kernels.host_kernels import AMX, LOOPS, PAIRS
 from layerscope_jax.kernels.inside import pieces
 from layerscope_jax.models.experts import ExpertBody
 
-AROUND = 4096
-"""Bytes before and behind what may be written."""
-
-CANARY = np.uint8(0xFF)
-"""Of such bytes every number is not a number: it is seen, too, where they are read."""
-
-
-class Guarded:
-    """Arrays with bytes around them that nobody may write to."""
-
-    def __init__(self):
-        self._memories = []
-
-    def array(self, shape, dtype):
-        """Not a number to begin with, so that it is seen what was not written."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        memory = np.full(size + 2 * AROUND + 64, CANARY, np.uint8)
-        begin = AROUND + -(memory.ctypes.data + AROUND) % 64
-        self._memories.append((memory, begin, size))
-        found = memory[begin : begin + size].view(dtype).reshape(shape)
-        found[...] = np.nan
-        return found
-
-    def check(self):
-        for memory, begin, size in self._memories:
-            assert (memory[:begin] == CANARY).all()
-            assert (memory[begin + size :] == CANARY).all()
-
 
 @functools.cache
 def computer(kernel):
     return CpuExperts(2, kernel)
-
-
-def numbers(rng, shape, dtype):
-    return (rng.standard_normal(shape) / 4).astype(dtype)
 
 
 def arrays_of(rng, width, hidden, dtype, body):
@@ -65,6 +34,7 @@ def arrays_of(rng, width, hidden, dtype, body):
 
 BODIES = [ExpertBody(), ExpertBody("gelu")]
 BODIES += [ExpertBody("gelu_tanh", bias=True), ExpertBody("clamped", bias=True)]
+
 pairs = vectors.suit(np.dtype(ml_dtypes.bfloat16), 32, 32)
 TYPES = (np.float32, ml_dtypes.bfloat16)
 KERNELS = [(LOOPS, dtype, dtype, 1) for dtype in TYPES]
@@ -101,19 +71,6 @@ def test_experts(data, tokens, seed):
         written[rows.slots(one)] = True
     assert np.isfinite(outputs[written].astype(np.float32)).all()
     assert np.isnan(outputs[~written].astype(np.float32)).all()
-
-
-def job(of=crew, **fields):
-    """Of `crew`: its numbers, and addresses of arrays, which must live on; `of` names fields first."""
-    made = np.zeros(crew.SIZE, np.int64)
-    for name, value in fields.items():
-        room = next(room for room in (of, crew, prefill_attention) if hasattr(room, name))
-        place = getattr(room, name)
-        made[place] = value.ctypes.data if isinstance(value, np.ndarray) else value
-    return made
-
-
-WORDS = {"float32": np.float32, "uint16": np.uint16, "int16": np.int16}
 
 
 @given(
@@ -154,89 +111,6 @@ def test_products(words, rows, steps, widths, columns, height, seed):
     for weights, outputs in zip(held, found, strict=True):
         exact = x.astype(np.float64) @ weights.astype(np.float64)
         np.testing.assert_allclose(outputs.astype(np.float64), exact, rtol=2e-2, atol=2e-2)
-
-
-def cache(rng, rows, heads, size, length):
-    return numbers(rng, (rows, heads, size, length), np.float32), numbers(
-        rng, (rows, heads, length, size), np.float32
-    )
-
-
-@given(
-    words=st.sampled_from(["float32", "uint16"]),
-    rows=st.integers(1, 3),
-    heads=st.integers(1, 3),
-    groups=st.integers(1, 5),
-    size=st.integers(1, 70),
-    length=st.integers(1, 200),
-    seed=st.integers(0, 99),
-)
-@settings(deadline=None, max_examples=60)
-def test_attention_of_one_token_a_row(words, rows, heads, groups, size, length, seed):
-    rng, guarded = np.random.default_rng(seed), Guarded()
-    dtype = np.float32 if words == "float32" else ml_dtypes.bfloat16
-    keys, values = cache(rng, rows, heads, size, length)
-    queries = numbers(rng, (rows, heads * groups, size), dtype)
-    outputs = guarded.array(queries.shape, dtype)
-    bounds = np.sort(rng.integers(0, length + 1, (rows, 2)).astype(np.int32), 1)
-    work = job(
-        PARTS=rows * heads,
-        INPUTS=queries,
-        WEIGHTS=keys,
-        OUTPUTS=outputs,
-        ROWS=rows,
-        DEPTH=size,
-        WIDTH=length,
-        VALUES=values,
-        BOUNDS=bounds,
-        HEADS=heads,
-        GROUPS=groups,
-    )
-    attention.rows(WORDS[words]).ctypes(work.ctypes.data)
-    guarded.check()
-    assert np.isfinite(outputs.astype(np.float32)).all()
-
-
-@given(
-    words=st.sampled_from(["float32", "uint16"]),
-    rows=st.integers(1, 2),
-    tokens=st.integers(1, 60),
-    heads=st.integers(1, 2),
-    groups=st.integers(1, 5),
-    size=st.integers(1, 3),
-    length=st.integers(1, 8),
-    window=st.integers(1, 300),
-    seed=st.integers(0, 99),
-)
-@settings(deadline=None, max_examples=60)
-def test_attention_of_many_tokens_a_row(words, rows, tokens, heads, groups, size, length, window, seed):
-    rng, guarded = np.random.default_rng(seed), Guarded()
-    dtype = np.float32 if words == "float32" else ml_dtypes.bfloat16
-    size, length = size * vectors.COLUMNS, length * vectors.COLUMNS
-    keys, values = cache(rng, rows, heads, size, length)
-    queries = numbers(rng, (rows, tokens, heads * groups, size), dtype)
-    outputs = guarded.array(queries.shape, dtype)
-    last = np.minimum(np.arange(tokens) + 1 + rng.integers(0, length, (rows, 1)), length)
-    last = np.where(rng.random(last.shape) < 0.2, 0, last)  # some are none
-    bounds = np.stack([np.maximum(last - window, 0), last], -1).astype(np.int32)
-    blocks = -(-tokens // max(1, prefill_attention.BLOCK // groups))
-    work = job(
-        PARTS=rows * heads * blocks,
-        INPUTS=queries,
-        WEIGHTS=keys,
-        OUTPUTS=outputs,
-        ROWS=rows,
-        DEPTH=size,
-        WIDTH=length,
-        VALUES=values,
-        BOUNDS=bounds,
-        HEADS=heads,
-        GROUPS=groups,
-        TOKENS=tokens,
-    )
-    prefill_attention.blocks(WORDS[words]).ctypes(work.ctypes.data)
-    guarded.check()
-    assert np.isfinite(outputs.astype(np.float32)).all()
 
 
 @given(

@@ -15,8 +15,10 @@ from layerscope_jax.kernels.attention import attention_target
 from layerscope_jax.kernels.combining import sums_target
 from layerscope_jax.kernels.cpu import ARRAYS, CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.head_products import head_products_target
 from layerscope_jax.kernels.host_kernels import LOOPS
 from layerscope_jax.kernels.inside import Inside
+from layerscope_jax.kernels.latent_attention import latent_target
 from layerscope_jax.kernels.products import products, products_target
 from layerscope_jax.models.experts import BiasedWeights, ExpertBody, ExpertWeights
 
@@ -122,15 +124,46 @@ OTHERS = {
     ),
     "attention of a token": (
         lambda: attention_target(FLOAT32, True),
-        [struct(2, 4, 8), struct(2, 2, 8, 32), struct(2, 2, 32, 8), struct(2, 2, dtype=np.int32)],
-        [struct(2, 4, 8)],
+        [
+            struct(2, 4, 8),
+            struct(2, 2, 8, 32),
+            struct(2, 2, 32, 6),
+            struct(2, 2, dtype=np.int32),
+            struct(4, 2),
+        ],
+        [struct(2, 4, 6)],
     ),
     "attention of many": (
         lambda: attention_target(FLOAT32, False),
-        [struct(2, 3, 4, 32), struct(2, 2, 32, 32), struct(2, 2, 32, 32), struct(2, 3, 2, dtype=np.int32)],
+        [
+            struct(2, 3, 4, 64),
+            struct(2, 2, 64, 32),
+            struct(2, 2, 32, 32),
+            struct(2, 3, 2, dtype=np.int32),
+            struct(4, 2),
+        ],
         [struct(2, 3, 4, 32)],
     ),
+    "latent attention": (
+        lambda: latent_target(FLOAT32),
+        [struct(2, 3, 8), struct(2, 5, 8), struct(2, dtype=np.int32), struct(1)],
+        [struct(2, 3, 8)],
+    ),
+    "products of heads": (
+        lambda: head_products_target(FLOAT32, False),
+        [struct(2, 3, 32), struct(3, 32, 64)],
+        [struct(2, 3, 64)],
+    ),
 }
+
+
+UNREAD = {
+    ("sums", 1, 0),
+    ("attention of a token", 2, 3),
+    ("attention of many", 2, 3),
+    ("latent attention", 1, 1),
+}
+"""Axes of arguments that may be longer: nobody reads what lies behind."""
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -147,7 +180,7 @@ def test_others_are_refused_where_any_size_or_type_is_another(within, kind):
     for index, given in enumerate(arguments + results):
         changed = [struct(*given.shape, dtype=jnp.bfloat16), struct(*given.shape, 1, dtype=given.dtype)]
         for axis, size in enumerate(given.shape):
-            if (kind, index, axis) != ("sums", 1, 0):  # there may be rows that nobody reads
+            if (kind, index, axis) not in UNREAD:
                 shape = (*given.shape[:axis], size + 1, *given.shape[axis + 1 :])
                 changed.append(struct(*shape, dtype=given.dtype))
         for other in changed:
@@ -159,14 +192,23 @@ def test_others_are_refused_where_any_size_or_type_is_another(within, kind):
         call(arguments[:-1], results)
 
 
-@pytest.mark.parametrize("bound", [[0, 33], [-1, 5]])
-def test_a_bound_where_nothing_is_is_refused(within, bound):
-    target, (queries, keys, values, _), results = OTHERS["attention of a token"]
+@pytest.mark.parametrize(
+    ("kind", "index", "bounds"),
+    [
+        ("attention of a token", 3, [[0, 1], [0, 33]]),
+        ("attention of a token", 3, [[0, 1], [-1, 5]]),
+        ("latent attention", 2, [5, 6]),
+        ("latent attention", 2, [-1, 5]),
+    ],
+)
+def test_a_bound_where_nothing_is_is_refused(within, kind, index, bounds):
+    target, arguments, results = OTHERS[kind]
     name = target()
-    zeros = [jnp.zeros(one.shape, one.dtype) for one in (queries, keys, values)]
+    values = [jnp.zeros(one.shape, one.dtype) for one in arguments]
+    values[index] = jnp.array(bounds, jnp.int32)
     call = jax.ffi.ffi_call(name, results)
     with pytest.raises(REFUSED, match="INVALID_ARGUMENT"):
-        jax.block_until_ready(call(*zeros, jnp.array([[0, 1], bound], jnp.int32), jnp.asarray(within.table)))
+        jax.block_until_ready(call(*values, jnp.asarray(within.table)))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from helpers import VOCABULARY, byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerscope_jax.generation.arguments import make_requests
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.generation.requests import Request
 
@@ -223,3 +224,10 @@ def test_a_stop_string_ends_a_request_and_its_text(given, text, reason, tokens):
 def test_what_is_no_setting(given, message):
     with pytest.raises(ValueError, match=message):
         Request(**{"prompt": [1]} | given)
+
+
+def test_a_conversation_is_a_request():
+    with pytest.raises(
+        ValueError, match=r"got \[{'role': 'user'}\]; put a conversation into a Request\(messages="
+    ):
+        make_requests([[{"role": "user"}]], {})

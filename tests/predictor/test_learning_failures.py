@@ -57,7 +57,7 @@ def test_a_failure_is_told_and_tokens_stay_right(model, online, monkeypatch):
         assert engine.generate(PROMPTS, max_new_tokens=5).token_ids == oracle
         online._wait()
         with pytest.warns(
-            RuntimeWarning, match=r"llapor-online.*learning .* stopped: FloatingPointError: injected"
+            RuntimeWarning, match=r"llapor-online.*online tuning has stopped: FloatingPointError: injected"
         ):
             assert engine.generate(PROMPTS, max_new_tokens=5).token_ids == oracle
         engine.generate(PROMPTS, max_new_tokens=2)  # told once

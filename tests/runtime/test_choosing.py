@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -16,6 +17,8 @@ CASES = GOLDEN["cases"]
 LOGITS = np.array([case["logits"] for case in CASES], np.float32)
 ROWS, VOCABULARY = LOGITS.shape
 POSITIONS = np.array([len(case["prompt"]) + len(case["new"]) for case in CASES], np.int32)
+
+ranked, change = jax.jit(ranked_scores), jax.jit(changed)
 
 
 def of(name, default, dtype=np.float32):
@@ -44,7 +47,7 @@ def golden_sampling():
 
 
 def test_what_is_sampled_from_is_what_transformers_keeps():
-    scores, tokens = ranked_scores(changed(LOGITS, POSITIONS, *golden_changes()), golden_sampling())
+    scores, tokens = ranked(change(LOGITS, POSITIONS, *golden_changes()), golden_sampling())
     for case, row, ids in zip(CASES, np.asarray(scores, np.float64), np.asarray(tokens), strict=True):
         kept = ids[row > -np.inf]
         assert sorted(kept) == case["kept"], case["settings"]
@@ -79,7 +82,7 @@ def test_penalties_are_those_of_the_formula(number):
     changes = Changes(
         np.ones(3, np.float32), presence, frequency, np.zeros(3, np.int32), none, none * 0.0, ~none
     )
-    found = changed(logits, np.full(3, 9), changes, jnp.array(counts, jnp.int32))
+    found = change(logits, np.full(3, 9), changes, jnp.array(counts, jnp.int32))
     expected = logits - counts * frequency[:, None] - (counts > 0) * presence[:, None]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
