@@ -2,12 +2,11 @@
 
     python examples/extend/family.py [checkpoint]
 
-Its layers do three things that those of the package's families do not: queries and keys are normalised after
-they are rotated, the rotation's base is stretched by a factor `alpha`, and the routers stay in float32 in a
-model of any dtype. So the file has
+Its layers do two things that those of the package's families do not: queries and keys are normalised after
+they are rotated, and the rotation's base is stretched by a factor `alpha`. So the file has
 
 - `HunYuanConfig`, the setting that it adds;
-- `NormedLastAttention` and `WideRouterLayer`, its own parts of a layer;
+- `NormedLastAttention`, its own part of a layer;
 - `read_config` and `write_config`, its `config.json` there and back;
 - a table of weights, most of which it shares with others.
 
@@ -31,10 +30,8 @@ from flax import nnx
 from layerscope_jax import Engine, ModelConfig, OffloadConfig, load
 from layerscope_jax.models import ConfigReader, Family, Weight, register_family
 from layerscope_jax.models.attention import Attention
-from layerscope_jax.models.decoder_layers import RoutedLayer
 from layerscope_jax.models.family import write_shared
 from layerscope_jax.models.layers import RMSNorm
-from layerscope_jax.models.router import Router
 from layerscope_jax.models.routing_rules import RoutingRule
 from layerscope_jax.models.weights import (
     BIASES,
@@ -62,7 +59,6 @@ class HunYuanConfig(ModelConfig):
     """
 
     attention: str = "normed last"
-    feed_forward: str = "routed in float32"
     rope_alpha: float = 1.0
 
 
@@ -78,14 +74,6 @@ class NormedLastAttention(Attention):
         """Heads of a projection of queries or keys: [B, S, H * D_head] -> [B, S, H, D_head]."""
         heads = super().rotated(x, None, positions)
         return heads if norm is None else norm(heads)
-
-
-class WideRouterLayer(RoutedLayer):
-    """A MoE layer whose router is float32 whatever the model's dtype, as its checkpoints have it."""
-
-    def __init__(self, config: HunYuanConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        super().__init__(config, rngs=rngs, dtype=dtype)
-        self.router = Router(config, rngs=rngs, dtype=jnp.float32)
 
 
 PER_LAYER = ("moe_intermediate_size", "moe_topk", "num_experts", "num_shared_expert")
@@ -204,7 +192,6 @@ HUNYUAN = Family(
         *mlp("mlp.shared_mlp.", "shared."),
     ),
     attentions={"normed last": NormedLastAttention},
-    feed_forwards={"routed in float32": WideRouterLayer},
 )
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from layerscope_jax.checkpoints.ignored import Ignored
 from layerscope_jax.checkpoints.model import common_dtype, read_configs
+from layerscope_jax.checkpoints.other_formats import other_format
 from layerscope_jax.checkpoints.parameters import ROUTED, active_parameters, parameters_by_part, part_of
-from layerscope_jax.checkpoints.safetensors_io import INDEX, StoredTensor, dtype_named, stored_tensors
+from layerscope_jax.checkpoints.safetensors_io import StoredTensor, dtype_named, stored_tensors
 from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.support.files import is_there
@@ -97,10 +100,13 @@ def describe(folder: Path) -> Description:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with config.json, found no folder; check the path")
+    with suppress(OSError):  # a folder may be read without being listed
+        if (what := other_format(os.listdir(folder))) is not None:
+            raise ValueError(f"{folder}: {what}")
     config, raw, _ = read_configs(folder)
     family = family_of(config)
     stored, dtype = None, raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if is_there(folder / INDEX) or any(folder.glob("*.safetensors")):
+    if any(folder.glob("*.safetensors")):
         tensors = plain_names(stored_tensors(folder))
         check_sizes(config, folder, tensors)
         naming, ignored = Naming.of(config, tensors.keys()), Ignored(config, family)

@@ -17,10 +17,12 @@ from layerscope_jax.support.checks import Problems
 
 NAME = re.compile(r"[a-zA-Z0-9_][\w.-]*/[a-zA-Z0-9_][\w.-]*", re.ASCII)
 
+WEIGHTS = "*.safetensors"
+
 TAKEN = [
     "config.json",
     "generation_config.json",
-    "*.safetensors",
+    WEIGHTS,
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -55,12 +57,13 @@ def is_hub_name(checkpoint: str | Path) -> bool:
     )
 
 
-def folder_of(checkpoint: str | Path, revision: str | None = None) -> Path:
+def folder_of(checkpoint: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the folder of a checkpoint; one that is named as on the hub is downloaded first.
 
     Args:
         checkpoint: a folder, or a name on the hub.
         revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
+        weights: whether its weights are downloaded too.
 
     Raises:
         ValueError: if there is no such folder, the hub has or gives no such checkpoint, or it cannot be
@@ -72,7 +75,7 @@ def folder_of(checkpoint: str | Path, revision: str | None = None) -> Path:
     problems.expect(revision is None or named, "revision", "a branch, tag or commit, or None", revision)
     problems.raise_any()
     if is_hub_name(checkpoint):
-        return _download(str(checkpoint), revision)
+        return _download(str(checkpoint), revision, weights)
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ValueError(
@@ -87,7 +90,7 @@ def folder_of(checkpoint: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, weights: bool) -> Path:
     import huggingface_hub  # imported late, because only names need it
     from huggingface_hub import errors
     from huggingface_hub.utils import tqdm
@@ -103,13 +106,14 @@ def _download(name: str, revision: str | None) -> Path:
     network: type[Exception] = next(
         kind for kind in errors.HfHubHTTPError.__mro__[1:] if kind.__name__ == "HTTPError"
     )
+    taken = [pattern for pattern in TAKEN if weights or pattern != WEIGHTS]
     try:
         folder = Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=TAKEN, ignore_patterns=LEFT, tqdm_class=Bar
+                name, revision=revision, allow_patterns=taken, ignore_patterns=LEFT, tqdm_class=Bar
             )
         )
-        if not any(folder.glob("*.safetensors")):
+        if weights and not any(folder.glob(WEIGHTS)):
             names = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
             what = other_format(names) or f"expected safetensors files, found none among {len(names)} files"
             raise ValueError(f"{_where(name)} holds no checkpoint that can be loaded: {what}")

@@ -11,7 +11,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from layerscope_jax.checkpoints.description import POSITIONS, Description, describe
-from layerscope_jax.cli.options import Checkpoint, folder_of
+from layerscope_jax.cli.options import Checkpoint, Revision, folder_of
 from layerscope_jax.cli.profile_view import table
 from layerscope_jax.support import exits
 
@@ -22,16 +22,17 @@ UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 class Inspect:
     """Say what a checkpoint is and needs, from its configs and the headers of its files.
 
-    Exits with 2 if it cannot be run, and says why.
+    Of a checkpoint on the hub no weights are downloaded. Exits with 2 if it cannot be run, and says why.
     """
 
     checkpoint: Checkpoint
+    revision: Revision = None
     json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
 
     def run(self) -> int:
         """Returns the exit code."""
         exits.need_output()
-        folder = folder_of(self.checkpoint)
+        folder = folder_of(self.checkpoint, self.revision, weights=False)
         if not self.json:
             show(describe(folder), Console(highlight=False))
             return exits.DONE

@@ -55,9 +55,9 @@ Dtype = Annotated[
 ]
 
 
-def folder_of(checkpoint: str, revision: str | None = None) -> Path:
+def folder_of(checkpoint: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the folder of a checkpoint, downloaded if need be, or of the shipped model."""
-    return hub.folder_of(demo.SHIPPED if checkpoint == SHIPPED else checkpoint, revision)
+    return hub.folder_of(demo.SHIPPED if checkpoint == SHIPPED else checkpoint, revision, weights=weights)
 
 
 def open_model(checkpoint: str, dtype: str | None = None, revision: str | None = None) -> Model:

@@ -11,6 +11,7 @@ import huggingface_hub.constants
 import pytest
 from hub_server import BRANCH, COMMIT, NAME, Hub, serving
 
+from layerscope_jax.checkpoints.description import describe
 from layerscope_jax.checkpoints.hub import folder_of, is_hub_name
 from layerscope_jax.checkpoints.model import load
 from layerscope_jax.support import interrupts
@@ -118,6 +119,17 @@ def test_a_revision_is_asked_for():
     with serving(Hub(OLMOE, {BRANCH: COMMIT, "v1": older, COMMIT: COMMIT, older: older})):
         assert folder_of(NAME, "v1").name == folder_of(NAME, older).name == older
         assert folder_of(NAME).name == folder_of(NAME, BRANCH).name == COMMIT
+
+
+def test_without_weights_only_small_files_are_fetched(cache):
+    index = {"model.safetensors.index.json": b"{}"}
+    with serving(Hub(OLMOE | index)) as hub:
+        folder = folder_of(NAME, weights=False)
+        assert hub.fetched() == {"config.json", *index}
+        found = describe(folder)
+        assert found.stored is None
+        assert found.layers == 3
+        assert hub.fetched() == {"config.json", *index}
 
 
 def test_a_gated_checkpoint_is_read_with_a_token(monkeypatch):
