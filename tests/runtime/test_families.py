@@ -24,7 +24,7 @@ TOLERANCE = 2e-5
 (`test_exactness.py`)."""
 
 BFLOAT16 = 0.08
-"""Mean difference of logits, in their standard deviations; the largest seen is 0.054. bfloat16 has eight bits,
+"""Mean difference of logits, in their standard deviations; the largest seen is 0.054. bfloat16 has 8 bits,
 and where a router's scores are near, other experts are chosen."""
 
 
