@@ -57,7 +57,6 @@ def _pick(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) ->
     greedy = jax.lax.top_k(logits, 1)[1][:, 0]  # as `argmax`, which takes up to four times as long on CPUs
     if sampling is None:
         return greedy
-    ranked, token = ranked_scores(logits, sampling)
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
         # What `jax.random.key(seed)` is, but for settings that choose another kind of keys or add to seeds.
@@ -66,21 +65,38 @@ def _pick(logits: jax.Array, positions: jax.Array, sampling: Sampling | None) ->
             jax.random.fold_in(key, position), logits.shape[-1:], jnp.float32, mode="low"
         )
 
-    drawn = jnp.take_along_axis(jax.vmap(noise)(sampling.seed, positions), token, axis=-1)
-    best = jnp.argmax(ranked + drawn, axis=-1, keepdims=True)
-    drawn_token = jnp.take_along_axis(token, best, axis=-1)[:, 0].astype(jnp.int32)
-    return jnp.where(sampling.temperature > 0, drawn_token, greedy)
+    drawn, vocabulary = jax.vmap(noise)(sampling.seed, positions), logits.shape[-1]
+
+    def by_token() -> jax.Array:
+        scores = heated(logits, sampling)
+        if sampling.min_p is not None:
+            scores = jnp.where(scores >= jnp.log(sampling.min_p)[:, None], scores, -jnp.inf)
+        return jnp.argmax(scores + drawn, axis=-1).astype(jnp.int32)
+
+    def by_rank() -> jax.Array:
+        ranked, token = ranked_scores(logits, sampling)
+        best = jnp.argmax(ranked + jnp.take_along_axis(drawn, token, axis=-1), axis=-1, keepdims=True)
+        return jnp.take_along_axis(token, best, axis=-1)[:, 0].astype(jnp.int32)
+
+    # Sorting the vocabulary takes most of the time, on CPUs above all; both ways compare the same sums.
+    whole = ((sampling.top_k <= 0) | (sampling.top_k >= vocabulary)) & (sampling.top_p >= 1)
+    sorts_nothing = jnp.all(whole | (sampling.temperature <= 0))
+    return jnp.where(sampling.temperature > 0, jax.lax.cond(sorts_nothing, by_token, by_rank), greedy)
+
+
+def heated(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Returns unnormalised log-probabilities [B, V] at each row's temperature; temperature 0 counts as 1."""
+    warmth = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+    # Counted from the largest, so that near temperature 0 the others overflow to minus infinity, not all.
+    return (logits - logits.max(axis=-1, keepdims=True)) / warmth[:, None]
 
 
 def ranked_scores(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """Returns unnormalised log-probabilities, minus infinity for what is not sampled from, and their tokens.
 
-    Both are [B, V], likeliest first. Temperature 0 counts as 1.
+    Both are [B, V], likeliest first.
     """
-    warmth = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-    # Counted from the largest, so that near temperature 0 the others overflow to minus infinity, not all.
-    below = (logits - logits.max(axis=-1, keepdims=True)) / warmth[:, None]
-    ranked, token = jax.lax.top_k(below, logits.shape[-1])  # [B, V] likeliest first
+    ranked, token = jax.lax.top_k(heated(logits, sampling), logits.shape[-1])  # [B, V] likeliest first
     rank = jnp.arange(logits.shape[-1])[None]
     limit = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
     ranked = jnp.where(rank < limit[:, None], ranked, -jnp.inf)

@@ -170,3 +170,15 @@ def test_great_heat_leaves_no_preference():
 def test_the_largest_seed_and_position():
     assert draw(same(2), 2**30 + 1, seed=2**32 - 1).shape == (2,)
     assert (draw(same(), 5, seed=2**32 - 1 - np.arange(ROWS)) != draw(same(), 5)).any()
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=30)
+def test_a_row_that_has_the_vocabulary_sorted_changes_no_other(number):
+    """Where nothing is filtered nothing is sorted, and the draws are the same."""
+    rng = np.random.default_rng(number)
+    logits, seed = rng.standard_normal((8, 17)), rng.integers(0, 2**32, 8)
+    temperature = rng.choice([0.7, 1.0, 2.0], 8)
+    unsorted = draw(logits, seed=seed, temperature=temperature)
+    top_k = np.array([0] * 7 + [3])
+    assert draw(logits, seed=seed, temperature=temperature, top_k=top_k)[:7].tolist() == unsorted[:7].tolist()
