@@ -88,7 +88,8 @@ class Model:
         experts, dense = map(nnx.to_pure_dict, states)
         stacks = experts["experts"]
 
-        @functools.lru_cache(maxsize=3)  # one layer's stacks, read back from the device once
+        # One layer's stacks, read back from the device once.
+        @functools.lru_cache(maxsize=len(decoder.config.expert_shapes()))
         def on_host(layer: int, matrix: str) -> np.ndarray:
             return np.asarray(stacks[layer][matrix])
 
@@ -120,7 +121,11 @@ class Model:
         return [layer_type(config, layer).router_of(layers[layer]) for layer in config.moe_layers]
 
     def with_format(self, format: ExpertFormat) -> Model:
-        """The same model with its experts in another format; the experts of both are in memory meanwhile."""
+        """The same model with its experts in another format; the experts of both are in memory meanwhile.
+
+        Raises:
+            ValueError: if the format does not have what these experts compute.
+        """
         return dataclasses.replace(self, bank=self.bank.converted(format))
 
     def whole(self) -> Decoder:

@@ -22,14 +22,11 @@ from layerscope_jax.formats import ExpertFormat, plain_of
 from layerscope_jax.kernels.activations import facts_of
 from layerscope_jax.kernels.grouping import Assignments, Group
 from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel, RowsKernel, suits
-from layerscope_jax.kernels.loops import no_scratch
+from layerscope_jax.kernels.loops import ARRAYS, no_scratch
 from layerscope_jax.kernels.registry import Work
-from layerscope_jax.models.experts import SWIGLU, BiasedWeights
+from layerscope_jax.models.experts import SWIGLU
 from layerscope_jax.support.machine import cores
 from layerscope_jax.support.threads import Helpers
-
-ARRAYS = len(BiasedWeights._fields)
-"""Arrays of an expert that our own loops read."""
 
 SHARE_BYTES = 1 << 20
 """Bytes of weights that make waking another thread worth while: some 50 us of reading."""
@@ -109,8 +106,8 @@ class InMemory(NamedTuple):
 
     Attributes:
         arrays: of its format, copied already and not on the way: our own loops do not wait for copies.
-        addresses: of the first four arrays, 0 for a fourth that is not there, int64 as bytes: those of many
-            experts are joined faster than numbers.
+        addresses: of these arrays, 0 for the biases of an expert that has none (`loops.ARRAYS`), int64 as
+            bytes: those of many experts are joined faster than numbers.
         layout: how it lies in memory.
     """
 
@@ -134,9 +131,8 @@ class InMemory(NamedTuple):
         if any(device.platform != "cpu" for array in arrays for device in array.devices()):
             raise ValueError(f"expected an expert on a CPU device, got one on {arrays[0].sharding}")
         jax.block_until_ready(arrays)
-        addresses = np.zeros(ARRAYS, np.int64)
-        for index, array in enumerate(arrays[:ARRAYS]):
-            addresses[index] = array.unsafe_buffer_pointer()
+        pointers = [array.unsafe_buffer_pointer() for array in arrays]
+        addresses = np.array([*pointers, 0][:ARRAYS], np.int64)
         return cls(arrays, addresses.tobytes(), layout_of(format, *format.sizes(arrays)))
 
 

@@ -125,7 +125,7 @@ def experts(run_experts: Any, scratch_bytes: Any, rows: Any, weights_of: Any) ->
         lasts = carray(pointer(job[LASTS]), job[PARTS], np.int64)
         memory = np.empty(scratch_bytes(firsts, lasts, job[WIDTH], job[DEPTH]) + 64, np.uint8)
         run_experts(
-            carray(pointer(job[WEIGHTS]), (job[PARTS], 4), np.int64),
+            carray(pointer(job[WEIGHTS]), (job[PARTS], loops.ARRAYS), np.int64),
             firsts,
             lasts,
             carray(pointer(job[ORDER]), job[LENGTH], np.int32),

@@ -16,10 +16,11 @@ from numba import carray
 
 from layerscope_jax.kernels import crew
 from layerscope_jax.kernels.activations import facts_of
-from layerscope_jax.kernels.cpu import ARRAYS, CpuExperts, InMemory
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory
 from layerscope_jax.kernels.crew import SEMAPHORE, SEMAPHORES, Crew
 from layerscope_jax.kernels.grouping import by_expert
 from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel
+from layerscope_jax.kernels.loops import ARRAYS
 from layerscope_jax.kernels.numbers import pointer
 from layerscope_jax.kernels.registry import warn_fallback
 from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches, within

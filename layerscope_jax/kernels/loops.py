@@ -17,7 +17,11 @@ from layerscope_jax.kernels.numbers import as_input, pointer, room, round_row, t
 from layerscope_jax.kernels.panels import ffn_of_many, multiply_many
 from layerscope_jax.kernels.strips import MANY
 from layerscope_jax.kernels.vectors import COLUMNS, ROWS, adding
+from layerscope_jax.models.experts import BiasedWeights
 from layerscope_jax.support.njit import njit
+
+ARRAYS = len(BiasedWeights._fields)
+"""Addresses of an expert: of gate, up, down and biases, 0 where it has none."""
 
 PIECE = 128
 """Most rows of an expert at a time, so that their sums stay in the cache."""
@@ -170,7 +174,7 @@ def run_experts(
     """Computes those of N experts that no other thread takes first.
 
     Args:
-        addresses: [N, 4] of each expert's gate, up, down and biases, 0 where it has none.
+        addresses: [N, ARRAYS] of each expert.
         firsts, lasts: [N] where each expert's slots begin and end in `order`.
         order: [A] slots `token * choices + choice`.
         choices: K.

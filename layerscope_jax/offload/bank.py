@@ -11,7 +11,7 @@ import numpy as np
 
 from layerscope_jax.formats import ExpertFormat, PlainFormat, plain_of
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.experts import weights_type
+from layerscope_jax.models.experts import BiasedWeights, weights_type
 from layerscope_jax.scheduling.plan import ExpertId
 
 
@@ -54,6 +54,11 @@ class ExpertBank:
 
     def __post_init__(self) -> None:
         if self.format is None:
+            if isinstance(self.layers[0][0], BiasedWeights):
+                raise ValueError(
+                    "a bank of experts with biases needs format=, which knows their activation: "
+                    "format_named(...).for_body(config.expert_body)"
+                )
             object.__setattr__(self, "format", plain_of(self.layers[0][0]))
         if self.dtype is None:
             if not isinstance(self.format, PlainFormat):
@@ -112,6 +117,9 @@ class ExpertBank:
         """Returns a bank of the same experts in another format, for activations of the same dtype.
 
         Both banks are in memory until this one is freed.
+
+        Raises:
+            ValueError: if the format does not have what these experts compute.
         """
         sharding, format = self.layers[0][0][0].sharding, format.for_body(self.format.body)
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from helpers import PROFILE, random_decoder, random_model
 
-from layerscope_jax import Engine, ExpertId, Model, OffloadConfig, load, save
+from layerscope_jax import Engine, ExpertBank, ExpertId, Model, OffloadConfig, load, save
 from layerscope_jax.formats import format_named
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.models.experts import ExpertBody
 from layerscope_jax.offload.executors import DeviceExperts
 from layerscope_jax.profiling.machine_profile import ModelShape
 from layerscope_jax.runtime.non_finite import why_not_finite
@@ -133,6 +134,17 @@ def test_a_checkpoint_is_loaded_into_it_and_saved_unpacked(example, tmp_path):
         for array, other in zip(plain.bank.views(expert), loaded.bank.unpacked(expert), strict=True):
             np.testing.assert_array_equal(array, other)
     assert "all weights are finite" in why_not_finite(loaded)
+
+
+@pytest.mark.parametrize("body", [ExpertBody("clamped", bias=True), ExpertBody("gelu")])
+def test_a_body_that_it_does_not_have_is_refused(example, body):
+    """Not that it computes SwiGLU with another model's matrices."""
+    model = random_model(expert_body=body, num_layers=1, num_experts=2)
+    words = rf"'float8_e4m3' holds experts with .*those of this model have .*'{body.activation}'"
+    with pytest.raises(ValueError, match=words):
+        model.with_format(example.FLOAT8)
+    with pytest.raises(ValueError, match=words):
+        ExpertBank.build(model.config, lambda *_: np.zeros(()), format=example.FLOAT8)
 
 
 def test_a_profile_knows_its_bytes_and_arrays(example, packed):

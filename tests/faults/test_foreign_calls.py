@@ -13,12 +13,13 @@ from layerscope_jax.formats import PlainFormat
 from layerscope_jax.kernels import crew, inside, registry, xla_calls, xla_ffi
 from layerscope_jax.kernels.attention import attention_target
 from layerscope_jax.kernels.combining import sums_target
-from layerscope_jax.kernels.cpu import ARRAYS, CpuExperts, InMemory, WorkStats
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.head_products import head_products_target
 from layerscope_jax.kernels.host_kernels import LOOPS
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.latent_attention import latent_target
+from layerscope_jax.kernels.loops import ARRAYS
 from layerscope_jax.kernels.products import products, products_target
 from layerscope_jax.models.experts import BiasedWeights, ExpertBody, ExpertWeights
 

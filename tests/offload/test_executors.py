@@ -1,6 +1,6 @@
 """An expert's rows have the same bits wherever it is computed, and whatever is computed with it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from layerscope_jax import ExpertBank, ExpertId, ModelConfig
 from layerscope_jax.kernels.cpu import CpuExperts
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.host_kernels import LOOPS
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.models.experts import ExpertBody, ExpertWeights
 from layerscope_jax.offload.bank import device_sharding
 from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts, aligned_zeros
 
@@ -180,3 +180,24 @@ def test_jax_reads_the_shared_rows_where_they_are():
     rows = aligned_zeros((3, 5), np.float32)
     there = jax.device_put(rows, jax.devices("cpu")[0])
     assert there.unsafe_buffer_pointer() == rows.ctypes.data
+
+
+def test_experts_with_biases_are_their_reference_on_either():
+    body, rng = ExpertBody("clamped", bias=True, limit=0.7), np.random.default_rng(0)
+    config = replace(TINY, num_layers=1, num_experts=3, expert_body=body)
+    bank = ExpertBank.build(config, lambda _, name, shape: rng.standard_normal(shape).astype(np.float32) / 5)
+    rows, inputs = Assignments(np.array([[0, 1], [1, 0], [0, 2]], np.int32)), rng.standard_normal((3, 32))
+    inputs = jax.device_put(inputs.astype(np.float32), device_sharding())
+    device, host = DeviceExperts(jax.devices()[0], bank.format), HostExperts(bank, jax.devices("cpu")[-1], 1)
+    held = [jax.device_put(bank[ExpertId(0, expert)], device_sharding()) for expert in range(3)]
+    outputs = device.take(6, 32, bank.dtype)
+    outputs, _ = device.run(outputs, inputs, rows, range(3), lambda some: [held[one] for one in some])
+    computed = np.zeros((7, 32), np.float32)
+    host.compute(computed, 0, inputs, rows, range(3))
+    assert sum(host.stats.by_kernel.values()) == 3
+    host.close()
+    for expert in range(3):
+        slots = rows.slots(expert)
+        expected = bank.format.ffn(inputs[slots // 2], held[expert])
+        for result in (np.asarray(outputs), computed):
+            np.testing.assert_allclose(result[slots], expected, rtol=0, atol=2e-6)

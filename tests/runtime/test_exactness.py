@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax import POLICIES, Engine, OffloadConfig, Request
+from layerscope_jax.models.experts import ExpertBody
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.registry import FORECASTING
@@ -209,6 +210,25 @@ def test_by_default_the_budget_changes_no_bit(name):
             assert engine.runner.mode == ("decode" if budget is None else "layers")
             found.append(run(engine, [requests], 4))
     agree(*found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_clamped_experts_with_biases_have_the_same_bits_anywhere(dtype):
+    body = ExpertBody("clamped", bias=True, limit=0.7)
+    model = random_model(dtype=jnp.dtype(dtype), seed=8, num_layers=2, expert_body=body)
+    found, requests = {}, [[5, 20, 7], [17], list(range(30, 58))]
+    for policy, slots in (("resident", 16), ("lru", 9), ("on-demand", 8), ("host-only", 0)):
+        config = OffloadConfig(device_budget=slots * model.bank.expert_bytes, policy=policy, profile=PROFILE)
+        with Engine(model, config) as engine:
+            assert engine.runner.mode == ("decode" if policy == "resident" else "layers")
+            found[policy] = run(engine, [requests], 4)
+            assert engine.runner.host_experts.cpu.kernel is not None
+    for policy in found:
+        agree(found[policy], found["resident"])
+    if dtype == "float32":
+        whole = jax.jit(lambda tokens, positions: model.whole()(tokens, positions)[0])
+        exact = whole(np.array([requests[0]], np.int32), np.arange(3, dtype=np.int32)[None])
+        np.testing.assert_allclose(found["resident"][1][0][0], exact[0, -1], rtol=0, atol=TOLERANCE)
 
 
 def test_logits_have_the_same_bits_with_a_predictor_and_without():
