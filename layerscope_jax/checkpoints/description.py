@@ -208,8 +208,9 @@ def special(config: ModelConfig) -> list[str]:
         "norms of queries and keys over all heads": config.qk_norm == "all",
         f"queries, keys and values clipped at {config.qkv_clip}": config.qkv_clip is not None,
         "biases of attention": config.attention_bias,
-        f"scores times {config.attention_scale}": config.attention_scale is not None,
+        f"scores times {config.attention_scale or 0:.6g}": config.attention_scale is not None,
         f"{config.rotary_dim} numbers of a head rotated": config.rotary_dim is not None,
+        "neighbours rotated together": config.rope_interleaved,
         f"{rule.score} routers": rule.score != "softmax",
         "a bias for choosing experts": rule.selection_bias,
         f"{rule.groups_per_token} of {rule.num_groups} groups of experts a token": rule.num_groups > 1,
@@ -218,6 +219,7 @@ def special(config: ModelConfig) -> list[str]:
         ),
         f"{body.activation} experts": body.activation != "silu",
         "biases of experts": body.bias,
+        "biases of dense networks": config.mlp_bias,
         "layer norms with biases": config.norm == "layer",
         "the embedding as head": config.tie_embeddings,
     }

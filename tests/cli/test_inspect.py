@@ -9,8 +9,10 @@ import pytest
 from command_lines import refusal
 from safetensors.numpy import load_file, save_file
 
+from layerscope_jax.checkpoints.description import special
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor
 from layerscope_jax.cli import main as cli
+from layerscope_jax.models import config_from_hf
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -48,6 +50,50 @@ def test_it_says_what_a_person_wants_to_know(capsys):
     assert lines["context"] == "128 positions, rotary embedding of base 10,000, yarn by 4 from 32"
     assert "a shared expert of 48" in lines["special"]
     assert lines["tokenizer"] == "none: prompts must be token ids"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "gpt-oss-20b",
+            [
+                "a window of 128 positions",
+                "sinks",
+                "biases of attention",
+                "top_k_softmax routers",
+                "clamped experts",
+                "biases of experts",
+            ],
+        ),
+        (
+            "DeepSeek-V3",
+            [
+                "scores times 0.135234",
+                "neighbours rotated together",
+                "sigmoid routers",
+                "a bias for choosing experts",
+                "4 of 8 groups of experts a token",
+                "a shared expert of 2048",
+                "weights of experts times 2.5",
+            ],
+        ),
+        (
+            "granite-3.1-3b-a800m-base",
+            [
+                "scores times 0.015625",
+                "top_k_softmax routers",
+                "the embedding as head",
+                "embeddings times 12",
+                "residual additions times 0.22",
+                "logits times 0.166667",
+            ],
+        ),
+    ],
+)
+def test_what_is_special_is_told(name, told):
+    file = GOLDEN.parent / "models" / "published" / f"{name}.json"
+    assert special(config_from_hf(json.loads(file.read_text()))) == told
 
 
 def test_windows_are_counted(capsys):
