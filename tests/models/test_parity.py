@@ -25,6 +25,9 @@ CASES = sorted(file.parent.name for file in GOLDEN.glob("*/golden.npz"))
 TOLERANCE = 1e-4  # rounding in float32 alone moves these logits by up to 5e-5
 
 
+DECODING = ("deepseek_v3", "gpt_oss", "mixtral_window", "olmoe", "qwen3_moe_dense")
+"""Cases whose caches are used in one program: of each kind of attention, and with dense layers."""
+
 take = partial(np.take_along_axis, axis=-1)
 
 
@@ -34,7 +37,7 @@ class Case(NamedTuple):
     config: ModelConfig
     golden: dict[str, np.ndarray]
     forward: Callable  # tokens, positions -> logits, routings
-    greedy: Callable | None  # tokens, positions -> tokens [B, steps]; of one case of each family
+    greedy: Callable | None  # tokens, positions -> tokens [B, steps]; of `DECODING`
 
 
 @pytest.fixture(scope="module", params=CASES)
