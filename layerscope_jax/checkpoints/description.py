@@ -16,9 +16,9 @@ from layerscope_jax.checkpoints.model import common_dtype, read_configs
 from layerscope_jax.checkpoints.other_formats import other_format
 from layerscope_jax.checkpoints.parameters import ROUTED, active_parameters, parameters_by_part, part_of
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, dtype_named, stored_tensors
+from layerscope_jax.checkpoints.tokenizer_files import tokenizer_file
 from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.support.files import is_there
 
 POSITIONS = 1000  # of a sequence whose cache is measured
 
@@ -59,7 +59,7 @@ class Description:
         context: the longest sequence.
         rope: the rotary embedding.
         stop_token_ids: ids that end a generation.
-        tokenizer: whether there is a `tokenizer.json`.
+        tokenizer: the file of its tokenizer; None if there is none. It is not read.
         special: what sets it apart from a plain decoder with routed experts.
         stored: its tensors; None where the folder has none.
     """
@@ -83,7 +83,7 @@ class Description:
     context: int
     rope: str
     stop_token_ids: tuple[int, ...]
-    tokenizer: bool
+    tokenizer: str | None
     special: list[str]
     stored: Stored | None
 
@@ -136,7 +136,7 @@ def describe(folder: Path) -> Description:
         context=config.max_position_embeddings,
         rope=_rope(config),
         stop_token_ids=config.stop_token_ids,
-        tokenizer=is_there(folder / "tokenizer.json"),
+        tokenizer=tokenizer_file(folder),
         special=special(config),
         stored=stored,
     )

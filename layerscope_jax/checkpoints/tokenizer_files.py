@@ -31,6 +31,12 @@ REMEDY = (
 )
 
 
+def tokenizer_file(folder: Path) -> str | None:
+    """Returns the name of the file that `read_tokenizer` begins with; None where there is none."""
+    names = ("tokenizer.json", *VOCABULARIES)
+    return next((name for name in names if is_there(folder / name)), None)
+
+
 def read_tokenizer(folder: Path, vocab_size: int, model_type: str | None = None) -> Tokenizer | None:
     """The tokenizer of a folder; None where it has none that can be read.
 

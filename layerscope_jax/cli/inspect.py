@@ -60,7 +60,7 @@ def show(found: Description, console: Console) -> None:
         "context": f"{found.context:,} positions, rotary embedding of {found.rope}",
         "special": ", ".join(found.special) or "nothing",
         "stop ids": stops,
-        "tokenizer": "tokenizer.json" if found.tokenizer else "none: prompts must be token ids",
+        "tokenizer": found.tokenizer or "none: prompts must be token ids",
         "stored": "no weights in the folder"
         if stored is None
         else ", ".join(

@@ -30,11 +30,11 @@ def encode_prompts(
         ids: list[int] | None
         prompt = request.prompt
         if request.stops and tokenizer is None:
-            raise ValueError(f"prompt {index} has stop strings, but the model has no tokenizer.json")
+            raise ValueError(f"prompt {index} has stop strings, but the model has no tokenizer")
         if request.messages is not None or isinstance(prompt, str):
             if tokenizer is None:
                 raise ValueError(
-                    f"prompt {index} is text, but the model has no tokenizer.json; pass token ids instead"
+                    f"prompt {index} is text, but the model has no tokenizer; pass token ids instead"
                 )
             if isinstance(prompt, str) and not is_text(prompt):
                 problems.append(

@@ -281,7 +281,7 @@ def test_the_command_line_takes_names_and_revisions(tmp_path):
         code, line = run("--revision", "v1", HF_TOKEN="hf_secret")
         assert (code, line.partition(";")[0]) == (
             2,
-            "error: --prompt 'Call me Ishmael.': the prompt is text, but the model has no tokenizer.json",
+            "error: --prompt 'Call me Ishmael.': the prompt is text, but the model has no tokenizer",
         )
         assert hub.fetched() == OLMOE.keys()
         assert run("--revision", "v1", HF_TOKEN="hf_secret", HF_HUB_OFFLINE="1")[1] == line

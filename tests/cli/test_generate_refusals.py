@@ -150,7 +150,7 @@ def test_damaged_checkpoints(tiny, tmp_path, capsys):
     (folder / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-9])
     assert "expected a complete safetensors file" in refusal(capsys, "generate", folder, "--prompt=x")
     (folder / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
-    assert "the model has no tokenizer.json" in refusal(capsys, "generate", folder, "--prompt=x")
+    assert "the model has no tokenizer" in refusal(capsys, "generate", folder, "--prompt=x")
 
 
 def test_failed_copies_are_one_line(tiny, monkeypatch, capsys):

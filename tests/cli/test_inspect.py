@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from layerscope_jax.checkpoints.description import special
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor
+from layerscope_jax.checkpoints.tokenizer_files import tokenizer_file
 from layerscope_jax.cli import main as cli
 from layerscope_jax.models import config_from_hf
 
@@ -104,7 +105,9 @@ def test_windows_are_counted(capsys):
 
 def test_a_tokenizer_is_told(tiny, capsys):
     found = inspected(capsys, tiny)
-    assert found["tokenizer"]
+    assert found["tokenizer"] == "tokenizer.json"
+    files = {kind: tokenizer_file(GOLDEN / "tokenizers" / kind) for kind in ("kimi", "llama", "qwen2")}
+    assert files == {"kimi": "tiktoken.model", "llama": "tokenizer.model", "qwen2": "vocab.json"}
     assert found["stop_token_ids"] == []
 
 

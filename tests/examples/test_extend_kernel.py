@@ -98,9 +98,7 @@ def test_other_formats_are_left_alone(example):
 def test_what_is_no_kernel_is_refused(example):
     with pytest.raises(ValueError, match="a kernel named 'float8-lookup' for experts exists already"):
         registry.register_kernel(registry.Kernel("float8-lookup", "experts", example.suits, print))
-    with pytest.raises(
-        ValueError, match=r"must be one of experts, .*, sums, got 'norms'"
-    ):
+    with pytest.raises(ValueError, match=r"must be one of experts, .*, sums, got 'norms'"):
         registry.register_kernel(registry.Kernel("mine", "norms", example.suits, print))
     with pytest.raises(ValueError, match="must be text other than 'xla'"):
         registry.register_kernel(registry.Kernel("xla", "experts", example.suits, print))
