@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from links import MATRICES
 from rich.console import Console
 
 from benchmarks import harness
@@ -36,7 +37,7 @@ from layerscope_jax import (
     OffloadConfig,
     parse_bytes,
 )
-from layerscope_jax.offload.link import MATRICES, Transfers
+from layerscope_jax.offload.link import Transfers
 from layerscope_jax.scheduling.registry import FORECASTING
 
 UNPACED = "unpaced"

@@ -11,11 +11,12 @@ from unittest import mock
 
 import jax
 import numpy as np
+from links import MATRICES
 
 from benchmarks import harness
 from layerscope_jax import ExpertBank, ExpertId
 from layerscope_jax.offload.bank import device_sharding
-from layerscope_jax.offload.link import MATRICES, Transfers
+from layerscope_jax.offload.link import Transfers
 
 
 @dataclass

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from layerscope_jax.checkpoints.ignored import Ignored
 from layerscope_jax.checkpoints.model import common_dtype, read_configs
-from layerscope_jax.checkpoints.other_formats import other_format
+from layerscope_jax.checkpoints.other_formats import refuse_other_formats
 from layerscope_jax.checkpoints.parameters import ROUTED, active_parameters, parameters_by_part, part_of
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, dtype_named, stored_tensors
 from layerscope_jax.checkpoints.tokenizer_files import tokenizer_file
 from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
+from layerscope_jax.models.cache import cache_bytes
 from layerscope_jax.models.config import ModelConfig
 
 POSITIONS = 1000  # of a sequence whose cache is measured
@@ -100,9 +98,7 @@ def describe(folder: Path) -> Description:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with config.json, found no folder; check the path")
-    with suppress(OSError):  # a folder may be read without being listed
-        if (what := other_format(os.listdir(folder))) is not None:
-            raise ValueError(f"{folder}: {what}")
+    refuse_other_formats(folder)
     config, raw, _ = read_configs(folder)
     family = family_of(config)
     stored, dtype = None, raw.get("dtype") or raw.get("torch_dtype") or "float32"
@@ -127,7 +123,7 @@ def describe(folder: Path) -> Description:
         experts=config.num_experts,
         experts_per_token=config.experts_per_token,
         attention=_attention(config),
-        cache_bytes=sum(_cache_bytes(config, layer, size) for layer in range(config.num_layers)),
+        cache_bytes=cache_bytes(config, 1, POSITIONS, size),
         dtype=dtype,
         quantization=quantized.get("quant_method") if isinstance(quantized, Mapping) else None,
         expert_bytes=config.expert_bytes(size),
@@ -154,13 +150,6 @@ def _stored(naming: Naming, tensors: Mapping[str, StoredTensor], ignored: Ignore
             parts[ROUTED if key in naming.experts else part_of(key)] += tensor.size
     unused = ignored.summary(tensors.keys() - naming.shapes.keys())
     return Stored(dict(counts), dict(sizes), dict(parts), unused)
-
-
-def _cache_bytes(config: ModelConfig, layer: int, size: int) -> int:
-    arrays = config.cache_shapes(layer, 1, POSITIONS)
-    return sum(
-        math.prod(array.shape) * (size if array.dtype is None else array.dtype.itemsize) for array in arrays
-    )
 
 
 def _attention(config: ModelConfig) -> str:

@@ -6,10 +6,9 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tokenizers import Tokenizer
 from layerscope_jax.checkpoints.generation_defaults import generation_defaults
 from layerscope_jax.checkpoints.hub import folder_of
 from layerscope_jax.checkpoints.ignored import Ignored
-from layerscope_jax.checkpoints.other_formats import other_format
+from layerscope_jax.checkpoints.other_formats import refuse_other_formats
 from layerscope_jax.checkpoints.safetensors_io import (
     DTYPES,
     SINGLE,
@@ -175,9 +174,7 @@ def load(
     if not isinstance(form, ExpertFormat | None):
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
     folder = folder_of(folder, revision)
-    with suppress(OSError):  # a folder may be read without being listed
-        if (what := other_format(os.listdir(folder))) is not None:
-            raise ValueError(f"{folder}: {what}")
+    refuse_other_formats(folder)
     config, raw, generation = read_configs(folder)
     config, stored = _with_head(config, plain_names(stored_tensors(folder)))
     check_sizes(config, folder, stored)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatch
+from pathlib import Path
 
 ADAPTER = "adapter_config.json"
 
@@ -59,3 +62,14 @@ that they were made from'
             more = f" and {len(held) - 1} more" if len(held) > 1 else ""
             return f"expected safetensors, got {what} ({held[0]}{more}); {remedy}"
     return None
+
+
+def refuse_other_formats(folder: Path) -> None:
+    """Refuses a folder that holds something else than a checkpoint in safetensors.
+
+    Raises:
+        ValueError: naming what it holds, and what to do about it.
+    """
+    with suppress(OSError):  # a folder may be read without being listed
+        if (what := other_format(os.listdir(folder))) is not None:
+            raise ValueError(f"{folder}: {what}")

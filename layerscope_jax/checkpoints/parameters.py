@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -54,7 +53,7 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     {'embedding and head': 520, 'attention': 400, 'routers': 80, 'routed experts': 768}
     """
     counts: Counter[str] = Counter()
-    ends = replace(config, num_layers=0, dense_layers=(), full_attention_layers=())
+    ends = config.without_layers()
     abstract = nnx.eval_shape(lambda: Decoder(ends, rngs=nnx.Rngs(0), dtype=np.dtype(np.float32)))
     arrays: dict[Any, jax.ShapeDtypeStruct] = flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
     for path, array in arrays.items():

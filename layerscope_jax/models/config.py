@@ -248,6 +248,10 @@ class ModelConfig:
         """
         return ATTENTIONS[self.layer_kind(layer).attention].cache_shapes(self, rows, length)
 
+    def without_layers(self) -> ModelConfig:
+        """Returns the config of what is before the first layer and after the last one."""
+        return replace(self, num_layers=0, dense_layers=(), full_attention_layers=())
+
     def expert_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of an expert's arrays, by name, in the order they cross the link."""
         hidden, inner = self.hidden_size, self.moe_intermediate_size

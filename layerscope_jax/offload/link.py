@@ -11,14 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from layerscope_jax.models.experts import ExpertWeights
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.offload.queue import Copy, CopyQueue
 from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.errors import TransferError
 from layerscope_jax.support.jax_settings import settle_thread
-
-MATRICES = len(ExpertWeights._fields)  # chunks of a plain expert; in any format one for each array
 
 ATTEMPTS = 3
 

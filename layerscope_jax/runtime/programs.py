@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -65,8 +65,7 @@ def dense_parts(
         pairs = zip(layers.kinds, layers.params, strict=True)
         return [nnx.merge(graph_of(kind), params) for kind, params in pairs]
 
-    none = replace(config, num_layers=0, dense_layers=(), full_attention_layers=())
-    hollow = nnx.eval_shape(lambda: Decoder(none, rngs=nnx.Rngs(0), dtype=dtype))
+    hollow = nnx.eval_shape(lambda: Decoder(config.without_layers(), rngs=nnx.Rngs(0), dtype=dtype))
     ends_graph, ends_state = nnx.split(hollow)
     empty: dict[str, Any] = {key: {} for key in ("layers", "experts") if key in nnx.to_pure_dict(ends_state)}
     return layers_of, lambda params: nnx.merge(ends_graph, params | empty)

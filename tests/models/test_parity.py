@@ -37,7 +37,7 @@ class Case(NamedTuple):
     config: ModelConfig
     golden: dict[str, np.ndarray]
     forward: Callable  # tokens, positions -> logits, routings
-    greedy: Callable | None  # tokens, positions -> tokens [B, steps]; of `DECODING`
+    greedy: Callable  # tokens, positions -> tokens [B, steps]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -49,8 +49,7 @@ def case(request):
     forward = jax.jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))
     steps = golden["greedy"].shape[1]
     generate = jax.jit(lambda params, *inputs: greedy(nnx.merge(graphdef, params), *inputs, steps))
-    first = request.param == next(case for case in CASES if case.startswith(model.config.family))
-    return Case(model.config, golden, partial(forward, params), partial(generate, params) if first else None)
+    return Case(model.config, golden, partial(forward, params), partial(generate, params))
 
 
 def batch(golden, side):
@@ -96,11 +95,11 @@ def test_every_token_chooses_the_same_experts_with_the_same_weights(case):
         np.testing.assert_allclose(logits, golden["router_logits"][layer][real], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("case", DECODING, indirect=True)
 def test_greedy_tokens_agree_decoding_from_a_cache(case):
     """Those of one program, padded left; `tests/runtime/test_families.py` compares the engine's."""
-    if case.greedy is not None:
-        tokens, positions, _ = batch(case.golden, "left")
-        np.testing.assert_array_equal(case.greedy(tokens, positions), case.golden["greedy"])
+    tokens, positions, _ = batch(case.golden, "left")
+    np.testing.assert_array_equal(case.greedy(tokens, positions), case.golden["greedy"])
 
 
 def greedy(decoder, tokens, positions, steps):

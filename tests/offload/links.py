@@ -11,9 +11,9 @@ import numpy as np
 from helpers import TINY, bits, in_time
 
 from layerscope_jax import ExpertBank, ExpertId
-from layerscope_jax.offload.link import MATRICES
 
 NAMES = ("gate", "up", "down")
+MATRICES = len(NAMES)
 A, B, C, D = (ExpertId(layer, expert) for layer, expert in ((0, 0), (0, 5), (1, 5), (2, 7)))
 CHUNK = 4 * TINY.hidden_size * TINY.moe_intermediate_size
 EXPERT = MATRICES * CHUNK

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 from helpers import in_time
-from links import NAMES, A, B, C, D, Link, collect, right
+from links import MATRICES, NAMES, A, B, C, D, Link, collect, right
 
 from layerscope_jax import TransferError
-from layerscope_jax.offload.link import MATRICES
 
 
 def test_closing_wakes_who_waits(bank, start):

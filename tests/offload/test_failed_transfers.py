@@ -2,11 +2,11 @@
 
 import pytest
 from helpers import in_time
-from links import EXPERT, NAMES, A, B, C, Link, collect, right
+from links import EXPERT, MATRICES, NAMES, A, B, C, Link, collect, right
 
 from layerscope_jax import TransferError
 from layerscope_jax.offload import link as transfers_module
-from layerscope_jax.offload.link import ATTEMPTS, MATRICES
+from layerscope_jax.offload.link import ATTEMPTS
 
 
 @pytest.mark.parametrize("how", ["start", "end"])

@@ -5,10 +5,10 @@ import threading
 import jax
 import pytest
 from helpers import TINY, in_time
-from links import CHUNK, EXPERT, NAMES, A, B, C, D, Link, collect, right
+from links import CHUNK, EXPERT, MATRICES, NAMES, A, B, C, D, Link, collect, right
 
 from layerscope_jax import ExpertId
-from layerscope_jax.offload.link import MATRICES, Transfers
+from layerscope_jax.offload.link import Transfers
 
 
 def test_copies_are_real(bank):
