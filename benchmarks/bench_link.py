@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from links import MATRICES
 from rich.console import Console
 
 from benchmarks import harness
@@ -37,6 +36,7 @@ from layerscope_jax import (
     OffloadConfig,
     parse_bytes,
 )
+from layerscope_jax.formats import format_named
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.scheduling.registry import FORECASTING
 
@@ -140,8 +140,7 @@ def bank_of(profile: str, quick: bool) -> ExpertBank:
     """Some experts of a published model in one layer, of no values: not more than memory has room for."""
     size = MachineProfile.load(profile).model
     hidden, inner = size.hidden_size // 16 if quick else size.hidden_size, size.moe_intermediate_size
-    itemsize = jnp.dtype(jnp.bfloat16).itemsize
-    count = int(np.clip(BANK_BYTES // (MATRICES * hidden * inner * itemsize), 4, 16))
+    count = int(np.clip(BANK_BYTES // format_named("bfloat16").expert_bytes(hidden, inner), 4, 16))
     config = replace(
         shape(quick), hidden_size=hidden, moe_intermediate_size=inner, num_layers=1, num_experts=count
     )

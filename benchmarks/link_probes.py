@@ -11,7 +11,6 @@ from unittest import mock
 
 import jax
 import numpy as np
-from links import MATRICES
 
 from benchmarks import harness
 from layerscope_jax import ExpertBank, ExpertId
@@ -94,7 +93,7 @@ def overtaking(bank: ExpertBank, bandwidth: int | None, trials: int) -> dict[str
 
     Times are in those of one chunk: as paced, or, if not, as a plain loop takes for one.
     """
-    device, (wanted, *others) = jax.devices()[0], bank
+    device, (wanted, *others), chunks_each = jax.devices()[0], bank, len(bank.format.buffers(*bank.sizes))
     first, random, began = bank[wanted].gate, np.random.default_rng(0), 0.0
 
     def copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -105,9 +104,9 @@ def overtaking(bank: ExpertBank, bandwidth: int | None, trials: int) -> dict[str
 
     if bandwidth is None:
         rounds = [plain_loop(bank, device, [list(bank)]) for _ in range(3)]
-        chunk_s = float(np.median(rounds)) / MATRICES / (1 + len(others))
+        chunk_s = float(np.median(rounds)) / chunks_each / (1 + len(others))
     else:
-        chunk_s = bank.expert_bytes / MATRICES / bandwidth
+        chunk_s = bank.expert_bytes / chunks_each / bandwidth
     transfers = Transfers(bank, device, bandwidth, copy)
 
     def load(prefetches: Sequence[ExpertId], after: float) -> harness.Parts:
@@ -136,7 +135,7 @@ def overtaking(bank: ExpertBank, bandwidth: int | None, trials: int) -> dict[str
         return {way: harness.spread(values) | {"most": max(values)} for way, values in found.items()}
 
     return {
-        "chunk_bytes": bank.expert_bytes // MATRICES,
+        "chunk_bytes": bank.expert_bytes // chunks_each,
         "chunk_ms": 1e3 * chunk_s,
         "prefetches": len(others),
         "chunks_until_it_begins": chunks("begins"),

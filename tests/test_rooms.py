@@ -106,6 +106,15 @@ def test_nothing_else_lies_at_the_root():
     assert {path.name for path in (ROOT / "layerscope_jax").iterdir() if path.is_file()} <= AT_THE_ROOT
 
 
+def test_only_tests_import_from_tests():
+    helpers = {file.stem for file in (ROOT / "tests").rglob("*.py")}
+    for folder in ("layerscope_jax", "predictor", "tools", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(file.read_text())
+            imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+            assert not imported & (helpers | {"tests"}), file
+
+
 def test_a_file_is_one_idea():
     folders = ("layerscope_jax", "predictor", "tools", "tests", "benchmarks")
     lengths = {
