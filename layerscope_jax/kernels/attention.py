@@ -17,7 +17,7 @@ from numba import carray, types
 from layerscope_jax.kernels import crew
 from layerscope_jax.kernels.host_kernels import WORDS
 from layerscope_jax.kernels.inside import pool_at
-from layerscope_jax.kernels.loops import BLOCK, STRIDE, add_product
+from layerscope_jax.kernels.weighted_sums import BLOCK, STRIDE, add_product
 from layerscope_jax.kernels.numbers import pointer, round_row, taken, weigh, widened
 from layerscope_jax.kernels.prefill_attention import (
     BOUNDS,

@@ -1,66 +1,134 @@
-"""Dot products of rows that lie number by number as they are summed: a tile of them at once, for LLVM.
+"""Dot products of inputs with rows of weights, which lie number by number as they are summed: for LLVM.
 
-`vectors` adds whole rows of a matrix to sums. Here a sum runs along the rows: each lane of a register has a
-part of it, and the parts are added in one fixed order at the end, four sums in one go.
+Each lane of a register has a part of a sum; the parts are added in one fixed order at the end, four sums in one
+go. Long rows are summed `DEEP` numbers at a time. How weights are multiplied is a kind, told by the type of
+their array:
+
+- float32: multiplied and added, rounded once.
+- uint16: bfloat16, widened to float32 first.
+- int16: bfloat16 too, by `VDPBF16PS` (AVX512_BF16): each lane gets the products of two neighbouring inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
+from layerscope_jax.kernels.numbers import widened
 from layerscope_jax.kernels.strips import repeat
-from layerscope_jax.kernels.vectors import LANES, LONG, NUMBERS, WIDE, add_product, read
+from layerscope_jax.kernels.vectors import (
+    BITS,
+    LANES,
+    LONG,
+    NUMBERS,
+    WIDE,
+    WORD,
+    add_pairs,
+    add_product,
+    fetch,
+    read,
+)
 from layerscope_jax.support.njit import njit
 
 HIGH = 4
 """Rows of a tile."""
 
-WIDTH = 4 if WIDE else 2
-"""Inputs of a tile: as many as keep their sums, and a step of the rows, in registers."""
+DEEP = 512
+"""Numbers of a row that are summed at once: of four rows, and as many inputs, these stay in the nearest cache."""
+
+LINE = 64
+"""Bytes that caches fetch at once."""
 
 QUARTER = ir.VectorType(ir.FloatType(), 4)
 
 
-@intrinsic
-def dot_tile(typing: Any, rows: Any, row: Any, x: Any, depth: Any, steps: Any, outputs: Any, far: Any) -> Any:
-    """Writes the products of `HIGH` rows with `WIDTH` inputs, over so many whole registers of each.
+def numbers_of_step(kind: Any) -> int:
+    """Numbers of a row that are multiplied in one step."""
+    return 2 * LANES if kind is types.int16 else LANES
 
-    Takes addresses and distances in bytes: of the first row, and from one to the next one; of the first
-    input, and from one to the next one; registers; of the first product, and from one input's to the next
-    one's. Those of one input with all rows lie side by side.
+
+def step_of(weights: Any) -> int:
+    """`numbers_of_step` inside compiled functions, of an array of weights."""
+
+
+@overload(step_of, inline="always")
+def _step_of(weights):
+    step = numbers_of_step(weights.dtype)
+    return lambda weights: step
+
+
+def weights_at(builder: Any, kind: Any, address: Any) -> Any:
+    """A register of weights, as they are multiplied."""
+    if kind is types.int16:
+        return read(builder, address, BITS, 2)
+    if kind is types.uint16:
+        words = read(builder, address, ir.VectorType(WORD, LANES), 2)
+        return builder.bitcast(builder.shl(builder.zext(words, BITS), BITS([16] * LANES)), NUMBERS)
+    return read(builder, address, NUMBERS, 4)
+
+
+def tile(inputs: int, ahead: bool) -> Callable:
+    """A function that adds the products of `HIGH` rows with so many inputs to what lies where they go.
+
+    It takes addresses and distances in bytes: of the first row, and from one to the next one; of the first
+    input, and from one to the next one; steps; of the first product, and from one input's to the next one's;
+    of what is to be asked for meanwhile. At last, an array of the kind of the weights. The products of an
+    input with all rows lie side by side.
+
+    Args:
+        inputs: of a tile.
+        ahead: whether anything is asked for.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, row, x, depth, steps, outputs, far = arguments
+        rows, row, x, depth, steps, outputs, far, coming, _ = arguments
+        kind = signature.args[-1].dtype
+        pairs, count = kind is types.int16, numbers_of_step(kind)
+        size = count * kind.bitwidth // 8  # bytes of a row that a step reads
         moved = lambda base, distance, times: builder.add(base, builder.mul(distance, LONG(times)))  # noqa: E731
         rows_at = [moved(rows, row, number) for number in range(HIGH)]
-        inputs_at = [moved(x, depth, number) for number in range(WIDTH)]
+        inputs_at = [moved(x, depth, number) for number in range(inputs)]
 
         def step(turn: Any, totals: list[Any]) -> list[Any]:
-            at = builder.mul(turn, LONG(4 * LANES))
-            numbers = [read(builder, builder.add(one, at), NUMBERS, 4) for one in rows_at]
+            at, x_at = builder.mul(turn, LONG(size)), builder.mul(turn, LONG(4 * LANES))
+            if ahead:
+                line = builder.add(coming, builder.mul(turn, LONG(HIGH * size)))
+                for number in range(max(1, HIGH * size // LINE)):
+                    fetch(builder, builder.add(line, LONG(LINE * number)))
+            numbers = [weights_at(builder, kind, builder.add(begin, at)) for begin in rows_at]
             results = []
-            for index, one in enumerate(inputs_at):
-                value = read(builder, builder.add(one, at), NUMBERS, 4)
+            for index, begin in enumerate(inputs_at):
+                value = read(builder, builder.add(begin, x_at), BITS if pairs else NUMBERS, 2 if pairs else 4)
                 results += [
-                    add_product(builder, number, value, totals[HIGH * index + place])
+                    (add_pairs if pairs else add_product)(builder, number, value, totals[HIGH * index + place])
                     for place, number in enumerate(numbers)
                 ]
             return results
 
         nothing = ir.Constant(NUMBERS, [0.0] * LANES)
-        totals = repeat(builder, steps, [nothing] * (HIGH * WIDTH), step)
-        for index in range(WIDTH):
+        totals = repeat(builder, steps, [nothing] * (HIGH * inputs), step)
+        for index in range(inputs):
             place = builder.inttoptr(moved(outputs, far, index), QUARTER.as_pointer())
-            builder.store(four_sums(builder, totals[HIGH * index :][:HIGH]), place, align=4)
+            sums = four_sums(builder, totals[HIGH * index :][:HIGH])
+            builder.store(builder.fadd(builder.load(place, align=4), sums), place, align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7), build
+    def typed(typing, rows, row, x, depth, steps, outputs, far, coming, kind):
+        return types.void(*[types.int64] * 8, kind), build
+
+    return intrinsic(typed)
+
+
+MOST = 6 if WIDE else 2
+"""Inputs of the largest tile: as many as keep their sums, and a step of the rows, in registers."""
+
+tile1, tile2, tile4, tile6 = (tile(min(inputs, MOST), ahead=False) for inputs in (1, 2, 4, 6))
+first1, first2, first4, first6 = (tile(min(inputs, MOST), ahead=True) for inputs in (1, 2, 4, 6))
 
 
 def four_sums(builder: Any, registers: list[Any]) -> Any:
@@ -91,35 +159,71 @@ def picked(builder: Any, first: Any, second: Any, order: list[int]) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def dot_products(x, rows, first, last, outputs):
-    """Products of inputs `x [M, K]` with `rows [P, K]` from `first` to `last`, into `[M, last - first]`.
+def add_tiles(rows, row, x, steps, outputs, coming, kind):
+    """Adds the products of `HIGH` rows of weights, from an address on, with all inputs `x [M, ...]`.
 
-    M is a multiple of `WIDTH`. A product has the same bits whichever others are computed with it.
+    Args:
+        outputs: [M, ...] of each input, the products with these rows first.
+        coming: address of what is read next.
     """
-    depth, row, far = x.strides[0], rows.strides[0], outputs.strides[0]
-    steps = x.shape[1] // LANES
-    spare = np.zeros((WIDTH, HIGH), np.float32)
+    depth, far, m = x.strides[0], outputs.strides[0], 0
+    while m < len(x):
+        begin, to, left = x.ctypes.data + depth * m, outputs.ctypes.data + far * m, len(x) - m
+        if left >= 6 and MOST == 6:
+            if m == 0:
+                first6(rows, row, begin, depth, steps, to, far, coming, kind)
+            else:
+                tile6(rows, row, begin, depth, steps, to, far, coming, kind)
+            m += 6
+        elif left >= 4 and MOST == 6:
+            if m == 0:
+                first4(rows, row, begin, depth, steps, to, far, coming, kind)
+            else:
+                tile4(rows, row, begin, depth, steps, to, far, coming, kind)
+            m += 4
+        elif left >= 2:
+            if m == 0:
+                first2(rows, row, begin, depth, steps, to, far, coming, kind)
+            else:
+                tile2(rows, row, begin, depth, steps, to, far, coming, kind)
+            m += 2
+        else:
+            if m == 0:
+                first1(rows, row, begin, depth, steps, to, far, coming, kind)
+            else:
+                tile1(rows, row, begin, depth, steps, to, far, coming, kind)
+            m += 1
+
+
+@njit(cache=True, nogil=True)
+def dot_products(x, rows, first, last, outputs):
+    """Products of inputs `x [M, K ...]` with `rows [P, K]` from `first` to `last`, into `outputs [M, ...]`.
+
+    A product has the same bits whichever others are computed with it.
+
+    Args:
+        x: float32, or bfloat16 as its bits for `rows` of int16.
+        outputs: float32; of each input the first `last - first` numbers are overwritten.
+    """
+    row, step, size, depth = rows.strides[0], step_of(rows), rows.itemsize, rows.shape[1]
+    steps = depth // step
+    spare = np.empty((len(x), HIGH), np.float32)
     count = last - first
     whole = count - count % HIGH
+    outputs[:, :count] = 0
     for p in range(0, whole, HIGH):
-        at, to = rows.ctypes.data + row * (first + p), outputs.ctypes.data + 4 * p
-        for m in range(0, len(x), WIDTH):
-            if steps > 0:
-                dot_tile(at, row, x.ctypes.data + depth * m, depth, steps, to + far * m, far)
-            else:
-                for index in range(m, m + WIDTH):
-                    for place in range(HIGH):
-                        outputs[index, p + place] = 0
+        at = rows.ctypes.data + row * (first + p)
+        for k in range(0, steps * step, DEEP):
+            begin, part = size * k, min(DEEP // step, steps - k // step)
+            add_tiles(at + begin, row, x[:, k:], part, outputs[:, p:], at + HIGH * (row + begin), rows)
     for p in range(whole, count):  # the same row, as all of a tile
-        for m in range(0, len(x), WIDTH):
-            if steps > 0:
-                at = rows.ctypes.data + row * (first + p)
-                dot_tile(
-                    at, np.int64(0), x.ctypes.data + depth * m, depth, steps, spare.ctypes.data, 4 * HIGH
-                )
-            for index in range(WIDTH):
-                outputs[m + index, p] = spare[index, 0]
-    for k in range(LANES * steps, x.shape[1]):
+        at = rows.ctypes.data + row * (first + p)
+        spare[:] = 0
+        for k in range(0, steps * step, DEEP):
+            begin, part = at + size * k, min(DEEP // step, steps - k // step)
+            add_tiles(begin, np.int64(0), x[:, k:], part, spare, begin, rows)
+        outputs[:, p] = spare[:, 0]
+    for k in range(steps * step, depth):
         for m in range(len(x)):
             for p in range(count):
-                outputs[m, p] += x[m, k] * rows[first + p, k]
+                outputs[m, p] += widened(x[m, k]) * widened(rows[first + p, k])

@@ -18,10 +18,10 @@ from numba import carray, types
 
 from layerscope_jax.kernels import crew
 from layerscope_jax.kernels.attention import attend_by_loops, attention_target, clear
-from layerscope_jax.kernels.dots import WIDTH, dot_products
+from layerscope_jax.kernels.dots import dot_products
 from layerscope_jax.kernels.host_kernels import WORDS
 from layerscope_jax.kernels.inside import pool_at
-from layerscope_jax.kernels.loops import BLOCK, STRIDE, add_product
+from layerscope_jax.kernels.weighted_sums import BLOCK, STRIDE, add_product
 from layerscope_jax.kernels.numbers import exp, pointer, raised, rounded, taken, widened
 from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
 from layerscope_jax.kernels.vectors import COLUMNS, ROWS
@@ -48,7 +48,7 @@ def attend_piece(queries, rows, scale, first, last, outputs):
     """Queries [H, R + E] see rows [P, R + E] from `first` to `last`: sums [H, R + SPARE], not yet divided."""
     heads, width = queries.shape
     rank = outputs.shape[1] - SPARE
-    x = np.zeros(((heads + WIDTH - 1) // WIDTH * WIDTH, width), np.float32)
+    x = np.zeros((heads, width), np.float32)
     for head in range(heads):
         for c in range(np.uint64(width)):
             x[head, c] = widened(queries[head, c])

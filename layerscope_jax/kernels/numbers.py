@@ -135,13 +135,14 @@ def _as_input(word, weights):
 
 
 def room(tokens: int, width: int, weights: Any) -> Any:
-    """[tokens, width] of activations in that form."""
+    """[tokens, width + more] of activations in that form: were a row a multiple of a page, caches would confuse
+    what lies in the same place of several rows."""
 
 
 @overload(room)
 def _room(tokens, width, weights):
-    dtype = np.int16 if weights.dtype is types.int16 else np.float32
-    return lambda tokens, width, weights: np.empty((tokens, width), dtype)
+    dtype, more = (np.int16, 32) if weights.dtype is types.int16 else (np.float32, 16)
+    return lambda tokens, width, weights: np.empty((tokens, width + more), dtype)
 
 
 LANES = 16
