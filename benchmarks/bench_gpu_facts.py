@@ -197,14 +197,14 @@ def same_bits(width: int, hidden: int) -> dict[str, bool]:
     """
     random, found = np.random.default_rng(0), {}
     numbers = [
-        random.standard_normal(shape) * shape[0] ** -0.5 for shape in ((width, hidden), (hidden, width))
+        random.standard_normal(shape) * shape[1] ** -0.5 for shape in ((hidden, width), (width, hidden))
     ]
-    wide, narrow = (matrix.astype(jnp.bfloat16) for matrix in numbers)
+    into, out = (matrix.astype(jnp.bfloat16) for matrix in numbers)
     for rows in (2, 32):
         inputs = random.standard_normal((max(GROUP_SIZES) * rows, width)).astype(jnp.bfloat16)
         seen = set()
         for size in GROUP_SIZES:
-            weights = [on_device(ExpertWeights(wide, wide, narrow)) for _ in range(size)]
+            weights = [on_device(ExpertWeights(into, into, out)) for _ in range(size)]
             slots = np.arange(size * rows, dtype=np.int32).reshape(size, rows)
             outputs = jnp.zeros((len(inputs) + 1, width), jnp.bfloat16, device=device_sharding())
             outputs, _ = grouped_ffn(outputs, on_device(inputs), slots, tuple(weights), 1, ffn)

@@ -26,7 +26,7 @@ from layerscope_jax.formats import format_named
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.host_kernels import LOOPS, AddressKernel, RowsKernel, kernel_of
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.models.experts import ExpertWeights, matmul
 from layerscope_jax.support.machine import cores
 
 DTYPES = ("bfloat16", "float32")
@@ -82,8 +82,8 @@ def random_experts(options: Options, dtype: str) -> list[ExpertWeights]:
     def matrix(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape, np.float32) * scale, dtype)
 
-    wide, narrow = (options.width, options.hidden), (options.hidden, options.width)
-    return [ExpertWeights(matrix(*wide), matrix(*wide), matrix(*narrow)) for _ in range(options.experts)]
+    into, out = (options.hidden, options.width), (options.width, options.hidden)
+    return [ExpertWeights(matrix(*into), matrix(*into), matrix(*out)) for _ in range(options.experts)]
 
 
 def cell(
@@ -95,7 +95,7 @@ def cell(
     rows = Assignments(np.tile(np.arange(count, dtype=np.int32), (tokens, 1)))
     x = jnp.ones((tokens, options.width), jnp.float32)
     matrices = [weight.gate.astype(jnp.float32) for weight in weights[: max(1, count // 4)]]
-    product = jax.jit(lambda x, matrix: x @ matrix)
+    product = jax.jit(matmul)
 
     outputs = np.zeros((rows.total + 1, options.width), inputs.dtype)
     held = [InMemory.of(expert) for expert in weights]

@@ -74,8 +74,7 @@ def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) 
             return jnp.ones(shape, dtype)
         if len(shape) == 1:  # biases, sinks
             return jnp.asarray((0.1 * random.standard_normal(shape, np.float32)).astype(dtype))
-        inputs = shape[-1] if path[-1] == "embedding" else shape[-2]
-        gain = np.float32((2 if "router" in path else 1) / np.sqrt(inputs))
+        gain = np.float32((2 if "router" in path else 1) / np.sqrt(shape[-1]))
         return jnp.asarray((random.standard_normal(shape, np.float32) * gain).astype(dtype))
 
     leaves = {path: draw(path, leaf.shape) for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()}
@@ -223,7 +222,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> Model:
         if path[-1] == "scale":
             return np.ones(shape, jnp.bfloat16)
         # Tokens differ by their embedding alone: as large as what layers add to it, it keeps them apart.
-        gain = 1.0 if path[-1] == "embedding" else (2 if "router" in path else 1) / math.sqrt(shape[0])
+        gain = 1.0 if path[-1] == "embedding" else (2 if "router" in path else 1) / math.sqrt(shape[-1])
         return draw(shape, gain)
 
     naming, sharding = Naming.of(config), device_sharding()
@@ -235,5 +234,5 @@ def random_model(config: ModelConfig, seed: int = 0) -> Model:
         path: jax.block_until_ready(jax.device_put(dense(path, shape).astype(dtype(path)), sharding))
         for path, shape in naming.parameters.items()
     }
-    bank = ExpertBank.build(config, lambda expert, matrix, shape: draw(shape, shape[0] ** -0.5))
+    bank = ExpertBank.build(config, lambda expert, matrix, shape: draw(shape, shape[-1] ** -0.5))
     return Model(config, naming.graphdef, unflatten_dict(parameters), bank)

@@ -180,7 +180,7 @@ class Gate:
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         horizons = self.popularity.horizons
         matrix, offset = self.routers.reduced(self.basis, layer, max(horizons), self.basis.width)
-        experts = self.routers.weight.shape[2]
+        experts = self.routers.weight.shape[1]
 
         def picked(array: np.ndarray) -> jax.Array:
             ahead = array.reshape(*array.shape[:-1], max(horizons), experts)

@@ -23,7 +23,7 @@ class Routers:
     """Routers of all MoE layers, with the norms before them.
 
     Attributes:
-        weight: [L, D, E] float32.
+        weight: [L, E, D] float32; [L, D, E] in the file.
         scale: [L, D] float32, of the RMS norm whose output the router reads.
     """
 
@@ -39,14 +39,16 @@ class Routers:
         return cls(stack(weights), stack(scales))
 
     def save(self, folder: Path) -> None:
-        write_file(folder / FILE, save(vars(self)))
+        weight = np.ascontiguousarray(self.weight.swapaxes(1, 2))
+        write_file(folder / FILE, save({"weight": weight, "scale": self.scale}))
 
     @classmethod
     def load(cls, folder: Path) -> Routers:
         """Reads routers; raises ValueError if the folder has none, or damaged ones."""
         try:
-            routers = cls(**load_file(folder / FILE))
-            layers, hidden, _ = routers.weight.shape
+            arrays = load_file(folder / FILE)
+            routers = cls(**arrays | {"weight": arrays["weight"].swapaxes(1, 2)})
+            layers, _, hidden = routers.weight.shape
             if routers.scale.shape != (layers, hidden):
                 raise ValueError(f"shapes {routers.weight.shape} and {routers.scale.shape}")
             if not (np.isfinite(routers.weight).all() and np.isfinite(routers.scale).all()):
@@ -56,10 +58,10 @@ class Routers:
             raise ValueError(f"{folder / FILE}: expected routers, got {error}; record it anew") from None
 
     def ahead(self, layer: int, look_ahead: int) -> np.ndarray:
-        """Returns routers [W, D, E] of the next W layers for this layer's normed hidden state."""
+        """Returns routers [W, E, D] of the next W layers for this layer's normed hidden state."""
         return routers_ahead(self.weight, self.scale, layer, look_ahead)
 
     def reduced(self, basis: Basis, layer: int, look_ahead: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns `ahead` for hidden states reduced by `basis`: matrix [width, W * E] and offset [W * E]."""
-        ahead = np.moveaxis(self.ahead(layer, look_ahead), 0, 1).reshape(self.weight.shape[1], -1)
+        ahead = self.ahead(layer, look_ahead).reshape(-1, self.weight.shape[2]).T  # [D, W * E]
         return basis.components[layer, :, :width].T @ ahead, basis.mean[layer] @ ahead

@@ -100,8 +100,7 @@ def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) 
         elif path[-1] == "bias":
             values = 0.1 * noise
         else:
-            inputs = shape[-1] if path[-1] == "embedding" else shape[-2]
-            values = noise / np.sqrt(inputs) * (2 if "router" in path else 1)
+            values = noise / np.sqrt(shape[-1]) * (2 if "router" in path else 1)
         return jnp.asarray(values.astype(dtype))
 
     leaves = {path: draw(path, leaf.shape) for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()}

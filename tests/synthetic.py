@@ -83,7 +83,7 @@ def write_trace(
         )
     writer.finish()
     basis(states).save(folder)
-    Routers(weight, np.ones((LAYERS, WIDTH), np.float32)).save(folder)
+    Routers(weight.swapaxes(1, 2), np.ones((LAYERS, WIDTH), np.float32)).save(folder)
     return Trace.open(folder)
 
 

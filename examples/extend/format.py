@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 import layerscope_jax as ls
 from layerscope_jax.formats import Buffer, ExpertFormat, register_format
-from layerscope_jax.models.experts import ExpertWeights
+from layerscope_jax.models.experts import ExpertWeights, products_of_rows
 
 SHIPPED = Path(ls.__file__).parent / "shipped"
 
@@ -34,9 +33,9 @@ LARGEST = 448.0
 class Float8Expert(NamedTuple):
     """The arrays of an expert, in the order in which they cross the link."""
 
-    gate: Any  # [D, F] E4M3
-    up: Any  # [D, F] E4M3
-    down: Any  # [F, D] E4M3
+    gate: Any  # [F, D] E4M3
+    up: Any  # [F, D] E4M3
+    down: Any  # [D, F] E4M3
     scales: Any  # [3] float32: what gate, up and down are multiplied with
 
 
@@ -49,11 +48,11 @@ class Float8(ExpertFormat):
     Expert = Float8Expert
 
     def buffers(self, width: int, hidden: int) -> dict[str, Buffer]:
-        wide, narrow = Buffer((width, hidden), E4M3), Buffer((hidden, width), E4M3)
-        return {"gate": wide, "up": wide, "down": narrow, "scales": Buffer((3,), np.dtype(np.float32))}
+        into, out = Buffer((hidden, width), E4M3), Buffer((width, hidden), E4M3)
+        return {"gate": into, "up": into, "down": out, "scales": Buffer((3,), np.dtype(np.float32))}
 
     def sizes(self, expert: Float8Expert) -> tuple[int, int]:
-        width, hidden = expert.gate.shape
+        hidden, width = expert.gate.shape
         return width, hidden
 
     def pack(self, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> Float8Expert:
@@ -74,8 +73,8 @@ class Float8(ExpertFormat):
 
 
 def product(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """`x @ codes` with sums in float32; every number of E4M3 is one of bfloat16 and of float32 too."""
-    return jnp.matmul(x, codes.astype(x.dtype), preferred_element_type=jnp.float32)
+    """Of rows with rows, sums in float32; every number of E4M3 is one of bfloat16 and of float32 too."""
+    return products_of_rows(x, codes.astype(x.dtype))
 
 
 FLOAT8 = register_format(Float8())

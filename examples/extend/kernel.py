@@ -27,22 +27,22 @@ VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 """What each byte stands for."""
 
 
-@njit(nogil=True, fastmath={"contract"})
+@njit(nogil=True, fastmath={"contract", "reassoc"})
 def multiply(x: np.ndarray, codes: np.ndarray, scale: float, values: np.ndarray, outputs: np.ndarray) -> None:
-    """`x [M, K] @ codes [K, N]`, row after row: a row's sums do not depend on the other rows."""
+    """Rows of `x` [M, K] with rows of `codes` [N, K]: a row's sums do not depend on the other rows."""
     for m in range(len(x)):
-        outputs[m] = 0
-        for k in range(len(codes)):
-            for n in range(codes.shape[1]):
-                outputs[m, n] += x[m, k] * values[codes[k, n]]
-        outputs[m] *= scale
+        for n in range(len(codes)):
+            total = np.float32(0)
+            for k in range(codes.shape[1]):
+                total += x[m, k] * values[codes[n, k]]
+            outputs[m, n] = total * scale
 
 
 def run(inputs: np.ndarray, expert: Float8Expert, outputs: np.ndarray) -> None:
     """Computes an expert's rows; see `layerscope_jax.kernels.Kernel`."""
 
     def product(x: np.ndarray, codes: np.ndarray, scale: np.float32) -> np.ndarray:
-        sums = np.empty((len(x), codes.shape[1]), np.float32)
+        sums = np.empty((len(x), len(codes)), np.float32)
         multiply(x, codes.view(np.uint8), scale, VALUES, sums)
         return sums
 

@@ -38,7 +38,8 @@ class ModelIdentity(RoutedExperts):
         """Identity of a loaded model; reads the routers back from the device."""
         routed, digest = model.geometry(0), hashlib.blake2b(digest_size=8)
         for router in model.routers():
-            digest.update(np.asarray(router.weight, np.float32).tobytes())
+            # As [D, E]: what was recorded or trained knows models by this.
+            digest.update(np.asarray(router.weight, np.float32).T.tobytes())
         return cls(
             **routed.counts(),
             family=model.config.family,

@@ -54,7 +54,7 @@ class TensorReader:
         for key, array in zip(source.keys, arrays, strict=True):
             dtype = np.dtype(np.float32) if key in self._naming.wide else self._dtype
             result[key] = cast(array, dtype, source.tensors[0][0])
-            # What does not lie in order (what is transposed, say) JAX copies, and is done before the next
+            # What does not lie in order (gpt-oss's matrices, say) JAX copies, and is done before the next
             # tensor is read. What does JAX may take over, and the memory with it.
             if result[key].flags.c_contiguous and np.may_share_memory(result[key], self._buffer):
                 self._buffer = np.empty(0, np.uint8)

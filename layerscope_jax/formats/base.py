@@ -81,9 +81,9 @@ class ExpertFormat(ABC):
         """Returns an `Expert` of NumPy arrays, packed from float matrices.
 
         Args:
-            gate: [D, F] float32, bfloat16 or float16; the others have the same dtype.
-            up: [D, F].
-            down: [F, D].
+            gate: [F, D] float32, bfloat16 or float16; the others have the same dtype.
+            up: [F, D].
+            down: [D, F].
             *bias: [2 F + D], where the body has biases: those of gate, up and down.
         """
 

@@ -33,7 +33,7 @@ class PlainFormat(ExpertFormat):
     >>> BFLOAT16.expert_bytes(2048, 1408) == 3 * 2048 * 1408 * 2
     True
     >>> BFLOAT16.buffers(4, 2)["down"]
-    Buffer(shape=(2, 4), dtype=dtype(bfloat16))
+    Buffer(shape=(4, 2), dtype=dtype(bfloat16))
     """
 
     name: str
@@ -52,12 +52,12 @@ class PlainFormat(ExpertFormat):
         return DTYPES[self.name]
 
     def buffers(self, width: int, hidden: int) -> dict[str, Buffer]:
-        wide, narrow = Buffer((width, hidden), self.dtype), Buffer((hidden, width), self.dtype)
+        into, out = Buffer((hidden, width), self.dtype), Buffer((width, hidden), self.dtype)
         bias = {"bias": Buffer((2 * hidden + width,), self.dtype)} if self.body.bias else {}
-        return {"gate": wide, "up": wide, "down": narrow, **bias}
+        return {"gate": into, "up": into, "down": out, **bias}
 
     def sizes(self, expert: ExpertWeights | BiasedWeights) -> tuple[int, int]:
-        width, hidden = expert.gate.shape
+        hidden, width = expert.gate.shape
         return width, hidden
 
     def pack(self, gate: np.ndarray, up: np.ndarray, down: np.ndarray, *bias: np.ndarray) -> Any:
@@ -75,7 +75,7 @@ class PlainFormat(ExpertFormat):
         if not fits or not gate.dtype == up.dtype == down.dtype == self.dtype:
             got = ", ".join(f"{array.dtype}{list(array.shape)}" for array in expert)
             raise ValueError(
-                f"an expert is gate [D, F], up [D, F] and down [F, D] of one dtype, {self.name}, got {got}"
+                f"an expert is gate [F, D], up [F, D] and down [D, F] of one dtype, {self.name}, got {got}"
             )
         if bias or self.body.bias:
             super().check(expert)

@@ -13,7 +13,6 @@ from flax import nnx
 
 from layerscope_jax.models.cache import KVCache, kv_shapes
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.experts import matmul
 from layerscope_jax.models.layers import Linear, RMSNorm, normal, project
 from layerscope_jax.models.rotary import rotate
 
@@ -58,7 +57,8 @@ def attend(
         extra = jnp.broadcast_to(extra, (*scores.shape[:-1], 1))
         shares = jax.nn.softmax(jnp.concatenate([scores, extra], axis=-1), axis=-1)[..., :-1]
     shares = shares.astype(dtype).astype(value.dtype)
-    mixed = matmul(shares.reshape(batch, -1, groups * length, key.shape[3]), value).astype(dtype)
+    shares = shares.reshape(batch, -1, groups * length, key.shape[3])
+    mixed = jnp.matmul(shares, value, preferred_element_type=jnp.float32).astype(dtype)
     mixed = mixed.reshape(batch, -1, groups, length, value.shape[-1]).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, -1)
 

@@ -256,7 +256,7 @@ class ModelConfig:
         """Shapes of an expert's arrays, by name, in the order they cross the link."""
         hidden, inner = self.hidden_size, self.moe_intermediate_size
         bias = {"bias": (2 * inner + hidden,)} if self.expert_body.bias else {}
-        return {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden), **bias}
+        return {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner), **bias}
 
     def expert_bytes(self, itemsize: int) -> int:
         """Bytes of one expert at `itemsize` bytes a number."""

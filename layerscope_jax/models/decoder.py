@@ -16,7 +16,7 @@ from flax import nnx
 
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder_layers import new_layer
-from layerscope_jax.models.experts import combine, dense, matmul, stacked_ffn
+from layerscope_jax.models.experts import combine, dense, stacked_ffn
 from layerscope_jax.models.layers import Experts, norm_of, normal
 from layerscope_jax.models.router import Routing
 
@@ -148,7 +148,7 @@ class Decoder(nnx.Module):
         moe_layers = range(config.num_moe_layers)
         self.experts = nnx.List([Experts(config, rngs=rngs, dtype=dtype) for _ in moe_layers])
         self.norm = norm_of(config, config.hidden_size, dtype)
-        head = None if config.tie_embeddings else normal(rngs, (config.hidden_size, config.vocab_size), dtype)
+        head = None if config.tie_embeddings else normal(rngs, (config.vocab_size, config.hidden_size), dtype)
         self.head = None if head is None else nnx.Param(head)
         self.head_bias = nnx.Param(jnp.zeros(config.vocab_size, dtype)) if config.head_bias else None
 
@@ -160,11 +160,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] hidden states after the last layer -> [..., V] float32."""
-        hidden = self.norm(hidden)
-        if self.head is None:  # only XLA multiplies with what is transposed without a copy
-            logits = matmul(hidden, self.embedding[...].T)
-        else:
-            logits = dense(hidden, self.head[...])[0]
+        head = self.embedding if self.head is None else self.head
+        (logits,) = dense(self.norm(hidden), head[...])
         if self.head_bias is not None:
             logits = logits + jnp.broadcast_to(self.head_bias[...], logits.shape)
         divisor = self.config.logits_divisor

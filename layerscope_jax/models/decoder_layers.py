@@ -64,7 +64,7 @@ def mlp_of(config: ModelConfig, inner: int, *, rngs: nnx.Rngs, dtype: jnp.dtype)
 class RouterWeights(NamedTuple):
     """The router of a MoE layer, and the norm whose output it reads."""
 
-    weight: Any  # [D, E]
+    weight: Any  # [E, D]
     scale: Any  # [D]
 
 

@@ -58,19 +58,19 @@ SWIGLU = ExpertBody()
 
 
 class ExpertWeights(NamedTuple):
-    """Three matrices of one expert, or of a stack of them (a leading axis E)."""
+    """Three matrices of one expert, or of a stack of them (a leading axis E), as checkpoints hold them."""
 
-    gate: Any  # [..., D, F]
-    up: Any  # [..., D, F]
-    down: Any  # [..., F, D]
+    gate: Any  # [..., F, D]
+    up: Any  # [..., F, D]
+    down: Any  # [..., D, F]
 
 
 class BiasedWeights(NamedTuple):
     """An expert, or a stack of them, whose products have biases: those of gate, up and down in a row."""
 
-    gate: Any  # [..., D, F]
-    up: Any  # [..., D, F]
-    down: Any  # [..., F, D]
+    gate: Any  # [..., F, D]
+    up: Any  # [..., F, D]
+    down: Any  # [..., D, F]
     bias: Any  # [..., 2 F + D]
 
 
@@ -80,11 +80,13 @@ def weights_type(body: ExpertBody) -> Any:
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x @ w` with sums kept in float32 whatever the inputs, rounded once to the dtype of `x`.
+    """Products of the rows of `x` [..., K] with those of `w` [N, K]: [..., N] in the dtype of `x`.
 
-    Asking for float32 sums is also what keeps XLA off its slow bfloat16 path on CPUs.
+    Sums are kept in float32 whatever the inputs, and rounded once. Asking for that is also what keeps XLA off
+    its slow bfloat16 path on CPUs; and contracting the last axes of both is what lets it read `w` as it lies:
+    of `x @ w.T` it makes a copy of bfloat16 weights in every step.
     """
-    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+    return products_of_rows(x, w).astype(x.dtype)
 
 
 def matmuls(x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
@@ -95,7 +97,7 @@ _products: ContextVar[Callable[..., list[jax.Array]]] = ContextVar("products", d
 
 
 def dense(x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-    """`matmul` of `x` [..., K] with each of a layer's own weights [K, N], or what `products_by` set."""
+    """`matmul` of `x` [..., K] with each of a layer's own weights [N, K], or what `products_by` set."""
     return _products.get()(x, *weights)
 
 
@@ -132,10 +134,17 @@ def ffn(x: jax.Array, weights: ExpertWeights | BiasedWeights, body: ExpertBody =
 
 
 def _sums(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`x @ weights` in float32, of two dtypes or of one."""
+    """`products_of_rows`, of two dtypes or of one."""
     if x.dtype != weights.dtype:
         x, weights = x.astype(jnp.float32), weights.astype(jnp.float32)
-    return jnp.matmul(x, weights, preferred_element_type=jnp.float32)
+    return products_of_rows(x, weights)
+
+
+def products_of_rows(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Of `x` [..., M, K] and `weights` [N, K], or [..., N, K] with the same leading axes: [..., M, N]."""
+    batch = tuple(range(weights.ndim - 2))
+    axes = ((x.ndim - 1,), (weights.ndim - 1,)), (batch, batch)
+    return jax.lax.dot_general(x, weights, axes, preferred_element_type=jnp.float32)
 
 
 def combine(hidden: jax.Array, outputs: jax.Array, weights: jax.Array) -> jax.Array:

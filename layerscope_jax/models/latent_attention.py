@@ -14,6 +14,7 @@ from flax import nnx
 from layerscope_jax.models.attention import attend, attended
 from layerscope_jax.models.cache import CacheArray
 from layerscope_jax.models.config import LatentSizes, ModelConfig
+from layerscope_jax.models.experts import products_of_rows
 from layerscope_jax.models.layers import Linear, RMSNorm, normal
 from layerscope_jax.models.rotary import rotate
 
@@ -69,13 +70,13 @@ def latent_attending_by(attention: LatentAttending) -> Iterator[None]:
 
 
 def head_matmul(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`x` [..., H, K] times the matrix [K, N] of each head [H, K, N]; sums in float32, rounded once.
+    """`x` [..., H, K] times the matrix [N, K] of each head [H, N, K]: [..., H, N], summed as by `matmul`.
 
     Heads lead: with them in between, as in an einsum, XLA's CPU backend has no product of bfloat16.
     """
-    heads, depth, width = weights.shape
+    heads, width, depth = weights.shape
     of_heads = x.reshape(-1, heads, depth).swapaxes(0, 1)
-    result = jnp.matmul(of_heads, weights, preferred_element_type=jnp.float32)
+    result = products_of_rows(of_heads, weights)
     return result.swapaxes(0, 1).reshape(*x.shape[:-1], width).astype(x.dtype)
 
 
@@ -137,8 +138,8 @@ class LatentAttention(nnx.Module):
             self.q_up = linear(sizes.query_rank, queries)
         self.kv_down = linear(width, sizes.rank + sizes.rope, bias)
         self.kv_norm = RMSNorm(sizes.rank, NORM_EPS, dtype)
-        self.key_up = nnx.Param(normal(rngs, (heads, sizes.nope, sizes.rank), dtype))
-        self.value_up = nnx.Param(normal(rngs, (heads, sizes.rank, sizes.value), dtype))
+        self.key_up = nnx.Param(normal(rngs, (heads, sizes.rank, sizes.nope), dtype))
+        self.value_up = nnx.Param(normal(rngs, (heads, sizes.value, sizes.rank), dtype))
         self.o = linear(heads * sizes.value, width, bias)
 
     @staticmethod
@@ -193,10 +194,10 @@ class LatentAttention(nnx.Module):
             wide = jnp.einsum(kind, *parts, preferred_element_type=jnp.float32)
             return wide.astype(dtype).astype(rows.dtype)
 
-        keys = made("hnr,bpr->bhnp", self.key_up[...], compressed)
+        keys = made("hrn,bpr->bhnp", self.key_up[...], compressed)
         turned = jnp.broadcast_to(turned[:, None], (*keys.shape[:2], *turned.shape[1:]))
         keys = jnp.concatenate([keys, turned], axis=2)  # [B, H, nope + E, P]
-        values = made("bpr,hrv->bhpv", compressed, self.value_up[...])
+        values = made("bpr,hvr->bhpv", compressed, self.value_up[...])
         mixed = None
         if cached:
             mixed = attended(query, keys, values, positions, None, self._scale(), None)

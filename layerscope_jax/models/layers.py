@@ -59,10 +59,10 @@ def norm_of(config: ModelConfig, size: int, dtype: jnp.dtype) -> Any:
 
 
 class Linear(nnx.Module):
-    """`x @ weight (+ bias)`."""
+    """`x @ weight.T (+ bias)`, of a weight [out, in]."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.weight = nnx.Param(normal(rngs, (inputs, outputs), dtype))
+        self.weight = nnx.Param(normal(rngs, (outputs, inputs), dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ class Router(nnx.Module):
         rule = config.routing
         # Where logits are float32 in any model, so is this: it is not widened anew in each step.
         kind = jnp.dtype(jnp.float32) if rule.float32_logits else dtype
-        self.weight = nnx.Param(normal(rngs, (config.hidden_size, config.num_experts), kind))
+        self.weight = nnx.Param(normal(rngs, (config.num_experts, config.hidden_size), kind))
         self.bias = nnx.Param(jnp.zeros(config.num_experts, dtype)) if rule.logit_bias else None
         # What is added to scores for choosing alone decides between near equals: float32 in any model.
         selection = jnp.zeros(config.num_experts, jnp.float32) if rule.selection_bias else None

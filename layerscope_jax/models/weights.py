@@ -1,7 +1,7 @@
 """Which tensors of a Hugging Face checkpoint become which arrays of a decoder, and what happens on the way.
 
 A family has one table of rows (`Weight`), by which it is loaded and saved. Nothing follows from a tensor's
-name alone: whether it is transposed, say, is written in its row.
+name alone: whether it is split, say, is written in its row.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ class Transform:
     Attributes:
         name: for messages.
         load: (tensors as the checkpoint has them, shapes of the decoder's arrays) -> the arrays. Views are
-            welcome: JAX copies what does not lie in order several times faster than NumPy.
+            welcome: what lies in order need not be copied, and the rest JAX copies several times faster than
+            NumPy.
         save: arrays -> tensors; None if it cannot be undone, in a row that only loads.
         stored_shapes: shapes of the decoder's arrays -> shapes of the tensors.
         stored_dtypes: safetensors' name of the dtype that each tensor must have, None for any float; empty
             where that holds for all.
 
-    >>> TRANSPOSE.stored_shapes([(2, 3)]), IDENTITY.stored_shapes([(2, 3)])
-    ([(3, 2)], [(2, 3)])
+    >>> IDENTITY.stored_shapes([(2, 3)]), ROW.stored_shapes([(3,)])
+    ([(2, 3)], [(1, 3)])
     """
 
     name: str
@@ -52,9 +53,7 @@ def each(
 
 
 IDENTITY = each("identity", lambda array: array, lambda array: array, lambda shape: shape)
-
-TRANSPOSE = each("transpose", lambda array: array.T, lambda array: array.T, lambda shape: shape[::-1])
-"""HF keeps linear layers as [out, in], the decoder as [in, out]."""
+"""Matrices are [out, in] in the decoder, as in checkpoints."""
 
 ROW = each("row", lambda array: array[0], lambda array: array[None], lambda shape: (1, *shape))
 """A vector that is kept as a matrix of one row."""
@@ -95,13 +94,13 @@ EXPERTS = "experts.{layer}.{expert}."
 """What the places of routed experts begin with."""
 
 
-def mapped(tensors: str, places: str, *parts: tuple[Any, ...]) -> tuple[Weight, ...]:
+def mapped(tensors: str, places: str, *parts: tuple[str, str]) -> tuple[Weight, ...]:
     """Rows whose names and places begin alike.
 
-    >>> mapped("model.", "", ("norm.weight", "norm.scale", IDENTITY))[0][:2]
+    >>> mapped("model.", "", ("norm.weight", "norm.scale"))[0][:2]
     ('model.norm.weight', 'norm.scale')
     """
-    return tuple(Weight(tensors + tensor, places + place, *transform) for tensor, place, *transform in parts)
+    return tuple(Weight(tensors + tensor, places + place) for tensor, place in parts)
 
 
 ROUTER = "layers.{layer}.router.weight"
@@ -114,65 +113,63 @@ WEIGHTS = (
     *mapped(
         LAYER,
         PLACE,
-        ("input_layernorm.weight", "attention_norm.scale", IDENTITY),
-        ("self_attn.q_proj.weight", "attention.q.weight", TRANSPOSE),
-        ("self_attn.k_proj.weight", "attention.k.weight", TRANSPOSE),
-        ("self_attn.v_proj.weight", "attention.v.weight", TRANSPOSE),
-        ("self_attn.o_proj.weight", "attention.o.weight", TRANSPOSE),
-        ("post_attention_layernorm.weight", "moe_norm.scale", IDENTITY),
+        ("input_layernorm.weight", "attention_norm.scale"),
+        ("self_attn.q_proj.weight", "attention.q.weight"),
+        ("self_attn.k_proj.weight", "attention.k.weight"),
+        ("self_attn.v_proj.weight", "attention.v.weight"),
+        ("self_attn.o_proj.weight", "attention.o.weight"),
+        ("post_attention_layernorm.weight", "moe_norm.scale"),
     ),
     Weight("model.norm.weight", "norm.scale"),
-    Weight("lm_head.weight", "head", TRANSPOSE),
+    Weight("lm_head.weight", "head"),
 )
 """What every family here shares."""
 
 QK_NORMS = mapped(
     LAYER,
     PLACE,
-    ("self_attn.q_norm.weight", "attention.q_norm.scale", IDENTITY),
-    ("self_attn.k_norm.weight", "attention.k_norm.scale", IDENTITY),
+    ("self_attn.q_norm.weight", "attention.q_norm.scale"),
+    ("self_attn.k_norm.weight", "attention.k_norm.scale"),
 )
 
 BIASES = mapped(
     LAYER,
     PLACE,
-    ("self_attn.q_proj.bias", "attention.q.bias", IDENTITY),
-    ("self_attn.k_proj.bias", "attention.k.bias", IDENTITY),
-    ("self_attn.v_proj.bias", "attention.v.bias", IDENTITY),
-    ("self_attn.o_proj.bias", "attention.o.bias", IDENTITY),
+    ("self_attn.q_proj.bias", "attention.q.bias"),
+    ("self_attn.k_proj.bias", "attention.k.bias"),
+    ("self_attn.v_proj.bias", "attention.v.bias"),
+    ("self_attn.o_proj.bias", "attention.o.bias"),
 )
 
 PER_EXPERT = mapped(
     LAYER + "mlp.experts.{expert}.",
     EXPERTS,
-    ("gate_proj.weight", "gate", TRANSPOSE),
-    ("up_proj.weight", "up", TRANSPOSE),
-    ("down_proj.weight", "down", TRANSPOSE),
+    ("gate_proj.weight", "gate"),
+    ("up_proj.weight", "up"),
+    ("down_proj.weight", "down"),
 )
 """Experts as most families publish them."""
 
 
 def _halves(tensors: Sequence[Any], shapes: Sequence[Shape]) -> Sequence[Any]:
-    (both,), inner = tensors, shapes[0][1]
-    return both[:inner].T, both[inner:].T
+    (both,), inner = tensors, shapes[0][0]
+    return both[:inner], both[inner:]
 
 
 def _join(arrays: Sequence[Any]) -> Sequence[Any]:
-    return [np.concatenate([array.T for array in arrays])]
+    return [np.concatenate(arrays)]
 
 
-GATE_AND_UP = Transform(
-    "gate above up, transposed", _halves, _join, lambda shapes: [(2 * shapes[0][1], shapes[0][0])]
-)
-"""gate and up [D, F] from one tensor [2 F, D]."""
+GATE_AND_UP = Transform("gate above up", _halves, _join, lambda shapes: [(2 * shapes[0][0], shapes[0][1])])
+"""gate and up [F, D] from one tensor [2 F, D]."""
 
 STACKED = (
     Weight(LAYER + "mlp.experts.gate_up_proj", (EXPERTS + "gate", EXPERTS + "up"), GATE_AND_UP),
-    Weight(LAYER + "mlp.experts.down_proj", EXPERTS + "down", TRANSPOSE),
+    Weight(LAYER + "mlp.experts.down_proj", EXPERTS + "down"),
 )
 """Experts as transformers 5 keeps them in memory: all of a layer in two tensors."""
 
-ROUTER_GATE = Weight(LAYER + "mlp.gate.weight", ROUTER, TRANSPOSE)
+ROUTER_GATE = Weight(LAYER + "mlp.gate.weight", ROUTER)
 
 ROUTED_LAYERS = (ROUTER_GATE, *PER_EXPERT, *STACKED)
 """Routers and experts as most families name them."""
@@ -184,8 +181,8 @@ def mlp(tensors: str, places: str) -> tuple[Weight, ...]:
     """Rows of a dense feed-forward network, and of its biases where a model has them."""
     parts = []
     for name in ("gate", "up", "down"):
-        parts.append((f"{name}_proj.weight", f"{name}.weight", TRANSPOSE))
-        parts.append((f"{name}_proj.bias", f"{name}.bias", IDENTITY))
+        parts.append((f"{name}_proj.weight", f"{name}.weight"))
+        parts.append((f"{name}_proj.bias", f"{name}.bias"))
     return mapped(LAYER + tensors, PLACE + places, *parts)
 
 
@@ -194,37 +191,39 @@ SHARED_EXPERTS = mlp("mlp.shared_experts.", "shared.")
 
 
 def _split_latent(tensors: Sequence[Any], shapes: Sequence[Shape]) -> Sequence[Any]:
-    (heads, nope, rank), _ = shapes
+    (heads, rank, nope), _ = shapes
     both = tensors[0].reshape(heads, -1, rank)
-    return both[:, :nope], both[:, nope:].swapaxes(1, 2)
+    return both[:, :nope].swapaxes(1, 2), both[:, nope:]
 
 
 def _join_latent(arrays: Sequence[Any]) -> Sequence[Any]:
     key, value = arrays
-    both = np.concatenate([key, value.swapaxes(1, 2)], axis=1)
+    both = np.concatenate([key.swapaxes(1, 2), value], axis=1)
     return [both.reshape(-1, both.shape[-1])]
 
 
 def _latent_shapes(shapes: Sequence[Shape]) -> Sequence[Shape]:
-    (heads, nope, rank), (_, _, value) = shapes
+    (heads, rank, nope), (_, value, _) = shapes
     return [(heads * (nope + value), rank)]
 
 
 KEYS_AND_VALUES = Transform("keys and values of each head", _split_latent, _join_latent, _latent_shapes)
-"""What expands compressed rows, from one tensor [H (nope + value), R]."""
+"""What is multiplied into queries [H, R, nope], and what expands compressed rows into values [H, value, R].
+
+Both from one tensor [H (nope + value), R]."""
 
 LATENT = (
     *mapped(
         LAYER + "self_attn.",
         PLACE + "attention.",
-        ("q_a_proj.weight", "q_down.weight", TRANSPOSE),
-        ("q_a_proj.bias", "q_down.bias", IDENTITY),
-        ("q_a_layernorm.weight", "q_norm.scale", IDENTITY),
-        ("q_b_proj.weight", "q_up.weight", TRANSPOSE),
-        ("kv_a_proj_with_mqa.weight", "kv_down.weight", TRANSPOSE),
-        ("kv_a_proj_with_mqa.bias", "kv_down.bias", IDENTITY),
-        ("kv_a_layernorm.weight", "kv_norm.scale", IDENTITY),
-        ("o_proj.bias", "o.bias", IDENTITY),
+        ("q_a_proj.weight", "q_down.weight"),
+        ("q_a_proj.bias", "q_down.bias"),
+        ("q_a_layernorm.weight", "q_norm.scale"),
+        ("q_b_proj.weight", "q_up.weight"),
+        ("kv_a_proj_with_mqa.weight", "kv_down.weight"),
+        ("kv_a_proj_with_mqa.bias", "kv_down.bias"),
+        ("kv_a_layernorm.weight", "kv_norm.scale"),
+        ("o_proj.bias", "o.bias"),
     ),
     Weight(
         LAYER + "self_attn.kv_b_proj.weight",

@@ -43,7 +43,7 @@ class ExpertBank:
     ...     normalize_top_k=True)
     >>> bank = ExpertBank.build(config, lambda expert, name, shape: np.zeros(shape, np.float32))
     >>> bank[ExpertId(1, 3)].down.shape, bank[ExpertId(1, 3)].down.sharding.memory_kind
-    ((4, 8), 'pinned_host')
+    ((8, 4), 'pinned_host')
     >>> bank.expert_bytes, bank.total_bytes
     (384, 3072)
     """

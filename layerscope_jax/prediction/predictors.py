@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerscope_jax.models.experts import matmul
 from layerscope_jax.prediction.bases import PredictorBase, completed
 from layerscope_jax.prediction.history import LOOK_AHEAD, History, Popularity, PreviousToken
 
@@ -98,7 +99,7 @@ class NextGate(PredictorBase):
         own = params.own.astype(jnp.float32)
         plain = inputs.astype(jnp.float32) / jnp.where(jnp.abs(own) > 1e-6, own, 1.0)[None]
         logits = [
-            (plain * scale.astype(jnp.float32)[None]) @ weight.astype(jnp.float32)
+            matmul(plain * scale.astype(jnp.float32)[None], weight.astype(jnp.float32))
             for scale, weight in zip(params.scales, params.weights, strict=True)
         ]
         shares = router_shares(jnp.stack(logits), experts.shape[1])
@@ -122,7 +123,7 @@ class RoutersAhead(NamedTuple):
 
     Attributes:
         own: [D] scale of the norm before the layer's own router.
-        scales, weights: W arrays [D] and [D, E] of the next layers.
+        scales, weights: W arrays [D] and [E, D] of the next layers.
         known: [] number of next layers that exist; the rest of the W are substitutes.
     """
 
@@ -133,21 +134,20 @@ class RoutersAhead(NamedTuple):
 
 
 def routers_ahead(weight: np.ndarray, scale: np.ndarray, layer: int, look_ahead: int) -> np.ndarray:
-    """Returns routers [W, D, E] of the next W layers, to be applied to one layer's normed hidden state.
+    """Returns routers [W, E, D] of the next W layers, to be applied to one layer's normed hidden state.
 
     Zeros past the last layer.
 
     Args:
-        weight: [L, D, E] weights of all routers.
+        weight: [L, E, D] weights of all routers.
         scale: [L, D] scales of the norms before them.
         layer: number of the layer whose hidden state is read.
         look_ahead: W.
     """
-    layers, width, experts = weight.shape
-    routers = np.zeros((look_ahead, width, experts), np.float32)
+    routers = np.zeros((look_ahead, *weight.shape[1:]), np.float32)
     own = np.where(np.abs(scale[layer]) > 1e-6, scale[layer], 1.0)
-    for step, target in enumerate(range(layer + 1, min(layer + 1 + look_ahead, layers))):
-        routers[step] = (scale[target] / own)[:, None] * weight[target]
+    for step, target in enumerate(range(layer + 1, min(layer + 1 + look_ahead, len(weight)))):
+        routers[step] = (scale[target] / own) * weight[target]
     return routers
 
 

@@ -43,7 +43,7 @@ def fallbacks(monkeypatch):
 def test_it_is_the_reference_and_a_row_is_its_own(example, dtype):
     rng, fmt = np.random.default_rng(0), sys.modules["format"].FLOAT8
     expert = fmt.pack(
-        *(rng.standard_normal(shape).astype(np.float32) / 6 for shape in [(24, 20)] * 2 + [(20, 24)])
+        *(rng.standard_normal(shape).astype(np.float32) / 6 for shape in [(20, 24)] * 2 + [(24, 20)])
     )
     x = rng.standard_normal((9, 24)).astype(jnp.dtype(dtype))
     outputs = np.full((9, 24), np.nan, x.dtype)

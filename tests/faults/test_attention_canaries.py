@@ -120,8 +120,8 @@ def test_products_of_heads(words, rows, number, steps, columns, seed):
     dtype = np.float32 if words == "float32" else ml_dtypes.bfloat16
     depth = (vectors.COLUMNS if words == "int16" else vectors.ROWS) * steps
     x = numbers(rng, (rows, number, depth), dtype)
-    weights = numbers(rng, (number, depth, columns * vectors.COLUMNS), dtype)
-    outputs = guarded.array((rows, number, weights.shape[2]), dtype)
+    weights = numbers(rng, (number, columns * vectors.COLUMNS, depth), dtype)
+    outputs = guarded.array((rows, number, weights.shape[1]), dtype)
     work = job(
         head_products,
         PARTS=number * -(-rows // loops.PIECE),
@@ -130,14 +130,14 @@ def test_products_of_heads(words, rows, number, steps, columns, seed):
         OUTPUTS=outputs,
         ROWS=rows,
         DEPTH=depth,
-        WIDTH=weights.shape[2],
+        WIDTH=weights.shape[1],
         HEADS=number,
     )
     head_products.heads(np.float32 if words == "float32" else np.uint16, WORDS[words]).ctypes(
         work.ctypes.data
     )
     guarded.check()
-    exact = np.einsum("thk,hkn->thn", x.astype(np.float64), weights.astype(np.float64))
+    exact = np.einsum("thk,hnk->thn", x.astype(np.float64), weights.astype(np.float64))
     np.testing.assert_allclose(outputs.astype(np.float64), exact, rtol=2e-2, atol=2e-2)
 
 

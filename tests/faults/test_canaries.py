@@ -28,7 +28,7 @@ def computer(kernel):
 
 def arrays_of(rng, width, hidden, dtype, body):
     """Of an expert, its biases last."""
-    shapes = ((width, hidden), (width, hidden), (hidden, width), (2 * hidden + width,))
+    shapes = ((hidden, width), (hidden, width), (width, hidden), (2 * hidden + width,))
     return [numbers(rng, shape, dtype) for shape in shapes[: 4 if body.bias else 3]]
 
 
@@ -91,7 +91,7 @@ def test_products(words, rows, steps, widths, columns, height, seed):
     x = numbers(rng, (rows, depth), dtype)
     matrices, held, found, beside = np.empty((len(widths), 3), np.int64), [], [], 0
     for index, width in enumerate(vectors.COLUMNS * width for width in widths):
-        held.append(numbers(rng, (depth, width), dtype))
+        held.append(numbers(rng, (width, depth), dtype))
         found.append(guarded.array((rows, width), dtype))
         matrices[index] = held[-1].ctypes.data, width, found[-1].ctypes.data
         beside += -(-width // columns)
@@ -109,7 +109,7 @@ def test_products(words, rows, steps, widths, columns, height, seed):
     crew.products(np.float32 if words == "float32" else np.uint16, WORDS[words]).ctypes(work.ctypes.data)
     guarded.check()
     for weights, outputs in zip(held, found, strict=True):
-        exact = x.astype(np.float64) @ weights.astype(np.float64)
+        exact = x.astype(np.float64) @ weights.astype(np.float64).T
         np.testing.assert_allclose(outputs.astype(np.float64), exact, rtol=2e-2, atol=2e-2)
 
 

@@ -32,7 +32,7 @@ REFUSED = (jax.errors.JaxRuntimeError, ValueError)  # as it is raised where it i
 
 def expert(dtype=np.float32):
     rng = np.random.default_rng(0)
-    shapes = (WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)
+    shapes = (HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)
     return ExpertWeights(*(jnp.asarray(rng.standard_normal(shape).astype(dtype)) for shape in shapes))
 
 
@@ -115,7 +115,7 @@ def struct(*shape, dtype=np.float32):
 OTHERS = {
     "products": (
         lambda: products_target(FLOAT32, False),
-        [struct(3, 32), struct(32, 64), struct(32, 32)],
+        [struct(3, 32), struct(64, 32), struct(32, 32)],
         [struct(3, 64), struct(3, 32)],
     ),
     "sums": (
@@ -152,7 +152,7 @@ OTHERS = {
     ),
     "products of heads": (
         lambda: head_products_target(FLOAT32, False),
-        [struct(2, 3, 32), struct(3, 32, 64)],
+        [struct(2, 3, 32), struct(3, 64, 32)],
         [struct(2, 3, 64)],
     ),
 }
@@ -215,14 +215,14 @@ def test_a_bound_where_nothing_is_is_refused(within, kind, index, bounds):
 @pytest.mark.parametrize(
     "matrices",
     [
-        expert()._replace(down=jnp.ones((WIDTH, HIDDEN))),
-        expert()._replace(up=jnp.ones((WIDTH, HIDDEN + 1))),
-        expert()._replace(up=jnp.ones((WIDTH, HIDDEN), jnp.bfloat16)),
+        expert()._replace(down=jnp.ones((HIDDEN, WIDTH))),
+        expert()._replace(up=jnp.ones((HIDDEN + 1, WIDTH))),
+        expert()._replace(up=jnp.ones((HIDDEN, WIDTH), jnp.bfloat16)),
         ExpertWeights(*(jnp.ones((2, 2, 2)) for _ in range(3))),
     ],
 )
 def test_matrices_that_are_no_expert_are_refused(matrices):
-    with pytest.raises(ValueError, match=r"an expert is gate \[D, F\]"):
+    with pytest.raises(ValueError, match=r"an expert is gate \[F, D\]"):
         InMemory.of(matrices)
 
 
@@ -243,7 +243,7 @@ def test_biases_that_do_not_fit_are_refused(bias):
     with pytest.raises(ValueError, match=r"an expert in the format 'float32' is .* bias float32\[116\], got"):
         InMemory.of(arrays, BIASED)
     if bias is not None:
-        with pytest.raises(ValueError, match=r"down float32\[36, 44\], got"):  # not that they are left out
+        with pytest.raises(ValueError, match=r"down float32\[44, 36\], got"):  # not that they are left out
             InMemory.of(arrays)
     right = InMemory.of(BiasedWeights(*expert(), jnp.ones(2 * HIDDEN + WIDTH)), BIASED)
     assert np.frombuffer(right.addresses, np.int64)[3] == right.arrays.bias.unsafe_buffer_pointer()

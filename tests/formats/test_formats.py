@@ -15,7 +15,7 @@ NAMES = ("float32", "bfloat16", "float16")
 def matrices(dtype, width=6, hidden=4):
     rng = np.random.default_rng(0)
     return ExpertWeights(
-        *(rng.standard_normal(shape).astype(dtype) for shape in [(width, hidden)] * 2 + [(hidden, width)])
+        *(rng.standard_normal(shape).astype(dtype) for shape in [(hidden, width)] * 2 + [(width, hidden)])
     )
 
 
@@ -68,7 +68,7 @@ class Lying(ExpertFormat):
 
     name, Expert = "lying", ExpertWeights
     buffers = lambda self, width, hidden: format_named("float16").buffers(width, hidden)  # noqa: E731
-    sizes = lambda self, expert: expert.gate.shape  # noqa: E731
+    sizes = lambda self, expert: expert.gate.shape[::-1]  # noqa: E731
     pack = lambda self, *matrices: ExpertWeights(*matrices)  # noqa: E731
     unpack = lambda self, expert: expert  # noqa: E731
     ffn = lambda self, x, expert: x  # noqa: E731
@@ -76,7 +76,7 @@ class Lying(ExpertFormat):
 
 def test_what_does_not_fit_is_refused():
     bank = random_model(num_layers=1).bank
-    with pytest.raises(ValueError, match=r"in the format 'lying' is gate float16\[32, 20\], .* got float32"):
+    with pytest.raises(ValueError, match=r"in the format 'lying' is gate float16\[20, 32\], .* got float32"):
         bank.converted(Lying())
     with pytest.raises(ValueError, match="expected an expert in the format 'lying', got float32"):
         Lying().check((np.zeros((2, 2), np.float32),))

@@ -17,7 +17,7 @@ HIDDEN, INNER = 6, 5
 
 def stack(num_experts, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
-    shapes = ((HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN))
+    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
     return ExpertWeights(*(rng.standard_normal((num_experts, *shape)).astype(dtype) for shape in shapes))
 
 
@@ -31,9 +31,9 @@ def plain(x, experts, weights):
     outputs = np.full((*experts.shape, HIDDEN), np.nan)
     for expert in range(len(weights.gate)):
         token, choice = np.nonzero(experts == expert)
-        gate = x[token] @ weights.gate[expert]
-        inner = gate / (1 + np.exp(-gate)) * (x[token] @ weights.up[expert])
-        outputs[token, choice] = inner @ weights.down[expert]
+        gate = x[token] @ weights.gate[expert].T
+        inner = gate / (1 + np.exp(-gate)) * (x[token] @ weights.up[expert].T)
+        outputs[token, choice] = inner @ weights.down[expert].T
     return outputs
 
 
@@ -41,8 +41,8 @@ def plain_loss(x, weights, experts, cotangent):
     """As `plain` in JAX, dense: every expert over every token, masked. Its gradient is JAX's own."""
     total = 0.0
     for expert in range(weights.gate.shape[0]):
-        gate, up = x @ weights.gate[expert], x @ weights.up[expert]
-        rows = (jax.nn.silu(gate) * up) @ weights.down[expert]
+        gate, up = x @ weights.gate[expert].T, x @ weights.up[expert].T
+        rows = (jax.nn.silu(gate) * up) @ weights.down[expert].T
         total += jnp.sum(jnp.where((experts == expert)[:, :, None], rows[:, None] * cotangent, 0.0))
     return total
 
@@ -141,8 +141,8 @@ def test_combine_in_bfloat16_sums_in_float32():
 
 def test_matmul_sums_in_float32():
     ones = jnp.ones((1, 300), jnp.bfloat16)
-    assert matmul(ones, ones.T).dtype == jnp.bfloat16
-    assert float(matmul(ones, ones.T)[0, 0]) == 300.0  # a sum in bfloat16 stays at 256
+    assert matmul(ones, ones).dtype == jnp.bfloat16
+    assert float(matmul(ones, ones)[0, 0]) == 300.0  # a sum in bfloat16 stays at 256
 
 
 def test_ffn_takes_rows_with_leading_axes():

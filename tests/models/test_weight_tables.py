@@ -19,7 +19,6 @@ from layerscope_jax.models.weights import (
     IDENTITY,
     KEYS_AND_VALUES,
     ROW,
-    TRANSPOSE,
     Transform,
 )
 
@@ -30,11 +29,10 @@ SIZES = st.integers(1, 4)
 """Transforms, and the shapes of the decoder's arrays that they are of, made of a few sizes."""
 TRANSFORMS = {
     IDENTITY: lambda a, b, c: [(a, b)],
-    TRANSPOSE: lambda a, b, c: [(a, b)],
     ROW: lambda a, b, c: [(a,)],
     GATE_AND_UP: lambda a, b, c: [(a, b), (a, b)],
-    KEYS_AND_VALUES: lambda a, b, c: [(a, b, 3), (a, 3, c)],
-    PLAIN: lambda a, b, c: [(a, b), (a, b), (b, a), (2 * b + a,)],
+    KEYS_AND_VALUES: lambda a, b, c: [(a, 3, b), (a, c, 3)],
+    PLAIN: lambda a, b, c: [(a, b), (a, b), (b, a), (2 * a + b,)],
 }
 
 

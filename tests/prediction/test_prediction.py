@@ -134,7 +134,7 @@ def test_the_gate_reads_the_next_routers():
     layers = model.dense["layers"]
     plain = inputs / layers[0]["moe_norm"]["scale"][None]
     for step, target in enumerate((1, 2)):
-        logits = plain * layers[target]["moe_norm"]["scale"][None] @ layers[target]["router"]["weight"]
+        logits = plain * layers[target]["moe_norm"]["scale"][None] @ layers[target]["router"]["weight"].T
         expected = jnp.minimum(1, 2 * jax.nn.softmax(logits, -1))
         np.testing.assert_allclose(found[step], expected, atol=1e-5)
     last = NextGate(2).predict(params[2], inputs, experts, weights)

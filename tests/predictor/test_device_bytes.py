@@ -52,7 +52,7 @@ def test_the_gate_reads_routers_where_they_lie(dtype):
     experts, weights = jnp.zeros((5, 2), jnp.int32), jnp.ones((5, 2))
     for layer in range(4):
         copies = routers_ahead(weight, scale, layer, 2)
-        logits = np.einsum("td,wde->wte", np.asarray(inputs, np.float32), copies)
+        logits = np.einsum("td,wed->wte", np.asarray(inputs, np.float32), copies)
         wanted = np.minimum(1, 2 * np.asarray(jax.nn.softmax(logits)))
         wanted[max(0, 3 - layer) :] = 0  # where there is no router
         found = gate.predict(params[layer], inputs, experts, weights)

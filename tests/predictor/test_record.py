@@ -97,7 +97,7 @@ def test_rows_are_what_the_decoder_routes(text, tmp_path):
         # Nothing is lost where the PCA keeps the whole width: the routers read the same from it.
         hidden = chunk.map("hidden")[rows].astype(np.float32)
         inputs = np.einsum("nlp,ldp->nld", hidden, basis.components) + basis.mean
-        logits = np.einsum("nld,lde->nle", inputs, Routers.load(trace.folder).weight)
+        logits = np.einsum("nld,led->nle", inputs, Routers.load(trace.folder).weight)
         np.testing.assert_allclose(logits, expected, atol=0.05)
 
 

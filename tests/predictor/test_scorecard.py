@@ -162,7 +162,7 @@ def test_the_gate_is_the_routers_own_reading(rows, folder):
     routers, basis = Routers.load(folder / "trace"), Basis.load(folder / "trace")
     popularity = Popularity(np.full((LAYERS, EXPERTS), 0.25, np.float32), (1, 2))
     found = Gate(routers, basis, popularity, 2).forecast(rows, 2)
-    expected = (rows.hidden[:, 2].astype(np.float32) + basis.mean[2]) @ routers.weight[3]
+    expected = (rows.hidden[:, 2].astype(np.float32) + basis.mean[2]) @ routers.weight[3].T
     np.testing.assert_allclose(found.ranking[:, 0], expected, rtol=1e-4, atol=1e-4)
     assert (found.probabilities[:, 0] <= 1).all()
     assert (found.ranking[:, 1] == 0.25).all()  # past the last layer

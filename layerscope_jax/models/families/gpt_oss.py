@@ -19,7 +19,6 @@ from layerscope_jax.models.weights import (
     LAYER,
     PLACE,
     ROUTER,
-    TRANSPOSE,
     WEIGHTS,
     Shape,
     Transform,
@@ -83,25 +82,25 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     )
 
 
-# Of an expert: gate and up [D, 2 F] in turns, their biases in turns, down [F, D] and its bias. They come
-# together, since the biases of all three are one array of ours.
+# Of an expert: gate and up [D, 2 F] in turns, their biases in turns, down [F, D] and its bias: matrices that
+# are [in, out], unlike any others. They come together, since the biases of all three are one array of ours.
 
 
 def _load(tensors: Sequence[Any], shapes: Sequence[Shape]) -> Sequence[Any]:
     both, bias, down, down_bias = tensors
-    return both[:, ::2], both[:, 1::2], down, np.concatenate([bias[::2], bias[1::2], down_bias])
+    return both[:, ::2].T, both[:, 1::2].T, down.T, np.concatenate([bias[::2], bias[1::2], down_bias])
 
 
 def _save(arrays: Sequence[Any]) -> Sequence[Any]:
     gate, up, down, bias = arrays
-    width, inner = gate.shape
-    both = np.stack([gate, up], axis=-1).reshape(width, -1)
+    inner, width = gate.shape
+    both = np.stack([gate.T, up.T], axis=-1).reshape(width, -1)
     biases = np.stack([bias[:inner], bias[inner : 2 * inner]], axis=-1).reshape(-1)
-    return both, biases, down, bias[2 * inner :]
+    return both, biases, down.T, bias[2 * inner :]
 
 
 def _shapes(shapes: Sequence[Shape]) -> Sequence[Shape]:
-    width, inner = shapes[0]
+    inner, width = shapes[0]
     return (width, 2 * inner), (2 * inner,), (inner, width), (width,)
 
 
@@ -110,18 +109,18 @@ PLAIN = Transform("gate and up in turns", _load, _save, _shapes)
 
 def _load_packed(tensors: Sequence[Any], shapes: Sequence[Shape]) -> Sequence[Any]:
     blocks, scales, bias, down, down_scales, down_bias = tensors
-    unpacked = unpack(blocks, scales).T, np.float32(bias), unpack(down, down_scales).T, np.float32(down_bias)
-    return _load(unpacked, shapes)
+    both, biases = unpack(blocks, scales), np.concatenate([bias[::2], bias[1::2], down_bias])
+    return both[::2], both[1::2], unpack(down, down_scales), np.float32(biases)
 
 
 def _packed_shapes(shapes: Sequence[Shape]) -> Sequence[Shape]:
-    width, inner = shapes[0]
+    inner, width = shapes[0]
     first, last = (2 * inner, width // 32), (width, inner // 32)
     return (*first, 16), first, (2 * inner,), (*last, 16), last, (width,)
 
 
 PACKED = Transform(
-    "the same in MXFP4", _load_packed, None, _packed_shapes, ("U8", "U8", None, "U8", "U8", None)
+    "the same in MXFP4, [out, in]", _load_packed, None, _packed_shapes, ("U8", "U8", None, "U8", "U8", None)
 )
 
 OF_EXPERTS = tuple(EXPERTS + array for array in ("gate", "up", "down", "bias"))
@@ -136,7 +135,7 @@ GPT_OSS = Family(
         *WEIGHTS,
         *BIASES,
         Weight(LAYER + "self_attn.sinks", PLACE + "attention.sinks"),
-        Weight(MLP + "router.weight", ROUTER, TRANSPOSE),
+        Weight(MLP + "router.weight", ROUTER),
         Weight(MLP + "router.bias", PLACE + "router.bias"),
         Weight(
             (

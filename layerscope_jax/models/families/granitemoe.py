@@ -15,7 +15,6 @@ from layerscope_jax.models.weights import (
     GATE_AND_UP,
     LAYER,
     ROUTER,
-    TRANSPOSE,
     WEIGHTS,
     Weight,
 )
@@ -66,11 +65,11 @@ GRANITEMOE = Family(
     weights=(
         *WEIGHTS,
         *BIASES,
-        Weight(MOE + "router.layer.weight", ROUTER, TRANSPOSE),
-        Weight(MOE + "router.weight", ROUTER, TRANSPOSE),
+        Weight(MOE + "router.layer.weight", ROUTER),
+        Weight(MOE + "router.weight", ROUTER),
         Weight(MOE + "input_linear.weight", (GATE, UP), GATE_AND_UP),
         Weight(MOE + "experts.gate_up_proj", (GATE, UP), GATE_AND_UP),
-        Weight(MOE + "output_linear.weight", DOWN, TRANSPOSE),
-        Weight(MOE + "experts.down_proj", DOWN, TRANSPOSE),
+        Weight(MOE + "output_linear.weight", DOWN),
+        Weight(MOE + "experts.down_proj", DOWN),
     ),
 )

@@ -14,7 +14,6 @@ from layerscope_jax.models.weights import (
     ROUTER,
     ROUTER_GATE,
     STACKED,
-    TRANSPOSE,
     WEIGHTS,
     Weight,
     mapped,
@@ -47,13 +46,13 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 BLOCK = (
-    Weight(LAYER + "block_sparse_moe.gate.weight", ROUTER, TRANSPOSE),
+    Weight(LAYER + "block_sparse_moe.gate.weight", ROUTER),
     *mapped(
         LAYER + "block_sparse_moe.experts.{expert}.",
         EXPERTS,
-        ("w1.weight", "gate", TRANSPOSE),
-        ("w3.weight", "up", TRANSPOSE),
-        ("w2.weight", "down", TRANSPOSE),
+        ("w1.weight", "gate"),
+        ("w3.weight", "up"),
+        ("w2.weight", "down"),
     ),
     ROUTER_GATE,
     *STACKED,

@@ -11,7 +11,7 @@ from layerscope_jax.models.families.mixtral import BLOCK
 from layerscope_jax.models.families.parts import AUTO_MAP
 from layerscope_jax.models.family import Family, write_shared
 from layerscope_jax.models.routing_rules import RoutingRule
-from layerscope_jax.models.weights import BIASES, LAYER, PLACE, ROUTER, TRANSPOSE, WEIGHTS, Weight, mapped
+from layerscope_jax.models.weights import BIASES, LAYER, PLACE, ROUTER, WEIGHTS, Weight, mapped
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -70,6 +70,6 @@ PHIMOE = Family(
         Weight("model.norm.bias", "norm.bias"),
         Weight("lm_head.bias", "head_bias"),
         *BLOCK,
-        Weight(LAYER + "mlp.router.weight", ROUTER, TRANSPOSE),
+        Weight(LAYER + "mlp.router.weight", ROUTER),
     ),
 )

@@ -14,7 +14,6 @@ from layerscope_jax.models.weights import (
     LAYER,
     PLACE,
     ROUTED_LAYERS,
-    TRANSPOSE,
     WEIGHTS,
     Weight,
     mlp,
@@ -73,7 +72,7 @@ QWEN2_MOE = Family(
         *BIASES,
         *ROUTED_LAYERS,
         *mlp("mlp.shared_expert.", "shared."),
-        Weight(LAYER + "mlp.shared_expert_gate.weight", PLACE + "shared_gate.weight", TRANSPOSE),
+        Weight(LAYER + "mlp.shared_expert_gate.weight", PLACE + "shared_gate.weight"),
         *DENSE_LAYERS,
     ),
 )
