@@ -83,16 +83,17 @@ def wait_for(address):
 
 
 @functools.cache
-def products(rows: Any, weights_of: Any) -> Any:
-    """A C function: a thread's share of products of two types, for the address of a job.
+def products(multiply: Any, rows: Any, weights_of: Any) -> Any:
+    """A C function: a thread's share of products, for the address of a job.
 
     Args:
+        multiply: compiled, as `loops.multiply`.
         rows: type of activations and outputs.
         weights_of: type of weights.
     """
 
     @cfunc(types.void(types.int64), cache=True)
-    def multiply(address):
+    def run(address):
         job = carray(pointer(address), SIZE, np.int64)
         x = carray(pointer(job[INPUTS]), (job[ROWS], job[DEPTH]), rows)
         matrices = carray(pointer(job[WEIGHTS]), (job[COUNT], 3), np.int64)
@@ -106,12 +107,12 @@ def products(rows: Any, weights_of: Any) -> Any:
                 first -= (matrices[matrix, 1] + job[COLUMNS] - 1) // job[COLUMNS] * job[COLUMNS]
                 matrix += 1
             width = matrices[matrix, 1]
-            weights = carray(pointer(matrices[matrix, 0]), (job[DEPTH], width), weights_of)
+            weights = carray(pointer(matrices[matrix, 0]), (width, job[DEPTH]), weights_of)
             outputs = carray(pointer(matrices[matrix, 2]), (job[ROWS], width), rows)
             last = min(first + job[COLUMNS], width)
-            loops.multiply(x[top:end], weights, outputs[top:end], first, last)
+            multiply(x[top:end], weights, outputs[top:end], first, last)
 
-    return multiply
+    return run
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Dot products of inputs with rows of weights, which lie number by number as they are summed: for LLVM.
 
-Each lane of a register has a part of a sum; the parts are added in one fixed order at the end, four sums in one
-go. Long rows are summed `DEEP` numbers at a time. How weights are multiplied is a kind, told by the type of
-their array:
+Each lane of a register has a part of a sum; the parts are added in one fixed order at the end, four sums in
+one go. Long rows are summed `DEEP` numbers at a time. How weights are multiplied is a kind, told by the type
+of their array:
 
 - float32: multiplied and added, rounded once.
 - uint16: bfloat16, widened to float32 first.
@@ -38,8 +38,8 @@ from layerscope_jax.support.njit import njit
 HIGH = 4
 """Rows of a tile."""
 
-DEEP = 512
-"""Numbers of a row that are summed at once: of four rows, and as many inputs, these stay in the nearest cache."""
+DEEP = 1024
+"""Numbers of a row that are summed at once: those of four rows stay in the nearest cache."""
 
 LINE = 64
 """Bytes that caches fetch at once."""
@@ -52,7 +52,7 @@ def numbers_of_step(kind: Any) -> int:
     return 2 * LANES if kind is types.int16 else LANES
 
 
-def step_of(weights: Any) -> int:
+def step_of(weights: Any) -> Any:
     """`numbers_of_step` inside compiled functions, of an array of weights."""
 
 
@@ -89,6 +89,7 @@ def tile(inputs: int, ahead: bool) -> Callable:
         rows, row, x, depth, steps, outputs, far, coming, _ = arguments
         kind = signature.args[-1].dtype
         pairs, count = kind is types.int16, numbers_of_step(kind)
+        add = add_pairs if pairs else add_product
         size = count * kind.bitwidth // 8  # bytes of a row that a step reads
         moved = lambda base, distance, times: builder.add(base, builder.mul(distance, LONG(times)))  # noqa: E731
         rows_at = [moved(rows, row, number) for number in range(HIGH)]
@@ -104,10 +105,8 @@ def tile(inputs: int, ahead: bool) -> Callable:
             results = []
             for index, begin in enumerate(inputs_at):
                 value = read(builder, builder.add(begin, x_at), BITS if pairs else NUMBERS, 2 if pairs else 4)
-                results += [
-                    (add_pairs if pairs else add_product)(builder, number, value, totals[HIGH * index + place])
-                    for place, number in enumerate(numbers)
-                ]
+                sums = totals[HIGH * index :][:HIGH]
+                results += [add(builder, *each) for each in zip(numbers, [value] * HIGH, sums, strict=True)]
             return results
 
         nothing = ir.Constant(NUMBERS, [0.0] * LANES)

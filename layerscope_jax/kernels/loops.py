@@ -1,9 +1,9 @@
 """Experts and products on the CPU by compiled loops: each output is the dot product of a row of weights.
 
 Weights lie as they are published, [out, in], and are read once, some rows at a time, in the order they lie in
-(`dots.py`). How they are read follows from their own type, never from that of activations. A row of the result
-has the same bits whatever other rows or experts are computed with it, and on whichever thread: its sums run
-over the inputs in one fixed order.
+(`dots.py`). How they are read follows from their own type, never from that of activations. A row of the
+result has the same bits whatever other rows or experts are computed with it, and on whichever thread: its
+sums run over the inputs in one fixed order.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def ffn(x, gate, up, down, bias, outputs, slots, activation, limit):
 
 @njit(cache=True, nogil=True)
 def multiply(x, weights, outputs, first, last):
-    """`x [M, K]` times `weights [N, K]` into the columns `first` to `last` of `outputs`, of the type of `x`."""
+    """`x [M, K]` times `weights [N, K]`, into columns `first` to `last` of `outputs`, of the type of `x`."""
     for start in range(0, len(x), PIECE):
         piece = room(min(PIECE, len(x) - start), x.shape[1], weights)
         for m in range(len(piece)):

@@ -135,8 +135,10 @@ def _as_input(word, weights):
 
 
 def room(tokens: int, width: int, weights: Any) -> Any:
-    """[tokens, width + more] of activations in that form: were a row a multiple of a page, caches would confuse
-    what lies in the same place of several rows."""
+    """[tokens, width and more] of activations in that form.
+
+    Were a row a multiple of a page, caches would confuse what lies in the same place of several rows.
+    """
 
 
 @overload(room)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from layerscope_jax.kernels import crew, loops, vectors
+from layerscope_jax.kernels import amx, crew, loops, vectors
 from layerscope_jax.kernels.host_kernels import WORDS
 from layerscope_jax.kernels.inside import pool_at
 from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
@@ -28,6 +30,9 @@ from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.models.experts import matmuls
 from layerscope_jax.support.njit import njit
 
+TOGETHER = amx.FEW_ROWS
+"""Columns of a result that are computed at once, whichever way."""
+
 
 @njit(cache=True, nogil=True)
 def fit_products(call):
@@ -44,16 +49,16 @@ def fit_products(call):
         ):
             return False
         of_x, of_weights, of_result = long_at(x + SIZES), long_at(weights + SIZES), long_at(result + SIZES)
-        if long_at(of_weights) != long_at(of_x + 8) or long_at(of_result) != long_at(of_x):
+        if long_at(of_weights + 8) != long_at(of_x + 8) or long_at(of_result) != long_at(of_x):
             return False
-        if long_at(of_result + 8) != long_at(of_weights + 8):
+        if long_at(of_result + 8) != long_at(of_weights):
             return False
     return True
 
 
 @njit(cache=True, nogil=True)
 def multiply(call, do, size):
-    """`x [M, K] @ weights [K, N]` of some weights, helped by a crew: the last argument is its address."""
+    """`x [M, K]` times each of some weights `[N, K]`, helped by a crew: the last argument is its address."""
     x, sizes = buffer(call, ARGUMENTS, 0)
     count = long_at(call + NUMBER)
     table_at, _ = buffer(call, ARGUMENTS, count + 1)
@@ -61,16 +66,16 @@ def multiply(call, do, size):
     matrices, all_columns = np.empty((count, 3), np.int64), 0
     for index in range(count):
         matrices[index, 0], sizes_of = buffer(call, ARGUMENTS, index + 1)
-        matrices[index, 1] = long_at(sizes_of + 8)
+        matrices[index, 1] = long_at(sizes_of)
         matrices[index, 2], _ = buffer(call, RESULTS, index)
         all_columns += matrices[index, 1]
     rows, depth = long_at(sizes), long_at(sizes + 8)
     work = depth * all_columns * size * max(1, rows // vectors.TOKENS)
     threads = max(1, min(pool[crew.HELPERS] + 1, work // pool[crew.WORTH]))
     height, columns = rows, (all_columns + threads - 1) // threads
-    if rows >= threads * loops.PIECE:  # each thread has tokens enough to take all columns
-        height, columns = loops.PIECE, all_columns
-    columns = (columns + vectors.COLUMNS - 1) // vectors.COLUMNS * vectors.COLUMNS
+    if rows >= threads * amx.PIECE:  # each thread has tokens enough to take all columns
+        height, columns = amx.PIECE, all_columns
+    columns = (columns + TOGETHER - 1) // TOGETHER * TOGETHER
     beside = 0
     for index in range(count):
         beside += (matrices[index, 1] + columns - 1) // columns
@@ -84,52 +89,81 @@ def multiply(call, do, size):
 
 
 def products(table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-    """`dense` of x [..., K] and weights [K, N], inside a jitted program, by the kernel that suits."""
+    """`dense` of x [..., K] and weights [N, K], inside a jitted program, by the kernel that suits."""
     formats = {matrix.dtype.name for matrix in weights}
-    sizes = (x.shape[-1], *(matrix.shape[1] for matrix in weights))
+    sizes = (x.shape[-1], *(len(matrix) for matrix in weights))
     name = formats.pop() if len(formats) == 1 else "mixed"
     kernel = choose(Work("products", name, np.dtype(x.dtype), sizes))
     return matmuls(x, *weights) if kernel is None else kernel.run(table, x, *weights)
 
 
-def suits(work: Work) -> bool:
-    depth, *widths = work.sizes
-    even = depth % vectors.ROWS == 0 and not any(width % vectors.COLUMNS for width in widths)
-    return even and work.format == work.dtype.name and work.dtype.name in WORDS
+class Way(NamedTuple):
+    """How products are computed.
+
+    Attributes:
+        name: as in statistics.
+        suits: (dtype, K, *N) -> whether it can.
+        multiply: compiled, as `loops.multiply`.
+        weights: what it takes bfloat16 weights for (`dots.py`).
+    """
+
+    name: str
+    suits: Callable[..., bool]
+    multiply: Any
+    weights: Any = WORDS["bfloat16"].type
+
+    def words(self, dtype: np.dtype) -> type:
+        """Returns what it takes weights of a dtype for."""
+        return WORDS[dtype.name].type if dtype.name == "float32" else self.weights
 
 
-def products_target(dtype: np.dtype, pairs: bool) -> str:
-    """XLA's name for the function of products; in pairs or not.
+LOOPS = Way("loops", lambda dtype, *_: dtype.name in WORDS, loops.multiply)
+PAIRS = Way("pairs", vectors.suit, loops.multiply, np.int16)
+AMX = Way("amx", amx.suit_products, amx.multiply)
+WAYS = (LOOPS, PAIRS, AMX)
+
+
+def products_target(dtype: np.dtype, way: Way) -> str:
+    """XLA's name for the function of products, computed in a way.
 
     Raises:
         Unavailable: if there can be none.
     """
     rows: Any = WORDS[dtype.name].type
-    weights: Any = np.int16 if pairs else rows
-    name = f"layerscope_products_{'pairs' if pairs else 'loops'}_{dtype.name}"
-    return register(name, multiply, lambda: crew.products(rows, weights), dtype, fit_products)
+    weights: Any = way.words(dtype)
+    name = f"layerscope_products_{way.name}_{dtype.name}"
+    return register(name, multiply, lambda: crew.products(way.multiply, rows, weights), dtype, fit_products)
 
 
-def obstacle(work: Work) -> str | None:
+def multiply_by(way: Way, table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+    """`products` of x [..., K] and each of some weights [N, K], in a way."""
+    dtype, depth = np.dtype(x.dtype), x.shape[-1]
+    flat = x.reshape(-1, depth)
+    shapes = [jax.ShapeDtypeStruct((len(flat), len(matrix)), x.dtype) for matrix in weights]
+    results = jax.ffi.ffi_call(products_target(dtype, way), shapes)(flat, *weights, table)
+    return [matrix.reshape(*x.shape[:-1], -1) for matrix in results]
+
+
+def suits(way: Way, work: Work) -> bool:
+    return work.format == work.dtype.name and way.suits(work.dtype, *work.sizes)
+
+
+def obstacle(target: Callable[[np.dtype, Way], str], way: Way, work: Work) -> str | None:
+    """Why a function of products cannot be had; None if it can."""
     try:
-        products_target(work.dtype, in_pairs(work.dtype, *work.sizes))
+        target(work.dtype, way)
     except Unavailable as error:
         return str(error)
     return None
 
 
-def in_pairs(dtype: np.dtype, depth: int, *widths: int) -> bool:
-    return all(vectors.suit(dtype, depth, width) for width in widths)
-
-
-def multiply_by_loops(table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-    """`x @ weights` of x [..., K] and each of some weights [K, N]."""
-    dtype, depth, widths = np.dtype(x.dtype), x.shape[-1], [matrix.shape[1] for matrix in weights]
-    name = products_target(dtype, in_pairs(dtype, depth, *widths))
-    flat = x.reshape(-1, depth)
-    shapes = [jax.ShapeDtypeStruct((len(flat), width), x.dtype) for width in widths]
-    results = jax.ffi.ffi_call(name, shapes)(flat, *weights, table)
-    return [matrix.reshape(*x.shape[:-1], -1) for matrix in results]
-
-
-built_in(Kernel("loops", "products", suits, multiply_by_loops, obstacle))
+for _way in WAYS:
+    built_in(
+        Kernel(
+            _way.name,
+            "products",
+            functools.partial(suits, _way),
+            functools.partial(multiply_by, _way),
+            functools.partial(obstacle, products_target, _way),
+        )
+    )

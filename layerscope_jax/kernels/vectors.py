@@ -42,10 +42,10 @@ binding.initialize_native_asmparser()
 
 
 @functools.cache
-def suit(dtype: np.dtype, width: int, hidden: int) -> bool:
-    """Whether experts [width, hidden] can be multiplied in pairs, without a rest, as numba compiles here."""
+def suit(dtype: np.dtype, *sizes: int) -> bool:
+    """Whether matrices of these sizes can be multiplied in pairs, without a rest, as numba compiles here."""
     able = WIDE and {"avx512bw", "avx512bf16"} <= features()
-    return able and dtype.name == "bfloat16" and width % COLUMNS == 0 == hidden % COLUMNS
+    return able and dtype.name == "bfloat16" and not any(size % COLUMNS for size in sizes)
 
 
 def adding(tokens: int) -> Callable:

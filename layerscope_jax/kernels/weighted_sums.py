@@ -1,12 +1,10 @@
 """Rows of a matrix, weighted and added up, for a few tokens: scores times values, of attention.
 
 A matrix `[K, N]` is read some rows at a time, whole rows, in the order they lie in, and added to the sums of
-all tokens, which stay in the cache (`vectors.py` has a step of it). A sum runs over the rows in one fixed order.
+all tokens, which stay in the cache (`vectors.py` has a step of it). A sum runs over the rows in one order.
 """
 
 from __future__ import annotations
-
-import numpy as np
 
 from layerscope_jax.kernels.numbers import widened
 from layerscope_jax.kernels.vectors import COLUMNS, ROWS, adding

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax.kernels import (
+    amx,
     attention,
     crew,
     head_products,
@@ -124,7 +125,7 @@ def test_products_of_heads(words, rows, number, steps, columns, seed):
     outputs = guarded.array((rows, number, weights.shape[1]), dtype)
     work = job(
         head_products,
-        PARTS=number * -(-rows // loops.PIECE),
+        PARTS=number * -(-rows // amx.PIECE),
         INPUTS=x,
         WEIGHTS=weights,
         OUTPUTS=outputs,
@@ -133,7 +134,7 @@ def test_products_of_heads(words, rows, number, steps, columns, seed):
         WIDTH=weights.shape[1],
         HEADS=number,
     )
-    head_products.heads(np.float32 if words == "float32" else np.uint16, WORDS[words]).ctypes(
+    head_products.heads(loops.multiply, np.float32 if words == "float32" else np.uint16, WORDS[words]).ctypes(
         work.ctypes.data
     )
     guarded.check()

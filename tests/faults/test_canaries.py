@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax.formats import format_named
-from layerscope_jax.kernels import amx, combining, crew, vectors
+from layerscope_jax.kernels import amx, combining, crew, loops, vectors
 from layerscope_jax.kernels.activations import facts_of
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments, by_expert
@@ -39,7 +39,8 @@ pairs = vectors.suit(np.dtype(ml_dtypes.bfloat16), 32, 32)
 TYPES = (np.float32, ml_dtypes.bfloat16)
 KERNELS = [(LOOPS, dtype, dtype, 1) for dtype in TYPES]
 KERNELS += [(PAIRS, ml_dtypes.bfloat16, ml_dtypes.bfloat16, 32)] if pairs else []
-KERNELS += [(AMX, ml_dtypes.bfloat16, ml_dtypes.bfloat16, 32)] if amx.available() else []
+tiles = amx.available()
+KERNELS += [(AMX, ml_dtypes.bfloat16, ml_dtypes.bfloat16, 32)] if tiles else []
 
 
 @given(data=st.data(), tokens=st.integers(1, 70), seed=st.integers(0, 99))
@@ -74,7 +75,7 @@ def test_experts(data, tokens, seed):
 
 
 @given(
-    words=st.sampled_from(["float32", "uint16", *(["int16"] if pairs else [])]),
+    words=st.sampled_from(["float32", "uint16", *(["int16"] if pairs else []), *(["amx"] if tiles else [])]),
     rows=st.integers(1, 300),
     steps=st.integers(1, 20),
     widths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
@@ -86,7 +87,7 @@ def test_experts(data, tokens, seed):
 def test_products(words, rows, steps, widths, columns, height, seed):
     rng, guarded = np.random.default_rng(seed), Guarded()
     dtype = np.float32 if words == "float32" else ml_dtypes.bfloat16
-    depth = vectors.COLUMNS * steps if words == "int16" else vectors.ROWS * steps
+    depth = steps * {"int16": vectors.COLUMNS, "amx": amx.DEPTH}.get(words, vectors.ROWS)
     columns *= vectors.COLUMNS
     x = numbers(rng, (rows, depth), dtype)
     matrices, held, found, beside = np.empty((len(widths), 3), np.int64), [], [], 0
@@ -106,7 +107,9 @@ def test_products(words, rows, steps, widths, columns, height, seed):
         HEIGHT=height,
         BESIDE=beside,
     )
-    crew.products(np.float32 if words == "float32" else np.uint16, WORDS[words]).ctypes(work.ctypes.data)
+    multiply = amx.multiply if words == "amx" else loops.multiply
+    rows_of = np.float32 if words == "float32" else np.uint16
+    crew.products(multiply, rows_of, WORDS.get(words, np.uint16)).ctypes(work.ctypes.data)
     guarded.check()
     for weights, outputs in zip(held, found, strict=True):
         exact = x.astype(np.float64) @ weights.astype(np.float64).T

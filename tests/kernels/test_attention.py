@@ -11,7 +11,7 @@ from helpers import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax.kernels import attention, loops
+from layerscope_jax.kernels import attention, weighted_sums
 from layerscope_jax.models.attention import attend
 from layerscope_jax.models.rotary import PAD_POSITION
 
@@ -71,8 +71,8 @@ def test_it_is_what_xla_computes(
 
 
 def test_more_positions_than_are_summed_at_once():
-    query, key, value = drawn(1, 2, 2, 8, loops.BLOCK + 500, "float32", 0)
-    positions = np.array([[loops.BLOCK + 401]], np.int32)
+    query, key, value = drawn(1, 2, 2, 8, weighted_sums.BLOCK + 500, "float32", 0)
+    positions = np.array([[weighted_sums.BLOCK + 401]], np.int32)
     found = ours(table(3)[1], query, key, value, positions, window=None)
     np.testing.assert_allclose(found, by_xla(query, key, value, positions, None), rtol=0, atol=2e-6)
 

@@ -44,13 +44,13 @@ def experts(dtype, width, hidden, count, body=SWIGLU):
     rng = np.random.default_rng(0)
 
     def matrix(*shape):
-        return jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype))
+        return jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[1])).astype(dtype))
 
     def bias():
         return [jnp.asarray(rng.standard_normal(2 * hidden + width).astype(dtype))] if body.bias else []
 
     return [
-        weights_type(body)(matrix(width, hidden), matrix(width, hidden), matrix(hidden, width), *bias())
+        weights_type(body)(matrix(hidden, width), matrix(hidden, width), matrix(width, hidden), *bias())
         for _ in range(count)
     ]
 
@@ -68,7 +68,7 @@ def rows_of(computer, inputs, tokens, weights, body=SWIGLU):
 
 def network(inputs, weights):
     """The same rows in float64, rounded where the network rounds."""
-    gate, up, down = (np.asarray(matrix, np.float64) for matrix in weights)
+    gate, up, down = (np.asarray(matrix, np.float64).T for matrix in weights)
     x = inputs.astype(np.float64)
     inner = (x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)
     return inner.astype(inputs.dtype).astype(np.float64) @ down
