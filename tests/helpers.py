@@ -94,7 +94,10 @@ def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) 
     graphdef, state = abstract_decoder(config)
 
     def draw(path: tuple, shape: tuple[int, ...]) -> jax.Array:
-        noise = rng.standard_normal(shape)
+        if len(shape) > 1 and path[-1] != "embedding":  # drawn as [in, out]: what tests expect is of these
+            noise = rng.standard_normal((*shape[:-2], shape[-1], shape[-2])).swapaxes(-1, -2)
+        else:
+            noise = rng.standard_normal(shape)
         if path[-1] == "scale":
             values = 1 + 0.1 * noise
         elif path[-1] == "bias":

@@ -102,8 +102,8 @@ def test_the_rows_are_the_networks(bank):
     for expert in (0, 2, 8, 17):
         gate, up, down = (np.asarray(matrix, np.float64) for matrix in bank[ExpertId(0, expert)])
         token = rows.slots(expert) // CHOICES
-        inner = (x[token] @ gate) / (1 + np.exp(-(x[token] @ gate))) * (x[token] @ up)
-        np.testing.assert_allclose(together[rows.slots(expert)], inner @ down, rtol=1e-5, atol=1e-5)
+        inner = (x[token] @ gate.T) / (1 + np.exp(-(x[token] @ gate.T))) * (x[token] @ up.T)
+        np.testing.assert_allclose(together[rows.slots(expert)], inner @ down.T, rtol=1e-5, atol=1e-5)
 
 
 def test_what_they_count(bank, host):
