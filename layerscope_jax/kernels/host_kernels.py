@@ -27,7 +27,7 @@ class AddressKernel(NamedTuple):
         piece: rows of an expert that it computes at a time.
         run: compiled, as `loops.run_experts`.
         scratch_bytes: compiled: bytes of scratch that a call of `run` needs.
-        weights: what it takes bfloat16 weights for (`vectors.py`).
+        weights: what it takes bfloat16 weights for (`dots.py`).
     """
 
     name: str

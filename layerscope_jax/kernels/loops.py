@@ -109,7 +109,7 @@ def run_experts(
         hidden: F.
         activation, limit: of the experts' body (`activations.facts_of`).
         outputs: [T * K + 1, D], a row for each slot; those of these experts are written.
-        kind: an array of the type of the weights, whatever it holds (`vectors.py`).
+        kind: an array of the type of the weights, whatever it holds (`dots.py`).
         counter: address of the number of experts taken so far.
         scratch: address of scratch, of which none is needed here.
     """
