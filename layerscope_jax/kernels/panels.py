@@ -1,8 +1,8 @@
 """Products of many queries: a matrix passes panel by panel, the next one laid out while one is multiplied.
 
-With few tokens reading takes the time, and a matrix is best read in whole rows (`weighted_sums`). With many it
-is arithmetic: a panel is a few strips (`strips`), each small enough to stay in the nearest cache until all
-tokens had it. Sums run over the same rows in the same order, so that their bits are the same.
+With few tokens reading takes the time, and a matrix is best read in whole rows (`weighted_sums`). With many
+it is arithmetic: a panel is a few strips (`strips`), each small enough to stay in the nearest cache until
+all tokens had it. Sums run over the same rows in the same order, so that their bits are the same.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A matrix times inputs of many tokens: strips of it stay in the nearest cache until all tokens had them.
 
-With few tokens reading takes the time, and a matrix is best read in whole rows (`weighted_sums`). With many it
-is arithmetic: here the sums of some tokens stay in registers for all rows of a strip, and a weight, loaded once,
-is used for all of them. Sums run over the same rows in the same order, so that their bits are the same.
+With few tokens reading takes the time, and a matrix is best read in whole rows (`weighted_sums`). With many
+it is arithmetic: here the sums of some tokens stay in registers for all rows of a strip, and a weight,
+loaded once, is used for all of them. Sums run over the same rows in the same order, so that their bits are
+the same.
 """
 
 from __future__ import annotations
