@@ -20,6 +20,7 @@ from layerscope_jax.kernels.host_kernels import LOOPS
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.latent_attention import latent_target
 from layerscope_jax.kernels.loops import ARRAYS
+from layerscope_jax.kernels.products import LOOPS as LOOPS_OF_PRODUCTS
 from layerscope_jax.kernels.products import products, products_target
 from layerscope_jax.models.experts import BiasedWeights, ExpertBody, ExpertWeights
 
@@ -114,7 +115,7 @@ def struct(*shape, dtype=np.float32):
 
 OTHERS = {
     "products": (
-        lambda: products_target(FLOAT32, False),
+        lambda: products_target(FLOAT32, LOOPS_OF_PRODUCTS),
         [struct(3, 32), struct(64, 32), struct(32, 32)],
         [struct(3, 64), struct(3, 32)],
     ),
@@ -151,7 +152,7 @@ OTHERS = {
         [struct(2, 3, 8)],
     ),
     "products of heads": (
-        lambda: head_products_target(FLOAT32, False),
+        lambda: head_products_target(FLOAT32, LOOPS_OF_PRODUCTS),
         [struct(2, 3, 32), struct(3, 64, 32)],
         [struct(2, 3, 64)],
     ),
