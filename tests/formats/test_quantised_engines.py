@@ -22,8 +22,8 @@ def plain():
 def test_every_policy_has_the_bits_of_everything_resident(plain, name):
     model = plain.with_format(format_named(name))
     with Engine(model) as engine:
-        expected = run(engine, BATCHES, 3)
         assert engine.generate([[1]], max_new_tokens=1).stats.format == name
+        expected = run(engine, BATCHES, 3)
     for policy in ("lru", "host-only", "presched"):
         budget = 0 if policy == "host-only" else 5 * model.bank.expert_bytes
         config = OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)
