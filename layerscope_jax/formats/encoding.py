@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -104,6 +104,30 @@ def pieces(matrix: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
         yield part, np.asarray(matrix[part], np.float32)
+
+
+def pack_groups(
+    matrix: np.ndarray,
+    group: int,
+    buffers: Sequence[Buffer],
+    pack: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+) -> tuple[np.ndarray, ...]:
+    """Returns the arrays of a matrix [N, K] whose groups of G numbers of a row have scales of their own.
+
+    Args:
+        matrix: to be packed.
+        group: G.
+        buffers: of 4-bit codes [N, K / 2], and of what each group has one of, [N, K / G].
+        pack: float32 groups [G, M], one a column, -> their codes [G, M], and what each has one of [M].
+            NumPy is several times faster so than with short rows.
+    """
+    packed = tuple(np.empty(*buffer) for buffer in buffers)
+    for part, values in pieces(matrix):
+        codes, *rest = pack(np.ascontiguousarray(values.reshape(-1, group).T))
+        packed[0][part] = joined(codes.astype(np.uint8).T.reshape(values.shape))
+        for array, result in zip(packed[1:], rest, strict=True):
+            array[part] = result.reshape(len(values), -1)
+    return packed
 
 
 def check_divides(name: str, group: int, columns: int) -> None:

@@ -16,9 +16,8 @@ from layerscope_jax.formats.encoding import (
     UINT8,
     Encoding,
     check_divides,
-    joined,
     nibbles,
-    pieces,
+    pack_groups,
     scaled,
 )
 
@@ -91,35 +90,29 @@ class Int4(Encoding):
 
     def pack(self, matrix: np.ndarray) -> tuple[np.ndarray, ...]:
         """Returns the arrays of a matrix; of the candidates for a scale, that of least squared error."""
-        packed = tuple(np.empty(*buffer) for buffer in self.arrays(*matrix.shape))
-        for part, values in pieces(matrix):
-            groups = values.reshape(len(values), -1, self.group)
-            for array, result in zip(packed, self._of_groups(groups), strict=True):
-                array[part] = result.reshape(len(values), -1)
-        return packed
+        pack = self._with_zeros if self.zeros else self._symmetric
+        return pack_groups(matrix, self.group, self.arrays(*matrix.shape), pack)
 
-    def _of_groups(self, groups: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Packs float32 groups [..., G]: joined codes [..., G / 2], scales [...], zero points [...]."""
-        if self.zeros:
-            low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
-            scales = self._rounded((high - low) / np.float32(15))
-            zeros = np.clip(np.rint(-low / scales), 0, 15)
-            codes = np.clip(np.rint(groups / scales[..., None]) + zeros[..., None], 0, 15)
-            return joined(codes.astype(np.uint8)), scales, zeros
-        at = np.abs(groups).argmax(-1, keepdims=True)
-        furthest = np.take_along_axis(groups, at, -1)[..., 0]
-        best = self._rounded(furthest / np.float32(-ENDS[0]))
-        least = np.full(best.shape, np.inf, np.float32)
+    def _with_zeros(self, groups: np.ndarray) -> tuple[np.ndarray, ...]:
+        low, high = np.minimum(groups.min(0), 0), np.maximum(groups.max(0), 0)
+        scales = self._rounded((high - low) / np.float32(15))
+        zeros = np.clip(np.rint(-low / scales), 0, 15)
+        return np.clip(np.rint(groups / scales) + zeros, 0, 15), scales, zeros
+
+    def _symmetric(self, groups: np.ndarray) -> tuple[np.ndarray, ...]:
+        low, high = groups.min(0), groups.max(0)
+        furthest = np.where(-low > high, low, high)
+        best, least = np.ones_like(furthest), np.full_like(furthest, np.inf)
         codes, error = np.empty_like(groups), np.empty_like(groups)
         for end in ENDS:
             scales = self._rounded(furthest / np.float32(-end))
             self._codes(groups, scales, codes)
-            np.multiply(codes, scales[..., None], out=error)
+            np.multiply(codes, scales, out=error)
             error -= groups
-            errors = np.einsum("...g,...g->...", error, error)
-            better = errors < least
-            least[better], best[better] = errors[better], scales[better]
-        return joined((self._codes(groups, best, codes) + MIDDLE).astype(np.uint8)), best
+            error *= error
+            errors = error.sum(0)
+            best, least = np.where(errors < least, scales, best), np.minimum(errors, least)
+        return self._codes(groups, best, codes) + np.float32(MIDDLE), best
 
     def _rounded(self, scales: np.ndarray) -> np.ndarray:
         """Returns scales as they are stored, in float32; 1 where one would be zero or no number."""
@@ -129,7 +122,7 @@ class Int4(Encoding):
 
     @staticmethod
     def _codes(groups: np.ndarray, scales: np.ndarray, out: np.ndarray) -> np.ndarray:
-        np.multiply(groups, (1 / scales)[..., None], out=out)
+        np.multiply(groups, 1 / scales, out=out)
         np.rint(out, out=out)
         return np.clip(out, -MIDDLE, MIDDLE - 1, out=out)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from layerscope_jax.formats.base import Buffer
-from layerscope_jax.formats.encoding import UINT8, Encoding, check_divides, joined, nibbles, pieces, scaled
-from layerscope_jax.formats.small_floats import E8M0_BIAS, e2m1, e2m1_codes, e8m0
+from layerscope_jax.formats.encoding import UINT8, Encoding, check_divides, nibbles, pack_groups, scaled
+from layerscope_jax.formats.small_floats import E8M0_BIAS, LARGEST_E2M1, e2m1, e2m1_codes, e8m0
 
 GROUP = 32
 
@@ -44,24 +44,26 @@ class Mxfp4(Encoding):
     def pack(self, matrix: np.ndarray) -> tuple[np.ndarray, ...]:
         """Returns the arrays of a matrix: the power by which the largest number is at most 6, or half of it
         where the error is less with that number clipped."""
-        packed = tuple(np.empty(*buffer) for buffer in self.arrays(*matrix.shape))
-        for part, values in pieces(matrix):
-            groups = values.reshape(len(values), -1, GROUP)
-            largest = np.abs(groups).max(-1)
-            _, exponents = np.frexp(largest / np.float32(6))
-            # frexp's fraction is in 0.5..1, so 2 ** exponent may be twice what is needed, never less.
-            high = np.clip(np.where(largest > 0, exponents, 0), 1 - E8M0_BIAS, E8M0_BIAS - 3)
-            best, least = high, np.full(largest.shape, np.inf, np.float32)
-            for exponent in (high, np.maximum(high - 1, 1 - E8M0_BIAS)):
-                scale = np.ldexp(np.float32(1), exponent)[..., None]
-                error = e2m1(e2m1_codes(groups / scale)) * scale - groups
-                errors = np.einsum("...g,...g->...", error, error)
-                best, least = np.where(errors < least, exponent, best), np.minimum(errors, least)
-            codes = e2m1_codes(groups / np.ldexp(np.float32(1), best)[..., None])
-            packed[0][part] = joined(codes).reshape(len(values), -1)
-            packed[1][part] = best + E8M0_BIAS
-        return packed
+        return pack_groups(matrix, GROUP, self.arrays(*matrix.shape), _pack)
 
     def values(self, arrays: Sequence[Any]) -> Any:
         packed, scales = arrays
         return scaled(e2m1(nibbles(packed)), e8m0(scales))
+
+
+def _pack(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Packs float32 groups [32, M]: codes [32, M], scales [M]."""
+    largest = np.abs(groups).max(0)
+    # The fraction is in 0.5..1, so that 2 ** exponent is at most twice what is needed, and never less.
+    _, exponents = np.frexp(largest / np.float32(LARGEST_E2M1))
+    high = np.clip(np.where(largest > 0, exponents, 0), 1 - E8M0_BIAS, E8M0_BIAS - 3)
+    results = []
+    for exponent in (high, np.maximum(high - 1, 1 - E8M0_BIAS)):
+        scale = np.ldexp(np.float32(1), exponent)
+        codes = e2m1_codes(groups * (1 / scale))
+        error = e2m1(codes) * scale - groups
+        error *= error
+        results.append((error.sum(0), codes, exponent))
+    (errors, codes, exponent), (others, finer, less) = results
+    better = others < errors
+    return np.where(better, finer, codes), np.where(better, less, exponent) + E8M0_BIAS

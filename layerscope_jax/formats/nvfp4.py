@@ -14,8 +14,8 @@ from layerscope_jax.formats.encoding import (
     UINT8,
     Encoding,
     check_divides,
-    joined,
     nibbles,
+    pack_groups,
     pieces,
     scaled,
 )
@@ -57,18 +57,17 @@ class Nvfp4(Encoding):
         return rows, 2 * half
 
     def pack(self, matrix: np.ndarray) -> tuple[np.ndarray, ...]:
-        packed = tuple(np.empty(*buffer) for buffer in self.arrays(*matrix.shape))
         largest = np.float32(max(np.abs(values).max() for _, values in pieces(matrix)))
         whole = largest / np.float32(LARGEST_E2M1 * LARGEST_E4M3) or np.float32(1)
-        packed[2][0] = whole
-        for part, values in pieces(matrix):
-            groups = values.reshape(len(values), -1, GROUP)
-            scales = e4m3_codes(np.abs(groups).max(-1) / np.float32(LARGEST_E2M1) / whole)
+
+        def pack(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            scales = e4m3_codes(np.abs(groups).max(0) / np.float32(LARGEST_E2M1) / whole)
             factors = e4m3(scales) * whole
             factors[factors == 0] = np.inf  # of numbers too small for any scale, which become zero
-            packed[0][part] = joined(e2m1_codes(groups / factors[..., None])).reshape(len(values), -1)
-            packed[1][part] = scales
-        return packed
+            return e2m1_codes(groups / factors), scales
+
+        *buffers, _ = self.arrays(*matrix.shape)
+        return *pack_groups(matrix, GROUP, buffers, pack), np.array([whole], np.float32)
 
     def values(self, arrays: Sequence[Any]) -> Any:
         packed, scales, whole = arrays
