@@ -1,14 +1,26 @@
-"""Formats of experts by their names: the plain ones, and those that `register_format` adds."""
+"""Formats of experts by their names: plain ones, quantised ones, and those that `register_format` adds."""
 
 from __future__ import annotations
 
 from layerscope_jax.formats.base import Buffer, ExpertFormat
 from layerscope_jax.formats.plain import BFLOAT16, FLOAT16, FLOAT32, PlainFormat
+from layerscope_jax.formats.quantised import ENCODINGS, QuantisedFormat, quantised, quantised_named
 from layerscope_jax.models.experts import ExpertWeights
 
-__all__ = ["Buffer", "ExpertFormat", "PlainFormat", "format_named", "plain_of", "register_format"]
+__all__ = [
+    "Buffer",
+    "ExpertFormat",
+    "PlainFormat",
+    "QuantisedFormat",
+    "format_named",
+    "plain_of",
+    "register_format",
+]
 
-_formats: dict[str, ExpertFormat] = {known.name: known for known in (FLOAT32, BFLOAT16, FLOAT16)}
+_formats: dict[str, ExpertFormat] = {
+    known.name: known
+    for known in (FLOAT32, BFLOAT16, FLOAT16, *(quantised(encoding()) for encoding in ENCODINGS))
+}
 
 
 def register_format(added: ExpertFormat) -> ExpertFormat:
@@ -44,12 +56,15 @@ def format_named(name: str) -> ExpertFormat:
     Raises:
         ValueError: if no format has that name; lists the names of all formats.
 
-    >>> format_named("bfloat16")
-    PlainFormat(name='bfloat16')
+    >>> format_named("bfloat16"), format_named("int4-g128-bfloat16")
+    (PlainFormat(name='bfloat16'), QuantisedFormat(name='int4-g128-bfloat16'))
     """
-    if name not in _formats:
+    known = _formats.get(name) or quantised_named(name)
+    if known is None:
         raise ValueError(
-            f"expected one of the formats {', '.join(_formats)}, got {name!r}; "
-            "add others with layerscope_jax.formats.register_format"
+            f"expected one of the formats {', '.join(_formats)}, got {name!r}; others of int4 are called "
+            "int4-g128-bfloat16 or int4-g32-float16-zeros (size of a group, dtype of its scale, whether it "
+            "has a zero point), and of fp8 fp8-channel, fp8-tensor or fp8-64x64 (what has a scale); add "
+            "others with layerscope_jax.formats.register_format"
         )
-    return _formats[name]
+    return known
