@@ -46,6 +46,10 @@ class OffloadConfig:
             keep nothing. If every expert is resident, no predictor is run.
         host_threads: number of threads that compute experts on this machine's CPU. None for one per core,
             less one core if there is an accelerator, for the thread that feeds it.
+        expert_format: format in which the experts are stored, moved and computed, such as "int8", "int4",
+            "mxfp4" or "fp8" (`layerscope_jax.formats`); None for the one that the model was loaded in. The
+            engine converts the experts of a model that has them in another format, and both are in memory
+            until the model is let go of; `load(format=)` converts while it loads, one expert at a time.
         prefill_chunk_size: maximum tokens of a prefill step, including padding. Short prompts share a step; a
             longer prompt is prefilled in several steps, each appending to its caches. The memory of a step
             grows with it: the experts' rows take chunk * K * D numbers, the attention scores
@@ -62,11 +66,13 @@ class OffloadConfig:
     profile: HardwareProfile | MachineProfile | str | Path | None = field(default=None, repr=False)
     predictor: str | Predictor | History | None = field(default=None, repr=False)
     host_threads: int | None = None
+    expert_format: str | None = None
     prefill_chunk_size: int = 4096
     max_num_seqs: int = 32
 
     def __post_init__(self) -> None:
-        # Imported here because both import models, which import this file.
+        # Imported here because all of them import models, which import this file.
+        from layerscope_jax.formats import format_named
         from layerscope_jax.prediction.predictors import make_predictor
         from layerscope_jax.profiling.machine_profile import MachineProfile
 
@@ -89,6 +95,10 @@ class OffloadConfig:
             check(make_predictor, self.predictor)
         counted = threads is None or (is_integer(threads) and threads >= 1)
         expect("host_threads", counted, "1 or more")
+        form = self.expert_format
+        expect("expert_format", isinstance(form, str | None), "the name of a format or None")
+        if isinstance(form, str):
+            check(format_named, form, of="expert_format")
         chunk = self.prefill_chunk_size
         expect("prefill_chunk_size", is_integer(chunk) and chunk >= 16, "16 tokens or more")
         most = self.max_num_seqs

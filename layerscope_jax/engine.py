@@ -116,7 +116,6 @@ class Engine:
         self._turns = Turns()
         self._resources = Resources(self, self._turns)
         self._chat = self._resources.add(Chat(model.path, chat_template))
-        self.model = model
         self.config = config or OffloadConfig()
         self.device = device or model.device
         if self.device != model.device:
@@ -124,6 +123,9 @@ class Engine:
                 f"device must be the model's own, {model.device}, got {self.device}; "
                 "load the model with device= for another"
             )
+        if self.config.expert_format is not None:
+            model = model.with_format(self.config.expert_format)
+        self.model = model
         with self._turns.turn():
             self._build(host_device)
         resources = self._resources

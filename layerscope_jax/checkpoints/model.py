@@ -119,13 +119,16 @@ class Model:
         config, layers = self.config, self.dense["layers"]
         return [layer_type(config, layer).router_of(layers[layer]) for layer in config.moe_layers]
 
-    def with_format(self, format: ExpertFormat) -> Model:
+    def with_format(self, format: str | ExpertFormat) -> Model:
         """The same model with its experts in another format; the experts of both are in memory meanwhile.
 
         Raises:
-            ValueError: if the format does not have what these experts compute.
+            ValueError: if the format does not have what these experts compute, or does not fit their sizes.
         """
-        return dataclasses.replace(self, bank=self.bank.converted(format))
+        form = format_named(format) if isinstance(format, str) else format
+        if form.for_body(self.config.expert_body) == self.bank.format:
+            return self
+        return dataclasses.replace(self, bank=self.bank.converted(form))
 
     def whole(self) -> Decoder:
         """The decoder with every expert on the device, unpacked: the oracle of the engine's tests."""
@@ -178,6 +181,8 @@ def load(
     config, raw, generation = read_configs(folder)
     config, stored = _with_head(config, plain_names(stored_tensors(folder)))
     check_sizes(config, folder, stored)
+    if form is not None:  # refuses what the format cannot hold before anything is read
+        form.for_body(config.expert_body).buffers(config.hidden_size, config.moe_intermediate_size)
     naming, ignored = Naming.of(config, stored.keys()), Ignored(config, family_of(config))
     naming.check(folder, stored, ignored)
     for part, count in ignored.summary(stored.keys() - naming.shapes.keys()).items():

@@ -10,7 +10,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from layerscope_jax.cli import profile_view
-from layerscope_jax.cli.options import Checkpoint, Dtype, LinkBandwidth, Revision, open_model
+from layerscope_jax.cli.options import Checkpoint, Dtype, ExpertFormat, LinkBandwidth, Revision, open_model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.profiling.calibrate import calibrate
 from layerscope_jax.support import exits
@@ -32,6 +32,7 @@ class Calibrate:
     ] = None
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
+    expert_format: ExpertFormat = None
     revision: Revision = None
 
     def run(self) -> int:
@@ -43,7 +44,7 @@ class Calibrate:
         }
         OffloadConfig(**sizes)  # refuses a malformed size before the model is loaded
         with writing("--out", self.out):
-            model = open_model(self.checkpoint, self.dtype, self.revision)
+            model = open_model(self.checkpoint, self.dtype, self.revision, self.expert_format)
             exits.say("measuring; other work on this machine distorts the figures")
             profile = calibrate(model, **sizes)
             profile.save(self.out)

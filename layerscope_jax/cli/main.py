@@ -31,11 +31,13 @@ from layerscope_jax.cli.options import (
     Checkpoint,
     DeviceBudget,
     Dtype,
+    ExpertFormat,
     LinkBandwidth,
     PolicyName,
     Revision,
     folder_of,
     heard,
+    known_format,
     open_model,
     open_predictor,
     open_profile,
@@ -167,6 +169,7 @@ class Generate(RequestOptions):
     ] = 32
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
+    expert_format: ExpertFormat = None
     revision: Revision = None
     numerics: Annotated[
         Literal["exact", "fast"],
@@ -236,8 +239,11 @@ class Generate(RequestOptions):
             return read_template(file)
 
     def _model(self, rows: Sequence[Row], template: str | None) -> str:
-        """Returns the model's name in the lines of completions: its fingerprint, dtype and chat template."""
+        """Returns the model's name in the lines of completions: its fingerprint, dtype, format of experts and
+        chat template."""
         name = fingerprint(self._folder) + (f" as {self.dtype}" if self.dtype else "")
+        if self.expert_format is not None:
+            name += f" with experts in {known_format(self.expert_format)}"
         if any(row.request.messages is not None for row in rows):
             name += f" with chat template {Chat(self._folder, template).digest()}"
         return name
@@ -265,7 +271,7 @@ class Generate(RequestOptions):
         self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None, template: str | None
     ) -> int:
         """Completes the rows; returns how many ended with an error."""
-        model = open_model(str(self._folder), self.dtype)
+        model = open_model(str(self._folder), self.dtype, expert_format=self.expert_format)
         lines = Lines(self._model(rows, template) if file is None else file.model, model.tokenizer, file)
         with closing(Chat(model.path, template)) as chat:
             requests = lines.encode(rows, model, chat)

@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 from layerscope_jax.checkpoints import hub
 from layerscope_jax.checkpoints.model import Model, load
 from layerscope_jax.cli import demo
+from layerscope_jax.formats import format_named
 from layerscope_jax.prediction.predictors import PREDICTORS, Predictor
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.scheduling.registry import policy_names
@@ -54,15 +55,35 @@ Dtype = Annotated[
     arg(help="Converts the weights; without it they keep their dtype."),
 ]
 
+ExpertFormat = Annotated[
+    str | None,
+    arg(
+        metavar="FORMAT",
+        help="Stores the experts in this format, such as int8, int4, mxfp4 or fp8; without it, as the "
+        "checkpoint does.",
+    ),
+]
+
 
 def folder_of(checkpoint: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the folder of a checkpoint, downloaded if need be, or of the shipped model."""
     return hub.folder_of(demo.SHIPPED if checkpoint == SHIPPED else checkpoint, revision, weights=weights)
 
 
-def open_model(checkpoint: str, dtype: str | None = None, revision: str | None = None) -> Model:
+def open_model(
+    checkpoint: str,
+    dtype: str | None = None,
+    revision: str | None = None,
+    expert_format: str | None = None,
+) -> Model:
     """Loads a checkpoint, or the shipped model."""
-    return load(folder_of(checkpoint, revision), dtype=dtype)
+    return load(folder_of(checkpoint, revision), dtype=dtype, format=known_format(expert_format))
+
+
+def known_format(name: str | None) -> str | None:
+    """Returns the name of a format, if it is one, or None."""
+    with option("--expert-format"):
+        return None if name is None else format_named(name).name
 
 
 class Aloud(logging.Handler):

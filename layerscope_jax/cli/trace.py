@@ -8,7 +8,15 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from layerscope_jax.cli.options import Checkpoint, DeviceBudget, Dtype, PolicyName, Revision, open_model
+from layerscope_jax.cli.options import (
+    Checkpoint,
+    DeviceBudget,
+    Dtype,
+    ExpertFormat,
+    PolicyName,
+    Revision,
+    open_model,
+)
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import make_policy
 from layerscope_jax.support import interrupts
@@ -45,6 +53,7 @@ class Record:
     device_budget: DeviceBudget = None
     policy: PolicyName = "lru"
     dtype: Dtype = None
+    expert_format: ExpertFormat = None
     revision: Revision = None
     seed: Annotated[int, arg(help="Seed of the choice and order of passages.")] = 0
 
@@ -66,7 +75,7 @@ class Record:
             offload=OffloadConfig(device_budget=self.device_budget, policy=self.policy),
             seed=self.seed,
         )
-        model = open_model(self.checkpoint, self.dtype, self.revision)
+        model = open_model(self.checkpoint, self.dtype, self.revision, self.expert_format)
         interrupts.promise(f"interrupted; the same command continues {self.out}")
         trace = record(model, config)
         passages = sum(len(chunk.passages) for chunk in trace.chunks)

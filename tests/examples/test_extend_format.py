@@ -162,9 +162,7 @@ def test_another_one_of_its_name_is_refused(example):
 
     with pytest.raises(ValueError, match="there is a format 'float8_e4m3' already"):
         example.register_format(Other())
-    with pytest.raises(
-        ValueError, match="expected one of the formats float32, bfloat16, float16, float8_e4m3"
-    ):
+    with pytest.raises(ValueError, match=r"expected one of the formats float32, .*, float8_e4m3, got"):
         format_named("float9")
 
 

@@ -5,7 +5,7 @@ import pytest
 from exact_cases import agree, run
 from helpers import PROFILE, random_model
 
-from layerscope_jax import Engine, OffloadConfig
+from layerscope_jax import Engine, OffloadConfig, load, save
 from layerscope_jax.formats import format_named
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -33,3 +33,25 @@ def test_every_policy_has_the_bits_of_everything_resident(plain, name):
         _, logits = run(engine, BATCHES, 1)
     first, other = expected[1][0], logits[0]
     assert np.corrcoef(first.ravel(), other.ravel())[0, 1] > (0.97 if "4" in name else 0.99)
+
+
+def test_an_engine_converts_experts_that_are_in_another_format(plain, tmp_path):
+    model = plain.with_format("fp8")
+    assert model.with_format("fp8") is model
+    with Engine(plain, OffloadConfig(expert_format="fp8")) as engine, Engine(model) as other:
+        assert (plain.bank.format.name, engine.model.bank.format.name) == ("float32", "fp8")
+        assert engine.budget_bytes == model.bank.total_bytes
+        agree(run(engine, BATCHES, 2), run(other, BATCHES, 2))
+    for wrong, words in (("int3", "expert_format: expected one of the formats"), (4, "the name of a format")):
+        with pytest.raises(ValueError, match=words):
+            OffloadConfig(expert_format=wrong)
+
+
+def test_sizes_that_a_format_cannot_hold_are_refused_before_anything_is_read(tmp_path):
+    model = random_model(num_layers=1, num_experts=2, qk_norm="all")  # F of 20
+    save(model, tmp_path)
+    with pytest.raises(ValueError, match=r"'int4' stores groups of 32 numbers .* rows of 20"):
+        load(tmp_path, format="int4")
+    with pytest.raises(ValueError, match=r"'int4' stores groups of 32 numbers .* rows of 20"):
+        Engine(model, OffloadConfig(expert_format="int4"))
+    assert load(tmp_path, format="int8").bank.format.name == "int8"
