@@ -69,8 +69,9 @@ WRONG = {
     "fewer flags": {"active": np.ones(3, bool)},
     "a table of another type": {"table": np.zeros(24, np.int32)},
     "a table of another rank": {"table": np.zeros((2, 12), np.uint32)},
-    "a table of three addresses an expert": {"table": np.zeros(2 * (inside.FACTS + 3), np.uint32)},
-    "an odd table": {"table": np.zeros(2 * (inside.FACTS + ARRAYS * EXPERTS) + 2, np.uint32)},
+    "a table without experts": {"table": np.zeros(2 * inside.FACTS, np.uint32)},
+    "a table of experts without addresses": {"table": np.zeros(2 * (inside.FACTS + 3), np.uint32)},
+    "an odd table": {"table": np.zeros(2 * (inside.FACTS + ARRAYS * EXPERTS) + 1, np.uint32)},
     "no table": {"table": np.zeros(1, np.uint32)},
 }
 
