@@ -16,17 +16,14 @@ from layerscope_jax.formats.quantised import QuantisedFormat
 from layerscope_jax.kernels import amx, loops
 from layerscope_jax.kernels.dots import DEEP, HIGH, add_tiles, step_of
 from layerscope_jax.kernels.encodings import (
-    ALONG,
     CHUNK,
     CODE,
     CODES,
-    COLUMNS,
     DEPTH,
     FP8,
     INT8,
     MATRIX,
     PART,
-    ROWS,
     decode,
     facts_of,
 )
@@ -60,7 +57,7 @@ from layerscope_jax.support.njit import njit
 # Addresses of an expert: of codes, scales and what is third of gate, up and down, 0 where there is none; of
 # biases. Then of matrices [F, D], and of [D, F]: encoding, columns and rows that share a scale, scales in a
 # row.
-PARTS, BIAS, FACTS, ARRAYS = 3, 9, 10, 18
+PARTS, BIAS, FACTS, EACH, ARRAYS = 3, 9, 10, 5, 20
 
 FEW_HIGH = PART
 """Inputs at once for up to 16 tokens: 64 rows of them, written out, stay in the nearest cache."""
@@ -71,7 +68,7 @@ def addresses_of(format: QuantisedFormat, width: int, hidden: int, pointers: Seq
 
     >>> facts = addresses_of(quantised(Int8()), 64, 32, [1, 2, 3, 4, 5, 6])
     >>> facts[:BIAS], facts[FACTS:]
-    ([1, 2, 0, 3, 4, 0, 5, 6, 0], [0, 64, 1, 1, 0, 32, 1, 1])
+    ([1, 2, 0, 3, 4, 0, 5, 6, 0], [0, 64, 1, 1, 0, 0, 32, 1, 1, 0])
     """
     count, result = len(format.encoding.fields), []
     for which in range(3):
@@ -85,12 +82,12 @@ def addresses_of(format: QuantisedFormat, width: int, hidden: int, pointers: Seq
 @njit(cache=True, nogil=True)
 def matrix_of(addresses, which, rows, depth, kind):
     """[MATRIX] of an expert's gate (0), up (1) or down (2)."""
-    matrix, facts = np.empty(MATRIX, np.int64), FACTS + 4 * (which == 2)
+    matrix, facts = np.empty(MATRIX, np.int64), FACTS + EACH * (which == 2)
     for part in range(PARTS):
         matrix[CODES + part] = addresses[PARTS * which + part]
     matrix[DEPTH] = depth
-    matrix[CODE], matrix[COLUMNS] = addresses[facts], addresses[facts + 1]
-    matrix[ROWS], matrix[ALONG] = addresses[facts + 2], addresses[facts + 3]
+    for fact in range(EACH):
+        matrix[CODE + fact] = addresses[facts + fact]
     return matrix
 
 
@@ -111,8 +108,8 @@ def row_of(matrix, depth, row):
 def encoded_dots(x, matrix, first, last, outputs, kind):
     """As `dots.dot_products`, with rows of a matrix written out as numbers of the type of `kind`."""
     depth, count, size = matrix[DEPTH], last - first, kind.itemsize
-    rows, scratch = np.empty((HIGH, DEEP + CHUNK), kind.dtype), np.empty((2, 2 * DEEP // CHUNK), np.float32)
-    at, stride, spare = rows.ctypes.data, rows.strides[0], np.empty((len(x), HIGH), np.float32)
+    rows, spare = np.empty((HIGH, DEEP + CHUNK), kind.dtype), np.empty((len(x), HIGH), np.float32)
+    at, stride = rows.ctypes.data, rows.strides[0]
     outputs[:, :count] = 0
     for p in range(0, count, HIGH):
         high = min(HIGH, count - p)
@@ -124,15 +121,14 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
                 for byte in range(line * k // depth, line * (k + part) // depth, 64):
                     ask(begin + byte)
                 to = at + stride * row
-                decode(matrix, first + p + row, k, part // CHUNK, scratch, to, CHUNK * size, kind)
+                decode(matrix, first + p + row, k, part // CHUNK, to, CHUNK * size, kind)
             if high == HIGH:
-                add_tiles(at, stride, x[:, k:], part // step_of(kind), outputs[:, p:], at, kind)
+                add_tiles(at, stride, x[:, k:], part // step_of(kind), outputs[:, p:], 0, kind)
             else:  # one row after the other, as all of a tile
                 for row in range(high):
                     spare[:] = 0
-                    add_tiles(
-                        at + stride * row, np.int64(0), x[:, k:], part // step_of(kind), spare, at, kind
-                    )
+                    begin = at + stride * row
+                    add_tiles(begin, np.int64(0), x[:, k:], part // step_of(kind), spare, 0, kind)
                     for m in range(len(x)):
                         outputs[m, p + row] += spare[m, 0]
     rows[0, 0] = 0  # kept until here
@@ -141,10 +137,9 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
 @njit(cache=True, nogil=True)
 def stage(matrix, depth, first, rows, begin, steps, to, kind):
     """As `amx.stage`, of encoded rows."""
-    scratch = np.empty((2, 2 * amx.HIGH // CHUNK), np.float32)
     for line in range(rows):
         tile = to + line // TILE * (steps * 1024) + line % TILE * 64
-        decode(matrix, first + line, begin, steps, scratch, tile, 1024, kind)
+        decode(matrix, first + line, begin, steps, tile, 1024, kind)
 
 
 @njit(cache=True, nogil=True)

@@ -8,6 +8,7 @@ numbers (`MATRIX`), so that one compiled loop reads every encoding.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from layerscope_jax.formats.quantised import QuantisedFormat
-from layerscope_jax.kernels.numbers import float_of, pointer
+from layerscope_jax.kernels.numbers import pointer
 from layerscope_jax.kernels.strips import repeat
 from layerscope_jax.kernels.vectors import INT, LONG, WIDE, WORD, external, read
 from layerscope_jax.support.njit import njit
@@ -28,10 +29,10 @@ CHUNK = 32
 PART = 256
 """Fewest numbers of a row that a product asks for: no scale is shared by numbers of several parts."""
 
-# Of a matrix: its encoding; addresses of codes, scales and what is third; K; columns and rows that share a
-# scale, and scales in a row.
-CODE, CODES, SCALES, THIRD, DEPTH, COLUMNS, ROWS, ALONG = range(8)
-MATRIX = 8
+# Of a matrix: addresses of codes, scales and what is third; K; its encoding; columns and rows that share a
+# scale, scales in a row; chunks that share one, as a power of two.
+CODES, SCALES, THIRD, DEPTH, CODE, COLUMNS, ROWS, ALONG, SHARED = range(9)
+MATRIX = 9
 
 INT8, FP8, INT4_FLOAT16, INT4_BFLOAT16, MXFP4, NVFP4 = range(6)
 
@@ -102,45 +103,65 @@ def looked_up(builder: Any, table: Any, codes: Any, to: Any, words: bool, count:
         write(builder, found, builder.add(to, LONG(4 * LANES * part)))
 
 
-def four_bits(entries: list[float], zeros: bool, parts: int, step: int = 4) -> Any:
+def scale_at(builder: Any, kind: str, address: Any) -> Any:
+    """The scale of a kind that lies at an address, as float32."""
+    if kind == "float16":
+        return builder.fpext(read(builder, address, ir.HalfType(), 2), FLOAT)
+    if kind == "bfloat16":
+        bits = builder.zext(read(builder, address, WORD, 2), INT)
+        return builder.bitcast(builder.shl(bits, INT(16)), FLOAT)
+    code = read(builder, address, BYTE, 1)
+    if kind == "e8m0":  # of 0, 2 ** -127, which has leading zeros in its fraction
+        bits = builder.shl(builder.zext(code, INT), INT(23))
+        least = INT(0x00400000)
+        return builder.bitcast(builder.select(builder.icmp_unsigned("<", bits, least), least, bits), FLOAT)
+    size = builder.zext(builder.and_(code, BYTE(0x7F)), WORD)
+    sign = builder.shl(builder.zext(builder.and_(code, BYTE(0x80)), WORD), WORD(8))
+    small = builder.bitcast(builder.or_(sign, builder.shl(size, WORD(7))), ir.HalfType())
+    value = builder.fmul(builder.fpext(small, FLOAT), FLOAT(256.0))
+    return builder.select(builder.icmp_unsigned("==", size, WORD(0x7F)), FLOAT(float("nan")), value)
+
+
+def four_bits(entries: Sequence[float], scale: str, zeros: bool = False, parts: int = 1) -> Any:
     """A function that writes chunks of numbers of 4 bits.
 
-    It takes addresses: of the codes, of a float32 scale for each `parts`-th part of a chunk, and of a float32
-    zero point each where there are any; the number of chunks; where to write, and bytes from one chunk to the
-    next. At last, an array of the type that is written: float32, or bfloat16 as its bits.
+    It takes addresses of the codes, of their scales, and of zero points, of 8 bits; how many chunks share a
+    scale, as a power of two; a float32 that all scales are multiplied with; chunks; where to write, and bytes
+    from one chunk to the next. At last, an array of the type that is written: float32 or bits of bfloat16.
 
     Args:
         entries: what the 16 codes stand for.
-        zeros: whether zero points are taken off these.
-        parts: of a chunk, each with a scale.
-        step: bytes from a scale to the next one; 0 for one scale of all chunks.
+        scale: of which kind scales are (`scale_at`).
+        zeros: whether there are zero points, which are taken off these.
+        parts: scales of a chunk.
     """
+    bits = {"float16": 16, "bfloat16": 16}.get(scale, 8)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, scales, offsets, chunks, to, far, _ = arguments
+        codes, scales, points, shared, factor, chunks, to, far, _ = arguments
         words = signature.args[-1].dtype is not types.float32
         kind = ir.VectorType(FLOAT, LANES)
 
         def chunk(turn: Any, _: list[Any]) -> list[Any]:
-            at, out = (
-                builder.add(base, builder.mul(turn, step)) for base, step in ((codes, LONG(16)), (to, far))
-            )
+            at = builder.add(codes, builder.mul(turn, LONG(16)))
+            out = builder.add(to, builder.mul(turn, far))
+            group = builder.lshr(turn, shared) if parts == 1 else builder.mul(turn, LONG(parts))
             for part in range(parts):
-                place = builder.add(builder.mul(turn, LONG(step * parts)), LONG(step * part))
-                table: Any = kind(entries)
+                index = builder.add(group, LONG(part))
+                table: Any = kind([float(entry) for entry in entries])
                 if zeros:
-                    table = builder.fsub(
-                        table, spread(builder, read(builder, builder.add(offsets, place), FLOAT, 4))
-                    )
-                table = builder.fmul(
-                    table, spread(builder, read(builder, builder.add(scales, place), FLOAT, 4))
-                )
-                size = (2 if words else 4) * CHUNK // parts
+                    point = read(builder, builder.add(points, index), BYTE, 1)
+                    table = builder.fsub(table, spread(builder, builder.uitofp(point, FLOAT)))
+                place = builder.add(scales, builder.mul(index, LONG(bits // 8)))
+                number = scale_at(builder, scale, place)
+                if scale == "e4m3":
+                    number = builder.fmul(number, factor)
+                table = builder.fmul(table, spread(builder, number))
                 looked_up(
                     builder,
                     table,
                     builder.add(at, LONG(16 // parts * part)),
-                    builder.add(out, LONG(size * part)),
+                    builder.add(out, LONG((2 if words else 4) * CHUNK // parts * part)),
                     words,
                     CHUNK // parts,
                 )
@@ -149,8 +170,9 @@ def four_bits(entries: list[float], zeros: bool, parts: int, step: int = 4) -> A
         repeat(builder, chunks, [], chunk)
         return context.get_dummy_value()
 
-    def typed(typing, codes, scales, offsets, chunks, to, far, kind):
-        return types.void(*[types.int64] * 6, kind), build
+    def typed(typing, codes, scales, points, shared, factor, chunks, to, far, kind):
+        long = types.int64
+        return types.void(long, long, long, long, types.float32, long, long, long, kind), build
 
     return intrinsic(typed)
 
@@ -200,113 +222,62 @@ def eight_bits(small_float: bool) -> Any:
     return intrinsic(typed)
 
 
-write_int4 = four_bits([float(code - 8) for code in range(16)], zeros=False, parts=1)
-write_int4_group = four_bits([float(code) for code in range(16)], zeros=True, parts=1, step=0)
-write_mxfp4 = four_bits([*E2M1, *(-value for value in E2M1)], zeros=False, parts=1)
-write_nvfp4 = four_bits([*E2M1, *(-value for value in E2M1)], zeros=False, parts=2)
+INTEGERS, FLOATS = range(-8, 8), (*E2M1, *(-value for value in E2M1))
+
+write_float16, write_bfloat16 = (four_bits(INTEGERS, scale) for scale in ("float16", "bfloat16"))
+write_float16_zeros, write_bfloat16_zeros = (
+    four_bits(range(16), scale, zeros=True) for scale in ("float16", "bfloat16")
+)
+write_mxfp4, write_nvfp4 = four_bits(FLOATS, "e8m0"), four_bits(FLOATS, "e4m3", parts=2)
 write_int8, write_fp8 = eight_bits(small_float=False), eight_bits(small_float=True)
 
 
-@intrinsic
-def float_of_half(typing: Any, bits: Any) -> Any:
-    """The float16 with these bits, as float32."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), FLOAT)
-
-    return types.float32(types.uint16), build
-
-
-SMALLEST = np.uint32(0x00400000)
-"""Bits of 2 ** -127."""
-
-
 @njit(cache=True, nogil=True)
-def scales_of(matrix, row, k, chunks, scales, zeros):
-    """Writes the float32 scales, and zero points, of chunks of a row of numbers of 4 bits.
-
-    Args:
-        scales: [chunks], or twice as many for NVFP4.
-    """
-    code, along, each = matrix[CODE], matrix[ALONG], matrix[COLUMNS]
-    if code == NVFP4:
-        codes = carray(pointer(matrix[SCALES] + along * row + k // 16), 2 * chunks, np.uint8)
-        whole = carray(pointer(matrix[THIRD]), 1, np.float32)[0]
-        for index in range(np.uint64(2 * chunks)):
-            size = np.uint16(codes[index] & np.uint8(0x7F))
-            sign = np.uint16(codes[index] & np.uint8(0x80)) << np.uint16(8)
-            value = float_of_half(sign | (size << np.uint16(7))) * np.float32(256)
-            scales[index] = (np.float32(np.nan) if size == np.uint16(0x7F) else value) * whole
-        return
-    if code == MXFP4:
-        codes = carray(pointer(matrix[SCALES] + along * row + k // CHUNK), chunks, np.uint8)
-        for index in range(np.uint64(chunks)):
-            bits = np.uint32(codes[index]) << np.uint32(23)
-            scales[index] = float_of(SMALLEST if bits == np.uint32(0) else bits)
-        return
-    first, repeats = k // each, each // CHUNK  # groups are whole in a row, and K is cut where they end
-    count = (chunks + repeats - 1) // repeats
-    halves = carray(pointer(matrix[SCALES] + 2 * (along * row + first)), count, np.uint16)
-    if code == INT4_FLOAT16:
-        for group in range(np.uint64(count)):
-            scales[group] = float_of_half(halves[group])
-    else:
-        for group in range(np.uint64(count)):
-            scales[group] = float_of(np.uint32(halves[group]) << np.uint32(16))
-    if matrix[THIRD] != 0:
-        points = carray(pointer(matrix[THIRD] + along * row + first), count, np.uint8)
-        for group in range(np.uint64(count)):
-            zeros[group] = np.float32(points[group])
-    else:
-        for group in range(np.uint64(count)):
-            zeros[group] = np.float32(8)
-
-
-@njit(cache=True, nogil=True)
-def decode(matrix, row, k, chunks, scratch, to, far, kind):
+def decode(matrix, row, k, chunks, to, far, kind):
     """Writes what chunks of a row of a matrix stand for, from column `k` on.
 
     Args:
         matrix: [MATRIX] of it.
         k: a multiple of the numbers that share a scale.
-        scratch: [2, 2 * chunks] float32.
         to: address of the first number.
         far: bytes from one chunk to the next.
         kind: an array of the type that is written: float32, or bfloat16 as its bits.
     """
-    code = matrix[CODE]
+    code, along = matrix[CODE], matrix[ALONG]
     if code == INT8 or code == FP8:
-        at, begin = matrix[CODES] + matrix[DEPTH] * row, 0
-        block = matrix[COLUMNS]
-        scales = carray(
-            pointer(matrix[SCALES] + 4 * matrix[ALONG] * (row // matrix[ROWS])), matrix[ALONG], np.float32
-        )
+        at, begin, block = matrix[CODES] + matrix[DEPTH] * row, 0, matrix[COLUMNS]
+        first = matrix[SCALES] + 4 * along * (row // matrix[ROWS] if matrix[ROWS] > 1 else row)
         while begin < chunks:
-            column = k + CHUNK * begin
-            count = min(chunks - begin, (block - column % block) // CHUNK)
-            scale, codes, out = scales[column // block], at + column, to + far * begin
+            column, index, count = k + CHUNK * begin, 0, chunks - begin
+            if along > 1:
+                index = column // block
+                count = min(count, (block * (index + 1) - column) // CHUNK)
+            scale = carray(pointer(first + 4 * index), 1, np.float32)[0]
             if code == INT8:
-                write_int8(codes, scale, count, out, far, kind)
+                write_int8(at + column, scale, count, to + far * begin, far, kind)
             else:
-                write_fp8(codes, scale, count, out, far, kind)
+                write_fp8(at + column, scale, count, to + far * begin, far, kind)
             begin += count
         return
-    scales_of(matrix, row, k, chunks, scratch[0], scratch[1])
-    at = matrix[CODES] + (matrix[DEPTH] * row + k) // 2
-    scales, zeros = scratch[0].ctypes.data, scratch[1].ctypes.data
+    at, shared, one = matrix[CODES] + (matrix[DEPTH] * row + k) // 2, matrix[SHARED], np.float32(1)
+    if code == NVFP4:
+        scales, whole = matrix[SCALES] + along * row + k // 16, carray(pointer(matrix[THIRD]), 1, np.float32)
+        write_nvfp4(at, scales, 0, shared, whole[0], chunks, to, far, kind)
+        return
+    first = along * row + (k // CHUNK >> shared)
     if code == MXFP4:
-        write_mxfp4(at, scales, 0, chunks, to, far, kind)
-    elif code == NVFP4:
-        write_nvfp4(at, scales, 0, chunks, to, far, kind)
+        write_mxfp4(at, matrix[SCALES] + first, 0, shared, one, chunks, to, far, kind)
+        return
+    scales, points = matrix[SCALES] + 2 * first, matrix[THIRD] + first
+    if code == INT4_FLOAT16:
+        if matrix[THIRD] == 0:
+            write_float16(at, scales, points, shared, one, chunks, to, far, kind)
+        else:
+            write_float16_zeros(at, scales, points, shared, one, chunks, to, far, kind)
+    elif matrix[THIRD] == 0:
+        write_bfloat16(at, scales, points, shared, one, chunks, to, far, kind)
     else:
-        repeats = matrix[COLUMNS] // CHUNK
-        for group in range(1 if repeats == 1 and matrix[THIRD] == 0 else (chunks + repeats - 1) // repeats):
-            if repeats == 1 and matrix[THIRD] == 0:
-                write_int4(at, scales, 0, chunks, to, far, kind)
-            else:
-                count = min(repeats, chunks - group * repeats)
-                write_int4_group(at, scales + 4 * group, zeros + 4 * group, count, to, far, kind)
-            at, to = at + CHUNK // 2 * repeats, to + far * repeats
+        write_bfloat16_zeros(at, scales, points, shared, one, chunks, to, far, kind)
 
 
 @functools.cache
@@ -315,25 +286,26 @@ def suit(format: QuantisedFormat, width: int, hidden: int) -> bool:
     return able() and None not in (facts_of(format, hidden, width), facts_of(format, width, hidden))
 
 
-def facts_of(format: QuantisedFormat, rows: int, depth: int) -> tuple[int, int, int, int] | None:
-    """Returns CODE, COLUMNS, ROWS, ALONG of matrices [rows, depth]; None where `decode` cannot read them."""
+def facts_of(format: QuantisedFormat, rows: int, depth: int) -> tuple[int, ...] | None:
+    """Returns CODE to SHARED of matrices [rows, depth]; None where `decode` cannot read them."""
     encoding: Any = format.encoding
     kind = type(encoding).__name__
     if depth % CHUNK:
         return None
     if kind == "Int8":
-        return INT8, depth, 1, 1
+        return INT8, depth, 1, 1, 0
     if kind == "Fp8":
         high, wide = encoding.block(rows, depth)
-        wide = min(wide, -(-depth // CHUNK) * CHUNK)
-        return None if wide % CHUNK else (FP8, wide, high, -(-depth // wide))
+        along = -(-depth // wide)
+        return None if along > 1 and wide % CHUNK else (FP8, wide, high, along, 0)
     if kind == "Int4":
-        code = INT4_FLOAT16 if encoding.scale == "float16" else INT4_BFLOAT16
-        if depth % encoding.group or PART % encoding.group:
+        group = encoding.group
+        if depth % group or PART % group:
             return None
-        return code, encoding.group, 1, depth // encoding.group
+        code = INT4_FLOAT16 if encoding.scale == "float16" else INT4_BFLOAT16
+        return code, group, 1, depth // group, (group // CHUNK).bit_length() - 1
     if kind == "Mxfp4":
-        return MXFP4, CHUNK, 1, depth // CHUNK
+        return MXFP4, CHUNK, 1, depth // CHUNK, 0
     if kind == "Nvfp4":
-        return NVFP4, CHUNK // 2, 1, depth // (CHUNK // 2)
+        return NVFP4, CHUNK // 2, 1, depth // (CHUNK // 2), 0
     return None

@@ -59,7 +59,7 @@ def rows_of(kernel, inputs, tokens, weights, format):
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(data=st.data(), count=st.integers(1, 80), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_they_are_plain_experts_bit_for_bit(name, data, count, seed):
     shape, body = data.draw(st.sampled_from(SHAPES)), data.draw(st.sampled_from(BODIES))
     dtype, way = data.draw(st.sampled_from(WAYS))
