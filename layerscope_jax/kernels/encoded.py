@@ -74,9 +74,9 @@ def addresses_of(format: QuantisedFormat, width: int, hidden: int, pointers: Seq
     for which in range(3):
         arrays = list(pointers[count * which : count * (which + 1)])
         result += arrays + [0] * (PARTS - count)
-    facts = facts_of(format, hidden, width), facts_of(format, width, hidden)
-    assert facts[0] is not None and facts[1] is not None  # `encodings.suit`
-    return [*result, pointers[-1] if format.body.bias else 0, *facts[0], *facts[1]]
+    facts = [facts_of(format, hidden, width), facts_of(format, width, hidden)]
+    numbers = [number for some in facts if some is not None for number in some]
+    return [*result, pointers[-1] if format.body.bias else 0, *numbers]
 
 
 @njit(cache=True, nogil=True)
@@ -100,7 +100,7 @@ def bias_of(addresses, width, hidden, kind):
 @njit(cache=True, nogil=True)
 def row_of(matrix, depth, row):
     """Where a row's codes begin, and the bytes of one."""
-    size = depth if matrix[CODE] == INT8 or matrix[CODE] == FP8 else depth // 2
+    size = depth if matrix[CODE] in (INT8, FP8) else depth // 2
     return matrix[CODES] + size * row, size
 
 

@@ -244,7 +244,7 @@ def decode(matrix, row, k, chunks, to, far, kind):
         kind: an array of the type that is written: float32, or bfloat16 as its bits.
     """
     code, along = matrix[CODE], matrix[ALONG]
-    if code == INT8 or code == FP8:
+    if code in (INT8, FP8):
         at, begin, block = matrix[CODES] + matrix[DEPTH] * row, 0, matrix[COLUMNS]
         first = matrix[SCALES] + 4 * along * (row // matrix[ROWS] if matrix[ROWS] > 1 else row)
         while begin < chunks:
