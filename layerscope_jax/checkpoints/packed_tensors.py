@@ -40,12 +40,14 @@ class PackedTensor:
     """Where the tensors of a matrix, or of a stack of matrices, lie; like a `StoredTensor` of its numbers.
 
     Attributes:
+        name: for messages: of the matrix.
         encoding: how each matrix is stored.
         shape: of the numbers: [N, K], or [E, N, K] of a stack.
         parts: the tensors, by their short names ("weight_scale").
         convert: makes the arrays of the encoding from them.
     """
 
+    name: str
     encoding: Encoding
     shape: tuple[int, ...]
     parts: Mapping[str, StoredTensor]
@@ -81,4 +83,4 @@ class PackedTensor:
         try:
             return PackedMatrix(self.encoding, self.convert(arrays))
         except ValueError as error:
-            raise ValueError(f"{self.file}: {error}") from None
+            raise ValueError(f"{self.file}: {self.name}: {error}") from None

@@ -8,10 +8,11 @@ from typing import Any
 
 from layerscope_jax.checkpoints.packed_tensors import PackedTensor
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor
-from layerscope_jax.checkpoints.schemes import SCHEMES, Scheme
+from layerscope_jax.checkpoints.schemes import SCHEMES, Scheme, refuse_order
 from layerscope_jax.checkpoints.weight_names import LISTED, Naming
 from layerscope_jax.formats import ExpertFormat
 from layerscope_jax.formats.encoding import Encoding
+from layerscope_jax.formats.int4 import Int4
 from layerscope_jax.models.quantisation import Quantisation, read_quantisation
 
 UNUSED = (".input_scale", ".input_global_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
@@ -57,10 +58,13 @@ def put_together(
         try:
             parts = _parts(scheme, base + separator, tensor, stored)
             encoding, shape, convert = scheme.make(parts, said)
+            if said.reorders and isinstance(encoding, Int4) and "g_idx" in parts:
+                refuse_order(parts["g_idx"].read(), encoding.group)
         except ValueError as error:
             wrong.append(f"{base}{separator}{error}")
             continue
-        result[base + scheme.weight] = PackedTensor(encoding, shape, parts, convert)
+        weight = base + scheme.weight
+        result[weight] = PackedTensor(weight, encoding, shape, parts, convert)
         for part in parts:
             left.pop(base + separator + part, None)
     if wrong:

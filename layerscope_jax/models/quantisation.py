@@ -24,12 +24,14 @@ class Quantisation:
         method: `quant_method`.
         block: rows and columns of an FP8 block, where config.json gives them.
         zeros: whether groups of GPTQ or AWQ have zero points.
+        reorders: whether the groups of GPTQ may be of inputs that are not neighbours (`desc_act`).
         zero_offset: what is added to a stored zero point: 1 in the first version of GPTQ.
     """
 
     method: str
     block: tuple[int, int] | None = None
     zeros: bool = False
+    reorders: bool = False
     zero_offset: int = 0
 
 
@@ -84,7 +86,13 @@ def read_quantisation(given: Any) -> Quantisation | None:
     problems.raise_any(remedy="use the original checkpoint, or one quantised so")
     first = method == "gptq" and given.get("checkpoint_format", "gptq") == "gptq"
     zeros = given.get("zero_point", True) if method == "awq" else not given.get("sym", True)
-    return Quantisation(method, None if block is None else (block[0], block[1]), bool(zeros), int(first))
+    return Quantisation(
+        method,
+        None if block is None else (block[0], block[1]),
+        zeros=bool(zeros),
+        reorders=bool(given.get("desc_act")),
+        zero_offset=int(first),
+    )
 
 
 def _check_groups(groups: Any, problems: Problems) -> None:
