@@ -68,6 +68,7 @@ COMPILES = (
     "tests/checkpoints/test_checkpoints.py::test_a_long_list_of_wrong_tensors_ends_with_their_number",
     "tests/checkpoints/test_checkpoints.py::test_a_model_of_a_decoder_computes_the_same",
     "tests/checkpoints/test_checkpoints.py::test_what_is_saved_is_loaded_bit_for_bit",
+    "tests/checkpoints/test_quantised_checkpoints.py::test_an_engine_runs_one",
     "tests/offload/test_executors.py",
     "tests/offload/test_link_thread.py::test_an_engine_whose_links_thread_has_ended_says_so",
     "tests/simulation/test_comparison.py",

@@ -11,10 +11,17 @@ from typing import Any
 from layerscope_jax.checkpoints.ignored import Ignored
 from layerscope_jax.checkpoints.model import common_dtype, read_configs
 from layerscope_jax.checkpoints.other_formats import refuse_other_formats
+from layerscope_jax.checkpoints.packed_tensors import PackedTensor
 from layerscope_jax.checkpoints.parameters import ROUTED, active_parameters, parameters_by_part, part_of
+from layerscope_jax.checkpoints.quantised_tensors import (
+    encoding_of_experts,
+    put_together,
+    quantisation_of,
+)
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, dtype_named, stored_tensors
 from layerscope_jax.checkpoints.tokenizer_files import tokenizer_file
 from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
+from layerscope_jax.formats import format_named, quantised
 from layerscope_jax.models.cache import cache_bytes
 from layerscope_jax.models.config import ModelConfig
 
@@ -51,6 +58,7 @@ class Description:
         cache_bytes: of one sequence of 1,000 positions, in `dtype`.
         dtype: of the weights once they are loaded.
         quantization: how the stored weights are packed, as config.json says; None if they are not.
+        expert_format: format of the experts once they are loaded.
         expert_bytes: of one expert once it is loaded.
         parameters: by part.
         active_parameters: those that a token needs: all but the experts that it does not choose.
@@ -75,6 +83,7 @@ class Description:
     cache_bytes: int
     dtype: str
     quantization: str | None
+    expert_format: str
     expert_bytes: int
     parameters: dict[str, int]
     active_parameters: int
@@ -101,17 +110,19 @@ def describe(folder: Path) -> Description:
     refuse_other_formats(folder)
     config, raw, _ = read_configs(folder)
     family = family_of(config)
-    stored, dtype = None, raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    stored, encoding, dtype = None, None, raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if any(folder.glob("*.safetensors")):
-        tensors = plain_names(stored_tensors(folder))
+        tensors = put_together(folder, raw, plain_names(stored_tensors(folder)))
         check_sizes(config, folder, tensors)
         naming, ignored = Naming.of(config, tensors.keys()), Ignored(config, family)
         naming.check(folder, tensors, ignored)
         stored = _stored(naming, tensors, ignored)
         dtype = common_dtype(folder, naming, tensors, raw).name
+        encoding = encoding_of_experts(folder, naming, tensors)
     parameters, size = parameters_by_part(config), dtype_named(dtype).itemsize
     windows = [config.layer_kind(layer).sliding_window for layer in range(config.num_layers)]
-    quantized = raw.get("quantization_config")
+    said = quantisation_of(raw)
+    form = (format_named(dtype) if encoding is None else quantised(encoding)).for_body(config.expert_body)
     return Description(
         folder=str(folder),
         family=config.family,
@@ -125,8 +136,9 @@ def describe(folder: Path) -> Description:
         attention=_attention(config),
         cache_bytes=cache_bytes(config, 1, POSITIONS, size),
         dtype=dtype,
-        quantization=quantized.get("quant_method") if isinstance(quantized, Mapping) else None,
-        expert_bytes=config.expert_bytes(size),
+        quantization=None if said is None else said.method,
+        expert_format=form.name,
+        expert_bytes=form.expert_bytes(config.hidden_size, config.moe_intermediate_size),
         parameters=parameters,
         active_parameters=active_parameters(config, parameters),
         context=config.max_position_embeddings,
@@ -138,13 +150,14 @@ def describe(folder: Path) -> Description:
     )
 
 
-def _stored(naming: Naming, tensors: Mapping[str, StoredTensor], ignored: Ignored) -> Stored:
+def _stored(naming: Naming, tensors: Mapping[str, StoredTensor | PackedTensor], ignored: Ignored) -> Stored:
     parts: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for name, tensor in tensors.items():
-        counts[tensor.dtype] += 1
-        sizes[tensor.dtype] += tensor.size
+        for part in tensor.parts.values() if isinstance(tensor, PackedTensor) else (tensor,):
+            counts[part.dtype] += 1
+            sizes[part.dtype] += part.size
         if name in naming.uses:
             key = naming.uses[name][0][0].keys[0]
             parts[ROUTED if key in naming.experts else part_of(key)] += tensor.size

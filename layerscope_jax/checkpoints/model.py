@@ -24,6 +24,8 @@ from layerscope_jax.checkpoints.generation_defaults import generation_defaults
 from layerscope_jax.checkpoints.hub import folder_of
 from layerscope_jax.checkpoints.ignored import Ignored
 from layerscope_jax.checkpoints.other_formats import refuse_other_formats
+from layerscope_jax.checkpoints.packed_tensors import PackedTensor
+from layerscope_jax.checkpoints.quantised_tensors import encoding_of_experts, put_together
 from layerscope_jax.checkpoints.safetensors_io import (
     DTYPES,
     SINGLE,
@@ -37,7 +39,7 @@ from layerscope_jax.checkpoints.safetensors_io import (
 from layerscope_jax.checkpoints.tensor_reader import TensorReader
 from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
 from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
-from layerscope_jax.formats import ExpertFormat, format_named
+from layerscope_jax.formats import ExpertFormat, QuantisedFormat, format_named, quantised
 from layerscope_jax.models import Decoder, ExpertParam, config_from_hf, with_generation
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
@@ -47,6 +49,8 @@ from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import is_there, read_json, replace_files
 
 logger = logging.getLogger(__name__)
+
+Tensor = StoredTensor | PackedTensor
 
 PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
 
@@ -159,7 +163,8 @@ def load(
         device: device that holds the dense parameters, and whose pinned host memory holds the experts; None
             for the default device.
         format: format in which the experts are stored (`layerscope_jax.formats`), or its name; None keeps
-            them in the dtype of the other weights.
+            those that the checkpoint holds quantised as they are, and others in the dtype of the other
+            weights. Other quantised weights are converted to that dtype while they are read.
         revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
 
     Returns:
@@ -179,7 +184,7 @@ def load(
     folder = folder_of(folder, revision)
     refuse_other_formats(folder)
     config, raw, generation = read_configs(folder)
-    config, stored = _with_head(config, plain_names(stored_tensors(folder)))
+    config, stored = _with_head(config, put_together(folder, raw, plain_names(stored_tensors(folder))))
     check_sizes(config, folder, stored)
     if form is not None:  # refuses what the format cannot hold before anything is read
         form.for_body(config.expert_body).buffers(config.hidden_size, config.moe_intermediate_size)
@@ -189,9 +194,14 @@ def load(
         logger.info("%s: %d tensors are not needed and passed over: %s", folder, count, part)
     stored = {name: stored[name] for name in naming.shapes}
     target = dtype_named(dtype) if dtype is not None else common_dtype(folder, naming, stored, raw)
+    encoding = encoding_of_experts(folder, naming, stored, form)
+    if form is None and encoding is not None:
+        form = quantised(encoding)
+    as_stored = isinstance(form, QuantisedFormat) and form.encoding == encoding
 
     with _progress(sum(tensor.size for tensor in stored.values())) as advance:
-        reader, sharding = TensorReader(naming, stored, target, advance), device_sharding(device)
+        reader = TensorReader(naming, stored, target, advance, as_stored)
+        sharding = device_sharding(device)
         dense = {
             path: jax.block_until_ready(jax.device_put(array, sharding))
             for source in naming.dense
@@ -202,6 +212,7 @@ def load(
             lambda expert, array, _: reader.array(naming.experts[expert, array], (expert, array)),
             device,
             form,
+            target if as_stored else None,
         )
     return Model(
         config,
@@ -299,9 +310,7 @@ def read_configs(folder: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, A
     return config, raw, defaults
 
 
-def _with_head(
-    config: ModelConfig, stored: Mapping[str, StoredTensor]
-) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
+def _with_head(config: ModelConfig, stored: Mapping[str, Tensor]) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """Ties head and embedding as transformers does: only if they are not two different tensors."""
     family = family_of(config)
     embedding, head = family.tensor_of("embedding"), family.tensor_of("head")
@@ -309,7 +318,8 @@ def _with_head(
         return config, stored
     if embedding not in stored:
         return config, {**stored, embedding: stored[head]}
-    if equal(stored[head], stored[embedding]):
+    one, other = stored[head], stored[embedding]
+    if isinstance(one, StoredTensor) and isinstance(other, StoredTensor) and equal(one, other):
         return config, stored
     warnings.warn(
         f"{stored[head].file.parent}: config.json sets tie_word_embeddings, but {head} and {embedding} "
@@ -320,13 +330,14 @@ def _with_head(
 
 
 def common_dtype(
-    folder: Path, naming: Naming, stored: Mapping[str, StoredTensor], raw: Mapping[str, Any]
+    folder: Path, naming: Naming, stored: Mapping[str, Tensor], raw: Mapping[str, Any]
 ) -> np.dtype:
-    """Returns the dtype that all tensors have; if they differ, the one that `config.json` names."""
+    """Returns the dtype that all tensors have that are not packed; if they differ, the one that `config.json`
+    names."""
     codes = {
         stored[name].dtype
         for name, uses in naming.uses.items()
-        if naming.dtypes[name] is None and uses[0][0].keys[0] not in naming.wide
+        if isinstance(stored[name], StoredTensor) and uses[0][0].keys[0] not in naming.wide
     }
     if len(codes) == 1:
         return DTYPES[codes.pop()]

@@ -28,8 +28,15 @@ PIECE = 8 << 20  # bytes of two tensors that are compared at a time
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 """Safetensors' names of the dtypes that weights may come in."""
 
-BYTES = {"U8": np.dtype(np.uint8)}
-"""And of those that packed weights may come in."""
+BYTES = {
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(np.uint8),
+    "F8_E8M0": np.dtype(np.uint8),
+}
+"""And of those that packed weights may come in; floats of 8 bits as bytes."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from layerscope_jax.checkpoints.ignored import Ignored
+from layerscope_jax.checkpoints.packed_tensors import PackedTensor
 from layerscope_jax.checkpoints.safetensors_io import DTYPES, StoredTensor
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
@@ -68,7 +69,6 @@ class Naming:
         dense: where the dense parameters come from.
         experts: the expert and the name of its array -> where it comes from.
         shapes: tensor name -> its shape in the checkpoint.
-        dtypes: tensor name -> safetensors' name of the dtype that it must have; None for any float.
         uses: tensor name -> the sources that it is a part of, and which part.
     """
 
@@ -78,7 +78,6 @@ class Naming:
     dense: list[Source] = field(default_factory=list)
     experts: dict[tuple[ExpertId, str], Source] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    dtypes: dict[str, str | None] = field(default_factory=dict)
     uses: dict[str, list[tuple[Source, int]]] = field(default_factory=dict)
 
     @classmethod
@@ -143,12 +142,12 @@ class Naming:
         stored = source.transform.stored_shapes(source.shapes)
         for part, ((name, index), shape) in enumerate(zip(source.tensors, stored, strict=True)):
             self.shapes[name] = shape if index is None else (num_experts, *shape)
-            dtypes = source.transform.stored_dtypes
-            self.dtypes[name] = dtypes[part] if dtypes else None
             self.uses.setdefault(name, []).append((source, part))
         return source
 
-    def check(self, folder: Path, stored: Mapping[str, StoredTensor], ignored: Ignored) -> None:
+    def check(
+        self, folder: Path, stored: Mapping[str, StoredTensor | PackedTensor], ignored: Ignored
+    ) -> None:
         """Compares what a checkpoint holds with what its model asks for.
 
         Args:
@@ -167,10 +166,8 @@ class Naming:
                 continue
             if tensor.shape != shape:
                 wrong.append(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
-            dtype = self.dtypes[name]
-            if tensor.dtype not in (DTYPES if dtype is None else (dtype,)):
-                expected = ", ".join(DTYPES) if dtype is None else dtype
-                wrong.append(f"{name}: expected dtype {expected}, found {tensor.dtype}")
+            if tensor.dtype not in DTYPES and not isinstance(tensor, PackedTensor):
+                wrong.append(f"{name}: expected dtype {', '.join(DTYPES)}, found {tensor.dtype}")
         for name, tensor in stored.items():
             if name not in self.shapes and ignored.why(name) is None:
                 wrong.append(f"{name}: expected no such tensor, found shape {list(tensor.shape)}")
@@ -211,7 +208,7 @@ def chosen_rows(family: Family, config: ModelConfig, stored: Collection[str] = (
     return list(dict.fromkeys(taken.values()))
 
 
-def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTensor | PackedTensor]) -> None:
     """Holds a config's sizes against a few tensors, before a decoder of those sizes is made of it.
 
     `Naming.of` takes as long as there are layers and experts, be they a million.

@@ -54,7 +54,7 @@ def show(found: Description, console: Console) -> None:
     lines = {
         "layers": f"{found.layers}: {found.moe_layers} MoE, {found.dense_layers} dense{windows}",
         "experts": f"{found.experts} a MoE layer, {found.experts_per_token} a token, "
-        f"{size(found.expert_bytes)} each in {found.dtype}",
+        f"{size(found.expert_bytes)} each in {found.expert_format}",
         "attention": found.attention,
         "cache": f"{size(found.cache_bytes)} for {POSITIONS:,} positions in {found.dtype}",
         "context": f"{found.context:,} positions, rotary embedding of {found.rope}",

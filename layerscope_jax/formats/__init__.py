@@ -14,6 +14,7 @@ __all__ = [
     "QuantisedFormat",
     "format_named",
     "plain_of",
+    "quantised",
     "register_format",
 ]
 

@@ -55,6 +55,14 @@ class Encoding(ABC):
     def values(self, arrays: Sequence[Any]) -> Any:
         """Returns the float32 matrix [N, K] that some arrays stand for: of NumPy's arrays, or of JAX's."""
 
+    def take(self, arrays: Sequence[Any], part: slice) -> tuple[Any, ...]:
+        """Returns the arrays of some rows of the matrix that some arrays hold.
+
+        Raises:
+            ValueError: if these rows share a scale with others.
+        """
+        return tuple(array[part] for array in arrays)
+
     def dequantised(self, arrays: Sequence[jax.Array], dtype: np.dtype) -> jax.Array:
         """Returns the matrix [N, K] that some arrays of JAX stand for, rounded to a dtype."""
         return jax.lax.optimization_barrier(rounded(self.values(arrays), dtype))

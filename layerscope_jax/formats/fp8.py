@@ -77,6 +77,18 @@ class Fp8(Encoding):
             codes[part] = e4m3_codes(values / np.repeat(scales[block], wide)[:columns])
         return codes, scales
 
+    def take(self, arrays: Sequence[Any], part: slice) -> tuple[Any, ...]:
+        codes, scales = arrays
+        high, _ = self.block(*codes.shape)
+        start, stop, step = part.indices(len(codes))
+        if high == len(codes):
+            return codes[part], scales
+        if high == 1:
+            return codes[part], scales[part]
+        if step != 1 or start % high or (stop % high and stop != len(codes)):
+            raise ValueError(f"rows {start} to {stop} share blocks of {high} rows with others")
+        return codes[part], scales[start // high : -(-stop // high)]
+
     def values(self, arrays: Sequence[Any]) -> Any:
         codes, scales = arrays
         (rows, columns), (high, wide) = codes.shape, self.block(*codes.shape)

@@ -69,6 +69,10 @@ class Nvfp4(Encoding):
         *buffers, _ = self.arrays(*matrix.shape)
         return *pack_groups(matrix, GROUP, buffers, pack), np.array([whole], np.float32)
 
+    def take(self, arrays: Sequence[Any], part: slice) -> tuple[Any, ...]:
+        *of_rows, whole = arrays
+        return *super().take(of_rows, part), whole
+
     def values(self, arrays: Sequence[Any]) -> Any:
         packed, scales, whole = arrays
         return scaled(e2m1(nibbles(packed)), e4m3(scales) * whole[:, None])

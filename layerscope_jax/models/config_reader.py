@@ -16,6 +16,7 @@ from layerscope_jax.models.config_values import (
     shown,
 )
 from layerscope_jax.models.experts import Activation, ExpertBody
+from layerscope_jax.models.quantisation import read_quantisation
 from layerscope_jax.models.rope_config import read_rope
 from layerscope_jax.support.checks import Problems
 
@@ -229,9 +230,8 @@ class ConfigReader:
             rotated: numbers of a head that may be rotated; None for `head_dim`.
             experts, choices: keys of the numbers of experts, and of those of a token.
         """
-        self.expect(
-            "quantization_config", None, "quantized weights are not supported: use the original checkpoint"
-        )
+        self.mark_read("quantization_config")
+        self.problems.check(read_quantisation, self.config.get("quantization_config"))
         for key, value in NEUTRAL.items():
             self.expect(key, value, "other values are not supported")
         heads = self.integer("num_attention_heads")

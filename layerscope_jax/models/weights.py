@@ -26,8 +26,8 @@ class Transform:
             NumPy.
         save: arrays -> tensors; None if it cannot be undone, in a row that only loads.
         stored_shapes: shapes of the decoder's arrays -> shapes of the tensors.
-        stored_dtypes: safetensors' name of the dtype that each tensor must have, None for any float; empty
-            where that holds for all.
+        by_rows: whether `load` takes whole rows of matrices, and does nothing else with them: then it may be
+            given matrices that are packed.
 
     >>> IDENTITY.stored_shapes([(2, 3)]), ROW.stored_shapes([(3,)])
     ([(2, 3)], [(1, 3)])
@@ -37,11 +37,15 @@ class Transform:
     load: Callable[[Sequence[Any], Sequence[Shape]], Sequence[Any]]
     save: Callable[[Sequence[Any]], Sequence[Any]] | None
     stored_shapes: Callable[[Sequence[Shape]], Sequence[Shape]]
-    stored_dtypes: tuple[str | None, ...] = ()
+    by_rows: bool = False
 
 
 def each(
-    name: str, load: Callable[[Any], Any], save: Callable[[Any], Any], shape: Callable[[Shape], Shape]
+    name: str,
+    load: Callable[[Any], Any],
+    save: Callable[[Any], Any],
+    shape: Callable[[Shape], Shape],
+    by_rows: bool = False,
 ) -> Transform:
     """A transform of one tensor into one array."""
     return Transform(
@@ -49,10 +53,11 @@ def each(
         lambda tensors, _: [load(tensor) for tensor in tensors],
         lambda arrays: [save(array) for array in arrays],
         lambda shapes: [shape(each) for each in shapes],
+        by_rows,
     )
 
 
-IDENTITY = each("identity", lambda array: array, lambda array: array, lambda shape: shape)
+IDENTITY = each("identity", lambda array: array, lambda array: array, lambda shape: shape, by_rows=True)
 """Matrices are [out, in] in the decoder, as in checkpoints."""
 
 ROW = each("row", lambda array: array[0], lambda array: array[None], lambda shape: (1, *shape))
@@ -160,7 +165,9 @@ def _join(arrays: Sequence[Any]) -> Sequence[Any]:
     return [np.concatenate(arrays)]
 
 
-GATE_AND_UP = Transform("gate above up", _halves, _join, lambda shapes: [(2 * shapes[0][0], shapes[0][1])])
+GATE_AND_UP = Transform(
+    "gate above up", _halves, _join, lambda shapes: [(2 * shapes[0][0], shapes[0][1])], by_rows=True
+)
 """gate and up [F, D] from one tensor [2 F, D]."""
 
 STACKED = (

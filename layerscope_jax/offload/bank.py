@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ class ExpertBank:
         read: Callable[[ExpertId, str, tuple[int, ...]], np.ndarray],
         device: jax.Device | None = None,
         format: ExpertFormat | None = None,
+        packed_for: np.dtype | None = None,
     ) -> ExpertBank:
         """Makes a bank, array by array, from `read(expert, "gate" | "up" | "down" | "bias", shape)`.
 
@@ -86,6 +87,8 @@ class ExpertBank:
             read: returns a matrix, in the dtype of activations.
             device: device that the experts are copied to; None for the default device.
             format: format to pack experts into; None to keep the matrices as they are read.
+            packed_for: dtype of activations, where `read` returns matrices that are packed in `format`
+                already: objects with their `arrays`. None where they are to be packed.
         """
         sharding, shapes = host_sharding(device), config.expert_shapes()
         dtype: np.dtype | None = None
@@ -100,6 +103,9 @@ class ExpertBank:
             nonlocal dtype
             if form is None:
                 return weights(*[put(read(expert, name, shape)) for name, shape in shapes.items()])
+            if packed_for is not None:
+                parts = [read(expert, name, shape) for name, shape in shapes.items()]
+                return put_packed(form, put, parts)
             # Copies, because a reader may reuse its memory for the next matrix.
             copies: Any = [np.array(read(expert, name, shape)) for name, shape in shapes.items()]
             dtype = np.dtype(copies[0].dtype)
@@ -111,7 +117,7 @@ class ExpertBank:
         )
         if form is None:
             form = plain_of(layers[0][0]).for_body(config.expert_body)
-        return cls(layers, form, dtype)  # type: ignore[arg-type]
+        return cls(layers, form, dtype if packed_for is None else packed_for)  # type: ignore[arg-type]
 
     def converted(self, format: ExpertFormat) -> ExpertBank:
         """Returns a bank of the same experts in another format, for activations of the same dtype.
@@ -195,6 +201,22 @@ def packed(format: ExpertFormat, put: Callable[[np.ndarray], jax.Array], matrice
         ValueError: if the packed arrays are not those that the format declares.
     """
     expert = format.Expert(*map(put, format.pack(*matrices)))  # type: ignore[arg-type]
+    format.check(expert)
+    return expert
+
+
+def put_packed(format: ExpertFormat, put: Callable[[np.ndarray], jax.Array], parts: Iterable[Any]) -> Any:
+    """Returns an expert whose matrices are packed already, with each array passed through `put`.
+
+    Args:
+        format: of the expert.
+        put: of each array.
+        parts: objects with the `arrays` of a matrix, in order; biases as arrays.
+    """
+    arrays: list[np.ndarray] = []
+    for part in parts:
+        arrays += [np.asarray(part, np.float32)] if isinstance(part, np.ndarray) else part.arrays
+    expert = format.Expert(*map(put, arrays))
     format.check(expert)
     return expert
 

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from layerscope_jax import load
-from layerscope_jax.models.mxfp4 import VALUES
+from layerscope_jax.formats.small_floats import E2M1_VALUES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -118,7 +118,7 @@ def test_layers_that_predict_further_tokens_are_passed_over(tmp_path, caplog):
         load(rewritten("qwen3_moe", tmp_path / "other", change))
 
 
-def test_packed_experts_are_unpacked(tmp_path):
+def test_packed_experts_stay_packed(tmp_path):
     rng = np.random.default_rng(3)
 
     def sizes(raw):
@@ -152,11 +152,15 @@ def test_packed_experts_are_unpacked(tmp_path):
         for half, matrix in ((0, gate), (1, up)):
             row = 2 * 5 + half  # of the packed tensor: row 5 of the matrix
             packed, scale = blocks[expert.expert, row, 0], scales[expert.expert, row, 0]
-            expected = VALUES[np.stack([packed & 15, packed >> 4], -1).reshape(-1)] * 2.0 ** (
+            expected = E2M1_VALUES[np.stack([packed & 15, packed >> 4], -1).reshape(-1)] * 2.0 ** (
                 int(scale) - 127
             )
             np.testing.assert_array_equal(matrix[5], expected.astype(np.float32))
         assert down.shape == (32, 32)
+    assert (model.bank.format.name, model.bank.dtype) == ("mxfp4", np.float32)
+    unpacked = load(tmp_path / "packed", format="float32")
+    assert unpacked.bank.format.name == "float32"
+    equal(unpacked, model)
 
 
 def test_a_part_of_an_expert_may_be_in_another_file(tmp_path):

@@ -30,6 +30,14 @@ def test_texts(tiny, capsys):
     assert "100% hits" in err
 
 
+def test_experts_are_converted_to_a_format(tiny, capsys):
+    command = ["generate", str(tiny), "--prompt=The sea", "--max-new-tokens=3", "--expert-format=int8"]
+    assert cli.main(command) == 0
+    with layerscope_jax.Engine(layerscope_jax.load(tiny, format="int8")) as engine:
+        (text,) = engine.generate(["The sea"], max_new_tokens=3).texts
+    assert capsys.readouterr().out == text + "\n"
+
+
 def test_rows_to_stdout(tiny, prompts, capsys):
     code = cli.main(["generate", str(tiny), f"--prompts={prompts}"])
     assert code == 0
@@ -97,6 +105,7 @@ def test_an_interrupted_run_keeps_whole_rows(tiny, prompts, tmp_path, monkeypatc
         ),
         (["--temperature=0.5", "--seed=1"], ":1: .*, got temperature 0.0 .now 0.5., seed 0 .now 1.;"),
         (["--dtype=bfloat16"], r":1: .*, got model (\w{12}) .now \1 as bfloat16.;"),
+        (["--expert-format=int8"], r":1: .*, got model (\w{12}) .now \1 with experts in int8.;"),
     ],
 )
 def test_other_settings_do_not_go_on_with_a_file(tiny, tmp_path, capsys, args, message):

@@ -17,6 +17,7 @@ from layerscope_jax.generation.prompt_files import read_prompts
         ([], "expected either --prompt TEXT or --prompts FILE, got neither"),
         (["--prompt=x", "--prompts=y"], "expected either --prompt TEXT or --prompts FILE, got both"),
         (["--prompt=x", "--policy=best"], "policy must be one of"),
+        (["--prompt=x", "--expert-format=int3"], "--expert-format: expected one of the formats float32, "),
         (["--prompt=x", "--device-budget=2 gigs"], "device_budget must be a size such as '8GiB'"),
         (
             ["--prompt=x", "--policy=lru", "--device-budget=1KB"],

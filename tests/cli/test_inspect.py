@@ -140,7 +140,7 @@ def test_what_is_not_supported_is_said_in_the_words_of_the_refusal(tmp_path, cap
     for changes, words in (
         ({"sliding_windows": 3}, "sliding_windows: unknown key, which may change what the model computes"),
         ({"architectures": ["LlamaForCausalLM"]}, "expected one of the architectures OlmoeForCausalLM"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized weights are not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "expected one of awq, compressed-tensors"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         assert words in refusal(capsys, "inspect", tmp_path)

@@ -11,7 +11,6 @@ from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.config_reader import ConfigReader
 from layerscope_jax.models.experts import CLAMPED_SLOPE, ExpertBody
 from layerscope_jax.models.family import Family, write_layer_types, write_shared
-from layerscope_jax.models.mxfp4 import unpack
 from layerscope_jax.models.routing_rules import RoutingRule
 from layerscope_jax.models.weights import (
     BIASES,
@@ -40,9 +39,6 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     given = dict(config)
     if given.get("rope_scaling") is None and given.get("rope_parameters") is None:
         given["rope_parameters"] = YARN
-    quantized = given.get("quantization_config")
-    if isinstance(quantized, Mapping) and quantized.get("quant_method") == "mxfp4":
-        del given["quantization_config"]  # the tensors tell; they are unpacked while they are read
     reader = ConfigReader(given)
     shared = reader.shared(theta=150_000.0, norm_eps=1e-5, max_position_embeddings=131_072, partial=1.0)
     layers = shared["num_layers"]
@@ -107,21 +103,20 @@ def _shapes(shapes: Sequence[Shape]) -> Sequence[Shape]:
 PLAIN = Transform("gate and up in turns", _load, _save, _shapes)
 
 
-def _load_packed(tensors: Sequence[Any], shapes: Sequence[Shape]) -> Sequence[Any]:
-    blocks, scales, bias, down, down_scales, down_bias = tensors
-    both, biases = unpack(blocks, scales), np.concatenate([bias[::2], bias[1::2], down_bias])
-    return both[::2], both[1::2], unpack(down, down_scales), np.float32(biases)
+# In MXFP4 they are [out, in], with gate and up in even and odd rows.
 
 
-def _packed_shapes(shapes: Sequence[Shape]) -> Sequence[Shape]:
+def _load_rows(tensors: Sequence[Any], shapes: Sequence[Shape]) -> Sequence[Any]:
+    both, bias, down, down_bias = tensors
+    return both[::2], both[1::2], down, np.concatenate([bias[::2], bias[1::2], down_bias])
+
+
+def _shapes_of_rows(shapes: Sequence[Shape]) -> Sequence[Shape]:
     inner, width = shapes[0]
-    first, last = (2 * inner, width // 32), (width, inner // 32)
-    return (*first, 16), first, (2 * inner,), (*last, 16), last, (width,)
+    return (2 * inner, width), (2 * inner,), (width, inner), (width,)
 
 
-PACKED = Transform(
-    "the same in MXFP4, [out, in]", _load_packed, None, _packed_shapes, ("U8", "U8", None, "U8", "U8", None)
-)
+PACKED = Transform("gate and up in turns, [out, in]", _load_rows, None, _shapes_of_rows, by_rows=True)
 
 OF_EXPERTS = tuple(EXPERTS + array for array in ("gate", "up", "down", "bias"))
 MLP = LAYER + "mlp."
@@ -150,10 +145,8 @@ GPT_OSS = Family(
         Weight(
             (
                 MLP + "experts.gate_up_proj_blocks",
-                MLP + "experts.gate_up_proj_scales",
                 MLP + "experts.gate_up_proj_bias",
                 MLP + "experts.down_proj_blocks",
-                MLP + "experts.down_proj_scales",
                 MLP + "experts.down_proj_bias",
             ),
             OF_EXPERTS,
