@@ -6,13 +6,12 @@ JAX reads the settings below when it first makes an array, so they are set as th
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax._src import compiler
+from quick import compile_quickly
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share one GPU
 
@@ -129,6 +128,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("core")
     core = [item for item in items if item.get_closest_marker("core")]
     others = [item for item in items if not item.get_closest_marker("core")]
+    quick = {item.path for item in others if compiles_quickly(item)}
+    others.sort(key=lambda item: item.path not in quick)  # compiled programs go where that changes
     half = min(len(items) // 2, len(others))
     while 0 < half < len(others) and others[half].path == others[half - 1].path:
         half += 1  # a file stays whole
@@ -139,37 +140,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item):
     item.stash[BEFORE] = len(compiled)
     if not item.get_closest_marker("core"):  # which compiles nothing
-        is_doctest = isinstance(item, pytest.DoctestItem)
-        compile_quickly(is_doctest or "quick_compiles" in item.fixturenames)
+        compile_quickly(compiles_quickly(item))
     return (yield)
 
 
-QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-"""What XLA is told where it is to optimise little: these two halve the time that it then takes."""
-
-
-def _with_quick_options(get: Callable) -> Callable:
-    """JAX's function of a program's options, with ours; JAX has no setting for all programs but XLA_FLAGS, which
-    cannot change within a process."""
-
-    def options(*arguments: object, **named: object):
-        found = get(*arguments, **named)
-        if jax.config.values["jax_disable_most_optimizations"]:
-            found.env_option_overrides = [*found.env_option_overrides, *QUICK.items()]
-        return found
-
-    return options
-
-
-if jax.__version_info__ >= (0, 10):  # an older one may lack the options
-    compiler.get_compile_options = _with_quick_options(compiler.get_compile_options)
-
-
-def compile_quickly(quickly: bool) -> None:
-    """Has XLA optimise little, or as for users; no program of the one kind is used by tests of the other."""
-    if jax.config.values["jax_disable_most_optimizations"] != quickly:
-        jax.config.update("jax_disable_most_optimizations", quickly)
-        jax.clear_caches()
+def compiles_quickly(item: pytest.Item) -> bool:
+    """Whether XLA may optimise little for a test."""
+    return isinstance(item, pytest.DoctestItem) or "quick_compiles" in item.fixturenames
 
 
 BEFORE = pytest.StashKey[int]()
