@@ -137,7 +137,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item):
+def pytest_runtest_protocol(item: pytest.Item):
+    """Called for doctests of the package as well: hooks of a phase are called for tests below this folder."""
     item.stash[BEFORE] = len(compiled)
     if not item.get_closest_marker("core"):  # which compiles nothing
         compile_quickly(compiles_quickly(item))

@@ -1,4 +1,4 @@
-"""Has XLA optimise little, in this process and in those that tests start: that halves what compiling takes."""
+"""Has XLA optimise little, in this process and in those that tests start: compiling takes half the time."""
 
 import os
 from collections.abc import Callable

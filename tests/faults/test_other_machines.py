@@ -48,7 +48,12 @@ print(json.dumps([found, [str(one.message) for one in said if one.category is Ru
 def generated(names, config="", before="", **environment):
     """Tokens and kernels of small models in a process that is told of another machine; and its warnings."""
     code = GENERATE.format(names=names, config=config, before=before)
-    known = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])} | quick.ENVIRONMENT | environment
+    known = (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        | quick.ENVIRONMENT
+        | environment
+    )
     done = in_time(
         lambda: subprocess.run([sys.executable, "-c", code], env=known, capture_output=True, text=True), 600
     )
