@@ -173,5 +173,5 @@ def pytest_runtest_call(item: pytest.Item):
 def quick_compiles() -> None:
     """For tests that compare numbers to a tolerance, or one program with itself: XLA optimises little.
 
-    That takes two thirds of the time. Tests that compare the bits of several programs need it as users do.
+    That takes less than half of the time. Tests that compare the bits of several programs need it as users do.
     """
