@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from quick import compile_quickly
+from quick_compiling import compile_quickly
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share one GPU
 
@@ -173,5 +173,6 @@ def pytest_runtest_call(item: pytest.Item):
 def quick_compiles() -> None:
     """For tests that compare numbers to a tolerance, or one program with itself: XLA optimises little.
 
-    That takes less than half of the time. Tests that compare the bits of several programs need it as users do.
+    That takes less than half of the time. Tests that compare the bits of several programs let XLA do as
+    it does for users, and go without this.
     """

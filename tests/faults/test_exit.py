@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import quick
+import quick_compiling
 
 TESTS = Path(__file__).parents[1]
 
@@ -91,7 +91,7 @@ def test_a_process_ends_by_its_own_code_and_says_nothing(name):
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | quick.ENVIRONMENT,
+        env=os.environ | quick_compiling.ENVIRONMENT,
     )
     expected = (0, "done\n", "") if "main one" in name else (3, "", "")
     assert (done.returncode, done.stdout, done.stderr) == expected

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import quick
+import quick_compiling
 from helpers import not_ignored, random_model
 
 from layerscope_jax import save
@@ -45,7 +45,7 @@ class Runs:
         self.env = os.environ | {
             "PYTHONPATH": os.getcwd(),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            **quick.ENVIRONMENT,
+            **quick_compiling.ENVIRONMENT,
         }
         for name in ("first", "second"):  # the first compiles
             began = time.perf_counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
+import quick_compiling
 from helpers import in_time, random_model
 
 from layerscope_jax import Engine, OffloadConfig
@@ -51,7 +51,7 @@ def generated(names, config="", before="", **environment):
     known = (
         os.environ
         | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-        | quick.ENVIRONMENT
+        | quick_compiling.ENVIRONMENT
         | environment
     )
     done = in_time(
