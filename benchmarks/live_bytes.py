@@ -187,10 +187,10 @@ def scratch_bytes(config: ModelConfig, cpu: CpuExperts, tokens: int) -> int:
     """Most that kernels need for an expert of so many tokens at most, in each thread."""
     width, hidden = config.hidden_size, config.moe_intermediate_size
     if cpu.kernel is AMX:
-        sizes = np.minimum([amx.FEW_TILES * amx.TILE, amx.PIECE], tokens)
+        sizes = np.minimum([amx.TILE, amx.PIECE], tokens)
         return cpu.threads * (amx.scratch_bytes(np.zeros(2, int), sizes, width, hidden) + 64)
     if cpu.kernel is not None:  # inputs, what is between them and outputs, and two rows of sums
-        return cpu.threads * min(tokens, loops.PIECE) * 4 * (width + hidden + 2 * loops.STRIDE)
+        return cpu.threads * min(tokens, loops.PIECE) * 4 * (width + hidden + 32 + 2 * loops.APART)
     return 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray
 
 from layerscope_jax.formats.quantised import QuantisedFormat
-from layerscope_jax.kernels import amx, loops
+from layerscope_jax.kernels import amx, loops, tile_products
 from layerscope_jax.kernels.dots import DEEP, HIGH, add_tiles, step_of
 from layerscope_jax.kernels.encodings import (
     CHUNK,
@@ -136,7 +136,7 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
 
 @njit(cache=True, nogil=True)
 def stage(matrix, depth, first, rows, begin, steps, to, kind):
-    """As `amx.stage`, of encoded rows."""
+    """As `tile_products.stage`, of encoded rows."""
     for line in range(rows):
         tile = to + line // TILE * (steps * 1024) + line % TILE * 64
         decode(matrix, first + line, begin, steps, tile, 1024, kind)
@@ -144,13 +144,13 @@ def stage(matrix, depth, first, rows, begin, steps, to, kind):
 
 @njit(cache=True, nogil=True)
 def product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind):
-    """As `amx.product_of_few`, of encoded rows."""
+    """As `tile_products.product_of_few`, of encoded rows."""
     wide = 4 * tokens
-    for start in range(first, last, amx.FEW_ROWS):
-        rows, to = min(amx.FEW_ROWS, last - start), sums + wide * (start - first)
+    for start in range(first, last, tile_products.FEW_ROWS):
+        rows, to = min(tile_products.FEW_ROWS, last - start), sums + wide * (start - first)
         tiles = rows // TILE
-        line, row = row_of(matrix, depth, start + amx.FEW_ROWS)
-        if start + amx.FEW_ROWS >= last:
+        line, row = row_of(matrix, depth, start + tile_products.FEW_ROWS)
+        if start + tile_products.FEW_ROWS >= last:
             line = ahead
         asked = row * 2 * TILE // depth  # lines of the rows to come for each step
         for begin in range(0, depth, FEW_HIGH):
@@ -194,7 +194,7 @@ def product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahe
                 store3(to + 3 * TILE * wide, wide)
 
 
-product_of_many = amx.many_by(stage, row_of)
+product_of_many = tile_products.many_by(stage, row_of)
 
 
 @njit(cache=True, nogil=True)

@@ -91,7 +91,7 @@ def test_a_random_model_has_weights_of_about_unit_gain():
         np.asarray(layer["attention"]["q"]["weight"], np.float32) for layer in model.dense["layers"].values()
     ]
     for matrix in matrices:
-        assert 0.7 < matrix.std() * matrix.shape[0] ** 0.5 < 1.42
+        assert 0.7 < matrix.std() * matrix.shape[1] ** 0.5 < 1.42
         assert abs(matrix.mean()) < 0.2 * matrix.std()
     assert len({matrix.tobytes() for matrix in matrices}) == len(matrices)
 
