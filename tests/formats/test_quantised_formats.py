@@ -117,6 +117,19 @@ def test_int4_clips_where_that_is_closer():
     assert np.square(found - matrix).sum() < 0.85 * np.square(simple - matrix).sum()
 
 
+@given(name=st.sampled_from(NAMES), start=st.integers(0, 5), count=st.integers(1, 5), step=st.integers(1, 2))
+@settings(deadline=None)
+def test_rows_of_a_packed_matrix_are_those_of_its_numbers(name, start, count, step):
+    stored = encoding_of(name)
+    packed = stored.pack(np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32))
+    rows = slice(8 * start, 8 * (start + count), step)
+    if name == "fp8-8x32" and step > 1:
+        with pytest.raises(ValueError, match="share blocks of 8 rows with others"):
+            stored.take(packed, rows)
+    else:
+        np.testing.assert_array_equal(stored.values(stored.take(packed, rows)), stored.values(packed)[rows])
+
+
 @pytest.mark.parametrize("name", ["int4", "int4-g32-float16-zeros", "mxfp4", "nvfp4"])
 def test_several_threads_pack_what_one_does(name, monkeypatch):
     matrix = np.random.default_rng(0).standard_normal((70, 4096)).astype(np.float32)
