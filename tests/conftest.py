@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from quick_compiling import compile_quickly
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share one GPU
 
@@ -128,6 +129,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("core")
     core = [item for item in items if item.get_closest_marker("core")]
     others = [item for item in items if not item.get_closest_marker("core")]
+    quick = {item.path for item in others if compiles_quickly(item)}
+    others.sort(key=lambda item: item.path not in quick)  # compiled programs go where that changes
     half = min(len(items) // 2, len(others))
     while 0 < half < len(others) and others[half].path == others[half - 1].path:
         half += 1  # a file stays whole
@@ -135,19 +138,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item):
+def pytest_runtest_protocol(item: pytest.Item):
+    """Called for doctests of the package as well: hooks of a phase are called for tests below this folder."""
     item.stash[BEFORE] = len(compiled)
     if not item.get_closest_marker("core"):  # which compiles nothing
-        is_doctest = isinstance(item, pytest.DoctestItem)
-        compile_quickly(is_doctest or "quick_compiles" in item.fixturenames)
+        compile_quickly(compiles_quickly(item))
     return (yield)
 
 
-def compile_quickly(quickly: bool) -> None:
-    """Has XLA optimise little, or as for users; no program of the one kind is used by tests of the other."""
-    if jax.config.values["jax_disable_most_optimizations"] != quickly:
-        jax.config.update("jax_disable_most_optimizations", quickly)
-        jax.clear_caches()
+def compiles_quickly(item: pytest.Item) -> bool:
+    """Whether XLA may optimise little for a test."""
+    return isinstance(item, pytest.DoctestItem) or "quick_compiles" in item.fixturenames
 
 
 BEFORE = pytest.StashKey[int]()
@@ -173,5 +174,6 @@ def pytest_runtest_call(item: pytest.Item):
 def quick_compiles() -> None:
     """For tests that compare numbers to a tolerance, or one program with itself: XLA optimises little.
 
-    That takes two thirds of the time. Tests that compare the bits of several programs need it as users do.
+    That takes less than half of the time. Tests that compare the bits of several programs let XLA do as
+    it does for users, and go without this.
     """

@@ -108,7 +108,7 @@ def test_nothing_else_lies_at_the_root():
 
 def test_only_tests_import_from_tests():
     helpers = {file.stem for file in (ROOT / "tests").rglob("*.py")}
-    for folder in ("layerscope_jax", "predictor", "tools", "benchmarks"):
+    for folder in ("layerscope_jax", "predictor", "benchmarks"):
         for file in (ROOT / folder).rglob("*.py"):
             tree = ast.parse(file.read_text())
             imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,12 +12,16 @@ from layerscope_jax.checkpoints.packed_tensors import PackedMatrix, PackedTensor
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, cast
 from layerscope_jax.checkpoints.weight_names import Naming, Source
 
+ALIGNED = 64
+"""What the address of an array must be a multiple of (bytes), so that JAX's CPU backend takes it as it is."""
+
 
 class TensorReader:
     """Reads and transforms tensors.
 
-    What it returns may be views of memory that the next call writes over: use an array, or copy it, before
-    asking for the next one. New memory for each tensor would take the system as long as reading does.
+    JAX's CPU backend takes over what it returns without a copy, wherever nothing happens to a tensor on its
+    way. Memory of which nobody holds a view is read into again: new memory for each tensor would take
+    the system as long as reading does.
 
     Args:
         naming: of the model.
@@ -37,7 +42,7 @@ class TensorReader:
         self._naming, self._stored, self._dtype, self._advance = naming, stored, dtype, advance
         self._packed = packed
         self._kept: dict[Any, Any] = {}
-        self._buffer = np.empty(0, np.uint8)
+        self._memory = np.empty(0, np.uint8)
 
     def array(self, source: Source, key: Any) -> Any:
         """Returns one array of a source; the others of the same tensors are kept until they are asked for."""
@@ -51,9 +56,8 @@ class TensorReader:
         Raises:
             ValueError: if a file cannot be read, was changed, or holds numbers too large for the dtype.
         """
-        alone = len(source.tensors) == 1 and not self._kept
         packed = self._packed and source.keys[0] in self._naming.experts
-        tensors = [self._read(name, index, alone, packed) for name, index in source.tensors]
+        tensors = [self._read(name, index, packed) for name, index in source.tensors]
         arrays = source.transform.load(tensors, source.shapes)
         result: dict[Any, Any] = {}
         for key, array in zip(source.keys, arrays, strict=True):
@@ -62,22 +66,18 @@ class TensorReader:
                 continue
             dtype = np.dtype(np.float32) if key in self._naming.wide else self._dtype
             result[key] = cast(array, dtype, source.tensors[0][0])
-            # What does not lie in order (gpt-oss's matrices, say) JAX copies, and is done before the next
-            # tensor is read. What does JAX may take over, and the memory with it.
-            if result[key].flags.c_contiguous and np.may_share_memory(result[key], self._buffer):
-                self._buffer = np.empty(0, np.uint8)
         return result
 
-    def _read(self, name: str, index: int | None, alone: bool, packed: bool) -> Any:
+    def _read(self, name: str, index: int | None, packed: bool) -> Any:
         tensor = self._stored[name]
         tensor = tensor if index is None else tensor.part(index)
         self._advance(tensor.size)
         if isinstance(tensor, PackedTensor):
             matrix = tensor.read()
             return matrix if packed else matrix.values()
-        if not alone:
-            return tensor.read()
-        if self._buffer.size != tensor.size:
-            self._buffer = np.empty(0, np.uint8)  # gone before there is another
-            self._buffer = np.empty(tensor.size, np.uint8)
-        return tensor.read(self._buffer)
+        held = sys.getrefcount(self._memory) > 2  # by more than this object and the call: by views, that is
+        if held or self._memory.size != tensor.size + ALIGNED:
+            self._memory = np.empty(0, np.uint8)  # gone before there is another
+            self._memory = np.empty(tensor.size + ALIGNED, np.uint8)
+        first = -self._memory.ctypes.data % ALIGNED
+        return tensor.read(self._memory[first : first + tensor.size])

@@ -9,11 +9,13 @@ result has the same bits in any company and on any thread.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 from numba import carray
 
-from layerscope_jax.kernels.activations import SILU, biases, gate_row
+from layerscope_jax.kernels.activations import SILU, gate_row
+from layerscope_jax.kernels.loops import plain_bias
 from layerscope_jax.kernels.numbers import pointer, rounded, silu, taken, widened
 from layerscope_jax.kernels.tiles import (
     DEPTH,
@@ -127,96 +129,124 @@ def product_of_few(inputs, depth, weights, first, last, tokens, sums, ahead):
 
 
 @njit(cache=True, nogil=True)
-def stage(weights, row, rows, steps, to):
-    """Copies rows of a matrix, `steps` times `DEPTH` weights of each, into tiles that follow each other."""
+def stage(weights, depth, first, rows, begin, steps, to, kind):
+    """Copies a part of some rows of a matrix into tiles that follow each other.
+
+    Args:
+        weights: address of [N, depth] bfloat16.
+        first, rows: the first row, and how many.
+        begin, steps: the first column, and how many times `DEPTH`.
+        to: address of the tiles.
+        kind: of no use here.
+    """
     for line in range(rows):
-        source = carray(pointer(weights + row * line), (steps, 8), np.uint64)
-        tiles = carray(
-            pointer(to + line // TILE * (steps * 1024) + line % TILE * 64), (steps, 128), np.uint64
-        )
+        source = carray(pointer(weights + 2 * (depth * (first + line) + begin)), (steps, 8), np.uint64)
+        tile = to + line // TILE * (steps * 1024) + line % TILE * 64
+        tiles = carray(pointer(tile), (steps, 128), np.uint64)
         for k in range(np.uint64(steps)):
             for word in range(np.uint64(8)):
                 tiles[k, word] = source[k, word]
 
 
-@njit(cache=True, nogil=True)
-def product_of_many(inputs, depth, weights, first, last, tokens, sums, staged, ahead):
-    """The same of more tokens.
+@njit(cache=True, nogil=True, inline="always")
+def row_of(weights, depth, row):
+    """Where a row of a matrix begins, and the bytes of one."""
+    return weights + 2 * depth * row, 2 * depth
+
+
+def many_by(stage: Any, row_of: Any) -> Any:
+    """A compiled function of products of more than 16 tokens.
 
     Args:
-        inputs: [tokens / 16, depth / 2, 16, 2].
-        staged: scratch of `STAGED` bytes.
+        stage: compiled, as that of plain matrices: writes weights as tiles.
+        row_of: compiled, as that of plain matrices.
     """
-    row, wide, tiles = 2 * depth, 4 * columns(tokens), (tokens + TILE - 1) // TILE
-    for start in range(first, last, MANY_ROWS):
-        rows = min(MANY_ROWS, last - start)
-        at, to = weights + row * start, sums + wide * (start - first)
-        coming = at + MANY_ROWS * row if start + MANY_ROWS < last else ahead
-        for begin in range(0, depth, HIGH):
-            steps = (min(begin + HIGH, depth) - begin) // DEPTH
-            stage(at + 2 * begin, row, rows, steps, staged)
-            line = coming + 2 * MANY_ROWS * begin
-            for tile in range(0, tiles, 2):
-                pair = tile + 1 < tiles and rows > TILE
-                upper, x = to + 4 * TILE * tile, inputs + 2 * TILE * depth * tile + 2 * TILE * begin
-                lower, y = upper + TILE * wide, x + 2 * TILE * depth
-                if begin == 0:
-                    clear0()
-                    clear1()
-                    clear2()
-                    clear3()
-                else:
-                    load0(upper, wide)
-                    if tile + 1 < tiles:
-                        load1(upper + 64, wide)
-                    if rows > TILE:
-                        load2(lower, wide)
-                    if pair:
-                        load3(lower + 64, wide)
-                if pair:
-                    for k in range(steps):
-                        load4(staged + 1024 * k, 64)
-                        load6(x + 1024 * k, 64)
-                        many0()
-                        load7(y + 1024 * k, 64)
-                        many1()
-                        load5(staged + 1024 * (steps + k), 64)
-                        many2()
-                        many3()
-                        if tile == 0:
-                            for _ in range(MANY_ROWS):
-                                ask(line)
-                                line += 64
-                else:
-                    for k in range(steps):
-                        load4(staged + 1024 * k, 64)
-                        load6(x + 1024 * k, 64)
-                        many0()
+
+    @njit(cache=True, nogil=True)
+    def product_of_many(inputs, depth, weights, first, last, tokens, sums, staged, ahead, kind):
+        """The same of more tokens.
+
+        Args:
+            inputs: [tokens / 16, depth / 2, 16, 2].
+            staged: scratch of `STAGED` bytes.
+            kind: an array of bfloat16, as its bits.
+        """
+        wide, tiles = 4 * columns(tokens), (tokens + TILE - 1) // TILE
+        for start in range(first, last, MANY_ROWS):
+            rows, to = min(MANY_ROWS, last - start), sums + wide * (start - first)
+            line, row = row_of(weights, depth, start + MANY_ROWS)
+            if start + MANY_ROWS >= last:
+                line = ahead
+            asked = row * TILE // depth  # lines of the rows to come for each step
+            for begin in range(0, depth, HIGH):
+                steps = (min(begin + HIGH, depth) - begin) // DEPTH
+                stage(weights, depth, start, rows, begin, steps, staged, kind)
+                for tile in range(0, tiles, 2):
+                    pair = tile + 1 < tiles and rows > TILE
+                    upper, x = to + 4 * TILE * tile, inputs + 2 * TILE * depth * tile + 2 * TILE * begin
+                    lower, y = upper + TILE * wide, x + 2 * TILE * depth
+                    if begin == 0:
+                        clear0()
+                        clear1()
+                        clear2()
+                        clear3()
+                    else:
+                        load0(upper, wide)
                         if tile + 1 < tiles:
+                            load1(upper + 64, wide)
+                        if rows > TILE:
+                            load2(lower, wide)
+                        if pair:
+                            load3(lower + 64, wide)
+                    if pair:
+                        for k in range(steps):
+                            load4(staged + 1024 * k, 64)
+                            load6(x + 1024 * k, 64)
+                            many0()
                             load7(y + 1024 * k, 64)
                             many1()
-                        if rows > TILE:
                             load5(staged + 1024 * (steps + k), 64)
                             many2()
-                        if tile == 0:
-                            for _ in range(MANY_ROWS):
-                                ask(line)
-                                line += 64
-                store0(upper, wide)
-                if tile + 1 < tiles:
-                    store1(upper + 64, wide)
-                if rows > TILE:
-                    store2(lower, wide)
-                if pair:
-                    store3(lower + 64, wide)
+                            many3()
+                            if tile == 0:
+                                for _ in range(asked):
+                                    ask(line)
+                                    line += 64
+                    else:
+                        for k in range(steps):
+                            load4(staged + 1024 * k, 64)
+                            load6(x + 1024 * k, 64)
+                            many0()
+                            if tile + 1 < tiles:
+                                load7(y + 1024 * k, 64)
+                                many1()
+                            if rows > TILE:
+                                load5(staged + 1024 * (steps + k), 64)
+                                many2()
+                            if tile == 0:
+                                for _ in range(asked):
+                                    ask(line)
+                                    line += 64
+                    store0(upper, wide)
+                    if tile + 1 < tiles:
+                        store1(upper + 64, wide)
+                    if rows > TILE:
+                        store2(lower, wide)
+                    if pair:
+                        store3(lower + 64, wide)
+
+    return product_of_many
+
+
+plain_many = many_by(stage, row_of)
 
 
 @njit(cache=True, nogil=True)
-def product(inputs, depth, weights, first, last, tokens, sums, staged, ahead):
+def product(inputs, depth, weights, first, last, tokens, sums, staged, ahead, kind):
     if tokens <= TILE:
         product_of_few(inputs, depth, weights, first, last, tokens, sums, ahead)
     else:
-        product_of_many(inputs, depth, weights, first, last, tokens, sums, staged, ahead)
+        plain_many(inputs, depth, weights, first, last, tokens, sums, staged, ahead, kind)
 
 
 @njit(cache=True, nogil=True)
@@ -281,67 +311,86 @@ def activate(gates, ups, tokens, hidden, first, to, activation, limit, kind):
                 pair[m] = np.uint32(low) | (np.uint32(high) << np.uint32(16))
 
 
-@njit(cache=True, nogil=True)
-def run_experts(
-    addresses,
-    firsts,
-    lasts,
-    order,
-    choices,
-    inputs,
-    hidden,
-    activation,
-    limit,
-    outputs,
-    kind,
-    counter,
-    scratch,
-):
-    """As `loops.run_experts`, of weights in bfloat16 alone.
+def experts_by(matrix_of: Any, bias_of: Any, row_of: Any, product: Any) -> Any:
+    """A compiled function that computes experts of bfloat16 activations, however their matrices are stored.
 
     Args:
-        firsts, lasts: at most `PIECE` apart.
-        scratch: address of `scratch_bytes` that no other thread uses, aligned to 64.
+        matrix_of, bias_of: compiled, as of `loops.experts_by`.
+        row_of: compiled, as that of plain matrices.
+        product: compiled, as that of plain matrices.
     """
-    width = outputs.shape[1]
-    read = carray(pointer(inputs), (len(outputs) // choices, width), outputs.dtype)
-    store_shapes(scratch + 64)  # another user of tiles in this thread may count on theirs
-    while True:
-        expert = taken(counter)
-        if expert >= len(firsts):
-            break
-        slots = order[firsts[expert] : lasts[expert]]
-        tokens = len(slots)
-        wide, block = columns(tokens), rows_at_once(tokens)
-        parts = scratch_parts(tokens, width, hidden)
-        staged, x, y = scratch + parts[0], scratch + parts[1], scratch + parts[2]
-        sums, more = scratch + parts[3], scratch + parts[4]
-        gate, up, down = addresses[expert, 0], addresses[expert, 1], addresses[expert, 2]
-        bias = carray(pointer(addresses[expert, 3]), biases(addresses[expert, 3], width, hidden), kind.dtype)
-        shape_tiles(scratch, tokens)
-        rows = np.empty(tokens, np.int64)
-        for m in range(tokens):
-            rows[m] = read[slots[m] // choices].ctypes.data
-        weave(rows, tokens, width, x)
-        for first in range(0, hidden, block):
-            last = min(first + block, hidden)
-            coming = gate + 2 * width * last if last < hidden else down
-            product(x, width, gate, first, last, tokens, sums, staged, up + 2 * width * first)
-            product(x, width, up, first, last, tokens, more, staged, coming)
-            gates = carray(pointer(sums), (last - first, wide), np.float32)
-            ups = carray(pointer(more), (last - first, wide), np.float32)
-            add_bias(gates, bias, first)
-            add_bias(ups, bias, hidden + first)
-            activate(gates, ups, tokens, hidden, first, y, activation, limit, kind)
-        for first in range(0, width, block):
-            last = min(first + block, width)
-            product(
-                y, hidden, down, first, last, tokens, sums, staged, down + 2 * hidden * min(last, width - 1)
-            )
-            totals = carray(pointer(sums), (last - first, wide), np.float32)
-            add_bias(totals, bias, 2 * hidden + first)
-            write_rows(totals, outputs, slots, first, last)
-    load_shapes(scratch + 64)
+
+    @njit(cache=True, nogil=True)
+    def run_experts(
+        addresses,
+        firsts,
+        lasts,
+        order,
+        choices,
+        inputs,
+        hidden,
+        activation,
+        limit,
+        outputs,
+        kind,
+        counter,
+        scratch,
+    ):
+        """As that of `loops.experts_by`.
+
+        Args:
+            firsts, lasts: at most `PIECE` apart.
+            scratch: address of `scratch_bytes` that no other thread uses, aligned to 64.
+        """
+        width = outputs.shape[1]
+        read = carray(pointer(inputs), (len(outputs) // choices, width), outputs.dtype)
+        store_shapes(scratch + 64)  # another user of tiles in this thread may count on theirs
+        while True:
+            expert = taken(counter)
+            if expert >= len(firsts):
+                break
+            slots, arrays = order[firsts[expert] : lasts[expert]], addresses[expert]
+            tokens = len(slots)
+            wide, block = columns(tokens), rows_at_once(tokens)
+            parts = scratch_parts(tokens, width, hidden)
+            staged, x, y = scratch + parts[0], scratch + parts[1], scratch + parts[2]
+            sums, more = scratch + parts[3], scratch + parts[4]
+            gate, up = matrix_of(arrays, 0, hidden, width, kind), matrix_of(arrays, 1, hidden, width, kind)
+            down, bias = matrix_of(arrays, 2, width, hidden, kind), bias_of(arrays, width, hidden, kind)
+            shape_tiles(scratch, tokens)
+            rows = np.empty(tokens, np.int64)
+            for m in range(tokens):
+                rows[m] = read[slots[m] // choices].ctypes.data
+            weave(rows, tokens, width, x)
+            for first in range(0, hidden, block):
+                last = min(first + block, hidden)
+                coming = row_of(gate, width, last)[0] if last < hidden else row_of(down, hidden, 0)[0]
+                ahead = row_of(up, width, first)[0]
+                product(x, width, gate, first, last, tokens, sums, staged, ahead, kind)
+                product(x, width, up, first, last, tokens, more, staged, coming, kind)
+                gates = carray(pointer(sums), (last - first, wide), np.float32)
+                ups = carray(pointer(more), (last - first, wide), np.float32)
+                add_bias(gates, bias, first)
+                add_bias(ups, bias, hidden + first)
+                activate(gates, ups, tokens, hidden, first, y, activation, limit, kind)
+            for first in range(0, width, block):
+                last = min(first + block, width)
+                ahead = row_of(down, hidden, min(last, width - 1))[0]
+                product(y, hidden, down, first, last, tokens, sums, staged, ahead, kind)
+                totals = carray(pointer(sums), (last - first, wide), np.float32)
+                add_bias(totals, bias, 2 * hidden + first)
+                write_rows(totals, outputs, slots, first, last)
+        load_shapes(scratch + 64)
+
+    return run_experts
+
+
+@njit(cache=True, nogil=True, inline="always")
+def plain_address(addresses, which, rows, depth, kind):
+    return addresses[which]
+
+
+run_experts = experts_by(plain_address, plain_bias, row_of, product)
 
 
 @njit(cache=True, nogil=True)
@@ -364,7 +413,8 @@ def multiply(x, weights, outputs, first, last):
         for begin in range(first, last, most):
             end = min(begin + most, last)
             at = weights.ctypes.data
-            product(inputs, depth, at, begin, end, tokens, sums, staged, at + 2 * depth * min(end, last - 1))
+            ahead = at + 2 * depth * min(end, last - 1)
+            product(inputs, depth, at, begin, end, tokens, sums, staged, ahead, outputs)
             totals = carray(pointer(sums), (end - begin, columns(tokens)), np.float32)
             write_rows(totals, outputs, rows, begin, end)
     load_shapes(scratch + 64)

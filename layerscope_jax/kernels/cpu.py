@@ -21,8 +21,8 @@ import numpy as np
 from layerscope_jax.formats import ExpertFormat, plain_of
 from layerscope_jax.kernels.activations import facts_of
 from layerscope_jax.kernels.grouping import Assignments, Group
-from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel, RowsKernel, suits
-from layerscope_jax.kernels.loops import ARRAYS, no_scratch
+from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel, RowsKernel, addresses_of, suits
+from layerscope_jax.kernels.loops import no_scratch
 from layerscope_jax.kernels.registry import Work
 from layerscope_jax.models.experts import SWIGLU
 from layerscope_jax.support.machine import cores
@@ -106,8 +106,8 @@ class InMemory(NamedTuple):
 
     Attributes:
         arrays: of its format, copied already and not on the way: our own loops do not wait for copies.
-        addresses: of these arrays, 0 for the biases of an expert that has none (`loops.ARRAYS`), int64 as
-            bytes: those of many experts are joined faster than numbers.
+        addresses: what our own loops are given of it (`host_kernels.addresses_of`), int64 as bytes: those of
+            many experts are joined faster than numbers.
         layout: how it lies in memory.
     """
 
@@ -132,7 +132,7 @@ class InMemory(NamedTuple):
             raise ValueError(f"expected an expert on a CPU device, got one on {arrays[0].sharding}")
         jax.block_until_ready(arrays)
         pointers = [array.unsafe_buffer_pointer() for array in arrays]
-        addresses = np.array([*pointers, 0][:ARRAYS], np.int64)
+        addresses = np.array(addresses_of(format, arrays, pointers), np.int64)
         return cls(arrays, addresses.tobytes(), layout_of(format, *format.sizes(arrays)))
 
 
@@ -257,7 +257,7 @@ class CpuExperts:
         activation, limit = self._body
         words = outputs.view(WORDS[outputs.dtype.name])
         addresses = np.frombuffer(bytearray().join([expert.addresses for expert in held]), np.int64)
-        addresses = addresses.reshape(-1, ARRAYS)
+        addresses = addresses.reshape(len(held), -1)
         if tokens > kernel.piece:
             addresses, firsts, lasts = pieces(addresses, firsts, lasts, kernel.piece)
         counter, begins = np.zeros(1, np.int64), address(inputs)
@@ -298,7 +298,7 @@ class CpuExperts:
                 f"the kernel {kernel.name!r} cannot compute experts [{layout.width}, {layout.hidden}] in the "
                 f"format {layout.format.name!r} with rows of {dtype}"
             )
-        self._kind = np.empty(1, kernel.words(layout.format.name))
+        self._kind = np.empty(1, kernel.words(layout.format.name, dtype))
         self._body, self._taken = facts_of(layout.format.body), (layout, dtype)
 
     def _rows(

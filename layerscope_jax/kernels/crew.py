@@ -17,7 +17,6 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from layerscope_jax.kernels import loops
 from layerscope_jax.kernels.numbers import float_of, pointer, taken
 from layerscope_jax.kernels.vectors import BYTE, INT, LONG, external
 from layerscope_jax.support.njit import cfunc, njit
@@ -116,8 +115,8 @@ def products(multiply: Any, rows: Any, weights_of: Any) -> Any:
 
 
 @functools.cache
-def experts(run_experts: Any, scratch_bytes: Any, rows: Any, weights_of: Any) -> Any:
-    """The same of experts, by what an `AddressKernel` has compiled."""
+def experts(run_experts: Any, scratch_bytes: Any, arrays: int, rows: Any, weights_of: Any) -> Any:
+    """The same of experts, by what an `AddressKernel` has compiled, each given by so many numbers."""
 
     @cfunc(types.void(types.int64), cache=True)
     def run(address):
@@ -126,7 +125,7 @@ def experts(run_experts: Any, scratch_bytes: Any, rows: Any, weights_of: Any) ->
         lasts = carray(pointer(job[LASTS]), job[PARTS], np.int64)
         memory = np.empty(scratch_bytes(firsts, lasts, job[WIDTH], job[DEPTH]) + 64, np.uint8)
         run_experts(
-            carray(pointer(job[WEIGHTS]), (job[PARTS], loops.ARRAYS), np.int64),
+            carray(pointer(job[WEIGHTS]), (job[PARTS], arrays), np.int64),
             firsts,
             lasts,
             carray(pointer(job[ORDER]), job[LENGTH], np.int32),

@@ -163,31 +163,31 @@ def add_tiles(rows, row, x, steps, outputs, coming, kind):
 
     Args:
         outputs: [M, ...] of each input, the products with these rows first.
-        coming: address of what is read next.
+        coming: address of what is read next; 0 to ask for nothing.
     """
     depth, far, m = x.strides[0], outputs.strides[0], 0
     while m < len(x):
         begin, to, left = x.ctypes.data + depth * m, outputs.ctypes.data + far * m, len(x) - m
         if left >= 6 and MOST == 6:
-            if m == 0:
+            if m == 0 and coming:
                 first6(rows, row, begin, depth, steps, to, far, coming, kind)
             else:
                 tile6(rows, row, begin, depth, steps, to, far, coming, kind)
             m += 6
         elif left >= 4 and MOST == 6:
-            if m == 0:
+            if m == 0 and coming:
                 first4(rows, row, begin, depth, steps, to, far, coming, kind)
             else:
                 tile4(rows, row, begin, depth, steps, to, far, coming, kind)
             m += 4
         elif left >= 2:
-            if m == 0:
+            if m == 0 and coming:
                 first2(rows, row, begin, depth, steps, to, far, coming, kind)
             else:
                 tile2(rows, row, begin, depth, steps, to, far, coming, kind)
             m += 2
         else:
-            if m == 0:
+            if m == 0 and coming:
                 first1(rows, row, begin, depth, steps, to, far, coming, kind)
             else:
                 tile1(rows, row, begin, depth, steps, to, far, coming, kind)

@@ -18,6 +18,7 @@ from layerscope_jax.kernels import crew
 from layerscope_jax.kernels.activations import facts_of
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory
 from layerscope_jax.kernels.crew import SEMAPHORE, SEMAPHORES, Crew
+from layerscope_jax.kernels.encoded import ARRAYS as ENCODED_ARRAYS
 from layerscope_jax.kernels.grouping import by_expert
 from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel
 from layerscope_jax.kernels.loops import ARRAYS
@@ -28,7 +29,7 @@ from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.support import target
 from layerscope_jax.support.njit import njit
 
-FACTS = 5
+FACTS = 6
 """Numbers of a layer's table before its addresses (`Inside.table_of`)."""
 
 _, CHOICES, ROWS, TOKENS = range(4)  # letters, in their order
@@ -41,11 +42,14 @@ def fit_experts(call):
     like, sizes = matches(call, EXPERTS)
     if not like or sizes[ROWS] != sizes[TOKENS] * sizes[CHOICES]:
         return False
-    _, of_table = buffer(call, ARGUMENTS, 3)
+    table_at, of_table = buffer(call, ARGUMENTS, 3)
     words = long_at(of_table)
-    if words < 2 * FACTS or (words - 2 * FACTS) % (2 * ARRAYS) != 0:
+    if words < 2 * FACTS or words % 2 != 0:
         return False
-    return within(call, 1, sizes[ROWS], (words // 2 - FACTS) // ARRAYS - 1)
+    table = carray(pointer(table_at), FACTS, np.int64)
+    if table[5] < 1 or (words // 2 - FACTS) % table[5] != 0:
+        return False
+    return within(call, 1, sizes[ROWS], (words // 2 - FACTS) // table[5] - 1)
 
 
 @njit(cache=True, nogil=True)
@@ -89,17 +93,17 @@ def compute_experts(call, do, size):
     tokens, choices = long_at(sizes), long_at(sizes + 8)
     flags, _ = buffer(call, ARGUMENTS, 2)
     table_at, sizes = buffer(call, ARGUMENTS, 3)
-    count = (long_at(sizes) // 2 - FACTS) // ARRAYS
+    words = long_at(sizes) // 2
     rows, _ = buffer(call, RESULTS, 0)
-    table = carray(pointer(table_at), FACTS + ARRAYS * count, np.int64)
-    pool, hidden, piece = pool_at(table[0]), table[1], table[2]
+    table = carray(pointer(table_at), words, np.int64)
+    pool, hidden, piece, arrays = pool_at(table[0]), table[1], table[2], table[5]
     active = carray(pointer(flags), tokens, np.uint8)
     order, bounds, _ = by_expert(carray(pointer(chosen), tokens * choices, np.int32), active, choices)
     whose, firsts, lasts = pieces(bounds, piece)
-    addresses = np.empty((len(whose), ARRAYS), np.int64)
+    addresses = np.empty((len(whose), arrays), np.int64)
     for index in range(len(whose)):
-        for array in range(ARRAYS):
-            addresses[index, array] = table[FACTS + ARRAYS * whose[index] + array]
+        for array in range(arrays):
+            addresses[index, array] = table[FACTS + arrays * whose[index] + array]
         if index == 0 or whose[index] != whose[index - 1]:
             pool[crew.COUNTED] += 1
     pool[crew.ASSIGNED] += len(order)
@@ -126,11 +130,12 @@ def experts_target(kernel: AddressKernel, format: str, dtype: np.dtype) -> str:
         Unavailable: if there can be none.
     """
     rows: Any = WORDS[dtype.name].type
-    weights: Any = kernel.words(format).type
+    weights: Any = kernel.words(format, dtype).type
+    arrays = ENCODED_ARRAYS if kernel.encoded else ARRAYS
     return register(
-        f"layerscope_experts_{kernel.name}_{format}_{dtype.name}",
+        f"layerscope_experts_{kernel.name}_{'encoded' if kernel.encoded else format}_{dtype.name}",
         compute_experts,
-        lambda: crew.experts(kernel.run, kernel.scratch_bytes, rows, weights),
+        lambda: crew.experts(kernel.run, kernel.scratch_bytes, arrays, rows, weights),
         dtype,
         fit_experts,
     )
@@ -168,8 +173,8 @@ class Inside:
         return platform.system() == "Linux" and dtype.name in WORDS and target.refusal() is None
 
     def table_of(self, experts: Sequence[InMemory]) -> np.ndarray:
-        """[2 * (FACTS + 4 E)] uint32 for a layer: `table`, then F, tokens of an expert at a time, activation
-        and limit, and where each array lies.
+        """[2 * (FACTS + A E)] uint32 for a layer: `table`, then F, tokens of an expert at a time, activation
+        and limit, A, and the A addresses of each expert.
 
         Args:
             experts: of the layer; their memory must outlive every program that is given the table.
@@ -183,6 +188,7 @@ class Inside:
             self._piece,
             activation,
             limit.view(np.uint32),
+            len(addresses) // len(experts),
         ]
         return np.array([*facts, *addresses], np.int64).view(np.uint32)
 
@@ -214,8 +220,7 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
     kinds = [(inputs, 2, np.dtype(name.rpartition("_")[2])), (experts, 2, np.dtype(np.int32))]
     kinds += [(active, 1, np.dtype(np.bool_)), (table, 1, np.dtype(np.uint32))]
     fit = all(array.ndim == rank and array.dtype == dtype for array, rank, dtype in kinds)
-    numbers, rest = divmod(len(table) - 2 * FACTS, 2 * ARRAYS) if fit else (0, 0)
-    if numbers < 1 or rest or not len(experts) == len(active) == tokens:
+    if not fit or len(table) <= 2 * FACTS or not len(experts) == len(active) == tokens:
         got = ", ".join(f"{array.dtype}{list(array.shape)}" for array, *_ in kinds)
         raise ValueError(
             f"{name} takes inputs [T, D], experts int32 [T, K], active bool [T] and a table, got {got}"

@@ -8,6 +8,8 @@ sums run over the inputs in one fixed order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import carray
 
@@ -32,35 +34,6 @@ take sums of two tokens for one another, and let one's reading wait for the othe
 
 
 @njit(cache=True, nogil=True)
-def ffn(x, gate, up, down, bias, outputs, slots, activation, limit):
-    """`(silu(x gate) * (x up)) down` of M rows, into the `slots` of `outputs`, or with another body.
-
-    Args:
-        gate, up: [F, D].
-        down: [D, F].
-        bias: [2 F + D] those of gate, up and down; [0] without.
-        activation, limit: as of `activate`.
-    """
-    tokens, (hidden, width) = len(x), gate.shape
-    inner = room(tokens, hidden, down)
-    gates, ups = np.empty((tokens, APART), np.float32), np.empty((tokens, APART), np.float32)
-    for first in range(0, hidden, BLOCK):
-        last = min(first + BLOCK, hidden)
-        dot_products(x, gate, first, last, gates)
-        dot_products(x, up, first, last, ups)
-        add_bias(gates, bias, first, last)
-        add_bias(ups, bias, hidden + first, hidden + last)
-        for m in range(tokens):
-            activate(gates[m], ups[m], inner[m, first:last], outputs, down, activation, limit)
-    for first in range(0, width, BLOCK):
-        last = min(first + BLOCK, width)
-        dot_products(inner, down, first, last, gates)
-        add_bias(gates, bias, 2 * hidden + first, 2 * hidden + last)
-        for m in range(tokens):
-            round_row(gates[m], outputs[slots[m], first:last])
-
-
-@njit(cache=True, nogil=True)
 def multiply(x, weights, outputs, first, last):
     """`x [M, K]` times `weights [N, K]`, into columns `first` to `last` of `outputs`, of the type of `x`."""
     for start in range(0, len(x), PIECE):
@@ -82,51 +55,94 @@ def no_scratch(firsts, lasts, width, hidden):
     return 0
 
 
-@njit(cache=True, nogil=True)
-def run_experts(
-    addresses,
-    firsts,
-    lasts,
-    order,
-    choices,
-    inputs,
-    hidden,
-    activation,
-    limit,
-    outputs,
-    kind,
-    counter,
-    scratch,
-):
-    """Computes those of N experts that no other thread takes first.
+def experts_by(matrix_of: Any, bias_of: Any, dots: Any) -> Any:
+    """A compiled function that computes experts, however their matrices are stored.
 
     Args:
-        addresses: [N, ARRAYS] of each expert.
-        firsts, lasts: [N] where each expert's slots begin and end in `order`.
-        order: [A] slots `token * choices + choice`.
-        choices: K.
-        inputs: address of [T, D] of the type of `outputs`.
-        hidden: F.
-        activation, limit: of the experts' body (`activations.facts_of`).
-        outputs: [T * K + 1, D], a row for each slot; those of these experts are written.
-        kind: an array of the type of the weights, whatever it holds (`vectors.py`).
-        counter: address of the number of experts taken so far.
-        scratch: address of scratch, of which none is needed here.
+        matrix_of: compiled: (addresses of an expert, which matrix, its N and K, kind) -> the matrix.
+        bias_of: compiled: (addresses of an expert, D, F, kind) -> its biases [2 F + D], or [0].
+        dots: compiled, as `plain_dots`, of such matrices.
     """
-    width = outputs.shape[1]
-    read = carray(pointer(inputs), (len(outputs) // choices, width), outputs.dtype)
-    while True:
-        expert = taken(counter)
-        if expert >= len(firsts):
-            break
-        slots = order[firsts[expert] : lasts[expert]]
-        x = room(len(slots), width, kind)
-        for m in range(len(slots)):
-            row = read[slots[m] // choices]
-            for d in range(np.uint64(width)):
-                x[m, d] = as_input(row[d], kind)
-        gate = carray(pointer(addresses[expert, 0]), (hidden, width), kind.dtype)
-        up = carray(pointer(addresses[expert, 1]), (hidden, width), kind.dtype)
-        down = carray(pointer(addresses[expert, 2]), (width, hidden), kind.dtype)
-        bias = carray(pointer(addresses[expert, 3]), biases(addresses[expert, 3], width, hidden), kind.dtype)
-        ffn(x, gate, up, down, bias, outputs, slots, activation, limit)
+
+    @njit(cache=True, nogil=True)
+    def run_experts(
+        addresses,
+        firsts,
+        lasts,
+        order,
+        choices,
+        inputs,
+        hidden,
+        activation,
+        limit,
+        outputs,
+        kind,
+        counter,
+        scratch,
+    ):
+        """Computes those of N experts that no other thread takes first.
+
+        Args:
+            addresses: [N, A] of each expert.
+            firsts, lasts: [N] where each expert's slots begin and end in `order`.
+            order: [A] slots `token * choices + choice`.
+            choices: K.
+            inputs: address of [T, D] of the type of `outputs`.
+            hidden: F.
+            activation, limit: of the experts' body (`activations.facts_of`).
+            outputs: [T * K + 1, D], a row for each slot; those of these experts are written.
+            kind: an array of the type of the weights, whatever it holds (`dots.py`).
+            counter: address of the number of experts taken so far.
+            scratch: address of scratch, of which none is needed here.
+        """
+        width = outputs.shape[1]
+        read = carray(pointer(inputs), (len(outputs) // choices, width), outputs.dtype)
+        while True:
+            expert = taken(counter)
+            if expert >= len(firsts):
+                break
+            slots, arrays = order[firsts[expert] : lasts[expert]], addresses[expert]
+            tokens = len(slots)
+            x, inner = room(tokens, width, kind), room(tokens, hidden, kind)
+            for m in range(tokens):
+                row = read[slots[m] // choices]
+                for d in range(np.uint64(width)):
+                    x[m, d] = as_input(row[d], kind)
+            gate, up = matrix_of(arrays, 0, hidden, width, kind), matrix_of(arrays, 1, hidden, width, kind)
+            down, bias = matrix_of(arrays, 2, width, hidden, kind), bias_of(arrays, width, hidden, kind)
+            gates, ups = np.empty((tokens, APART), np.float32), np.empty((tokens, APART), np.float32)
+            for first in range(0, hidden, BLOCK):
+                last = min(first + BLOCK, hidden)
+                dots(x, gate, first, last, gates, kind)
+                dots(x, up, first, last, ups, kind)
+                add_bias(gates, bias, first, last)
+                add_bias(ups, bias, hidden + first, hidden + last)
+                for m in range(tokens):
+                    activate(gates[m], ups[m], inner[m, first:last], outputs, kind, activation, limit)
+            for first in range(0, width, BLOCK):
+                last = min(first + BLOCK, width)
+                dots(inner, down, first, last, gates, kind)
+                add_bias(gates, bias, 2 * hidden + first, 2 * hidden + last)
+                for m in range(tokens):
+                    round_row(gates[m], outputs[slots[m], first:last])
+
+    return run_experts
+
+
+@njit(cache=True, nogil=True, inline="always")
+def plain_matrix(addresses, which, rows, depth, kind):
+    return carray(pointer(addresses[which]), (rows, depth), kind.dtype)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def plain_bias(addresses, width, hidden, kind):
+    return carray(pointer(addresses[3]), biases(addresses[3], width, hidden), kind.dtype)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def plain_dots(x, matrix, first, last, outputs, kind):
+    """`dot_products` with a matrix `[N, K]` of the type of `kind`."""
+    dot_products(x, matrix, first, last, outputs)
+
+
+run_experts = experts_by(plain_matrix, plain_bias, plain_dots)

@@ -1,7 +1,7 @@
 """Arithmetic of compiled loops: addresses, bfloat16 and its rounding, `exp`, `silu` and softmax.
 
 bfloat16 comes as its 16 bits: of activations as uint16; of weights as uint16, or as int16 where they are
-multiplied in pairs (`vectors.py`).
+multiplied in pairs (`dots.py`).
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def round_row(sums, outputs):
 
 
 def as_input(word: Any, weights: Any) -> Any:
-    """An activation in the form in which products with an array of weights take it (`vectors.py`)."""
+    """An activation in the form in which products with an array of weights take it (`dots.py`)."""
 
 
 @overload(as_input, inline="always")

@@ -60,18 +60,18 @@ def attend_block(queries, keys, values, weighing, bounds, start, end, head, grou
         for d in range(np.uint64(size)):
             x[row, d] = widened(query[d])
     ends = shared_out(count)
-    inputs = packed(x, ends, keys)
+    inputs = packed(x, ends)
     memory, current, spare = two_rooms()
     scores = np.empty((count, last - first), np.float32)
     sums = np.empty((count, APART), np.float32)
     of_values = values[first:last]
-    lay_first(panel_of(keys, first, last), current, keys)
+    lay_first(panel_of(keys, first, last), current)
     for begin in range(first, last, WIDE):
         after = panel_of(keys, begin + WIDE, last)
         if begin + WIDE >= last:
             after = panel_of(of_values, 0, value_size)
         panel = panel_of(keys, begin, last)
-        current, spare = add_panel(inputs, ends, panel, after, current, spare, sums, keys)
+        current, spare = add_panel(inputs, ends, panel, after, current, spare, sums)
         for row in range(count):
             columns = scores[row, begin - first : min(begin + WIDE, last) - first]
             scale = weighing[head + row % groups, 0]
@@ -81,11 +81,11 @@ def attend_block(queries, keys, values, weighing, bounds, start, end, head, grou
         token = min(start + row // groups, end - 1)
         sink = weighing[head + row % groups, 1]
         weigh_within(scores[row], bounds[token, 0] - first, bounds[token, 1] - first, sink, outputs)
-    inputs = packed(scores, ends, keys)
+    inputs = packed(scores, ends)
     for begin in range(0, value_size, WIDE):
         end_of = min(begin + WIDE, value_size)
         panel, after = panel_of(of_values, begin, value_size), panel_of(of_values, end_of, value_size)
-        current, spare = add_panel(inputs, ends, panel, after, current, spare, sums, keys)
+        current, spare = add_panel(inputs, ends, panel, after, current, spare, sums)
         for row in range(groups * (end - start)):
             output = outputs[start + row // groups, head + row % groups]
             round_row(sums[row], output[begin:end_of])

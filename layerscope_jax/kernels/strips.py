@@ -1,8 +1,9 @@
 """A matrix times inputs of many tokens: strips of it stay in the nearest cache until all tokens had them.
 
-With few tokens reading takes the time, and a matrix is best read in whole rows (`loops`). With many it is
-arithmetic: here the sums of some tokens stay in registers for all rows of a strip, and a weight, loaded once,
-is used for all of them. Sums run over the same rows in the same order, so that their bits are the same.
+With few tokens reading takes the time, and a matrix is best read in whole rows (`weighted_sums`). With many
+it is arithmetic: here the sums of some tokens stay in registers for all rows of a strip, and a weight,
+loaded once, is used for all of them. Sums run over the same rows in the same order, so that their bits are
+the same.
 """
 
 from __future__ import annotations
@@ -14,19 +15,15 @@ from numba import types
 from numba.extending import intrinsic
 
 from layerscope_jax.kernels.vectors import (
-    BITS,
     COLUMNS,
     LANES,
     LONG,
     NUMBERS,
     WIDE,
-    add_pairs,
     add_product,
     everywhere,
     fetch,
-    loaded,
     read,
-    rows_high,
 )
 
 MANY = 25
@@ -79,34 +76,25 @@ def place(builder: Any, base: Any, number: Any, distance: Any, kind: Any) -> Any
 
 
 @intrinsic
-def rows_of_step(typing: Any, kind: Any) -> Any:
-    """`rows_high` inside compiled functions, of an array of the kind."""
-    high = rows_high(kind.dtype)
-    return types.int64(kind), lambda context, builder, signature, arguments: LONG(high)
-
-
-@intrinsic
-def lay_out(typing: Any, weights: Any, row: Any, steps: Any, panel: Any, strips: Any, kind: Any) -> Any:
+def lay_out(typing: Any, weights: Any, row: Any, steps: Any, panel: Any, strips: Any) -> Any:
     """Writes strips as they are multiplied: two registers for each step.
 
     Takes the first weight's address and the distance in bytes from one row to the next; steps; where the
-    first strip is to lie; strips. At last, an array of the kind.
+    first strip is to lie; strips.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        weights, row, steps, panel, strips, _ = arguments
-        kind = signature.args[-1].dtype
-        high, size = rows_high(kind), kind.bitwidth // 8
+        weights, row, steps, panel, strips = arguments
 
         def step(turn: Any, _: list[Any]) -> list[Any]:
-            at = builder.add(weights, builder.mul(turn, builder.mul(row, LONG(high))))
+            at = builder.add(weights, builder.mul(turn, row))
             to = builder.add(panel, builder.mul(turn, LONG(4 * COLUMNS)))
 
             def strip(number: Any, _: list[Any]) -> list[Any]:
-                first = builder.add(at, builder.mul(number, LONG(size * COLUMNS)))
-                halves = loaded(builder, kind, [first, builder.add(first, row)][:high])
+                first = builder.add(at, builder.mul(number, LONG(4 * COLUMNS)))
                 strip_at = builder.add(to, builder.mul(number, LONG(4 * STRIP)))
-                for half, numbers in enumerate(halves):
+                for half in range(2):
+                    numbers = read(builder, builder.add(first, LONG(4 * LANES * half)), NUMBERS, 4)
                     where = place(builder, strip_at, LONG(half), LONG(4 * LANES), numbers.type)
                     builder.store(numbers, where, align=4 * LANES)
                 return []
@@ -117,7 +105,7 @@ def lay_out(typing: Any, weights: Any, row: Any, steps: Any, panel: Any, strips:
         repeat(builder, steps, [], step)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5, kind), build
+    return types.void(*[types.int64] * 5), build
 
 
 @intrinsic
@@ -143,17 +131,15 @@ def ask(typing: Any, begin: Any, row: Any, rows: Any, lines: Any) -> Any:
 
 
 @intrinsic
-def add_strip(typing: Any, strip: Any, steps: Any, sums: Any, x: Any, tokens: Any, kind: Any) -> Any:
+def add_strip(typing: Any, strip: Any, steps: Any, sums: Any, x: Any, tokens: Any) -> Any:
     """Adds a strip, times inputs, to the sums of `FEWEST` to `TOKENS` tokens.
 
     Takes the strip's address and its steps; the addresses of the first sum, and of the inputs as `panels`
-    packs them; tokens. At last, an array of the kind.
+    packs them; tokens.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        strip, steps, sums, x, tokens, _ = arguments
-        pairs = signature.args[-1].dtype is types.int16
-        add, numbers = (add_pairs, BITS) if pairs else (add_product, NUMBERS)
+        strip, steps, sums, x, tokens = arguments
 
         def add_tokens(count: int) -> None:
             places = [
@@ -166,14 +152,14 @@ def add_strip(typing: Any, strip: Any, steps: Any, sums: Any, x: Any, tokens: An
                 at = builder.add(strip, builder.mul(turn, LONG(4 * COLUMNS)))
                 inputs_at = builder.add(x, builder.mul(turn, LONG(4 * count)))
                 halves = [
-                    read(builder, builder.add(at, LONG(4 * half)), numbers, align=4 * LANES)
+                    read(builder, builder.add(at, LONG(4 * half)), NUMBERS, align=4 * LANES)
                     for half in (0, LANES)
                 ]
                 results = []
                 for token in range(count):
-                    value = everywhere(builder, builder.add(inputs_at, LONG(4 * token)), numbers)
+                    value = everywhere(builder, builder.add(inputs_at, LONG(4 * token)))
                     results += [
-                        add(builder, halves[half], value, totals[2 * token + half]) for half in (0, 1)
+                        add_product(builder, halves[half], value, totals[2 * token + half]) for half in (0, 1)
                     ]
                 return results
 
@@ -193,4 +179,4 @@ def add_strip(typing: Any, strip: Any, steps: Any, sums: Any, x: Any, tokens: An
         builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5, kind), build
+    return types.void(*[types.int64] * 5), build

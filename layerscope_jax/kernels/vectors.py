@@ -1,15 +1,8 @@
-"""A few rows of a matrix, times inputs of a few tokens, added to their sums: a step of `loops` for LLVM.
+"""A few rows of a matrix, times inputs of a few tokens, added to their sums: a step of attention for LLVM.
 
 Numba leaves it to LLVM to find vectors in loops; here they are named, as are the registers' uses: weights are
 read once for up to eight tokens, sums once for as many rows as registers hold, and the rows that come next
-are asked for, which the CPU by itself does too late.
-
-How weights lie and are multiplied is a kind, told by the type of their array:
-
-- float32: multiplied and added, rounded once.
-- uint16: bfloat16, widened to float32 first.
-- int16: bfloat16 too, by `VDPBF16PS` (AVX512_BF16): each sum gets the products of two neighbouring inputs
-  with two weights below each other, whose rows are woven into one as they are read.
+are asked for, which the CPU by itself does too late. All numbers are float32.
 """
 
 from __future__ import annotations
@@ -53,19 +46,19 @@ def adding(tokens: int) -> Callable:
 
     It takes addresses and distances in bytes: of the first weight, from one row to the next, and to the
     weight whose rows are to be asked for; of the first sum, and from one token's to the next one's; of the
-    first input, and from one token's to the next one's. At last, an array of the kind of the weights.
+    first input, and from one token's to the next one's.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        weights, row, ahead, sums, far, x, depth, _ = arguments
-        kind = signature.args[-1].dtype
+        weights, row, ahead, sums, far, x, depth = arguments
         moved = lambda base, distance, times: builder.add(base, builder.mul(distance, LONG(times)))  # noqa: E731
         rows = [moved(weights, row, k) for k in range(ROWS)]
         for at in rows:
             fetch(builder, builder.add(at, ahead))
-        pairs, high = kind is types.int16, rows_high(kind)
-        steps = [loaded(builder, kind, rows[k : k + high]) for k in range(0, ROWS, high)]
-        add = add_pairs if pairs else add_product
+        steps = [
+            [read(builder, builder.add(begin, LONG(4 * half)), NUMBERS, 4) for half in (0, LANES)]
+            for begin in rows
+        ]
         for first in range(0, tokens, 2):  # four sums at a time, so that none waits for itself
             pair = range(first, min(first + 2, tokens))
             places = [
@@ -77,16 +70,16 @@ def adding(tokens: int) -> Callable:
             for step, halves in enumerate(steps):
                 for index, token in enumerate(pair):
                     at = builder.add(moved(x, depth, token), LONG(4 * step))
-                    value = everywhere(builder, at, BITS if pairs else NUMBERS)
+                    value = everywhere(builder, at)
                     for half in range(2):
                         place = 2 * index + half
-                        totals[place] = add(builder, halves[half], value, totals[place])
+                        totals[place] = add_product(builder, halves[half], value, totals[place])
             for place, total in zip(places, totals, strict=True):
                 builder.store(total, place, align=4)
         return context.get_dummy_value()
 
-    def typed(typing, weights, row, ahead, sums, far, x, depth, kind):
-        return types.void(*[types.int64] * 7, kind), build
+    def typed(typing, weights, row, ahead, sums, far, x, depth):
+        return types.void(*[types.int64] * 7), build
 
     return intrinsic(typed)
 
@@ -108,49 +101,11 @@ def read(builder: Any, address: Any, kind: Any, align: int) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
-def shuffled(builder: Any, first: Any, second: Any, order: list[int]) -> Any:
-    return builder.shuffle_vector(first, second, ir.VectorType(INT, len(order))(order))
-
-
-def everywhere(builder: Any, address: Any, kind: Any) -> Any:
-    """What lies there, in all lanes."""
-    nothing = ir.Constant(kind, ir.Undefined)
-    value = builder.insert_element(nothing, read(builder, address, kind.element, 4), INT(0))
-    return shuffled(builder, value, nothing, [0] * LANES)
-
-
-def rows_high(kind: Any) -> int:
-    """Rows that are multiplied in one step."""
-    return 2 if kind is types.int16 else 1
-
-
-def loaded(builder: Any, kind: Any, rows: list[Any]) -> list[Any]:
-    """Two registers of weights: a step of so many rows."""
-    if kind is types.int16:
-        return woven(builder, *rows)
-    return (widened if kind is types.uint16 else plain)(builder, *rows)
-
-
-def plain(builder: Any, row: Any) -> list[Any]:
-    """Two registers of weights in float32."""
-    return [read(builder, builder.add(row, LONG(4 * half)), NUMBERS, 4) for half in (0, LANES)]
-
-
-def widened(builder: Any, row: Any) -> list[Any]:
-    """The same of weights in bfloat16: float32 with the lower bits gone."""
-    result = []
-    for half in (0, LANES):
-        words = read(builder, builder.add(row, LONG(2 * half)), ir.VectorType(WORD, LANES), 2)
-        bits = builder.shl(builder.zext(words, BITS), BITS([16] * LANES))
-        result.append(builder.bitcast(bits, NUMBERS))
-    return result
-
-
-def woven(builder: Any, first: Any, second: Any) -> list[Any]:
-    """Two registers of pairs, each of a weight and the one below it."""
-    rows = [read(builder, at, ir.VectorType(WORD, COLUMNS), 2) for at in (first, second)]
-    orders = [[half + index // 2 + COLUMNS * (index % 2) for index in range(COLUMNS)] for half in (0, LANES)]
-    return [builder.bitcast(shuffled(builder, rows[0], rows[1], order), BITS) for order in orders]
+def everywhere(builder: Any, address: Any) -> Any:
+    """The number that lies there, in all lanes."""
+    nothing = ir.Constant(NUMBERS, ir.Undefined)
+    value = builder.insert_element(nothing, read(builder, address, NUMBERS.element, 4), INT(0))
+    return builder.shuffle_vector(value, nothing, ir.VectorType(INT, LANES)([0] * LANES))
 
 
 def add_product(builder: Any, weights: Any, x: Any, sums: Any) -> Any:

@@ -6,7 +6,6 @@ all tokens, which stay in the cache (`vectors.py` has a step of it). A sum runs 
 
 from __future__ import annotations
 
-from layerscope_jax.kernels.numbers import widened
 from layerscope_jax.kernels.vectors import COLUMNS, ROWS, adding
 from layerscope_jax.support.njit import njit
 
@@ -29,7 +28,7 @@ def add_rest(x, weights, sums):
         for f in range(weights.shape[1]):
             total = sums[m, f]
             for j in range(len(weights)):
-                total += widened(x[m, j]) * widened(weights[j, f])
+                total += x[m, j] * weights[j, f]
             sums[m, f] = total
 
 
@@ -41,21 +40,21 @@ def add_rows(x, weights, high, first, last, sums):
     """
     row, deep = weights.strides[0], x.strides[0]
     for k in range(0, high, ROWS):
-        begin = weights.ctypes.data + row * k + weights.itemsize * first
+        begin = weights.ctypes.data + row * k + 4 * first
         m, ahead = 0, ROWS * row
         while m < len(x):
-            sums_at, inputs = sums.ctypes.data + FAR * m, x.ctypes.data + deep * m + x.itemsize * k
+            sums_at, inputs = sums.ctypes.data + FAR * m, x.ctypes.data + deep * m + 4 * k
             left = len(x) - m
             for c in range(0, last - first, COLUMNS):
-                at, to = begin + weights.itemsize * c, sums_at + 4 * c
+                at, to = begin + 4 * c, sums_at + 4 * c
                 if left >= 8:
-                    add8(at, row, ahead, to, FAR, inputs, deep, weights)
+                    add8(at, row, ahead, to, FAR, inputs, deep)
                 elif left >= 4:
-                    add4(at, row, ahead, to, FAR, inputs, deep, weights)
+                    add4(at, row, ahead, to, FAR, inputs, deep)
                 elif left >= 2:
-                    add2(at, row, ahead, to, FAR, inputs, deep, weights)
+                    add2(at, row, ahead, to, FAR, inputs, deep)
                 else:
-                    add1(at, row, ahead, to, FAR, inputs, deep, weights)
+                    add1(at, row, ahead, to, FAR, inputs, deep)
             m += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
             ahead = 0
 

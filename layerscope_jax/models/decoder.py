@@ -134,7 +134,7 @@ class Decoder(nnx.Module):
     ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
     ...     normalize_top_k=True)
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
-    >>> logits, routings = model(jnp.array([[1, 2, 3]]))
+    >>> logits, routings = nnx.jit(Decoder.__call__)(model, jnp.array([[1, 2, 3]]))
     >>> logits.shape, routings[0].experts.shape
     ((1, 3, 32), (3, 2))
     """

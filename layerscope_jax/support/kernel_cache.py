@@ -130,11 +130,13 @@ class KernelCache:
 
 
 def named(value: Any) -> Any:
-    """Returns what a closure's value adds to the key: for a compiled function, where it is defined."""
+    """Returns what a closure's value adds to the key: for a compiled function, where it is defined, and what
+    its own closure adds."""
     function = getattr(value, "py_func", None)
     if function is None:
         return value
-    return function.__module__, function.__qualname__, function.__code__.co_firstlineno
+    closed = tuple(named(cell.cell_contents) for cell in function.__closure__ or ())
+    return function.__module__, function.__qualname__, function.__code__.co_firstlineno, closed
 
 
 def read(file: Path, key: tuple[str, ...], context: Any) -> Any:

@@ -191,7 +191,7 @@ def test_experts_as_a_job_of_a_program(kernel, body, tokens, choices, steps, see
     )
     words = [WORDS["float32" if one is np.float32 else "uint16"] for one in (dtype, of_weights)]
     words[1] = np.int16 if kernel is PAIRS else words[1]
-    crew.experts(kernel.run, kernel.scratch_bytes, *words).ctypes(work.ctypes.data)
+    crew.experts(kernel.run, kernel.scratch_bytes, loops.ARRAYS, *words).ctypes(work.ctypes.data)
     guarded.check()
     assert len(demand[0]) == len(np.unique(chosen))
     assert np.isfinite(outputs.astype(np.float32)).all()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick_compiling
 
 TESTS = Path(__file__).parents[1]
 
@@ -90,7 +91,7 @@ def test_a_process_ends_by_its_own_code_and_says_nothing(name):
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
+        env=os.environ | quick_compiling.ENVIRONMENT,
     )
     expected = (0, "done\n", "") if "main one" in name else (3, "", "")
     assert (done.returncode, done.stdout, done.stderr) == expected

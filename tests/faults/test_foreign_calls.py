@@ -20,6 +20,7 @@ from layerscope_jax.kernels.host_kernels import LOOPS
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.latent_attention import latent_target
 from layerscope_jax.kernels.loops import ARRAYS
+from layerscope_jax.kernels.products import LOOPS as LOOPS_OF_PRODUCTS
 from layerscope_jax.kernels.products import products, products_target
 from layerscope_jax.models.experts import BiasedWeights, ExpertBody, ExpertWeights
 
@@ -68,8 +69,9 @@ WRONG = {
     "fewer flags": {"active": np.ones(3, bool)},
     "a table of another type": {"table": np.zeros(24, np.int32)},
     "a table of another rank": {"table": np.zeros((2, 12), np.uint32)},
-    "a table of three addresses an expert": {"table": np.zeros(2 * (inside.FACTS + 3), np.uint32)},
-    "an odd table": {"table": np.zeros(2 * (inside.FACTS + ARRAYS * EXPERTS) + 2, np.uint32)},
+    "a table without experts": {"table": np.zeros(2 * inside.FACTS, np.uint32)},
+    "a table of experts without addresses": {"table": np.zeros(2 * (inside.FACTS + 3), np.uint32)},
+    "an odd table": {"table": np.zeros(2 * (inside.FACTS + ARRAYS * EXPERTS) + 1, np.uint32)},
     "no table": {"table": np.zeros(1, np.uint32)},
 }
 
@@ -114,7 +116,7 @@ def struct(*shape, dtype=np.float32):
 
 OTHERS = {
     "products": (
-        lambda: products_target(FLOAT32, False),
+        lambda: products_target(FLOAT32, LOOPS_OF_PRODUCTS),
         [struct(3, 32), struct(64, 32), struct(32, 32)],
         [struct(3, 64), struct(3, 32)],
     ),
@@ -151,7 +153,7 @@ OTHERS = {
         [struct(2, 3, 8)],
     ),
     "products of heads": (
-        lambda: head_products_target(FLOAT32, False),
+        lambda: head_products_target(FLOAT32, LOOPS_OF_PRODUCTS),
         [struct(2, 3, 32), struct(3, 64, 32)],
         [struct(2, 3, 64)],
     ),
@@ -325,7 +327,7 @@ def test_another_version_is_left_to_xla_with_one_warning(afresh, monkeypatch, ve
     assert [one.target for one in made] == [None, None]
     assert len(said) == len(registry.fallbacks()) == 1
     for result in results:
-        np.testing.assert_array_equal(result, x @ weights)
+        np.testing.assert_array_equal(result, x @ weights.T)
     for one in (*made, computer):
         one.close()
 

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import quick_compiling
 from helpers import not_ignored, random_model
 
 from layerscope_jax import save
@@ -44,7 +45,7 @@ class Runs:
         self.env = os.environ | {
             "PYTHONPATH": os.getcwd(),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            **quick_compiling.ENVIRONMENT,
         }
         for name in ("first", "second"):  # the first compiles
             began = time.perf_counter()

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_compiling
 from helpers import in_time, random_model
 
 from layerscope_jax import Engine, OffloadConfig
@@ -27,7 +28,6 @@ GENERATE = """
 import sys, warnings
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_disable_most_optimizations", True)
 import jax.numpy as jnp, numpy as np
 {before}
 import json
@@ -48,7 +48,12 @@ print(json.dumps([found, [str(one.message) for one in said if one.category is Ru
 def generated(names, config="", before="", **environment):
     """Tokens and kernels of small models in a process that is told of another machine; and its warnings."""
     code = GENERATE.format(names=names, config=config, before=before)
-    known = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])} | environment
+    known = (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        | quick_compiling.ENVIRONMENT
+        | environment
+    )
     done = in_time(
         lambda: subprocess.run([sys.executable, "-c", code], env=known, capture_output=True, text=True), 600
     )

@@ -21,6 +21,8 @@ from layerscope_jax.models.config import LatentSizes
 from layerscope_jax.models.latent_attention import LatentAttention, LatentCache, head_matmul, latent_attend
 from layerscope_jax.models.rotary import PAD_POSITION
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # equal bits are those of our own loops
+
 SCALE = 0.2
 ours = jax.jit(functools.partial(latent_attention, scale=SCALE), static_argnames="rank")
 
@@ -120,9 +122,9 @@ def test_a_layer_is_the_same_by_our_loops(tokens):
     hidden = jnp.asarray(rng.standard_normal((2, tokens, config.hidden_size)), jnp.float32)
     cache = LatentCache(jnp.asarray(rng.standard_normal((2, 64, 96)), jnp.float32))
     positions = jnp.asarray(np.array([[3], [30]]) + np.arange(tokens), jnp.int32)
-    expected, _ = layer(hidden, positions, cache)
+    expected, _ = jax.jit(lambda *inputs: layer(*inputs))(hidden, positions, cache)
     with our_loops(table(3)[1]):
-        found, _ = layer(hidden, positions, cache)
+        found, _ = jax.jit(lambda *inputs: layer(*inputs))(hidden, positions, cache)
     assert (found != expected).any()  # it was another way
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=TOLERANCE["float32"])

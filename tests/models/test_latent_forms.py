@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from layerscope_jax.models import latent_attention
 from layerscope_jax.models.config import LatentSizes
 from layerscope_jax.models.latent_attention import LatentAttention, LatentCache
 from layerscope_jax.models.rotary import PAD_POSITION
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SIZES = LatentSizes(query_rank=None, rank=16, nope=6, rope=4, value=5)
 
@@ -32,7 +35,8 @@ def test_both_forms_compute_the_same(monkeypatch, cached):
     results = []
     for pays in (False, True):
         monkeypatch.setattr(latent_attention, "expanding_pays", lambda *_, pays=pays: pays)
-        results.append(layer(hidden, jnp.asarray(positions, jnp.int32), cache))
+        computed = jax.jit(lambda *inputs: layer(*inputs))  # one program instead of one an operation
+        results.append(computed(hidden, jnp.asarray(positions, jnp.int32), cache))
     (absorbed, kept), (expanded, kept_too) = results
     there = positions != PAD_POSITION
     assert np.abs(absorbed[there]).max() > 0.1

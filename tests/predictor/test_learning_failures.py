@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import quick_compiling
 from helpers import in_time, random_model
 from synthetic import llapor_of
 from test_device_bytes import PROMPTS, config
@@ -198,7 +199,7 @@ def test_a_program_that_closes_nothing_ends_well():
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=os.environ | quick_compiling.ENVIRONMENT,
     )
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
     assert "Traceback" not in done.stderr

@@ -6,11 +6,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax.runtime.choosing import Changes, changed, choose
 from layerscope_jax.runtime.sampling import NO_TOKEN, Sampling, ranked_scores
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "sampling.json").read_text())
 CASES = GOLDEN["cases"]

@@ -12,6 +12,8 @@ from helpers import copying_by, in_time, random_model
 from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
 from layerscope_jax.runtime.computing import ARRIVALS
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 PROMPTS = [[5, 6, 7], [3, 9, 27, 20, 60, 58, 52, 34, 41, 1, 3]]
 LAYERS, EXPERTS = 3, 8
 

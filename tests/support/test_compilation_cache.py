@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import quick_compiling
 from helpers import in_time
 
 from layerscope_jax import use_compilation_cache
@@ -41,7 +42,7 @@ def python(code, **environment):
     """What a process prints; a warning of Python ends it, and nothing else may be said."""
     known = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_"))}
     root = Path(__file__).parents[2]
-    known["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # one program is compared with itself
+    known |= quick_compiling.ENVIRONMENT  # one program is compared with itself
     known["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests")])
     done = in_time(
         lambda: subprocess.run(

@@ -1,0 +1,209 @@
+"""Experts whose matrices are encoded (`encodings.py`), by the loops and tiles that compute plain ones.
+
+Some rows of a matrix at a time are written out as the float numbers that they stand for, into scratch that
+stays in the nearest cache, and multiplied as plain ones: the bits are those of plain experts with these
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numba import carray
+
+from layerscope_jax.formats.quantised import QuantisedFormat
+from layerscope_jax.kernels import amx, loops
+from layerscope_jax.kernels.dots import DEEP, HIGH, add_tiles, step_of
+from layerscope_jax.kernels.encodings import (
+    CHUNK,
+    CODE,
+    CODES,
+    DEPTH,
+    FP8,
+    INT8,
+    MATRIX,
+    PART,
+    decode,
+    facts_of,
+)
+from layerscope_jax.kernels.numbers import pointer
+from layerscope_jax.kernels.tiles import (
+    TILE,
+    ask,
+    clear0,
+    clear1,
+    clear2,
+    clear3,
+    few0,
+    few1,
+    few2,
+    few3,
+    load0,
+    load1,
+    load2,
+    load3,
+    load4,
+    load5,
+    load6,
+    load7,
+    store0,
+    store1,
+    store2,
+    store3,
+)
+from layerscope_jax.support.njit import njit
+
+# Addresses of an expert: of codes, scales and what is third of gate, up and down, 0 where there is none; of
+# biases. Then of matrices [F, D], and of [D, F]: encoding, columns and rows that share a scale, scales in a
+# row.
+PARTS, BIAS, FACTS, EACH, ARRAYS = 3, 9, 10, 5, 20
+
+FEW_HIGH = PART
+"""Inputs at once for up to 16 tokens: 64 rows of them, written out, stay in the nearest cache."""
+
+
+def addresses_of(format: QuantisedFormat, width: int, hidden: int, pointers: Sequence[int]) -> list[int]:
+    """Returns the addresses of an expert [width, hidden], given those of its arrays.
+
+    >>> facts = addresses_of(quantised(Int8()), 64, 32, [1, 2, 3, 4, 5, 6])
+    >>> facts[:BIAS], facts[FACTS:]
+    ([1, 2, 0, 3, 4, 0, 5, 6, 0], [0, 64, 1, 1, 0, 0, 32, 1, 1, 0])
+    """
+    count, result = len(format.encoding.fields), []
+    for which in range(3):
+        arrays = list(pointers[count * which : count * (which + 1)])
+        result += arrays + [0] * (PARTS - count)
+    facts = [facts_of(format, hidden, width), facts_of(format, width, hidden)]
+    numbers = [number for some in facts if some is not None for number in some]
+    return [*result, pointers[-1] if format.body.bias else 0, *numbers]
+
+
+@njit(cache=True, nogil=True)
+def matrix_of(addresses, which, rows, depth, kind):
+    """[MATRIX] of an expert's gate (0), up (1) or down (2)."""
+    matrix, facts = np.empty(MATRIX, np.int64), FACTS + EACH * (which == 2)
+    for part in range(PARTS):
+        matrix[CODES + part] = addresses[PARTS * which + part]
+    matrix[DEPTH] = depth
+    for fact in range(EACH):
+        matrix[CODE + fact] = addresses[facts + fact]
+    return matrix
+
+
+@njit(cache=True, nogil=True)
+def bias_of(addresses, width, hidden, kind):
+    """[2 F + D] float32, or [0]."""
+    return carray(pointer(addresses[BIAS]), 2 * hidden + width if addresses[BIAS] else 0, np.float32)
+
+
+@njit(cache=True, nogil=True)
+def row_of(matrix, depth, row):
+    """Where a row's codes begin, and the bytes of one."""
+    size = depth if matrix[CODE] in (INT8, FP8) else depth // 2
+    return matrix[CODES] + size * row, size
+
+
+@njit(cache=True, nogil=True)
+def encoded_dots(x, matrix, first, last, outputs, kind):
+    """As `dots.dot_products`, with rows of a matrix written out as numbers of the type of `kind`."""
+    depth, count, size = matrix[DEPTH], last - first, kind.itemsize
+    rows, spare = np.empty((HIGH, DEEP + CHUNK), kind.dtype), np.empty((len(x), HIGH), np.float32)
+    at, stride = rows.ctypes.data, rows.strides[0]
+    outputs[:, :count] = 0
+    for p in range(0, count, HIGH):
+        high = min(HIGH, count - p)
+        spare[:] = 0
+        for k in range(0, depth, DEEP):
+            part = min(DEEP, depth - k)
+            for row in range(high):
+                begin, line = row_of(matrix, depth, first + p + row + HIGH)
+                for byte in range(line * k // depth, line * (k + part) // depth, 64):
+                    ask(begin + byte)
+                to = at + stride * row
+                decode(matrix, first + p + row, k, part // CHUNK, to, CHUNK * size, kind)
+            if high == HIGH:
+                add_tiles(at, stride, x[:, k:], part // step_of(kind), outputs[:, p:], 0, kind)
+            else:  # one row after the other, as all of a tile
+                for row in range(high):
+                    spare[:] = 0
+                    begin = at + stride * row
+                    add_tiles(begin, np.int64(0), x[:, k:], part // step_of(kind), spare, 0, kind)
+                    for m in range(len(x)):
+                        outputs[m, p + row] += spare[m, 0]
+    rows[0, 0] = 0  # kept until here
+
+
+@njit(cache=True, nogil=True)
+def stage(matrix, depth, first, rows, begin, steps, to, kind):
+    """As `amx.stage`, of encoded rows."""
+    for line in range(rows):
+        tile = to + line // TILE * (steps * 1024) + line % TILE * 64
+        decode(matrix, first + line, begin, steps, tile, 1024, kind)
+
+
+@njit(cache=True, nogil=True)
+def product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind):
+    """As `amx.product_of_few`, of encoded rows."""
+    wide = 4 * tokens
+    for start in range(first, last, amx.FEW_ROWS):
+        rows, to = min(amx.FEW_ROWS, last - start), sums + wide * (start - first)
+        tiles = rows // TILE
+        line, row = row_of(matrix, depth, start + amx.FEW_ROWS)
+        if start + amx.FEW_ROWS >= last:
+            line = ahead
+        asked = row * 2 * TILE // depth  # lines of the rows to come for each step
+        for begin in range(0, depth, FEW_HIGH):
+            steps = (min(begin + FEW_HIGH, depth) - begin) // CHUNK
+            stage(matrix, depth, start, rows, begin, steps, staged, kind)
+            if begin == 0:
+                clear0()
+                clear1()
+                clear2()
+                clear3()
+            else:
+                load0(to, wide)
+                if tiles > 1:
+                    load1(to + TILE * wide, wide)
+                if tiles > 2:
+                    load2(to + 2 * TILE * wide, wide)
+                if tiles > 3:
+                    load3(to + 3 * TILE * wide, wide)
+            for k in range(steps):
+                load7(inputs + wide * (begin + CHUNK * k) // 2, wide)
+                for _ in range(asked):
+                    ask(line)
+                    line += 64
+                load4(staged + 1024 * k, 64)
+                few0()
+                if tiles > 1:
+                    load5(staged + 1024 * (steps + k), 64)
+                    few1()
+                if tiles > 2:
+                    load6(staged + 1024 * (2 * steps + k), 64)
+                    few2()
+                if tiles > 3:
+                    load4(staged + 1024 * (3 * steps + k), 64)
+                    few3()
+            store0(to, wide)
+            if tiles > 1:
+                store1(to + TILE * wide, wide)
+            if tiles > 2:
+                store2(to + 2 * TILE * wide, wide)
+            if tiles > 3:
+                store3(to + 3 * TILE * wide, wide)
+
+
+product_of_many = amx.many_by(stage, row_of)
+
+
+@njit(cache=True, nogil=True)
+def product(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind):
+    if tokens <= TILE:
+        product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind)
+    else:
+        product_of_many(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind)
+
+
+by_dots = loops.experts_by(matrix_of, bias_of, encoded_dots)
+by_tiles = amx.experts_by(matrix_of, bias_of, row_of, product)
