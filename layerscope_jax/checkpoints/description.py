@@ -15,6 +15,7 @@ from layerscope_jax.checkpoints.packed_tensors import PackedTensor
 from layerscope_jax.checkpoints.parameters import ROUTED, active_parameters, parameters_by_part, part_of
 from layerscope_jax.checkpoints.quantised_tensors import (
     encoding_of_experts,
+    encoding_told,
     put_together,
     quantisation_of,
 )
@@ -110,7 +111,12 @@ def describe(folder: Path) -> Description:
     refuse_other_formats(folder)
     config, raw, _ = read_configs(folder)
     family = family_of(config)
-    stored, encoding, dtype = None, None, raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    said = quantisation_of(raw)
+    stored, encoding, dtype = (
+        None,
+        encoding_told(said),
+        raw.get("dtype") or raw.get("torch_dtype") or "float32",
+    )
     if any(folder.glob("*.safetensors")):
         tensors = put_together(folder, raw, plain_names(stored_tensors(folder)))
         check_sizes(config, folder, tensors)
@@ -121,7 +127,6 @@ def describe(folder: Path) -> Description:
         encoding = encoding_of_experts(folder, naming, tensors)
     parameters, size = parameters_by_part(config), dtype_named(dtype).itemsize
     windows = [config.layer_kind(layer).sliding_window for layer in range(config.num_layers)]
-    said = quantisation_of(raw)
     form = (format_named(dtype) if encoding is None else quantised(encoding)).for_body(config.expert_body)
     return Description(
         folder=str(folder),

@@ -22,6 +22,7 @@ WEIGHTS = "*.safetensors"
 TAKEN = [
     "config.json",
     "generation_config.json",
+    "hf_quant_config.json",
     WEIGHTS,
     "model.safetensors.index.json",
     "tokenizer.json",

@@ -25,7 +25,11 @@ from layerscope_jax.checkpoints.hub import folder_of
 from layerscope_jax.checkpoints.ignored import Ignored
 from layerscope_jax.checkpoints.other_formats import refuse_other_formats
 from layerscope_jax.checkpoints.packed_tensors import PackedTensor
-from layerscope_jax.checkpoints.quantised_tensors import encoding_of_experts, put_together
+from layerscope_jax.checkpoints.quantised_tensors import (
+    encoding_of_experts,
+    put_together,
+    quantisation_of,
+)
 from layerscope_jax.checkpoints.safetensors_io import (
     DTYPES,
     SINGLE,
@@ -49,6 +53,9 @@ from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import is_there, read_json, replace_files
 
 logger = logging.getLogger(__name__)
+
+MODELOPT = "hf_quant_config.json"
+"""Where ModelOpt's first versions write what later ones write into config.json."""
 
 Tensor = StoredTensor | PackedTensor
 
@@ -296,8 +303,16 @@ def read_configs(folder: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, A
     """Returns what a folder's configs say: the model's shape, `config.json`, and settings of requests."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     raw = read_json(file)
+    of_modelopt = folder / MODELOPT
+    if raw.get("quantization_config") is None and is_there(of_modelopt):
+        said = read_json(of_modelopt).get("quantization")
+        raw["quantization_config"] = {
+            "quant_method": "modelopt",
+            "quant_algo": said.get("quant_algo") if isinstance(said, dict) else said,
+        }
     try:
         config = config_from_hf(raw)
+        quantisation_of(raw)  # refuses what is said beside the config of the language model
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     defaults: dict[str, Any] = {}

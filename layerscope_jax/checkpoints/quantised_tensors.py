@@ -12,7 +12,9 @@ from layerscope_jax.checkpoints.schemes import SCHEMES, Scheme, refuse_order
 from layerscope_jax.checkpoints.weight_names import LISTED, Naming
 from layerscope_jax.formats import ExpertFormat
 from layerscope_jax.formats.encoding import Encoding
+from layerscope_jax.formats.fp8 import Fp8
 from layerscope_jax.formats.int4 import Int4
+from layerscope_jax.formats.mxfp4 import Mxfp4
 from layerscope_jax.models.quantisation import Quantisation, read_quantisation
 
 UNUSED = (".input_scale", ".input_global_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
@@ -26,6 +28,15 @@ def quantisation_of(raw: Mapping[str, Any]) -> Quantisation | None:
     if given is None and isinstance(inner, Mapping):
         given = inner.get("quantization_config")
     return read_quantisation(given)
+
+
+def encoding_told(said: Quantisation | None) -> Encoding | None:
+    """Returns how experts are stored, where config.json alone tells; None where it does not."""
+    if said is None or said.method not in ("fp8", "mxfp4"):
+        return None
+    if said.method == "mxfp4":
+        return Mxfp4()
+    return None if said.block is None else Fp8(*said.block)
 
 
 def put_together(

@@ -83,7 +83,8 @@ def floats(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def words(array: np.ndarray) -> np.ndarray:
     """Returns the 4-bit codes [..., 8] of int32 words, the lowest bits first."""
-    return ((array[..., None] >> np.arange(0, 32, 4, dtype=np.int32)) & 15).astype(np.uint8)
+    pairs = np.ascontiguousarray(array).view(np.uint8).reshape(*array.shape, 4)
+    return np.stack([pairs & np.uint8(15), pairs >> np.uint8(4)], axis=-1).reshape(*array.shape, WORD)
 
 
 def _fp8(parts: Parts, said: Quantisation) -> Made:

@@ -205,6 +205,7 @@ class Generate(RequestOptions):
             max_num_seqs=self.max_num_seqs,
         )
         make_policy(self.policy)
+        known_format(self.expert_format)  # before anything is fetched
         template = None if self.chat_template is None else self._template(self.chat_template)
         rows = self._rows({})
         if self.generation_config == "auto" and (defaults := read_generation_defaults(self._folder)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -11,12 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.formats.base import Buffer
+from layerscope_jax.support.machine import cores
 
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16)
 UINT8, INT8 = np.dtype(np.uint8), np.dtype(np.int8)
 
 PIECE = 1 << 16
 """Numbers that are packed at a time: what is computed of them stays in a core's cache."""
+
+
+THREADS_FROM = 8 * PIECE
+"""Numbers of a matrix from which on several threads pack it."""
 
 
 class Encoding(ABC):
@@ -105,12 +111,16 @@ def scaled(values: Any, scales: Any) -> Any:
     return groups.reshape(values.shape)
 
 
-def pieces(matrix: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields a few rows of a matrix at a time in float32, and which rows they are."""
+def parts_of(matrix: np.ndarray) -> list[slice]:
+    """Returns which rows of a matrix are packed together."""
     rows, columns = matrix.shape
     step = max(1, PIECE // columns)
-    for start in range(0, rows, step):
-        part = slice(start, min(rows, start + step))
+    return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
+
+
+def pieces(matrix: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields a few rows of a matrix at a time in float32, and which rows they are."""
+    for part in parts_of(matrix):
         yield part, np.asarray(matrix[part], np.float32)
 
 
@@ -130,11 +140,21 @@ def pack_groups(
             NumPy is several times faster so than with short rows.
     """
     packed = tuple(np.empty(*buffer) for buffer in buffers)
-    for part, values in pieces(matrix):
+
+    def do(part: slice) -> None:
+        values = np.asarray(matrix[part], np.float32)
         codes, *rest = pack(np.ascontiguousarray(values.reshape(-1, group).T))
         packed[0][part] = joined(codes.astype(np.uint8).T.reshape(values.shape))
         for array, result in zip(packed[1:], rest, strict=True):
             array[part] = result.reshape(len(values), -1)
+
+    if matrix.size < THREADS_FROM or cores() == 1:
+        for part in parts_of(matrix):
+            do(part)
+        return packed
+    with ThreadPoolExecutor(cores(), "layerscope-pack") as pool:  # NumPy gives up the lock while it computes
+        for _ in pool.map(do, parts_of(matrix)):
+            pass
     return packed
 
 

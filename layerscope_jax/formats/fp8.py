@@ -81,7 +81,7 @@ class Fp8(Encoding):
         codes, scales = arrays
         high, _ = self.block(*codes.shape)
         start, stop, step = part.indices(len(codes))
-        if high == len(codes):
+        if len(scales) == 1:
             return codes[part], scales
         if high == 1:
             return codes[part], scales[part]

@@ -10,9 +10,14 @@ import numpy as np
 
 from layerscope_jax.formats.base import Buffer
 from layerscope_jax.formats.encoding import UINT8, Encoding, check_divides, nibbles, pack_groups, scaled
-from layerscope_jax.formats.small_floats import E8M0_BIAS, LARGEST_E2M1, e2m1, e2m1_codes, e8m0
+from layerscope_jax.formats.small_floats import E8M0_BIAS, e2m1, e2m1_codes, e8m0
 
 GROUP = 32
+
+LARGEST = 7.25
+"""What the largest number of a group is at most, in multiples of its scale. More than 6 is clipped: up to
+this limit that costs less than storing the others half as finely. Of normal numbers, the squared error is
+0.1% more than with the better of the two in each group."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,7 @@ class Mxfp4(Encoding):
         return rows, 2 * half
 
     def pack(self, matrix: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns the arrays of a matrix: the power by which the largest number is at most 6, or half of it
-        where the error is less with that number clipped."""
+        """Returns the arrays of a matrix, with the largest number of a group at most 7.25 of its scale."""
         return pack_groups(matrix, GROUP, self.arrays(*matrix.shape), _pack)
 
     def values(self, arrays: Sequence[Any]) -> Any:
@@ -54,16 +58,7 @@ class Mxfp4(Encoding):
 def _pack(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Packs float32 groups [32, M]: codes [32, M], scales [M]."""
     largest = np.abs(groups).max(0)
-    # The fraction is in 0.5..1, so that 2 ** exponent is at most twice what is needed, and never less.
-    _, exponents = np.frexp(largest / np.float32(LARGEST_E2M1))
-    high = np.clip(np.where(largest > 0, exponents, 0), 1 - E8M0_BIAS, E8M0_BIAS - 3)
-    results = []
-    for exponent in (high, np.maximum(high - 1, 1 - E8M0_BIAS)):
-        scale = np.ldexp(np.float32(1), exponent)
-        codes = e2m1_codes(groups * (1 / scale))
-        error = e2m1(codes) * scale - groups
-        error *= error
-        results.append((error.sum(0), codes, exponent))
-    (errors, codes, exponent), (others, finer, less) = results
-    better = others < errors
-    return np.where(better, finer, codes), np.where(better, less, exponent) + E8M0_BIAS
+    _, exponents = np.frexp(largest / np.float32(LARGEST))  # a fraction of 0.5..1 times 2 ** exponent
+    exponents = np.clip(np.where(largest > 0, exponents, 0), 1 - E8M0_BIAS, E8M0_BIAS - 3)
+    codes = e2m1_codes(groups * np.ldexp(np.float32(1), -exponents))
+    return codes, exponents + E8M0_BIAS

@@ -8,7 +8,7 @@ from helpers import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax.formats import format_named
+from layerscope_jax.formats import encoding, format_named
 from layerscope_jax.formats.encoding import joined, nibbles
 from layerscope_jax.formats.small_floats import (
     E2M1_VALUES,
@@ -59,21 +59,21 @@ def matrices(body, width, hidden, seed=0):
 )
 @settings(max_examples=60, deadline=None)
 def test_what_is_packed_is_unpacked_with_a_small_error(name, rows, columns, seed, size):
-    encoding, rng = encoding_of(name), np.random.default_rng(seed)
+    stored, rng = encoding_of(name), np.random.default_rng(seed)
     matrix = (size * rng.standard_normal((rows, 64 * columns))).astype(np.float32)
     matrix[rng.random(matrix.shape) < 0.1] = 0
     if seed % 3 == 0:
         matrix[0] = 0
-    packed = encoding.pack(matrix)
-    buffers = encoding.arrays(*matrix.shape)
+    packed = stored.pack(matrix)
+    buffers = stored.arrays(*matrix.shape)
     assert [(array.shape, array.dtype) for array in packed] == [tuple(buffer) for buffer in buffers]
-    assert encoding.shape(packed) == matrix.shape
-    values = encoding.values(packed)
+    assert stored.shape(packed) == matrix.shape
+    values = stored.values(packed)
     assert (values.dtype, values.shape) == (np.float32, matrix.shape)
     worst = WORST[name.split("-")[0]] * np.abs(matrix).max()
     assert np.abs(values - matrix).max() <= worst
     if not name.startswith("int4"):  # of int4, a searched scale may be another one the second time
-        again = encoding.values(encoding.pack(values))
+        again = stored.values(stored.pack(values))
         np.testing.assert_allclose(again, values, rtol=1e-6, atol=1e-6 * worst)
 
 
@@ -115,6 +115,29 @@ def test_int4_clips_where_that_is_closer():
     scale = np.repeat(np.abs(matrix).reshape(64, -1, 32).max(-1), 32, axis=1) / 7
     simple = np.rint(matrix / scale) * scale
     assert np.square(found - matrix).sum() < 0.85 * np.square(simple - matrix).sum()
+
+
+@given(name=st.sampled_from(NAMES), start=st.integers(0, 5), count=st.integers(1, 5), step=st.integers(1, 2))
+@settings(deadline=None)
+def test_rows_of_a_packed_matrix_are_those_of_its_numbers(name, start, count, step):
+    stored = encoding_of(name)
+    packed = stored.pack(np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32))
+    rows = slice(8 * start, 8 * (start + count), step)
+    if name == "fp8-8x32" and step > 1:
+        with pytest.raises(ValueError, match="share blocks of 8 rows with others"):
+            stored.take(packed, rows)
+    else:
+        np.testing.assert_array_equal(stored.values(stored.take(packed, rows)), stored.values(packed)[rows])
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-g32-float16-zeros", "mxfp4", "nvfp4"])
+def test_several_threads_pack_what_one_does(name, monkeypatch):
+    matrix = np.random.default_rng(0).standard_normal((70, 4096)).astype(np.float32)
+    alone = encoding_of(name).pack(matrix)
+    monkeypatch.setattr(encoding, "THREADS_FROM", 1)
+    monkeypatch.setattr(encoding, "cores", lambda: 3)
+    for array, other in zip(alone, encoding_of(name).pack(matrix), strict=True):
+        np.testing.assert_array_equal(array, other)
 
 
 @given(st.lists(st.floats(-500, 500, width=32), min_size=1, max_size=50))
