@@ -34,6 +34,7 @@ from layerscope_jax.checkpoints.safetensors_io import (
     stored_tensors,
     write_tensors,
 )
+from layerscope_jax.checkpoints.shards import Shards
 from layerscope_jax.checkpoints.tensor_reader import TensorReader
 from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
 from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
@@ -185,8 +186,8 @@ def load(
     stored = {name: stored[name] for name in naming.shapes}
     target = dtype_named(dtype) if dtype is not None else common_dtype(folder, naming, stored, raw)
 
-    with _progress(sum(tensor.size for tensor in stored.values())) as advance:
-        reader, sharding = TensorReader(naming, stored, target, advance), device_sharding(device)
+    with _progress(sum(tensor.size for tensor in stored.values())) as advance, Shards() as shards:
+        reader, sharding = TensorReader(naming, stored, shards, target, advance), device_sharding(device)
         dense = {
             path: jax.block_until_ready(jax.device_put(array, sharding))
             for source in naming.dense
