@@ -10,16 +10,15 @@ ALIGNED = 64
 """What the address of an array must be a multiple of (bytes), so that JAX's CPU backend takes it as it is."""
 
 BLOCK_BYTES = 64 << 20
-"""Size (bytes) of the blocks that memory is taken in. Within a large block the system hands out pages of 2 MiB
-(NumPy asks it to), which it does several times as fast as 4 KiB by 4 KiB, and which the processor also finds
-faster when the weights are multiplied."""
+"""Size (bytes) of the blocks that memory is taken in. Within a large block the system hands out pages of
+2 MiB (NumPy asks it to), which takes it less time than 4 KiB by 4 KiB, and processors find them sooner."""
 
 
 class Memory:
     """Gives memory for one tensor after the other.
 
-    The memory of a tensor is given again if nobody holds a view of it any more when the next one is asked for;
-    otherwise it is freed, with the other memory of its block, once nobody does.
+    The memory of a tensor is given again if nobody holds a view of it any more when the next one is asked
+    for; otherwise it is freed, with the other memory of its block, once nobody does.
     """
 
     def __init__(self) -> None:

@@ -155,7 +155,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             warnings.warn(
                 f"{folder} has both {SINGLE} and {INDEX}; {SINGLE} alone is read, as by transformers, and "
                 f"not {_listed(others)}",
-                stacklevel=3,
+                stacklevel=4,
             )
         return read_header(single)
     if is_there(index):
@@ -225,7 +225,7 @@ def _indexed(index: Path) -> dict[str, StoredTensor]:
         warnings.warn(
             f"{index} does not name {len(unnamed)} tensors of its shards, which are passed over: "
             f"{_listed(unnamed)}",
-            stacklevel=4,
+            stacklevel=5,
         )
     return {name: held[shard][name] for name, shard in names.items()}
 

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 from layerscope_jax.checkpoints import shards as shards_module
+from layerscope_jax.checkpoints.headers import read_configs
 from layerscope_jax.checkpoints.memory import ALIGNED, BLOCK_BYTES, Memory
-from layerscope_jax.checkpoints.model import read_configs
 from layerscope_jax.checkpoints.safetensors_io import stored_tensors
 from layerscope_jax.checkpoints.shards import Shards
 from layerscope_jax.checkpoints.tensor_reader import TensorReader
@@ -54,7 +54,8 @@ def test_memory_of_large_tensors_is_that_of_their_own_alone():
     small = memory.take(100)
     large = memory.take(BLOCK_BYTES + 1)
     small[:], large[:] = 1, 2
-    assert not np.may_share_memory(small, memory.take(100)) and (small == 1).all()
+    assert not np.may_share_memory(small, memory.take(100))
+    assert (small == 1).all()
     assert large.ctypes.data % ALIGNED == 0 == small.ctypes.data % ALIGNED
 
 
