@@ -12,6 +12,9 @@ model of 48 layers with 128 experts, against 0.3 s for 144 stacked ones.
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,11 +86,11 @@ class Writer:
         context.array.saving.use_compression = False  # weights stay as large, and load four times as long
         if place != DENSE:
             context.array.saving.storage_options.shard_axes = (0,)  # a chunk an expert
-        with context:
+        with context, quiet():
             try:
-                self._ocp.save(self._folder / place, arrays)
+                self._ocp.save(self._folder.absolute() / place, arrays)
             except Exception as error:  # whatever Orbax and TensorStore raise for what the system refused
-                raise OSError(f"Orbax could not write {place}: {first_line(error)}") from error
+                raise system_error(error, place) from error
 
 
 def place_of(layer: int) -> str:
@@ -115,8 +118,8 @@ def read_arrays(
         )
         for name, buffer in shapes.items()
     }
-    with damage(folder / place):
-        return jax.block_until_ready(ocp.load(folder / place, abstract))
+    with damage(folder / place), quiet():
+        return jax.block_until_ready(ocp.load(folder.absolute() / place, abstract))
 
 
 @contextmanager
@@ -127,6 +130,26 @@ def damage(place: Path) -> Iterator[None]:
     except Exception as error:
         what = f"expected arrays as layerscope convert writes them, got {first_line(error)}"
         raise ValueError(f"{place}: {what}; {REMEDY}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Orbax from printing what it raises as well."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def system_error(error: Exception, place: str) -> OSError:
+    """Returns the system's error that kept Orbax from writing, as TensorStore quotes it."""
+    quoted = re.search(r"os_error_code='(\d+)'", str(error))
+    if quoted is not None:
+        return OSError(int(quoted[1]), os.strerror(int(quoted[1])), place)
+    return OSError(f"Orbax could not write {place}: {first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:
