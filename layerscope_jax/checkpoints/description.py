@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from layerscope_jax.checkpoints.headers import common_dtype, read_configs
 from layerscope_jax.checkpoints.ignored import Ignored
-from layerscope_jax.checkpoints.model import common_dtype, read_configs
 from layerscope_jax.checkpoints.other_formats import refuse_other_formats
 from layerscope_jax.checkpoints.packed_tensors import PackedTensor
 from layerscope_jax.checkpoints.parameters import ROUTED, active_parameters, parameters_by_part, part_of

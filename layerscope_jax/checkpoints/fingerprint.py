@@ -8,6 +8,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
+from layerscope_jax.checkpoints.manifest import MANIFEST, is_converted
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, stored_tensors
 from layerscope_jax.checkpoints.tokenizer_files import VOCABULARIES
 from layerscope_jax.checkpoints.tokenizer_settings import SETTINGS
@@ -50,6 +51,9 @@ def fingerprint(folder: str | Path) -> str:
     if not is_there(folder / "tokenizer.json") and any(is_there(folder / name) for name in VOCABULARIES):
         for name in (*VOCABULARIES, *SETTINGS):
             count(_content(folder / name, None))
+    if is_converted(folder):  # its manifest names the checkpoint that it was made from
+        count(_content(folder / MANIFEST, None))
+        return digest.hexdigest()
     tensors = stored_tensors(folder)
     with ExitStack() as stack:
         opened: dict[Path, int] = {}

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,44 +19,29 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
 
-from layerscope_jax.checkpoints.generation_defaults import generation_defaults
+from layerscope_jax.checkpoints.converted import read_bank, read_dense
+from layerscope_jax.checkpoints.headers import Tensor, read_configs, read_headers
 from layerscope_jax.checkpoints.hub import folder_of
-from layerscope_jax.checkpoints.ignored import Ignored
-from layerscope_jax.checkpoints.other_formats import refuse_other_formats
-from layerscope_jax.checkpoints.packed_tensors import PackedTensor
-from layerscope_jax.checkpoints.quantised_tensors import (
-    encoding_of_experts,
-    put_together,
-    quantisation_of,
-)
+from layerscope_jax.checkpoints.manifest import Manifest, is_converted
 from layerscope_jax.checkpoints.safetensors_io import (
-    DTYPES,
     SINGLE,
-    StoredTensor,
     cast,
     dtype_named,
-    equal,
-    stored_tensors,
     write_tensors,
 )
+from layerscope_jax.checkpoints.shards import Shards
 from layerscope_jax.checkpoints.tensor_reader import TensorReader
 from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
-from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
-from layerscope_jax.formats import ExpertFormat, QuantisedFormat, format_named, quantised
-from layerscope_jax.models import Decoder, ExpertParam, config_from_hf, with_generation
+from layerscope_jax.checkpoints.weight_names import Naming, family_of
+from layerscope_jax.formats import Buffer, ExpertFormat, format_named
+from layerscope_jax.models import Decoder, ExpertParam
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.scheduling.plan import Geometry
-from layerscope_jax.support.checks import Problems
-from layerscope_jax.support.files import is_there, read_json, replace_files
+from layerscope_jax.support.files import replace_files
 
 logger = logging.getLogger(__name__)
-
-MODELOPT = "hf_quant_config.json"
-"""Where ModelOpt's first versions write what later ones write into config.json."""
-
-Tensor = StoredTensor | PackedTensor
 
 PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
 
@@ -162,10 +146,10 @@ def load(
     one tensor at a time is in memory.
 
     Args:
-        folder: holds `config.json`, one or more safetensors files, and optionally a tokenizer's files; or the
-            name of a checkpoint on the Hugging Face hub, "organisation/name", which is downloaded into the
-            hub's cache (see `layerscope_jax.checkpoints.hub`). What is there as a path is never taken for a
-            name.
+        folder: holds `config.json`, one or more safetensors files, and optionally a tokenizer's files; or was
+            written by `layerscope convert`, which then fixes `dtype` and `format`; or the name of a
+            checkpoint on the Hugging Face hub, "organisation/name", which is downloaded into the hub's cache
+            (see `layerscope_jax.checkpoints.hub`). What is there as a path is never taken for a name.
         dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the checkpoint's dtype.
         device: device that holds the dense parameters, and whose pinned host memory holds the experts; None
             for the default device.
@@ -189,25 +173,11 @@ def load(
     if not isinstance(form, ExpertFormat | None):
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
     folder = folder_of(folder, revision)
-    refuse_other_formats(folder)
-    config, raw, generation = read_configs(folder)
-    config, stored = _with_head(config, put_together(folder, raw, plain_names(stored_tensors(folder))))
-    check_sizes(config, folder, stored)
-    if form is not None:  # refuses what the format cannot hold before anything is read
-        form.for_body(config.expert_body).buffers(config.hidden_size, config.moe_intermediate_size)
-    naming, ignored = Naming.of(config, stored.keys()), Ignored(config, family_of(config))
-    naming.check(folder, stored, ignored)
-    for part, count in ignored.summary(stored.keys() - naming.shapes.keys()).items():
-        logger.info("%s: %d tensors are not needed and passed over: %s", folder, count, part)
-    stored = {name: stored[name] for name in naming.shapes}
-    target = dtype_named(dtype) if dtype is not None else common_dtype(folder, naming, stored, raw)
-    encoding = encoding_of_experts(folder, naming, stored, form)
-    if form is None and encoding is not None:
-        form = quantised(encoding)
-    as_stored = isinstance(form, QuantisedFormat) and form.encoding == encoding
-
-    with _progress(sum(tensor.size for tensor in stored.values())) as advance:
-        reader = TensorReader(naming, stored, target, advance, as_stored)
+    if is_converted(folder):
+        return _load_converted(folder, dtype, device, form)
+    config, raw, generation, naming, stored, target, form, as_stored = read_headers(folder, dtype, form)
+    with loading(stored) as advance, Shards() as shards:
+        reader = TensorReader(naming, stored, shards, target, advance, as_stored)
         sharding = device_sharding(device)
         dense = {
             path: jax.block_until_ready(jax.device_put(array, sharding))
@@ -226,6 +196,36 @@ def load(
         naming.graphdef,
         unflatten_dict(dense),
         bank,
+        read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
+        folder,
+        generation,
+    )
+
+
+def _load_converted(
+    folder: Path, dtype: str | None, device: jax.Device | None, form: ExpertFormat | None
+) -> Model:
+    """`load` of a folder that `layerscope convert` wrote."""
+    manifest = Manifest.read(folder)
+    if dtype not in (None, manifest.dtype) or (form is not None and form.name != manifest.format):
+        raise ValueError(
+            f"{folder} was converted to experts in {manifest.format} and other weights in {manifest.dtype}; "
+            "leave dtype and format out, or convert the original checkpoint to what you need"
+        )
+    config, raw, generation = read_configs(folder)
+    config = dataclasses.replace(config, tie_embeddings=manifest.head == "tied")
+    naming, target = Naming.of(config), dtype_named(manifest.dtype)
+    shapes = {
+        path: Buffer(shape, np.dtype(np.float32) if path in naming.wide else target)
+        for path, shape in naming.parameters.items()
+    }
+    names = {path: ".".join(map(str, path)) for path in shapes}
+    dense = read_dense(folder, {names[path]: buffer for path, buffer in shapes.items()}, device)
+    return Model(
+        config,
+        naming.graphdef,
+        unflatten_dict({path: dense[name] for path, name in names.items()}),
+        read_bank(folder, manifest, config, device),
         read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
         folder,
         generation,
@@ -299,75 +299,10 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return dict(sorted((settings | named).items()))
 
 
-def read_configs(folder: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
-    """Returns what a folder's configs say: the model's shape, `config.json`, and settings of requests."""
-    file, generation = folder / "config.json", folder / "generation_config.json"
-    raw = read_json(file)
-    of_modelopt = folder / MODELOPT
-    if raw.get("quantization_config") is None and is_there(of_modelopt):
-        said = read_json(of_modelopt).get("quantization")
-        raw["quantization_config"] = {
-            "quant_method": "modelopt",
-            "quant_algo": said.get("quant_algo") if isinstance(said, dict) else said,
-        }
-    try:
-        config = config_from_hf(raw)
-        quantisation_of(raw)  # refuses what is said beside the config of the language model
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    defaults: dict[str, Any] = {}
-    if is_there(generation):
-        settings = read_json(generation)
-        problems = Problems()
-        config = problems.check(with_generation, config, settings) or config
-        defaults = problems.check(generation_defaults, settings)
-        problems.raise_any(str(generation))
-    return config, raw, defaults
-
-
-def _with_head(config: ModelConfig, stored: Mapping[str, Tensor]) -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    """Ties head and embedding as transformers does: only if they are not two different tensors."""
-    family = family_of(config)
-    embedding, head = family.tensor_of("embedding"), family.tensor_of("head")
-    if not config.tie_embeddings or embedding is None or head is None or head not in stored:
-        return config, stored
-    if embedding not in stored:
-        return config, {**stored, embedding: stored[head]}
-    one, other = stored[head], stored[embedding]
-    if isinstance(one, StoredTensor) and isinstance(other, StoredTensor) and equal(one, other):
-        return config, stored
-    warnings.warn(
-        f"{stored[head].file.parent}: config.json sets tie_word_embeddings, but {head} and {embedding} "
-        "differ; both are used, as by transformers",
-        stacklevel=3,
-    )
-    return dataclasses.replace(config, tie_embeddings=False), stored
-
-
-def common_dtype(
-    folder: Path, naming: Naming, stored: Mapping[str, Tensor], raw: Mapping[str, Any]
-) -> np.dtype:
-    """Returns the dtype that all tensors have that are not packed; if they differ, the one that `config.json`
-    names."""
-    codes = {
-        stored[name].dtype
-        for name, uses in naming.uses.items()
-        if isinstance(stored[name], StoredTensor) and uses[0][0].keys[0] not in naming.wide
-    }
-    if len(codes) == 1:
-        return DTYPES[codes.pop()]
-    named = raw.get("dtype") or raw.get("torch_dtype")
-    if not isinstance(named, str) or named not in {dtype.name for dtype in DTYPES.values()}:
-        raise ValueError(
-            f"{folder}: expected tensors of one dtype, or config.json to name a dtype to convert them to; "
-            f"got tensors of {', '.join(sorted(codes))} and the dtype {named!r}; choose a dtype with dtype="
-        )
-    return dtype_named(named)
-
-
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over bytes where there are many; what it gives counts bytes done."""
+def loading(stored: Mapping[str, Tensor]) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar while large tensors are read; what it gives counts bytes that are done."""
+    total = sum(tensor.size for tensor in stored.values())
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=total < PROGRESS_FROM) as progress:
         task = progress.add_task("loading", total=total)

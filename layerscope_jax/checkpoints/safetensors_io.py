@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
@@ -63,18 +64,19 @@ class StoredTensor:
         size = self.size // self.shape[0]
         return replace(self, shape=self.shape[1:], start=self.start + index * size, size=size)
 
-    def read(self, buffer: np.ndarray | None = None) -> np.ndarray:
-        """Its values in its own dtype, one of `DTYPES` or `BYTES`.
+    def array(self, buffer: np.ndarray) -> np.ndarray:
+        """Returns its values, in its own dtype, one of `DTYPES` or `BYTES`, as a view of its bytes."""
+        return buffer.view((DTYPES | BYTES)[self.dtype]).reshape(self.shape)
 
-        Args:
-            buffer: of as many bytes, to hold them; None for a new one.
+    def read(self) -> np.ndarray:
+        """Returns its values, in new memory.
 
         Raises:
             ValueError: if the file cannot be read, or is no longer the one that its header was read of.
         """
-        buffer = np.empty(self.size, np.uint8) if buffer is None else buffer
+        buffer = np.empty(self.size, np.uint8)
         self.read_into(buffer)
-        return buffer.view((DTYPES | BYTES)[self.dtype]).reshape(self.shape)
+        return self.array(buffer)
 
     def read_into(self, buffer: np.ndarray, offset: int = 0) -> None:
         """Fills a buffer of bytes from those of the tensor, beginning at `offset`.
@@ -82,19 +84,44 @@ class StoredTensor:
         Raises:
             ValueError: as `read`.
         """
-        try:
-            with self.file.open("rb", buffering=0) as opened:
-                opened.seek(self.start + offset)
-                left = buffer.data
-                while left and (count := opened.readinto(left)):
-                    left = left[count:]
-                unchanged = _state(opened.fileno()) == self.state
-        except OSError as error:
-            raise ValueError(f"{self.file}: {error.strerror} while it was read; load it again") from None
-        if left:
+        with errors_of(self.file), self.file.open("rb", buffering=0) as opened:
+            self.fill(opened.fileno(), buffer.data, offset)
+            self.check(opened.fileno())
+
+    def fill(self, opened: int, part: memoryview, offset: int) -> None:
+        """Fills memory with the bytes from `offset` on, read from its file, which several threads may share.
+
+        Args:
+            opened: file descriptor.
+            part: as many bytes as are to be read.
+            offset: in bytes, from the beginning of the tensor.
+
+        Raises:
+            ValueError: if the file ends before.
+        """
+        start = self.start + offset
+        while part and (count := os.preadv(opened, [part], start)):
+            part, start = part[count:], start + count
+        if part:
             raise ValueError(f"{self.file} was cut off while it was read; load it again once it is complete")
-        if not unchanged:
+
+    def check(self, opened: int) -> None:
+        """Checks that its file, given by a file descriptor, is the one that the header was read of.
+
+        Raises:
+            ValueError: if it was changed since.
+        """
+        if _state(opened) != self.state:
             raise ValueError(f"{self.file} was changed while it was read; load it again once it is complete")
+
+
+@contextmanager
+def errors_of(file: Path) -> Iterator[None]:
+    """Turns the system's errors while a file is read into a ValueError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror} while it was read; load it again") from None
 
 
 def equal(one: StoredTensor, other: StoredTensor) -> bool:
@@ -135,7 +162,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             warnings.warn(
                 f"{folder} has both {SINGLE} and {INDEX}; {SINGLE} alone is read, as by transformers, and "
                 f"not {_listed(others)}",
-                stacklevel=3,
+                stacklevel=4,
             )
         return read_header(single)
     if is_there(index):
@@ -205,7 +232,7 @@ def _indexed(index: Path) -> dict[str, StoredTensor]:
         warnings.warn(
             f"{index} does not name {len(unnamed)} tensors of its shards, which are passed over: "
             f"{_listed(unnamed)}",
-            stacklevel=4,
+            stacklevel=5,
         )
     return {name: held[shard][name] for name, shard in names.items()}
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from layerscope_jax.checkpoints.memory import Memory
 from layerscope_jax.checkpoints.packed_tensors import PackedMatrix, PackedTensor
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, cast
+from layerscope_jax.checkpoints.shards import Shards
 from layerscope_jax.checkpoints.weight_names import Naming, Source
-
-ALIGNED = 64
-"""What the address of an array must be a multiple of (bytes), so that JAX's CPU backend takes it as it is."""
 
 
 class TensorReader:
     """Reads and transforms tensors.
 
     JAX's CPU backend takes over what it returns without a copy, wherever nothing happens to a tensor on its
-    way. Memory of which nobody holds a view is read into again: new memory for each tensor would take
-    the system as long as reading does.
+    way. Memory of which nobody holds a view is read into again.
 
     Args:
         naming: of the model.
         stored: the checkpoint's tensors, by the names of `naming`.
+        shards: opens and reads the files of these tensors.
         dtype: of the arrays, but for those that `naming` has as float32.
         advance: is told how many bytes were read.
         packed: whether the matrices of experts that are packed stay so.
@@ -35,6 +33,7 @@ class TensorReader:
         self,
         naming: Naming,
         stored: Mapping[str, StoredTensor | PackedTensor],
+        shards: Shards,
         dtype: np.dtype,
         advance: Callable[[int], None] = lambda size: None,
         packed: bool = False,
@@ -42,7 +41,7 @@ class TensorReader:
         self._naming, self._stored, self._dtype, self._advance = naming, stored, dtype, advance
         self._packed = packed
         self._kept: dict[Any, Any] = {}
-        self._memory = np.empty(0, np.uint8)
+        self._shards, self._memory = shards, Memory()
 
     def array(self, source: Source, key: Any) -> Any:
         """Returns one array of a source; the others of the same tensors are kept until they are asked for."""
@@ -75,9 +74,6 @@ class TensorReader:
         if isinstance(tensor, PackedTensor):
             matrix = tensor.read()
             return matrix if packed else matrix.values()
-        held = sys.getrefcount(self._memory) > 2  # by more than this object and the call: by views, that is
-        if held or self._memory.size != tensor.size + ALIGNED:
-            self._memory = np.empty(0, np.uint8)  # gone before there is another
-            self._memory = np.empty(tensor.size + ALIGNED, np.uint8)
-        first = -self._memory.ctypes.data % ALIGNED
-        return tensor.read(self._memory[first : first + tensor.size])
+        buffer = self._memory.take(tensor.size)
+        self._shards.read_into(tensor, buffer)
+        return tensor.array(buffer)

@@ -22,6 +22,7 @@ from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
+from layerscope_jax.cli.convert import Convert
 from layerscope_jax.cli.inspect import Inspect
 from layerscope_jax.cli.lines import Lines
 from layerscope_jax.cli.options import (
@@ -303,6 +304,7 @@ COMMANDS = {
     "demo": Demo,
     "generate": Generate,
     "inspect": Inspect,
+    "convert": Convert,
     "trace": Record,
     "calibrate": Calibrate,
     "simulate": Simulate,

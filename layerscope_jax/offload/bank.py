@@ -205,7 +205,7 @@ def packed(format: ExpertFormat, put: Callable[[np.ndarray], jax.Array], matrice
     return expert
 
 
-def put_packed(format: ExpertFormat, put: Callable[[np.ndarray], jax.Array], parts: Iterable[Any]) -> Any:
+def put_packed(format: ExpertFormat, put: Callable[[np.ndarray], Any], parts: Iterable[Any]) -> Any:
     """Returns an expert whose matrices are packed already, with each array passed through `put`.
 
     Args:

@@ -192,7 +192,7 @@ def replace_files(folder: Path, contents: Mapping[str, Content]) -> None:
         except BaseException:
             _undo(swaps)
             raise
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error}; choose another folder or make room") from error
     finally:
@@ -234,7 +234,7 @@ class _Swap:
     def prepare(self, content: Content) -> None:
         os.close(os.open(self.new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         _put(self.new, content)
-        _sync(self.new)
+        sync(self.new)
 
     def replace(self, keep_old: bool) -> None:
         if self.final.is_dir() and not self.final.is_symlink():
@@ -263,7 +263,7 @@ def _undo(swaps: list[_Swap]) -> None:
             return
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on disk."""
     try:
         opened = os.open(path, os.O_RDONLY)

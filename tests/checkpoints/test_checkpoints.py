@@ -194,17 +194,17 @@ def test_views_of_experts_are_the_pinned_memory_itself(folder):
 
 
 def test_only_one_tensor_is_in_memory_beside_the_model(folder, monkeypatch):
-    read = safetensors_io.StoredTensor.read
+    array_of = safetensors_io.StoredTensor.array
     alive, counts = weakref.WeakValueDictionary(), []
 
-    def counted(tensor, buffer=None):
-        array = read(tensor, buffer)
+    def counted(tensor, buffer):
+        array = array_of(tensor, buffer)
         if sorted(tensor.shape) == [16, 24]:  # an expert's
             alive[tensor.start] = array
             counts.append(len(alive))
         return array
 
-    monkeypatch.setattr(safetensors_io.StoredTensor, "read", counted)
+    monkeypatch.setattr(safetensors_io.StoredTensor, "array", counted)
     load(folder)
     assert len(counts) == 2 * 4 * 3
     assert max(counts) <= 2  # JAX may let go of the last one a moment late

@@ -1,0 +1,147 @@
+"""Writes a checkpoint in another layout (`convert`): for this engine, or back as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from layerscope_jax.checkpoints.converted import Writer, layer_ids, orbax
+from layerscope_jax.checkpoints.fingerprint import fingerprint
+from layerscope_jax.checkpoints.headers import Headers, read_headers
+from layerscope_jax.checkpoints.hub import TAKEN, WEIGHTS
+from layerscope_jax.checkpoints.manifest import VERSION, Manifest, is_converted
+from layerscope_jax.checkpoints.model import load, loading, save
+from layerscope_jax.checkpoints.shards import Shards
+from layerscope_jax.checkpoints.tensor_reader import TensorReader
+from layerscope_jax.formats import ExpertFormat, PlainFormat, format_named
+from layerscope_jax.offload.bank import put_packed
+from layerscope_jax.support.folders import new_folder
+
+BESIDE = [name for name in TAKEN if name != WEIGHTS and not name.endswith("index.json")]
+"""Files that a checkpoint has beside its weights, as patterns of their names."""
+
+NEVER_CHANGED = "config.json", "generation_config.json"
+
+
+def convert(
+    folder: Path,
+    out: Path,
+    *,
+    experts: str | None = None,
+    dtype: str | None = None,
+    to: Literal["engine", "hf"] = "engine",
+) -> None:
+    """Writes a checkpoint into a new folder, completely or not at all.
+
+    At a time, the dense parameters or one layer's experts are in memory; with `to="hf"` the whole model,
+    once.
+
+    Args:
+        folder: of a checkpoint that `load` reads.
+        out: must not exist.
+        experts: name of the format to pack experts into; None to keep them as they are stored.
+        dtype: "float32", "bfloat16" or "float16" to convert to; None to keep the checkpoint's dtype.
+        to: "engine" for the layout of `layerscope_jax.checkpoints.converted`; "hf" for a Hugging Face folder,
+            with experts unpacked.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read, the format does not suit its experts, or `out` exists or
+            cannot be written.
+    """
+    if to == "hf":
+        if experts is not None:
+            raise ValueError(
+                "experts must be left out for a Hugging Face folder, whose weights are not packed, got "
+                f"{experts!r}"
+            )
+        with new_folder(out) as new:
+            save(load(folder, dtype=dtype), new)
+            _copy_beside(folder, new, but=NEVER_CHANGED)
+        return
+    if is_converted(folder):
+        raise ValueError(
+            f"{folder} is a converted checkpoint; convert the checkpoint that it was made from, or write it "
+            "as a Hugging Face folder first"
+        )
+    orbax()  # refuses before anything is read
+    headers = read_headers(folder, dtype, None if experts is None else format_named(experts))
+    form = (headers.format or format_named(headers.dtype.name)).for_body(headers.config.expert_body)
+    _check_room(out, headers, form)
+    with new_folder(out) as new, loading(headers.stored) as advance, Shards() as shards:
+        reader = TensorReader(
+            headers.naming, headers.stored, shards, headers.dtype, advance, headers.as_stored
+        )
+        _copy_beside(folder, new)
+        _write(new, headers, form, reader)
+        head = "tied" if headers.config.tie_embeddings else "own"
+        Manifest(VERSION, fingerprint(folder), headers.dtype.name, form.name, head).write(
+            new
+        )  # what loads it
+
+
+def _write(folder: Path, headers: Headers, form: ExpertFormat, reader: TensorReader) -> None:
+    config, naming = headers.config, headers.naming
+    writer, buffers = Writer(folder), form.buffers(config.hidden_size, config.moe_intermediate_size)
+    # Copies, because the reader may read into its memory again.
+    writer.dense(
+        {
+            dotted(path): np.array(array)
+            for source in naming.dense
+            for path, array in reader.arrays(source).items()
+        }
+    )
+
+    def packed(layer: int) -> Iterator[Any]:
+        for expert in layer_ids(layer, config):
+            keys = [(expert, name) for name in config.expert_shapes()]
+            matrices = [reader.array(naming.experts[key], key) for key in keys]
+            if headers.as_stored:
+                yield put_packed(form, lambda array: array, matrices)
+                continue
+            if isinstance(form, PlainFormat) and form.dtype == headers.dtype:
+                yield matrices
+                continue
+            result = form.pack(*matrices)
+            form.check(result)
+            yield result
+
+    for layer in range(config.num_moe_layers):
+        writer.layer(layer, packed(layer), buffers, config.num_experts)
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """Returns the path of a dense parameter as text.
+
+    >>> dotted(("layers", 0, "norm", "scale"))
+    'layers.0.norm.scale'
+    """
+    return ".".join(map(str, path))
+
+
+def _check_room(out: Path, headers: Headers, form: ExpertFormat) -> None:
+    config = headers.config
+    dense = sum(4 * int(np.prod(shape)) for shape in headers.naming.parameters.values())
+    if headers.dtype.itemsize == 2:
+        dense //= 2
+    count = config.num_moe_layers * config.num_experts
+    needed = dense + count * form.expert_bytes(config.hidden_size, config.moe_intermediate_size)
+    there = next((place for place in out.absolute().parents if place.is_dir()), Path("/"))
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(
+            f"{out}: the checkpoint takes {needed:,} bytes, and {there} has {free:,} left; make room or "
+            "choose another disk"
+        )
+
+
+def _copy_beside(folder: Path, out: Path, but: tuple[str, ...] = ()) -> None:
+    for pattern in BESIDE:
+        for file in folder.glob(pattern):
+            if file.name not in but:
+                target = out / file.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)

@@ -1,0 +1,54 @@
+"""What a folder that `layerscope convert` wrote says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from layerscope_jax.support.files import is_there, read_json
+from layerscope_jax.support.json_fields import of_record, readable
+
+MANIFEST = "layerscope.json"
+VERSION = 1
+REMEDY = "convert the checkpoint again"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a converted checkpoint says of itself.
+
+    Attributes:
+        version: of the layout.
+        source: fingerprint of the checkpoint that it was made from.
+        dtype: of activations, and of the dense parameters.
+        format: name of the experts' format.
+        head: "tied" if the embedding is the head, else "own".
+    """
+
+    version: int
+    source: str
+    dtype: str
+    format: str
+    head: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Reads the manifest of a converted checkpoint.
+
+        Raises:
+            ValueError: if it is damaged, or of another version.
+        """
+        file = folder / MANIFEST
+        record = read_json(file, REMEDY)
+        if record.get("version") != VERSION:
+            raise ValueError(f"{file}: expected version {VERSION}, got {record.get('version')!r}; {REMEDY}")
+        return of_record(cls, record, str(file))
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a folder."""
+        (folder / MANIFEST).write_text(readable(asdict(self)) + "\n", encoding="utf-8")
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds a converted checkpoint."""
+    return is_there(folder / MANIFEST)
