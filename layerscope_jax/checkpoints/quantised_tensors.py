@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from layerscope_jax.checkpoints.packed_tensors import PackedTensor
-from layerscope_jax.checkpoints.safetensors_io import StoredTensor
-from layerscope_jax.checkpoints.schemes import SCHEMES, Scheme, refuse_order
+from layerscope_jax.checkpoints.safetensors_io import BYTES, DTYPES, StoredTensor
+from layerscope_jax.checkpoints.schemes import SCHEMES, Scheme, expect_dtype, refuse_order
 from layerscope_jax.checkpoints.weight_names import LISTED, Naming
 from layerscope_jax.formats import ExpertFormat
 from layerscope_jax.formats.encoding import Encoding
@@ -100,6 +100,8 @@ def _parts(
             parts[name] = stored[begins + name]
         elif needed:
             raise ValueError(f"{name}: found no such tensor")
+    for name, tensor in parts.items():
+        expect_dtype(name, tensor, *DTYPES, *BYTES)
     return parts
 
 

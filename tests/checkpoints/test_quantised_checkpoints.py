@@ -1,6 +1,7 @@
 """Quantised checkpoints as published: experts stay packed, everything else is converted, bit for bit."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +9,16 @@ import pytest
 from exact_cases import agree, run
 from flax.traverse_util import flatten_dict
 from helpers import PROFILE, random_decoder
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_quantised import CONFIG, FIRST, FORMS, Q_PROJ, compressed, quantised
+from published_quantised import CODES, CONFIG, FIRST, FORMS, Q_PROJ, compressed, quantised
 from safetensors.numpy import load_file
 
 from layerscope_jax import Engine, OffloadConfig, load, save
 from layerscope_jax.checkpoints.description import describe
+from layerscope_jax.checkpoints.packed_tensors import PackedTensor
+from layerscope_jax.checkpoints.quantised_tensors import put_together
+from layerscope_jax.checkpoints.safetensors_io import StoredTensor
 from layerscope_jax.models.quantisation import read_quantisation
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -137,6 +141,31 @@ def test_what_does_not_fit_is_refused_by_name(saved, tmp_path, name, key, value,
         load(tmp_path)
     assert str(tmp_path) in str(raised.value)
     assert key.rpartition(".")[0] in str(raised.value)
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_tensors_of_any_shape_and_dtype_are_put_together_or_refused(data):
+    name = data.draw(st.sampled_from(sorted(FORMS)))
+    pack, said, _ = FORMS[name]
+    parts, _ = pack(np.random.default_rng(0), 64, 64)
+    stored = {}
+    for part, array in parts.items():
+        shape = data.draw(st.just(array.shape) | st.lists(st.integers(0, 65), max_size=4).map(tuple), part)
+        dtype = data.draw(st.just(CODES[array.dtype.name]) | st.sampled_from(["F64", "I16", *CODES.values()]))
+        stored["x." + part] = StoredTensor(Path("x"), dtype, shape, 0, 1, ())
+    for part in data.draw(st.sets(st.sampled_from(sorted(stored)))) if data.draw(st.booleans()) else ():
+        del stored[part]
+    put, refusal = {}, "checkpoint: 1 quantised weights ("
+    try:
+        put = put_together(Path("checkpoint"), {"quantization_config": said}, stored)
+    except ValueError as error:
+        refusal = str(error)
+    assert refusal.startswith("checkpoint: 1 quantised weights (")
+    for tensor in put.values():
+        if isinstance(tensor, PackedTensor):
+            rows, columns = tensor.shape
+            assert tensor.encoding.arrays(rows, columns)
 
 
 def reorder(tensors):
