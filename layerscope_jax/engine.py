@@ -124,6 +124,8 @@ class Engine:
                 f"device must be the model's own, {model.device}, got {self.device}; "
                 "load the model with device= for another"
             )
+        if model.mapped is not None:
+            model.mapped.check()
         with self._turns.turn():
             self._build(host_device)
         resources = self._resources

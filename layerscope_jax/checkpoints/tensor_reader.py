@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from layerscope_jax.checkpoints.mapped import MappedFiles
 from layerscope_jax.checkpoints.memory import Memory
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, cast
 from layerscope_jax.checkpoints.shards import Shards
@@ -24,6 +25,8 @@ class TensorReader:
         stored: the checkpoint's tensors, by the names of `naming`.
         shards: opens and reads the files of these tensors.
         dtype: of the arrays, but for those that `naming` has as float32.
+        mapped: maps the files that experts lie in, so that those which nothing happens to are not read; None
+            to read all.
         advance: is told how many bytes were read.
     """
 
@@ -34,10 +37,11 @@ class TensorReader:
         shards: Shards,
         dtype: np.dtype,
         advance: Callable[[int], None] = lambda size: None,
+        mapped: MappedFiles | None = None,
     ):
         self._naming, self._stored, self._dtype, self._advance = naming, stored, dtype, advance
         self._kept: dict[Any, np.ndarray] = {}
-        self._shards, self._memory = shards, Memory()
+        self._shards, self._memory, self._mapped = shards, Memory(), mapped
 
     def array(self, source: Source, key: Any) -> np.ndarray:
         """Returns one array of a source; the others of the same tensors are kept until they are asked for."""
@@ -51,7 +55,8 @@ class TensorReader:
         Raises:
             ValueError: if a file cannot be read, was changed, or holds numbers too large for the dtype.
         """
-        tensors = [self._read(name, index) for name, index in source.tensors]
+        mapped = self._mapped if source.keys[0] in self._naming.experts else None
+        tensors = [self._read(name, index, mapped) for name, index in source.tensors]
         arrays = source.transform.load(tensors, source.shapes)
         result = {}
         for key, array in zip(source.keys, arrays, strict=True):
@@ -59,10 +64,13 @@ class TensorReader:
             result[key] = cast(array, dtype, source.tensors[0][0])
         return result
 
-    def _read(self, name: str, index: int | None) -> np.ndarray:
+    def _read(self, name: str, index: int | None, mapped: MappedFiles | None) -> np.ndarray:
         tensor = self._stored[name]
         tensor = tensor if index is None else tensor.part(index)
         self._advance(tensor.size)
+        array = None if mapped is None else mapped.array(tensor)
+        if array is not None:
+            return array
         buffer = self._memory.take(tensor.size)
         self._shards.read_into(tensor, buffer)
         return tensor.array(buffer)
