@@ -1,18 +1,22 @@
 """How long does loading a checkpoint take, and how much memory?
 
 Writes random bfloat16 checkpoints of about 1.6 GB in the shapes of OLMoE and Mixtral, and loads each in fresh
-processes. The time is set against plainly reading the same files (both find them in the page cache, so that
-the disk is left out); the peak of resident memory, over that of a process that has only imported JAX, against
-the bytes of the weights: 1.00 would be the weights and nothing else.
+processes: the Hugging Face folder with experts read into memory and with experts mapped where they lie, and
+what `layerscope convert` makes of it, with experts in each of several formats. Time and processor time are
+set against plainly reading the same files (all find them in the page cache, so that the disk is left out);
+the peak of resident memory, over that of a process that has only imported JAX, against the bytes of the
+weights: 1.00 would be the weights and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -38,11 +42,13 @@ class Options:
     Attributes:
         quick: checkpoints of about 100 MB, one load each: a check that it runs, not a measurement.
         rounds: loads of each checkpoint; the median time and the highest peak are shown.
+        formats: of experts in converted checkpoints.
         json: also write the results to this file.
     """
 
     quick: bool = False
     rounds: int = 3
+    formats: tuple[str, ...] = ("bfloat16", "float16")
     json: Path | None = None
 
 
@@ -117,7 +123,7 @@ def memory(key: str) -> int:
     raise ValueError(f"expected {key} in /proc/self/status, found none; this benchmark needs Linux")
 
 
-def measure_load(folder: Path) -> dict[str, Any]:
+def measure_load(folder: Path, mmap: bool) -> dict[str, Any]:
     """Loads in this process, which must be fresh: seconds, and bytes of memory beyond JAX's own."""
     import jax
 
@@ -127,15 +133,16 @@ def measure_load(folder: Path) -> dict[str, Any]:
     jax.jit(lambda x: x.T + 1)(jax.numpy.ones((256, 128))).block_until_ready()
     baseline = memory("VmRSS")
     before = memory("VmHWM")
-    start = time.perf_counter()
-    model = load(folder)
-    seconds = time.perf_counter() - start
+    start, cpu_start = time.perf_counter(), time.process_time()
+    model = load(folder, mmap=mmap)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     weights = model.bank.total_bytes + sum(leaf.nbytes for leaf in jax.tree.leaves(model.dense))
     peak = memory("VmHWM")
-    if peak == before:
+    if peak == before and not mmap:
         raise ValueError("memory peaked before loading began: the checkpoint is too small to measure")
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "weight_bytes": weights,
         "peak_bytes": peak - baseline,
         "kept_bytes": memory("VmRSS") - baseline,
@@ -151,7 +158,9 @@ def plain_read(folder: Path) -> float:
     """Seconds to read every shard once into one small buffer."""
     buffer = bytearray(8 << 20)
     start = time.perf_counter()
-    for file in folder.glob("*.safetensors"):
+    for file in folder.rglob("*"):
+        if not file.is_file():
+            continue
         with file.open("rb", buffering=0) as opened:
             while opened.readinto(buffer):
                 pass
@@ -165,26 +174,52 @@ def shapes_of(config: dict[str, Any]) -> Shapes:
     return Naming.of(config_from_hf(config)).shapes
 
 
-def measure(name: str, config: dict[str, Any], rounds: int) -> dict[str, Any]:
+def convert_to(folder: Path, out: Path, experts: str) -> None:
+    from layerscope_jax.checkpoints.convert import convert
+
+    convert(folder, out, experts=experts)
+
+
+def measure(name: str, config: dict[str, Any], rounds: int, formats: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns a row for each layout and format of one checkpoint."""
     with tempfile.TemporaryDirectory(prefix="bench_load_") as temporary:
-        folder = Path(temporary)
-        in_fresh_process(write_checkpoint, folder, config, in_fresh_process(shapes_of, config))
-        plain_read(folder)  # brings the files into the page cache
-        loads, reads = [], []
-        for _ in range(rounds):  # taken in turns, so that both see the same machine
-            reads.append(plain_read(folder))
-            loads.append(in_fresh_process(measure_load, folder))
+        published = Path(temporary, "published")
+        published.mkdir()
+        in_fresh_process(write_checkpoint, published, config, in_fresh_process(shapes_of, config))
+        layouts = [("read", "bfloat16", published, False), ("in place", "bfloat16", published, True)]
+        for experts in formats:
+            out = Path(temporary, experts)
+            in_fresh_process(convert_to, published, out, experts)
+            layouts.append(("converted", experts, out, False))
+        loads: list[list[dict[str, Any]]] = [[] for _ in layouts]
+        reads: list[list[float]] = [[] for _ in layouts]
+        for folder in {folder for *_, folder, _ in layouts}:
+            plain_read(folder)  # brings the files into the page cache
+        for _ in range(rounds):  # taken in turns, so that all see the same machine
+            for number, (*_, folder, mmap) in enumerate(layouts):
+                reads[number].append(plain_read(folder))
+                loads[number].append(in_fresh_process(measure_load, folder, mmap))
+    return [
+        {"shape": name, "layout": layout, "format": experts} | summary(loads[number], reads[number])
+        for number, (layout, experts, *_) in enumerate(layouts)
+    ]
+
+
+def summary(loads: list[dict[str, Any]], reads: list[float]) -> dict[str, Any]:
+    """Returns what several loads of one checkpoint took."""
     weights = loads[0]["weight_bytes"]
-    seconds = median(load["seconds"] for load in loads)
+    seconds, cpu_seconds = (median(load[key] for load in loads) for key in ("seconds", "cpu_seconds"))
     return {
-        "shape": name,
         "weight_bytes": weights,
         "load_seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "load_gb_per_second": weights / seconds / 1e9,
+        "load_gb_per_cpu_second": weights / cpu_seconds / 1e9,
         "read_gb_per_second": weights / median(reads) / 1e9,
         "peak_over_weights": max(load["peak_bytes"] for load in loads) / weights,
         "kept_over_weights": max(load["kept_bytes"] for load in loads) / weights,
         "all_load_seconds": [load["seconds"] for load in loads],
+        "all_cpu_seconds": [load["cpu_seconds"] for load in loads],
         "all_read_seconds": reads,
     }
 
@@ -199,29 +234,41 @@ def device_name() -> str:
 
 def main(options: Options) -> None:
     rounds = 1 if options.quick else options.rounds
-    rows = [measure(name, config, rounds) for name, config in hf_configs(options.quick).items()]
+    rows = [
+        row
+        for name, config in hf_configs(options.quick).items()
+        for row in measure(name, config, rounds, options.formats)
+    ]
     versions = {package: version(package) for package in ("jax", "flax", "numpy", "safetensors")}
     versions = {"python": platform.python_version()} | versions
     device = in_fresh_process(device_name)
 
-    table = Table(title="Loading bfloat16 checkpoints, sharded, from the page cache")
+    table = Table(title="Loading checkpoints from the page cache")
     headings = (
         "shape",
+        "layout",
+        "experts",
         "weights",
         "load",
+        "processor time",
         "load speed",
+        "a core",
         "plain read",
         f"peak / weights (reach {REACH})",
         "kept",
     )
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "shape" else "right")
+        table.add_column(heading, justify="left" if heading in ("shape", "layout", "experts") else "right")
     for row in rows:
         table.add_row(
             row["shape"],
+            row["layout"],
+            row["format"],
             f"{row['weight_bytes'] / 1e9:.2f} GB",
             f"{row['load_seconds']:.2f} s",
+            f"{row['cpu_seconds']:.2f} s",
             f"{row['load_gb_per_second']:.2f} GB/s",
+            f"{row['load_gb_per_cpu_second']:.2f} GB/s",
             f"{row['read_gb_per_second']:.2f} GB/s",
             f"{row['peak_over_weights']:.3f}",
             f"{row['kept_over_weights']:.3f}",
@@ -230,7 +277,14 @@ def main(options: Options) -> None:
     console.print(table)
     console.print(f"{device}; " + ", ".join(f"{name} {number}" for name, number in versions.items()))
     if options.json is not None:
-        result = {"quick": options.quick, "device": device, "versions": versions, "rows": rows}
+        load_average = os.getloadavg()[0]
+        result = {
+            "quick": options.quick,
+            "device": device,
+            "load_average": load_average,
+            "versions": versions,
+            "rows": rows,
+        }
         from layerscope_jax.support.files import write_file
 
         write_file(options.json, json.dumps(result, indent=1) + "\n")

@@ -123,6 +123,8 @@ class Engine:
                 f"device must be the model's own, {model.device}, got {self.device}; "
                 "load the model with device= for another"
             )
+        if model.mapped is not None:
+            model.mapped.check()
         if self.config.expert_format is not None:
             model = model.with_format(self.config.expert_format)
         self.model = model

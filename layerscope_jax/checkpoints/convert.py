@@ -73,7 +73,7 @@ def convert(
     _check_room(out, headers, form)
     with new_folder(out) as new, loading(headers.stored) as advance, Shards() as shards:
         reader = TensorReader(
-            headers.naming, headers.stored, shards, headers.dtype, advance, headers.as_stored
+            headers.naming, headers.stored, shards, headers.dtype, advance, packed=headers.as_stored
         )
         _copy_beside(folder, new)
         _write(new, headers, form, reader)

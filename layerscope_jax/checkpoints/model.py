@@ -19,11 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
 
-from layerscope_jax.checkpoints.converted import read_bank, read_dense
+from layerscope_jax.checkpoints.converted import format_of, read_bank, read_dense
 from layerscope_jax.checkpoints.headers import Tensor, read_configs, read_headers
 from layerscope_jax.checkpoints.hub import folder_of
 from layerscope_jax.checkpoints.manifest import Manifest, is_converted
+from layerscope_jax.checkpoints.mapped import MappedFiles
 from layerscope_jax.checkpoints.safetensors_io import (
+    DTYPES,
     SINGLE,
     cast,
     dtype_named,
@@ -40,8 +42,12 @@ from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.scheduling.plan import Geometry
 from layerscope_jax.support.files import replace_files
+from layerscope_jax.support.pinned_memory import need_pinned
 
 logger = logging.getLogger(__name__)
+
+IN_PLACE = ("float32", "bfloat16")
+"""Dtypes of experts that are mapped."""
 
 PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
 
@@ -57,6 +63,7 @@ class Model:
         bank: the routed experts.
         tokenizer: None where the checkpoint has none that can be read.
         path: the folder it came from, if any.
+        mapped: the files that its experts are mapped from; None if all is in memory.
         generation_defaults: settings of requests that the checkpoint recommends, by the names of `Request`.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=1, num_heads=2,
@@ -73,6 +80,7 @@ class Model:
     bank: ExpertBank
     tokenizer: Tokenizer | None = None
     path: Path | None = None
+    mapped: MappedFiles | None = None
     generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -139,11 +147,14 @@ def load(
     device: jax.Device | None = None,
     format: str | ExpertFormat | None = None,
     revision: str | None = None,
+    mmap: bool = True,
 ) -> Model:
     """Loads a Hugging Face checkpoint of one of the families, or of one that was registered.
 
     Experts are read straight into pinned host memory, everything else onto the device; apart from these, only
-    one tensor at a time is in memory.
+    one tensor at a time is in memory. On a CPU alone, experts that are neither converted nor packed are not
+    read but mapped from their files, which must not be written to as long as the model is used
+    (`layerscope_jax.checkpoints.mapped`).
 
     Args:
         folder: holds `config.json`, one or more safetensors files, and optionally a tokenizer's files; or was
@@ -157,6 +168,8 @@ def load(
             those that the checkpoint holds quantised as they are, and others in the dtype of the other
             weights. Other quantised weights are converted to that dtype while they are read.
         revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
+        mmap: False to read experts that would be mapped: from a disk that is slow or will be taken away, or
+            files that will be written to.
 
     Returns:
         The model, for `Engine`.
@@ -169,6 +182,8 @@ def load(
         ValueError: if the folder is incomplete, damaged or not supported, naming all wrong tensors; or if a
             checkpoint on the hub cannot be had.
     """
+    if not isinstance(mmap, bool):
+        raise ValueError(f"mmap must be True or False, got {mmap!r}")
     form = format_named(format) if isinstance(format, str) else format
     if not isinstance(form, ExpertFormat | None):
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
@@ -176,8 +191,11 @@ def load(
     if is_converted(folder):
         return _load_converted(folder, dtype, device, form)
     config, raw, generation, naming, stored, target, form, as_stored = read_headers(folder, dtype, form)
+    need_pinned(config.num_moe_layers * config.num_experts * packed_bytes(config, form, target), device)
+    in_place = mmap and form is None and on_cpu(device) and are_as_stored(naming, stored, target)
+    mapped = MappedFiles() if in_place else None
     with loading(stored) as advance, Shards() as shards:
-        reader = TensorReader(naming, stored, shards, target, advance, as_stored)
+        reader = TensorReader(naming, stored, shards, target, advance, mapped, packed=as_stored)
         sharding = device_sharding(device)
         dense = {
             path: jax.block_until_ready(jax.device_put(array, sharding))
@@ -189,6 +207,7 @@ def load(
             lambda expert, array, _: reader.array(naming.experts[expert, array], (expert, array)),
             device,
             form,
+            in_place,
             target if as_stored else None,
         )
     return Model(
@@ -198,8 +217,29 @@ def load(
         bank,
         read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
         folder,
+        mapped,
         generation,
     )
+
+
+def packed_bytes(config: ModelConfig, form: ExpertFormat | None, dtype: np.dtype) -> int:
+    """Returns the size (bytes) of an expert in a format, or as matrices of a dtype."""
+    form = (form or format_named(dtype.name)).for_body(config.expert_body)
+    return form.expert_bytes(config.hidden_size, config.moe_intermediate_size)
+
+
+def are_as_stored(naming: Naming, stored: Mapping[str, Tensor], dtype: np.dtype) -> bool:
+    """Whether experts of a dtype are those of a checkpoint's tensors, and can be computed where they lie.
+
+    Our own loops read experts wherever they lie; XLA, which computes the others, would copy them each time.
+    """
+    names = {name for source in naming.experts.values() for name, _ in source.tensors}
+    return dtype.name in IN_PLACE and all(DTYPES.get(stored[name].dtype) == dtype for name in names)
+
+
+def on_cpu(device: jax.Device | None) -> bool:
+    """Whether a device, or the default one, is this machine's CPU."""
+    return (device or jax.devices()[0]).platform == "cpu"
 
 
 def _load_converted(
@@ -215,6 +255,8 @@ def _load_converted(
     config, raw, generation = read_configs(folder)
     config = dataclasses.replace(config, tie_embeddings=manifest.head == "tied")
     naming, target = Naming.of(config), dtype_named(manifest.dtype)
+    count = config.num_moe_layers * config.num_experts
+    need_pinned(count * packed_bytes(config, format_of(folder, manifest, config), target), device)
     shapes = {
         path: Buffer(shape, np.dtype(np.float32) if path in naming.wide else target)
         for path, shape in naming.parameters.items()
@@ -228,7 +270,7 @@ def _load_converted(
         read_bank(folder, manifest, config, device),
         read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
         folder,
-        generation,
+        generation_defaults=generation,
     )
 
 

@@ -105,13 +105,17 @@ class StoredTensor:
         if part:
             raise ValueError(f"{self.file} was cut off while it was read; load it again once it is complete")
 
+    def is_changed(self, opened: int) -> bool:
+        """Whether its file, given by a file descriptor, is another than the header was read of."""
+        return _state(opened) != self.state
+
     def check(self, opened: int) -> None:
         """Checks that its file, given by a file descriptor, is the one that the header was read of.
 
         Raises:
             ValueError: if it was changed since.
         """
-        if _state(opened) != self.state:
+        if self.is_changed(opened):
             raise ValueError(f"{self.file} was changed while it was read; load it again once it is complete")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from layerscope_jax.checkpoints.mapped import MappedFiles
 from layerscope_jax.checkpoints.memory import Memory
 from layerscope_jax.checkpoints.packed_tensors import PackedMatrix, PackedTensor
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, cast
@@ -25,6 +26,8 @@ class TensorReader:
         stored: the checkpoint's tensors, by the names of `naming`.
         shards: opens and reads the files of these tensors.
         dtype: of the arrays, but for those that `naming` has as float32.
+        mapped: maps the files that experts lie in, so that those which nothing happens to are not read; None
+            to read all.
         advance: is told how many bytes were read.
         packed: whether the matrices of experts that are packed stay so.
     """
@@ -36,12 +39,12 @@ class TensorReader:
         shards: Shards,
         dtype: np.dtype,
         advance: Callable[[int], None] = lambda size: None,
+        mapped: MappedFiles | None = None,
         packed: bool = False,
     ):
         self._naming, self._stored, self._dtype, self._advance = naming, stored, dtype, advance
-        self._packed = packed
         self._kept: dict[Any, Any] = {}
-        self._shards, self._memory = shards, Memory()
+        self._shards, self._memory, self._mapped, self._packed = shards, Memory(), mapped, packed
 
     def array(self, source: Source, key: Any) -> Any:
         """Returns one array of a source; the others of the same tensors are kept until they are asked for."""
@@ -55,8 +58,8 @@ class TensorReader:
         Raises:
             ValueError: if a file cannot be read, was changed, or holds numbers too large for the dtype.
         """
-        packed = self._packed and source.keys[0] in self._naming.experts
-        tensors = [self._read(name, index, packed) for name, index in source.tensors]
+        of_expert = source.keys[0] in self._naming.experts
+        tensors = [self._read(name, index, of_expert) for name, index in source.tensors]
         arrays = source.transform.load(tensors, source.shapes)
         result: dict[Any, Any] = {}
         for key, array in zip(source.keys, arrays, strict=True):
@@ -67,13 +70,16 @@ class TensorReader:
             result[key] = cast(array, dtype, source.tensors[0][0])
         return result
 
-    def _read(self, name: str, index: int | None, packed: bool) -> Any:
+    def _read(self, name: str, index: int | None, of_expert: bool) -> Any:
         tensor = self._stored[name]
         tensor = tensor if index is None else tensor.part(index)
         self._advance(tensor.size)
         if isinstance(tensor, PackedTensor):
             matrix = tensor.read()
-            return matrix if packed else matrix.values()
+            return matrix if self._packed and of_expert else matrix.values()
+        array = self._mapped.array(tensor) if self._mapped is not None and of_expert else None
+        if array is not None:
+            return array
         buffer = self._memory.take(tensor.size)
         self._shards.read_into(tensor, buffer)
         return tensor.array(buffer)

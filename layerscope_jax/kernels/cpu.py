@@ -128,10 +128,11 @@ class InMemory(NamedTuple):
         """
         format = plain_of(arrays) if format is None else format
         format.check(arrays)
-        if any(device.platform != "cpu" for array in arrays for device in array.devices()):
+        copied = [array for array in arrays if not isinstance(array, np.ndarray)]
+        if any(device.platform != "cpu" for array in copied for device in array.devices()):
             raise ValueError(f"expected an expert on a CPU device, got one on {arrays[0].sharding}")
-        jax.block_until_ready(arrays)
-        pointers = [array.unsafe_buffer_pointer() for array in arrays]
+        jax.block_until_ready(copied)
+        pointers = [address(array) for array in arrays]
         addresses = np.array(addresses_of(format, arrays, pointers), np.int64)
         return cls(arrays, addresses.tobytes(), layout_of(format, *format.sizes(arrays)))
 
@@ -141,7 +142,7 @@ def address(array: jax.Array | np.ndarray) -> int:
 
     `np.asarray` of a bfloat16 array takes ten times as long as its pointer.
     """
-    return array.unsafe_buffer_pointer() if isinstance(array, jax.Array) else array.ctypes.data
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.unsafe_buffer_pointer()
 
 
 class CpuExperts:

@@ -25,6 +25,10 @@ def device_sharding(device: jax.Device | None = None) -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(device or jax.devices()[0], memory_kind="device")
 
 
+ALIGNED = 64
+"""What the address of an array must be a multiple of (bytes), so that JAX's CPU backend takes it as it is."""
+
+
 @dataclass(frozen=True)
 class ExpertBank:
     """All routed experts in host memory, each as the arrays of one format, which are copied one by one.
@@ -34,7 +38,8 @@ class ExpertBank:
 
     Attributes:
         layers: [L][E] each expert's arrays, L the MoE layers: an `Expert` of the format, in `pinned_host`
-            memory.
+            memory; or, on a CPU, NumPy arrays that JAX could not take over without a copy, because they lie
+            where a file is mapped.
         format: format of the experts; by default the plain format of the first expert's matrices.
         dtype: dtype of the inputs and outputs of experts; by default that of the plain format.
 
@@ -75,6 +80,7 @@ class ExpertBank:
         read: Callable[[ExpertId, str, tuple[int, ...]], np.ndarray],
         device: jax.Device | None = None,
         format: ExpertFormat | None = None,
+        in_place: bool = False,
         packed_for: np.dtype | None = None,
     ) -> ExpertBank:
         """Makes a bank, array by array, from `read(expert, "gate" | "up" | "down" | "bias", shape)`.
@@ -87,6 +93,8 @@ class ExpertBank:
             read: returns a matrix, in the dtype of activations.
             device: device that the experts are copied to; None for the default device.
             format: format to pack experts into; None to keep the matrices as they are read.
+            in_place: whether matrices that JAX could only copy stay the NumPy arrays that `read` returns;
+                on a CPU only, which computes from them all the same.
             packed_for: dtype of activations, where `read` returns matrices that are packed in `format`
                 already: objects with their `arrays`. None where they are to be packed.
         """
@@ -95,7 +103,9 @@ class ExpertBank:
         weights = weights_type(config.expert_body)
         form = None if format is None else format.for_body(config.expert_body)
 
-        def put(array: np.ndarray) -> jax.Array:
+        def put(array: np.ndarray) -> jax.Array | np.ndarray:
+            if in_place and array.flags.c_contiguous and array.ctypes.data % ALIGNED:
+                return array
             # Waits, so that the sources of unfinished copies do not accumulate in memory.
             return jax.block_until_ready(jax.device_put(array, sharding))
 
@@ -127,7 +137,8 @@ class ExpertBank:
         Raises:
             ValueError: if the format does not have what these experts compute.
         """
-        sharding, format = self.layers[0][0][0].sharding, format.for_body(self.format.body)
+        first, format = self.layers[0][0][0], format.for_body(self.format.body)
+        sharding = first.sharding if isinstance(first, jax.Array) else host_sharding(jax.devices("cpu")[0])
 
         def put(array: np.ndarray) -> jax.Array:
             return jax.block_until_ready(jax.device_put(array, sharding))
@@ -194,7 +205,7 @@ class ExpertBank:
         return self.expert_bytes * sum(len(experts) for experts in self.layers)
 
 
-def packed(format: ExpertFormat, put: Callable[[np.ndarray], jax.Array], matrices: Any) -> Any:
+def packed(format: ExpertFormat, put: Callable[[np.ndarray], Any], matrices: Any) -> Any:
     """Returns an expert packed in a format, with each array passed through `put`.
 
     Raises:
@@ -221,6 +232,6 @@ def put_packed(format: ExpertFormat, put: Callable[[np.ndarray], Any], parts: It
     return expert
 
 
-def _view(matrix: jax.Array) -> np.ndarray:
+def _view(matrix: jax.Array | np.ndarray) -> np.ndarray:
     """Returns a NumPy view of the array's buffer; a view of the array itself would keep any copy alive."""
-    return np.asarray(matrix.addressable_data(0))
+    return matrix if isinstance(matrix, np.ndarray) else np.asarray(matrix.addressable_data(0))

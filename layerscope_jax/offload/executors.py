@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.formats import ExpertFormat, plain_of
-from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats, expert_rows
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats, address, expert_rows
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.host_kernels import kernel_of
 from layerscope_jax.kernels.inside import Inside
@@ -314,10 +314,10 @@ class HostExperts:
         """
         result = self._weights.get(expert)
         if result is None:
-            # Through another handle on the buffer, because JAX keeps the NumPy copy of an array with it.
-            handles = [matrix.addressable_data(0) for matrix in self.bank[expert]]
+            views = self.bank.views(expert)
+            mapped = isinstance(self.bank[expert][0], np.ndarray) and self.cpu.kernel is not None
             arrays = self.bank.format.Expert(
-                *(jax.device_put(np.asarray(handle), self.device) for handle in handles)
+                *(views if mapped else [jax.device_put(view, self.device) for view in views])
             )
             result = InMemory.of(arrays, self.bank.format)
             if share_memory(arrays, self.bank[expert]):
@@ -325,8 +325,6 @@ class HostExperts:
         return result
 
 
-def share_memory(some: Iterable[jax.Array], others: Iterable[jax.Array]) -> bool:
+def share_memory(some: Iterable[jax.Array | np.ndarray], others: Iterable[jax.Array | np.ndarray]) -> bool:
     """Whether the arrays of two experts have the same buffers."""
-    return all(
-        a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in zip(some, others, strict=True)
-    )
+    return all(address(a) == address(b) for a, b in zip(some, others, strict=True))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.offload.queue import Copy, CopyQueue
@@ -54,12 +55,12 @@ class _Chunk(NamedTuple):
     """One array on the link."""
 
     copy: Copy
-    matrix: jax.Array
+    matrix: jax.Array | np.ndarray
     outcome: jax.Array | BaseException  # the copy, or why it could not be started
     due: float  # when its copy ends on a link of the emulated bandwidth
 
 
-def start_copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+def start_copy(array: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """Starts the copy of an array to the device; tests replace it to inject faults."""
     return jax.device_put(array, sharding)
 
@@ -96,7 +97,7 @@ class Transfers:
         bank: ExpertBank,
         device: jax.Device,
         bandwidth: int | None = None,
-        copy: Callable[[jax.Array, jax.sharding.Sharding], jax.Array] | None = None,
+        copy: Callable[[jax.Array | np.ndarray, jax.sharding.Sharding], jax.Array] | None = None,
     ):
         self.bank = bank
         self.bandwidth = bandwidth
@@ -277,7 +278,7 @@ class Transfers:
             self._expected = max(now, free)
             on_link.append(_Chunk(*begun, self._start(matrix), free))
 
-    def _next(self, on_link: int, carried: int) -> tuple[Copy, jax.Array] | None:
+    def _next(self, on_link: int, carried: int) -> tuple[Copy, jax.Array | np.ndarray] | None:
         """Begins the next chunk, if one may begin beside those on the link; otherwise returns None."""
         # A chunk is chosen and begun under one lock, so that a chosen chunk cannot be dropped.
         copy = self.queue.begin(
@@ -286,7 +287,7 @@ class Transfers:
         )
         return None if copy is None else (copy, self.bank[copy.expert][copy.begun - 1])
 
-    def _start(self, matrix: jax.Array) -> jax.Array | BaseException:
+    def _start(self, matrix: jax.Array | np.ndarray) -> jax.Array | BaseException:
         """Returns a copy that has begun, or the error that kept it from beginning."""
         try:
             return self.copy(matrix, self.sharding)

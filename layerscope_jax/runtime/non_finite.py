@@ -49,9 +49,9 @@ def bad_tensors(model: Model) -> Iterator[str]:
             yield ".".join(map(str, path))
     layers = model.config.moe_layers
     for expert in model.bank:
-        for name, matrix in model.bank[expert]._asdict().items():
-            # Through another handle on the buffer, because JAX keeps the NumPy copy of an array with it.
-            if not is_finite(np.asarray(matrix.addressable_data(0))):
+        names = model.bank.format.Expert._fields
+        for name, view in zip(names, model.bank.views(expert), strict=True):
+            if not is_finite(view):
                 yield f"layers.{layers[expert.layer]}.experts.{expert.expert}.{name}"
 
 

@@ -170,7 +170,7 @@ def test_tokenizer_and_stop_tokens_come_along(folder):
 
 
 def test_experts_lie_in_pinned_host_memory_and_the_rest_on_the_device(folder):
-    model = load(folder)
+    model = load(folder, mmap=False)
     kinds = lambda tree: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}  # noqa: E731
     assert kinds(model.bank.layers) == {"pinned_host"}
     assert kinds(model.dense) == {"device"}
@@ -180,12 +180,12 @@ def test_experts_lie_in_pinned_host_memory_and_the_rest_on_the_device(folder):
 def test_loads_beside_the_device_that_is_asked_for(folder):
     device = jax.devices()[-1]
     assert device != jax.devices()[0], "conftest.py asks for two CPU devices"
-    model = load(folder, device=device)
+    model = load(folder, device=device, mmap=False)
     assert {leaf.device for leaf in jax.tree.leaves((model.dense, model.bank.layers))} == {device}
 
 
 def test_views_of_experts_are_the_pinned_memory_itself(folder):
-    bank = load(folder).bank
+    bank = load(folder, mmap=False).bank
     expert = ExpertId(1, 3)
     for view, matrix in zip(bank.views(expert), bank[expert], strict=True):
         assert view.ctypes.data == matrix.unsafe_buffer_pointer()

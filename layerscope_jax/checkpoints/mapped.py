@@ -1,0 +1,68 @@
+"""Files of a checkpoint that are mapped into memory: what is read of them are the system's own copies."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from layerscope_jax.checkpoints.safetensors_io import StoredTensor, errors_of
+
+
+class MappedFiles:
+    """Maps safetensors files, read-only, and keeps them open as long as it or an array of theirs is there.
+
+    Nothing is read until a page is asked for. Processes that map the same files share the memory, and the
+    system may take it back where memory is short. So a file must not be written to meanwhile: its weights
+    would change, and if it gets shorter, the system ends the process (SIGBUS). To replace a file, write
+    another and rename it: what is mapped then stays the old file.
+
+    It costs some speed: the system maps files in pages of 4 KiB, and published files have tensors where no
+    cache line begins, so that a decode step takes about a tenth longer than with experts in memory.
+    """
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, tuple[int, np.ndarray, StoredTensor]] = {}
+        weakref.finalize(self, _close, self._opened)
+
+    def array(self, tensor: StoredTensor) -> np.ndarray | None:
+        """Returns the values of a tensor where its file is mapped, in its own dtype; read-only.
+
+        None if the tensor does not lie at a multiple of the size of its numbers.
+
+        Raises:
+            ValueError: if its file cannot be opened, or is no longer the one that its header was read of.
+        """
+        with errors_of(tensor.file):
+            if tensor.file not in self._opened:
+                opened = os.open(tensor.file, os.O_RDONLY)
+                try:
+                    tensor.check(opened)
+                    content = np.frombuffer(mmap.mmap(opened, 0, access=mmap.ACCESS_READ), np.uint8)
+                except BaseException:
+                    os.close(opened)
+                    raise
+                self._opened[tensor.file] = opened, content, tensor
+        array = tensor.array(self._opened[tensor.file][1][tensor.start : tensor.start + tensor.size])
+        return array if array.flags.aligned else None
+
+    def check(self) -> None:
+        """Checks that no file was written to since its header was read.
+
+        Raises:
+            ValueError: naming one that was.
+        """
+        for file, (opened, _, tensor) in self._opened.items():
+            if tensor.is_changed(opened):
+                raise ValueError(
+                    f"{file} was changed while a model was using it; load the model again, and replace "
+                    "files by renaming others rather than writing to them (or load with mmap=False)"
+                )
+
+
+def _close(opened: dict[Path, tuple[int, np.ndarray, StoredTensor]]) -> None:
+    for number, *_ in opened.values():
+        os.close(number)
