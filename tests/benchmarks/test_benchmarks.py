@@ -17,6 +17,7 @@ from benchmarks import (
     bench_planning,
     bench_policies,
     bench_prefill,
+    bench_quantised,
     bench_recall,
     bench_resident,
     bench_simulator,
@@ -298,6 +299,21 @@ def test_bench_host_experts(tmp_path, capsys):
         for way, ms in row["ms"].items():
             assert row["gb_per_s"][way]["median"] == pytest.approx(size / ms["median"] / 1e6, rel=1e-3)
     assert "reading alone" in capsys.readouterr().out
+
+
+def test_bench_quantised(tmp_path, capsys):
+    file = tmp_path / "quantised.json"
+    bench_quantised.main(bench_quantised.Options(quick=True, json=file))
+    result = json.loads(file.read_text())
+    assert result["machine"].keys() == MACHINE
+    plain, *others = result["quality"].values()
+    assert (plain["loss_to_plain"], plain["kl"], plain["routing_agreement"]) == (1, 0, 1)
+    for found in others:  # other numbers, of nearly the same model
+        assert 0 < found["kl"] < 0.1
+        assert 0.8 < found["routing_agreement"] < 1
+    assert result["expert_bytes"]["int8"] == 3 * 64 * 96 + 4 * (2 * 96 + 64)
+    assert result["step"].keys() == result["quality"].keys() == result["host"]["1"].keys()
+    assert "held-out loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bench", [bench_recall, bench_planning])

@@ -1,0 +1,230 @@
+"""What do fewer bits cost in quality, and what do they save?
+
+Quality: the shipped model scores held-out passages with its experts in each format, beside bfloat16: loss,
+divergence of the distributions of the next token, how often the likeliest token is the same, and how many of
+the chosen experts are. Bytes and time: of experts in DeepSeek-V2-Lite's size, computed by the kernel that
+the engine takes, and of decode steps of the shipped model over a paced link with a quarter of the experts
+resident.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+import layerscope_jax
+from benchmarks import harness
+from layerscope_jax import Engine, Model, OffloadConfig, load
+from layerscope_jax.formats import ExpertFormat, format_named
+from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
+from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.host_kernels import kernel_of
+from layerscope_jax.models import Decoder
+from layerscope_jax.support.machine import cores
+from predictor import SHIPPED
+
+PLAIN = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(harness.Common):
+    """What to compare."""
+
+    formats: tuple[str, ...] = ("int8", "fp8", "int4", "mxfp4", "nvfp4")
+    """Beside bfloat16."""
+    width: int = 2048
+    hidden: int = 1408
+    experts: int = 32
+    tokens: tuple[int, ...] = (1, 8, 64)
+    link: str = "20MB"
+    """Bytes a second of the paced link."""
+    batch: int = 8
+    new_tokens: int = 32
+    rounds: int = 7
+
+
+def shipped_passages() -> np.ndarray:
+    """[N, 32] tokens of passages that neither the shipped model nor its predictor was trained on."""
+    length = json.loads((SHIPPED / "heldout/trace.json").read_text())["settings"]["excerpt"]
+    return np.load(SHIPPED / "heldout/00000.tokens.npy").reshape(-1, length)
+
+
+def scored(model: Model, passages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities [B, S, V] of each next token, and chosen experts [L, B * S, K]."""
+    logits, routings = nnx.jit(Decoder.__call__)(model.whole(), jnp.asarray(passages))
+    experts = np.stack([np.sort(routing.experts, -1) for routing in routings])
+    return np.asarray(jax.nn.log_softmax(logits), np.float64), experts
+
+
+def quality(passages: np.ndarray, plain: tuple[np.ndarray, np.ndarray], model: Model) -> dict[str, float]:
+    """What the formats' scores are, beside the plain ones."""
+    (before, chosen_before), (after, chosen) = plain, scored(model, passages)
+    following = passages[:, 1:, None]
+    losses = [-np.take_along_axis(found[:, :-1], following, -1).mean() for found in (before, after)]
+    same = [np.isin(a, b).mean() for a, b in zip(rows(chosen_before), rows(chosen), strict=True)]
+    return {
+        "loss": losses[1],
+        "loss_to_plain": losses[1] / losses[0],
+        "kl": float((np.exp(before) * (before - after)).sum(-1).mean()),
+        "top1_agreement": float((before.argmax(-1) == after.argmax(-1)).mean()),
+        "routing_agreement": float(np.mean(same)),
+    }
+
+
+def rows(chosen: np.ndarray) -> np.ndarray:
+    return chosen.reshape(-1, chosen.shape[-1])
+
+
+def host_times(options: Options) -> tuple[dict[str, Any], dict[str, int]]:
+    """Milliseconds an expert by tokens and format, all formats in turns; and bytes of an expert."""
+    rng = np.random.default_rng(0)
+    shapes = [(options.hidden, options.width)] * 2 + [(options.width, options.hidden)]
+    matrices = [(rng.standard_normal(shape) / 40).astype(jnp.bfloat16) for shape in shapes]
+    dtype, held, computers = matrices[0].dtype, {}, {}
+    for name in (PLAIN, *options.formats):
+        form = format_named(name)
+        packed = form.pack(*matrices)
+        held[name] = [
+            InMemory.of(type(packed)(*(jnp.asarray(np.array(array)) for array in packed)), form)
+            for _ in range(options.experts)
+        ]
+        computers[name] = CpuExperts(cores(), kernel_of(form, dtype, options.width, options.hidden), form)
+    result = {}
+    for tokens in options.tokens:
+        inputs = rng.standard_normal((tokens, options.width)).astype(dtype)
+        all_experts = Assignments(np.tile(np.arange(options.experts, dtype=np.int32), (tokens, 1)))
+        outputs = np.zeros((all_experts.total + 1, options.width), dtype)
+
+        def call(name: str, x: np.ndarray, to: np.ndarray, assignments: Assignments) -> None:
+            experts = held[name]
+            computers[name].compute(
+                to,
+                x,
+                assignments,
+                range(options.experts),
+                lambda some: [experts[expert] for expert in some],
+                WorkStats(),
+            )
+
+        calls: dict[str, Callable[[], None]] = {
+            name: functools.partial(call, name, inputs, outputs, all_experts) for name in held
+        }
+        samples = harness.measure(calls, options.rounds)
+        seconds = {name: found.parts["seconds"] for name, found in samples.items()}
+        result[str(tokens)] = {
+            name: {
+                "ms": harness.spread(1e3 * s / options.experts for s in seconds[name]),
+                "to_plain": harness.ratio(seconds[name], seconds[PLAIN]),
+            }
+            for name in held
+        }
+    for computer in computers.values():
+        computer.close()
+    return result, {name: experts[0].layout.nbytes for name, experts in held.items()}
+
+
+def step_times(options: Options, models: dict[str, Model]) -> dict[str, Any]:
+    """Decode steps over the paced link, all formats in turns."""
+    prompts = shipped_passages()[: options.batch, :16].tolist()
+    quarter = models[PLAIN].bank.total_bytes // 4  # the same bytes for each format
+    config = OffloadConfig(
+        policy="lru",
+        device_budget=quarter,
+        emulated_link_bandwidth=options.link,
+        max_num_seqs=options.batch,
+    )
+    engines = {name: Engine(model, config) for name, model in models.items()}
+    calls = {
+        name: lambda engine=engine: harness.run_engine(engine, prompts, options.new_tokens)[0]
+        for name, engine in engines.items()
+    }
+    samples = harness.measure(calls, options.rounds)
+    for engine in engines.values():
+        engine.close()
+    median = {name: harness.spread(found.parts["step"])["median"] for name, found in samples.items()}
+    return {
+        name: {
+            "ms": harness.spread(1e3 * s for s in found.parts["step"]),
+            "to_plain": median[name] / median[PLAIN],
+        }
+        for name, found in samples.items()
+    }
+
+
+def main(options: Options) -> dict[str, Any]:
+    if options.quick:
+        options = replace(
+            options, width=64, hidden=96, experts=2, tokens=(1,), batch=1, new_tokens=2, rounds=1
+        )
+        options = replace(options, formats=options.formats[:2])
+    record = harness.machine()
+    plain = load(Path(layerscope_jax.__file__).parent / "shipped")
+    forms: dict[str, ExpertFormat] = {name: format_named(name) for name in options.formats}
+    models = {PLAIN: plain} | {name: plain.with_format(form) for name, form in forms.items()}
+    passages = shipped_passages()
+    before = scored(plain, passages)
+    qualities = {name: quality(passages, before, model) for name, model in models.items()}
+    times, sizes = host_times(options)
+    steps = step_times(options, models)
+    result = {
+        "benchmark": "quantised",
+        "quick": options.quick,
+        "machine": record,
+        "passages": list(passages.shape),
+        "quality": qualities,
+        "expert_bytes": sizes,
+        "host": times,
+        "link": options.link,
+        "step": steps,
+    }
+    table(options, result)
+    return harness.finish(options, result)
+
+
+def table(options: Options, result: dict[str, Any]) -> None:
+    lines = []
+    for name, found in result["quality"].items():
+        size = result["expert_bytes"]
+        lines.append(
+            (
+                name,
+                f"{size[name] / size[PLAIN]:.2f}",
+                f"{found['loss']:.4f}",
+                f"{found['loss_to_plain'] - 1:+.2%}",
+                f"{found['kl']:.5f}",
+                f"{found['top1_agreement']:.1%}",
+                f"{found['routing_agreement']:.1%}",
+                *(
+                    f"{result['host'][str(tokens)][name]['ms']['median']:.2f} "
+                    f"({result['host'][str(tokens)][name]['to_plain']['median']:.2f})"
+                    for tokens in options.tokens
+                ),
+                f"{result['step'][name]['ms']['median']:.1f} ({result['step'][name]['to_plain']:.2f})",
+            )
+        )
+    headings = (
+        "experts in",
+        "bytes",
+        "held-out loss",
+        "to bfloat16",
+        "KL, nats",
+        "same likeliest token",
+        "same experts",
+        *(f"{tokens} tokens, ms an expert (to bfloat16)" for tokens in options.tokens),
+        f"a step over {options.link}/s, ms",
+    )
+    harness.print_table("Experts in fewer bits", headings, lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
