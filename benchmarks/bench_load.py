@@ -3,7 +3,7 @@
 Writes random bfloat16 checkpoints of about 1.6 GB in the shapes of OLMoE and Mixtral, and loads each in fresh
 processes: the Hugging Face folder with experts read into memory and with experts mapped where they lie, and
 what `layerscope convert` makes of it, with experts in each of several formats. Time and processor time are
-set against plainly reading the same files (all find them in the page cache, so that the disk is left out); the
+set against plainly reading the same files (all find them in the page cache: the disk is left out); the
 peak of resident memory, over that of a process that has only imported JAX, against the bytes of the weights:
 1.00 would be the weights and nothing else.
 """
