@@ -29,6 +29,7 @@ OF_THE_READER = {
     "prompts.jsonl",
     "rows.json",
     "special_tokens_map.json",
+    "layerscope.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",

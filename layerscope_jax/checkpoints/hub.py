@@ -2,7 +2,9 @@
 
 `huggingface_hub` downloads them into its own cache, which other programs share, and obeys its own environment
 variables: HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE. A file is continued if a connection
-breaks off; a file that is complete is not fetched again.
+breaks off; a file that is complete is not fetched again. What another process began is not continued: since
+version 2, `huggingface_hub` gives an incomplete file a random name and removes it when the download ends, and
+has no setting for that.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from layerscope_jax.checkpoints.tokenizer_settings import ADDED, CONFIG, SPECIAL
 from layerscope_jax.generation import template_worker
 from layerscope_jax.generation.requests import TEMPLATE_VARIABLES, Request, is_text
 from layerscope_jax.support.files import is_there, read_json
@@ -124,9 +125,13 @@ class Chat:
     def _read(self) -> tuple[dict[str, str], dict[str, str]]:
         """Returns the templates by name, and the special tokens that they are given."""
         settings: dict[str, Any] = {}
-        if self._folder is not None and is_there(self._folder / "tokenizer_config.json"):
-            settings = read_json(self._folder / "tokenizer_config.json")
-        tokens = {name: content_of(token) for name, token in settings.items() if name.endswith("_token")}
+        if self._folder is not None and is_there(self._folder / CONFIG):
+            settings = read_json(self._folder / CONFIG)
+        special = settings
+        if self._folder is not None and settings.get(ADDED) is None and is_there(self._folder / SPECIAL):
+            # As in transformers: the older file counts, and rather, where there is no list of added tokens.
+            special = settings | read_json(self._folder / SPECIAL)
+        tokens = {name: content_of(token) for name, token in special.items() if name.endswith("_token")}
         known = {name: token for name, token in tokens.items() if token is not None}
         if self._override is not None:
             return {"default": self._override}, known

@@ -81,6 +81,24 @@ TOOLS = Request(messages=HELLO.messages, tools=[{"type": "function"}])
         ({"chat_template_jinja": "f", "additional_chat_templates__tool_use_jinja": "a"}, TOOLS, "a"),
         ({"chat_template_jinja": "f", "additional_chat_templates__tool_use_jinja": "a"}, HELLO, "f"),
         (
+            {
+                "chat_template_jinja": SIMPLE,
+                "tokenizer_config_json": {"bos_token": "<t>"},
+                "special_tokens_map_json": {"bos_token": {"content": "<s>"}},
+            },
+            HELLO,
+            "<s>[user]Hello",
+        ),
+        (
+            {
+                "chat_template_jinja": SIMPLE,
+                "tokenizer_config_json": {"bos_token": "<s>", "added_tokens_decoder": {}},
+                "special_tokens_map_json": {"bos_token": "<t>"},
+            },
+            HELLO,
+            "<s>[user]Hello",
+        ),
+        (
             {"chat_template_jinja": SIMPLE, "tokenizer_config_json": {"bos_token": "<s>"}},
             HELLO,
             "<s>[user]Hello",
