@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from layerscope_jax.checkpoints.generation_defaults import generation_defaults
 from layerscope_jax.checkpoints.hub import folder_of
 from layerscope_jax.checkpoints.ignored import Ignored
 from layerscope_jax.checkpoints.other_formats import refuse_other_formats
+from layerscope_jax.checkpoints.ranges import disk_bank
 from layerscope_jax.checkpoints.safetensors_io import (
     DTYPES,
     SINGLE,
@@ -141,6 +142,7 @@ def load(
     device: jax.Device | None = None,
     format: str | ExpertFormat | None = None,
     revision: str | None = None,
+    experts: Literal["memory", "disk"] = "memory",
 ) -> Model:
     """Loads a Hugging Face checkpoint of one of the families, or of one that was registered.
 
@@ -158,6 +160,10 @@ def load(
         format: format in which the experts are stored (`layerscope_jax.formats`), or its name; None keeps
             them in the dtype of the other weights.
         revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
+        experts: "memory" to read the experts now; "disk" to leave them in the checkpoint's files, from which an
+            engine reads those that it needs into as much host memory as `OffloadConfig.host_budget` says. The
+            files must hold them as they are computed from: safetensors of one float type, none to be
+            converted.
 
     Returns:
         The model, for `Engine`.
@@ -173,6 +179,13 @@ def load(
     form = format_named(format) if isinstance(format, str) else format
     if not isinstance(form, ExpertFormat | None):
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
+    if experts not in ("memory", "disk"):
+        raise ValueError(f"experts must be 'memory' or 'disk', got {experts!r}")
+    if experts == "disk" and form is not None:
+        raise ValueError(
+            f"experts='disk' computes experts as their files hold them, and cannot have the format {form.name!r}; "
+            "leave out format=, or load with experts='memory'"
+        )
     folder = folder_of(folder, revision)
     refuse_other_formats(folder)
     config, raw, generation = read_configs(folder)
@@ -185,14 +198,16 @@ def load(
     stored = {name: stored[name] for name in naming.shapes}
     target = dtype_named(dtype) if dtype is not None else common_dtype(folder, naming, stored, raw)
 
-    with _progress(sum(tensor.size for tensor in stored.values())) as advance:
+    on_disk = disk_bank(config, naming, stored, target, device) if experts == "disk" else None
+    size = sum(tensor.size for tensor in stored.values()) - (0 if on_disk is None else on_disk.total_bytes)
+    with _progress(size) as advance:
         reader, sharding = TensorReader(naming, stored, target, advance), device_sharding(device)
         dense = {
             path: jax.block_until_ready(jax.device_put(array, sharding))
             for source in naming.dense
             for path, array in reader.arrays(source).items()
         }
-        bank = ExpertBank.build(
+        bank = on_disk or ExpertBank.build(
             config,
             lambda expert, array, _: reader.array(naming.experts[expert, array], (expert, array)),
             device,

@@ -16,11 +16,12 @@ from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.models.decoder import Between
 from layerscope_jax.offload.executors import HostExperts, device_experts
 from layerscope_jax.offload.link import Transfers
+from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.computing import BothSides
-from layerscope_jax.runtime.decisions import Decisions
+from layerscope_jax.runtime.decisions import Decisions, Reads
 from layerscope_jax.runtime.dense import DenseParts, StepInputs
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.lower_bound import least_decode_s
@@ -45,6 +46,7 @@ class LayerByLayer:
         residency: residency of the device.
         transfers, host_experts, forecasts: owned by the runner; `close` closes them.
         costs: costs of the machine; None if they are not known.
+        pool: host memory of experts that are on the disk, owned as well; None if all are in host memory.
 
     Attributes:
         account: account of the call that is counted for; at first of no call.
@@ -66,14 +68,17 @@ class LayerByLayer:
         host_experts: HostExperts,
         forecasts: Forecasts,
         costs: HardwareProfile | None = None,
+        pool: HostPool | None = None,
     ):
+        self.pool = pool
         self.model, self.policy, self.costs = model, policy, costs
         self.residency, self.transfers, self.forecasts = residency, transfers, forecasts
         self.host_experts = host_experts
         self.device_experts = device_experts(model.device, host_experts.cpu)
         self.dense = DenseParts(model, forecasts, host_experts.inside)
         self.tier = DeviceTier(residency, transfers, self.device_experts.keep)
-        self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank)
+        reads = None if pool is None else Reads(pool, model.geometry(0))
+        self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank, reads)
         self.experts = BothSides(self.device_experts, host_experts, self.tier)
         self.account = Account()
         self._books_of: Account | None = None  # the account that the residency last counted for
@@ -140,6 +145,8 @@ class LayerByLayer:
         """Asks the policy for a plan, counts it, and carries out its evictions and copies."""
         seen, plan = self.decisions.plan(self.account, layer, phase, rows.demand, expected)
         self.tier.follow(plan)
+        if self.pool is not None:
+            self.pool.read_ahead(plan.read_ahead)
         return seen, plan
 
     @contextmanager
@@ -170,6 +177,8 @@ class LayerByLayer:
             finish_all(self.transfers.sharding)  # programs may be running our kernels in memory that we own
         self.device_experts.clear()
         self.tier.settle()
+        if self.pool is not None:
+            self.pool.settle()
         self._settled = True
 
     def settle_if_needed(self) -> None:
@@ -234,4 +243,5 @@ class LayerByLayer:
 
     def close(self) -> None:
         """Ends the runner's threads; see `Runner.close`."""
-        close_all([self.host_experts, self.transfers, self.forecasts])
+        parts = [self.host_experts, self.transfers, self.forecasts]
+        close_all(parts if self.pool is None else [*parts, self.pool])
