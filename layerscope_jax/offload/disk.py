@@ -76,7 +76,7 @@ class File:
         if self.direct:
             try:
                 self.number = os.open(path, os.O_RDONLY | DIRECT)
-                os.preadv(self.number, [aligned(BLOCK)], 0)
+                os.preadv(self.number, [aligned(BLOCK).data], 0)
                 return
             except OSError:  # the file system has none
                 self.direct = False
@@ -205,7 +205,7 @@ class DiskBank(ExpertBank):
         for piece in self.pieces(expert):
             memory, file = aligned(piece.size, 64), File(piece.file)
             try:
-                file.read(piece, (ctypes.c_char * piece.size).from_buffer(memory), buffer)
+                file.read(piece, (ctypes.c_char * piece.size).from_buffer(memory.data), buffer)
             finally:
                 file.close()
             arrays.append(memory.view(piece.dtype).reshape(piece.shape))

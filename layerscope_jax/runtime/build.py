@@ -85,7 +85,7 @@ def build(
             model.device,
         )
     on_disk = isinstance(model.bank, DiskBank)
-    if nothing_to_decide and on_disk and model.device.platform == "cpu":
+    if nothing_to_decide and on_disk and not WholeModel.is_faster_on(model.device):
         # The device's memory is the host's, so that the pool alone holds experts.
         nothing_to_decide, chosen, budget_bytes, predictor = False, HostOnly(), 0, None
     if nothing_to_decide:
@@ -134,7 +134,8 @@ def _layer_by_layer(
     if costs is None and policy.uses_costs:
         costs = measure(model, host, link, residency.slots)
     state = forecasts.explained(budget_bytes, lambda: policy.init(geometry, costs))
-    resident = isinstance(policy, Resident) and host.inside is not None and host.inside.target is not None
+    in_memory = pool is None and isinstance(policy, Resident)
+    resident = in_memory and host.inside is not None and host.inside.target is not None
     runner = ResidentOnCpu if resident else LayerByLayer
     return runner(model, policy, state, residency, link, host, forecasts, costs, pool)
 

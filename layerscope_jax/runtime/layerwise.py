@@ -25,7 +25,7 @@ from layerscope_jax.runtime.decisions import Decisions, Reads
 from layerscope_jax.runtime.dense import DenseParts, StepInputs
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.lower_bound import least_decode_s
-from layerscope_jax.runtime.resources import close_all
+from layerscope_jax.runtime.resources import Closable, close_all
 from layerscope_jax.runtime.runner import RunnerStats, Stepped
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.runtime.warmup import Rehearsal
@@ -209,6 +209,8 @@ class LayerByLayer:
         self.account = account or self.account.after()
         self.transfers.stats = self.account.link
         self.host_experts.stats, self.device_experts.stats = self.account.host, self.account.device
+        if self.pool is not None:
+            self.pool.stats = self.account.disk
         if account not in (None, self._books_of):  # otherwise the counts still hold
             self._books_of = account
             self.account.take_books(self.residency)
@@ -235,6 +237,7 @@ class LayerByLayer:
             predictor_bytes=self.forecasts.kept_bytes,
             ways=self.policy.report(self.decisions.state),
             least_decode_s=least_s,
+            expert_bytes=self.model.bank.expert_bytes,
         )
 
     def rehearsal(self) -> Rehearsal:
@@ -243,5 +246,5 @@ class LayerByLayer:
 
     def close(self) -> None:
         """Ends the runner's threads; see `Runner.close`."""
-        parts = [self.host_experts, self.transfers, self.forecasts]
+        parts: list[Closable] = [self.host_experts, self.transfers, self.forecasts]
         close_all(parts if self.pool is None else [*parts, self.pool])

@@ -345,5 +345,11 @@ class Replay(PolicyBase):
             room = 0
         occupied.difference_update(evict)
         prefetch = [e for e in recorded.prefetch if e not in occupied][:room]
-        moved = {"evict": tuple(evict), "load": tuple(load), "prefetch": tuple(prefetch)}
-        return state, replace(recorded, **moved, read=(), read_ahead=())
+        return state, replace(
+            recorded,
+            evict=tuple(evict),
+            load=tuple(load),
+            prefetch=tuple(prefetch),
+            read=(),
+            read_ahead=(),
+        )
