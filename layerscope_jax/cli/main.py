@@ -31,6 +31,7 @@ from layerscope_jax.cli.options import (
     Checkpoint,
     DeviceBudget,
     Dtype,
+    HostBudget,
     LinkBandwidth,
     PolicyName,
     Revision,
@@ -92,6 +93,7 @@ class Demo:
             "4.0.",
         ),
     ] = "50MB"
+    host_budget: HostBudget = None
 
     def run(self) -> int:
         """Returns the exit code."""
@@ -106,6 +108,7 @@ class Demo:
             budget_share=self.budget_share,
             emulated_link_bandwidth=self.emulated_link_bandwidth,
             predictor=open_predictor(self.predictor) or "gate",
+            host_budget=self.host_budget,
         )
         if self.json:
             print(json.dumps(report))
@@ -144,6 +147,7 @@ class Generate(RequestOptions):
         ),
     ] = None
     device_budget: DeviceBudget = None
+    host_budget: HostBudget = None
     policy: PolicyName = "auto"
     predictor: Annotated[
         str | None,
@@ -194,6 +198,7 @@ class Generate(RequestOptions):
         """Returns the exit code."""
         config = OffloadConfig(
             device_budget=self.device_budget,
+            host_budget=self.host_budget,
             policy=self.policy,
             emulated_link_bandwidth=self.emulated_link_bandwidth,
             numerics=self.numerics,
@@ -265,7 +270,7 @@ class Generate(RequestOptions):
         self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None, template: str | None
     ) -> int:
         """Completes the rows; returns how many ended with an error."""
-        model = open_model(str(self._folder), self.dtype)
+        model = open_model(str(self._folder), self.dtype, host_budget=self.host_budget)
         lines = Lines(self._model(rows, template) if file is None else file.model, model.tokenizer, file)
         with closing(Chat(model.path, template)) as chat:
             requests = lines.encode(rows, model, chat)

@@ -39,6 +39,14 @@ DeviceBudget = Annotated[
     str | None,
     arg(metavar="SIZE", help="Device memory for experts, such as '2GiB'; by default all are resident."),
 ]
+HostBudget = Annotated[
+    str | None,
+    arg(
+        metavar="SIZE",
+        help="Host memory for experts, such as '16GiB'; the others stay in the checkpoint's files and are read when "
+        "they are needed. By default all are loaded.",
+    ),
+]
 PolicyName = Annotated[
     str,
     arg(
@@ -60,9 +68,12 @@ def folder_of(checkpoint: str, revision: str | None = None, *, weights: bool = T
     return hub.folder_of(demo.SHIPPED if checkpoint == SHIPPED else checkpoint, revision, weights=weights)
 
 
-def open_model(checkpoint: str, dtype: str | None = None, revision: str | None = None) -> Model:
-    """Loads a checkpoint, or the shipped model."""
-    return load(folder_of(checkpoint, revision), dtype=dtype)
+def open_model(
+    checkpoint: str, dtype: str | None = None, revision: str | None = None, host_budget: str | None = None
+) -> Model:
+    """Loads a checkpoint, or the shipped model; within a host budget its experts stay on the disk."""
+    experts: Literal["memory", "disk"] = "memory" if host_budget is None else "disk"
+    return load(folder_of(checkpoint, revision), dtype=dtype, experts=experts)
 
 
 class Aloud(logging.Handler):

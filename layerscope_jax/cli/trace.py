@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from layerscope_jax.cli.options import Checkpoint, DeviceBudget, Dtype, PolicyName, Revision, open_model
+from layerscope_jax.cli.options import Checkpoint, DeviceBudget, Dtype, HostBudget, PolicyName, Revision, open_model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import make_policy
 from layerscope_jax.support import interrupts
@@ -43,6 +43,7 @@ class Record:
     hidden: Annotated[int, arg(help="Components that hidden states are reduced to; 0 for none.")] = 512
     batch_size: Annotated[int, arg(help="Passages that run at once.")] = 16
     device_budget: DeviceBudget = None
+    host_budget: HostBudget = None
     policy: PolicyName = "lru"
     dtype: Dtype = None
     revision: Revision = None
@@ -63,10 +64,12 @@ class Record:
             prompt=self.prompt,
             hidden=self.hidden,
             batch_size=self.batch_size,
-            offload=OffloadConfig(device_budget=self.device_budget, policy=self.policy),
+            offload=OffloadConfig(
+                device_budget=self.device_budget, host_budget=self.host_budget, policy=self.policy
+            ),
             seed=self.seed,
         )
-        model = open_model(self.checkpoint, self.dtype, self.revision)
+        model = open_model(self.checkpoint, self.dtype, self.revision, self.host_budget)
         interrupts.promise(f"interrupted; the same command continues {self.out}")
         trace = record(model, config)
         passages = sum(len(chunk.passages) for chunk in trace.chunks)
