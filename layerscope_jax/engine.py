@@ -147,8 +147,8 @@ class Engine:
         held = config.host_budget
         if held is not None and not isinstance(bank, DiskBank):
             raise ValueError(
-                f"host_budget={held!r} bounds the memory of experts that are on the disk, and those of this model "
-                "are in memory; load it with layerscope_jax.load(folder, experts='disk')"
+                f"host_budget={held!r} bounds the memory of experts that are on the disk, and those of this "
+                "model are in memory; load it with layerscope_jax.load(folder, experts='disk')"
             )
         bandwidth = None if pace is None else parse_bytes(pace, "emulated_link_bandwidth")
         with self._resources.opening():

@@ -160,9 +160,9 @@ def load(
         format: format in which the experts are stored (`layerscope_jax.formats`), or its name; None keeps
             them in the dtype of the other weights.
         revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
-        experts: "memory" to read the experts now; "disk" to leave them in the checkpoint's files, from which an
-            engine reads those that it needs into as much host memory as `OffloadConfig.host_budget` says. The
-            files must hold them as they are computed from: safetensors of one float type, none to be
+        experts: "memory" to read the experts now; "disk" to leave them in the checkpoint's files, from which
+            an engine reads those that it needs into as much host memory as `OffloadConfig.host_budget` says.
+            The files must hold them as they are computed from: safetensors of one float type, none to be
             converted.
 
     Returns:
@@ -183,8 +183,8 @@ def load(
         raise ValueError(f"experts must be 'memory' or 'disk', got {experts!r}")
     if experts == "disk" and form is not None:
         raise ValueError(
-            f"experts='disk' computes experts as their files hold them, and cannot have the format {form.name!r}; "
-            "leave out format=, or load with experts='memory'"
+            "experts='disk' computes experts as their files hold them, and cannot have the format "
+            f"{form.name!r}; leave out format=, or load with experts='memory'"
         )
     folder = folder_of(folder, revision)
     refuse_other_formats(folder)

@@ -81,8 +81,8 @@ class Ranges:
         remedy = "load with experts='memory'"
         if array.dtype != dtype:
             raise ValueError(
-                f"{what}: expected {dtype}, as experts='disk' converts nothing, got {array.dtype}; {remedy}, or "
-                "save the model in that dtype first (layerscope_jax.save)"
+                f"{what}: expected {dtype}, as experts='disk' converts nothing, got {array.dtype}; {remedy}, "
+                "or save the model in that dtype first (layerscope_jax.save)"
             )
         for tensor in tensors:
             start = array.ctypes.data - self._maps[tensor.file].ctypes.data

@@ -65,8 +65,8 @@ def compare(
         budget_share: share of the experts' bytes that the device may hold, between 0 and 1.
         emulated_link_bandwidth: bytes a second that copies are limited to, such as "50MB"; None for no limit.
         predictor: for the policies that use one.
-        host_budget: host memory for experts under each policy, such as "3MB"; the others are read from the model's
-            folder. None for all.
+        host_budget: host memory for experts under each policy, such as "3MB"; the others are read from the
+            model's folder. None for all.
 
     Raises:
         ValueError: for an unknown policy, a share out of range or a budget too small.
@@ -74,9 +74,7 @@ def compare(
     stored = model
     if host_budget is not None and model.path is not None:
         stored = load(model.path, experts="disk")
-    configs = configurations(
-        stored, policies, budget_share, emulated_link_bandwidth, predictor, host_budget
-    )
+    configs = configurations(stored, policies, budget_share, emulated_link_bandwidth, predictor, host_budget)
     texts = [row["prompt"] for row in prompts]
     Request(prompt="", max_new_tokens=max_new_tokens)  # refuses a number out of range before anything runs
     results, runs = [], []

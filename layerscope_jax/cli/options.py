@@ -43,8 +43,8 @@ HostBudget = Annotated[
     str | None,
     arg(
         metavar="SIZE",
-        help="Host memory for experts, such as '16GiB'; the others stay in the checkpoint's files and are read when "
-        "they are needed. By default all are loaded.",
+        help="Host memory for experts, such as '16GiB'; the others stay in the checkpoint's files and are "
+        "read when they are needed. By default all are loaded.",
     ),
 ]
 PolicyName = Annotated[

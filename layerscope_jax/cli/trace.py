@@ -8,7 +8,15 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from layerscope_jax.cli.options import Checkpoint, DeviceBudget, Dtype, HostBudget, PolicyName, Revision, open_model
+from layerscope_jax.cli.options import (
+    Checkpoint,
+    DeviceBudget,
+    Dtype,
+    HostBudget,
+    PolicyName,
+    Revision,
+    open_model,
+)
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import make_policy
 from layerscope_jax.support import interrupts

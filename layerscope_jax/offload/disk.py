@@ -131,7 +131,7 @@ class File:
             done += needed - first
 
     def _fill(self, memory: memoryview, offset: int, needed: int) -> None:
-        """Reads until at least the `needed` first bytes of `memory` are those of the file from `offset` on."""
+        """Reads until the first `needed` bytes of `memory` are those of the file from `offset` on."""
         count = 0
         while count < needed:
             begin = count - count % BLOCK if self.direct else count  # goes on from a whole block

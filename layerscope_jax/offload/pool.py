@@ -1,4 +1,4 @@
-"""Pool of host memory (`HostPool`): a bounded cache of experts whose home is the disk, and its reader threads."""
+"""Pool of host memory (`HostPool`): a bounded cache of experts that are on the disk, and its readers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 
 from layerscope_jax.kernels.cpu import InMemory
-from layerscope_jax.offload.disk import CHUNK, DiskBank, Files, Piece, aligned
+from layerscope_jax.offload.disk import CHUNK, DiskBank, Files, aligned
 from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.scheduling.reads import Uses
 from layerscope_jax.support.errors import ReadError
@@ -59,8 +59,8 @@ class DiskStats:
 class Slot:
     """Memory for one expert, with the arrays that link and kernels read it through, whatever expert it holds.
 
-    JAX's arrays are made once: their memory is written again for each expert, which is safe as long as nothing
-    reads it meanwhile. Engine and link hold an expert (`HostPool.hold`) while they read it.
+    JAX's arrays are made once: their memory is written again for each expert, which is safe as long as
+    nothing reads it meanwhile. Engine and link hold an expert (`HostPool.hold`) while they read it.
 
     Attributes:
         arrays: arrays in pinned host memory.
@@ -103,12 +103,12 @@ class Slot:
 class HostPool:
     """Holds as many experts in host memory as a budget allows, and reads others from the disk in their place.
 
-    Readers serve, in this order: experts that a layer waits for, experts that the link will copy ahead of time,
-    and experts that are only expected (`read_ahead`); for these, one reader fewer, so that a layer's read begins
-    at once. They begin as soon as a slot is free or has an expert that nobody holds; which one makes way for
-    another, `scheduling.reads.Uses` says, and those that are expected come last. An expert that somebody holds stays until it is
-    let go. A holder lets go of each expert as soon as it has used it and never waits for one expert while it
-    needs none of those it has, so a single slot is enough to go on.
+    Readers serve, in this order: experts that a layer waits for, experts that the link will copy ahead of
+    time, and experts that are only expected (`read_ahead`); for these, one reader fewer, so that a layer's
+    read begins at once. They begin as soon as a slot is free or has an expert that nobody holds; which one
+    makes way for another, `scheduling.reads.Uses` says, and those that are expected come last. An expert that
+    somebody holds stays until it is let go. A holder lets go of each expert as soon as it has used it and
+    never waits for one expert while it needs none of those it has, so a single slot is enough to go on.
 
     The engine's thread, which an interrupt may reach between any two lines, changes what is held and expected
     only by single steps that can be repeated; slots are given and taken by readers alone.
@@ -163,8 +163,8 @@ class HostPool:
         if not experts:
             return
         with self._changed:
-            if urgent:
-                self._uses.count(experts)
+            if urgent and (new := [expert for expert in experts if not held.get(expert)]):
+                self._uses.count(new)
             for expert in experts:
                 self._failed.pop(expert, None)
                 slot = self._where.get(expert)
@@ -188,8 +188,8 @@ class HostPool:
     def read_ahead(self, experts: Sequence[ExpertId]) -> None:
         """Sets which experts to read when nothing more urgent is to be read, most valuable first.
 
-        It replaces what was set before; a read under way is finished. An expert of the list is never evicted for
-        another of the list.
+        It replaces what was set before; a read under way is finished. An expert of the list is never evicted
+        for another of the list.
         """
         if not experts and not self._ahead:
             return
@@ -299,7 +299,7 @@ class HostPool:
             self.told(expert, error)
 
     def _begin(self) -> tuple[Slot, ExpertId, bool] | None:
-        """Begins the next read and returns its slot, its expert and whether a layer waits; None if none may."""
+        """Begins the next read; returns slot, expert and whether a layer waits, or None if none may begin."""
         expert, urgent = self._next()
         if expert is None:
             return None
@@ -331,7 +331,7 @@ class HostPool:
         return None, False
 
     def _slot_for(self, expert: ExpertId) -> Slot | None:
-        """Returns a slot for an expert: an empty one, a new one, or that of an expert that makes way; or None."""
+        """Returns an empty slot, a new one, that of an expert that makes way, or None."""
         if self._free:
             return self._free.pop()
         if len(self._made) < self.slots:

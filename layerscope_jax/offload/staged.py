@@ -1,15 +1,21 @@
-"""Link and host executor of a model whose experts are on the disk: both take them from the pool."""
+"""Link and host executor of a model whose experts are on the disk: both take them from the pool.
+
+`host_parts` makes the parts that a model needs, on the disk or not.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 
 import jax
 import numpy as np
 
 from layerscope_jax.kernels.cpu import InMemory
 from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.offload.bank import ExpertBank
+from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.offload.executors import HostExperts
 from layerscope_jax.offload.link import Transfers, _Chunk
 from layerscope_jax.offload.pool import HostPool
@@ -20,8 +26,8 @@ from layerscope_jax.support.errors import ReadError
 class StagedTransfers(Transfers):
     """`Transfers` whose copies begin as soon as their expert has been read into the pool.
 
-    A queued copy holds its expert in the pool until it has ended or was given up. A demand that is still being
-    read does not keep other copies from the link.
+    A queued copy holds its expert in the pool until it has ended or was given up. A demand that is still
+    being read does not keep other copies from the link.
 
     Args:
         pool: the pool.
@@ -85,7 +91,7 @@ class StagedTransfers(Transfers):
 
 
 class StagedHost(HostExperts):
-    """`HostExperts` that computes experts as they have been read into the pool, in as many rounds as it takes.
+    """`HostExperts` that computes experts as they are read into the pool, in as many rounds as it takes.
 
     Args:
         pool: the pool.
@@ -119,3 +125,56 @@ class StagedHost(HostExperts):
         failure = super().rest()
         self.pool.let_go("host")
         return failure
+
+
+def host_parts(
+    bank: ExpertBank,
+    device: jax.Device,
+    host: jax.Device,
+    threads: int,
+    bandwidth: int | None = None,
+    host_bytes: int | None = None,
+) -> tuple[HostPool | None, HostExperts, Transfers]:
+    """Returns the pool (None if every expert is in memory), the host executor and the link, to be closed.
+
+    Args:
+        bank: the experts.
+        device: device that experts are copied to.
+        host: the JAX CPU device that computes experts on the host.
+        threads: number of threads that compute there.
+        bandwidth: emulated bandwidth (bytes/s) of the link; None for full speed.
+        host_bytes: host memory (bytes) for experts that are on the disk; None for all of them.
+
+    Raises:
+        ValueError: if host memory holds no expert.
+    """
+    shares_inputs = device.platform == "cpu"
+    with ExitStack() as stack:
+        pool: HostPool | None = None
+        if isinstance(bank, DiskBank):
+            pool = HostPool(bank, host_slots(bank, host_bytes), host)
+            stack.callback(pool.close)
+            executor: HostExperts = StagedHost(pool, host, threads, shares_inputs)
+            stack.callback(executor.close)
+            link: Transfers = StagedTransfers(pool, device, bandwidth)
+        else:
+            executor = HostExperts(bank, host, threads, shares_inputs)
+            stack.callback(executor.close)
+            link = Transfers(bank, device, bandwidth)
+        stack.pop_all()
+        return pool, executor, link
+
+
+def host_slots(bank: DiskBank, host_bytes: int | None) -> int:
+    """Returns how many experts host memory holds.
+
+    Raises:
+        ValueError: if that is not one.
+    """
+    slots = (bank.total_bytes if host_bytes is None else host_bytes) // bank.expert_bytes
+    if slots < 1:
+        raise ValueError(
+            f"host_budget must hold one expert of {bank.expert_bytes:,} bytes, got {host_bytes:,}; raise it, "
+            "the more the fewer experts are read again"
+        )
+    return slots

@@ -16,7 +16,7 @@ from layerscope_jax.offload.executors import HostExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.offload.residency import Residency
-from layerscope_jax.offload.staged import StagedHost, StagedTransfers
+from layerscope_jax.offload.staged import host_parts
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import History, Predictor, make_predictor
 from layerscope_jax.runtime.layerwise import LayerByLayer
@@ -93,20 +93,17 @@ def build(
     elif predictor is None and chosen.predictor is not None:
         predictor = make_predictor(chosen.predictor)
     with ExitStack() as stack:
-        beside = model.device.platform == "cpu"
-        local, count = host_device or cpu_device(), threads or default_threads(model.device)
-        pool = None
-        if isinstance(model.bank, DiskBank):
-            pool = stack.enter_context(
-                closing(HostPool(model.bank, host_slots(model.bank, host_bytes), local))
-            )
-            host: HostExperts = StagedHost(pool, local, count, shares_inputs=beside)
-            stack.enter_context(closing(host))
-            link: Transfers = StagedTransfers(pool, model.device, bandwidth)
-        else:
-            host = stack.enter_context(closing(HostExperts(model.bank, local, count, shares_inputs=beside)))
-            link = Transfers(model.bank, model.device, bandwidth)
-        stack.enter_context(closing(link))
+        pool, host, link = host_parts(
+            model.bank,
+            model.device,
+            host_device or cpu_device(),
+            threads or default_threads(model.device),
+            bandwidth,
+            host_bytes,
+        )
+        for part in (pool, host, link):
+            if part is not None:
+                stack.enter_context(closing(part))
         geometry = model.geometry(budget_bytes // model.bank.expert_bytes)
         forecasts = stack.enter_context(closing(Forecasts(predictor, model, geometry)))
         runner = _layer_by_layer(model, chosen, budget_bytes, host, link, forecasts, costs, measure, pool)
@@ -138,18 +135,3 @@ def _layer_by_layer(
     resident = in_memory and host.inside is not None and host.inside.target is not None
     runner = ResidentOnCpu if resident else LayerByLayer
     return runner(model, policy, state, residency, link, host, forecasts, costs, pool)
-
-
-def host_slots(bank: DiskBank, host_bytes: int | None) -> int:
-    """Returns how many experts host memory holds.
-
-    Raises:
-        ValueError: if that is not one.
-    """
-    slots = bank.total_bytes // bank.expert_bytes if host_bytes is None else host_bytes // bank.expert_bytes
-    if slots < 1:
-        raise ValueError(
-            f"host_budget must hold one expert of {bank.expert_bytes:,} bytes, got {host_bytes:,}; raise it, the "
-            "more the fewer experts are read again"
-        )
-    return slots

@@ -13,8 +13,8 @@ from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.history import History, Popularity
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.device_tier import DeviceTier
-from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, ask, check_plan
 from layerscope_jax.scheduling.geometry import RoutedExperts
+from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, ask, check_plan
 from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.scheduling.reads import with_reads
 
@@ -75,8 +75,8 @@ class HostMemory(Protocol):
 class Reads:
     """Adds to every plan what its experts need from the disk; used by the engine and the simulator.
 
-    Experts of coming layers are expected as the policy's predictor forecasts, without one as often as they were
-    chosen before.
+    Experts of coming layers are expected as the policy's predictor forecasts, without one as often as they
+    were chosen before.
 
     Args:
         memory: host memory.

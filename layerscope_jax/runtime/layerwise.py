@@ -30,7 +30,7 @@ from layerscope_jax.runtime.runner import RunnerStats, Stepped
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.runtime.warmup import Rehearsal
 from layerscope_jax.scheduling.costs import HardwareProfile
-from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Observation, Phase
+from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation, Phase
 from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.support.devices import finish_all
 from layerscope_jax.support.errors import TransferError
@@ -146,6 +146,8 @@ class LayerByLayer:
         seen, plan = self.decisions.plan(self.account, layer, phase, rows.demand, expected)
         self.tier.follow(plan)
         if self.pool is not None:
+            # Before anything is read ahead, which would take turns with these.
+            self.pool.hold("host", [ExpertId(layer, expert) for expert in plan.host], urgent=True)
             self.pool.read_ahead(plan.read_ahead)
         return seen, plan
 

@@ -33,12 +33,12 @@ class Outcome:
         prefetch_on_time: fraction of the used prefetched experts that had arrived when their layer was
             planned; None if none was used.
         share_of_bound: lower bound on the time under any policy, by the machine's costs, divided by the time
-            taken; None if not asked for. See `layerscope_jax.runtime.lower_bound`, which takes every expert to be
-            in host memory.
-        disk_share: busy time of the disk divided by the total time; 0 if every expert is in host memory, as for
-            the other figures of the disk.
-        host_hit_rate: fraction of the experts that layers needed from host memory, to compute or to copy them on
-            demand, that were there when the layer was planned; None if no expert is on the disk.
+            taken; None if not asked for. See `layerscope_jax.runtime.lower_bound`, which takes every expert
+            to be in host memory.
+        disk_share: busy time of the disk divided by the total time; 0 if every expert is in host memory, as
+            for the other figures of the disk.
+        host_hit_rate: fraction of the experts that layers needed from host memory, to compute or to copy them
+            on demand, that were there when the layer was planned; None if no expert is on the disk.
         bytes_read, bytes_read_ahead: bytes read from the disk, and those of them that no layer waited for.
         bytes_read_wasted: bytes that were read ahead and not used before they made way for others.
         disk_wait_s: time (s) in which a layer waited for experts that were not in host memory.

@@ -63,8 +63,8 @@ class LayerPlan:
         load: on-demand loads: experts of `device` that must be copied now, in the order in which they are
             needed.
         prefetch: experts to copy ahead of time, whenever no on-demand load is waiting, most valuable first.
-        read: experts that must be read from the disk before the host can compute or the link can copy them, in
-            that order of need. Policies leave this and `read_ahead` empty: they are added to every plan
+        read: experts that must be read from the disk before the host can compute or the link can copy them,
+            in that order of need. Policies leave this and `read_ahead` empty: they are added to every plan
             (`layerscope_jax.scheduling.reads`) of a model whose experts are on the disk.
         read_ahead: experts to read ahead of time, whenever nothing else is to be read, most valuable first.
     """

@@ -26,16 +26,16 @@ def with_reads(
 ) -> LayerPlan:
     """Returns a plan with `read` and `read_ahead`.
 
-    Experts are read ahead layer by layer, nearest first; of each layer as many as this layer has active experts,
-    those with the most expected tokens. Experts that are in memory already are listed too, because they must not
-    make way for others.
+    Experts are read ahead layer by layer, nearest first; of each layer as many as this layer has active
+    experts, those with the most expected tokens. Experts that are in memory already are listed too, because
+    they must not make way for others.
 
     Args:
         plan: a plan that `check_plan` accepts.
         seen: the observation that it was made from.
         in_memory: experts that are in host memory or being read.
-        forecast: [W][E] expected tokens in the W layers after this one, as in `Observation`; it may be of another
-            predictor than the policy's.
+        forecast: [W][E] expected tokens in the W layers after this one, as in `Observation`; it may be of
+            another predictor than the policy's.
         num_layers: L, number of MoE layers.
         room: number of experts that host memory holds.
 

@@ -1,4 +1,4 @@
-"""Reads of experts from files: any range, with and without direct reads, and files that are not what they were."""
+"""Reads of experts from files: any range, with and without direct reads, and changed files."""
 
 import ctypes
 import os

@@ -183,7 +183,7 @@ def until(host_pool, holds):
 
 
 def test_an_expert_used_often_stays_longer_than_one_used_last(made):
-    host_pool, watched = made(2)
+    host_pool, _ = made(2)
     for _ in range(3):
         all_of(host_pool, EXPERTS[:1])
     all_of(host_pool, EXPERTS[1:2])

@@ -1,9 +1,8 @@
-"""Experts on the disk: the same bits as with all of them in memory, whatever the budget, the policy and the disk."""
+"""Experts on the disk: the same bits as in memory, whatever the budget, the policy and the disk do."""
 
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from disk_models import on_disk
 from exact_cases import RandomPolicy, agree, case, oracle, run
@@ -22,7 +21,10 @@ from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 PROFILE = HardwareProfile(
-    host_ms=TimeTable((1, 8), (1.0, 3.0)), device_ms=TimeTable((1, 8), (0.2, 0.4)), transfer_ms=2.0, source="made up"
+    host_ms=TimeTable((1, 8), (1.0, 3.0)),
+    device_ms=TimeTable((1, 8), (0.2, 0.4)),
+    transfer_ms=2.0,
+    source="made up",
 )
 
 
@@ -149,14 +151,18 @@ def test_what_cannot_run_from_the_disk_is_refused_in_words(tmp_path):
     size = model.bank.expert_bytes
     with pytest.raises(ValueError, match=r"experts must be 'memory' or 'disk', got 'tape'"):
         ls.load(tmp_path, experts="tape")
-    with pytest.raises(ValueError, match=r"expected bfloat16, as experts='disk' converts nothing, got float32"):
+    with pytest.raises(
+        ValueError, match=r"expected bfloat16, as experts='disk' converts nothing, got float32"
+    ):
         ls.load(tmp_path, experts="disk", dtype="bfloat16")
     with pytest.raises(ValueError, match=r"cannot have the format 'float32'"):
         ls.load(tmp_path, experts="disk", format="float32")
     with pytest.raises(ValueError, match=r"host_budget='1GiB' bounds .* experts='disk'"):
         Engine(model, OffloadConfig(host_budget="1GiB"))
     from_disk = ls.load(tmp_path, experts="disk")
-    with pytest.raises(ValueError, match=rf"host_budget must hold one expert of {size:,} bytes, got {size - 1:,}"):
+    with pytest.raises(
+        ValueError, match=rf"host_budget must hold one expert of {size:,} bytes, got {size - 1:,}"
+    ):
         Engine(from_disk, OffloadConfig(host_budget=size - 1))
     with pytest.raises(ValueError, match="host_budget"):
         OffloadConfig(host_budget="much")

@@ -1,4 +1,4 @@
-"""What plans need from the disk: everything that is computed or copied, and no more than host memory holds."""
+"""What plans need from the disk: all that is computed or copied, and no more than memory holds."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
