@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import numpy as np
@@ -29,7 +28,8 @@ STANDSTILL_S = 60.0
 GRACE_S = 5.0
 """Time (s) to wait for the end of a read that nobody needs any more."""
 
-Holder = Literal["host", "link"]
+Holder = str
+"""Who holds experts: "host" and "link" in an engine. One thread at a time holds and lets go under a name."""
 
 
 @dataclass
@@ -159,10 +159,11 @@ class HostPool:
             experts: the experts, first needed first.
             urgent: whether a layer waits for them.
         """
-        held, stats, experts = self._held[holder], self.stats, list(experts)
+        stats, experts = self.stats, list(experts)
         if not experts:
             return
         with self._changed:
+            held = self._held.setdefault(holder, {})
             if urgent and (new := [expert for expert in experts if not held.get(expert)]):
                 self._uses.count(new)
             for expert in experts:
@@ -179,7 +180,7 @@ class HostPool:
 
     def let_go(self, holder: Holder, experts: Iterable[ExpertId] | None = None) -> None:
         """Ends the holder's hold of some experts, or of all."""
-        held = self._held[holder]
+        held = self._held.get(holder, {})
         with self._changed:
             for expert in list(held) if experts is None else experts:
                 held.pop(expert, None)
@@ -219,6 +220,8 @@ class HostPool:
                 for expert in experts:
                     if expert in self._failed:
                         raise ReadError(str(self._failed[expert])) from self._failed[expert]
+                if not any(expert in held for held in self._held.values() for expert in experts):
+                    raise RuntimeError(f"{sorted(experts)} are waited for, but nobody holds them")
                 if self._closed:
                     raise ReadError("the threads that read were closed with their engine; make a new Engine")
                 if self._broken is not None:

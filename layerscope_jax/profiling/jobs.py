@@ -83,7 +83,9 @@ class Jobs:
         def job(round: int) -> float | None:
             inputs, rows = routed[round // self._turns % len(routed)]
             layer, experts = round % self._turns, list(rows.demand)
-            return self._read(layer, experts, lambda: self._on_host(host_rows, layer, inputs, rows, experts))
+            return self._read(
+                layer, experts, lambda: self._on_host(host_rows, layer, inputs, rows, experts), "timed host"
+            )
 
         return job
 
@@ -134,7 +136,7 @@ class Jobs:
                 self._weights = []
             layer = round % self._turns
             copies = {ExpertId(layer, expert) for expert in range(experts)}
-            return self._read(layer, range(experts), lambda: copy(copies))
+            return self._read(layer, range(experts), lambda: copy(copies), "timed link")
 
         return job
 
@@ -177,16 +179,18 @@ class Jobs:
 
         return job
 
-    def _read(self, layer: int, experts: Iterable[int], work: Callable[[], None]) -> float | None:
+    def _read(
+        self, layer: int, experts: Iterable[int], work: Callable[[], None], holder: str
+    ) -> float | None:
         """Does some work on experts; reads those on the disk first, and returns the time (s) after that."""
         if not isinstance(self._host, StagedHost):
             work()
             return None
         pool, left = self._host.pool, [ExpertId(layer, expert) for expert in experts]
-        pool.hold("host", left, urgent=True)
+        pool.hold(holder, left, urgent=True)
         while left:
             ready = pool.wait(left)
-            pool.let_go("host", ready)  # kept for long enough, unless the pool is very small
+            pool.let_go(holder, ready)  # kept for long enough, unless the pool is very small
             left = [expert for expert in left if expert not in ready]
         began, waited = time.perf_counter(), self._waited_s
         work()
