@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from layerscope_jax.scheduling.registry import POLICIES, register_policy
     from layerscope_jax.simulation.comparison import simulate_profile
     from layerscope_jax.support.compile_cache import use_compilation_cache
-    from layerscope_jax.support.errors import TransferError
+    from layerscope_jax.support.errors import ReadError, TransferError
     from layerscope_jax.support.units import parse_bytes
 
 _CONTENTS = {
@@ -91,7 +91,7 @@ _CONTENTS = {
     ),
     "simulation.comparison": ("simulate_profile",),
     "support.compile_cache": ("use_compilation_cache",),
-    "support.errors": ("TransferError",),
+    "support.errors": ("ReadError", "TransferError"),
     "support.units": ("parse_bytes",),
 }
 """Module -> what it gives; the same as the imports above, which type checkers and editors read."""
@@ -119,6 +119,7 @@ __all__ = [
     "PolicyBase",
     "Predictor",
     "PredictorBase",
+    "ReadError",
     "Replay",
     "Request",
     "RunStats",

@@ -24,6 +24,9 @@ class OffloadConfig:
     Attributes:
         device_budget: bytes of device memory for experts, including copies in flight and what the predictor
             keeps there: "2GiB", an int, or None for as much as all experts take (everything resident).
+        host_budget: bytes of host memory for experts, "16GiB" or an int, if the model was loaded with
+            experts="disk": the others are read from its files when they are needed, or shortly before. None
+            for as much as all experts take. It must hold one expert at least.
         policy: a name from `layerscope_jax.POLICIES`, or a `Policy` object. "auto" runs PreSched, and
             switches to simpler ways of running a layer where measured times show that they are faster on
             this machine. If the budget holds every expert, there is nothing to decide: all are resident and
@@ -60,6 +63,7 @@ class OffloadConfig:
     """
 
     device_budget: str | int | None = None
+    host_budget: str | int | None = None
     policy: str | Policy = "auto"
     emulated_link_bandwidth: str | int | None = None
     numerics: Literal["exact", "fast"] = "exact"
@@ -84,6 +88,8 @@ class OffloadConfig:
 
         if self.device_budget is not None:
             check(parse_bytes, self.device_budget, "device_budget")
+        if self.host_budget is not None:
+            check(parse_bytes, self.host_budget, "host_budget")
         check(make_policy, self.policy)
         if self.emulated_link_bandwidth is not None:
             check(parse_pace, self.emulated_link_bandwidth)

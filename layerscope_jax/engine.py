@@ -22,6 +22,7 @@ from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.progress import progress_bar
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.models.cache import new_caches
+from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.prediction.predictors import make_predictor
 from layerscope_jax.profiling import measure as calibration
 from layerscope_jax.profiling.machine_profile import costs_of
@@ -147,6 +148,12 @@ class Engine:
         config, bank = self.config, self.model.bank
         budget, pace, predictor = config.device_budget, config.emulated_link_bandwidth, config.predictor
         self.budget_bytes = bank.total_bytes if budget is None else parse_bytes(budget, "device_budget")
+        held = config.host_budget
+        if held is not None and not isinstance(bank, DiskBank):
+            raise ValueError(
+                f"host_budget={held!r} bounds the memory of experts that are on the disk, and those of this "
+                "model are in memory; load it with layerscope_jax.load(folder, experts='disk')"
+            )
         bandwidth = None if pace is None else parse_bytes(pace, "emulated_link_bandwidth")
         with self._resources.opening():
             self.runner = self._resources.add(
@@ -162,9 +169,12 @@ class Engine:
                     bandwidth=bandwidth,
                     threads=config.host_threads,
                     host_device=host_device,
+                    host_bytes=None if held is None else parse_bytes(held, "host_budget"),
                 )
             )
         self.policy = self.runner.policy
+        if budget is None and isinstance(bank, DiskBank) and not self.policy.uses_device:
+            self.budget_bytes = 0
 
     def generate(
         self,

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from layerscope_jax.checkpoints.headers import Tensor, read_configs, read_header
 from layerscope_jax.checkpoints.hub import folder_of
 from layerscope_jax.checkpoints.manifest import Manifest, is_converted
 from layerscope_jax.checkpoints.mapped import MappedFiles
+from layerscope_jax.checkpoints.ranges import disk_bank
 from layerscope_jax.checkpoints.safetensors_io import (
     DTYPES,
     SINGLE,
@@ -148,6 +149,7 @@ def load(
     format: str | ExpertFormat | None = None,
     revision: str | None = None,
     mmap: bool = True,
+    experts: Literal["memory", "disk"] = "memory",
 ) -> Model:
     """Loads a Hugging Face checkpoint of one of the families, or of one that was registered.
 
@@ -170,6 +172,10 @@ def load(
         revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
         mmap: False to read experts that would be mapped: from a disk that is slow or will be taken away, or
             files that will be written to.
+        experts: "memory" to read the experts now; "disk" to leave them in the checkpoint's files, from which
+            an engine reads those that it needs into as much host memory as `OffloadConfig.host_budget` says.
+            The files must hold them as they are computed from: safetensors of one float type, none to be
+            converted.
 
     Returns:
         The model, for `Engine`.
@@ -187,14 +193,36 @@ def load(
     form = format_named(format) if isinstance(format, str) else format
     if not isinstance(form, ExpertFormat | None):
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
+    if experts not in ("memory", "disk"):
+        raise ValueError(f"experts must be 'memory' or 'disk', got {experts!r}")
+    if experts == "disk" and form is not None:
+        raise ValueError(
+            "experts='disk' computes experts as their files hold them, and cannot have the format "
+            f"{form.name!r}; leave out format=, or load with experts='memory'"
+        )
     folder = folder_of(folder, revision)
+    on_disk = experts == "disk"
     if is_converted(folder):
+        if on_disk:
+            raise ValueError(
+                f"{folder} is a converted checkpoint, whose experts cannot stay on the disk; load it with "
+                "experts='memory', or the checkpoint that it was made from with experts='disk'"
+            )
         return _load_converted(folder, dtype, device, form)
     config, raw, generation, naming, stored, target, form, as_stored = read_headers(folder, dtype, form)
-    need_pinned(config.num_moe_layers * config.num_experts * packed_bytes(config, form, target), device)
-    in_place = mmap and form is None and on_cpu(device) and are_as_stored(naming, stored, target)
+    if on_disk and form is not None:
+        raise ValueError(
+            f"{folder} holds its experts in the format {form.name!r}, and experts='disk' takes those of one "
+            "float type; load it with experts='memory'"
+        )
+    size = config.num_moe_layers * config.num_experts * packed_bytes(config, form, target)
+    if not on_disk:
+        need_pinned(size, device)
+    in_place = mmap and not on_disk and form is None and on_cpu(device)
+    in_place = in_place and are_as_stored(naming, stored, target)
     mapped = MappedFiles() if in_place else None
-    with loading(stored) as advance, Shards() as shards:
+    unread = disk_bank(config, naming, stored, target, device) if on_disk else None
+    with loading(stored, less=0 if unread is None else unread.total_bytes) as advance, Shards() as shards:
         reader = TensorReader(naming, stored, shards, target, advance, mapped, packed=as_stored)
         sharding = device_sharding(device)
         dense = {
@@ -202,7 +230,7 @@ def load(
             for source in naming.dense
             for path, array in reader.arrays(source).items()
         }
-        bank = ExpertBank.build(
+        bank = unread or ExpertBank.build(
             config,
             lambda expert, array, _: reader.array(naming.experts[expert, array], (expert, array)),
             device,
@@ -342,9 +370,14 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
 
 
 @contextmanager
-def loading(stored: Mapping[str, Tensor]) -> Iterator[Callable[[int], None]]:
-    """Shows a progress bar while large tensors are read; what it gives counts bytes that are done."""
-    total = sum(tensor.size for tensor in stored.values())
+def loading(stored: Mapping[str, Tensor], less: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar while large tensors are read; what it gives counts bytes that are done.
+
+    Args:
+        stored: the tensors.
+        less: bytes of them that are not read.
+    """
+    total = sum(tensor.size for tensor in stored.values()) - less
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=total < PROGRESS_FROM) as progress:
         task = progress.add_task("loading", total=total)

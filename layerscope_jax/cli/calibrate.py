@@ -10,7 +10,15 @@ from rich.console import Console
 from tyro.conf import arg
 
 from layerscope_jax.cli import profile_view
-from layerscope_jax.cli.options import Checkpoint, Dtype, ExpertFormat, LinkBandwidth, Revision, open_model
+from layerscope_jax.cli.options import (
+    Checkpoint,
+    Dtype,
+    ExpertFormat,
+    HostBudget,
+    LinkBandwidth,
+    Revision,
+    open_model,
+)
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.profiling.calibrate import calibrate
 from layerscope_jax.support import exits
@@ -30,6 +38,7 @@ class Calibrate:
         str | None,
         arg(metavar="SIZE", help="Device memory for experts, which measuring keeps to as well."),
     ] = None
+    host_budget: HostBudget = None
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
     expert_format: ExpertFormat = None
@@ -40,11 +49,14 @@ class Calibrate:
         exits.need_output()
         sizes: dict[str, Any] = {
             "device_budget": self.device_budget,
+            "host_budget": self.host_budget,
             "emulated_link_bandwidth": self.emulated_link_bandwidth,
         }
         OffloadConfig(**sizes)  # refuses a malformed size before the model is loaded
         with writing("--out", self.out):
-            model = open_model(self.checkpoint, self.dtype, self.revision, self.expert_format)
+            model = open_model(
+                self.checkpoint, self.dtype, self.revision, self.expert_format, self.host_budget
+            )
             exits.say("measuring; other work on this machine distorts the figures")
             profile = calibrate(model, **sizes)
             profile.save(self.out)

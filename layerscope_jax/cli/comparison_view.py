@@ -27,14 +27,24 @@ DECODE = (
 """Column headings; moved and waste are of one step. With the policy they take 79 letters."""
 
 
+DISK = ("host\nhits", "read\nMB", "disk\nbusy")
+"""Further headings if experts are on a disk."""
+
+
 def show(comparison: Comparison, console: Console) -> None:
-    """Prints a comparison, at most 80 columns wide for up to four batches."""
+    """Prints a comparison, at most 80 columns wide for up to four batches; 95 with a disk."""
     budget = f"{comparison.budget_experts} of {comparison.all_experts} experts"
     console.print(
         f"{comparison.profile}: {comparison.source}\n"
         f"Routing {comparison.routing}; the device has room for {budget}, "
         f"{comparison.budget_experts * comparison.expert_bytes / 1e9:.3g} GB"
     )
+    if comparison.host_experts is not None:
+        console.print(
+            f"Host memory has room for {comparison.host_experts} experts, "
+            f"{comparison.host_experts * comparison.expert_bytes / 1e9:.3g} GB; the others are on the disk, "
+            "which the bound does not know"
+        )
     batches = list(dict.fromkeys(row.batch for row in comparison.rows))
     for batch in batches:
         rows = [row for row in comparison.rows if row.batch == batch and row.phase == "decode"]
@@ -56,7 +66,8 @@ def show(comparison: Comparison, console: Console) -> None:
 
 def decode_table(rows: Sequence[Row]) -> Table:
     """Returns the table of decode steps, a line for each policy, the fastest first."""
-    table = _table(("policy", *DECODE))
+    disk = any(row.host_hit_rate is not None for row in rows)
+    table = _table(("policy", *DECODE, *(DISK if disk else ())))
     for row in sorted(rows, key=lambda row: row.step_s):
         table.add_row(
             row.policy,
@@ -68,8 +79,14 @@ def decode_table(rows: Sequence[Row]) -> Table:
             *(percent(share) for share in (row.device_share, row.host_share, row.link_share)),
             percent(row.forecast_recall),
             percent(row.prefetch_on_time),
+            *(disk_cells(row) if disk else ()),
         )
     return table
+
+
+def disk_cells(row: Row) -> tuple[str, str, str]:
+    """Returns the cells about the disk; megabytes are of one step."""
+    return percent(row.host_hit_rate), f"{row.bytes_read / row.steps / 1e6:.0f}", percent(row.disk_share)
 
 
 def prefill_table(rows: Sequence[Row]) -> Table:

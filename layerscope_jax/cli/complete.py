@@ -95,9 +95,17 @@ class Live:
 
 
 def summary(stats: RunStats, total_expert_bytes: int) -> str:
-    """Two lines on what a run did."""
+    """Two lines on what a run did, and one on the disk if experts were read from it."""
     budget, total = stats.budget_bytes / 1e6, total_expert_bytes / 1e6
     bound = f", {stats.share_of_bound:.0%} of the lower bound" if stats.share_of_bound else ""
+    disk = ""
+    if stats.host_hit_rate is not None:
+        disk = (
+            f"\nexperts from the disk: {stats.host_hit_rate:.0%} of those needed were in host memory, "
+            f"{stats.bytes_read / 1e6:,.1f} MB read, {stats.bytes_read_ahead / 1e6:,.1f} of it ahead "
+            f"({stats.bytes_read_wasted / 1e6:,.1f} in vain); {stats.disk_wait_s:.1f} s waited, disk busy "
+            f"{stats.disk_share:.0%}"
+        )
     wasted = f" ({stats.bytes_wasted / 1e6:,.1f} in vain)" if stats.bytes_wasted else ""
     return (
         f"{stats.new_tokens:,} tokens for {stats.prompts:,} prompt{'s' * (stats.prompts != 1)} in "
@@ -105,5 +113,5 @@ def summary(stats: RunStats, total_expert_bytes: int) -> str:
         f"{stats.ttft_s:.2f} s, then {1e3 * stats.tpot_s:.0f} ms each{bound}\n"
         f"{stats.policy}, {budget:,.1f} of {total:,.1f} MB of experts on the device: {stats.hit_rate:.0%} "
         f"hits, {stats.bytes_moved / 1e6:,.1f} MB moved{wasted}; busy: device {stats.device_share:.0%}, host "
-        f"{stats.host_share:.0%}, link {stats.link_share:.0%}"
+        f"{stats.host_share:.0%}, link {stats.link_share:.0%}{disk}"
     )

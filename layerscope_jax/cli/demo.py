@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.checkpoints.model import Model, load
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
 from layerscope_jax.generation.completions import Completions
@@ -53,6 +53,7 @@ def compare(
     budget_share: float,
     emulated_link_bandwidth: str | None,
     predictor: Predictor | str | None = None,
+    host_budget: str | None = None,
 ) -> dict[str, Any]:
     """Generates with everything resident, then within a budget under each policy; returns the report.
 
@@ -64,11 +65,16 @@ def compare(
         budget_share: share of the experts' bytes that the device may hold, between 0 and 1.
         emulated_link_bandwidth: bytes a second that copies are limited to, such as "50MB"; None for no limit.
         predictor: for the policies that use one.
+        host_budget: host memory for experts under each policy, such as "3MB"; the others are read from the
+            model's folder. None for all.
 
     Raises:
         ValueError: for an unknown policy, a share out of range or a budget too small.
     """
-    configs = configurations(model, policies, budget_share, emulated_link_bandwidth, predictor)
+    stored = model
+    if host_budget is not None and model.path is not None:
+        stored = load(model.path, experts="disk")
+    configs = configurations(stored, policies, budget_share, emulated_link_bandwidth, predictor, host_budget)
     texts = [row["prompt"] for row in prompts]
     Request(prompt="", max_new_tokens=max_new_tokens)  # refuses a number out of range before anything runs
     results, runs = [], []
@@ -88,7 +94,7 @@ def compare(
             show = functools.partial(progress.update, task)
             label = f"{index} of {len(configs)}, {name}: "
             show(description=label + "warming up")
-            with Engine(model, config) as engine:
+            with Engine(stored if config.host_budget else model, config) as engine:
                 warm_up(engine, texts, max_new_tokens)
                 show(description=label + "measuring")
                 result, programs = measured(engine, texts, max_new_tokens)
@@ -120,6 +126,7 @@ def configurations(
     budget_share: float,
     emulated_link_bandwidth: str | None,
     predictor: Predictor | str | None,
+    host_budget: str | None = None,
 ) -> list[tuple[str, OffloadConfig]]:
     """Returns the runs to compare: everything resident, in each way this device has, then each policy.
 
@@ -129,6 +136,7 @@ def configurations(
         raise ValueError(f"--budget-share must lie between 0 and 1, got {budget_share}")
     limited = OffloadConfig(
         device_budget=int(model.bank.total_bytes * budget_share),
+        host_budget=host_budget,
         emulated_link_bandwidth=emulated_link_bandwidth,
     )
     offloaded = [

@@ -39,7 +39,8 @@ def excerpt(domain: str, prompt: str, text: str) -> Text:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
-    """Returns the table of runs, a line each, at most 80 columns wide."""
+    """Returns the table of runs, a line each, at most 80 columns wide without a disk."""
+    reads = any(run["bytes_read"] for run in runs)
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("policy", vertical="bottom", no_wrap=True)
     for header in (
@@ -52,6 +53,7 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
         "device\nbusy",
         "host\nbusy",
         "link\nbusy",
+        *(("host\nhits", "read\nMB", "disk\nbusy") if reads else ()),
     ):
         grid.add_column(header, justify="right", vertical="bottom", no_wrap=True)
     for run in runs:
@@ -66,8 +68,16 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
             megabytes(run["budget_bytes"]),
             megabytes(run["bytes_moved"]),
             *(f"{run[f'{part}_share']:.0%}" for part in ("device", "host", "link")),
+            *(disk_cells(run) if reads else ()),
         )
     return grid
+
+
+def disk_cells(run: dict[str, Any]) -> tuple[str, str, str]:
+    """Returns the cells about the disk: hit rate of host memory, bytes read, busy share."""
+    if run["host_hit_rate"] is None:
+        return "-", "-", "-"
+    return f"{run['host_hit_rate']:.0%}", megabytes(run["bytes_read"]), f"{run['disk_share']:.0%}"
 
 
 def verdict(report: dict[str, Any]) -> Text:

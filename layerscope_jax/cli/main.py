@@ -33,6 +33,7 @@ from layerscope_jax.cli.options import (
     DeviceBudget,
     Dtype,
     ExpertFormat,
+    HostBudget,
     LinkBandwidth,
     PolicyName,
     Revision,
@@ -95,6 +96,7 @@ class Demo:
             "4.0.",
         ),
     ] = "50MB"
+    host_budget: HostBudget = None
 
     def run(self) -> int:
         """Returns the exit code."""
@@ -109,6 +111,7 @@ class Demo:
             budget_share=self.budget_share,
             emulated_link_bandwidth=self.emulated_link_bandwidth,
             predictor=open_predictor(self.predictor) or "gate",
+            host_budget=self.host_budget,
         )
         if self.json:
             print(json.dumps(report))
@@ -147,6 +150,7 @@ class Generate(RequestOptions):
         ),
     ] = None
     device_budget: DeviceBudget = None
+    host_budget: HostBudget = None
     policy: PolicyName = "auto"
     predictor: Annotated[
         str | None,
@@ -198,6 +202,7 @@ class Generate(RequestOptions):
         """Returns the exit code."""
         config = OffloadConfig(
             device_budget=self.device_budget,
+            host_budget=self.host_budget,
             policy=self.policy,
             emulated_link_bandwidth=self.emulated_link_bandwidth,
             numerics=self.numerics,
@@ -273,7 +278,12 @@ class Generate(RequestOptions):
         self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None, template: str | None
     ) -> int:
         """Completes the rows; returns how many ended with an error."""
-        model = open_model(str(self._folder), self.dtype, expert_format=self.expert_format)
+        model = open_model(
+            str(self._folder),
+            self.dtype,
+            expert_format=self.expert_format,
+            host_budget=self.host_budget,
+        )
         lines = Lines(self._model(rows, template) if file is None else file.model, model.tokenizer, file)
         with closing(Chat(model.path, template)) as chat:
             requests = lines.encode(rows, model, chat)

@@ -40,6 +40,14 @@ DeviceBudget = Annotated[
     str | None,
     arg(metavar="SIZE", help="Device memory for experts, such as '2GiB'; by default all are resident."),
 ]
+HostBudget = Annotated[
+    str | None,
+    arg(
+        metavar="SIZE",
+        help="Host memory for experts, such as '16GiB'; the others stay in the checkpoint's files and are "
+        "read when they are needed. By default all are loaded.",
+    ),
+]
 PolicyName = Annotated[
     str,
     arg(
@@ -75,9 +83,12 @@ def open_model(
     dtype: str | None = None,
     revision: str | None = None,
     expert_format: str | None = None,
+    host_budget: str | None = None,
 ) -> Model:
-    """Loads a checkpoint, or the shipped model."""
-    return load(folder_of(checkpoint, revision), dtype=dtype, format=known_format(expert_format))
+    """Loads a checkpoint, or the shipped model; within a host budget its experts stay on the disk."""
+    experts: Literal["memory", "disk"] = "memory" if host_budget is None else "disk"
+    format = known_format(expert_format)
+    return load(folder_of(checkpoint, revision), dtype=dtype, format=format, experts=experts)
 
 
 def known_format(name: str | None) -> str | None:

@@ -58,6 +58,14 @@ class Simulate:
             "profile's budget.",
         ),
     ] = None
+    host_budget: Annotated[
+        str | None,
+        arg(
+            metavar="SIZE",
+            help="Host memory for experts, such as '64GiB', or a number of experts, if the others are on a "
+            "disk, whose costs the profile must have; by default host memory holds all.",
+        ),
+    ] = None
     policy: Annotated[
         tuple[str, ...],
         arg(metavar="POLICY ...", help=f"Some of {', '.join(SIMULATED)}, or {ALL}."),
@@ -100,6 +108,9 @@ class Simulate:
             slots=None if self.budget is None else experts_of(self.budget, profile.model.expert_bytes),
             policies=SIMULATED if ALL in self.policy else self.policy,
             predictor=self.predictor,
+            host_slots=None
+            if self.host_budget is None
+            else experts_of(self.host_budget, profile.model.expert_bytes, "host_budget"),
             progress=True,
         )
         if self.trace is not None:
@@ -110,12 +121,13 @@ class Simulate:
             print(f"The rows are in {self.json}")
 
 
-def experts_of(budget: str, expert_bytes: int) -> int:
+def experts_of(budget: str, expert_bytes: int, what: str = "budget") -> int:
     """Returns how many experts a budget holds.
 
     Args:
         budget: bytes with a unit, or a number of experts.
         expert_bytes: bytes of one expert.
+        what: name of the option, for messages.
 
     Raises:
         ValueError: if the budget is neither.
@@ -126,8 +138,8 @@ def experts_of(budget: str, expert_bytes: int) -> int:
     if budget.strip().isdecimal():
         return int(budget)
     try:
-        return parse_bytes(budget, "budget") // expert_bytes
+        return parse_bytes(budget, what) // expert_bytes
     except ValueError:
         raise ValueError(
-            f"budget must be a size with its unit, such as '24GiB', or a number of experts, got {budget!r}"
+            f"{what} must be a size with its unit, such as '24GiB', or a number of experts, got {budget!r}"
         ) from None

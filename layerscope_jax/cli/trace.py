@@ -13,6 +13,7 @@ from layerscope_jax.cli.options import (
     DeviceBudget,
     Dtype,
     ExpertFormat,
+    HostBudget,
     PolicyName,
     Revision,
     open_model,
@@ -51,6 +52,7 @@ class Record:
     hidden: Annotated[int, arg(help="Components that hidden states are reduced to; 0 for none.")] = 512
     batch_size: Annotated[int, arg(help="Passages that run at once.")] = 16
     device_budget: DeviceBudget = None
+    host_budget: HostBudget = None
     policy: PolicyName = "lru"
     dtype: Dtype = None
     expert_format: ExpertFormat = None
@@ -72,10 +74,12 @@ class Record:
             prompt=self.prompt,
             hidden=self.hidden,
             batch_size=self.batch_size,
-            offload=OffloadConfig(device_budget=self.device_budget, policy=self.policy),
+            offload=OffloadConfig(
+                device_budget=self.device_budget, host_budget=self.host_budget, policy=self.policy
+            ),
             seed=self.seed,
         )
-        model = open_model(self.checkpoint, self.dtype, self.revision, self.expert_format)
+        model = open_model(self.checkpoint, self.dtype, self.revision, self.expert_format, self.host_budget)
         interrupts.promise(f"interrupted; the same command continues {self.out}")
         trace = record(model, config)
         passages = sum(len(chunk.passages) for chunk in trace.chunks)

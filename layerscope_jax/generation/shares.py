@@ -11,7 +11,7 @@ from layerscope_jax.generation.calls import Call, Joined
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.statistics import Times
 
-COUNTS = ("meter", "link", "host", "device")
+COUNTS = ("meter", "link", "host", "device", "disk")
 
 C = TypeVar("C")
 

@@ -287,17 +287,17 @@ class HostExperts:
     ) -> None:
         """Computes as `start` does, but on the calling thread, which saves waking another one."""
         began = time.perf_counter()
-        kept = self._weights  # also found by a plain pair, which is made faster than an `ExpertId`
-
-        def weights(experts: Sequence[int]) -> list[InMemory]:
-            try:
-                return [kept[layer, expert] for expert in experts]
-            except KeyError:  # the first time
-                return [self.weights(ExpertId(layer, expert)) for expert in experts]
-
         read = inputs if self._shares_inputs else np.asarray(inputs)
-        self.cpu.compute(outputs, read, rows, experts, weights, self.stats)
+        self.cpu.compute(outputs, read, rows, experts, functools.partial(self.several, layer), self.stats)
         self.stats.busy_s += time.perf_counter() - began
+
+    def several(self, layer: int, experts: Sequence[int]) -> list[InMemory]:
+        """Returns some experts of a layer."""
+        kept = self._weights  # also found by a plain pair, which is made faster than an `ExpertId`
+        try:
+            return [kept[layer, expert] for expert in experts]
+        except KeyError:  # the first time
+            return [self.weights(ExpertId(layer, expert)) for expert in experts]
 
     def everything(self) -> list[list[InMemory]]:
         """Returns every expert of every layer."""

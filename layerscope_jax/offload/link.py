@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.offload.queue import Copy, CopyQueue
 from layerscope_jax.scheduling.plan import ExpertId
-from layerscope_jax.support.errors import TransferError
+from layerscope_jax.support.errors import ReadError, TransferError
 from layerscope_jax.support.jax_settings import settle_thread
 
 ATTEMPTS = 3
@@ -82,6 +82,7 @@ class Transfers:
         bandwidth: emulated bandwidth (bytes/s), or None. A chunk then counts as arrived when its real copy is
             done and its time on a link of that bandwidth has passed.
         copy: `(array, sharding) -> array`; `start_copy` if None.
+        ready: returns whether an expert is in host memory; None if all are.
 
     Attributes:
         stats: counts of the link.
@@ -98,13 +99,15 @@ class Transfers:
         device: jax.Device,
         bandwidth: int | None = None,
         copy: Callable[[jax.Array | np.ndarray, jax.sharding.Sharding], jax.Array] | None = None,
+        ready: Callable[[ExpertId], bool] | None = None,
     ):
         self.bank = bank
+        self._expert, chunks = bank.format.Expert, len(bank.format.buffers(*bank.sizes))
         self.bandwidth = bandwidth
         self.stats = LinkStats()
         self.copy = copy or start_copy
         self.sharding = device_sharding(device)
-        self.queue = CopyQueue(lambda expert: len(bank[expert]))
+        self.queue = CopyQueue(lambda expert: chunks, ready)
         self._changed = threading.Condition()
         self._enough = 1  # number of arrivals at which the engine is woken
         self._closed = False
@@ -154,7 +157,7 @@ class Transfers:
             return {}, []  # what arrives at this moment is returned by the next call
         with self._changed:
             arrived, lost = queue.take()
-            return {expert: type(self.bank[expert])(*arrays) for expert, arrays in arrived.items()}, lost
+            return {expert: self._expert(*arrays) for expert, arrays in arrived.items()}, lost
 
     def wait(self, experts: Collection[ExpertId], count: int = 1) -> None:
         """Waits until `count` experts have arrived since `arrivals` was last called.
@@ -165,6 +168,7 @@ class Transfers:
 
         Raises:
             TransferError: if a copy of `experts` failed for good or does not end, or the engine was closed.
+            ReadError: if one of `experts` could not be read from the disk.
         """
         with self._changed:
             self._enough = count
@@ -172,6 +176,8 @@ class Transfers:
                 failed = next((expert for expert in experts if expert in self.queue.failed), None)
                 if failed is not None:
                     error = self.queue.failed[failed]
+                    if isinstance(error, ReadError):
+                        raise ReadError(str(error)) from error
                     raise TransferError(
                         f"copying expert {failed.expert} of layer {failed.layer} to the device failed "
                         f"{ATTEMPTS} times: {error}"
@@ -285,7 +291,11 @@ class Transfers:
             demand=on_link < 2 or carried < self.ahead,
             prefetch=on_link == 0 or carried < self.prefetch_ahead,
         )
-        return None if copy is None else (copy, self.bank[copy.expert][copy.begun - 1])
+        return None if copy is None else (copy, self._arrays(copy.expert)[copy.begun - 1])
+
+    def _arrays(self, expert: ExpertId) -> Sequence[jax.Array]:
+        """Returns the arrays to copy."""
+        return self.bank[expert]
 
     def _start(self, matrix: jax.Array | np.ndarray) -> jax.Array | BaseException:
         """Returns a copy that has begun, or the error that kept it from beginning."""

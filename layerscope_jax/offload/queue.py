@@ -41,6 +41,7 @@ class CopyQueue:
 
     Args:
         chunks: returns the number of chunks of an expert.
+        ready: returns whether an expert is in host memory, so that its copy may begin; None if all are.
 
     Attributes:
         demand, prefetch: queued copies, next first.
@@ -60,8 +61,9 @@ class CopyQueue:
     ({ExpertId(layer=0, expert=0): ['weights']}, [])
     """
 
-    def __init__(self, chunks: Callable[[ExpertId], int]):
+    def __init__(self, chunks: Callable[[ExpertId], int], ready: Callable[[ExpertId], bool] | None = None):
         self._chunks = chunks
+        self._ready = ready
         self.demand: deque[Copy] = deque()
         self.prefetch: deque[Copy] = deque()
         self.begun: dict[ExpertId, Copy] = {}
@@ -72,8 +74,10 @@ class CopyQueue:
 
     @property
     def waiting(self) -> bool:
-        """Whether any chunk has not begun."""
-        return bool(self.demand or self.prefetch)
+        """Whether any chunk could begin."""
+        if self._ready is None:
+            return bool(self.demand or self.prefetch)
+        return any(self._ready(copy.expert) for queue in (self.demand, self.prefetch) for copy in queue)
 
     @property
     def idle(self) -> bool:
@@ -105,21 +109,27 @@ class CopyQueue:
     def begin(self, *, demand: bool, prefetch: bool) -> Copy | None:
         """Begins the next chunk and returns its copy (chunk `begun - 1`); None if none may begin now.
 
-        While a demand waits, no prefetch begins.
+        While a demand waits, no prefetch begins, unless the demand is not in host memory yet.
 
         Args:
             demand, prefetch: whether the link has room for a chunk of this kind.
         """
-        queue, room = (self.demand, demand) if self.demand else (self.prefetch, prefetch)
-        if not (queue and room):
+        first = _first if self._ready is None else self._first_ready
+        copy = first(self.demand)
+        queue, room = (self.demand, demand) if copy is not None else (self.prefetch, prefetch)
+        if not room or (copy := copy or first(self.prefetch)) is None:
             return None
-        copy = queue[0]
         copy.begun += 1
         self.on_link += 1
         self.begun[copy.expert] = copy
         if copy.begun == copy.chunks:
-            queue.popleft()
+            queue.remove(copy)
         return copy
+
+    def _first_ready(self, queue: deque[Copy]) -> Copy | None:
+        """Returns the first copy whose expert is in host memory."""
+        assert self._ready is not None
+        return next((copy for copy in queue if self._ready(copy.expert)), None)
 
     def wants(self, copy: Copy) -> bool:
         """Whether a copy that has begun was neither given up nor failed."""
@@ -151,6 +161,22 @@ class CopyQueue:
             self.lost.append(copy.expert)
         return not copy.demanded
 
+    def refuse(self, expert: ExpertId, error: BaseException) -> None:
+        """Enters that an expert whose copy is queued and has not begun cannot be copied."""
+        for queue in (self.demand, self.prefetch):
+            for copy in [copy for copy in queue if copy.expert == expert and not copy.begun]:
+                queue.remove(copy)
+                if copy.demanded:
+                    self.failed[expert] = error
+                else:
+                    self.lost.append(expert)
+
+    def has(self, expert: ExpertId) -> bool:
+        """Whether a copy of an expert waits or is on the link."""
+        return expert in self.begun or any(
+            copy.expert == expert for queue in (self.demand, self.prefetch) for copy in queue
+        )
+
     def take(self) -> tuple[dict[ExpertId, list[Any]], list[ExpertId]]:
         """Returns what has arrived since the last call, and which prefetches failed."""
         arrived, self.arrived = self.arrived, {}
@@ -166,3 +192,7 @@ class CopyQueue:
         """Gives up every copy that has not arrived, including those on the link."""
         for copies in (self.demand, self.prefetch, self.begun, self.failed):
             copies.clear()
+
+
+def _first(queue: deque[Copy]) -> Copy | None:
+    return queue[0] if queue else None

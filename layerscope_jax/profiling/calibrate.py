@@ -11,9 +11,9 @@ import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.cpu import default_threads
-from layerscope_jax.offload.executors import HostExperts
-from layerscope_jax.offload.link import Transfers
+from layerscope_jax.offload.staged import host_parts
 from layerscope_jax.prediction.predictors import NextGate
+from layerscope_jax.profiling.disk_costs import with_disk
 from layerscope_jax.profiling.jobs import Jobs
 from layerscope_jax.profiling.machine_profile import MachineProfile, ModelShape
 from layerscope_jax.profiling.measure import BUSY_TOKENS, Points, costs, others, tables, timed_ms
@@ -40,6 +40,7 @@ def calibrate(
     model: Model,
     *,
     device_budget: str | int | None = None,
+    host_budget: str | int | None = None,
     emulated_link_bandwidth: str | int | None = None,
     points: Points = THOROUGH,
     contexts: Sequence[int] = CONTEXTS,
@@ -49,6 +50,8 @@ def calibrate(
     Args:
         model: the model, on the device that it will run on.
         device_budget: device memory (bytes) for experts, also during measurements; None for all experts.
+        host_budget: host memory (bytes) for experts of a model that has them on the disk, also during
+            measurements; None for all experts. The costs of the disk are measured for such a model only.
         emulated_link_bandwidth: bandwidth (bytes/s) that copies are limited to; None for no limit.
         points: token counts and positions to measure at.
         contexts: further cache lengths at which layers are timed, up to the model's context.
@@ -74,9 +77,10 @@ def calibrate(
         )
     began = time.perf_counter()
     free = {"host": machine.free_bytes(), "device": machine.device_free_bytes(model.device)}
-    on_cpu = model.device.platform == "cpu"
-    host = HostExperts(bank, cpu_device(), default_threads(model.device), shares_inputs=on_cpu)
-    transfers = Transfers(bank, model.device, pace)
+    held = None if host_budget is None else parse_bytes(host_budget, "host_budget")
+    pool, host, transfers = host_parts(
+        bank, model.device, cpu_device(), default_threads(model.device), pace, held
+    )
     jobs: Jobs | None = None
     try:
         jobs = Jobs(model, host, transfers, len(list(bank)) if slots is None else slots)
@@ -102,10 +106,12 @@ def calibrate(
             jobs.close()
         transfers.close()
         host.close()
+        if pool is not None:
+            pool.close()
     details["seconds"] = round(time.perf_counter() - began, 1)
     return MachineProfile(
         name=model.config.family if model.path is None else model.path.name,
-        costs=replace(together, alone=replace(alone, source=together.source)),
+        costs=with_disk(replace(together, alone=replace(alone, source=together.source)), bank),
         model=ModelShape.of(model),
         machine=machine.describe(model.device),
         versions=machine.versions(),

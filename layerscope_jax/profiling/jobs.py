@@ -17,6 +17,7 @@ from layerscope_jax.models.cache import new_caches
 from layerscope_jax.offload.executors import HostExperts, device_experts
 from layerscope_jax.offload.link import LinkStats, Transfers
 from layerscope_jax.offload.residency import Residency
+from layerscope_jax.offload.staged import StagedHost
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.runtime.computing import ARRIVALS
@@ -79,9 +80,12 @@ class Jobs:
         routed = [self._routed(self.computed, tokens, first) for first in firsts]
         host_rows = self._device.host_rows(self._outputs(*routed[0]))
 
-        def job(round: int) -> None:
+        def job(round: int) -> float | None:
             inputs, rows = routed[round // self._turns % len(routed)]
-            self._on_host(host_rows, round % self._turns, inputs, rows, list(rows.demand))
+            layer, experts = round % self._turns, list(rows.demand)
+            return self._read(
+                layer, experts, lambda: self._on_host(host_rows, layer, inputs, rows, experts), "timed host"
+            )
 
         return job
 
@@ -121,14 +125,18 @@ class Jobs:
     def link(self, experts: int) -> Job:
         """Copies experts to the device, at most `arriving`, and drops them there."""
 
-        def job(round: int) -> None:
-            if not self.roomy:
-                self._weights = []
-            copies = {ExpertId(round % self._turns, expert) for expert in range(experts)}
+        def copy(copies: set[ExpertId]) -> None:
             self._transfers.submit(copies, [])
             self._transfers.wait(copies, len(copies))  # one wake-up disturbs the other jobs less than several
             for weights in self._transfers.arrivals()[0].values():
                 self._device.keep(weights)
+
+        def job(round: int) -> float | None:
+            if not self.roomy:
+                self._weights = []
+            layer = round % self._turns
+            copies = {ExpertId(layer, expert) for expert in range(experts)}
+            return self._read(layer, range(experts), lambda: copy(copies), "timed link")
 
         return job
 
@@ -160,9 +168,9 @@ class Jobs:
         def seconds(layers: int) -> float:
             """Returns the time (s) of a step of this many layers, without its experts."""
             nonlocal caches
-            began, computed = time.perf_counter(), self._host.stats.arithmetic_s
+            began, apart = time.perf_counter(), self._host.stats.arithmetic_s + self._waited_s
             *_, caches[:layers] = runner.step(tokens, positions, last, caches[:layers], None)
-            return time.perf_counter() - began - (self._host.stats.arithmetic_s - computed)
+            return time.perf_counter() - began - (self._host.stats.arithmetic_s + self._waited_s - apart)
 
         def job(round: int) -> float:
             ends = seconds(0)
@@ -170,6 +178,28 @@ class Jobs:
             return (config.num_layers * each + ends) / config.num_moe_layers
 
         return job
+
+    def _read(
+        self, layer: int, experts: Iterable[int], work: Callable[[], None], holder: str
+    ) -> float | None:
+        """Does some work on experts; reads those on the disk first, and returns the time (s) after that."""
+        if not isinstance(self._host, StagedHost):
+            work()
+            return None
+        pool, left = self._host.pool, [ExpertId(layer, expert) for expert in experts]
+        pool.hold(holder, left, urgent=True)
+        while left:
+            ready = pool.wait(left)
+            pool.let_go(holder, ready)  # kept for long enough, unless the pool is very small
+            left = [expert for expert in left if expert not in ready]
+        began, waited = time.perf_counter(), self._waited_s
+        work()
+        return time.perf_counter() - began - (self._waited_s - waited)
+
+    @property
+    def _waited_s(self) -> float:
+        """Time (s) waited for the disk so far."""
+        return self._host.pool.stats.wait_s if isinstance(self._host, StagedHost) else 0.0
 
     def _on_host(
         self, host_rows: Any, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]

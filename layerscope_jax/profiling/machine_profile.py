@@ -31,7 +31,19 @@ HEAD = (
     "routing",
     "emulated_link_bandwidth",
 )
-COSTS = ("host_ms", "device_ms", "layer_ms", "forecast_ms", "transfer_ms", "host_start_ms")
+COSTS = (
+    "host_ms",
+    "device_ms",
+    "layer_ms",
+    "forecast_ms",
+    "transfer_ms",
+    "host_start_ms",
+    "read_ms",
+    "read_start_ms",
+)
+OPTIONAL = ("host_start_ms", "read_ms", "read_start_ms")
+"""Times that profiles may lack: those that were published, or measured without a disk."""
+
 
 LINKS = {"pcie3-x8": 2.0, "pcie4-x16": 0.5, "pcie5-x16": 0.25}
 """Other links for published profiles: the time of a copy divided by its time over PCIe 3 x16."""
@@ -292,8 +304,7 @@ def costs_json(costs: HardwareProfile) -> dict[str, Any]:
     }
     if costs.forecast_ms != NOTHING:
         record["forecast_ms"] = costs.forecast_ms.to_json()
-    if costs.host_start_ms:
-        record["host_start_ms"] = costs.host_start_ms
+    record |= {name: getattr(costs, name) for name in OPTIONAL if getattr(costs, name)}
     return record if costs.alone is None else record | {"alone": costs_json(costs.alone)}
 
 
@@ -304,20 +315,20 @@ def read_times(fields: Fields, costs: Mapping[str, Any], prefix: str) -> dict[st
         for name in ("host_ms", "device_ms", "layer_ms", "forecast_ms")
     }
     transfer_ms = fields.of("transfer_ms", float, costs, prefix)
-    start_ms = fields.check(read_start, costs, of=f"{prefix}host_start_ms")
-    return times | {"transfer_ms": transfer_ms and float(transfer_ms), "host_start_ms": start_ms}
+    others = {name: fields.check(read_time, costs, name, of=prefix + name) for name in OPTIONAL}
+    return times | {"transfer_ms": transfer_ms and float(transfer_ms)} | others
 
 
-def read_start(costs: Mapping[str, Any]) -> float:
-    """Returns `host_start_ms` of `costs`; 0 if it is missing, as in published profiles.
+def read_time(costs: Mapping[str, Any], name: str) -> float:
+    """Returns one of the `OPTIONAL` times of `costs`; 0 if it is missing.
 
     Raises:
         ValueError: if it is not a time.
     """
-    start_ms = costs.get("host_start_ms", 0.0)
-    if not is_time(start_ms):
-        raise ValueError(f"expected a time in 0..{MOST_MS:g} ms, got {str(start_ms)[:40]!r}")
-    return float(start_ms)
+    time_ms = costs.get(name, 0.0)
+    if not is_time(time_ms):
+        raise ValueError(f"expected a time in 0..{MOST_MS:g} ms, got {str(time_ms)[:40]!r}")
+    return float(time_ms)
 
 
 def read_table(costs: Mapping[str, Any], name: str) -> TimeTable:

@@ -15,6 +15,7 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.offload.executors import HostExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.prediction.predictors import Predictor
+from layerscope_jax.profiling.disk_costs import with_disk
 from layerscope_jax.profiling.jobs import LAYERS, Job, Jobs
 from layerscope_jax.scheduling.costs import NOTHING, HardwareProfile, TimeTable
 from layerscope_jax.support import machine
@@ -67,7 +68,7 @@ def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -
         together, alone = costs(jobs, ROUGH, [True, False])
     finally:
         jobs.close()
-    return replace(together, alone=alone)
+    return with_disk(replace(together, alone=alone), model.bank)
 
 
 def costs(

@@ -10,8 +10,9 @@ import numpy as np
 from layerscope_jax.kernels.cpu import WorkStats
 from layerscope_jax.kernels.registry import REFERENCE, fallbacks
 from layerscope_jax.offload.link import LinkStats
+from layerscope_jax.offload.pool import DiskStats
 from layerscope_jax.offload.residency import Residency
-from layerscope_jax.runtime.outcome import busy, counted
+from layerscope_jax.runtime.outcome import busy, counted, read
 from layerscope_jax.runtime.runner import RunnerStats
 from layerscope_jax.runtime.statistics import Meter, RunStats, Times
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation
@@ -25,7 +26,7 @@ class Account:
         plans: every layer's plan; None if plans are not recorded.
         decoded: the demand of each layer of each decode step, for the lower bound; None if it is not
             recorded.
-        meter, link, host, device: counts by part.
+        meter, link, host, device, disk: counts by part.
         steps: number of steps so far.
         peak_bytes, wasted_bytes: counts of the residency when it last stopped counting for this account.
         opened: whether anything was ever counted for this account.
@@ -37,6 +38,7 @@ class Account:
     link: LinkStats = field(default_factory=LinkStats)
     host: WorkStats = field(default_factory=WorkStats)
     device: WorkStats = field(default_factory=WorkStats)
+    disk: DiskStats = field(default_factory=DiskStats)
     steps: int = 0
     peak_bytes: int = 0
     wasted_bytes: int = 0
@@ -57,7 +59,7 @@ class Account:
 
     def after(self) -> Account:
         """Returns an account of no call, which shares only the counts of copies still in flight."""
-        return Account(link=self.link, host=self.host, device=self.device)
+        return Account(link=self.link, host=self.host, device=self.device, disk=self.disk)
 
     def leave_books(self, books: Residency) -> None:
         """Saves the counts of the residency before it counts for another account."""
@@ -97,6 +99,7 @@ def run_stats(
     kernels = {name: n / experts for name, n in (host.by_kernel + device.by_kernel).items()}
     known = asdict(runner)
     least_s = known.pop("least_decode_s")
+    del known["expert_bytes"]
     return RunStats(
         budget_bytes=budget_bytes,
         prompts=prompts,
@@ -113,6 +116,7 @@ def run_stats(
             prefetch_bytes=link.prefetch_bytes,
             wasted_bytes=account.wasted_bytes,
         ),
+        **read(account.disk, runner.expert_bytes, total_s),
         share_of_bound=None if least_s is None else least_s / sum(times.decode_s),
         padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
         dispatches=host.dispatches + device.dispatches,

@@ -11,16 +11,19 @@ import jax
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.formats import PlainFormat
 from layerscope_jax.kernels.cpu import default_threads
+from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.offload.executors import HostExperts
 from layerscope_jax.offload.link import Transfers
+from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.offload.residency import Residency
+from layerscope_jax.offload.staged import host_parts
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import History, Predictor, make_predictor
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.resident import ResidentOnCpu
 from layerscope_jax.runtime.runner import Runner
 from layerscope_jax.runtime.whole import WholeModel
-from layerscope_jax.scheduling.baselines import Resident
+from layerscope_jax.scheduling.baselines import HostOnly, Resident
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import Policy
 from layerscope_jax.scheduling.policy import PolicyBase, completed
@@ -45,6 +48,7 @@ def build(
     bandwidth: int | None = None,
     threads: int | None = None,
     host_device: jax.Device | None = None,
+    host_bytes: int | None = None,
 ) -> Runner:
     """Returns a model's runner, whose threads run until it is closed.
 
@@ -60,6 +64,7 @@ def build(
         bandwidth: emulated bandwidth (bytes/s) of the link; None for full speed.
         threads: number of threads that compute on the host; None for a number that suits the machine.
         host_device: the JAX CPU device of the host; None for the last one.
+        host_bytes: host memory (bytes) for experts that are on the disk; None for all of them.
 
     Raises:
         ValueError: if the budget is too small for the policy beside the predictor, or the predictor was made
@@ -79,26 +84,29 @@ def build(
             "without Python between layers; its logits agree with those of other budgets to rounding",
             model.device,
         )
+    on_disk = isinstance(model.bank, DiskBank)
+    if nothing_to_decide and on_disk and not WholeModel.is_faster_on(model.device):
+        # The device's memory is the host's, so that the pool alone holds experts.
+        nothing_to_decide, chosen, budget_bytes, predictor = False, HostOnly(), 0, None
     if nothing_to_decide:
         chosen, predictor = Resident(), None
     elif predictor is None and chosen.predictor is not None:
         predictor = make_predictor(chosen.predictor)
     with ExitStack() as stack:
-        beside = model.device.platform == "cpu"
-        host = stack.enter_context(
-            closing(
-                HostExperts(
-                    model.bank,
-                    host_device or cpu_device(),
-                    threads or default_threads(model.device),
-                    shares_inputs=beside,
-                )
-            )
+        pool, host, link = host_parts(
+            model.bank,
+            model.device,
+            host_device or cpu_device(),
+            threads or default_threads(model.device),
+            bandwidth,
+            host_bytes,
         )
-        link = stack.enter_context(closing(Transfers(model.bank, model.device, bandwidth)))
+        for part in (pool, host, link):
+            if part is not None:
+                stack.enter_context(closing(part))
         geometry = model.geometry(budget_bytes // model.bank.expert_bytes)
         forecasts = stack.enter_context(closing(Forecasts(predictor, model, geometry)))
-        runner = _layer_by_layer(model, chosen, budget_bytes, host, link, forecasts, costs, measure)
+        runner = _layer_by_layer(model, chosen, budget_bytes, host, link, forecasts, costs, measure, pool)
         if nothing_to_decide:
             runner.preload()
         stack.pop_all()  # from now on the runner closes them
@@ -114,6 +122,7 @@ def _layer_by_layer(
     forecasts: Forecasts,
     costs: HardwareProfile | None,
     measure: Measure,
+    pool: HostPool | None,
 ) -> LayerByLayer:
     """Builds a layer-by-layer runner from its parts, and divides the device's memory among them."""
     # The predictor's memory is taken off the budget first; experts get the rest.
@@ -122,6 +131,7 @@ def _layer_by_layer(
     if costs is None and policy.uses_costs:
         costs = measure(model, host, link, residency.slots)
     state = forecasts.explained(budget_bytes, lambda: policy.init(geometry, costs))
-    resident = isinstance(policy, Resident) and host.inside is not None and host.inside.target is not None
+    in_memory = pool is None and isinstance(policy, Resident)
+    resident = in_memory and host.inside is not None and host.inside.target is not None
     runner = ResidentOnCpu if resident else LayerByLayer
-    return runner(model, policy, state, residency, link, host, forecasts, costs)
+    return runner(model, policy, state, residency, link, host, forecasts, costs, pool)

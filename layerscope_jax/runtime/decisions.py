@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Mapping, Set
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts
+from layerscope_jax.prediction.history import History, Popularity
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.device_tier import DeviceTier
+from layerscope_jax.scheduling.geometry import RoutedExperts
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, ask, check_plan
 from layerscope_jax.scheduling.policy import PolicyBase
+from layerscope_jax.scheduling.reads import with_reads
+
+EXPECTED = Popularity()
 
 Enter = Callable[[Observation, LayerPlan, Set[ExpertId]], None]
 """Function that counts and records a plan: `(observation, plan, prefetches not used yet)`."""
@@ -26,6 +31,7 @@ def decide(
     books: Residency,
     known: Container[ExpertId],
     enter: Enter,
+    reads: Reads | None = None,
 ) -> tuple[Any, LayerPlan]:
     """Asks a policy for one layer's plan, checks and counts it; used by the engine and the simulator.
 
@@ -35,6 +41,7 @@ def decide(
         books: residency of the device, before the plan is carried out.
         known: experts of the model.
         enter: counts and records the plan.
+        reads: adds what the plan needs from the disk; None if every expert is in host memory.
 
     Returns:
         The policy's new state, and the plan.
@@ -44,8 +51,53 @@ def decide(
     """
     state, plan = ask(policy, state, seen)
     check_plan(plan, seen, books.slots, known, policy.name)
+    if reads is not None:
+        plan = reads.added_to(plan, seen)
     enter(seen, plan, books.idle_prefetches)
     return state, plan
+
+
+class HostMemory(Protocol):
+    """Host memory that holds some of the experts.
+
+    Attributes:
+        slots: number of experts that it holds.
+        present: experts that are there or being read.
+    """
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def present(self) -> Container[ExpertId]: ...
+
+
+class Reads:
+    """Adds to every plan what its experts need from the disk; used by the engine and the simulator.
+
+    Experts of coming layers are expected as the policy's predictor forecasts, without one as often as they
+    were chosen before.
+
+    Args:
+        memory: host memory.
+        model: numbers of the model's routed experts.
+        history: forecasts where the policy's predictor does not; None to read nothing ahead.
+    """
+
+    def __init__(self, memory: HostMemory, model: RoutedExperts, history: History | None = EXPECTED):
+        self.memory, self.history = memory, history
+        self._layers = model.num_layers
+        self._state = None if history is None else history.init(model)
+
+    def added_to(self, plan: LayerPlan, seen: Observation) -> LayerPlan:
+        """Returns the plan with `read` and `read_ahead`; see `scheduling.reads.with_reads`."""
+        forecast: Any = ()
+        if self.history is not None:
+            self._state = self.history.update(self._state, seen)
+            forecast = seen.forecast or self.history.expected(
+                self._state, seen.layer, sum(seen.demand.values())
+            )
+        return with_reads(plan, seen, self.memory.present, forecast, self._layers, self.memory.slots)
 
 
 class Decisions:
@@ -57,6 +109,7 @@ class Decisions:
         tier: experts in device memory.
         forecasts: forecasts of the coming layers.
         known: experts of the model.
+        reads: adds what plans need from the disk; None if every expert is in host memory.
 
     Attributes:
         state: the policy's state after its last plan.
@@ -69,7 +122,9 @@ class Decisions:
         tier: DeviceTier,
         forecasts: Forecasts,
         known: Container[ExpertId],
+        reads: Reads | None = None,
     ):
+        self.reads = reads
         self.policy, self.state = policy, state
         self._tier, self._forecasts, self._known = tier, forecasts, known
         self._planned_at: float | None = None  # when the previous layer of the step was planned
@@ -108,7 +163,9 @@ class Decisions:
         if seen.in_flight and self.policy.awaits_link(self.state, seen):
             tier.transfers.rest()
             tier.absorb()
-        self.state, plan = decide(self.policy, self.state, seen, residency, self._known, account.enter)
+        self.state, plan = decide(
+            self.policy, self.state, seen, residency, self._known, account.enter, self.reads
+        )
         return seen, plan
 
     def end_step(self) -> None:

@@ -16,20 +16,21 @@ from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.models.decoder import Between
 from layerscope_jax.offload.executors import HostExperts, device_experts
 from layerscope_jax.offload.link import Transfers
+from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.computing import BothSides
-from layerscope_jax.runtime.decisions import Decisions
+from layerscope_jax.runtime.decisions import Decisions, Reads
 from layerscope_jax.runtime.dense import DenseParts, StepInputs
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.lower_bound import least_decode_s
-from layerscope_jax.runtime.resources import close_all
+from layerscope_jax.runtime.resources import Closable, close_all
 from layerscope_jax.runtime.runner import RunnerStats, Stepped
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.runtime.warmup import Rehearsal
 from layerscope_jax.scheduling.costs import HardwareProfile
-from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Observation, Phase
+from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation, Phase
 from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.support.devices import finish_all
 from layerscope_jax.support.errors import TransferError
@@ -45,6 +46,7 @@ class LayerByLayer:
         residency: residency of the device.
         transfers, host_experts, forecasts: owned by the runner; `close` closes them.
         costs: costs of the machine; None if they are not known.
+        pool: host memory of experts that are on the disk, owned as well; None if all are in host memory.
 
     Attributes:
         account: account of the call that is counted for; at first of no call.
@@ -66,14 +68,17 @@ class LayerByLayer:
         host_experts: HostExperts,
         forecasts: Forecasts,
         costs: HardwareProfile | None = None,
+        pool: HostPool | None = None,
     ):
+        self.pool = pool
         self.model, self.policy, self.costs = model, policy, costs
         self.residency, self.transfers, self.forecasts = residency, transfers, forecasts
         self.host_experts = host_experts
         self.device_experts = device_experts(model.device, host_experts.cpu)
         self.dense = DenseParts(model, forecasts, host_experts.inside)
         self.tier = DeviceTier(residency, transfers, self.device_experts.keep)
-        self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank)
+        reads = None if pool is None else Reads(pool, model.geometry(0))
+        self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank, reads)
         self.experts = BothSides(self.device_experts, host_experts, self.tier)
         self.account = Account()
         self._books_of: Account | None = None  # the account that the residency last counted for
@@ -140,6 +145,10 @@ class LayerByLayer:
         """Asks the policy for a plan, counts it, and carries out its evictions and copies."""
         seen, plan = self.decisions.plan(self.account, layer, phase, rows.demand, expected)
         self.tier.follow(plan)
+        if self.pool is not None:
+            # Before anything is read ahead, which would take turns with these.
+            self.pool.hold("host", [ExpertId(layer, expert) for expert in plan.host], urgent=True)
+            self.pool.read_ahead(plan.read_ahead)
         return seen, plan
 
     @contextmanager
@@ -170,6 +179,8 @@ class LayerByLayer:
             finish_all(self.transfers.sharding)  # programs may be running our kernels in memory that we own
         self.device_experts.clear()
         self.tier.settle()
+        if self.pool is not None:
+            self.pool.settle()
         self._settled = True
 
     def settle_if_needed(self) -> None:
@@ -200,6 +211,8 @@ class LayerByLayer:
         self.account = account or self.account.after()
         self.transfers.stats = self.account.link
         self.host_experts.stats, self.device_experts.stats = self.account.host, self.account.device
+        if self.pool is not None:
+            self.pool.stats = self.account.disk
         if account not in (None, self._books_of):  # otherwise the counts still hold
             self._books_of = account
             self.account.take_books(self.residency)
@@ -226,6 +239,7 @@ class LayerByLayer:
             predictor_bytes=self.forecasts.kept_bytes,
             ways=self.policy.report(self.decisions.state),
             least_decode_s=least_s,
+            expert_bytes=self.model.bank.expert_bytes,
         )
 
     def rehearsal(self) -> Rehearsal:
@@ -234,4 +248,5 @@ class LayerByLayer:
 
     def close(self) -> None:
         """Ends the runner's threads; see `Runner.close`."""
-        close_all([self.host_experts, self.transfers, self.forecasts])
+        parts: list[Closable] = [self.host_experts, self.transfers, self.forecasts]
+        close_all(parts if self.pool is None else [*parts, self.pool])

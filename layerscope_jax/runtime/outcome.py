@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layerscope_jax.offload.pool import DiskStats
     from layerscope_jax.runtime.statistics import Meter
 
 
@@ -32,7 +33,15 @@ class Outcome:
         prefetch_on_time: fraction of the used prefetched experts that had arrived when their layer was
             planned; None if none was used.
         share_of_bound: lower bound on the time under any policy, by the machine's costs, divided by the time
-            taken; None if not asked for. See `layerscope_jax.runtime.lower_bound`.
+            taken; None if not asked for. See `layerscope_jax.runtime.lower_bound`, which takes every expert
+            to be in host memory.
+        disk_share: busy time of the disk divided by the total time; 0 if every expert is in host memory, as
+            for the other figures of the disk.
+        host_hit_rate: fraction of the experts that layers needed from host memory, to compute or to copy them
+            on demand, that were there when the layer was planned; None if no expert is on the disk.
+        bytes_read, bytes_read_ahead: bytes read from the disk, and those of them that no layer waited for.
+        bytes_read_wasted: bytes that were read ahead and not used before they made way for others.
+        disk_wait_s: time (s) in which a layer waited for experts that were not in host memory.
     """
 
     policy: str
@@ -54,6 +63,12 @@ class Outcome:
     forecast_recall: float | None
     prefetch_on_time: float | None
     share_of_bound: float | None
+    disk_share: float = 0.0
+    host_hit_rate: float | None = None
+    bytes_read: int = 0
+    bytes_read_ahead: int = 0
+    bytes_read_wasted: int = 0
+    disk_wait_s: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,3 +103,22 @@ def busy(total: float, *, device: float, host: float, link: float) -> dict[str, 
     """
     parts = {"device": device, "host": host, "link": link}
     return {f"{name}_share": min(1.0, part / total) if total else 0.0 for name, part in parts.items()}
+
+
+def read(disk: DiskStats, expert_bytes: int, total: float) -> dict[str, Any]:
+    """Returns the fields of an `Outcome` about the disk, by name.
+
+    Args:
+        disk: counts of the disk.
+        expert_bytes: size (bytes) of an expert.
+        total: total time, in the unit of the disk's busy time.
+    """
+    needed = disk.hits + disk.misses
+    return {
+        "disk_share": min(1.0, disk.busy_s / total) if total else 0.0,
+        "host_hit_rate": disk.hits / needed if needed else None,
+        "bytes_read": disk.demand_bytes + disk.ahead_bytes,
+        "bytes_read_ahead": disk.ahead_bytes,
+        "bytes_read_wasted": disk.wasted * expert_bytes,
+        "disk_wait_s": disk.wait_s,
+    }

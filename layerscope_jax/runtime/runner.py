@@ -28,6 +28,7 @@ class RunnerStats:
         peak_expert_bytes, predictor_bytes: as in `RunStats`.
         least_decode_s: lower bound (seconds) on the time of the call's decode steps under any policy, by the
             machine's costs; None if the call's account did not ask for it, or no costs are known.
+        expert_bytes: size (bytes) of an expert.
     """
 
     policy: str
@@ -39,6 +40,7 @@ class RunnerStats:
     predictor_bytes: int = 0
     ways: dict[str, dict[str, float]] | None = None
     least_decode_s: float | None = None
+    expert_bytes: int = 0
 
 
 class Runner(Protocol):

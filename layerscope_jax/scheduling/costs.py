@@ -148,6 +148,9 @@ class HardwareProfile:
             the step.
         forecast_ms: additional time of a layer that computes a forecast, by tokens of the step.
         host_start_ms: time to hand a layer's experts to the host and to take over its results, however many.
+        read_ms: time between the ends of two reads of experts from the disk that follow each other; 0 if it
+            is not known.
+        read_start_ms: time by which a read lasts longer than that, and by which reads overlap.
         source: where the figures come from.
         alone: the same costs with the other parts idle, if the parts slow each other down; otherwise None.
     """
@@ -158,6 +161,8 @@ class HardwareProfile:
     layer_ms: TimeTable = NOTHING
     forecast_ms: TimeTable = NOTHING
     host_start_ms: float = 0.0
+    read_ms: float = 0.0
+    read_start_ms: float = 0.0
     source: str
     alone: HardwareProfile | None = None
 
@@ -170,7 +175,7 @@ class HardwareProfile:
         ]
         wrong += [
             f"{name} must be a time in 0..{MOST_MS:g} ms, got {str(getattr(self, name))[:40]!r}"
-            for name in ("transfer_ms", "host_start_ms")
+            for name in ("transfer_ms", "host_start_ms", "read_ms", "read_start_ms")
             if not is_time(getattr(self, name))
         ]
         if not isinstance(self.source, str):

@@ -18,6 +18,9 @@ Phase = Literal["prefill", "decode"]
 MOST = 2**31 - 1
 """Largest index of a step, a layer or an expert in a file of plans."""
 
+READS = frozenset(["read", "read_ahead"])
+"""Fields of plans that are recorded only if experts are on the disk."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
@@ -60,6 +63,10 @@ class LayerPlan:
         load: on-demand loads: experts of `device` that must be copied now, in the order in which they are
             needed.
         prefetch: experts to copy ahead of time, whenever no on-demand load is waiting, most valuable first.
+        read: experts that must be read from the disk before the host can compute or the link can copy them,
+            in that order of need. Policies leave this and `read_ahead` empty: they are added to every plan
+            (`layerscope_jax.scheduling.reads`) of a model whose experts are on the disk.
+        read_ahead: experts to read ahead of time, whenever nothing else is to be read, most valuable first.
     """
 
     step: int
@@ -69,9 +76,15 @@ class LayerPlan:
     evict: tuple[ExpertId, ...] = ()
     load: tuple[ExpertId, ...] = ()
     prefetch: tuple[ExpertId, ...] = ()
+    read: tuple[ExpertId, ...] = ()
+    read_ahead: tuple[ExpertId, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns the plan as a record, without `read` and `read_ahead` if both are empty."""
+        record = asdict(self)
+        if not (self.read or self.read_ahead):
+            del record["read"], record["read_ahead"]
+        return record
 
     @classmethod
     def from_json(cls, record: Any) -> LayerPlan:
@@ -80,8 +93,8 @@ class LayerPlan:
         Raises:
             ValueError: if the record is not such a plan; says what was expected.
         """
-        names = [field.name for field in fields(cls)]
-        if not isinstance(record, dict) or record.keys() != set(names):
+        names = [field.name for field in fields(cls) if field.name not in READS]
+        if not isinstance(record, dict) or record.keys() - READS != set(names):
             raise ValueError(f"expected an object with {', '.join(names)}")
 
         def numbers(values: Any, what: str) -> tuple[int, ...]:
@@ -93,7 +106,7 @@ class LayerPlan:
             return tuple(values)
 
         def ids(key: str) -> tuple[ExpertId, ...]:
-            pairs = record[key]
+            pairs = record.get(key, ())
             if not isinstance(pairs, list | tuple) or not all(
                 isinstance(pair, list | tuple) for pair in pairs
             ):
@@ -111,6 +124,8 @@ class LayerPlan:
             evict=ids("evict"),
             load=ids("load"),
             prefetch=ids("prefetch"),
+            read=ids("read"),
+            read_ahead=ids("read_ahead"),
         )
 
 
@@ -330,4 +345,11 @@ class Replay(PolicyBase):
             room = 0
         occupied.difference_update(evict)
         prefetch = [e for e in recorded.prefetch if e not in occupied][:room]
-        return state, replace(recorded, evict=tuple(evict), load=tuple(load), prefetch=tuple(prefetch))
+        return state, replace(
+            recorded,
+            evict=tuple(evict),
+            load=tuple(load),
+            prefetch=tuple(prefetch),
+            read=(),
+            read_ahead=(),
+        )

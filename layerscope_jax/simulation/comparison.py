@@ -70,6 +70,7 @@ class Comparison:
         expert_bytes: size (bytes) of one expert.
         refused: policy -> why it cannot run within this budget.
         rows: by batch, then by policy, prefill before decode.
+        host_experts: number of experts that host memory holds; None for all.
     """
 
     profile: str
@@ -80,6 +81,7 @@ class Comparison:
     expert_bytes: int
     refused: dict[str, str]
     rows: tuple[Row, ...]
+    host_experts: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +95,7 @@ def simulate_profile(
     slots: int | None = None,
     policies: Sequence[str] = SIMULATED,
     predictor: str = "llapor",
+    host_slots: int | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Simulates policies over recorded routing on the machine of a profile.
@@ -108,6 +111,8 @@ def simulate_profile(
         slots: number of experts that the budget holds; None for the profile's number.
         policies: some of `SIMULATED`, or names of registered policies.
         predictor: a predictor of the routing, for policies that use forecasts; prefills have none.
+        host_slots: number of experts that host memory holds, if the others are on a disk; None for all. The
+            bound takes all experts to be in host memory.
         progress: whether to show a progress bar on stderr, if that is a terminal.
 
     Raises:
@@ -148,7 +153,7 @@ def simulate_profile(
     for batch, name in runs:
         if batch not in limits:
             limits[batch] = [_limits(workload, geometry, profile.costs) for workload in demand[batch]]
-        results = run(name, demand[batch], geometry, profile.costs)
+        results = run(name, demand[batch], geometry, profile.costs, host_slots)
         for result, limit in zip(results, limits[batch], strict=True):
             rows.append(_row(profile.name, batch, result, limit))
     return Comparison(
@@ -160,6 +165,7 @@ def simulate_profile(
         expert_bytes=geometry.expert_bytes,
         refused=refused,
         rows=_with_ratios(rows),
+        host_experts=host_slots,
     )
 
 

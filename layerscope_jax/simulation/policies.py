@@ -47,13 +47,17 @@ def workloads(routing: Routing, batch: int, predictor: str) -> tuple[Workload, W
 
 
 def run(
-    policy: str, workloads: Sequence[Workload], geometry: Geometry, costs: HardwareProfile
+    policy: str,
+    workloads: Sequence[Workload],
+    geometry: Geometry,
+    costs: HardwareProfile,
+    host_slots: int | None = None,
 ) -> list[Simulated]:
     """Simulates one of `SIMULATED` from an empty device; only policies that use forecasts get them."""
     if policy not in FORECASTING:
         workloads = [replace(part, forecasts=None, predictor=None) for part in workloads]
     made = Oracle([part.counts for part in workloads]) if policy == Oracle.name else POLICIES[policy]()
-    return simulate(made, workloads, geometry, costs)
+    return simulate(made, workloads, geometry, costs, host_slots=host_slots)
 
 
 def refusals(policies: Iterable[str], geometry: Geometry, costs: HardwareProfile) -> dict[str, str]:

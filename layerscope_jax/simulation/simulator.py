@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from layerscope_jax.offload.pool import DiskStats
 from layerscope_jax.offload.residency import Residency
-from layerscope_jax.runtime.decisions import decide
-from layerscope_jax.runtime.outcome import Outcome, busy, counted
+from layerscope_jax.runtime.decisions import Reads, decide
+from layerscope_jax.runtime.outcome import Outcome, busy, counted, read
 from layerscope_jax.runtime.statistics import Meter
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import (
@@ -23,6 +24,7 @@ from layerscope_jax.scheduling.plan import (
 )
 from layerscope_jax.scheduling.policy import PolicyBase, completed
 from layerscope_jax.simulation.contention import side_by_side
+from layerscope_jax.simulation.virtual_disk import Disk, StagedLink
 from layerscope_jax.simulation.virtual_link import Link
 from layerscope_jax.simulation.workload import Workload
 
@@ -55,15 +57,18 @@ def simulate(
     costs: HardwareProfile,
     resident: Iterable[ExpertId] = (),
     record: Callable[[LayerPlan], None] | None = None,
+    host_slots: int | None = None,
 ) -> list[Simulated]:
-    """Runs a policy over recorded demand, on three serial resources: device, host and link.
+    """Runs a policy over recorded demand, on serial resources: device, host, link, and a disk if one is
+    needed.
 
     A layer's attention and router run on the device; then the policy plans. The host computes its experts one
     after the other, the device its resident ones first and then the others as they arrive, and the layer ends
     when both are done. If the costs have separate times for parts that run alone, a part takes these while
     the others are idle (`simulation.contention`), and a copy does so in a layer that leaves the host idle.
-    The link copies an expert in `geometry.arrays_per_expert` parts. The simulation is deterministic: the same
-    input gives the same floating-point numbers.
+    The link copies an expert in `geometry.arrays_per_expert` parts. If host memory holds `host_slots`
+    experts, the others are read from the disk, as in `layerscope_jax.offload.pool`; it is empty at first. The
+    simulation is deterministic: the same input gives the same floating-point numbers.
 
     Args:
         policy: the policy, the same object that an engine runs.
@@ -73,17 +78,19 @@ def simulate(
         costs: costs of the machine.
         resident: experts on the device at the beginning, at no cost.
         record: called with every plan.
+        host_slots: number of experts that host memory holds; None for all.
 
     Returns:
         The outcome of each workload.
 
     Raises:
         ValueError: if the policy refuses the budget, a plan is invalid (see `check_plan`), a workload does
-            not fit the geometry or has a layer without tokens, or `resident` does not fit the budget.
+            not fit the geometry or has a layer without tokens, or `resident` does not fit the budget; if host
+            memory holds no expert, or the costs of the disk are not known.
     """
     for workload in workloads:
         workload.check(geometry)
-    run = _Run(completed(policy), geometry, costs, resident, record)
+    run = _Run(completed(policy), geometry, costs, resident, record, host_slots)
     return [run.workload(workload) for workload in workloads]
 
 
@@ -97,11 +104,17 @@ class _Run:
         costs: HardwareProfile,
         resident: Iterable[ExpertId],
         record: Callable[[LayerPlan], None] | None,
+        host_slots: int | None,
     ):
         self.policy, self.geometry, self.costs, self.record = policy, geometry, costs, record
         self.known = set(geometry.every_expert())
         self.state: Any = policy.init(geometry, costs)
+        self.disk = None if host_slots is None else disk_of(costs, host_slots, geometry)
+        self.reads: Reads | None = None
         self.link = Link(costs.transfer_ms, geometry.arrays_per_expert)
+        if self.disk is not None:
+            self.link = StagedLink(costs.transfer_ms, geometry.arrays_per_expert, self.disk)
+            self.reads = Reads(self.disk, geometry)
         self.books = Residency(geometry.slots * geometry.expert_bytes, geometry.expert_bytes)
         resident = set(resident)
         if len(resident) > self.books.slots or not resident <= self.known:
@@ -122,6 +135,8 @@ class _Run:
         self.books.reset()
         self.link.reset(self.now)
         self.device_ms = self.host_ms = 0.0
+        if self.disk is not None:
+            self.disk.stats = DiskStats()
         forecasts = None if workload.forecasts is None else workload.forecasts.tolist()
         ends = [self.now]
         for step, counts in enumerate(workload.counts):
@@ -156,7 +171,9 @@ class _Run:
         plan = self._decide(seen)
         demand = seen.demand
         host_ms, pace = side_by_side(self.costs, plan, demand, copying=not self.link.idle(self.now))
-        device_end = self.now
+        device_end, host_end = self.now, self.now + host_ms
+        if self.disk is not None and plan.host:
+            host_end = self._from_disk(plan, demand, host_ms)
         resident = self.books.resident
         missing = set()
         for expert in plan.device:
@@ -166,14 +183,48 @@ class _Run:
             else:
                 missing.add(copy)
         while missing:
-            device_end = max(device_end, self.link.next_arrival(missing))
+            arrival = max(device_end, self.link.next_arrival(missing))
+            if self.disk is not None and not any(
+                (self.disk.ready_at(copy) or arrival) <= device_end for copy in missing
+            ):
+                self.disk.stats.wait_s += arrival - device_end
+            device_end = arrival
             self._absorb(device_end)
             arrived = missing & resident
             for copy in sorted(arrived):
                 device_end += self._compute(copy, pace * self.costs.device_ms(demand[copy.expert]))
             missing -= arrived
         self.host_ms += host_ms
-        self.now = max(device_end, self.now + host_ms)
+        self.now = max(device_end, host_end)
+
+    def _from_disk(self, plan: LayerPlan, demand: Mapping[int, int], host_ms: float) -> float:
+        """Returns when the host has computed its experts (ms), each as soon as it has been read.
+
+        Args:
+            plan: plan of the layer.
+            demand: expert -> tokens.
+            host_ms: time (ms) of the host without any wait.
+        """
+        disk, link = self.disk, self.link
+        assert disk is not None
+        assert isinstance(link, StagedLink)
+        left = [ExpertId(plan.layer, expert) for expert in plan.host]
+        times = {expert: self.costs.host_ms(demand[expert.expert]) for expert in left}
+        total = self.costs.host_start_ms + sum(times.values())
+        pace = host_ms / total if total else 1.0
+        now = self.now + pace * self.costs.host_start_ms
+        while left:
+            link.until(now)
+            ready = [expert for expert in left if (when := disk.ready_at(expert)) is not None and when <= now]
+            if not ready:
+                came = link.next_ready(left)
+                disk.stats.wait_s += max(0.0, came - now)
+                now = max(now, came)
+                continue
+            now += pace * sum(times[expert] for expert in ready)
+            disk.let_go("host", ready, now)
+            left = [expert for expert in left if expert not in ready]
+        return now
 
     def _other_ms(self, tokens: int, looks_ahead: bool) -> float:
         """Returns the time (ms) of everything but the experts in a layer that begins now."""
@@ -196,11 +247,14 @@ class _Run:
             self.now = link.rest(self.now)
             self._absorb(self.now)  # `seen` is a view of the residency and includes what has arrived
         now = self.now
-        self.state, plan = decide(self.policy, self.state, seen, books, self.known, self._enter)
+        self.state, plan = decide(self.policy, self.state, seen, books, self.known, self._enter, self.reads)
         demanded = books.follow(plan, lambda stale: link.drop(stale, now))
         if self.costs.alone is not None:
             link.pace((self.costs if plan.host else self.costs.alone).transfer_ms, now)
         link.submit(demanded, plan.prefetch, now)
+        if self.disk is not None:
+            self.disk.hold("host", [ExpertId(plan.layer, expert) for expert in plan.host], True, now)
+            self.disk.read_ahead(plan.read_ahead, now)
         return plan
 
     def _enter(self, seen: Observation, plan: LayerPlan, idle_prefetches: Set[ExpertId]) -> None:
@@ -245,4 +299,30 @@ class _Run:
                 wasted_bytes=self.books.unused_prefetch_bytes(),
             ),
             share_of_bound=None,
+            **({} if self.disk is None else self._disk_figures(self.disk.stats, ends[-1] - ends[0])),
         )
+
+    def _disk_figures(self, counts: DiskStats, total_ms: float) -> dict[str, Any]:
+        """Returns the fields of an `Outcome` about the disk, whose counts are in experts and milliseconds."""
+        size = self.geometry.expert_bytes
+        counts = replace(
+            counts, demand_bytes=counts.demand_bytes * size, ahead_bytes=counts.ahead_bytes * size
+        )
+        figures = read(counts, size, total_ms)
+        return figures | {"disk_wait_s": 1e-3 * counts.wait_s}
+
+
+def disk_of(costs: HardwareProfile, host_slots: int, geometry: Geometry) -> Disk:
+    """Returns the disk of a machine, with host memory for `host_slots` experts.
+
+    Raises:
+        ValueError: if that is none, or the costs of the disk are not known.
+    """
+    if host_slots < 1:
+        raise ValueError(f"host_slots must be 1 expert or more, got {host_slots}")
+    if not costs.read_ms:
+        raise ValueError(
+            "the profile has no costs of a disk (read_ms): run `layerscope calibrate --host-budget` on the "
+            "machine, or leave out the host budget"
+        )
+    return Disk(costs.read_ms, costs.read_start_ms, host_slots, geometry.num_layers)

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 import jax
 import numpy as np
 import pytest
+from disk_models import on_disk
 from exact_cases import RandomPolicy, agree, case, oracle, run
 from helpers import copying_by, in_time
 
@@ -128,6 +129,9 @@ def at_rest(engine, work):
     assert queue.on_link == 0
     assert not runner.residency.coming
     assert runner.residency.used_bytes <= engine.budget_bytes
+    if runner.pool is not None:
+        assert [*runner.pool._held.values()] == [{}, {}]
+        assert runner.pool._reading == 0
     assert runner._settled
 
 
@@ -143,13 +147,17 @@ def traps(engine, trap, monkeypatch):
             "device_experts": ["run", "take", "place", "clear"],
             "residency": ["follow", "arrive", "use"],
             "forecasts": ["read", "learn"],
+            "pool": ["hold", "wait", "let_go", "is_ready", "slot", "read_ahead", "settle"],
         }.items()
         for name in names
+        if getattr(runner, room) is not None
     } | {
         "a condition of the link": (runner.transfers._changed, "wait"),
         "waiting for a job": (threads.Job, "_failure"),
         "waiting for the device": (layerwise.jax, "block_until_ready"),
     }
+    if runner.pool is not None:
+        places["a condition of the pool"] = (runner.pool._changed, "wait")
     for where, (owner, name) in places.items():
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, trap.around(getattr(owner, name)))
@@ -214,7 +222,7 @@ def run_untapped(engine, batch):
         del engine.runner.step
 
 
-CLEANING = ("transfers.cancel", "device_experts.clear")
+CLEANING = ("transfers.cancel", "device_experts.clear", "pool.settle")
 """Called where something else has gone wrong before."""
 
 PLACES = {
@@ -256,6 +264,28 @@ def test_wherever_a_step_is_interrupted_the_next_one_is_right(what, at, accelera
         return  # not every place is come to so often
     missing = (PLACES | {"host_experts.start", "device_experts.place"} if accelerator else PLACES) - reached
     assert not missing - {"a condition of the link"}  # there only if a copy is slower than the engine
+
+
+@pytest.mark.parametrize(("what", "at"), [(KeyboardInterrupt, 1), (MemoryError, 4)])
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_the_same_holds_while_experts_are_read_from_the_disk(what, at, accelerator, monkeypatch, tmp_path):
+    model, batches, _ = case("bfloat16")
+    model = on_disk(model, tmp_path)
+    if accelerator:
+        monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+    size = model.bank.expert_bytes
+    config = OffloadConfig(
+        device_budget=9 * size,
+        host_budget=3 * size,
+        policy=Split() if accelerator else RandomPolicy(3),
+        numerics="exact",
+        host_threads=2,
+    )
+    reached = set()
+    with Engine(model, config) as engine:
+        expected = run_untapped(engine, batches[0])
+        interrupted_everywhere(engine, batches[0], expected, what, at, monkeypatch, reached)
+    assert at > 1 or {"pool.hold", "pool.let_go", "pool.read_ahead", "pool.settle"} <= reached
 
 
 def test_an_interrupted_wait_for_helpers_leaves_no_completion_behind(monkeypatch):

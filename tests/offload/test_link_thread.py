@@ -29,6 +29,9 @@ class Slow:
     def __contains__(self, expert):
         return expert in self.bank
 
+    def __getattr__(self, name):
+        return getattr(self.bank, name)
+
 
 def test_what_was_chosen_is_not_dropped_any_more(bank, monkeypatch):
     """Else its room would be given to another, and who asks for it next would wait for what never comes."""

@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import pytest
+from disk_models import on_disk
 from helpers import TINY, copying_by, in_time, random_decoder, random_model
 
 import layerscope_jax
@@ -18,6 +19,7 @@ from layerscope_jax.offload.link import Transfers
 from layerscope_jax.profiling import calibrate as profiling
 from layerscope_jax.profiling import jobs
 from layerscope_jax.profiling import measure as calibration
+from layerscope_jax.profiling.calibrate import calibrate
 from layerscope_jax.profiling.jobs import Jobs
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.profiling.measure import Points, busy, others, tables
@@ -313,3 +315,19 @@ class TestCommand:
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ")
         assert message in error
+
+
+def test_the_disk_is_measured_where_experts_are_read_from_it(small, tmp_path):
+    stored = on_disk(small, tmp_path)
+    size = stored.bank.expert_bytes
+    profile = calibrate(stored, host_budget=3 * size, points=POINTS, contexts=())
+    assert profile.costs.read_ms > 0
+    assert profile.costs.read_start_ms >= 0
+    assert profile.costs.alone.read_ms == profile.costs.read_ms
+    profile.save(tmp_path / "profile.json")
+    again = MachineProfile.load(tmp_path / "profile.json")
+    assert again.costs == profile.costs
+    config = OffloadConfig(device_budget=4 * size, host_budget=3 * size, policy="fiddler", profile=again)
+    with Engine(stored, config) as engine:
+        assert engine.runner.costs.read_ms == profile.costs.read_ms
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("layerscope-disk")]
