@@ -64,8 +64,8 @@ class Model:
         bank: the routed experts.
         tokenizer: None where the checkpoint has none that can be read.
         path: the folder it came from, if any.
-        mapped: the files that its experts are mapped from; None if all is in memory.
         generation_defaults: settings of requests that the checkpoint recommends, by the names of `Request`.
+        mapped: the files that its experts are mapped from; None if all is in memory.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=1, num_heads=2,
     ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
@@ -81,8 +81,8 @@ class Model:
     bank: ExpertBank
     tokenizer: Tokenizer | None = None
     path: Path | None = None
-    mapped: MappedFiles | None = None
     generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mapped: MappedFiles | None = None
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, tokenizer: Tokenizer | None = None) -> Model:
@@ -245,8 +245,8 @@ def load(
         bank,
         read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
         folder,
-        mapped,
         generation,
+        mapped,
     )
 
 
@@ -298,7 +298,7 @@ def _load_converted(
         read_bank(folder, manifest, config, device),
         read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
         folder,
-        generation_defaults=generation,
+        generation,
     )
 
 

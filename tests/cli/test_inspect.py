@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 def inspected(capsys, folder, code=0):
     """What the command prints as JSON, and that it reads no tensor."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StoredTensor, "read_into", lambda *arguments: pytest.fail("a tensor was read"))
+        patch.setattr(StoredTensor, "fill", lambda *arguments: pytest.fail("a tensor was read"))
         assert cli.main(["inspect", str(folder), "--json"]) == code
     return json.loads(capsys.readouterr().out)
 
