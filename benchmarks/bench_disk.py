@@ -19,16 +19,16 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import harness
 import numpy as np
 import tyro
-from random_models import random_model
 
+from benchmarks import harness
+from benchmarks.random_models import random_model
 from layerscope_jax import Engine, ExpertId, Model, ModelConfig, OffloadConfig, load, save
 from layerscope_jax.kernels.cpu import InMemory, default_threads, layout_of
 from layerscope_jax.kernels.loops import ARRAYS
@@ -167,10 +167,9 @@ def engines(
         stack.callback(engine.close)
     on_demand: Any = made["on demand"].runner
     on_demand.decisions.reads = Reads(on_demand.pool, memory.geometry(0), None)
-    mapped: Any = made["mmap"].runner
-    mapped.host_experts.close()
     host = Mapped(bank, slots)
-    made["mmap"]._loop.runner = made["mmap"].runner = stack.enter_context(_closing(layerwise(memory, host)))
+    mapped: Any = made["mmap"]
+    mapped._loop._runner = mapped.runner = stack.enter_context(closing(layerwise(memory, host)))
     return {
         name: (engine, host.forget if name == "mmap" else lambda: drop_pages(path))
         for name, engine in made.items()
@@ -182,17 +181,6 @@ def layerwise(model: Model, host: HostExperts) -> LayerByLayer:
     geometry = model.geometry(0)
     books, link = Residency(0, model.bank.expert_bytes), Transfers(model.bank, model.device)
     return LayerByLayer(model, HostOnly(), None, books, link, host, Forecasts(None, model, geometry))
-
-
-class _closing:
-    def __init__(self, runner: LayerByLayer):
-        self.runner = runner
-
-    def __enter__(self) -> LayerByLayer:
-        return self.runner
-
-    def __exit__(self, *_: object) -> None:
-        self.runner.close()
 
 
 def run(options: Options) -> dict[str, Any]:

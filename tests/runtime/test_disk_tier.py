@@ -133,6 +133,15 @@ def test_the_plan_says_what_is_read(stored):
     assert stats.disk_wait_s > 0
 
 
+def test_warming_up_reads_an_expert_and_changes_nothing(stored):
+    model = stored("bfloat16")
+    config = OffloadConfig(host_budget=3 * model.bank.expert_bytes, policy="host-only")
+    with Engine(model, config) as engine:
+        engine.warmup(prompt_tokens=3, max_num_seqs=1, new_tokens=2)
+        assert not engine.runner.pool._where
+        assert engine.runner.pool.stats.misses == 0
+
+
 def test_a_saved_model_runs_from_its_folder(tmp_path):
     model = random_model(family="qwen3_moe", num_layers=2)
     ls.save(model, tmp_path)
