@@ -26,7 +26,7 @@ class OffloadConfig:
             keeps there: "2GiB", an int, or None for as much as all experts take (everything resident).
         host_budget: bytes of host memory for experts, "16GiB" or an int, if the model was loaded with
             experts="disk": the others are read from its files when they are needed, or shortly before. None
-            for as much as all experts take. It must hold one expert at least.
+            for as much as all experts take. It must hold one expert at least; buffers of 16 MiB come on top.
         policy: a name from `layerscope_jax.POLICIES`, or a `Policy` object. "auto" runs PreSched, and
             switches to simpler ways of running a layer where measured times show that they are faster on
             this machine. If the budget holds every expert, there is nothing to decide: all are resident and

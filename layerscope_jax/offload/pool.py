@@ -203,6 +203,10 @@ class HostPool:
         slot = self._where.get(expert)
         return slot is not None and slot.ready
 
+    def failure(self, expert: ExpertId) -> ReadError | None:
+        """Returns why an expert could not be read, until it is held again."""
+        return self._failed.get(expert)
+
     @property
     def present(self) -> Container[ExpertId]:
         """Experts that are in memory or being read."""

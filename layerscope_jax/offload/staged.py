@@ -84,7 +84,7 @@ class StagedTransfers(Transfers):
             self._expected = max(
                 self._expected, time.perf_counter()
             )  # a slow disk is no link that stands still
-            if error is not None:
+            if error is not None and self.pool.failure(expert) is error:  # it was not held again since
                 self.queue.refuse(expert, error)
                 self.pool.let_go("link", [expert])
             self._changed.notify_all()

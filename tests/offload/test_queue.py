@@ -97,3 +97,28 @@ def test_whatever_is_asked_of_it_the_books_come_out_even(operations):
     model.queue.let_go()
     model.take()
     assert not model.coming
+
+
+def test_a_copy_begins_when_its_expert_is_in_host_memory():
+    """A demand that is still being read lets others go ahead; one that cannot be read fails."""
+    A, B, C, D = EXPERTS[:4]
+    ready = {C}
+    queue = CopyQueue(lambda expert: 2, ready.__contains__)
+    queue.submit([], [C, D])
+    queue.submit([A, B], [])
+    assert queue.waiting
+    assert queue.begin(demand=True, prefetch=True).expert == C
+    ready.add(B)
+    assert queue.begin(demand=True, prefetch=True).expert == B
+    assert queue.has(B)
+    assert queue.begin(demand=True, prefetch=True).expert == B
+    ready.discard(C)  # whoever queues a copy keeps its expert there; if not, the copy waits
+    assert not queue.waiting
+    assert queue.begin(demand=True, prefetch=True) is None
+    queue.refuse(A, OSError("gone"))
+    queue.refuse(D, OSError("gone"))
+    queue.refuse(B, OSError("too late"))
+    assert list(queue.failed) == [A]
+    assert queue.lost == [D]
+    assert not queue.has(A)
+    assert queue.has(B)

@@ -11,14 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import layerscope_jax as ls
-from layerscope_jax import POLICIES, Engine, LayerPlan, OffloadConfig, ReadError
+from layerscope_jax import POLICIES, Engine, LayerPlan, OffloadConfig, ReadError, Replay
 from layerscope_jax.offload import disk
 from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.offload.executors import DeviceExperts
 from layerscope_jax.runtime import layerwise
 from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 PROFILE = HardwareProfile(
     host_ms=TimeTable((1, 8), (1.0, 3.0)),
@@ -131,6 +129,31 @@ def test_the_plan_says_what_is_read(stored):
     assert 0 < stats.host_hit_rate < 1
     assert 0 < stats.disk_share <= 1
     assert stats.disk_wait_s > 0
+
+
+def test_recorded_plans_are_replayed_over_the_disk(stored):
+    """Where experts are computed is repeated; what that needs from the disk follows from what is there."""
+    model = stored("bfloat16")
+    _, batches, _ = case("bfloat16")
+    size = model.bank.expert_bytes
+    config = OffloadConfig(device_budget=9 * size, host_budget=4 * size, policy=RandomPolicy(1))
+    with Engine(model, config) as engine:
+        recorded = engine.generate(batches[0], max_new_tokens=4, record_plans=True)
+    replay = OffloadConfig(device_budget=9 * size, host_budget=6 * size, policy=Replay(recorded.plans))
+    with Engine(model, replay) as engine:
+        again = engine.generate(batches[0], max_new_tokens=4, record_plans=True)
+    assert again.token_ids == recorded.token_ids
+    for ours, theirs in zip(again.plans, recorded.plans, strict=True):
+        assert (ours.host, ours.device) == (theirs.host, theirs.device)
+
+
+def test_warming_up_reads_an_expert_and_changes_nothing(stored):
+    model = stored("bfloat16")
+    config = OffloadConfig(host_budget=3 * model.bank.expert_bytes, policy="host-only")
+    with Engine(model, config) as engine:
+        engine.warmup(prompt_tokens=3, max_num_seqs=1, new_tokens=2)
+        assert not engine.runner.pool._where
+        assert engine.runner.pool.stats.misses == 0
 
 
 def test_a_saved_model_runs_from_its_folder(tmp_path):
