@@ -15,6 +15,10 @@ from layerscope_jax.scheduling.plan import LayerPlan, Observation
 
 Forecast = Sequence[Sequence[float]]
 
+LIKELY = 0.5
+"""Expected tokens from which on an expert is read ahead. Reads ahead take turns with those that layers wait
+for, so that one which is used less often than not costs more than it gains (`benchmarks/bench_disk.py`)."""
+
 
 def with_reads(
     plan: LayerPlan,
@@ -26,9 +30,9 @@ def with_reads(
 ) -> LayerPlan:
     """Returns a plan with `read` and `read_ahead`.
 
-    Experts are read ahead layer by layer, nearest first; of each layer as many as this layer has active
-    experts, those with the most expected tokens. Experts that are in memory already are listed too, because
-    they must not make way for others.
+    Experts are read ahead layer by layer, nearest first; of each layer at most as many as this layer has
+    active experts, those with the most expected tokens, if these are likely. Experts that are in memory
+    already are listed too, because they must not make way for others.
 
     Args:
         plan: a plan that `check_plan` accepts.
@@ -59,8 +63,8 @@ def with_reads(
         target = (layer + horizon) % num_layers
         if target == layer:  # a full turn: nothing more is known of the layers after it
             break
-        likeliest = sorted([n for n, tokens in enumerate(row) if tokens > 0], key=lambda n: (-row[n], n))
-        for number in likeliest[: len(seen.demand)]:
+        likely = [number for number, tokens in enumerate(row) if tokens >= LIKELY]
+        for number in sorted(likely, key=lambda number: (-row[number], number))[: len(seen.demand)]:
             expert = ExpertId(target, number)
             on_device = (expert in seen.resident and expert not in evicted) or expert in seen.in_flight
             if on_device or expert in needed:

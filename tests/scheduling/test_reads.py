@@ -4,12 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax import ExpertId, LayerPlan, Observation
-from layerscope_jax.scheduling.reads import Uses, with_reads
+from layerscope_jax.scheduling.reads import LIKELY, Uses, with_reads
 
 LAYERS, EXPERTS = 4, 6
 EVERY = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 SOME = st.lists(st.sampled_from(EVERY), unique=True, max_size=12)
-ROW = st.lists(st.sampled_from([0.0, 0.0, 0.2, 1.0, 3.0]), min_size=EXPERTS, max_size=EXPERTS)
+ROW = st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0, 3.0]), min_size=EXPERTS, max_size=EXPERTS)
 
 
 @st.composite
@@ -65,7 +65,7 @@ def test_reads_follow_from_the_plan_and_from_what_host_memory_holds(case, in_mem
     assert 0 not in distances
     for expert, distance in zip(ahead, distances, strict=True):
         row = forecast[distance - 1]
-        assert row[expert.expert] > 0
+        assert row[expert.expert] >= LIKELY
         better = [n for n, tokens in enumerate(row) if tokens > row[expert.expert]]
         assert len(better) < len(seen.demand)
     assert more == with_reads(more, seen, set(in_memory), forecast, LAYERS, room)
