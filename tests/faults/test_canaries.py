@@ -3,7 +3,7 @@
 import functools
 from types import SimpleNamespace
 
-import jax.numpy as jnp
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_experts(data, tokens, seed):
     format = format_named(np.dtype(of_weights).name).for_body(data.draw(st.sampled_from(BODIES), "body"))
     held = [
         InMemory.of(
-            format.Expert(*map(jnp.asarray, arrays_of(rng, width, hidden, of_weights, format.body))), format
+            format.Expert(*map(jax.device_put, arrays_of(rng, width, hidden, of_weights, format.body))), format
         )
         for _ in range(3)
     ]
