@@ -104,7 +104,7 @@ def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) 
             values = 0.1 * noise
         else:
             values = noise / np.sqrt(shape[-1]) * (2 if "router" in path else 1)
-        return jnp.asarray(values.astype(dtype))
+        return jax.device_put(values.astype(dtype))  # which compiles nothing, as `jnp.asarray` does
 
     leaves = {path: draw(path, leaf.shape) for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()}
     return nnx.merge(graphdef, unflatten_dict(leaves))

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 from importlib.util import find_spec
 from unittest import mock
@@ -9,10 +10,13 @@ from unittest import mock
 import pytest
 from docs_pages import LINK, NAMED_FILE, OPTION, PAGES, ROOT, anchors, blocks, commands, prose
 
+import layerscope_jax
 from layerscope_jax.cli import demo
 from layerscope_jax.cli.main import COMMANDS
 from layerscope_jax.models import FAMILIES
 from layerscope_jax.scheduling.registry import FORECASTING, POLICIES
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 PYTHON_PAGES = [page for page in PAGES if any(b.language == "python" and b.run for b in blocks(page))]
 
@@ -38,6 +42,9 @@ OF_THE_READER = {
 
 IMPORT = re.compile(r"^ *from ((?:predictor|benchmarks|tools)[\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
 
+load = functools.cache(layerscope_jax.load)
+"""The pages share what they load."""
+
 COMMON_OPTIONS = {"--help", "--debug", "--version"}
 
 
@@ -56,18 +63,19 @@ def _registries():
     FORECASTING.update(names[1])
 
 
-@pytest.mark.usefixtures("_registries", "quick_compiles")
+@pytest.mark.usefixtures("_registries")
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=shown)
 def test_python_runs(page, tmp_path, monkeypatch, capsys):
     """On the shipped model; where a page names a policy, within a budget that leaves something to decide."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
-    monkeypatch.setattr("layerscope_jax.use_compilation_cache", lambda: None)  # a setting of the process
+    monkeypatch.setattr(layerscope_jax, "use_compilation_cache", lambda: None)  # a setting of the process
+    monkeypatch.setattr(layerscope_jax, "load", load)
     try:
         for block in blocks(page):
             if block.language == "python" and block.run:
                 code = block.text.replace("path/to/checkpoint", str(demo.SHIPPED))
-                code = code.replace('"2GiB", policy', '"6MB", policy')
+                code = code.replace('"2GiB", policy', '"6MB", policy').replace("batches=[4]", "batches=[1]")
                 code = re.sub(r"max_new_tokens=\d+", "max_new_tokens=3", code)
                 exec(compile(code, shown(page), "exec"), names)
     finally:

@@ -3,7 +3,7 @@
 import functools
 from types import SimpleNamespace
 
-import jax.numpy as jnp
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -51,12 +51,10 @@ def test_experts(data, tokens, seed):
     width, hidden = (step * data.draw(st.integers(1, 160 // step if step > 1 else 100)) for _ in range(2))
     rng, guarded = np.random.default_rng(seed), Guarded()
     format = format_named(np.dtype(of_weights).name).for_body(data.draw(st.sampled_from(BODIES), "body"))
-    held = [
-        InMemory.of(
-            format.Expert(*map(jnp.asarray, arrays_of(rng, width, hidden, of_weights, format.body))), format
-        )
-        for _ in range(3)
-    ]
+    held = []
+    for _ in range(3):
+        arrays = map(jax.device_put, arrays_of(rng, width, hidden, of_weights, format.body))
+        held.append(InMemory.of(format.Expert(*arrays), format))
     choices = data.draw(st.integers(1, 3))
     chosen = np.argsort(rng.random((tokens, 3)), 1)[:, :choices].astype(np.int32)
     rows = Assignments(chosen, rng.random(tokens) < 0.9)

@@ -13,7 +13,10 @@ from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.support import interrupts
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals as POSIX has them")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="sends signals as POSIX has them"),
+    pytest.mark.usefixtures("quick_compiles"),
+]
 
 BEGIN = """
 import os, signal, sys, time
@@ -178,7 +181,6 @@ def test_no_step_begins(numerics, whole, monkeypatch):
             next(stream)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_next_layer_does_not_begin(monkeypatch):
     with Engine(random_model(TINY), OffloadConfig(numerics="exact")) as engine:
         layers = []

@@ -21,6 +21,8 @@ from layerscope_jax.kernels.host_kernels import AMX, LOOPS, PAIRS, kernel_of
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.support import machine, target
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = Path(__file__).parents[2]
 FLOAT32, BFLOAT16 = (np.dtype(jnp.dtype(name)) for name in ("float32", "bfloat16"))
 
@@ -70,7 +72,6 @@ def expected(name, config):
 ON_HOST = OffloadConfig(device_budget=0, policy="host-only")
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_for_any_cpu_plain_loops_are_compiled():
     """In bfloat16, which asks most of LLVM there; attention and dense products by XLA, to compile less."""
     before = "from layerscope_jax.kernels.inside import Inside\nInside.is_possible = lambda *_: False\n"
@@ -80,7 +81,6 @@ def test_for_any_cpu_plain_loops_are_compiled():
     assert found == [[expected("bfloat16", ON_HOST), {"loops": 1.0, "xla": 0.0}]]
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_where_nothing_can_be_compiled_xla_computes():
     found, said = generated(["float32"], NUMBA_DISABLE_JIT="1")
     assert found == [[expected("float32", OffloadConfig()), {"xla": 1}]]
@@ -111,7 +111,6 @@ for name in ("sysconf", "sched_getaffinity"):
 """
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_on_other_systems_it_computes_layer_by_layer():
     """Without semaphores of Linux, /proc, sysconf, XLA's header: what of that can be made up."""
     before = ELSEWHERE + "from layerscope_jax.support import machine\n"
@@ -207,7 +206,6 @@ def broken(afresh, monkeypatch):
     return breaks
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_what_fails_to_compile_is_left_to_xla_with_one_warning(broken):
     tokens = expected("float32", ON_HOST)
     broken("loops", "pairs", "amx")

@@ -16,6 +16,8 @@ from layerscope_jax import Engine, ExpertId, Geometry, LayerPlan, Observation, O
 from layerscope_jax.scheduling.plan import check_plan
 from layerscope_jax.simulation.simulator import Workload, simulate
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SLOTS = 8
 GEOMETRY = Geometry(num_layers=3, num_experts=8, experts_per_token=2, expert_bytes=100, slots=SLOTS)
 
@@ -71,7 +73,6 @@ def late(engine, gate):
         del transfers.wait, transfers.rest
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_replay_whose_prefetches_come_as_late_as_they_can_runs():
     """The recording had them at once."""
     model, batches, _ = case("bfloat16")

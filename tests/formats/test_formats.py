@@ -1,5 +1,6 @@
 """Formats: the plain ones are what checkpoints hold, and what does not fit a format is refused in words."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,11 @@ from layerscope_jax import ExpertBank
 from layerscope_jax.formats import Buffer, ExpertFormat, format_named, plain_of, register_format
 from layerscope_jax.models.experts import ExpertWeights, ffn
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 NAMES = ("float32", "bfloat16", "float16")
+
+exactly = jax.jit(ffn)
 
 
 def matrices(dtype, width=6, hidden=4):
@@ -41,10 +46,10 @@ def test_a_plain_format_is_the_matrices(name):
 def test_rows_of_any_type_go_through_weights_of_any_other(name, of_rows):
     expert = ExpertWeights(*map(jnp.asarray, matrices(jnp.dtype(name))))
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 6)), of_rows)
-    found = format_named(name).ffn(x, expert)
+    found = jax.jit(format_named(name).ffn)(x, expert)
     assert (found.shape, found.dtype) == ((3, 6), x.dtype)
     wide = ExpertWeights(*(matrix.astype(jnp.float32) for matrix in expert))
-    exact = np.asarray(ffn(x.astype(jnp.float32), wide))
+    exact = np.asarray(exactly(x.astype(jnp.float32), wide))
     tolerance = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
     error = np.abs(np.asarray(found, np.float32) - exact).max() / np.abs(exact).max()
     assert error < max(tolerance[of_rows], 1e-5)

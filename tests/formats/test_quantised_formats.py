@@ -86,9 +86,9 @@ def test_an_expert_computes_what_its_unpacked_matrices_do(name, dtype):
     format.check(packed)
     assert format.sizes(packed) == (64, 96)
     assert format.expert_bytes(64, 96) == sum(array.nbytes for array in packed)
-    unpacked = [jnp.asarray(array.astype(jnp.dtype(dtype))) for array in format.unpack(packed)]
+    unpacked = [jax.device_put(array.astype(jnp.dtype(dtype))) for array in format.unpack(packed)]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 64)), dtype)
-    found = jax.jit(format.ffn)(x, jax.tree.map(jnp.asarray, packed))
+    found = jax.jit(format.ffn)(x, jax.device_put(packed))
     expected = jax.jit(lambda x, weights: ffn(x, weights, body))(x, weights_type(body)(*unpacked))
     np.testing.assert_array_equal(bits(found), bits(expected))
 
@@ -157,7 +157,7 @@ def test_every_code_stands_for_its_number_in_jax_too():
     assert (e4m3(codes) == codes.view("u1").view(jnp.float8_e4m3fn).astype(np.float32))[:127].all()
     for name in NAMES:
         packed = encoding_of(name).pack(matrices(SWIGLU, 64, 96)[0])
-        of_jax = jax.jit(encoding_of(name).values)([jnp.asarray(array) for array in packed])
+        of_jax = jax.jit(encoding_of(name).values)(jax.device_put(list(packed)))
         np.testing.assert_array_equal(bits(of_jax), bits(encoding_of(name).values(packed)))
     packed = np.arange(48, dtype=np.uint8).reshape(3, 16)
     np.testing.assert_array_equal(joined(nibbles(packed)), packed)

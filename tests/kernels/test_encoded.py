@@ -2,7 +2,7 @@
 
 import functools
 
-import jax.numpy as jnp
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def expert(name, shape, body):
 
 
 def rows_of(kernel, inputs, tokens, weights, format):
-    held = InMemory.of(type(weights)(*map(jnp.asarray, weights)), format)
+    held = InMemory.of(type(weights)(*map(jax.device_put, weights)), format)
     chosen = Assignments(np.zeros((len(inputs), 1), np.int32), np.isin(np.arange(len(inputs)), tokens))
     outputs = np.zeros((len(inputs) + 1, inputs.shape[1]), inputs.dtype)
     computer(kernel).compute(outputs, inputs, chosen, [0], lambda _: [held], WorkStats())
@@ -67,12 +67,11 @@ def test_they_are_plain_experts_bit_for_bit(name, data, count, seed):
     rng = np.random.default_rng(seed)
     inputs = rng.standard_normal((80, shape[0])).astype(dtype)
     tokens = np.sort(rng.permutation(80)[:count])
-    found = rows_of(ENCODED[way], inputs, tokens, packed, format)
     rounded = type(plain)(*(np.asarray(array).astype(dtype) for array in plain[:3]), *plain[3:])
     if body.bias:  # plain experts have biases of the weights' dtype: those that both can hold
         coarse = np.asarray(plain.bias).astype(BFLOAT16).astype(np.float32)
         packed, rounded = packed._replace(bias=coarse), rounded._replace(bias=coarse.astype(dtype))
-        found = rows_of(ENCODED[way], inputs, tokens, packed, format)
+    found = rows_of(ENCODED[way], inputs, tokens, packed, format)
     expected = rows_of(KERNELS[way], inputs, tokens, rounded, format_named(dtype).for_body(body))
     assert np.isfinite(found.astype(np.float32)).all()
     np.testing.assert_array_equal(bits(found), bits(expected))

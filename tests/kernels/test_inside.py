@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -40,7 +39,7 @@ def made(case, threads):
     rng = np.random.default_rng(0)
 
     def matrix(*shape):
-        return jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(dtype))
+        return jax.device_put((rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(dtype))
 
     format = format_named(np.dtype(dtype).name).for_body(CLAMPED if "biased" in case else SWIGLU)
     shapes = [buffer.shape for buffer in format.buffers(width, hidden).values()]
@@ -62,7 +61,7 @@ def test_rows_are_those_outside(tokens, choices, seed, data):
     active = rng.random(tokens) < 0.8
     chosen = np.argsort(rng.random((tokens, EXPERTS)), 1)[:, :choices].astype(np.int32)
     inputs = rng.standard_normal((tokens, width)).astype(dtype)
-    found = rows(within.target, jnp.asarray(inputs), chosen, active, within.table_of(held))
+    found = rows(within.target, jax.device_put(inputs), chosen, active, within.table_of(held))
     assert found.shape == (tokens * choices, width)
 
     sorted_rows = Assignments(chosen, active)
@@ -90,8 +89,8 @@ def test_products_are_those_of_xla(name, shape, case):
     """Also where an engine's experts are of another type."""
     table = made(case, 3)[1].table
     rng = np.random.default_rng(1)
-    weights = jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(name))
-    x = jnp.asarray(rng.standard_normal((5, 27, shape[1])).astype(name))
+    weights = jax.device_put((rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(name))
+    x = jax.device_put(rng.standard_normal((5, 27, shape[1])).astype(name))
     (found,) = jax.jit(products)(table, x, weights)
     assert (found.shape, found.dtype) == ((5, 27, shape[0]), x.dtype)
     exact = np.asarray(x, np.float64) @ np.asarray(weights, np.float64).T
@@ -105,8 +104,8 @@ def test_products_at_the_same_time_do_not_mix():
     """A crew helps one at a time; who comes meanwhile computes alone."""
     table = made("float32", 3)[1].table
     rng = np.random.default_rng(2)
-    x = jnp.asarray(rng.standard_normal((3, 64)).astype(np.float32))
-    many = [jnp.asarray(rng.standard_normal((512, 64)).astype(np.float32)) for _ in range(24)]
+    x = jax.device_put(rng.standard_normal((3, 64)).astype(np.float32))
+    many = [jax.device_put(rng.standard_normal((512, 64)).astype(np.float32)) for _ in range(24)]
     apart = jax.jit(lambda table, x, weights: products(table, x, weights)[0])
     together = jax.jit(lambda table, x, many: [products(table, x, weights)[0] for weights in many])
     expected = [np.asarray(apart(table, x, weights)) for weights in many]
@@ -120,8 +119,8 @@ def test_products_of_several_matrices_are_those_of_each(rows):
     """One job, shared out by columns or, where there are many rows, by these."""
     table = made("float32", 3)[1].table
     rng = np.random.default_rng(3)
-    x = jnp.asarray(rng.standard_normal((rows, 64)).astype(np.float32))
-    many = [jnp.asarray(rng.standard_normal((width, 64)).astype(np.float32)) for width in (544, 32, 160)]
+    x = jax.device_put(rng.standard_normal((rows, 64)).astype(np.float32))
+    many = [jax.device_put(rng.standard_normal((width, 64)).astype(np.float32)) for width in (544, 32, 160)]
     together = jax.jit(products)(table, x, *many)
     for weights, found in zip(many, together, strict=True):
         (expected,) = jax.jit(products)(table, x, weights)

@@ -44,10 +44,10 @@ def experts(dtype, width, hidden, count, body=SWIGLU):
     rng = np.random.default_rng(0)
 
     def matrix(*shape):
-        return jnp.asarray((rng.standard_normal(shape) / np.sqrt(shape[1])).astype(dtype))
+        return jax.device_put((rng.standard_normal(shape) / np.sqrt(shape[1])).astype(dtype))
 
     def bias():
-        return [jnp.asarray(rng.standard_normal(2 * hidden + width).astype(dtype))] if body.bias else []
+        return [jax.device_put(rng.standard_normal(2 * hidden + width).astype(dtype))] if body.bias else []
 
     return [
         weights_type(body)(matrix(hidden, width), matrix(hidden, width), matrix(width, hidden), *bias())
@@ -125,7 +125,7 @@ def test_experts_of_any_body_are_the_reference_with_the_same_bits_in_any_company
     (weights,) = experts(dtype, *shape, 1, body)
     inputs = np.random.default_rng(1).standard_normal((70, shape[0])).astype(dtype)
     reference = format_named(name).for_body(body).ffn
-    expected = np.asarray(jax.jit(reference)(jnp.asarray(inputs), weights), np.float64)
+    expected = np.asarray(jax.jit(reference)(jax.device_put(inputs), weights), np.float64)
     everything = rows_of(computers(1, kernel), inputs, np.arange(70), weights, body)
     error = np.abs(everything.astype(np.float64) - expected).max() / np.abs(expected).max()
     assert error < 2 * tolerance  # both round
@@ -170,7 +170,7 @@ def test_weights_are_read_by_their_own_type(computers, name, weights_name, shape
     """Whatever type the rows have: what the format's reference gives, with few tokens and with many."""
     (weights,) = experts(TYPES[weights_name][0], *shape, 1)
     inputs = np.random.default_rng(1).standard_normal((40, shape[0])).astype(TYPES[name][0])
-    expected = format_named(weights_name).ffn(jnp.asarray(inputs), weights)
+    expected = format_named(weights_name).ffn(jax.device_put(inputs), weights)
     expected = np.asarray(expected, np.float32)
     for count in (1, 3, 40):
         found = rows_of(computers(1, LOOPS), inputs, np.arange(count), weights)

@@ -55,17 +55,6 @@ def test_every_policy_gives_the_bits_of_everything_resident(dtype, policy, slots
         assert engine.runner.forecasts.name == ("gate" if policy == "auto" else None)
 
 
-@pytest.mark.usefixtures("quick_compiles")
-def test_the_whole_model_in_one_program_gives_the_same_tokens():
-    with one_jit(), Engine(model("float32"), OffloadConfig(numerics="fast")) as engine:
-        assert engine.runner.mode == "whole"
-        tokens, logits = run(engine, BATCHES, STEPS)
-    expected_tokens, expected = resident("float32")
-    assert tokens == expected_tokens
-    for here, there in zip(logits, expected, strict=True):
-        np.testing.assert_allclose(here, there, rtol=0, atol=1e-4)
-
-
 def test_plans_statistics_and_taps_number_moe_layers():
     bank, seen = model("float32").bank, []
     assert [len(experts) for experts in bank.layers] == [6, 6]
@@ -89,6 +78,18 @@ def test_a_warm_engine_compiles_nothing_more():
     assert result.token_ids == resident("float32")[0][0]
 
 
+@pytest.mark.usefixtures("quick_compiles")
+def test_the_whole_model_in_one_program_gives_the_same_tokens():
+    with one_jit(), Engine(model("float32"), OffloadConfig(numerics="fast")) as engine:
+        assert engine.runner.mode == "whole"
+        tokens, logits = run(engine, BATCHES, STEPS)
+    expected_tokens, expected = resident("float32")
+    assert tokens == expected_tokens
+    for here, there in zip(logits, expected, strict=True):
+        np.testing.assert_allclose(here, there, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("quick_compiles")
 def test_with_fewer_caches_a_step_goes_no_further_than_they_reach():
     held, seen = model("float32"), []
     with Engine(held, OffloadConfig(policy="host-only")) as engine:
