@@ -66,7 +66,8 @@ FEW_HIGH = PART
 def addresses_of(format: QuantisedFormat, width: int, hidden: int, pointers: Sequence[int]) -> list[int]:
     """Returns the addresses of an expert [width, hidden], given those of its arrays.
 
-    >>> facts = addresses_of(quantised(Int8()), 64, 32, [1, 2, 3, 4, 5, 6])
+    >>> from layerscope_jax.formats import format_named
+    >>> facts = addresses_of(format_named("int8"), 64, 32, [1, 2, 3, 4, 5, 6])
     >>> facts[:BIAS], facts[FACTS:]
     ([1, 2, 0, 3, 4, 0, 5, 6, 0], [0, 64, 1, 1, 0, 0, 32, 1, 1, 0])
     """
