@@ -190,6 +190,24 @@ def test_functions_that_are_closed_over_are_known_again(folder):
         assert (outer(2), hits(outer)) == (6, expected)
 
 
+def test_what_they_close_over_themselves_counts_too():
+    def adding(number):
+        @njit()
+        def add(x):
+            return x + number
+
+        return add
+
+    def twice(add):
+        def both(x):
+            return add(add(x))
+
+        return kernel_cache.KernelCache(both)._key(())
+
+    first, other, same = (twice(adding(number)) for number in (1, 2, 1))
+    assert first == same != other
+
+
 def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
