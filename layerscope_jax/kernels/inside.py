@@ -220,7 +220,9 @@ def rows(name: str, inputs: jax.Array, experts: jax.Array, active: jax.Array, ta
     kinds = [(inputs, 2, np.dtype(name.rpartition("_")[2])), (experts, 2, np.dtype(np.int32))]
     kinds += [(active, 1, np.dtype(np.bool_)), (table, 1, np.dtype(np.uint32))]
     fit = all(array.ndim == rank and array.dtype == dtype for array, rank, dtype in kinds)
-    if not fit or len(table) <= 2 * FACTS or not len(experts) == len(active) == tokens:
+    arrays = ENCODED_ARRAYS if "_encoded_" in name else ARRAYS
+    numbers, rest = divmod(len(table) - 2 * FACTS, 2 * arrays) if fit else (0, 0)
+    if numbers < 1 or rest or not len(experts) == len(active) == tokens:
         got = ", ".join(f"{array.dtype}{list(array.shape)}" for array, *_ in kinds)
         raise ValueError(
             f"{name} takes inputs [T, D], experts int32 [T, K], active bool [T] and a table, got {got}"

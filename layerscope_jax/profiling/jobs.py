@@ -170,7 +170,8 @@ class Jobs:
             nonlocal caches
             began, apart = time.perf_counter(), self._host.stats.arithmetic_s + self._waited_s
             *_, caches[:layers] = runner.step(tokens, positions, last, caches[:layers], None)
-            return time.perf_counter() - began - (self._host.stats.arithmetic_s + self._waited_s - apart)
+            apart = self._host.stats.arithmetic_s + self._waited_s - apart
+            return max(0.0, time.perf_counter() - began - apart)
 
         def job(round: int) -> float:
             ends = seconds(0)
@@ -194,7 +195,8 @@ class Jobs:
             left = [expert for expert in left if expert not in ready]
         began, waited = time.perf_counter(), self._waited_s
         work()
-        return time.perf_counter() - began - (self._waited_s - waited)
+        # Other threads may have waited meanwhile too: what is left is never less than nothing.
+        return max(0.0, time.perf_counter() - began - (self._waited_s - waited))
 
     @property
     def _waited_s(self) -> float:
