@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from layerscope_jax import Model
-from layerscope_jax.offload.disk import DiskBank, Piece, state_of
+from layerscope_jax.offload.disk import DiskBank, Piece
+from layerscope_jax.support.files import state_of
 
 
 def on_disk(model: Model, folder: Path, shards: int = 3) -> Model:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from layerscope_jax.support.files import is_there, parse_json, read_json
+from layerscope_jax.support.files import is_there, parse_json, read_json, state_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,7 +49,7 @@ class StoredTensor:
         dtype: safetensors' name of it, "BF16" say.
         shape: as stored.
         start, size: in bytes, from the beginning of the file.
-        state: of the file when its header was read (see `_state`).
+        state: of the file when its header was read (see `support.files.state_of`).
     """
 
     file: Path
@@ -107,7 +107,7 @@ class StoredTensor:
 
     def is_changed(self, opened: int) -> bool:
         """Whether its file, given by a file descriptor, is another than the header was read of."""
-        return _state(opened) != self.state
+        return state_of(opened) != self.state
 
     def check(self, opened: int) -> None:
         """Checks that its file, given by a file descriptor, is the one that the header was read of.
@@ -139,12 +139,6 @@ def equal(one: StoredTensor, other: StoredTensor) -> bool:
         if not np.array_equal(ours, theirs):
             return False
     return True
-
-
-def _state(opened: int) -> tuple[int, ...]:
-    """What tells a file from what it becomes when somebody writes to it, or puts another in its place."""
-    status = os.fstat(opened)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -260,7 +254,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with safetensors.safe_open(file, framework="numpy"):
             pass
         with file.open("rb") as opened:
-            state = _state(opened.fileno())
+            state = state_of(opened.fileno())
             length = int.from_bytes(opened.read(8), "little")
             header = parse_json(opened.read(length))
         header.pop("__metadata__", None)

@@ -28,30 +28,7 @@ from layerscope_jax.kernels.encodings import (
     facts_of,
 )
 from layerscope_jax.kernels.numbers import pointer
-from layerscope_jax.kernels.tiles import (
-    TILE,
-    ask,
-    clear0,
-    clear1,
-    clear2,
-    clear3,
-    few0,
-    few1,
-    few2,
-    few3,
-    load0,
-    load1,
-    load2,
-    load3,
-    load4,
-    load5,
-    load6,
-    load7,
-    store0,
-    store1,
-    store2,
-    store3,
-)
+from layerscope_jax.kernels.tiles import TILE, add_few, ask, clear, load_few, store_few
 from layerscope_jax.support.njit import njit
 
 # Addresses of an expert: of codes, scales and what is third of gate, up and down, 0 where there is none; of
@@ -158,41 +135,16 @@ def product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahe
             steps = (min(begin + FEW_HIGH, depth) - begin) // CHUNK
             stage(matrix, depth, start, rows, begin, steps, staged, kind)
             if begin == 0:
-                clear0()
-                clear1()
-                clear2()
-                clear3()
+                clear()
             else:
-                load0(to, wide)
-                if tiles > 1:
-                    load1(to + TILE * wide, wide)
-                if tiles > 2:
-                    load2(to + 2 * TILE * wide, wide)
-                if tiles > 3:
-                    load3(to + 3 * TILE * wide, wide)
+                load_few(to, wide, tiles)
             for k in range(steps):
-                load7(inputs + wide * (begin + CHUNK * k) // 2, wide)
                 for _ in range(asked):
                     ask(line)
                     line += 64
-                load4(staged + 1024 * k, 64)
-                few0()
-                if tiles > 1:
-                    load5(staged + 1024 * (steps + k), 64)
-                    few1()
-                if tiles > 2:
-                    load6(staged + 1024 * (2 * steps + k), 64)
-                    few2()
-                if tiles > 3:
-                    load4(staged + 1024 * (3 * steps + k), 64)
-                    few3()
-            store0(to, wide)
-            if tiles > 1:
-                store1(to + TILE * wide, wide)
-            if tiles > 2:
-                store2(to + 2 * TILE * wide, wide)
-            if tiles > 3:
-                store3(to + 3 * TILE * wide, wide)
+                x = inputs + wide * (begin + CHUNK * k) // 2
+                add_few(x, wide, staged + 1024 * k, 64, 1024 * steps, tiles)
+            store_few(to, wide, tiles)
 
 
 product_of_many = tile_products.many_by(stage, row_of)

@@ -16,7 +16,13 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from layerscope_jax.formats.fp8 import Fp8
+from layerscope_jax.formats.int4 import Int4
+from layerscope_jax.formats.int8 import Int8
+from layerscope_jax.formats.mxfp4 import Mxfp4
+from layerscope_jax.formats.nvfp4 import Nvfp4
 from layerscope_jax.formats.quantised import QuantisedFormat
+from layerscope_jax.formats.small_floats import E2M1_VALUES
 from layerscope_jax.kernels.numbers import pointer
 from layerscope_jax.kernels.strips import repeat
 from layerscope_jax.kernels.vectors import INT, LONG, WIDE, WORD, external, read
@@ -36,7 +42,6 @@ MATRIX = 9
 
 INT8, FP8, INT4_FLOAT16, INT4_BFLOAT16, MXFP4, NVFP4 = range(6)
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BYTE = ir.IntType(8)
 FLOAT = ir.FloatType()
 LANES = 16
@@ -222,7 +227,7 @@ def eight_bits(small_float: bool) -> Any:
     return intrinsic(typed)
 
 
-INTEGERS, FLOATS = range(-8, 8), (*E2M1, *(-value for value in E2M1))
+INTEGERS, FLOATS = range(-8, 8), E2M1_VALUES.tolist()
 
 write_float16, write_bfloat16 = (four_bits(INTEGERS, scale) for scale in ("float16", "bfloat16"))
 write_float16_zeros, write_bfloat16_zeros = (
@@ -288,24 +293,23 @@ def suit(format: QuantisedFormat, width: int, hidden: int) -> bool:
 
 def facts_of(format: QuantisedFormat, rows: int, depth: int) -> tuple[int, ...] | None:
     """Returns CODE to SHARED of matrices [rows, depth]; None where `decode` cannot read them."""
-    encoding: Any = format.encoding
-    kind = type(encoding).__name__
+    encoding = format.encoding
     if depth % CHUNK:
         return None
-    if kind == "Int8":
+    if isinstance(encoding, Int8):
         return INT8, depth, 1, 1, 0
-    if kind == "Fp8":
+    if isinstance(encoding, Fp8):
         high, wide = encoding.block(rows, depth)
         along = -(-depth // wide)
         return None if along > 1 and wide % CHUNK else (FP8, wide, high, along, 0)
-    if kind == "Int4":
+    if isinstance(encoding, Int4):
         group = encoding.group
         if depth % group or PART % group:
             return None
         code = INT4_FLOAT16 if encoding.scale == "float16" else INT4_BFLOAT16
         return code, group, 1, depth // group, (group // CHUNK).bit_length() - 1
-    if kind == "Mxfp4":
+    if isinstance(encoding, Mxfp4):
         return MXFP4, CHUNK, 1, depth // CHUNK, 0
-    if kind == "Nvfp4":
+    if isinstance(encoding, Nvfp4):
         return NVFP4, CHUNK // 2, 1, depth // (CHUNK // 2), 0
     return None

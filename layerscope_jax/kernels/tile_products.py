@@ -17,16 +17,10 @@ from layerscope_jax.kernels.numbers import pointer
 from layerscope_jax.kernels.tiles import (
     DEPTH,
     TILE,
+    add_few,
     ask,
-    clear0,
-    clear1,
-    clear2,
-    clear3,
+    clear,
     columns,
-    few0,
-    few1,
-    few2,
-    few3,
     load0,
     load1,
     load2,
@@ -43,6 +37,7 @@ from layerscope_jax.kernels.tiles import (
     store1,
     store2,
     store3,
+    store_few,
 )
 from layerscope_jax.support.njit import njit
 
@@ -68,39 +63,15 @@ def product_of_few(inputs, depth, weights, first, last, tokens, sums, ahead):
     """
     row, wide = 2 * depth, 4 * tokens
     for start in range(first, last, FEW_ROWS):
-        tiles, at, to = (
-            min(FEW_ROWS, last - start) // TILE,
-            weights + row * start,
-            sums + wide * (start - first),
-        )
+        tiles = min(FEW_ROWS, last - start) // TILE
+        at, to = weights + row * start, sums + wide * (start - first)
         coming = at + FEW_ROWS * row if start + FEW_ROWS < last else ahead
-        clear0()
-        clear1()
-        clear2()
-        clear3()
+        clear()
         for k in range(0, depth, DEPTH):
-            begin = at + 2 * k
-            load7(inputs + wide * (k // 2), wide)
             for line in range(TILE * tiles):  # in the order in which memory is fastest
                 ask(coming + 2 * TILE * tiles * k + 64 * line)
-            load4(begin, row)
-            few0()
-            if tiles > 1:
-                load5(begin + TILE * row, row)
-                few1()
-            if tiles > 2:
-                load6(begin + 2 * TILE * row, row)
-                few2()
-            if tiles > 3:
-                load4(begin + 3 * TILE * row, row)
-                few3()
-        store0(to, wide)
-        if tiles > 1:
-            store1(to + TILE * wide, wide)
-        if tiles > 2:
-            store2(to + 2 * TILE * wide, wide)
-        if tiles > 3:
-            store3(to + 3 * TILE * wide, wide)
+            add_few(inputs + wide * (k // 2), wide, at + 2 * k, row, TILE * row, tiles)
+        store_few(to, wide, tiles)
 
 
 @njit(cache=True, nogil=True)
@@ -161,10 +132,7 @@ def many_by(stage: Any, row_of: Any) -> Any:
                     upper, x = to + 4 * TILE * tile, inputs + 2 * TILE * depth * tile + 2 * TILE * begin
                     lower, y = upper + TILE * wide, x + 2 * TILE * depth
                     if begin == 0:
-                        clear0()
-                        clear1()
-                        clear2()
-                        clear3()
+                        clear()
                     else:
                         load0(upper, wide)
                         if tile + 1 < tiles:

@@ -82,6 +82,63 @@ def ask(typing: Any, address: Any) -> Any:
     return types.void(types.int64), build
 
 
+@njit(cache=True, nogil=True)
+def clear():
+    """Begins four tiles of sums anew."""
+    clear0()
+    clear1()
+    clear2()
+    clear3()
+
+
+@njit(cache=True, nogil=True)
+def load_few(at, stride, tiles):
+    """Loads tiles of sums that lie below each other."""
+    load0(at, stride)
+    if tiles > 1:
+        load1(at + TILE * stride, stride)
+    if tiles > 2:
+        load2(at + 2 * TILE * stride, stride)
+    if tiles > 3:
+        load3(at + 3 * TILE * stride, stride)
+
+
+@njit(cache=True, nogil=True)
+def store_few(to, stride, tiles):
+    """Stores them."""
+    store0(to, stride)
+    if tiles > 1:
+        store1(to + TILE * stride, stride)
+    if tiles > 2:
+        store2(to + 2 * TILE * stride, stride)
+    if tiles > 3:
+        store3(to + 3 * TILE * stride, stride)
+
+
+@njit(cache=True, nogil=True)
+def add_few(inputs, wide, weights, stride, distance, tiles):
+    """Adds the products of a tile of inputs with tiles of weights to the tiles of sums.
+
+    Args:
+        inputs: address of up to 16 tokens' inputs, `wide` bytes from one pair to the next.
+        weights: address of the first tile, `stride` bytes from one row to the next.
+        distance: bytes from one tile to the next.
+        tiles: of weights, 1 to 4.
+    """
+    load7(inputs, wide)
+    load4(weights, stride)
+    few0()
+    if tiles > 1:
+        load5(weights + distance, stride)
+        few1()
+    if tiles > 2:
+        load6(weights + 2 * distance, stride)
+        few2()
+    if tiles > 3:
+        load4(weights + 3 * distance, stride)
+        few3()
+
+
 WORDS, HALVES = ir.VectorType(ir.IntType(32), TILE), ir.VectorType(ir.IntType(16), TILE)
 
 

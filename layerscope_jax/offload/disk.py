@@ -17,6 +17,7 @@ from layerscope_jax.formats import ExpertFormat
 from layerscope_jax.offload.bank import ExpertBank, host_sharding
 from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.errors import ReadError
+from layerscope_jax.support.files import state_of
 
 BLOCK = 4096
 """What offsets, sizes and addresses of direct reads must be multiples of (bytes), whatever the disk."""
@@ -40,7 +41,7 @@ class Piece:
         file: the file.
         start, size: range (bytes).
         shape, dtype: of the array.
-        state: what tells the file from what it becomes when somebody writes to it; see `state_of`.
+        state: of the file when the model was loaded (`support.files.state_of`).
     """
 
     file: Path
@@ -49,12 +50,6 @@ class Piece:
     shape: tuple[int, ...]
     dtype: np.dtype
     state: tuple[int, ...]
-
-
-def state_of(opened: int) -> tuple[int, ...]:
-    """Returns device, inode, size and time of change of an open file."""
-    status = os.fstat(opened)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class File:

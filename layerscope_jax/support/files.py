@@ -279,3 +279,9 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(opened)
+
+
+def state_of(opened: int) -> tuple[int, ...]:
+    """Returns what tells an open file from what it becomes when somebody writes to it or replaces it."""
+    status = os.fstat(opened)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

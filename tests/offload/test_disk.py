@@ -13,8 +13,9 @@ from links import random_bank
 
 from layerscope_jax import ExpertId
 from layerscope_jax.offload import disk
-from layerscope_jax.offload.disk import File, Piece, aligned, state_of
+from layerscope_jax.offload.disk import File, Piece, aligned
 from layerscope_jax.support.errors import ReadError
+from layerscope_jax.support.files import state_of
 
 SIZE = 3 * disk.BLOCK + 1234
 
