@@ -38,6 +38,20 @@ TINY = ModelConfig(
     max_position_embeddings=96,
 )
 
+SMALLEST = replace(
+    TINY,
+    vocab_size=32,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_experts=4,
+    moe_intermediate_size=24,
+    qk_norm="all",
+    max_position_embeddings=64,
+    stop_token_ids=(0,),
+)
+"""Of what is written to files."""
+
 PROFILE = HardwareProfile(
     host_ms=TimeTable((1, 64), (1.0, 8.0)),
     device_ms=TimeTable((1, 64), (0.2, 0.4)),

@@ -4,14 +4,14 @@ import importlib.util
 import json
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tensorstore
-from helpers import TINY, random_decoder
+from helpers import SMALLEST as CONFIG
+from helpers import random_decoder
 from safetensors.numpy import load_file
 
 from layerscope_jax import formats, load, save
@@ -24,18 +24,6 @@ from layerscope_jax.support import folders
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-CONFIG = replace(
-    TINY,
-    vocab_size=32,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_experts=4,
-    moe_intermediate_size=24,
-    qk_norm="all",
-    max_position_embeddings=64,
-    stop_token_ids=(0,),
-)
 FORMAT_FILE = Path(__file__).parents[2] / "examples" / "extend" / "format.py"
 
 

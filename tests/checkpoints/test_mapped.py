@@ -3,31 +3,18 @@
 import gc
 import os
 import shutil
-from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from helpers import TINY, random_decoder
+from helpers import SMALLEST as CONFIG
+from helpers import random_decoder
 from sharded import moved
 
 from layerscope_jax import Engine, ExpertId, load, save
 from layerscope_jax.checkpoints import model as loading
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-CONFIG = replace(
-    TINY,
-    vocab_size=32,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_experts=4,
-    moe_intermediate_size=24,
-    qk_norm="all",
-    max_position_embeddings=64,
-    stop_token_ids=(0,),
-)
 
 
 @pytest.fixture(scope="module")

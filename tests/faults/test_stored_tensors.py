@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import time
-from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import TINY, in_time, random_decoder
+from helpers import SMALLEST as CONFIG
+from helpers import in_time, random_decoder
 from sharded import INDEX, sharded, tensors, write
 
 from layerscope_jax import ModelConfig, load, save
@@ -19,18 +19,6 @@ from layerscope_jax.checkpoints.weight_names import Naming
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-CONFIG = replace(
-    TINY,
-    vocab_size=32,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_experts=4,
-    moe_intermediate_size=24,
-    qk_norm="all",
-    max_position_embeddings=64,
-    stop_token_ids=(0,),
-)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTER = "model.layers.1.mlp.gate.weight"
 
