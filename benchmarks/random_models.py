@@ -16,6 +16,7 @@ from layerscope_jax import Decoder, Model, ModelConfig
 from layerscope_jax.checkpoints.weight_names import Naming
 from layerscope_jax.models.config import LatentSizes
 from layerscope_jax.models.experts import ExpertBody
+from layerscope_jax.models.layers import abstract
 from layerscope_jax.models.routing_rules import RoutingRule
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 
@@ -66,8 +67,8 @@ def shapes(quick: bool) -> dict[str, ModelConfig]:
 def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Decoder:
     """Weights of unit gain, so that routing is spread and no two logits are nearly equal."""
     random = np.random.default_rng(seed)
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
+    decoder = abstract(lambda rngs: Decoder(config, rngs=rngs))
+    graphdef, state = nnx.split(decoder)
 
     def draw(path: tuple, shape: tuple[int, ...]) -> jax.Array:
         if path[-1] == "scale":

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from layerscope_jax import Decoder, HardwareProfile, Model, ModelConfig, TimeTable
+from layerscope_jax.models.layers import abstract
 from layerscope_jax.offload import link
 from layerscope_jax.runtime.whole import WholeModel
 
@@ -96,7 +97,7 @@ def one_jit(wanted: bool = True) -> Iterator[None]:
 @lru_cache
 def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """A decoder without its numbers."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
+    return nnx.split(abstract(lambda rngs: Decoder(config, rngs=rngs, dtype=jnp.float32)))
 
 
 def random_decoder(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Decoder:

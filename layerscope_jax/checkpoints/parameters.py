@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from layerscope_jax.checkpoints.weight_names import ParameterPath, shapes_of_layer
 from layerscope_jax.models.config import LayerKind, ModelConfig
 from layerscope_jax.models.decoder import Decoder
+from layerscope_jax.models.layers import abstract
 
 ENDS = "embedding and head"
 ROUTED = "routed experts"
@@ -54,8 +55,8 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     ends = config.without_layers()
-    abstract = nnx.eval_shape(lambda: Decoder(ends, rngs=nnx.Rngs(0), dtype=np.dtype(np.float32)))
-    arrays: dict[Any, jax.ShapeDtypeStruct] = flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
+    hollow = abstract(lambda rngs: Decoder(ends, rngs=rngs, dtype=np.dtype(np.float32)))
+    arrays: dict[Any, jax.ShapeDtypeStruct] = flatten_dict(nnx.to_pure_dict(nnx.state(hollow)))
     for path, array in arrays.items():
         counts[part_of(path)] += array.size
     for layer, number in kinds_of(config).values():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +23,7 @@ from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.models.family import Family
-from layerscope_jax.models.layers import ExpertParam
+from layerscope_jax.models.layers import ExpertParam, abstract
 from layerscope_jax.models.registry import FAMILIES
 from layerscope_jax.models.weights import EXPERTS, Transform, Weight
 from layerscope_jax.scheduling.plan import ExpertId
@@ -73,7 +75,7 @@ class Naming:
     """
 
     graphdef: nnx.GraphDef
-    parameters: dict[ParameterPath, tuple[int, ...]]
+    parameters: Mapping[ParameterPath, tuple[int, ...]]
     wide: frozenset[ParameterPath]
     dense: list[Source] = field(default_factory=list)
     experts: dict[tuple[ExpertId, str], Source] = field(default_factory=dict)
@@ -92,14 +94,7 @@ class Naming:
         Raises:
             ValueError: if the family is not known, or has no name for a parameter of the model.
         """
-        family = family_of(config)
-        bfloat16 = np.dtype(jnp.bfloat16)
-        abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=bfloat16))
-        graphdef, *states = nnx.split(abstract, ExpertParam, ...)
-        _, dense = map(nnx.to_pure_dict, states)
-        arrays: dict[ParameterPath, jax.ShapeDtypeStruct] = flatten_dict(dense)
-        wide = frozenset(path for path, array in arrays.items() if array.dtype != bfloat16)
-        naming = cls(graphdef, {path: array.shape for path, array in arrays.items()}, wide)
+        family, naming = family_of(config), cls(*_skeleton(config))
         named: set[Any] = set()
         for row in chosen_rows(family, config, stored):
             if row.places[0].startswith(EXPERTS):
@@ -179,6 +174,20 @@ class Naming:
             )
 
 
+@lru_cache(maxsize=8)  # tracing takes seconds, and saving, loading and checking one model ask for the same
+def _skeleton(
+    config: ModelConfig,
+) -> tuple[nnx.GraphDef, Mapping[ParameterPath, tuple[int, ...]], frozenset[ParameterPath]]:
+    """The graph of a decoder, its dense parameters' shapes, and those that are float32 in any dtype."""
+    bfloat16 = np.dtype(jnp.bfloat16)
+    decoder = abstract(lambda rngs: Decoder(config, rngs=rngs, dtype=bfloat16))
+    graphdef, *states = nnx.split(decoder, ExpertParam, ...)
+    _, dense = map(nnx.to_pure_dict, states)
+    arrays: dict[ParameterPath, jax.ShapeDtypeStruct] = flatten_dict(dense)
+    wide = frozenset(path for path, array in arrays.items() if array.dtype != bfloat16)
+    return graphdef, MappingProxyType({path: array.shape for path, array in arrays.items()}), wide
+
+
 def chosen_rows(family: Family, config: ModelConfig, stored: Collection[str] = ()) -> list[Weight]:
     """The rows of a family's table that count for a checkpoint: of those with places in common, the first
     whose tensors it holds, for the first layer that has them.
@@ -218,7 +227,10 @@ def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTe
     """
     family = family_of(config)
     first = next(layer for layer in range(config.num_layers) if layer not in config.dense_layers)
-    shapes = {("embedding",): (config.vocab_size, config.hidden_size)} | shapes_of_layer(config, first)
+    embedding: dict[ParameterPath, tuple[int, ...]] = {
+        ("embedding",): (config.vocab_size, config.hidden_size)
+    }
+    shapes = {**embedding, **shapes_of_layer(config, first)}
     wrong = []
     for row in chosen_rows(family, config, stored.keys()):
         paths = [path_of(place.format(layer=first, expert=0)) for place in row.places]
@@ -247,11 +259,13 @@ def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTe
         )
 
 
-def shapes_of_layer(config: ModelConfig, layer: int) -> dict[ParameterPath, tuple[int, ...]]:
+@lru_cache(maxsize=64)
+def shapes_of_layer(config: ModelConfig, layer: int) -> Mapping[ParameterPath, tuple[int, ...]]:
     """Shapes of a decoder layer's parameters, by their paths in the decoder, without making any array."""
-    abstract = nnx.eval_shape(lambda: new_layer(config, layer, rngs=nnx.Rngs(0), dtype=np.dtype(np.float32)))
-    parameters: dict[Any, jax.ShapeDtypeStruct] = flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
-    return {("layers", layer, *path): array.shape for path, array in parameters.items()}
+    made = abstract(lambda rngs: new_layer(config, layer, rngs=rngs, dtype=np.dtype(np.float32)))
+    parameters: dict[Any, jax.ShapeDtypeStruct] = flatten_dict(nnx.to_pure_dict(nnx.state(made)))
+    shapes = {("layers", layer, *path): array.shape for path, array in parameters.items()}
+    return MappingProxyType(shapes)
 
 
 PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.")

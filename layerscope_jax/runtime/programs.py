@@ -18,6 +18,7 @@ from layerscope_jax.kernels.dense import our_loops
 from layerscope_jax.models.config import LayerKind, ModelConfig
 from layerscope_jax.models.decoder import Add, Decoder, to_end, to_experts
 from layerscope_jax.models.decoder_layers import new_layer
+from layerscope_jax.models.layers import abstract
 from layerscope_jax.prediction.forecasts import expected_tokens
 from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.runtime.sampling import sample
@@ -59,13 +60,13 @@ def dense_parts(
     @functools.cache
     def graph_of(kind: LayerKind) -> nnx.GraphDef:
         layer = next(layer for layer in range(config.num_layers) if config.layer_kind(layer) == kind)
-        return nnx.split(nnx.eval_shape(lambda: new_layer(config, layer, rngs=nnx.Rngs(0), dtype=dtype)))[0]
+        return nnx.split(abstract(lambda rngs: new_layer(config, layer, rngs=rngs, dtype=dtype)))[0]
 
     def layers_of(layers: Layers) -> list[Any]:
         pairs = zip(layers.kinds, layers.params, strict=True)
         return [nnx.merge(graph_of(kind), params) for kind, params in pairs]
 
-    hollow = nnx.eval_shape(lambda: Decoder(config.without_layers(), rngs=nnx.Rngs(0), dtype=dtype))
+    hollow = abstract(lambda rngs: Decoder(config.without_layers(), rngs=rngs, dtype=dtype))
     ends_graph, ends_state = nnx.split(hollow)
     empty: dict[str, Any] = {key: {} for key in ("layers", "experts") if key in nnx.to_pure_dict(ends_state)}
     return layers_of, lambda params: nnx.merge(ends_graph, params | empty)
