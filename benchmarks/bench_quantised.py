@@ -169,12 +169,12 @@ def main(options: Options) -> dict[str, Any]:
         options = replace(
             options, width=64, hidden=96, experts=2, tokens=(1,), batch=1, new_tokens=2, rounds=1
         )
-        options = replace(options, formats=options.formats[:2])
+        options = replace(options, formats=options.formats[:1])
     record = harness.machine()
     plain = load(Path(layerscope_jax.__file__).parent / "shipped")
     forms: dict[str, ExpertFormat] = {name: format_named(name) for name in options.formats}
     models = {PLAIN: plain} | {name: plain.with_format(form) for name, form in forms.items()}
-    passages = shipped_passages()
+    passages = shipped_passages()[: 32 if options.quick else None]
     before = scored(plain, passages)
     qualities = {name: quality(passages, before, model) for name, model in models.items()}
     times, sizes = host_times(options)

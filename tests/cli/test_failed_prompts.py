@@ -11,6 +11,8 @@ from helpers import random_decoder, spelling_model
 from layerscope_jax import save
 from layerscope_jax.cli import main as cli
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):

@@ -10,6 +10,8 @@ import layerscope_jax
 from layerscope_jax.cli import main as cli
 from layerscope_jax.generation.prompt_files import read_prompts
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.mark.parametrize(
     ("args", "message"),

@@ -15,6 +15,8 @@ from layerscope_jax.checkpoints.tokenizer_files import tokenizer_file
 from layerscope_jax.cli import main as cli
 from layerscope_jax.models import config_from_hf
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 

@@ -10,6 +10,8 @@ from command_lines import write
 from layerscope_jax import Engine, Request, load
 from layerscope_jax.cli import main as cli
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 RECOMMENDED = {"do_sample": True, "temperature": 0.9, "top_k": 5, "max_new_tokens": 6}
 PROMPT = [5, 6, 7]
 

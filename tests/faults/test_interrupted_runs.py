@@ -41,7 +41,6 @@ def has_written(rows):
 
 MOMENTS = {
     "imports": (has_loaded_jax, (signal.SIGINT,), 130),
-    "reading": (lambda process, file: file.exists(), (signal.SIGINT,), 130),
     "first": (has_written(1), (signal.SIGINT,), 130),
     "twice": (has_written(3), (signal.SIGINT, signal.SIGINT), 130),
     "terminated": (has_written(ROWS // 2), (signal.SIGTERM,), -signal.SIGTERM),

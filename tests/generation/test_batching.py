@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from exact_cases import tap
+from exact_cases import RandomPolicy, agree, tap
 from helpers import compiled, one_jit, random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ from layerscope_jax.generation.scheduler import joining
 from layerscope_jax.kernels.grouping import GROUP_SIZES
 from layerscope_jax.models.rotary import PAD_POSITION
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")  # bits are the business of test_exactness.py
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 RNG = np.random.default_rng(3)
 POOL = [RNG.integers(0, 61, size).tolist() for size in (1, 2, 3, 5, 9, 16, 33, 40)]
@@ -264,3 +264,31 @@ def test_a_longer_prompt_compiles_nothing(config):
         assert len(compiled) == before
     assert shapes[:13] == [(1, 32, 1)] * 13
     assert {shape[:2] for shape in shapes[13:]} == {(2, 1)}
+
+
+def test_joining_and_leaving_a_batch_gives_the_same_bits():
+    """With samples, and prompts in several steps."""
+    sizes, counts = [40, 3, 33, 40, 3, 33, 40, 3], [9, 2, 5, 1, 7, 3, 4, 6]
+    requests = [
+        Request(
+            prompt=RNG.integers(0, 61, size).tolist(),
+            max_new_tokens=count,
+            temperature=1.1 if index > 5 else 0.0,
+            seed=5,
+        )
+        for index, (size, count) in enumerate(zip(sizes, counts, strict=True))
+    ]
+
+    def run(config):
+        with Engine(model(), replace(config, max_num_seqs=3)) as engine:
+            logits = tap(engine)
+            return engine.generate(requests).token_ids, logits
+
+    expected = run(OffloadConfig(prefill_chunk_size=32))
+    for seed in range(2):
+        config = OffloadConfig(
+            device_budget=(8 + 4 * seed) * model().bank.expert_bytes,
+            policy=RandomPolicy(seed),
+            prefill_chunk_size=32,
+        )
+        agree(run(config), expected)

@@ -18,6 +18,8 @@ from layerscope_jax.generation import calls, loop, row_settings, run, scheduler,
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.generation.requests import Request
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def submitted(made, prompt, count, **options):
     call = made.call([Request(prompt=prompt, max_new_tokens=count)], [prompt], **options or FREE)

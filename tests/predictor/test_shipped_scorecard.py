@@ -2,9 +2,12 @@
 
 import jax
 import numpy as np
+import pytest
 
 from predictor import scorecard as module
 from predictor.scorecard import ScoreConfig, scorecard
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def test_its_scorecard(monkeypatch):

@@ -17,7 +17,7 @@ from layerscope_jax.cli import main as cli
 from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.profiling import calibrate as profiling
-from layerscope_jax.profiling import jobs
+from layerscope_jax.profiling import disk_costs, jobs
 from layerscope_jax.profiling import measure as calibration
 from layerscope_jax.profiling.calibrate import calibrate
 from layerscope_jax.profiling.jobs import Jobs
@@ -44,8 +44,10 @@ POINTS = Points(tokens=(2,), decode=(1,), prefill=(4,))
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    """Few points: each compiles something."""
+    """Few points, as each compiles something, and few rounds."""
     monkeypatch.setattr(calibration, "ROUGH", POINTS)
+    monkeypatch.setattr(calibration, "ROUNDS_S", 0.0)
+    monkeypatch.setattr(disk_costs, "READS_S", 0.0)
     monkeypatch.setattr(calibration, "BUSY_TOKENS", 2)
     monkeypatch.setattr(machine, "MOST_BYTES", 2**20)
 

@@ -3,7 +3,6 @@
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact_cases import agree, prompts, run
@@ -19,71 +18,64 @@ BATCHES = [prompts(np.random.default_rng(3), 61, 5, 1, 9)]
 
 
 @cache
-def model(dtype):
-    return random_model(dtype=jnp.dtype(dtype), seed=4, **SHAPE)
+def model():
+    return random_model(seed=4, **SHAPE)
 
 
 @cache
-def resident(dtype):
-    with Engine(model(dtype)) as engine:
+def resident():
+    with Engine(model()) as engine:
         assert engine.runner.mode == "decode"
         return run(engine, BATCHES, STEPS)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "policy", "slots"),
-    [
-        ("float32", "lru", 7),
-        ("float32", "auto", 4),
-        ("float32", "host-only", 0),
-        ("bfloat16", "presched", 7),
-        ("bfloat16", "resident", 12),
-    ],
+    ("policy", "slots"), [("lru", 7), ("auto", 4), ("host-only", 0), ("presched", 7), ("resident", 12)]
 )
-def test_every_policy_gives_the_bits_of_everything_resident(dtype, policy, slots):
-    bank = model(dtype).bank
+def test_every_policy_gives_the_bits_of_everything_resident(policy, slots):
+    bank = model().bank
     config = OffloadConfig(
         device_budget=slots * bank.expert_bytes,
         policy=policy,
         profile=PROFILE,
     )
-    with Engine(model(dtype), config) as engine:
+    with Engine(model(), config) as engine:
         if policy == "resident":
             engine.runner.tap = lambda *of_layer: None  # with which decode steps too go layer by layer
         assert isinstance(engine.runner, LayerByLayer)
-        agree(run(engine, BATCHES, STEPS), resident(dtype))
+        agree(run(engine, BATCHES, STEPS), resident())
         assert engine.runner.forecasts.name == ("gate" if policy == "auto" else None)
 
 
 def test_plans_statistics_and_taps_number_moe_layers():
-    bank, seen = model("float32").bank, []
+    bank, seen = model().bank, []
     assert [len(experts) for experts in bank.layers] == [6, 6]
     config = OffloadConfig(device_budget=7 * bank.expert_bytes, policy="lru", predictor="previous-token")
-    with Engine(model("float32"), config) as engine:
+    with Engine(model(), config) as engine:
         engine.runner.tap = lambda layer, inputs, chosen, weights: seen.append(layer)
         assert engine.runner.geometry.num_layers == 2
         result = engine.generate(BATCHES[0], max_new_tokens=STEPS, stop_token_ids=(), record_plans=True)
-        assert result.token_ids == resident("float32")[0][0]
+        assert result.token_ids == resident()[0][0]
     assert seen == [0, 1] * STEPS
     assert [plan.layer for plan in result.plans] == seen
     assert 0 <= result.stats.hit_rate <= 1
 
 
 def test_a_warm_engine_compiles_nothing_more():
-    with Engine(model("float32"), OffloadConfig(device_budget="1KiB", policy="host-only")) as engine:
+    with Engine(model(), OffloadConfig(device_budget="1KiB", policy="host-only")) as engine:
         engine.warmup(prompt_tokens=9, max_num_seqs=3, new_tokens=STEPS)
         before = len(compiled)
         result = engine.generate(BATCHES[0], max_new_tokens=STEPS)
         assert len(compiled) == before
-    assert result.token_ids == resident("float32")[0][0]
+    assert result.token_ids == resident()[0][0]
 
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_the_whole_model_in_one_program_gives_the_same_tokens():
-    with one_jit(), Engine(model("float32"), OffloadConfig(numerics="fast")) as engine:
+    with one_jit(), Engine(model(), OffloadConfig(numerics="fast")) as engine:
         assert engine.runner.mode == "whole"
         tokens, logits = run(engine, BATCHES, STEPS)
-    expected_tokens, expected = resident("float32")
+    expected_tokens, expected = resident()
     assert tokens == expected_tokens
     for here, there in zip(logits, expected, strict=True):
         np.testing.assert_allclose(here, there, rtol=0, atol=1e-4)
@@ -91,7 +83,7 @@ def test_the_whole_model_in_one_program_gives_the_same_tokens():
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_with_fewer_caches_a_step_goes_no_further_than_they_reach():
-    held, seen = model("float32"), []
+    held, seen = model(), []
     with Engine(held, OffloadConfig(policy="host-only")) as engine:
         engine.runner.tap = lambda layer, *others: seen.append(layer)
         for layers, expected in ((0, []), (1, []), (2, [0]), (4, [0]), (5, [0, 1]), (6, [0, 1])):

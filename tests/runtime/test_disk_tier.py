@@ -18,6 +18,8 @@ from layerscope_jax.offload.executors import DeviceExperts
 from layerscope_jax.runtime import layerwise
 from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 PROFILE = HardwareProfile(
     host_ms=TimeTable((1, 8), (1.0, 3.0)),
     device_ms=TimeTable((1, 8), (0.2, 0.4)),

@@ -16,6 +16,8 @@ from layerscope_jax.runtime.lower_bound import lower_bound_ms
 from layerscope_jax.scheduling.oracle import Oracle
 from layerscope_jax.simulation.simulator import Workload, simulate
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TINY = (2, 2, 3)
 """Steps, layers, experts; one shape, so that few programs are compiled."""
 

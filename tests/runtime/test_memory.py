@@ -28,7 +28,7 @@ REQUESTS = [
 def model():
     """Experts are 98% of it, as in the models that the library is for: 5% are less than one layer's."""
     return random_model(
-        hidden_size=128, moe_intermediate_size=512, num_layers=4, num_experts=16, vocab_size=64
+        hidden_size=128, moe_intermediate_size=384, num_layers=4, num_experts=12, vocab_size=64
     )
 
 
@@ -65,7 +65,6 @@ def config(policy, eighths, **settings):
 
 MOVING = [
     ("lru", 2, {}),
-    ("on-demand", 4, {}),
     ("presched", 1, {"predictor": "gate"}),
 ]
 

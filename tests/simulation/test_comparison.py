@@ -13,6 +13,8 @@ from layerscope_jax.scheduling.belady import belady_hit_rate
 from layerscope_jax.simulation.policies import SIMULATED
 from layerscope_jax.simulation.simulator import Workload, simulate
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 EVERYTHING = [ExpertId(layer, expert) for layer in range(L) for expert in range(E)]
 
 

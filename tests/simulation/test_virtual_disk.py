@@ -14,6 +14,8 @@ from layerscope_jax.cli import comparison_view
 from layerscope_jax.simulation.policies import SIMULATED, run, workloads
 from layerscope_jax.simulation.simulator import Workload, simulate
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # An expert takes 4 ms on the host, 1 ms on the device, 3 ms to get there, and 5 ms to be read.
 COSTS = HardwareProfile(
     host_ms=TimeTable((1,), (4.0,)),

@@ -10,6 +10,8 @@ from predictor.dataset import load_rows
 from predictor.routers import Routers
 from tools.record_routing import Packing, pack
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 PACKING = Packing(requests=8, steps=4, prompt=(3, 8), kept=5, gate_look_ahead=1)
 
 
