@@ -24,16 +24,17 @@ from tools.make_simulated import (
 @pytest.mark.skipif(not FILE.is_file(), reason=f"there is no {FILE.name}: {COMMAND}")
 @pytest.mark.parametrize("name", profiles())
 def test_no_step_takes_another_time(name):
-    """Default policies at every batch; the others, for want of time, at the smallest."""
+    """Default policies at every batch; the others, for want of time, at the smallest of one profile."""
     profile = MachineProfile.load(name)
     routing = Routing.shipped(profile.routing)
-    others = [policy for policy in SIMULATED if policy not in DEFAULTS]
+    others = [policy for policy in SIMULATED if policy not in DEFAULTS and name == "mixtral-8x7b"]
     after = measure(profile, routing, BATCHES, DEFAULTS)
     after |= measure(profile, routing, BATCHES[:1], others)
     before = {
         step: ms
         for step, ms in read().items()
-        if step.profile == name and (step.policy in DEFAULTS or step.batch == BATCHES[0])
+        if step.profile == name
+        and (step.policy in DEFAULTS or (step.policy in others and step.batch == BATCHES[0]))
     }
     found = changes(before, after)
     assert not found, "\n" + report(found)
