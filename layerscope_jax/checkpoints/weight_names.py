@@ -21,7 +21,7 @@ from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.models.family import Family
-from layerscope_jax.models.layers import ExpertParam
+from layerscope_jax.models.layers import ExpertParam, MatrixParam
 from layerscope_jax.models.registry import FAMILIES
 from layerscope_jax.models.weights import EXPERTS, Transform, Weight
 from layerscope_jax.scheduling.plan import ExpertId
@@ -66,6 +66,7 @@ class Naming:
         graphdef: of the whole decoder.
         parameters: path of a dense parameter -> its shape in the decoder.
         wide: paths of the dense parameters that are float32 in a model of any dtype.
+        matrices: paths of the dense parameters that may be packed (`MatrixParam`).
         dense: where the dense parameters come from.
         experts: the expert and the name of its array -> where it comes from.
         shapes: tensor name -> its shape in the checkpoint.
@@ -75,6 +76,7 @@ class Naming:
     graphdef: nnx.GraphDef
     parameters: dict[ParameterPath, tuple[int, ...]]
     wide: frozenset[ParameterPath]
+    matrices: frozenset[ParameterPath]
     dense: list[Source] = field(default_factory=list)
     experts: dict[tuple[ExpertId, str], Source] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -99,7 +101,9 @@ class Naming:
         _, dense = map(nnx.to_pure_dict, states)
         arrays: dict[ParameterPath, jax.ShapeDtypeStruct] = flatten_dict(dense)
         wide = frozenset(path for path, array in arrays.items() if array.dtype != bfloat16)
-        naming = cls(graphdef, {path: array.shape for path, array in arrays.items()}, wide)
+        matrices = flatten_dict(nnx.to_pure_dict(nnx.state(abstract, MatrixParam)))
+        parameters = {path: array.shape for path, array in arrays.items()}
+        naming = cls(graphdef, parameters, wide, frozenset(matrices))
         named: set[Any] = set()
         for row in chosen_rows(family, config, stored):
             if row.places[0].startswith(EXPERTS):
