@@ -131,6 +131,11 @@ class Model:
         """Name of the format that the matrices of its dense layers are packed in; None if they are plain."""
         return dense_format_of(self.dense)
 
+    @property
+    def dense_bytes(self) -> int:
+        """Size (bytes) of the dense parameters, on the device."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.dense))
+
     def with_dense_format(self, format: str) -> Model:
         """The same model with the matrices of its dense layers packed; both are in memory meanwhile.
 
