@@ -175,7 +175,7 @@ def test_a_converted_checkpoint_has_formats_and_bytes_by_part(tmp_path, capsys):
         "dense feed-forward": ["int8", "F32"],
         "routers": ["F32"],
         "routed experts": ["int8"],
-    } or print(stored)
+    }
     assert plain["stored"]["formats_by_part"]["attention"] == ["F32"]
     assert cli.main(["inspect", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()

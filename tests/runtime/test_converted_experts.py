@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 BATCHES = [[[3, 5, 7], [11]]]
 CONFIG = ModelConfig(
-    **vars(SMALLEST) | {"hidden_size": 32, "moe_intermediate_size": 32, "stop_token_ids": ()}
+    **vars(SMALLEST) | {"hidden_size": 32, "head_dim": 16, "moe_intermediate_size": 32, "stop_token_ids": ()}
 )
 
 
