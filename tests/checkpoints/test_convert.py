@@ -226,3 +226,10 @@ def test_the_command_converts_and_says_where_to(source, tmp_path, monkeypatch, c
     assert load(out).bank.format.name == "float16"
     assert cli.main(["convert", str(source), str(out)]) == 2
     assert "does not exist yet; remove it or name another" in capsys.readouterr().err
+
+
+def test_without_orbax_everything_loads_and_nothing_is_written(source, converted, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    same(load(converted), load(source))
+    with pytest.raises(ValueError, match=r"written by Orbax, which is not installed: pip install"):
+        convert(source, tmp_path / "out")
