@@ -7,6 +7,7 @@ policy `host-only`. Candidates, in turns:
 - on demand: experts are read when a layer needs them.
 - popularity: read ahead too, those that a layer chose most often so far.
 - gate: read ahead too, those that the next layers' routers choose from this layer's hidden state.
+- int4: as popularity, with experts that `layerscope convert` packed in int4; other weights, so other tokens.
 - mmap: the file is mapped, and the kernel reads pages as they are touched. As much of it stays in memory as
   the others hold: what was used longest ago is dropped from the page cache, expert by expert.
 
@@ -30,6 +31,7 @@ import tyro
 from benchmarks import harness
 from benchmarks.random_models import random_model
 from layerscope_jax import Engine, ExpertId, Model, ModelConfig, OffloadConfig, load, save
+from layerscope_jax.checkpoints.convert import convert
 from layerscope_jax.kernels.cpu import InMemory, default_threads, layout_of
 from layerscope_jax.kernels.loops import ARRAYS
 from layerscope_jax.offload.disk import BLOCK, DiskBank, File
@@ -148,7 +150,7 @@ def drop_pages(path: Path) -> None:
 
 
 def engines(
-    memory: Model, disk: Model, batch: int, slots: int, stack: ExitStack
+    memory: Model, disk: Model, packed: Model, batch: int, slots: int, stack: ExitStack
 ) -> dict[str, tuple[Engine, Callable[[], None]]]:
     """Returns an engine for each candidate, and what to call before a run."""
     bank = disk.bank
@@ -161,6 +163,7 @@ def engines(
         "on demand": Engine(disk, limited),
         "popularity": Engine(disk, limited),
         "gate": Engine(disk, replace(limited, predictor="gate")),
+        "int4": Engine(packed, limited),
         "mmap": Engine(memory, config),
     }
     for engine in made.values():
@@ -170,10 +173,9 @@ def engines(
     host = Mapped(bank, slots)
     mapped: Any = made["mmap"]
     mapped._loop._runner = mapped.runner = stack.enter_context(closing(layerwise(memory, host)))
-    return {
-        name: (engine, host.forget if name == "mmap" else lambda: drop_pages(path))
-        for name, engine in made.items()
-    }
+    forgets = dict.fromkeys(made, lambda: drop_pages(path))
+    forgets |= {"mmap": host.forget, "int4": lambda: None}  # reads of converted experts are direct
+    return {name: (engine, forgets[name]) for name, engine in made.items()}
 
 
 def layerwise(model: Model, host: HostExperts) -> LayerByLayer:
@@ -192,6 +194,8 @@ def run(options: Options) -> dict[str, Any]:
         memory = random_model(config, SEED)
         save(memory, folder)
         disk = load(folder, experts="disk")
+        convert(folder, folder / "int4", experts="int4")
+        packed = load(folder / "int4", experts="disk")
         bank = disk.bank
         assert isinstance(bank, DiskBank)
         read_ms, start_ms = read_times(bank)
@@ -199,7 +203,7 @@ def run(options: Options) -> dict[str, Any]:
             row
             for percent in options.budgets
             for batch in batches
-            for row in cell(memory, disk, percent, batch, new_tokens, rounds)
+            for row in cell(memory, disk, packed, percent, batch, new_tokens, rounds)
         ]
         direct = File(bank.pieces(ExpertId(0, 0))[0].file)
         result = {
@@ -220,7 +224,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def cell(
-    memory: Model, disk: Model, percent: int, batch: int, new_tokens: int, rounds: int
+    memory: Model, disk: Model, packed: Model, percent: int, batch: int, new_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Returns a row for each candidate, within one budget and for one number of requests."""
     slots = max(1, len(list(disk.bank)) * percent // 100)
@@ -228,7 +232,7 @@ def cell(
     prompts = [random.integers(0, disk.config.vocab_size, 16).tolist() for _ in range(batch)]
     tokens: dict[str, list[list[int]]] = {}
     with ExitStack() as stack:
-        candidates = engines(memory, disk, batch, slots, stack)
+        candidates = engines(memory, disk, packed, batch, slots, stack)
 
         def call(name: str) -> Callable[[], harness.Parts]:
             engine, forget = candidates[name]
@@ -245,7 +249,7 @@ def cell(
                 return {
                     "step": steps,
                     "read": (stats.demand_bytes + stats.ahead_bytes) / steps_run,
-                    "wasted": stats.wasted * disk.bank.expert_bytes / steps_run,
+                    "wasted": stats.wasted * engine.model.bank.expert_bytes / steps_run,
                     "hits": stats.hits / needed if needed else 1.0,
                     "waited": stats.wait_s / steps_run,
                 }
@@ -253,7 +257,7 @@ def cell(
             return once
 
         samples = harness.measure({name: call(name) for name in candidates}, rounds, warm=2, warm_ups=4)
-    if any(found != tokens["memory"] for found in tokens.values()):
+    if any(found != tokens["memory"] for name, found in tokens.items() if name != "int4"):
         raise AssertionError("the candidates gave different tokens")
     base = samples["on demand"].parts["step"]
     return [

@@ -2,10 +2,10 @@
 
 Writes random bfloat16 checkpoints of about 1.6 GB in the shapes of OLMoE and Mixtral, and loads each in fresh
 processes: the Hugging Face folder with experts read into memory and with experts mapped where they lie, and
-what `layerscope convert` makes of it, with experts in each of several formats. Time and processor time are
-set against plainly reading the same files (all find them in the page cache, so that the disk is left out);
-the peak of resident memory, over that of a process that has only imported JAX, against the bytes of the
-weights: 1.00 would be the weights and nothing else.
+what `layerscope convert` makes of it, with experts in each of several formats, read and mapped. Time and
+processor time are set against plainly reading the same files (all find them in the page cache, so that the
+disk is left out); the peak of resident memory, over that of a process that has only imported JAX, against the
+bytes of the weights: 1.00 would be the weights and nothing else.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ class Options:
     Attributes:
         quick: checkpoints of about 100 MB, one load each: a check that it runs, not a measurement.
         rounds: loads of each checkpoint; the median time and the highest peak are shown.
+        shapes: which of the two.
         formats: of experts in converted checkpoints.
         json: also write the results to this file.
     """
 
     quick: bool = False
     rounds: int = 3
-    formats: tuple[str, ...] = ("bfloat16", "float16")
+    shapes: tuple[str, ...] = ("OLMoE", "Mixtral")
+    formats: tuple[str, ...] = ("bfloat16", "int4")
     json: Path | None = None
 
 
@@ -190,7 +192,8 @@ def measure(name: str, config: dict[str, Any], rounds: int, formats: Sequence[st
         for experts in formats:
             out = Path(temporary, experts)
             in_fresh_process(convert_to, published, out, experts)
-            layouts.append(("converted", experts, out, False))
+            layouts.append(("converted, read", experts, out, False))
+            layouts.append(("converted, in place", experts, out, True))
         loads: list[list[dict[str, Any]]] = [[] for _ in layouts]
         reads: list[list[float]] = [[] for _ in layouts]
         for folder in {folder for *_, folder, _ in layouts}:
@@ -237,6 +240,7 @@ def main(options: Options) -> None:
     rows = [
         row
         for name, config in hf_configs(options.quick).items()
+        if name in options.shapes
         for row in measure(name, config, rounds, options.formats)
     ]
     versions = {package: version(package) for package in ("jax", "flax", "numpy", "safetensors")}

@@ -1,10 +1,10 @@
 """What do fewer bits cost in quality, and what do they save?
 
-Quality: the shipped model scores held-out passages with its experts in each format, beside bfloat16: loss,
-divergence of the distributions of the next token, how often the likeliest token is the same, and how many of
-the chosen experts are. Bytes and time: of experts in DeepSeek-V2-Lite's size, computed by the kernel that
-the engine takes, and of decode steps of the shipped model over a paced link with a quarter of the experts
-resident.
+Quality: the shipped model scores held-out passages with its experts in each format, beside bfloat16, and in
+some with its dense layers in int8 too: loss, divergence of the distributions of the next token, how often the
+likeliest token is the same, and how many of the chosen experts are. Bytes and time: of experts in
+DeepSeek-V2-Lite's size, computed by the kernel that the engine takes, and of decode steps of the shipped
+model over a paced link with a quarter of the experts resident.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from layerscope_jax.models import Decoder
 from layerscope_jax.support.machine import cores
 from predictor import SHIPPED
 
-PLAIN = "bfloat16"
+PLAIN, DENSE = "bfloat16", " + dense int8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Options(harness.Common):
 
     formats: tuple[str, ...] = ("int8", "fp8", "int4", "mxfp4", "nvfp4")
     """Beside bfloat16."""
+    dense: tuple[str, ...] = ("int8", "int4")
+    """Formats of experts that are tried with dense layers in int8 too."""
     width: int = 2048
     hidden: int = 1408
     experts: int = 32
@@ -174,6 +176,9 @@ def main(options: Options) -> dict[str, Any]:
     plain = load(Path(layerscope_jax.__file__).parent / "shipped")
     forms: dict[str, ExpertFormat] = {name: format_named(name) for name in options.formats}
     models = {PLAIN: plain} | {name: plain.with_format(form) for name, form in forms.items()}
+    models |= {
+        name + DENSE: models[name].with_dense_format("int8") for name in options.dense if name in forms
+    }
     passages = shipped_passages()[: 32 if options.quick else None]
     before = scored(plain, passages)
     qualities = {name: quality(passages, before, model) for name, model in models.items()}
@@ -186,6 +191,7 @@ def main(options: Options) -> dict[str, Any]:
         "passages": list(passages.shape),
         "quality": qualities,
         "expert_bytes": sizes,
+        "dense_bytes": {name: model.dense_bytes for name, model in models.items()},
         "host": times,
         "link": options.link,
         "step": steps,
@@ -197,19 +203,23 @@ def main(options: Options) -> dict[str, Any]:
 def table(options: Options, result: dict[str, Any]) -> None:
     lines = []
     for name, found in result["quality"].items():
-        size = result["expert_bytes"]
+        size, dense = result["expert_bytes"], result["dense_bytes"]
+        experts = name.removesuffix(DENSE)
         lines.append(
             (
                 name,
-                f"{size[name] / size[PLAIN]:.2f}",
+                f"{size[experts] / size[PLAIN]:.2f}",
+                f"{dense[name] / dense[PLAIN]:.2f}",
                 f"{found['loss']:.4f}",
                 f"{found['loss_to_plain'] - 1:+.2%}",
                 f"{found['kl']:.5f}",
                 f"{found['top1_agreement']:.1%}",
                 f"{found['routing_agreement']:.1%}",
                 *(
-                    f"{result['host'][str(tokens)][name]['ms']['median']:.2f} "
-                    f"({result['host'][str(tokens)][name]['to_plain']['median']:.2f})"
+                    f"{result['host'][str(tokens)][experts]['ms']['median']:.2f} "
+                    f"({result['host'][str(tokens)][experts]['to_plain']['median']:.2f})"
+                    if name == experts
+                    else ""
                     for tokens in options.tokens
                 ),
                 f"{result['step'][name]['ms']['median']:.1f} ({result['step'][name]['to_plain']:.2f})",
@@ -218,6 +228,7 @@ def table(options: Options, result: dict[str, Any]) -> None:
     headings = (
         "experts in",
         "bytes",
+        "dense bytes",
         "held-out loss",
         "to bfloat16",
         "KL, nats",

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from layerscope_jax.support.lazy import importer
 
 if TYPE_CHECKING:
-    from layerscope_jax.checkpoints.model import Model, load, save
+    from layerscope_jax.checkpoints.model import Model, load
+    from layerscope_jax.checkpoints.saving import save
     from layerscope_jax.config import OffloadConfig
     from layerscope_jax.engine import Engine
     from layerscope_jax.generation.completions import Completion, Completions, Token, TokenLogprobs
@@ -43,8 +44,8 @@ _CONTENTS = {
     "checkpoints.model": (
         "Model",
         "load",
-        "save",
     ),
+    "checkpoints.saving": ("save",),
     "config": ("OffloadConfig",),
     "engine": ("Engine",),
     "generation.completions": (

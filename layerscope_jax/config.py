@@ -53,6 +53,8 @@ class OffloadConfig:
             "mxfp4" or "fp8" (`layerscope_jax.formats`); None for the one that the model was loaded in. The
             engine converts the experts of a model that has them in another format, and both are in memory
             until the model is let go of; `load(format=)` converts while it loads, one expert at a time.
+        dense_format: "int8" to pack the matrices of dense layers, as `load(dense_format=)` does; None for the
+            format that the model was loaded in.
         prefill_chunk_size: maximum tokens of a prefill step, including padding. Short prompts share a step; a
             longer prompt is prefilled in several steps, each appending to its caches. The memory of a step
             grows with it: the experts' rows take chunk * K * D numbers, the attention scores
@@ -71,11 +73,13 @@ class OffloadConfig:
     predictor: str | Predictor | History | None = field(default=None, repr=False)
     host_threads: int | None = None
     expert_format: str | None = None
+    dense_format: str | None = None
     prefill_chunk_size: int = 4096
     max_num_seqs: int = 32
 
     def __post_init__(self) -> None:
         # Imported here because all of them import models, which import this file.
+        from layerscope_jax.checkpoints.dense_weights import check_dense_format
         from layerscope_jax.formats import format_named
         from layerscope_jax.prediction.predictors import make_predictor
         from layerscope_jax.profiling.machine_profile import MachineProfile
@@ -105,6 +109,7 @@ class OffloadConfig:
         expect("expert_format", isinstance(form, str | None), "the name of a format or None")
         if isinstance(form, str):
             check(format_named, form, of="expert_format")
+        check(check_dense_format, self.dense_format)
         chunk = self.prefill_chunk_size
         expect("prefill_chunk_size", is_integer(chunk) and chunk >= 16, "16 tokens or more")
         most = self.max_num_seqs

@@ -128,6 +128,8 @@ class Engine:
             model.mapped.check()
         if self.config.expert_format is not None:
             model = model.with_format(self.config.expert_format)
+        if self.config.dense_format is not None:
+            model = model.with_dense_format(self.config.dense_format)
         self.model = model
         with self._turns.turn():
             self._build(host_device)

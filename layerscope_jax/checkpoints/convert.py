@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from layerscope_jax.checkpoints.converted import Writer, layer_ids, orbax
+from layerscope_jax.checkpoints.converted_writer import Writer, orbax
+from layerscope_jax.checkpoints.dense_weights import check_dense_format, named_arrays, packed
 from layerscope_jax.checkpoints.fingerprint import fingerprint
 from layerscope_jax.checkpoints.headers import Headers, read_headers
 from layerscope_jax.checkpoints.hub import TAKEN, WEIGHTS
 from layerscope_jax.checkpoints.manifest import VERSION, Manifest, is_converted
-from layerscope_jax.checkpoints.model import load, loading, save
+from layerscope_jax.checkpoints.model import load
+from layerscope_jax.checkpoints.progress import loading
+from layerscope_jax.checkpoints.saving import save
 from layerscope_jax.checkpoints.shards import Shards
 from layerscope_jax.checkpoints.tensor_reader import TensorReader
 from layerscope_jax.formats import ExpertFormat, PlainFormat, format_named
+from layerscope_jax.formats.int8 import Int8
 from layerscope_jax.offload.bank import put_packed
+from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.folders import new_folder
 
 BESIDE = [name for name in TAKEN if name != WEIGHTS and not name.endswith("index.json")]
@@ -32,6 +39,7 @@ def convert(
     out: Path,
     *,
     experts: str | None = None,
+    dense: str | None = None,
     dtype: str | None = None,
     to: Literal["engine", "hf"] = "engine",
 ) -> None:
@@ -44,20 +52,23 @@ def convert(
         folder: of a checkpoint that `load` reads.
         out: must not exist.
         experts: name of the format to pack experts into; None to keep them as they are stored.
+        dense: "int8" to pack the matrices of dense layers too; None to keep them in the other weights' dtype.
         dtype: "float32", "bfloat16" or "float16" to convert to; None to keep the checkpoint's dtype.
         to: "engine" for the layout of `layerscope_jax.checkpoints.converted`; "hf" for a Hugging Face folder,
-            with experts unpacked.
+            with everything unpacked.
 
     Raises:
         ValueError: if the checkpoint cannot be read, the format does not suit its experts, or `out` exists or
             cannot be written.
     """
+    check_dense_format(dense, "dense")
     if to == "hf":
-        if experts is not None:
-            raise ValueError(
-                "experts must be left out for a Hugging Face folder, whose weights are not packed, got "
-                f"{experts!r}"
-            )
+        for name, given in {"experts": experts, "dense": dense}.items():
+            if given is not None:
+                raise ValueError(
+                    f"{name} must be left out for a Hugging Face folder, whose weights are not packed, got "
+                    f"{given!r}"
+                )
         with new_folder(out) as new:
             save(load(folder, dtype=dtype), new)
             _copy_beside(folder, new, but=NEVER_CHANGED)
@@ -70,33 +81,35 @@ def convert(
     orbax()  # refuses before anything is read
     headers = read_headers(folder, dtype, None if experts is None else format_named(experts))
     form = (headers.format or format_named(headers.dtype.name)).for_body(headers.config.expert_body)
-    _check_room(out, headers, form)
-    with new_folder(out) as new, loading(headers.stored) as advance, Shards() as shards:
+    _check_room(out, headers, form, dense)
+    total = sum(tensor.size for tensor in headers.stored.values())
+    with new_folder(out) as new, loading(total) as advance, Shards() as shards:
         reader = TensorReader(
             headers.naming, headers.stored, shards, headers.dtype, advance, packed=headers.as_stored
         )
         _copy_beside(folder, new)
-        _write(new, headers, form, reader)
-        head = "tied" if headers.config.tie_embeddings else "own"
-        Manifest(VERSION, fingerprint(folder), headers.dtype.name, form.name, head).write(
-            new
-        )  # what loads it
+        _write(new, headers, form, dense, reader)
+        dtype, head = headers.dtype.name, "tied" if headers.config.tie_embeddings else "own"
+        # Last, as it is what makes the folder load.
+        Manifest(VERSION, fingerprint(folder), dtype, form.name, dense or dtype, head).write(new)
 
 
-def _write(folder: Path, headers: Headers, form: ExpertFormat, reader: TensorReader) -> None:
+def _write(
+    folder: Path, headers: Headers, form: ExpertFormat, dense: str | None, reader: TensorReader
+) -> None:
     config, naming = headers.config, headers.naming
     writer, buffers = Writer(folder), form.buffers(config.hidden_size, config.moe_intermediate_size)
-    # Copies, because the reader may read into its memory again.
-    writer.dense(
-        {
-            dotted(path): np.array(array)
-            for source in naming.dense
-            for path, array in reader.arrays(source).items()
-        }
-    )
+    weights = {}
+    for source in naming.dense:
+        for path, array in reader.arrays(source).items():
+            packs = dense is not None and path in naming.matrices
+            # Copies, because the reader may read into its memory again.
+            weights[path] = packed(array, headers.dtype) if packs else np.array(array)
+    writer.dense(dict(named_arrays(unflatten_dict(weights))))
+    del weights
 
-    def packed(layer: int) -> Iterator[Any]:
-        for expert in layer_ids(layer, config):
+    def experts(layer: int) -> Iterator[Any]:
+        for expert in (ExpertId(layer, index) for index in range(config.num_experts)):
             keys = [(expert, name) for name in config.expert_shapes()]
             matrices = [reader.array(naming.experts[key], key) for key in keys]
             if headers.as_stored:
@@ -110,25 +123,18 @@ def _write(folder: Path, headers: Headers, form: ExpertFormat, reader: TensorRea
             yield result
 
     for layer in range(config.num_moe_layers):
-        writer.layer(layer, packed(layer), buffers, config.num_experts)
+        writer.layer(layer, experts(layer), buffers, config.num_experts)
 
 
-def dotted(path: tuple[Any, ...]) -> str:
-    """Returns the path of a dense parameter as text.
-
-    >>> dotted(("layers", 0, "norm", "scale"))
-    'layers.0.norm.scale'
-    """
-    return ".".join(map(str, path))
-
-
-def _check_room(out: Path, headers: Headers, form: ExpertFormat) -> None:
-    config = headers.config
-    dense = sum(4 * int(np.prod(shape)) for shape in headers.naming.parameters.values())
-    if headers.dtype.itemsize == 2:
-        dense //= 2
+def _check_room(out: Path, headers: Headers, form: ExpertFormat, dense: str | None) -> None:
+    config, needed = headers.config, 0
+    for path, shape in headers.naming.parameters.items():
+        if dense is not None and path in headers.naming.matrices:
+            needed += sum(buffer.nbytes for buffer in Int8().arrays(*shape))
+        else:
+            needed += math.prod(shape) * (4 if path in headers.naming.wide else headers.dtype.itemsize)
     count = config.num_moe_layers * config.num_experts
-    needed = dense + count * form.expert_bytes(config.hidden_size, config.moe_intermediate_size)
+    needed += count * form.expert_bytes(config.hidden_size, config.moe_intermediate_size)
     there = next((place for place in out.absolute().parents if place.is_dir()), Path("/"))
     free = shutil.disk_usage(there).free
     if free < needed:

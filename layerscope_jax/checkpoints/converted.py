@@ -1,96 +1,43 @@
-"""Checkpoints as `layerscope convert` writes them: laid out for this engine, by Orbax.
+"""Checkpoints as `layerscope convert` writes them: laid out for this engine.
 
-    layerscope.json                  what the experts are packed as, and of which checkpoint
+    layerscope.json                  what experts and dense layers are packed as, and of which checkpoint
     config.json, tokenizer.json, …   as in the checkpoint
-    dense/                           every parameter but the experts, each an array of its own
+    dense/                           every parameter but the experts, each an array (packed: two) of its own
     experts/00000/                   the experts of one MoE layer: each of their arrays, stacked [E, ...]
 
-An expert is a chunk of its own in each of these arrays, so that it can be read alone. An array for each
-expert would do the same, but Orbax takes 2 ms for each array whatever its size: 37 s to load the 18,432 of a
-model of 48 layers with 128 experts, against 0.3 s for 144 stacked ones.
+`dense/` and each folder of experts is a checkpoint of Orbax's. They are read without it (`stored_arrays`):
+through Orbax, loading took three times as long, and half as much memory again as the weights.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from layerscope_jax.checkpoints.manifest import MANIFEST, REMEDY, Manifest
+from layerscope_jax.checkpoints.dense_weights import check_dense_format, on_device
+from layerscope_jax.checkpoints.headers import read_configs
+from layerscope_jax.checkpoints.manifest import MANIFEST, Manifest
+from layerscope_jax.checkpoints.mapped import IN_PLACE, MappedFiles
+from layerscope_jax.checkpoints.memory import Memory
 from layerscope_jax.checkpoints.safetensors_io import dtype_named
-from layerscope_jax.formats import Buffer, ExpertFormat, format_named
+from layerscope_jax.checkpoints.shards import Shards
+from layerscope_jax.checkpoints.stored_arrays import StoredArray, stored_array
+from layerscope_jax.checkpoints.weight_names import Naming, ParameterPath
+from layerscope_jax.formats import Buffer, ExpertFormat, QuantisedFormat, format_named
+from layerscope_jax.formats.int8 import Int8
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.offload.bank import ExpertBank, device_sharding, host_sharding
-from layerscope_jax.scheduling.plan import ExpertId
+from layerscope_jax.models.matrices import Int8Matrix
+from layerscope_jax.offload.bank import ALIGNED, ExpertBank, device_sharding, host_sharding, putting
+from layerscope_jax.offload.disk import DiskBank
 
 DENSE, EXPERTS = "dense", "experts"
-
-STORED = ("float32", "bfloat16", "float16", "int8", "uint8", "int16", "uint16", "int32", "uint32")
-"""Dtypes that are stored as such; arrays of others as unsigned integers of the same size."""
-
-
-def orbax() -> Any:
-    """Imports Orbax's checkpoints, which only converted checkpoints need.
-
-    Raises:
-        ValueError: if Orbax is not installed.
-    """
-    try:
-        from orbax.checkpoint import v1
-    except ImportError as error:
-        raise ValueError(
-            "converted checkpoints are written and read by Orbax, which is not installed: "
-            "pip install 'layerscope-jax[convert]'"
-        ) from error
-    return v1
-
-
-class Writer:
-    """Writes the arrays of a converted checkpoint into a folder.
-
-    Args:
-        folder: of the checkpoint; must exist.
-    """
-
-    def __init__(self, folder: Path):
-        self._folder, self._ocp = folder, orbax()
-
-    def dense(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes the dense parameters, by dotted path."""
-        self._save(DENSE, dict(arrays))
-
-    def layer(self, number: int, experts: Iterator[Any], buffers: Mapping[str, Buffer], count: int) -> None:
-        """Writes the experts of a MoE layer.
-
-        Args:
-            number: of the layer.
-            experts: each as the arrays of its format; only one is held at a time.
-            buffers: shapes and dtypes of these arrays.
-            count: E.
-        """
-        stacks = {name: np.empty((count, *buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
-        for index, expert in enumerate(experts):
-            for stack, array in zip(stacks.values(), expert, strict=True):
-                stack[index] = array
-        self._save(place_of(number), {name: as_stored(stack) for name, stack in stacks.items()})
-
-    def _save(self, place: str, arrays: dict[str, np.ndarray]) -> None:
-        context = self._ocp.Context()
-        context.array.saving.use_compression = False  # weights stay as large, and load four times as long
-        if place != DENSE:
-            context.array.saving.storage_options.shard_axes = (0,)  # a chunk an expert
-        with context, quiet():
-            try:
-                self._ocp.save(self._folder.absolute() / place, arrays)
-            except Exception as error:  # whatever Orbax and TensorStore raise for what the system refused
-                raise system_error(error, place) from error
 
 
 def place_of(layer: int) -> str:
@@ -98,126 +45,161 @@ def place_of(layer: int) -> str:
     return f"{EXPERTS}/{layer:05}"
 
 
-def as_stored(array: np.ndarray) -> np.ndarray:
-    """Returns an array, or a view of it, in a dtype of `STORED`."""
-    return array if array.dtype.name in STORED else array.view(f"u{array.dtype.itemsize}")
+@dataclass(frozen=True)
+class Converted:
+    """A converted checkpoint before any number of it is read.
 
-
-def read_arrays(
-    folder: Path, place: str, shapes: Mapping[str, Buffer], sharding: jax.sharding.Sharding
-) -> dict[str, jax.Array]:
-    """Reads arrays straight into the memory that a sharding names.
-
-    Raises:
-        ValueError: if they are missing, damaged, or of other shapes.
+    Attributes:
+        folder: of the checkpoint.
+        manifest: what it says of itself.
+        config, raw, generation: as of `Headers`.
+        naming: of the model.
+        format: of the experts.
+        dense: the arrays of each dense parameter: one, or codes and scales.
+        experts: [L] the stacked arrays of each MoE layer's experts, in the order of the format.
     """
-    ocp = orbax()
-    abstract = {
-        name: jax.ShapeDtypeStruct(
-            buffer.shape, as_stored(np.empty(0, buffer.dtype)).dtype, sharding=sharding
+
+    folder: Path
+    manifest: Manifest
+    config: ModelConfig
+    raw: dict[str, Any]
+    generation: dict[str, Any]
+    naming: Naming
+    format: ExpertFormat
+    dense: dict[ParameterPath, tuple[StoredArray, ...]]
+    experts: tuple[tuple[StoredArray, ...], ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> Converted:
+        """Reads what a folder says of itself, and where its arrays lie.
+
+        Raises:
+            ValueError: if it is incomplete, damaged, or of another version.
+        """
+        manifest = Manifest.read(folder)
+        config, raw, generation = read_configs(folder)
+        config = dataclasses.replace(config, tie_embeddings=manifest.head == "tied")
+        naming, dtype, form = (
+            Naming.of(config),
+            dtype_named(manifest.dtype),
+            _format_of(folder, manifest, config),
         )
-        for name, buffer in shapes.items()
-    }
-    with damage(folder / place), quiet():
-        return jax.block_until_ready(ocp.load(folder.absolute() / place, abstract))
+        check_dense_format(manifest.dense_format, f"{folder / MANIFEST}: dense")
+        dense = {}
+        for path, shape in naming.parameters.items():
+            name = ".".join(map(str, path))
+            if manifest.dense_format is not None and path in naming.matrices:
+                buffers = dict(zip(("codes", "scale"), Int8().arrays(*shape), strict=True))
+                arrays = {f"{name}.{field}": buffer for field, buffer in buffers.items()}
+            else:
+                arrays = {name: Buffer(shape, np.dtype(np.float32) if path in naming.wide else dtype)}
+            dense[path] = tuple(stored_array(folder / DENSE, *array) for array in arrays.items())
+        stacks = {
+            name: Buffer((config.num_experts, *buffer.shape), buffer.dtype)
+            for name, buffer in form.buffers(config.hidden_size, config.moe_intermediate_size).items()
+        }
+        experts = tuple(
+            tuple(stored_array(folder / place_of(layer), *stack) for stack in stacks.items())
+            for layer in range(config.num_moe_layers)
+        )
+        return cls(folder, manifest, config, raw, generation, naming, form, dense, experts)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of activations."""
+        return dtype_named(self.manifest.dtype)
+
+    def dense_bytes(self, part: Callable[[ParameterPath], bool] = lambda path: True) -> int:
+        """Returns the size (bytes) of some of the dense parameters, as they are stored and loaded."""
+        return sum(array.tensor.size for path, arrays in self.dense.items() if part(path) for array in arrays)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Size (bytes) of all experts."""
+        return sum(stack.tensor.size for stacks in self.experts for stack in stacks)
+
+    @property
+    def can_be_mapped(self) -> bool:
+        """Whether a CPU can compute experts where they lie in the files.
+
+        JAX takes over arrays that begin at a multiple of `ALIGNED`. Our own loops read others too, where they
+        have any for the format; XLA would copy those each time.
+        """
+        whole = all(stack.tensor.part(0).size % ALIGNED == 0 for stack in self.experts[0])
+        return whole or self.format.name in IN_PLACE or isinstance(self.format, QuantisedFormat)
+
+    def dense_weights(self, read: Read, device: jax.Device | None) -> dict[str, Any]:
+        """Returns the dense parameters on a device, as a pure dict."""
+        sharding, weights = device_sharding(device), {}
+        for path, arrays in self.dense.items():
+            values = [read(array) for array in arrays]
+            whole = values[0] if len(values) == 1 else Int8Matrix(values[0], values[1], self.dtype)
+            weights[path] = on_device(whole, sharding)
+        return unflatten_dict(weights)
+
+    def bank(self, read: Read, device: jax.Device | None, in_place: bool) -> ExpertBank:
+        """Returns the experts in host memory.
+
+        Args:
+            read: gives an array.
+            device: device that experts are copied to; None for the default device.
+            in_place: whether arrays stay where they are, on a CPU.
+        """
+        put = putting(host_sharding(device), in_place)
+
+        def layer(stacks: tuple[StoredArray, ...]) -> tuple[Any, ...]:
+            arrays = [read(stack) for stack in stacks]
+            return tuple(
+                self.format.Expert(*(put(array[expert]) for array in arrays))
+                for expert in range(self.config.num_experts)
+            )
+
+        return ExpertBank(tuple(map(layer, self.experts)), self.format, self.dtype)
+
+    def disk_bank(self, device: jax.Device | None) -> DiskBank:
+        """Returns the experts where they are on the disk; none is read."""
+        pieces = tuple(
+            tuple(tuple(stack.piece(expert) for stack in stacks) for expert in range(self.config.num_experts))
+            for stacks in self.experts
+        )
+        return DiskBank(pieces, self.format, self.dtype, device)
 
 
-@contextmanager
-def damage(place: Path) -> Iterator[None]:
-    """Turns what Orbax and TensorStore raise for files that are missing or damaged into a ValueError."""
-    try:
-        yield
-    except Exception as error:
-        what = f"expected arrays as layerscope convert writes them, got {first_line(error)}"
-        raise ValueError(f"{place}: {what}; {REMEDY}") from error
+Read = Callable[[StoredArray], np.ndarray]
+"""Gives an array of a converted checkpoint: read into memory, or mapped."""
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps Orbax from printing what it raises as well."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def system_error(error: Exception, place: str) -> OSError:
-    """Returns the system's error that kept Orbax from writing, as TensorStore quotes it."""
-    quoted = re.search(r"os_error_code='(\d+)'", str(error))
-    if quoted is not None:
-        return OSError(int(quoted[1]), os.strerror(int(quoted[1])), place)
-    return OSError(f"Orbax could not write {place}: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the beginning of what an error says, on one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
-
-
-def read_bank(
-    folder: Path,
-    manifest: Manifest,
-    config: ModelConfig,
-    device: jax.Device | None,
-    advance: Callable[[int], None] = lambda size: None,
-) -> ExpertBank:
-    """Reads the experts, one layer after the other.
+def reading(shards: Shards, advance: Callable[[int], None]) -> Read:
+    """Returns what reads arrays into memory.
 
     Args:
-        folder: of the checkpoint.
-        manifest: of the checkpoint.
-        config: of the model.
-        device: as for `load`.
+        shards: opens and reads their files.
         advance: is told how many bytes were read.
-
-    Raises:
-        ValueError: if the format is not known, or experts are missing or damaged.
     """
-    form, sharding = format_of(folder, manifest, config), host_sharding(device)
-    buffers = form.buffers(config.hidden_size, config.moe_intermediate_size)
+    memory = Memory()
 
-    def put(array: np.ndarray) -> jax.Array:
-        return jax.block_until_ready(jax.device_put(array, sharding))
+    def read(stored: StoredArray) -> np.ndarray:
+        content = memory.take(stored.tensor.size)
+        shards.read_into(stored.tensor, content)
+        advance(stored.tensor.size)
+        return stored.array(content)
 
-    def layer(number: int) -> tuple[Any, ...]:
-        shapes = {
-            name: Buffer((config.num_experts, *buffer.shape), buffer.dtype)
-            for name, buffer in buffers.items()
-        }
-        read = read_arrays(folder, place_of(number), shapes, sharding)
-        # Views: on a CPU, JAX takes them over without a copy.
-        stacks = [
-            np.asarray(read[name].addressable_data(0)).view(buffer.dtype) for name, buffer in buffers.items()
-        ]
-        advance(sum(stack.nbytes for stack in stacks))
-        return tuple(
-            form.Expert(*(put(stack[expert]) for stack in stacks)) for expert in range(config.num_experts)
-        )
-
-    layers = tuple(layer(number) for number in range(config.num_moe_layers))
-    return ExpertBank(layers, form, dtype_named(manifest.dtype))
+    return read
 
 
-def format_of(folder: Path, manifest: Manifest, config: ModelConfig) -> ExpertFormat:
-    """Returns the format of a converted checkpoint's experts.
+def mapping(files: MappedFiles) -> Read:
+    """Returns what maps arrays from their files, which must be on this machine as long as they are used."""
 
-    Raises:
-        ValueError: if no format of that name is registered.
-    """
+    def mapped(stored: StoredArray) -> np.ndarray:
+        content = files.array(stored.tensor)
+        assert content is not None  # bytes lie anywhere
+        return stored.array(content)
+
+    return mapped
+
+
+def _format_of(folder: Path, manifest: Manifest, config: ModelConfig) -> ExpertFormat:
     try:
         return format_named(manifest.format).for_body(config.expert_body)
     except ValueError as error:
         raise ValueError(f"{folder / MANIFEST}: format: {error}") from None
-
-
-def read_dense(folder: Path, shapes: Mapping[str, Buffer], device: jax.Device | None) -> dict[str, jax.Array]:
-    """Reads the dense parameters onto the device, by dotted path."""
-    return read_arrays(folder, DENSE, shapes, device_sharding(device))
-
-
-def layer_ids(layer: int, config: ModelConfig) -> list[ExpertId]:
-    """Returns the experts of a MoE layer."""
-    return [ExpertId(layer, expert) for expert in range(config.num_experts)]

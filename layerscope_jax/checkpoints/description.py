@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from layerscope_jax.checkpoints.converted import Converted
 from layerscope_jax.checkpoints.headers import common_dtype, read_configs
 from layerscope_jax.checkpoints.ignored import Ignored
+from layerscope_jax.checkpoints.manifest import is_converted
 from layerscope_jax.checkpoints.other_formats import refuse_other_formats
 from layerscope_jax.checkpoints.packed_tensors import PackedTensor
 from layerscope_jax.checkpoints.parameters import ROUTED, active_parameters, parameters_by_part, part_of
@@ -19,10 +23,10 @@ from layerscope_jax.checkpoints.quantised_tensors import (
     put_together,
     quantisation_of,
 )
-from layerscope_jax.checkpoints.safetensors_io import StoredTensor, dtype_named, stored_tensors
+from layerscope_jax.checkpoints.safetensors_io import BYTES, DTYPES, StoredTensor, dtype_named, stored_tensors
 from layerscope_jax.checkpoints.tokenizer_files import tokenizer_file
 from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_of, plain_names
-from layerscope_jax.formats import format_named, quantised
+from layerscope_jax.formats import ExpertFormat, PlainFormat, format_named, quantised
 from layerscope_jax.models.cache import cache_bytes
 from layerscope_jax.models.config import ModelConfig
 
@@ -36,12 +40,14 @@ class Stored:
     Attributes:
         tensors, bytes: of each dtype, by safetensors' name of it.
         bytes_by_part: of the tensors that generation needs.
+        formats_by_part: names of the formats that these are in: dtypes, and encodings of packed matrices.
         ignored: tensors that it does not need, by what they are.
     """
 
     tensors: dict[str, int]
     bytes: dict[str, int]
     bytes_by_part: dict[str, int]
+    formats_by_part: dict[str, list[str]]
     ignored: dict[str, int]
 
 
@@ -61,6 +67,7 @@ class Description:
         quantization: how the stored weights are packed, as config.json says; None if they are not.
         expert_format: format of the experts once they are loaded.
         expert_bytes: of one expert once it is loaded.
+        dense_format: format of the matrices of dense layers once they are loaded.
         parameters: by part.
         active_parameters: those that a token needs: all but the experts that it does not choose.
         context: the longest sequence.
@@ -86,6 +93,7 @@ class Description:
     quantization: str | None
     expert_format: str
     expert_bytes: int
+    dense_format: str
     parameters: dict[str, int]
     active_parameters: int
     context: int
@@ -108,6 +116,11 @@ def describe(folder: Path) -> Description:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with config.json, found no folder; check the path")
+    if is_converted(folder):
+        held = Converted.open(folder)
+        return _described(
+            folder, held.config, held.manifest.dtype, held.format, held.manifest.dense, None, _converted(held)
+        )
     refuse_other_formats(folder)
     config, raw, _ = read_configs(folder)
     family = family_of(config)
@@ -125,13 +138,26 @@ def describe(folder: Path) -> Description:
         stored = _stored(naming, tensors, ignored)
         dtype = common_dtype(folder, naming, tensors, raw).name
         encoding = encoding_of_experts(folder, naming, tensors)
+    form = (format_named(dtype) if encoding is None else quantised(encoding)).for_body(config.expert_body)
+    return _described(folder, config, dtype, form, dtype, None if said is None else said.method, stored)
+
+
+def _described(
+    folder: Path,
+    config: ModelConfig,
+    dtype: str,
+    form: ExpertFormat,
+    dense_format: str,
+    quantization: str | None,
+    stored: Stored | None,
+) -> Description:
+    """Puts a description together, of what is in its attributes."""
     parameters, size = parameters_by_part(config), dtype_named(dtype).itemsize
     windows = [config.layer_kind(layer).sliding_window for layer in range(config.num_layers)]
-    form = (format_named(dtype) if encoding is None else quantised(encoding)).for_body(config.expert_body)
     return Description(
         folder=str(folder),
         family=config.family,
-        architecture=family.architecture,
+        architecture=family_of(config).architecture,
         layers=config.num_layers,
         dense_layers=len(config.dense_layers),
         moe_layers=config.num_moe_layers,
@@ -141,9 +167,10 @@ def describe(folder: Path) -> Description:
         attention=_attention(config),
         cache_bytes=cache_bytes(config, 1, POSITIONS, size),
         dtype=dtype,
-        quantization=None if said is None else said.method,
+        quantization=quantization,
         expert_format=form.name,
         expert_bytes=form.expert_bytes(config.hidden_size, config.moe_intermediate_size),
+        dense_format=dense_format,
         parameters=parameters,
         active_parameters=active_parameters(config, parameters),
         context=config.max_position_embeddings,
@@ -156,18 +183,57 @@ def describe(folder: Path) -> Description:
 
 
 def _stored(naming: Naming, tensors: Mapping[str, StoredTensor | PackedTensor], ignored: Ignored) -> Stored:
-    parts: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    count = _Count()
     for name, tensor in tensors.items():
         for part in tensor.parts.values() if isinstance(tensor, PackedTensor) else (tensor,):
-            counts[part.dtype] += 1
-            sizes[part.dtype] += part.size
+            count.tensor(part.dtype, part.size)
         if name in naming.uses:
             key = naming.uses[name][0][0].keys[0]
-            parts[ROUTED if key in naming.experts else part_of(key)] += tensor.size
-    unused = ignored.summary(tensors.keys() - naming.shapes.keys())
-    return Stored(dict(counts), dict(sizes), dict(parts), unused)
+            form = tensor.encoding.name if isinstance(tensor, PackedTensor) else tensor.dtype
+            count.part(ROUTED if key in naming.experts else part_of(key), tensor.size, form)
+    return count.stored(ignored.summary(tensors.keys() - naming.shapes.keys()))
+
+
+def _converted(held: Converted) -> Stored:
+    count = _Count()
+    for path, arrays in held.dense.items():
+        for array in arrays:
+            count.tensor(_code(array.buffer.dtype), array.tensor.size)
+        form = held.manifest.dense if len(arrays) > 1 else _code(arrays[0].buffer.dtype)
+        count.part(part_of(path), sum(array.tensor.size for array in arrays), form)
+    for stacks in held.experts:
+        for stack in stacks:
+            count.tensor(_code(stack.buffer.dtype), stack.tensor.size)
+    form = _code(held.format.dtype) if isinstance(held.format, PlainFormat) else held.format.name
+    count.part(ROUTED, held.expert_bytes, form)
+    return count.stored({})
+
+
+def _code(dtype: np.dtype) -> str:
+    """Safetensors' name of a dtype, or where it has none NumPy's."""
+    return next((code for code, known in (DTYPES | BYTES).items() if known == dtype), dtype.name)
+
+
+class _Count:
+    """Counts tensors, bytes and formats."""
+
+    def __init__(self) -> None:
+        self._tensors: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+        self._parts: Counter[str] = Counter()
+        self._formats: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def tensor(self, dtype: str, size: int) -> None:
+        self._tensors[dtype] += 1
+        self._bytes[dtype] += size
+
+    def part(self, name: str, size: int, form: str) -> None:
+        self._parts[name] += size
+        self._formats[name][form] += size
+
+    def stored(self, ignored: dict[str, int]) -> Stored:
+        formats = {name: [form for form, _ in sizes.most_common()] for name, sizes in self._formats.items()}
+        return Stored(dict(self._tensors), dict(self._bytes), dict(self._parts), formats, ignored)
 
 
 def _attention(config: ModelConfig) -> str:

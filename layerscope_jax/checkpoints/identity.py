@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
+from layerscope_jax.checkpoints.dense_weights import named_arrays
 from layerscope_jax.scheduling.geometry import RoutedExperts
 from layerscope_jax.support.json_fields import of_record
 
@@ -92,10 +92,8 @@ def weights_digest(model: Model) -> str:
             flat = flat[np.linspace(0, flat.size - 1, ALL_OF).astype(np.int64)]
         digest.update(flat.astype(np.float32).tobytes())
 
-    for path, leaf in sorted(
-        (".".join(map(str, path)), leaf) for path, leaf in flatten_dict(model.dense).items()
-    ):
-        count(path, np.asarray(leaf))
+    for name, array in sorted(named_arrays(model.dense), key=lambda named: named[0]):
+        count(name, np.asarray(array))
     for expert in model.bank:
         for name, view in zip(model.bank.format.Expert._fields, model.bank.views(expert), strict=True):
             count(f"{expert} {name}", view)

@@ -9,7 +9,7 @@ from layerscope_jax.support.files import is_there, read_json
 from layerscope_jax.support.json_fields import of_record, readable
 
 MANIFEST = "layerscope.json"
-VERSION = 1
+VERSION = 2
 REMEDY = "convert the checkpoint again"
 
 
@@ -20,8 +20,9 @@ class Manifest:
     Attributes:
         version: of the layout.
         source: fingerprint of the checkpoint that it was made from.
-        dtype: of activations, and of the dense parameters.
+        dtype: of activations, and of the dense parameters that are not packed.
         format: name of the experts' format.
+        dense: name of the format of the dense layers' matrices; `dtype` where they are not packed.
         head: "tied" if the embedding is the head, else "own".
     """
 
@@ -29,7 +30,13 @@ class Manifest:
     source: str
     dtype: str
     format: str
+    dense: str
     head: str
+
+    @property
+    def dense_format(self) -> str | None:
+        """Name of the format that dense matrices are packed in; None if they are not."""
+        return None if self.dense == self.dtype else self.dense
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -11,6 +11,9 @@ import numpy as np
 
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, errors_of
 
+IN_PLACE = ("float32", "bfloat16")
+"""Plain formats of experts that are mapped: our own loops read them wherever they lie."""
+
 
 class MappedFiles:
     """Maps safetensors files, read-only, and keeps them open as long as it or an array of theirs is there.

@@ -1,13 +1,11 @@
-"""A model in memory (`Model`), and its way from and to a Hugging Face folder (`load`, `save`)."""
+"""A model in memory (`Model`), and its way there from a folder (`load`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,42 +13,36 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
 
-from layerscope_jax.checkpoints.converted import format_of, read_bank, read_dense
-from layerscope_jax.checkpoints.headers import Tensor, read_configs, read_headers
-from layerscope_jax.checkpoints.hub import folder_of
-from layerscope_jax.checkpoints.manifest import Manifest, is_converted
-from layerscope_jax.checkpoints.mapped import MappedFiles
-from layerscope_jax.checkpoints.ranges import disk_bank
-from layerscope_jax.checkpoints.safetensors_io import (
-    DTYPES,
-    SINGLE,
-    cast,
-    dtype_named,
-    write_tensors,
+from layerscope_jax.checkpoints.converted import Converted, mapping, reading
+from layerscope_jax.checkpoints.dense_weights import (
+    check_dense_format,
+    dense_format_of,
+    numbers,
+    on_device,
+    packed,
 )
+from layerscope_jax.checkpoints.headers import Tensor, read_headers
+from layerscope_jax.checkpoints.hub import folder_of
+from layerscope_jax.checkpoints.manifest import is_converted
+from layerscope_jax.checkpoints.mapped import IN_PLACE, MappedFiles
+from layerscope_jax.checkpoints.progress import loading
+from layerscope_jax.checkpoints.ranges import disk_bank
+from layerscope_jax.checkpoints.safetensors_io import DTYPES
 from layerscope_jax.checkpoints.shards import Shards
 from layerscope_jax.checkpoints.tensor_reader import TensorReader
 from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
-from layerscope_jax.checkpoints.weight_names import Naming, family_of
-from layerscope_jax.formats import Buffer, ExpertFormat, format_named
+from layerscope_jax.checkpoints.weight_names import Naming
+from layerscope_jax.formats import ExpertFormat, format_named
 from layerscope_jax.models import Decoder, ExpertParam
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 from layerscope_jax.scheduling.plan import Geometry
-from layerscope_jax.support.files import replace_files
 from layerscope_jax.support.pinned_memory import need_pinned
 
 logger = logging.getLogger(__name__)
-
-IN_PLACE = ("float32", "bfloat16")
-"""Dtypes of experts that are mapped."""
-
-PROGRESS_FROM = 1_000_000_000  # bytes from which on loading shows a progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +126,34 @@ class Model:
             return self
         return dataclasses.replace(self, bank=self.bank.converted(form))
 
+    @property
+    def dense_format(self) -> str | None:
+        """Name of the format that the matrices of its dense layers are packed in; None if they are plain."""
+        return dense_format_of(self.dense)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Size (bytes) of the dense parameters, on the device."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.dense))
+
+    def with_dense_format(self, format: str) -> Model:
+        """The same model with the matrices of its dense layers packed; both are in memory meanwhile.
+
+        Raises:
+            ValueError: if there is no such format.
+        """
+        check_dense_format(format)
+        if self.dense_format == format:
+            return self
+        matrices, sharding = Naming.of(self.config).matrices, device_sharding(self.device)
+        dense = {
+            path: on_device(packed(numbers(weights), self.bank.dtype), sharding)
+            if path in matrices
+            else weights
+            for path, weights in flatten_dict(self.dense).items()
+        }
+        return dataclasses.replace(self, dense=unflatten_dict(dense))
+
     def whole(self) -> Decoder:
         """The decoder with every expert on the device, unpacked: the oracle of the engine's tests."""
         layers = range(self.config.num_moe_layers)
@@ -147,6 +167,7 @@ def load(
     dtype: str | None = None,
     device: jax.Device | None = None,
     format: str | ExpertFormat | None = None,
+    dense_format: str | None = None,
     revision: str | None = None,
     mmap: bool = True,
     experts: Literal["memory", "disk"] = "memory",
@@ -154,28 +175,34 @@ def load(
     """Loads a Hugging Face checkpoint of one of the families, or of one that was registered.
 
     Experts are read straight into pinned host memory, everything else onto the device; apart from these, only
-    one tensor at a time is in memory. On a CPU alone, experts that are neither converted nor packed are not
-    read but mapped from their files, which must not be written to as long as the model is used
+    one tensor at a time is in memory. On a CPU alone, experts that lie in their files as they are computed
+    from (plain ones that are not converted, and those that `layerscope convert` packed) are not read but
+    mapped from there; the files must not be written to as long as the model is used
     (`layerscope_jax.checkpoints.mapped`).
 
     Args:
         folder: holds `config.json`, one or more safetensors files, and optionally a tokenizer's files; or was
-            written by `layerscope convert`, which then fixes `dtype` and `format`; or the name of a
-            checkpoint on the Hugging Face hub, "organisation/name", which is downloaded into the hub's cache
-            (see `layerscope_jax.checkpoints.hub`). What is there as a path is never taken for a name.
+            written by `layerscope convert`, which then fixes `dtype`, `format` and `dense_format`; or the
+            name of a checkpoint on the Hugging Face hub, "organisation/name", which is downloaded into the
+            hub's cache (see `layerscope_jax.checkpoints.hub`). What is there as a path is never taken for a
+            name.
         dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the checkpoint's dtype.
         device: device that holds the dense parameters, and whose pinned host memory holds the experts; None
             for the default device.
         format: format in which the experts are stored (`layerscope_jax.formats`), or its name; None keeps
             those that the checkpoint holds quantised as they are, and others in the dtype of the other
             weights. Other quantised weights are converted to that dtype while they are read.
+        dense_format: "int8" to pack the matrices of dense layers (`layerscope_jax.models.matrices`):
+            projections of attention, shared experts, dense networks, and the head, with the embedding where
+            that is the head; norms, routers and latent attention's matrices of heads stay as they are. None
+            for the dtype of the other weights.
         revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
         mmap: False to read experts that would be mapped: from a disk that is slow or will be taken away, or
             files that will be written to.
         experts: "memory" to read the experts now; "disk" to leave them in the checkpoint's files, from which
             an engine reads those that it needs into as much host memory as `OffloadConfig.host_budget` says.
             The files must hold them as they are computed from: safetensors of one float type, none to be
-            converted.
+            converted, or what `layerscope convert` wrote, in any format.
 
     Returns:
         The model, for `Engine`.
@@ -195,38 +222,39 @@ def load(
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
     if experts not in ("memory", "disk"):
         raise ValueError(f"experts must be 'memory' or 'disk', got {experts!r}")
+    check_dense_format(dense_format)
     if experts == "disk" and form is not None:
         raise ValueError(
             "experts='disk' computes experts as their files hold them, and cannot have the format "
-            f"{form.name!r}; leave out format=, or load with experts='memory'"
+            f"{form.name!r}; leave out format=, or convert the checkpoint once (layerscope convert --experts "
+            f"{form.name})"
         )
     folder = folder_of(folder, revision)
     on_disk = experts == "disk"
     if is_converted(folder):
-        if on_disk:
-            raise ValueError(
-                f"{folder} is a converted checkpoint, whose experts cannot stay on the disk; load it with "
-                "experts='memory', or the checkpoint that it was made from with experts='disk'"
-            )
-        return _load_converted(folder, dtype, device, form)
+        return _load_converted(folder, dtype, device, form, dense_format, mmap, on_disk)
     config, raw, generation, naming, stored, target, form, as_stored = read_headers(folder, dtype, form)
     if on_disk and form is not None:
         raise ValueError(
             f"{folder} holds its experts in the format {form.name!r}, and experts='disk' takes those of one "
-            "float type; load it with experts='memory'"
+            "float type, or of what layerscope convert wrote: convert it, or load it with experts='memory'"
         )
-    size = config.num_moe_layers * config.num_experts * packed_bytes(config, form, target)
     if not on_disk:
-        need_pinned(size, device)
+        size = packed_bytes(config, form, target)
+        need_pinned(config.num_moe_layers * config.num_experts * size, device)
     in_place = mmap and not on_disk and form is None and on_cpu(device)
     in_place = in_place and are_as_stored(naming, stored, target)
     mapped = MappedFiles() if in_place else None
     unread = disk_bank(config, naming, stored, target, device) if on_disk else None
-    with loading(stored, less=0 if unread is None else unread.total_bytes) as advance, Shards() as shards:
+    total = sum(tensor.size for tensor in stored.values()) - (0 if unread is None else unread.total_bytes)
+    with loading(total) as advance, Shards() as shards:
         reader = TensorReader(naming, stored, shards, target, advance, mapped, packed=as_stored)
         sharding = device_sharding(device)
         dense = {
-            path: jax.block_until_ready(jax.device_put(array, sharding))
+            path: on_device(
+                packed(array, target) if dense_format is not None and path in naming.matrices else array,
+                sharding,
+            )
             for source in naming.dense
             for path, array in reader.arrays(source).items()
         }
@@ -271,114 +299,37 @@ def on_cpu(device: jax.Device | None) -> bool:
 
 
 def _load_converted(
-    folder: Path, dtype: str | None, device: jax.Device | None, form: ExpertFormat | None
+    folder: Path,
+    dtype: str | None,
+    device: jax.Device | None,
+    form: ExpertFormat | None,
+    dense_format: str | None,
+    mmap: bool,
+    on_disk: bool,
 ) -> Model:
     """`load` of a folder that `layerscope convert` wrote."""
-    manifest = Manifest.read(folder)
-    if dtype not in (None, manifest.dtype) or (form is not None and form.name != manifest.format):
+    held = Converted.open(folder)
+    manifest = held.manifest
+    other_form = form is not None and form.name != manifest.format
+    if dtype not in (None, manifest.dtype) or other_form or dense_format not in (None, manifest.dense):
         raise ValueError(
-            f"{folder} was converted to experts in {manifest.format} and other weights in {manifest.dtype}; "
-            "leave dtype and format out, or convert the original checkpoint to what you need"
+            f"{folder} was converted to experts in {manifest.format}, dense layers in {manifest.dense} and "
+            f"other weights in {manifest.dtype}; leave dtype, format and dense_format out, or convert the "
+            "original checkpoint to what you need"
         )
-    config, raw, generation = read_configs(folder)
-    config = dataclasses.replace(config, tie_embeddings=manifest.head == "tied")
-    naming, target = Naming.of(config), dtype_named(manifest.dtype)
-    count = config.num_moe_layers * config.num_experts
-    need_pinned(count * packed_bytes(config, format_of(folder, manifest, config), target), device)
-    shapes = {
-        path: Buffer(shape, np.dtype(np.float32) if path in naming.wide else target)
-        for path, shape in naming.parameters.items()
-    }
-    names = {path: ".".join(map(str, path)) for path in shapes}
-    dense = read_dense(folder, {names[path]: buffer for path, buffer in shapes.items()}, device)
-    return Model(
-        config,
-        naming.graphdef,
-        unflatten_dict({path: dense[name] for path, name in names.items()}),
-        read_bank(folder, manifest, config, device),
-        read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
-        folder,
-        generation,
-    )
-
-
-def save(model: Model | Decoder, folder: str | Path, *, dtype: str | None = None) -> None:
-    """Writes a model as `config.json` and `model.safetensors`, for `load` and transformers 5 or newer.
-
-    Experts are written unpacked, whatever their format. Both files are written under temporary names first,
-    so that a failure leaves no incomplete files. Tokenizer files are not written: copy them into the folder.
-
-    Args:
-        model: model of any family that `load` reads.
-        folder: created if needed; existing files of the same names are replaced.
-        dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the model's dtype.
-
-    Raises:
-        ValueError: if the family cannot express the model, or the folder cannot be written.
-    """
-    model = model if isinstance(model, Model) else Model.from_decoder(model)
-    config, naming = model.config, Naming.of(model.config)
-    target = np.dtype(model.bank.dtype) if dtype is None else dtype_named(dtype)
-    settings = hf_config(config, target)
-    dense = flatten_dict(model.dense)
-
-    def array(key: Any) -> np.ndarray:
-        if key in naming.experts:
-            expert, name = key
-            return np.asarray(getattr(model.bank.unpacked(expert), name))
-        return np.asarray(dense[key])
-
-    def value(name: str) -> np.ndarray:
-        parts = []
-        for source, part in naming.uses[name]:
-            assert source.transform.save is not None, f"the first way to name {name} must be one to save"
-            parts.append(source.transform.save([array(key) for key in source.keys])[part])
-        stacked = naming.uses[name][0][0].tensors[naming.uses[name][0][1]][1] is not None
-        return cast(np.stack(parts) if stacked else parts[0], dtypes[name], name)
-
-    dtypes = {
-        name: np.dtype(np.float32) if uses[0][0].keys[0] in naming.wide else target
-        for name, uses in naming.uses.items()
-    }
-    replace_files(
-        Path(folder),
-        {
-            SINGLE: lambda file: write_tensors(file, naming.shapes, dtypes, value),
-            "config.json": json.dumps(settings, indent=2) + "\n",
-        },
-    )
-
-
-def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
-    """Returns the `config.json` of a model, with the keys of transformers 5.
-
-    Raises:
-        ValueError: naming the settings that its family cannot express.
-    """
-    family = family_of(config)
-    settings = family.write_config(config)
-    read_back = dataclasses.asdict(family.read_config(settings))
-    lost = [
-        f"{key}={value!r} (it would become {read_back[key]!r})"
-        for key, value in dataclasses.asdict(config).items()
-        if value != read_back[key]
-    ]
-    if lost:
-        raise ValueError(f"{family.architecture} cannot express {', '.join(lost)}; use a family that can")
-    named = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype.name}
-    return dict(sorted((settings | named).items()))
-
-
-@contextmanager
-def loading(stored: Mapping[str, Tensor], less: int = 0) -> Iterator[Callable[[int], None]]:
-    """Shows a progress bar while large tensors are read; what it gives counts bytes that are done.
-
-    Args:
-        stored: the tensors.
-        less: bytes of them that are not read.
-    """
-    total = sum(tensor.size for tensor in stored.values()) - less
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=total < PROGRESS_FROM) as progress:
-        task = progress.add_task("loading", total=total)
-        yield lambda size: progress.advance(task, size)
+    in_memory = not on_disk
+    if in_memory:
+        need_pinned(held.expert_bytes, device)
+    in_place = mmap and in_memory and on_cpu(device) and held.can_be_mapped
+    mapped = MappedFiles() if in_place else None
+    total = held.dense_bytes() + (held.expert_bytes if in_memory and mapped is None else 0)
+    with loading(total) as advance, Shards() as shards:
+        read = reading(shards, advance)
+        dense = held.dense_weights(read, device)
+        bank: ExpertBank
+        if on_disk:
+            bank = held.disk_bank(device)
+        else:
+            bank = held.bank(read if mapped is None else mapping(mapped), device, in_place)
+    tokenizer = read_tokenizer(folder, held.config.vocab_size, held.raw.get("model_type"))
+    return Model(held.config, held.naming.graphdef, dense, bank, tokenizer, folder, held.generation, mapped)

@@ -23,7 +23,7 @@ from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.models.family import Family
-from layerscope_jax.models.layers import ExpertParam, abstract
+from layerscope_jax.models.layers import ExpertParam, MatrixParam, abstract
 from layerscope_jax.models.registry import FAMILIES
 from layerscope_jax.models.weights import EXPERTS, Transform, Weight
 from layerscope_jax.scheduling.plan import ExpertId
@@ -68,6 +68,7 @@ class Naming:
         graphdef: of the whole decoder.
         parameters: path of a dense parameter -> its shape in the decoder.
         wide: paths of the dense parameters that are float32 in a model of any dtype.
+        matrices: paths of the dense parameters that may be packed (`MatrixParam`).
         dense: where the dense parameters come from.
         experts: the expert and the name of its array -> where it comes from.
         shapes: tensor name -> its shape in the checkpoint.
@@ -77,6 +78,7 @@ class Naming:
     graphdef: nnx.GraphDef
     parameters: Mapping[ParameterPath, tuple[int, ...]]
     wide: frozenset[ParameterPath]
+    matrices: frozenset[ParameterPath]
     dense: list[Source] = field(default_factory=list)
     experts: dict[tuple[ExpertId, str], Source] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -177,15 +179,22 @@ class Naming:
 @lru_cache(maxsize=8)  # tracing takes seconds, and saving, loading and checking one model ask for the same
 def _skeleton(
     config: ModelConfig,
-) -> tuple[nnx.GraphDef, Mapping[ParameterPath, tuple[int, ...]], frozenset[ParameterPath]]:
-    """The graph of a decoder, its dense parameters' shapes, and those that are float32 in any dtype."""
+) -> tuple[
+    nnx.GraphDef,
+    Mapping[ParameterPath, tuple[int, ...]],
+    frozenset[ParameterPath],
+    frozenset[ParameterPath],
+]:
+    """The graph of a decoder, its dense parameters' shapes, those that are float32 in any dtype, and those
+    that may be packed."""
     bfloat16 = np.dtype(jnp.bfloat16)
     decoder = abstract(lambda rngs: Decoder(config, rngs=rngs, dtype=bfloat16))
     graphdef, *states = nnx.split(decoder, ExpertParam, ...)
     _, dense = map(nnx.to_pure_dict, states)
     arrays: dict[ParameterPath, jax.ShapeDtypeStruct] = flatten_dict(dense)
     wide = frozenset(path for path, array in arrays.items() if array.dtype != bfloat16)
-    return graphdef, MappingProxyType({path: array.shape for path, array in arrays.items()}), wide
+    matrices = frozenset(flatten_dict(nnx.to_pure_dict(nnx.state(decoder, MatrixParam))))
+    return graphdef, MappingProxyType({path: array.shape for path, array in arrays.items()}), wide, matrices
 
 
 def chosen_rows(family: Family, config: ModelConfig, stored: Collection[str] = ()) -> list[Weight]:

@@ -12,6 +12,7 @@ from tyro.conf import arg
 from layerscope_jax.cli import profile_view
 from layerscope_jax.cli.options import (
     Checkpoint,
+    DenseFormat,
     Dtype,
     ExpertFormat,
     HostBudget,
@@ -42,6 +43,7 @@ class Calibrate:
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
     expert_format: ExpertFormat = None
+    dense_format: DenseFormat = None
     revision: Revision = None
 
     def run(self) -> int:
@@ -55,7 +57,12 @@ class Calibrate:
         OffloadConfig(**sizes)  # refuses a malformed size before the model is loaded
         with writing("--out", self.out):
             model = open_model(
-                self.checkpoint, self.dtype, self.revision, self.expert_format, self.host_budget
+                self.checkpoint,
+                self.dtype,
+                self.revision,
+                self.expert_format,
+                self.dense_format,
+                self.host_budget,
             )
             exits.say("measuring; other work on this machine distorts the figures")
             profile = calibrate(model, **sizes)

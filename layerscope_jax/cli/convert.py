@@ -16,7 +16,7 @@ from layerscope_jax.support.locks import made
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write a checkpoint laid out for this engine, with its experts packed if you like; or back.
+    """Write a checkpoint laid out for this engine, with its weights packed if you like; or back.
 
     What is written loads as any checkpoint does. An interrupted run leaves nothing.
     """
@@ -31,10 +31,14 @@ class Convert:
             "weights.",
         ),
     ] = None
+    dense: Annotated[
+        Literal["int8"] | None,
+        arg(help="Format to pack the matrices of dense layers into; by default they are not packed."),
+    ] = None
     dtype: Dtype = None
     to: Annotated[
         Literal["engine", "hf"],
-        arg(help="Layout: for this engine, or a Hugging Face folder, with experts unpacked."),
+        arg(help="Layout: for this engine, or a Hugging Face folder, with everything unpacked."),
     ] = "engine"
     revision: Revision = None
 
@@ -43,7 +47,7 @@ class Convert:
         exits.need_output()
         folder = folder_of(self.checkpoint, self.revision)
         with made(self.out.absolute().parent):
-            convert(folder, self.out, experts=self.experts, dtype=self.dtype, to=self.to)
+            convert(folder, self.out, experts=self.experts, dense=self.dense, dtype=self.dtype, to=self.to)
         written = sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
         print(f"The checkpoint is in {self.out}: {written / 1e9:.2f} GB")
         return exits.DONE

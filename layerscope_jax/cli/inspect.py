@@ -74,13 +74,20 @@ def show(found: Description, console: Console) -> None:
     for name, text in lines.items():
         console.print(f"{name:<10} {text}", soft_wrap=True)
     rows = [
-        (part, f"{count:,}", f"{count / total:.1%}", size(stored.bytes_by_part[part]) if stored else "")
+        (
+            part,
+            f"{count:,}",
+            f"{count / total:.1%}",
+            size(stored.bytes_by_part[part]) if stored else "",
+            ", ".join(stored.formats_by_part[part]) if stored else "",
+        )
         for part, count in found.parameters.items()
     ]
-    rows.append(("all", f"{total:,}", "", size(sum(stored.bytes_by_part.values())) if stored else ""))
-    rows.append(("of a token", f"{found.active_parameters:,}", f"{found.active_parameters / total:.1%}", ""))
+    rows.append(("all", f"{total:,}", "", size(sum(stored.bytes_by_part.values())) if stored else "", ""))
+    share = f"{found.active_parameters / total:.1%}"
+    rows.append(("of a token", f"{found.active_parameters:,}", share, "", ""))
     console.print()
-    console.print(table(("part", "parameters", "share", "stored"), rows))
+    console.print(table(("part", "parameters", "share", "stored", "in"), rows))
 
 
 def size(count: int) -> str:

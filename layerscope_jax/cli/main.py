@@ -30,6 +30,7 @@ from layerscope_jax.cli.options import (
     PREDICTOR_HELP,
     SHIPPED,
     Checkpoint,
+    DenseFormat,
     DeviceBudget,
     Dtype,
     ExpertFormat,
@@ -175,6 +176,7 @@ class Generate(RequestOptions):
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
     expert_format: ExpertFormat = None
+    dense_format: DenseFormat = None
     revision: Revision = None
     numerics: Annotated[
         Literal["exact", "fast"],
@@ -251,6 +253,8 @@ class Generate(RequestOptions):
         name = fingerprint(self._folder) + (f" as {self.dtype}" if self.dtype else "")
         if self.expert_format is not None:
             name += f" with experts in {known_format(self.expert_format)}"
+        if self.dense_format is not None:
+            name += f" with dense layers in {self.dense_format}"
         if any(row.request.messages is not None for row in rows):
             name += f" with chat template {Chat(self._folder, template).digest()}"
         return name
@@ -282,6 +286,7 @@ class Generate(RequestOptions):
             str(self._folder),
             self.dtype,
             expert_format=self.expert_format,
+            dense_format=self.dense_format,
             host_budget=self.host_budget,
         )
         lines = Lines(self._model(rows, template) if file is None else file.model, model.tokenizer, file)

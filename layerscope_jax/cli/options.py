@@ -72,6 +72,14 @@ ExpertFormat = Annotated[
     ),
 ]
 
+DenseFormat = Annotated[
+    Literal["int8"] | None,
+    arg(
+        help="Stores the matrices of dense layers in this format: attention, shared experts, dense networks "
+        "and the head; without it, as the checkpoint does.",
+    ),
+]
+
 
 def folder_of(checkpoint: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the folder of a checkpoint, downloaded if need be, or of the shipped model."""
@@ -83,12 +91,18 @@ def open_model(
     dtype: str | None = None,
     revision: str | None = None,
     expert_format: str | None = None,
+    dense_format: str | None = None,
     host_budget: str | None = None,
 ) -> Model:
     """Loads a checkpoint, or the shipped model; within a host budget its experts stay on the disk."""
     experts: Literal["memory", "disk"] = "memory" if host_budget is None else "disk"
-    format = known_format(expert_format)
-    return load(folder_of(checkpoint, revision), dtype=dtype, format=format, experts=experts)
+    return load(
+        folder_of(checkpoint, revision),
+        dtype=dtype,
+        format=known_format(expert_format),
+        dense_format=dense_format,
+        experts=experts,
+    )
 
 
 def known_format(name: str | None) -> str | None:

@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from layerscope_jax.cli.options import (
     Checkpoint,
+    DenseFormat,
     DeviceBudget,
     Dtype,
     ExpertFormat,
@@ -56,6 +57,7 @@ class Record:
     policy: PolicyName = "lru"
     dtype: Dtype = None
     expert_format: ExpertFormat = None
+    dense_format: DenseFormat = None
     revision: Revision = None
     seed: Annotated[int, arg(help="Seed of the choice and order of passages.")] = 0
 
@@ -79,7 +81,14 @@ class Record:
             ),
             seed=self.seed,
         )
-        model = open_model(self.checkpoint, self.dtype, self.revision, self.expert_format, self.host_budget)
+        model = open_model(
+            self.checkpoint,
+            self.dtype,
+            self.revision,
+            self.expert_format,
+            self.dense_format,
+            self.host_budget,
+        )
         interrupts.promise(f"interrupted; the same command continues {self.out}")
         trace = record(model, config)
         passages = sum(len(chunk.passages) for chunk in trace.chunks)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.formats.base import Buffer
+from layerscope_jax.models.matrices import rounded
 from layerscope_jax.support.machine import cores
 
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16)
@@ -72,17 +73,6 @@ class Encoding(ABC):
     def dequantised(self, arrays: Sequence[jax.Array], dtype: np.dtype) -> jax.Array:
         """Returns the matrix [N, K] that some arrays of JAX stand for, rounded to a dtype."""
         return jax.lax.optimization_barrier(rounded(self.values(arrays), dtype))
-
-
-def rounded(values: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Returns float32 values rounded to a dtype, in that dtype.
-
-    XLA may leave out a conversion to bfloat16 that another one from it follows, and so the rounding. What is
-    done by `reduce_precision` it keeps; that would lose the smallest numbers of float16.
-    """
-    if dtype == BFLOAT16:
-        values = jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
-    return values.astype(dtype)
 
 
 def namespace(array: Any) -> Any:

@@ -190,29 +190,46 @@ def plain_address(addresses, which, rows, depth, kind):
 run_experts = experts_by(plain_address, plain_bias, row_of, product)
 
 
-@njit(cache=True, nogil=True)
-def multiply(x, weights, outputs, first, last):
-    """`x [M, K] @ weights [N, K]^T` into the columns `first` to `last` of `outputs`, all of bfloat16."""
-    depth = x.shape[1]
-    piece, block = min(len(x), PIECE), rows_at_once(min(len(x), PIECE))
-    wide, most = columns(piece), min(block, last - first)
-    memory = np.empty(64 + 128 + STAGED + 2 * wide * depth + 4 * wide * most, np.uint8)
-    scratch = (memory.ctypes.data + 63) // 64 * 64
-    staged = scratch + 128
-    inputs = staged + STAGED
-    sums = inputs + 2 * wide * depth
-    store_shapes(scratch + 64)
-    for start in range(0, len(x), PIECE):
-        tokens = min(PIECE, len(x) - start)
-        shape_tiles(scratch, tokens)
-        rows = np.arange(start, start + tokens)
-        weave(x.ctypes.data + x.strides[0] * rows, tokens, depth, inputs)
-        for begin in range(first, last, most):
-            end = min(begin + most, last)
-            at = weights.ctypes.data
-            ahead = at + 2 * depth * min(end, last - 1)
-            product(inputs, depth, at, begin, end, tokens, sums, staged, ahead, outputs)
-            totals = carray(pointer(sums), (end - begin, columns(tokens)), np.float32)
-            write_rows(totals, outputs, rows, begin, end)
-    load_shapes(scratch + 64)
-    memory[0] = 0  # kept until here
+def products_by(matrix_of: Any, row_of: Any, product: Any) -> Any:
+    """A compiled function of products with bfloat16 inputs, however the matrix is stored.
+
+    Args:
+        matrix_of: compiled: what is given of the weights -> the matrix.
+        row_of, product: compiled, as of `experts_by`.
+    """
+
+    @njit(cache=True, nogil=True)
+    def multiply(x, weights, outputs, first, last):
+        """`x [M, K] @ weights [N, K]^T` into the columns `first` to `last` of `outputs`, all of bfloat16."""
+        depth, matrix = x.shape[1], matrix_of(weights)
+        piece, block = min(len(x), PIECE), rows_at_once(min(len(x), PIECE))
+        wide, most = columns(piece), min(block, last - first)
+        memory = np.empty(64 + 128 + STAGED + 2 * wide * depth + 4 * wide * most, np.uint8)
+        scratch = (memory.ctypes.data + 63) // 64 * 64
+        staged = scratch + 128
+        inputs = staged + STAGED
+        sums = inputs + 2 * wide * depth
+        store_shapes(scratch + 64)
+        for start in range(0, len(x), PIECE):
+            tokens = min(PIECE, len(x) - start)
+            shape_tiles(scratch, tokens)
+            rows = np.arange(start, start + tokens)
+            weave(x.ctypes.data + x.strides[0] * rows, tokens, depth, inputs)
+            for begin in range(first, last, most):
+                end = min(begin + most, last)
+                ahead = row_of(matrix, depth, min(end, last - 1))[0]
+                product(inputs, depth, matrix, begin, end, tokens, sums, staged, ahead, outputs)
+                totals = carray(pointer(sums), (end - begin, columns(tokens)), np.float32)
+                write_rows(totals, outputs, rows, begin, end)
+        load_shapes(scratch + 64)
+        memory[0] = 0  # kept until here
+
+    return multiply
+
+
+@njit(cache=True, nogil=True, inline="always")
+def address_of(weights):
+    return weights.ctypes.data
+
+
+multiply = products_by(address_of, row_of, product)

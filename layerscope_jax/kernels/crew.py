@@ -81,6 +81,22 @@ def wait_for(address):
         pass
 
 
+@njit(cache=True, nogil=True)
+def part_of(job, matrices, part):
+    """Of a part of products: which matrix, its first and last columns, and the first and last rows.
+
+    Args:
+        job: of products.
+        matrices: [COUNT, ...] what each of WEIGHTS is.
+    """
+    top, first = part // job[BESIDE] * job[HEIGHT], part % job[BESIDE] * job[COLUMNS]
+    end, matrix = min(top + job[HEIGHT], job[ROWS]), 0
+    while first >= matrices[matrix, 1]:
+        first -= (matrices[matrix, 1] + job[COLUMNS] - 1) // job[COLUMNS] * job[COLUMNS]
+        matrix += 1
+    return matrix, first, min(first + job[COLUMNS], matrices[matrix, 1]), top, end
+
+
 @functools.cache
 def products(multiply: Any, rows: Any, weights_of: Any) -> Any:
     """A C function: a thread's share of products, for the address of a job.
@@ -100,15 +116,10 @@ def products(multiply: Any, rows: Any, weights_of: Any) -> Any:
             part = taken(address + 8 * TAKEN)
             if part >= job[PARTS]:
                 break
-            top, first = part // job[BESIDE] * job[HEIGHT], part % job[BESIDE] * job[COLUMNS]
-            end, matrix = min(top + job[HEIGHT], job[ROWS]), 0
-            while first >= matrices[matrix, 1]:
-                first -= (matrices[matrix, 1] + job[COLUMNS] - 1) // job[COLUMNS] * job[COLUMNS]
-                matrix += 1
+            matrix, first, last, top, end = part_of(job, matrices, part)
             width = matrices[matrix, 1]
             weights = carray(pointer(matrices[matrix, 0]), (width, job[DEPTH]), weights_of)
             outputs = carray(pointer(matrices[matrix, 2]), (job[ROWS], width), rows)
-            last = min(first + job[COLUMNS], width)
             multiply(x[top:end], weights, outputs[top:end], first, last)
 
     return run

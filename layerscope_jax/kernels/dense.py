@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from layerscope_jax.kernels import packed_products  # noqa: F401 registers kernels
 from layerscope_jax.kernels.attention import attention
 from layerscope_jax.kernels.head_products import head_products
 from layerscope_jax.kernels.latent_attention import latent_attention
@@ -34,7 +35,9 @@ def our_loops(table: jax.Array | None) -> Iterator[None]:
         yield
 
 
-def dense_kernels(hidden_size: int, dtype: np.dtype, in_programs: bool, latent: bool) -> dict[str, str]:
+def dense_kernels(
+    hidden_size: int, dtype: np.dtype, in_programs: bool, latent: bool, dense_format: str | None = None
+) -> dict[str, str]:
     """Returns the name of what computes each part: products of D by D, attention, and the sums over experts.
 
     Args:
@@ -42,6 +45,7 @@ def dense_kernels(hidden_size: int, dtype: np.dtype, in_programs: bool, latent: 
         dtype: of activations.
         in_programs: whether programs can call our own loops here (`Inside.table`).
         latent: whether attention is latent.
+        dense_format: format that the matrices of dense layers are packed in; None if they are plain.
 
     >>> dense_kernels(64, np.dtype(np.float32), in_programs=False, latent=False)
     {'products': 'xla', 'attention': 'xla', 'sums': 'xla'}
@@ -49,7 +53,7 @@ def dense_kernels(hidden_size: int, dtype: np.dtype, in_programs: bool, latent: 
     attends: Kind = "latent_attention" if latent else "attention"
     caches = "float32"  # on a CPU
     parts = {
-        "products": Work("products", dtype.name, dtype, (hidden_size, hidden_size)),
+        "products": Work("products", dense_format or dtype.name, dtype, (hidden_size, hidden_size)),
         "attention": Work(attends, caches, dtype, (1, 1, 1, 1)),  # a token a row: any size suits
         "sums": Work("sums", dtype.name, dtype, (hidden_size,)),
     }

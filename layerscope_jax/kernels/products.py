@@ -28,6 +28,7 @@ from layerscope_jax.kernels.xla_calls import (
 )
 from layerscope_jax.kernels.xla_ffi import Unavailable, register
 from layerscope_jax.models.experts import matmuls
+from layerscope_jax.models.matrices import Int8Matrix
 from layerscope_jax.support.njit import njit
 
 TOGETHER = amx.FEW_ROWS
@@ -59,17 +60,30 @@ def fit_products(call):
 @njit(cache=True, nogil=True)
 def multiply(call, do, size):
     """`x [M, K]` times each of some weights `[N, K]`, helped by a crew: the last argument is its address."""
-    x, sizes = buffer(call, ARGUMENTS, 0)
     count = long_at(call + NUMBER)
-    table_at, _ = buffer(call, ARGUMENTS, count + 1)
-    pool = pool_at(long_at(table_at))
-    matrices, all_columns = np.empty((count, 3), np.int64), 0
+    matrices = np.empty((count, 3), np.int64)
     for index in range(count):
-        matrices[index, 0], sizes_of = buffer(call, ARGUMENTS, index + 1)
-        matrices[index, 1] = long_at(sizes_of)
+        matrices[index, 0], sizes = buffer(call, ARGUMENTS, index + 1)
+        matrices[index, 1] = long_at(sizes)
         matrices[index, 2], _ = buffer(call, RESULTS, index)
-        all_columns += matrices[index, 1]
+    share_products(call, do, matrices, size)
+
+
+@njit(cache=True, nogil=True)
+def share_products(call, do, matrices, size):
+    """Has a crew compute products of the first argument with some matrices; the last one is the crew's table.
+
+    Args:
+        matrices: [count, ...] of each: the address of its weights, N, the address of the outputs, and more.
+        size: bytes that are read of a weight.
+    """
+    x, sizes = buffer(call, ARGUMENTS, 0)
     rows, depth = long_at(sizes), long_at(sizes + 8)
+    table_at, _ = buffer(call, ARGUMENTS, long_at(call + ARGUMENTS_NUMBER) - 1)
+    pool = pool_at(long_at(table_at))
+    count, all_columns = len(matrices), 0
+    for index in range(count):
+        all_columns += matrices[index, 1]
     work = depth * all_columns * size * max(1, rows // vectors.TOKENS)
     threads = max(1, min(pool[crew.HELPERS] + 1, work // pool[crew.WORTH]))
     height, columns = rows, (all_columns + threads - 1) // threads
@@ -88,10 +102,10 @@ def multiply(call, do, size):
     job[crew.COUNT] = matrices.size  # kept until here
 
 
-def products(table: jax.Array, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+def products(table: jax.Array, x: jax.Array, *weights: jax.Array | Int8Matrix) -> list[jax.Array]:
     """`dense` of x [..., K] and weights [N, K], inside a jitted program, by the kernel that suits."""
-    formats = {matrix.dtype.name for matrix in weights}
-    sizes = (x.shape[-1], *(len(matrix) for matrix in weights))
+    formats = {"int8" if isinstance(matrix, Int8Matrix) else matrix.dtype.name for matrix in weights}
+    sizes = (x.shape[-1], *(matrix.shape[0] for matrix in weights))
     name = formats.pop() if len(formats) == 1 else "mixed"
     kernel = choose(Work("products", name, np.dtype(x.dtype), sizes))
     return matmuls(x, *weights) if kernel is None else kernel.run(table, x, *weights)
@@ -148,7 +162,7 @@ def suits(way: Way, work: Work) -> bool:
     return work.format == work.dtype.name and way.suits(work.dtype, *work.sizes)
 
 
-def obstacle(target: Callable[[np.dtype, Way], str], way: Way, work: Work) -> str | None:
+def obstacle(target: Callable[[np.dtype, Any], str], way: Any, work: Work) -> str | None:
     """Why a function of products cannot be had; None if it can."""
     try:
         target(work.dtype, way)

@@ -30,7 +30,7 @@ class Work(NamedTuple):
             "latent_attention", and its "head_products", with a matrix for each head; "sums" over each token's
             experts.
         format: for experts, the name of their format (`layerscope_jax.formats`); for other work, the name of
-            the dtype of the weights or caches.
+            the dtype of the weights or caches, or "int8" of weights that are packed (`Int8Matrix`).
         dtype: dtype of the activations, and of every result.
         sizes: (D, F) for experts; (K, N, N, ...) for products, with K summed over; (S, D_head, P, D_value)
             for attention, with S tokens per row and P positions in the cache; (S, R + E, P, R) for latent

@@ -24,7 +24,7 @@ MAKES_ERROR = 48
 KIND, METADATA, VERSION = 8, 24, 24
 ASKS_VERSION = 1
 IS_BUFFER, INVALID_ARGUMENT = 1, 3
-FLAG, INT32, UINT32, FLOAT32, BFLOAT16 = 1, 4, 8, 11, 16
+FLAG, INT8, INT32, UINT32, FLOAT32, BFLOAT16 = 1, 2, 4, 8, 11, 16
 
 TABLE = 2
 """Fewest numbers of a table, the last argument of every call: an address of 64 bits (`Inside.table`)."""

@@ -17,7 +17,7 @@ from flax import nnx
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.models.experts import combine, dense, stacked_ffn
-from layerscope_jax.models.layers import Experts, norm_of, normal
+from layerscope_jax.models.layers import Experts, MatrixParam, norm_of, normal
 from layerscope_jax.models.router import Routing
 
 
@@ -141,7 +141,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.config = config
-        self.embedding = nnx.Param(normal(rngs, (config.vocab_size, config.hidden_size), dtype))
+        # As the head it is read whole in every step.
+        kind = MatrixParam if config.tie_embeddings else nnx.Param
+        self.embedding = kind(normal(rngs, (config.vocab_size, config.hidden_size), dtype))
         layers = range(config.num_layers)
         make = functools.partial(new_layer, config, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([make(layer) for layer in layers])
@@ -149,7 +151,7 @@ class Decoder(nnx.Module):
         self.experts = nnx.List([Experts(config, rngs=rngs, dtype=dtype) for _ in moe_layers])
         self.norm = norm_of(config, config.hidden_size, dtype)
         head = None if config.tie_embeddings else normal(rngs, (config.vocab_size, config.hidden_size), dtype)
-        self.head = None if head is None else nnx.Param(head)
+        self.head = None if head is None else MatrixParam(head)
         self.head_bias = nnx.Param(jnp.zeros(config.vocab_size, dtype)) if config.head_bias else None
 
     def embed(self, tokens: jax.Array) -> jax.Array:

@@ -78,7 +78,7 @@ class RoutedLayer(DecoderLayer):
         if (inner := config.shared_intermediate_size) is not None:
             self.shared = mlp_of(config, inner, rngs=rngs, dtype=dtype)
         if config.shared_gate:
-            self.shared_gate = Linear(config.hidden_size, 1, bias=False, rngs=rngs, dtype=dtype)
+            self.shared_gate = Linear(config.hidden_size, 1, bias=False, packs=False, rngs=rngs, dtype=dtype)
 
     def beside(self, inputs: jax.Array) -> jax.Array | None:
         """What is added beside the experts' outputs, of the same inputs.

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layerscope_jax.models.matrices import Int8Matrix, plain
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "clamped"]
 
 
@@ -89,14 +91,14 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return products_of_rows(x, w).astype(x.dtype)
 
 
-def matmuls(x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-    return [matmul(x, one) for one in weights]
+def matmuls(x: jax.Array, *weights: jax.Array | Int8Matrix) -> list[jax.Array]:
+    return [matmul(x, plain(one)) for one in weights]
 
 
 _products: ContextVar[Callable[..., list[jax.Array]]] = ContextVar("products", default=matmuls)
 
 
-def dense(x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+def dense(x: jax.Array, *weights: jax.Array | Int8Matrix) -> list[jax.Array]:
     """`matmul` of `x` [..., K] with each of a layer's own weights [N, K], or what `products_by` set."""
     return _products.get()(x, *weights)
 

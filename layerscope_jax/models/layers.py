@@ -20,6 +20,13 @@ class ExpertParam(nnx.Param):
     """
 
 
+class MatrixParam(nnx.Param):
+    """Weights [N, K] of a dense layer, which only products (`dense`) and look-ups of rows read.
+
+    They may be packed: an `Int8Matrix` in the place of the array.
+    """
+
+
 class _NoValues(nnx.Rngs):
     """Random streams that nothing is drawn from: every weight is zero."""
 
@@ -79,10 +86,19 @@ def norm_of(config: ModelConfig, size: int, dtype: jnp.dtype) -> Any:
 
 
 class Linear(nnx.Module):
-    """`x @ weight.T (+ bias)`, of a weight [out, in]."""
+    """`x @ weight.T (+ bias)`, of a weight [out, in], which may be packed unless `packs` is False."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.weight = nnx.Param(normal(rngs, (outputs, inputs), dtype))
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        packs: bool = True,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+    ):
+        self.weight = (MatrixParam if packs else nnx.Param)(normal(rngs, (outputs, inputs), dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

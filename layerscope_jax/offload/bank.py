@@ -98,16 +98,10 @@ class ExpertBank:
             packed_for: dtype of activations, where `read` returns matrices that are packed in `format`
                 already: objects with their `arrays`. None where they are to be packed.
         """
-        sharding, shapes = host_sharding(device), config.expert_shapes()
+        put, shapes = putting(host_sharding(device), in_place), config.expert_shapes()
         dtype: np.dtype | None = None
         weights = weights_type(config.expert_body)
         form = None if format is None else format.for_body(config.expert_body)
-
-        def put(array: np.ndarray) -> jax.Array | np.ndarray:
-            if in_place and array.flags.c_contiguous and array.ctypes.data % ALIGNED:
-                return array
-            # Waits, so that the sources of unfinished copies do not accumulate in memory.
-            return jax.block_until_ready(jax.device_put(array, sharding))
 
         def build(expert: ExpertId) -> Any:
             nonlocal dtype
@@ -203,6 +197,25 @@ class ExpertBank:
     @property
     def total_bytes(self) -> int:
         return self.expert_bytes * sum(len(experts) for experts in self.layers)
+
+
+def putting(
+    sharding: jax.sharding.Sharding, in_place: bool = False
+) -> Callable[[np.ndarray], jax.Array | np.ndarray]:
+    """Returns what puts an array into the memory that a sharding names.
+
+    Args:
+        sharding: of the memory.
+        in_place: whether an array that JAX could only copy stays as it is.
+    """
+
+    def put(array: np.ndarray) -> jax.Array | np.ndarray:
+        if in_place and array.flags.c_contiguous and array.ctypes.data % ALIGNED:
+            return array
+        # Waits, so that the sources of unfinished copies do not accumulate in memory.
+        return jax.block_until_ready(jax.device_put(array, sharding))
+
+    return put
 
 
 def packed(format: ExpertFormat, put: Callable[[np.ndarray], Any], matrices: Any) -> Any:

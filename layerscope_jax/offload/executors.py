@@ -315,7 +315,8 @@ class HostExperts:
         result = self._weights.get(expert)
         if result is None:
             views = self.bank.views(expert)
-            mapped = isinstance(self.bank[expert][0], np.ndarray) and self.cpu.kernel is not None
+            mapped = any(isinstance(array, np.ndarray) for array in self.bank[expert])
+            mapped = mapped and self.cpu.kernel is not None
             arrays = self.bank.format.Expert(
                 *(views if mapped else [jax.device_put(view, self.device) for view in views])
             )

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
+from layerscope_jax.checkpoints.dense_weights import named_arrays
 from layerscope_jax.checkpoints.model import Model
 
 NAMED = 3
@@ -44,9 +44,9 @@ def why_not_finite(model: Model) -> str:
 
 def bad_tensors(model: Model) -> Iterator[str]:
     """Yields the names of tensors with values that are not finite: dense parameters, then experts."""
-    for path, array in flatten_dict(model.dense).items():
+    for name, array in named_arrays(model.dense):
         if not is_finite(np.asarray(array)):
-            yield ".".join(map(str, path))
+            yield name
     layers = model.config.moe_layers
     for expert in model.bank:
         names = model.bank.format.Expert._fields

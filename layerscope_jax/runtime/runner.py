@@ -24,7 +24,7 @@ class RunnerStats:
     """The runner's part of a call's statistics.
 
     Attributes:
-        policy, mode, format, dense_kernels, predictor, ways: as in `RunStats`.
+        policy, mode, format, dense_format, dense_bytes, dense_kernels, predictor, ways: as in `RunStats`.
         peak_expert_bytes, predictor_bytes: as in `RunStats`.
         least_decode_s: lower bound (seconds) on the time of the call's decode steps under any policy, by the
             machine's costs; None if the call's account did not ask for it, or no costs are known.
@@ -36,6 +36,8 @@ class RunnerStats:
     format: str
     dense_kernels: dict[str, str]
     peak_expert_bytes: int
+    dense_format: str = ""
+    dense_bytes: int = 0
     predictor: str | None = None
     predictor_bytes: int = 0
     ways: dict[str, dict[str, float]] | None = None

@@ -94,6 +94,8 @@ class RunStats(Outcome):
         padding: fraction of computed expert rows that were padding.
         dispatches: number of calls that computed experts, on device and host together.
         format: name of the format of the experts (`layerscope_jax.formats`).
+        dense_format: format of the matrices of dense layers: the dtype of activations, or "int8".
+        dense_bytes: device memory (bytes) of everything of the model but its experts.
         kernels: fraction of those experts by what computed them: "amx", "pairs" and "loops" (built in, on a
             CPU), registered kernels, and "xla", the reference; None if no expert was computed outside a
             jitted step or layer.
@@ -112,6 +114,8 @@ class RunStats(Outcome):
     padding: float
     dispatches: int
     format: str
+    dense_format: str
+    dense_bytes: int
     kernels: dict[str, float] | None
     dense_kernels: dict[str, str]
     kernel_fallbacks: tuple[str, ...]

@@ -77,8 +77,14 @@ class WholeModel:
             mode=self.mode,
             format=bank.format.name,
             dense_kernels=dense_kernels(
-                self.model.config.hidden_size, bank.dtype, False, self.model.config.latent is not None
+                self.model.config.hidden_size,
+                bank.dtype,
+                False,
+                self.model.config.latent is not None,
+                self.model.dense_format,
             ),
+            dense_format=self.model.dense_format or bank.dtype.name,
+            dense_bytes=self.model.dense_bytes,
             peak_expert_bytes=bank.total_bytes,
         )
 

@@ -14,7 +14,7 @@ def test_bench_disk(tmp_path, capsys):
     bench_disk.main(bench_disk.Options(quick=True, budgets=(50,), json=file, folder=tmp_path))
     result = json.loads(file.read_text())
     rows = {row["candidate"]: row for row in result["rows"]}
-    assert list(rows) == ["memory", "on demand", "popularity", "gate", "mmap"]
+    assert list(rows) == ["memory", "on demand", "popularity", "gate", "int4", "mmap"]
     assert rows["on demand"]["read"]["median"] > 0
     assert rows["on demand"]["wasted"]["median"] == 0
     assert result["read_ms"] > 0

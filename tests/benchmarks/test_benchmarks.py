@@ -312,7 +312,10 @@ def test_bench_quantised(tmp_path, capsys):
         assert 0 < found["kl"] < 0.1
         assert 0.8 < found["routing_agreement"] < 1
     assert result["expert_bytes"]["int8"] == 3 * 64 * 96 + 4 * (2 * 96 + 64)
-    assert result["step"].keys() == result["quality"].keys() == result["host"]["1"].keys()
+    assert result["step"].keys() == result["quality"].keys()
+    assert result["quality"].keys() == result["host"]["1"].keys() | {"int8 + dense int8"}
+    dense = result["dense_bytes"]
+    assert dense["int8 + dense int8"] < 0.8 * dense["int8"] == 0.8 * dense["bfloat16"]
     assert "held-out loss" in capsys.readouterr().out
 
 

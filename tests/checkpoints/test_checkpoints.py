@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from layerscope_jax.checkpoints import safetensors_io
-from layerscope_jax.checkpoints.model import Model, load, save
+from layerscope_jax.checkpoints.model import Model, load
+from layerscope_jax.checkpoints.saving import save
 from layerscope_jax.models import Decoder
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.scheduling.plan import ExpertId

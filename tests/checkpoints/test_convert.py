@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,15 +10,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tensorstore
 from helpers import SMALLEST as CONFIG
 from helpers import random_decoder
+from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
 from layerscope_jax import formats, load, save
 from layerscope_jax.checkpoints import convert as converting
 from layerscope_jax.checkpoints.convert import convert
-from layerscope_jax.checkpoints.converted import Writer, place_of
+from layerscope_jax.checkpoints.converted import place_of
+from layerscope_jax.checkpoints.converted_writer import Writer
+from layerscope_jax.checkpoints.dense_weights import named_arrays
 from layerscope_jax.checkpoints.fingerprint import fingerprint
 from layerscope_jax.cli import main as cli
 from layerscope_jax.support import folders
@@ -80,13 +83,15 @@ def test_what_is_converted_is_what_load_makes_of_the_source(source, tmp_path, fl
     assert fingerprint(tmp_path / "out") != fingerprint(source)
 
 
-def test_an_expert_can_be_read_alone(source, converted):
-    store = f"file://{converted / place_of(1) / 'state'}/"
-    down = tensorstore.open(
-        {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": store, "path": "down/"}}
-    ).result()
-    assert down.chunk_layout.read_chunk.shape == (1, 16, 24)
-    np.testing.assert_array_equal(down[2].read().result(), load(source).bank.layers[1][2].down)
+def test_orbax_restores_what_was_written(source, converted):
+    model = load(source)
+    experts = ocp.load(converted / place_of(1))
+    for expert, down in enumerate(experts["down"]):
+        np.testing.assert_array_equal(down, model.bank.layers[1][expert].down)
+    dense = ocp.load(converted / "dense")
+    assert dense.keys() == {name for name, _ in named_arrays(model.dense)}
+    for name, array in named_arrays(model.dense):
+        np.testing.assert_array_equal(dense[name], array)
 
 
 def test_back_as_a_hugging_face_folder_every_tensor_has_its_bits(source, converted, tmp_path):
@@ -155,16 +160,20 @@ def test_what_cannot_be_converted_is_refused(source, converted, tmp_path):
     with pytest.raises(ValueError, match="expected one of the formats"):
         convert(source, tmp_path / "out", experts="int3")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="converted to experts in bfloat16 and other weights in bfloat16"):
+    with pytest.raises(
+        ValueError,
+        match="converted to experts in bfloat16, dense layers in bfloat16 and other weights in bfloat16",
+    ):
         load(converted, dtype="float32")
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 2}, "expected version 1, got 2; convert the checkpoint again"),
+        ({"version": 1}, "expected version 2, got 1; convert the checkpoint again"),
         ({"format": "int3"}, "format: expected one of the formats"),
         ({"dtype": 3}, "dtype must be text"),
+        ({"dense": "int4"}, "dense must be 'int8' or None, got 'int4'"),
     ],
 )
 def test_a_manifest_that_cannot_be_followed_is_named(converted, tmp_path, changes, words):
@@ -175,12 +184,37 @@ def test_a_manifest_that_cannot_be_followed_is_named(converted, tmp_path, change
         load(folder)
 
 
-@pytest.mark.parametrize("place", ["dense", "experts/00001", "experts/00001/state/d"])
-def test_arrays_that_are_gone_are_named(converted, tmp_path, place):
+def damaged(zarr):
+    (zarr / "zarr.json").write_text(json.dumps({"shape": [1], "data_type": "int8"}))
+
+
+def cut(zarr):
+    file = zarr / "c" / "0" / "0" / "0"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def grown(zarr):
+    file = zarr / "c" / "0" / "0" / "0"
+    file.write_bytes(b"0" * 8 + file.read_bytes()[8:-20] + b"0" * 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            shutil.rmtree,
+            r"up: expected an array, zarr\.json and its numbers, found none; convert the checkpoint again",
+        ),
+        (damaged, r"up/zarr\.json: expected .*'bfloat16'.*, got .*'int8'.*; convert the checkpoint again"),
+        (lambda zarr: shutil.rmtree(zarr / "c"), r"up: expected an array, zarr\.json and its numbers"),
+        (cut, r"up/c/0/0/0: expected 3,072 bytes of numbers and their index, .* 3,091 bytes; convert"),
+        (grown, r"up/c/0/0/0: expected 3,072 bytes of numbers and their index"),
+    ],
+)
+def test_arrays_that_are_gone_or_changed_are_named(converted, tmp_path, change, words):
     folder = shutil.copytree(converted, tmp_path / "changed")
-    shutil.rmtree(folder / place)
-    named = "/".join(place.split("/")[:2])
-    with pytest.raises(ValueError, match=rf"{named}: expected arrays as layerscope convert .* again$"):
+    change(folder / place_of(1) / "state" / "up")
+    with pytest.raises(ValueError, match=words):
         load(folder)
 
 
@@ -192,3 +226,10 @@ def test_the_command_converts_and_says_where_to(source, tmp_path, monkeypatch, c
     assert load(out).bank.format.name == "float16"
     assert cli.main(["convert", str(source), str(out)]) == 2
     assert "does not exist yet; remove it or name another" in capsys.readouterr().err
+
+
+def test_without_orbax_everything_loads_and_nothing_is_written(source, converted, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    same(load(converted), load(source))
+    with pytest.raises(ValueError, match=r"written by Orbax, which is not installed: pip install"):
+        convert(source, tmp_path / "out")

@@ -9,6 +9,8 @@ import pytest
 from command_lines import refusal
 from safetensors.numpy import load_file, save_file
 
+from layerscope_jax import load
+from layerscope_jax.checkpoints.convert import convert
 from layerscope_jax.checkpoints.description import special
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor
 from layerscope_jax.checkpoints.tokenizer_files import tokenizer_file
@@ -157,3 +159,29 @@ def test_weights_of_another_model_are_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     assert "vocab_size, hidden_size" in refusal(capsys, "inspect", tmp_path)
     assert "expected a folder with config.json" in refusal(capsys, "inspect", tmp_path / "nowhere")
+
+
+def test_a_converted_checkpoint_has_formats_and_bytes_by_part(tmp_path, capsys):
+    convert(GOLDEN / "qwen2_moe", tmp_path / "out", experts="int8", dense="int8")
+    found, plain = inspected(capsys, tmp_path / "out"), inspected(capsys, GOLDEN / "qwen2_moe")
+    assert (found["expert_format"], found["dense_format"], found["dtype"]) == ("int8", "int8", "float32")
+    assert (plain["expert_format"], plain["dense_format"]) == ("float32", "float32")
+    assert found["parameters"] == plain["parameters"]
+    stored, model = found["stored"], load(tmp_path / "out")
+    assert sum(stored["bytes_by_part"].values()) == model.bank.total_bytes + model.dense_bytes
+    assert stored["bytes_by_part"]["routed experts"] == model.bank.total_bytes
+    assert stored["formats_by_part"] == {
+        "embedding and head": ["F32", "int8"],
+        "attention": ["int8", "F32"],
+        "shared experts": ["int8", "F32"],
+        "dense feed-forward": ["int8", "F32"],
+        "routers": ["F32"],
+        "routed experts": ["int8"],
+    }
+    assert plain["stored"]["formats_by_part"]["attention"] == ["F32"]
+    assert cli.main(["inspect", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (routed,) = (line.split() for line in lines if line.lstrip().startswith("routed experts"))
+    assert routed[-1] == "int8"
+    shutil.rmtree(tmp_path / "out" / "dense")
+    assert "dense/state" in inspected(capsys, tmp_path / "out", code=2)["refusal"]

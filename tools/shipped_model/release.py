@@ -16,7 +16,8 @@ import tyro
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from layerscope_jax.checkpoints.model import load, save
+from layerscope_jax.checkpoints.model import load
+from layerscope_jax.checkpoints.saving import save
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.support import exits
 from layerscope_jax.support.files import read_json, replace_files
