@@ -14,10 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from layerscope_jax.generation.openai_requests import CHAT_URL, TEXT_URL
+from layerscope_jax.generation.openai_requests import LENGTHS
 from layerscope_jax.serving.bodies import unknown_model
+from layerscope_jax.serving.incoming import Incoming
 from layerscope_jax.serving.refusals import Refusal
 from layerscope_jax.serving.service import Service
+from layerscope_jax.serving.settings import ServerConfig
 
 API = "/v1"
 """Paths below it need the key; `/health` and `/metrics` are for those who run the server."""
@@ -31,13 +33,19 @@ class Completions:
     Args:
         service: answers.
         url: path of the endpoint.
+        timeout_s: time (s) within which a body must have come in whole.
     """
 
-    def __init__(self, service: Service, url: str):
-        self._service, self._url = service, url
+    def __init__(self, service: Service, url: str, timeout_s: float):
+        self._service, self._url, self._timeout_s = service, url, timeout_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._service.complete(self._url, dict(scope["headers"]), receive, send)
+        incoming = Incoming(receive, self._timeout_s)
+        try:
+            await self._service.complete(self._url, dict(scope["headers"]), incoming, send)
+        except Refusal:
+            await incoming.discard()
+            raise
 
 
 class NeedsKey:
@@ -46,10 +54,11 @@ class NeedsKey:
     Args:
         app: gets the other requests.
         key: what clients must send.
+        timeout_s: time (s) within which a body must have come in whole.
     """
 
-    def __init__(self, app: Any, key: str):
-        self._app, self._expected = app, f"Bearer {key}".encode()
+    def __init__(self, app: Any, key: str, timeout_s: float):
+        self._app, self._expected, self._timeout_s = app, f"Bearer {key}".encode(), timeout_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"].startswith(API):
@@ -61,20 +70,21 @@ class NeedsKey:
                     code="invalid_api_key",
                     headers={"www-authenticate": "Bearer"},
                 )
+                await Incoming(receive, self._timeout_s).discard()
                 await response_to(refusal)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def make_app(service: Service, name: str, api_key: str | None, context: int) -> Starlette:
+def make_app(service: Service, config: ServerConfig, context: int) -> Starlette:
     """Returns the application.
 
     Args:
         service: answers chats and texts.
-        name: what clients call the model.
-        api_key: what clients must send; None for no key.
+        config: name of the model, key and limits.
         context: most tokens of a prompt and its answer.
     """
+    name, timeout_s = config.served_model_name, config.timeout_s
     created = int(time.time())
 
     def described() -> dict[str, Any]:
@@ -104,14 +114,13 @@ def make_app(service: Service, name: str, api_key: str | None, context: int) -> 
 
     return Starlette(
         routes=[
-            Route(TEXT_URL, Completions(service, TEXT_URL), methods=["POST"]),
-            Route(CHAT_URL, Completions(service, CHAT_URL), methods=["POST"]),
+            *[Route(url, Completions(service, url, timeout_s), methods=["POST"]) for url in LENGTHS],
             Route(f"{API}/models", models),
             Route(f"{API}/models/{{name:path}}", model),
             Route("/health", health),
             Route("/metrics", metrics),
         ],
-        middleware=[] if api_key is None else [Middleware(NeedsKey, key=api_key)],
+        middleware=[Middleware(NeedsKey, key=config.api_key, timeout_s=timeout_s)] if config.api_key else [],
         exception_handlers={Refusal: refused, HTTPException: misdirected, Exception: faulty},
     )
 

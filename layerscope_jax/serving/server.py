@@ -59,12 +59,7 @@ class Server:
         self._chat = Chat(engine.model.path, chat_template)
         self._service = Service(engine, self._chat, self.config)
         context = engine.model.config.max_position_embeddings
-        app = make_app(
-            self._service,
-            self.config.served_model_name,
-            self.config.api_key,
-            min(self.config.max_model_len or context, context),
-        )
+        app = make_app(self._service, self.config, min(self.config.max_model_len or context, context))
         timeout = self.config.timeout_s
         self._http = _Http(
             uvicorn.Config(

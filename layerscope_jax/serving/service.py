@@ -6,15 +6,15 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
 
 from layerscope_jax.engine import Engine
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.serving.bodies import Asked, Reader
 from layerscope_jax.serving.chunks import DONE, Answer, failure_of, is_aborted
+from layerscope_jax.serving.incoming import Incoming, Message, Send, check_head
 from layerscope_jax.serving.jobs import Job
 from layerscope_jax.serving.metrics import Metrics
 from layerscope_jax.serving.refusals import JSON, Refusal
@@ -23,10 +23,6 @@ from layerscope_jax.serving.stepper import News, Stepper, Ticket
 from layerscope_jax.support.exits import is_deliberate
 
 logger = logging.getLogger(__name__)
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -106,13 +102,14 @@ class Service:
         jobs = list(self._jobs)
         return sum([job.running for job in jobs]), sum([job.waiting for job in jobs])
 
-    async def complete(self, url: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+    async def complete(self, url: str, headers: dict[bytes, bytes], incoming: Incoming, send: Send) -> None:
         """Answers a request for a chat or a text.
 
         Args:
             url: `CHAT_URL` or `TEXT_URL`.
             headers: of the request, by name in lower case.
-            receive, send: as of ASGI.
+            incoming: its body.
+            send: as of ASGI.
 
         Raises:
             Refusal: if it is not answered; nothing was sent then.
@@ -123,10 +120,9 @@ class Service:
             raise Refusal(503, "the server is shutting down", headers={"retry-after": "5"})
         check_head(headers, self._config.max_body_bytes)
         async with self._places(1):
-            body = await self._body(receive)
-            asked = await self._read(body, url)
+            asked = await self._read(await incoming.read(self._config.max_body_bytes), url)
             async with self._places(asked.samples - 1):
-                await self._generate(Job(asked, came, self.metrics), receive, send)
+                await self._generate(Job(asked, came, self.metrics), incoming, send)
 
     @asynccontextmanager
     async def _places(self, count: int) -> AsyncIterator[None]:
@@ -148,31 +144,6 @@ class Service:
         finally:
             self._taken -= count
 
-    async def _body(self, receive: Receive) -> bytes:
-        """Returns a request's body.
-
-        Raises:
-            Refusal: if it is too large, or not all of it comes in time.
-        """
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self._config.timeout_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise Refusal(400, "the client left before its request was complete")
-                    body += message.get("body", b"")
-                    if len(body) > self._config.max_body_bytes:
-                        raise too_large(self._config.max_body_bytes)
-                    if not message.get("more_body", False):
-                        return bytes(body)
-        except TimeoutError:
-            raise Refusal(
-                408,
-                f"the request did not arrive in whole within {self._config.timeout_s:g} s",
-                headers={"connection": "close"},
-            ) from None
-
     async def _read(self, body: bytes, url: str) -> Asked:
         """Returns what a body asks for; read in a thread, because long prompts take a while."""
         assert self._loop is not None
@@ -185,10 +156,10 @@ class Service:
         except RecursionError:
             raise Refusal(400, "the body is nested too deeply") from None
 
-    async def _generate(self, job: Job, receive: Receive, send: Send) -> None:
+    async def _generate(self, job: Job, incoming: Incoming, send: Send) -> None:
         """Has the engine generate for a job, and sends its answer; a client that leaves ends it."""
         self._jobs.add(job)
-        watch = asyncio.create_task(watch_for_leaving(job, receive))
+        watch = asyncio.create_task(watch_for_leaving(job, incoming))
         try:
             for index, request in enumerate(job.asked.requests):
                 handle = self._engine.submit(request)
@@ -237,33 +208,10 @@ class Service:
         await send({"type": "http.response.body", "body": end})
 
 
-async def watch_for_leaving(job: Job, receive: Receive) -> None:
+async def watch_for_leaving(job: Job, incoming: Incoming) -> None:
     """Waits until the client has gone, and ends its job then."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await incoming.until_gone()
     job.leave()
-
-
-def check_head(headers: dict[bytes, bytes], most: int) -> None:
-    """Refuses a request by its head.
-
-    A body of another type than JSON is refused because a web page may make any browser send one to a server
-    on the same machine; JSON it may not.
-
-    Raises:
-        Refusal: if the body is not JSON, or too large.
-    """
-    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if kind != b"application/json":
-        raise Refusal(415, "the header Content-Type must be application/json")
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > most:
-        raise too_large(most)
-
-
-def too_large(most: int) -> Refusal:
-    """Returns the refusal of a body of more than so many bytes."""
-    return Refusal(413, f"the body must have at most {most:,} bytes")
 
 
 def failed(error: BaseException) -> Refusal:
