@@ -1,4 +1,4 @@
-"""One server of a tiny random model for all tests of a module."""
+"""One server of a tiny random model for all tests of the folder."""
 
 import openai
 import pytest
@@ -12,7 +12,7 @@ from layerscope_jax.serving.settings import ServerConfig
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engine():
     """Within a budget, so that experts are copied; two requests at once."""
     compile_quickly(True)
@@ -22,7 +22,7 @@ def engine():
         yield engine
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(engine):
     """With a key; clients have half a second to send and to take."""
     config = ServerConfig(
@@ -37,7 +37,7 @@ def server(engine):
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(server):
     """OpenAI's own."""
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:

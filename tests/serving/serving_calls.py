@@ -46,10 +46,14 @@ def until(true, seconds=30):
         time.sleep(0.005)
 
 
-def sent(server, data):
-    """A connection over which so much of a request was sent."""
+def sent(server, data, room=None):
+    """A connection over which so much of a request was sent; `room` bytes wait to be taken, and no more."""
     host, port = server.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection = socket.socket()
+    connection.settimeout(30)
+    if room is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    connection.connect((host, int(port)))
     connection.sendall(data)
     return connection
 
