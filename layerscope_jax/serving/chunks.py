@@ -44,20 +44,17 @@ class Answer:
             new_tokens: number of tokens.
         """
         requests = [request for request in self._asked.requests for _ in range(request.n)]
+        own = by_choice(events)
         choices = []
         for choice, request in enumerate(requests):
-            own = [token for number, token in events if number == choice]
-            output = Output(**(output_of(own, request) | {"index": choice}))
+            output = Output(**(output_of(own[choice], request) | {"index": choice}))
             choices.append(choice_of(output, self._asked.chat, self._tokenizer))
         body = body_of(self._identity, self._asked.chat, choices, self._model, self._created)
         return json.dumps(body | {"usage": usage(self._asked.prompt_tokens, new_tokens)}).encode()
 
     def events(self, news: Sequence[tuple[int, Token]]) -> bytes:
         """Returns the events of new tokens, one for each choice; of none that has nothing to tell."""
-        by_choice: dict[int, list[Token]] = {}
-        for choice, token in news:
-            by_choice.setdefault(choice, []).append(token)
-        return b"".join([self._event(choice, tokens) for choice, tokens in by_choice.items()])
+        return b"".join([self._event(choice, tokens) for choice, tokens in by_choice(news).items()])
 
     def usage(self, new_tokens: int) -> bytes:
         """Returns the event with the counts of tokens, empty if the request does not ask for it."""
@@ -91,6 +88,14 @@ class Answer:
         if not self._asked.chat:
             self._offsets[choice] = offset + sum([len(token_text(self._tokenizer, token)) for token in ids])
         return logprobs_of(ids, [at for _, at in told], self._asked.chat, self._tokenizer, offset)
+
+
+def by_choice(news: Sequence[tuple[int, Token]]) -> dict[int, list[Token]]:
+    """Returns the tokens of each choice, in order."""
+    tokens: dict[int, list[Token]] = {}
+    for choice, token in news:
+        tokens.setdefault(choice, []).append(token)
+    return tokens
 
 
 def event(content: Any) -> bytes:

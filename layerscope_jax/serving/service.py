@@ -187,7 +187,8 @@ class Service:
         if job.left:
             return
         check_outcome(job, events)
-        body = answer.whole(events, job.new_tokens)
+        assert self._loop is not None
+        body = await self._loop.run_in_executor(self._threads, answer.whole, events, job.new_tokens)
         await send(head_of(200, [JSON, (b"content-length", str(len(body)).encode())]))
         await send({"type": "http.response.body", "body": body})
 
