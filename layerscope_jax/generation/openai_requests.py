@@ -208,6 +208,8 @@ def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, 
         bias = fields["logit_bias"]
         fields["logit_bias"] = {int(key) if key.isdecimal() else key: value for key, value in bias.items()}
     _add_logprobs(body, chat, fields, problems)
+    if isinstance(messages := fields.get("messages"), list):
+        fields["messages"] = [_with_text(message, problems) for message in messages]
     if chat:
         problems.expect("messages" in fields, "messages", "a conversation", None)
         return fields
@@ -219,6 +221,20 @@ def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, 
     fits = isinstance(prompt, str) or are_ids(prompt)
     problems.expect(fits, "prompt", "text or a list of token ids; one prompt a line", prompt)
     return fields | {"prompt": prompt}
+
+
+def _with_text(message: Any, problems: Problems) -> Any:
+    """Returns a message whose content is text, where it is a list of parts that are texts.
+
+    As in vLLM, each begins a line: most chat templates take no parts.
+    """
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list):
+        return message
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    fits = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    problems.expect(fits, "content", 'text, or a list of {"type": "text", "text": ...}', parts)
+    return message | {"content": "\n".join(map(str, texts))}
 
 
 def _add_logprobs(body: Mapping[str, Any], chat: bool, fields: dict[str, Any], problems: Problems) -> None:

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 60.0
 """Seconds to wait for a step that is running when the server ends."""
 
+IDLE_S = 30
+"""Seconds that a connection may be idle between two requests."""
+
 LAST_WORDS_S = 2
 """Seconds that aborted answers have to be sent."""
 
@@ -71,6 +74,7 @@ class Server:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=IDLE_S,
                 timeout_graceful_shutdown=LAST_WORDS_S,
             )
         )
@@ -79,6 +83,9 @@ class Server:
     def __enter__(self) -> Server:
         self._thread.start()
         self._http.answering.wait()
+        if not self._http.started:
+            self.close()
+            raise RuntimeError("the server of HTTP did not start; its log says why")
         return self
 
     def __exit__(self, *_: object) -> None:

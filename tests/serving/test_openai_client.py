@@ -2,7 +2,7 @@
 
 import openai
 import pytest
-from serving_calls import MODEL, metric, until
+from serving_calls import MODEL, metric, request, sent, until
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -104,15 +104,31 @@ def test_a_wrong_key(server):
         stranger.completions.create(prompt="x", **GREEDY)
 
 
-def test_a_client_that_leaves_frees_its_slot(server, client):
+LONG = {"prompt": "Call me", "temperature": 0, "max_tokens": 80, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(server, stream):
     aborted = {"name": "vllm:request_success_total", "finished_reason": "abort"}
     made, before = metric(server, "vllm:generation_tokens_total"), metric(server, **aborted)
-    long = GREEDY | {"max_tokens": 80}
-    with client.completions.create(
-        prompt="Call me", stream=True, extra_body={"ignore_eos": True}, **long
-    ) as s:
-        next(iter(s))
-        assert metric(server, "vllm:num_requests_running") == 1
+    with sent(server, request(LONG | {"stream": stream})):
+        until(lambda: metric(server, "vllm:num_requests_running") == 1)
     until(lambda: metric(server, **aborted) == before + 1)
     assert metric(server, "vllm:num_requests_running") == 0
     assert metric(server, "vllm:generation_tokens_total") - made < 80
+
+
+def test_figures(server, client):
+    """Of tokens and times by vLLM's names, of experts by this package's."""
+    names = ("vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_count")
+    names += ("vllm:generation_tokens_total", "vllm:inter_token_latency_seconds_count")
+    before = {name: metric(server, name) for name in names}
+    client.completions.create(prompt="Call me", **SAMPLED)
+    assert {name: metric(server, name) - before[name] for name in names} == dict(
+        zip(names, (7, 2, 12, 10), strict=True)
+    )
+    needed, hits = (metric(server, f"layerscope:{name}_total") for name in ("experts_needed", "expert_hits"))
+    assert 0 < hits < needed
+    assert metric(server, "layerscope:hit_rate") == pytest.approx(hits / needed)
+    assert metric(server, "layerscope:bytes_moved_total", cause="demand") > 0
+    assert 0 < metric(server, "layerscope:link_share") < 1

@@ -101,11 +101,7 @@ def test_what_is_refused(folder, port, capsys, monkeypatch):
     assert "pip install 'layerscope-jax[serve]'" in said()
 
 
-def test_an_address_in_use(port):
-    with (
-        socket.create_server(("127.0.0.1", port)),
-        pytest.raises(
-            ValueError, match=rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use"
-        ),
-    ):
-        Server(Engine(spelling_model()), ServerConfig(port=port))
+def test_an_address_in_use(engine, port):
+    message = rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use"
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ValueError, match=message):
+        Server(engine, ServerConfig(port=port))
