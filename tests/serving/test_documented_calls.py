@@ -6,10 +6,8 @@ import shlex
 import openai
 import pytest
 from docs_pages import ROOT, blocks
-from helpers import spelling_model
 from serving_calls import post
 
-from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.serving.server import Server
 from layerscope_jax.serving.settings import ServerConfig
 
@@ -21,12 +19,8 @@ TEMPLATE = "{{ messages[0].content }}"
 
 
 @pytest.fixture(scope="module")
-def served():
-    config = ServerConfig(port=0, served_model_name="small")
-    with (
-        Engine(spelling_model(), OffloadConfig(max_num_seqs=2)) as engine,
-        Server(engine, config, TEMPLATE) as server,
-    ):
+def served(engine):
+    with Server(engine, ServerConfig(port=0, served_model_name="small"), TEMPLATE) as server:
         yield server
 
 
