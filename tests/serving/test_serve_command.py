@@ -91,8 +91,10 @@ def test_what_runs_too_long_is_aborted(engine, monkeypatch):
 
     monkeypatch.setattr(engine.runner, "step", gated)
     with Server(engine, ServerConfig(port=0, drain_s=0)) as server, ThreadPoolExecutor(3) as threads:
-        streamed = threads.submit(lambda: rest(sent(server, request(LONG | {"stream": True}))))
-        whole = threads.submit(post, server, LONG)
+        with engine._turns.turn():  # both come before the first step
+            streamed = threads.submit(lambda: rest(sent(server, request(LONG | {"stream": True}))))
+            whole = threads.submit(post, server, LONG)
+            until(lambda: metric(server, "vllm:num_requests_waiting") == 2)
         until(lambda: metric(server, "vllm:num_requests_running") == 2)
         server.drain()
         closed = threads.submit(server.close)
