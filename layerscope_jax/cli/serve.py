@@ -110,10 +110,11 @@ def server_class() -> Callable[..., Server]:
     try:
         from layerscope_jax.serving.server import Server
     except ModuleNotFoundError as error:
-        if error.name not in NEEDED:
+        package = (error.name or "").partition(".")[0]
+        if package not in NEEDED:
             raise
         raise ValueError(
-            f"serving needs {error.name}, which is not installed: pip install 'layerscope-jax[serve]'"
+            f"serving needs {package}, which is not installed: pip install 'layerscope-jax[serve]'"
         ) from None
     return Server
 

@@ -79,7 +79,7 @@ def test_what_is_wrong_is_said_once_for_all_prompts(reader):
         read(reader, prompt="a", model="gpt")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(LENGTHS)), st.dictionaries(st.sampled_from(KEYS + MORE), VALUES, max_size=5))
 def test_any_body_is_read_or_refused(reader, url, body):
     try:
