@@ -103,7 +103,7 @@ def test_a_client_that_takes_nothing(server):
     size = server._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections take it over
     try:
-        body = GOOD | {"prompt": ["x", "y"], "max_tokens": 60, "logprobs": 20, "ignore_eos": True}
+        body = GOOD | {"prompt": ["x"] * 6, "max_tokens": 60, "logprobs": 20, "ignore_eos": True}
         connection = sent(server, request(body | {"stream": True}), room=4096)
     finally:
         server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size // 2)  # which Linux doubles
