@@ -26,6 +26,7 @@ from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.prediction.predictors import make_predictor
 from layerscope_jax.profiling import measure as calibration
 from layerscope_jax.profiling.machine_profile import costs_of
+from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.build import build
 from layerscope_jax.runtime.resources import Resources
 from layerscope_jax.runtime.turns import Turns
@@ -322,6 +323,15 @@ class Engine:
         with self._turns.turn(), counted() as found:
             self._loop.rehearse(call, self.runner.rehearsal().step)
         return found
+
+    @property
+    def account(self) -> Account:
+        """Counts of the work of the requests in progress, since they began to share steps; afterwards, of the
+        last ones.
+
+        They are replaced when requests come to an idle engine, and change while a step runs.
+        """
+        return self._loop.account
 
     def close(self) -> None:
         """Ends the engine's threads, after any step that another thread is running; it generates no more."""

@@ -43,6 +43,8 @@ CORE = (
     "tests/generation/test_chat.py",
     "tests/generation/test_openai_requests.py",
     "tests/generation/test_stop_strings.py",
+    "tests/serving/test_answers.py",
+    "tests/serving/test_bodies.py",
     # residency and the link
     "layerscope_jax/offload",
     "tests/offload",

@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -23,35 +22,28 @@ from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
 from layerscope_jax.cli.convert import Convert
+from layerscope_jax.cli.engine_options import EngineOptions
 from layerscope_jax.cli.inspect import Inspect
 from layerscope_jax.cli.lines import Lines
 from layerscope_jax.cli.options import (
     POLICY_NAMES,
     PREDICTOR_HELP,
     SHIPPED,
-    Checkpoint,
-    DenseFormat,
-    DeviceBudget,
-    Dtype,
-    ExpertFormat,
     HostBudget,
-    LinkBandwidth,
-    PolicyName,
     Revision,
-    folder_of,
     heard,
     known_format,
     open_model,
     open_predictor,
-    open_profile,
 )
 from layerscope_jax.cli.request_options import RequestOptions
+from layerscope_jax.cli.serve import Serve
 from layerscope_jax.cli.simulate import Simulate
 from layerscope_jax.cli.trace import Record
 from layerscope_jax.config import OffloadConfig
-from layerscope_jax.engine import Engine, make_policy
+from layerscope_jax.engine import Engine
 from layerscope_jax.generation.batch_files import CompletionFile
-from layerscope_jax.generation.chat import Chat, read_template
+from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.prompt_files import Row, read_prompts
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.compile_cache import use_compilation_cache
@@ -122,10 +114,9 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(RequestOptions):
+class Generate(RequestOptions, EngineOptions):
     """Continue prompts, given one by one or in a file."""
 
-    checkpoint: Checkpoint
     prompt: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="A prompt; can be given several times.")
     ] = ()
@@ -150,48 +141,6 @@ class Generate(RequestOptions):
             "keeps other runs from writing to it. Without --out the lines go to standard output.",
         ),
     ] = None
-    device_budget: DeviceBudget = None
-    host_budget: HostBudget = None
-    policy: PolicyName = "auto"
-    predictor: Annotated[
-        str | None,
-        arg(metavar="PREDICTOR", help=f"Forecasts experts for policies that prefetch. {PREDICTOR_HELP}"),
-    ] = None
-    profile: Annotated[
-        str | None,
-        arg(
-            metavar="FILE",
-            help="A profile that `layerscope calibrate` wrote, for policies that weigh costs; without it, "
-            "costs are measured roughly before the first token.",
-        ),
-    ] = None
-    max_num_seqs: Annotated[
-        int,
-        arg(
-            help="Maximum prompts that run at once; when one ends, a waiting one takes its slot. In a batch "
-            "of a different shape a prompt may get different tokens, because sums round differently, mostly "
-            "in bfloat16."
-        ),
-    ] = 32
-    emulated_link_bandwidth: LinkBandwidth = None
-    dtype: Dtype = None
-    expert_format: ExpertFormat = None
-    dense_format: DenseFormat = None
-    revision: Revision = None
-    numerics: Annotated[
-        Literal["exact", "fast"],
-        arg(
-            help="'exact' gives the same bits under every budget and policy; 'fast' is faster if everything "
-            "is resident on an accelerator, and agrees to rounding."
-        ),
-    ] = "exact"
-    generation_config: Annotated[
-        Literal["auto", "none"],
-        arg(
-            help="'auto' samples as the checkpoint's generation_config.json recommends where nothing else is "
-            "said; 'none' takes the likeliest tokens."
-        ),
-    ] = "auto"
     bound: Annotated[
         bool,
         arg(
@@ -202,21 +151,10 @@ class Generate(RequestOptions):
 
     def run(self) -> int:
         """Returns the exit code."""
-        config = OffloadConfig(
-            device_budget=self.device_budget,
-            host_budget=self.host_budget,
-            policy=self.policy,
-            emulated_link_bandwidth=self.emulated_link_bandwidth,
-            numerics=self.numerics,
-            predictor=open_predictor(self.predictor),
-            profile=open_profile(self.profile),
-            max_num_seqs=self.max_num_seqs,
-        )
-        make_policy(self.policy)
-        known_format(self.expert_format)  # before anything is fetched
-        template = None if self.chat_template is None else self._template(self.chat_template)
+        config = self.engine_config()
+        template = self.template()
         rows = self._rows({})
-        if self.generation_config == "auto" and (defaults := read_generation_defaults(self._folder)):
+        if self.generation_config == "auto" and (defaults := read_generation_defaults(self.folder)):
             rows = self._rows(defaults)
             said = ", ".join(f"{name} {value}" for name, value in defaults.items())
             say(f"{self.checkpoint} recommends {said}; --generation-config none turns that off")
@@ -238,25 +176,16 @@ class Generate(RequestOptions):
             say(f"{len(file.failed)} of the completions in {self.out} ended with an error in an earlier run")
         return exits.FAILED if failed else exits.DONE
 
-    @cached_property
-    def _folder(self) -> Path:
-        """The checkpoint's folder, for which a hub is asked once."""
-        return folder_of(self.checkpoint, self.revision)
-
-    def _template(self, file: Path) -> str:
-        with option("--chat-template"):
-            return read_template(file)
-
     def _model(self, rows: Sequence[Row], template: str | None) -> str:
         """Returns the model's name in the lines of completions: its fingerprint, dtype, format of experts and
         chat template."""
-        name = fingerprint(self._folder) + (f" as {self.dtype}" if self.dtype else "")
+        name = fingerprint(self.folder) + (f" as {self.dtype}" if self.dtype else "")
         if self.expert_format is not None:
             name += f" with experts in {known_format(self.expert_format)}"
         if self.dense_format is not None:
             name += f" with dense layers in {self.dense_format}"
         if any(row.request.messages is not None for row in rows):
-            name += f" with chat template {Chat(self._folder, template).digest()}"
+            name += f" with chat template {Chat(self.folder, template).digest()}"
         return name
 
     def _rows(self, defaults: dict[str, Any]) -> list[Row]:
@@ -274,7 +203,7 @@ class Generate(RequestOptions):
         with option("--prompts"):
             rows = read_prompts(self.prompts, settings, self.chat, defaults)
         named = {row.call.model for row in rows if row.call is not None and row.call.model is not None}
-        if named and (others := named - {self.checkpoint, self._folder.name}):
+        if named and (others := named - {self.checkpoint, self.folder.name}):
             say(f"{self.checkpoint} answers the requests for {', '.join(sorted(others))[:200]} too")
         return rows
 
@@ -282,13 +211,7 @@ class Generate(RequestOptions):
         self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None, template: str | None
     ) -> int:
         """Completes the rows; returns how many ended with an error."""
-        model = open_model(
-            str(self._folder),
-            self.dtype,
-            expert_format=self.expert_format,
-            dense_format=self.dense_format,
-            host_budget=self.host_budget,
-        )
+        model = self.open_model()
         lines = Lines(self._model(rows, template) if file is None else file.model, model.tokenizer, file)
         with closing(Chat(model.path, template)) as chat:
             requests = lines.encode(rows, model, chat)
@@ -318,6 +241,7 @@ class Generate(RequestOptions):
 COMMANDS = {
     "demo": Demo,
     "generate": Generate,
+    "serve": Serve,
     "inspect": Inspect,
     "convert": Convert,
     "trace": Record,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
@@ -21,9 +20,6 @@ class RequestOptions:
     chat: Annotated[
         bool, arg(help="Each prompt is what a user says, and the model's chat template makes a prompt of it.")
     ] = False
-    chat_template: Annotated[
-        Path | None, arg(metavar="FILE", help="A Jinja chat template to use instead of the checkpoint's.")
-    ] = None
     chat_template_kwargs: Annotated[
         str | None,
         arg(metavar="JSON", help="Variables of the chat template, such as '{\"enable_thinking\": false}'."),

@@ -54,6 +54,22 @@ class Handle:
         """Waits for the last token and returns a `Completion` for each sample; raises as iterating does."""
         return self._loop.answer(self._call)
 
+    def advance(self) -> None:
+        """Runs one step of the engine, in which all running requests get tokens, unless this one has ended.
+
+        For a thread that runs the steps for many handles, and reads their tokens by `since`.
+
+        Raises:
+            ValueError, TransferError: as iterating does; the request is then aborted.
+        """
+        self._loop.advance(self._call)
+
+    def since(self, count: int) -> tuple[list[Token], bool]:
+        """Returns the tokens that are known after the first `count`, and whether these are the last; does not
+        wait."""
+        ended = self._call.ended  # read before the log: an ended call logs no more tokens
+        return self._call.log[count:], ended
+
     def cancel(self) -> None:
         """Ends the request at the next step boundary, with `finish_reason` "abort"; does not wait.
 

@@ -127,6 +127,10 @@ class Loop:
         while not call.ended:
             self._drive(call, 0, to_the_end=True)
 
+    def advance(self, call: Call) -> None:
+        """Runs one step, unless a call has ended."""
+        self._drive(call, len(call.log))
+
     def stream(self, call: Call) -> Generator[Token]:
         """Submits a call and yields its tokens; closing the generator cancels the call."""
         self._turns.check()
@@ -188,6 +192,11 @@ class Loop:
         """
         if self._is_closed():
             raise ValueError("the engine was closed; make a new Engine to generate more")
+
+    @property
+    def account(self) -> Account:
+        """Counts of the run in progress, or of the last one."""
+        return self._account
 
     # ---- within a turn -----------------------------------------------------------------------------------
 

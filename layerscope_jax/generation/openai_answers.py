@@ -22,8 +22,7 @@ def refused(call: OpenAICall, model: str, message: str, status: int = REFUSED) -
     'no prompt'
     """
     kind = "invalid_request_error" if status == REFUSED else "server_error"
-    error = {"message": message, "type": kind, "param": None, "code": None}
-    return _response(call, model, status, {"error": error})
+    return _response(call, model, status, error_body(message, kind))
 
 
 def answer(
@@ -41,20 +40,45 @@ def answer(
     failed = next((output.error for output in outputs if output.error is not None), None)
     if failed is not None:
         return refused(call, model, failed, FAILED)
-    new = sum([len(output.token_ids) for output in outputs])
-    body = {
-        "id": call.answer_id(model).replace("batch_req", "chatcmpl" if call.is_chat else "cmpl"),
-        "object": "chat.completion" if call.is_chat else "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [_choice(call, output, tokenizer) for output in outputs],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": new,
-            "total_tokens": prompt_tokens + new,
-        },
-    }
+    identity = call.answer_id(model).replace("batch_req", "chatcmpl" if call.is_chat else "cmpl")
+    choices = [choice_of(output, call.is_chat, tokenizer) for output in outputs]
+    body = body_of(identity, call.is_chat, choices, model, int(time.time()))
+    body["usage"] = usage(prompt_tokens, sum([len(output.token_ids) for output in outputs]))
     return _response(call, model, OK, body)
+
+
+def body_of(
+    identity: str, chat: bool, choices: Sequence[dict[str, Any]], model: str, created: int
+) -> dict[str, Any]:
+    """Returns the body of an answer, without its usage.
+
+    Args:
+        identity: the answer's id.
+        chat: whether it answers a chat.
+        choices: from `choice_of`.
+        model: names what generated them.
+        created: when, in seconds since 1970.
+    """
+    kind = "chat.completion" if chat else "text_completion"
+    return {"id": identity, "object": kind, "created": created, "model": model, "choices": list(choices)}
+
+
+def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    """Returns the counts of tokens that an answer reports.
+
+    >>> usage(5, 2)["total_tokens"]
+    7
+    """
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": new_tokens,
+        "total_tokens": prompt_tokens + new_tokens,
+    }
+
+
+def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
+    """Returns the body of an answer that says what is wrong."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def _response(call: OpenAICall, model: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
@@ -62,21 +86,30 @@ def _response(call: OpenAICall, model: str, status: int, body: dict[str, Any]) -
     return {"status_code": status, "request_id": identity, "body": body}
 
 
-def _choice(call: OpenAICall, output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def choice_of(output: Output, chat: bool, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Returns the choice that a sample makes, numbered as the sample is."""
     choice: dict[str, Any] = {"index": output.index}
-    if call.is_chat:
+    if chat:
         choice["message"] = {"role": "assistant", "content": output.text, "refusal": None}
     else:
         choice["text"] = output.text
     told = output.logprobs
-    logprobs = None
-    if told is not None:
-        logprobs = (_of_chat if call.is_chat else _of_text)(output.token_ids, told, tokenizer)
     return choice | {
-        "logprobs": logprobs,
+        "logprobs": None if told is None else logprobs_of(output.token_ids, told, chat, tokenizer),
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
+
+
+def logprobs_of(
+    ids: Sequence[int],
+    told: Sequence[TokenLogprobs],
+    chat: bool,
+    tokenizer: Tokenizer | None,
+    offset: int = 0,
+) -> dict[str, Any]:
+    """Returns the log-probabilities of new tokens; `offset` is how many characters of tokens precede them."""
+    return _of_chat(ids, told, tokenizer) if chat else _of_text(ids, told, tokenizer, offset)
 
 
 def _of_chat(
@@ -97,11 +130,11 @@ def _of_chat(
 
 
 def _of_text(
-    ids: Sequence[int], told: Sequence[TokenLogprobs], tokenizer: Tokenizer | None
+    ids: Sequence[int], told: Sequence[TokenLogprobs], tokenizer: Tokenizer | None, offset: int
 ) -> dict[str, Any]:
     """Returns the log-probabilities of a text's continuation."""
     texts = [token_text(tokenizer, token) for token in ids]
-    offsets = [0]
+    offsets = [offset]
     for text in texts:
         offsets.append(offsets[-1] + len(text))
     return {

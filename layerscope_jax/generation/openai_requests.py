@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API, as lines of its batch files: translated to `Request`s.
+"""Requests of OpenAI's API translated to `Request`s: bodies, and the lines of its batch files.
 
 A line is `{"custom_id": ..., "method": "POST", "url": ..., "body": {...}}`, with the URL for chats or for
 texts. Bodies may have the keys that vLLM adds to the API (`top_k`, `min_p`, `repetition_penalty`, ...).
@@ -133,17 +133,7 @@ def translated(
     problems.add(*[f"unknown key {key[:60]!r}" for key in unknown])
     request = Request(prompt="")
     if known is not None and isinstance(body, dict) and not problems.found:
-        fields = _fields(body, known, problems)
-        for name, value in options.items():
-            if fields.get(name, value) != value:
-                raise ValueError(
-                    f"{name} is {fields[name]!r} in the line and {value} for all lines "
-                    f"(--{name.replace('_', '-')}); set it in only one of the two places"
-                )
-        of_api = {"temperature": 1.0, "seed": None, "max_new_tokens": LENGTHS[known]}
-        if not problems.found:
-            made = problems.check(lambda: Request(**{**of_api, **defaults, **options, **fields}))
-            request = made or request
+        request = body_request(body, known, problems, options, defaults) or request
     model = body.get("model") if isinstance(body, dict) else None
     text = json.dumps([content, dict(options), dict(defaults)], sort_keys=True, default=str)
     return request, OpenAICall(
@@ -153,6 +143,44 @@ def translated(
         refusal="; ".join(problems.found) or None,
         digest=hashlib.sha256(text.encode()).hexdigest(),
     )
+
+
+def body_request(
+    body: Mapping[str, Any],
+    url: str,
+    problems: Problems,
+    options: Mapping[str, Any] = NO_SETTINGS,
+    defaults: Mapping[str, Any] = NO_SETTINGS,
+) -> Request | None:
+    """Returns the request of a body; None if it is refused, and `problems` then says why.
+
+    Args:
+        body: the body, without `stream` and its options.
+        url: `CHAT_URL` or `TEXT_URL`.
+        problems: collects what is wrong.
+        options, defaults: as of `translated`.
+
+    Raises:
+        ValueError: if a setting of the body differs from the one in `options`.
+    """
+    fields = _fields(body, url, problems)
+    for name, value in options.items():
+        if fields.get(name, value) != value:
+            raise ValueError(
+                f"{name} is {fields[name]!r} in the line and {value} for all lines "
+                f"(--{name.replace('_', '-')}); set it in only one of the two places"
+            )
+    if problems.found:
+        return None
+    of_api = {"temperature": 1.0, "seed": None, "max_new_tokens": LENGTHS[url]}
+    try:
+        return Request(**{**of_api, **defaults, **options, **fields})
+    except ValueError as error:
+        said = str(error)
+        for name, ours in RENAMED.items():  # the user knows a setting by the name that the body has
+            said = said.replace(ours, name) if name in body else said
+        problems.add(said)
+        return None
 
 
 def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, Any]:
@@ -180,6 +208,8 @@ def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, 
         bias = fields["logit_bias"]
         fields["logit_bias"] = {int(key) if key.isdecimal() else key: value for key, value in bias.items()}
     _add_logprobs(body, chat, fields, problems)
+    if isinstance(messages := fields.get("messages"), list):
+        fields["messages"] = [_with_text(message, problems) for message in messages]
     if chat:
         problems.expect("messages" in fields, "messages", "a conversation", None)
         return fields
@@ -191,6 +221,20 @@ def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, 
     fits = isinstance(prompt, str) or are_ids(prompt)
     problems.expect(fits, "prompt", "text or a list of token ids; one prompt a line", prompt)
     return fields | {"prompt": prompt}
+
+
+def _with_text(message: Any, problems: Problems) -> Any:
+    """Returns a message whose content is text, where it is a list of parts that are texts.
+
+    As in vLLM, each begins a line: most chat templates take no parts.
+    """
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list):
+        return message
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    fits = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    problems.expect(fits, "content", 'text, or a list of {"type": "text", "text": ...}', parts)
+    return message | {"content": "\n".join(map(str, texts))}
 
 
 def _add_logprobs(body: Mapping[str, Any], chat: bool, fields: dict[str, Any], problems: Problems) -> None:

@@ -161,8 +161,8 @@ def said_by_user(prompt: Any) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def parsed(line: bytes) -> Any:
-    """Returns the value of a line of JSON.
+def parsed(line: bytes, expected: str = 'a JSON object {"prompt": ...}') -> Any:
+    """Returns the value of a line of JSON, or of another text; `expected` is for messages.
 
     Raises:
         ValueError: if the line is not standard JSON in UTF-8; NaN, infinity and repeated keys are refused.
@@ -182,13 +182,13 @@ def parsed(line: bytes) -> Any:
     try:
         return json.loads(line.decode(), parse_constant=refuse, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise ValueError(f'expected a JSON object {{"prompt": ...}}, got {error}') from None
+        raise ValueError(f"expected {expected}, got {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"expected text in UTF-8, got byte 0x{line[error.start]:02x} at {error.start}"
         ) from None
     except RecursionError:
-        raise ValueError('expected a JSON object {"prompt": ...}, got one nested too deeply') from None
+        raise ValueError(f"expected {expected}, got one nested too deeply") from None
 
 
 def read_whole(file: Path) -> bytes:

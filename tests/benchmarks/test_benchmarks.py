@@ -20,6 +20,7 @@ from benchmarks import (
     bench_quantised,
     bench_recall,
     bench_resident,
+    bench_serving,
     bench_simulator,
     harness,
 )
@@ -128,6 +129,20 @@ def test_bench_batching(checkpoint, tmp_path, capsys):
         assert steps["even"]["decode"] <= steps["continuous"]["decode"] <= steps["batch by batch"]["decode"]
         assert row["same_tokens"] == 1
     assert "to batch by batch" in capsys.readouterr().out
+
+
+def test_bench_serving(checkpoint, tmp_path, capsys):
+    file = tmp_path / "serving.json"
+    options = bench_serving.Options(quick=True, checkpoint=checkpoint, policies=("resident",), json=file)
+    bench_serving.main(options)
+    result = json.loads(file.read_text())
+    assert result["benchmark"] == "serving"
+    assert result["machine"].keys() == MACHINE
+    [row] = result["rows"]
+    assert (row["policy"], row["clients"], row["same_texts"]) == ("resident", 3, 1)
+    assert row["tokens_per_s"].keys() == {"generate", "serve"}
+    assert 0 < row["gap_ms"]["p50"] <= row["gap_ms"]["p99"]
+    assert "to generate" in capsys.readouterr().out
 
 
 def test_bench_prefill(checkpoint, tmp_path, capsys):

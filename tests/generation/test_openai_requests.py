@@ -12,6 +12,8 @@ from layerscope_jax.generation.requests import Request
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
+TEXT_PART = {"type": "text", "text": "Hi"}
+
 
 def line(url=TEXT_URL, custom_id="a", **body):
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
@@ -30,6 +32,10 @@ def line(url=TEXT_URL, custom_id="a", **body):
         ),
         (line(CHAT_URL, messages=MESSAGES, logprobs=True), {"messages": MESSAGES, "logprobs": 0}),
         (line(CHAT_URL, messages=MESSAGES, logprobs=False), {"messages": MESSAGES}),
+        (
+            line(CHAT_URL, messages=[{"role": "user", "content": [TEXT_PART, TEXT_PART]}]),
+            {"messages": [{"role": "user", "content": "Hi\nHi"}]},
+        ),
         (
             line(CHAT_URL, messages=MESSAGES, logprobs=True, top_logprobs=4, logit_bias={"7": -100}, seed=5),
             {"messages": MESSAGES, "logprobs": 4, "logit_bias": {7: -100}, "seed": 5},
@@ -100,6 +106,10 @@ def test_bodies(content, expected):
         (line(prompt="x", temperature=-1), "temperature must be a number from 0"),
         (line(prompt="x", temperature=0, n=2), "n must be 1 at temperature 0"),
         (line(CHAT_URL, messages=[]), "messages must be a list of"),
+        (
+            line(CHAT_URL, messages=[{"role": "user", "content": [TEXT_PART, {"type": "image_url"}]}]),
+            "content must be text, or a list of",
+        ),
     ],
     ids=str,
 )

@@ -1,0 +1,182 @@
+"""What does serving cost?
+
+So many clients, in a process of their own, each stream a continuation of a real prompt over HTTP, all at the
+same time. The same requests are also given to one call of `generate`, in the process of the server, with
+nobody to stream to: what HTTP, JSON and the server's threads add is the difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from benchmarks import harness
+from benchmarks.bench_batching import RESIDENT, config_of
+from benchmarks.bench_policies import SHIPPED, read_prompts
+from layerscope_jax import Engine, Request, load
+from layerscope_jax.serving.server import Server
+from layerscope_jax.serving.settings import ServerConfig
+
+GENERATE, SERVE = "generate", "serve"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(harness.Common):
+    """What to measure."""
+
+    checkpoint: Path = SHIPPED
+    prompts: Path | None = None
+    """JSON lines with a "prompt" each, taken in turns; the checkpoint's prompts.jsonl if left out."""
+    policies: tuple[str, ...] = (RESIDENT, "host-only")
+    budget: int = 25
+    """Percent of the bytes of all experts, for policies other than resident."""
+    link: str = "100MB"
+    """Bytes a second."""
+    clients: tuple[int, ...] = (8, 32)
+    new_tokens: int = 32
+    rounds: int = 5
+
+
+class Clients:
+    """The process of the clients; a context manager."""
+
+    def __enter__(self) -> Clients:
+        command = [sys.executable, "-m", "benchmarks.serving_client"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def run(self, url: str, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Sends all requests at once; returns what came, and when."""
+        host, port = url.removeprefix("http://").split(":")
+        line = json.dumps({"host": host, "port": int(port), "bodies": bodies})
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit("error: the clients have failed; the lines above say why")
+        return json.loads(answer)
+
+
+@contextmanager
+def opened(engine: Engine) -> Iterator[tuple[Server, Clients]]:
+    """A server of an engine, and clients for it."""
+    with Server(engine, ServerConfig(port=0)) as server, Clients() as clients:
+        yield server, clients
+
+
+def race(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, rounds: int) -> dict[str, Any]:
+    """One engine with a client for each prompt."""
+    settings = {"temperature": 0.0, "stop_token_ids": []}
+    requests = [Request(prompt=prompt, max_new_tokens=new_tokens, **settings) for prompt in prompts]
+    bodies = [{"prompt": list(prompt), "max_tokens": new_tokens, **settings} for prompt in prompts]
+    texts: dict[str, list[list[str]]] = {GENERATE: [], SERVE: []}
+    runs: list[list[list[float]]] = []  # when the parts of each answer came
+    with opened(engine) as (server, clients):
+
+        def generate() -> None:
+            texts[GENERATE].append(engine.generate(requests).texts)
+
+        def serve() -> dict[str, Any]:
+            answer = clients.run(server.url, bodies)
+            texts[SERVE].append(answer["texts"])
+            runs.append(answer["times"])
+            return {"seconds": answer["seconds"]}
+
+        samples = harness.measure({GENERATE: generate, SERVE: serve}, rounds)
+    timed = [times for run in runs[-rounds:] for times in run]
+    gaps = np.concatenate([np.diff(times) for times in timed])
+    seconds = {name: found.parts["seconds"] for name, found in samples.items()}
+    expected = texts[GENERATE][-1]
+    same = [text == other for run in texts[SERVE] for text, other in zip(run, expected, strict=True)]
+    return {
+        "clients": len(prompts),
+        "tokens_per_s": {
+            name: harness.spread(len(prompts) * new_tokens / each for each in found)
+            for name, found in seconds.items()
+        },
+        "throughput_to_generate": harness.ratio(seconds[GENERATE], seconds[SERVE]),
+        "gap_ms": {
+            name: round(1e3 * float(np.quantile(gaps, share)), 3)
+            for name, share in (("p50", 0.5), ("p99", 0.99))
+        },
+        "first_s": harness.spread(times[0] for times in timed),
+        "same_texts": float(np.mean(same)),
+        "compiled_while_timed": sum(found.compiled for found in samples.values()),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> None:
+    lines = [
+        (
+            row["policy"],
+            row["clients"],
+            *(f"{row['tokens_per_s'][name]['median']:.0f}" for name in (SERVE, GENERATE)),
+            f"{row['throughput_to_generate']['median']:.2f}",
+            f"{1e3 * row['first_s']['median']:.0f}",
+            f"{row['gap_ms']['p50']:.1f}",
+            f"{row['gap_ms']['p99']:.1f}",
+            f"{row['same_texts']:.0%}",
+        )
+        for row in rows
+    ]
+    headings = ("policy", "clients", "serve, tokens/s", "generate, tokens/s", "to generate")
+    more = ("first, ms", "gap, ms", "gap p99, ms", "same texts")
+    harness.print_table("Throughput, medians; times as the clients see them", (*headings, *more), lines)
+
+
+def main(options: Options) -> dict[str, Any]:
+    if options.quick:
+        changes: Any = {"clients": (3,), "new_tokens": 4, "rounds": 1}
+        options = Options(**(vars(options) | changes))
+    with contextlib.suppress(RuntimeError):  # JAX is in use already: with as many as it has
+        jax.config.update("jax_num_cpu_devices", 2)  # without an accelerator, the second is its host
+    try:
+        model = load(options.checkpoint)
+        file = options.prompts or options.checkpoint / "prompts.jsonl"
+        known = read_prompts(file, model, options.new_tokens)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    record, progress, rows = harness.machine(), Console(stderr=True), []
+    for policy in options.policies:
+        for clients in options.clients:
+            prompts = [known[index % len(known)] for index in range(clients)]
+            with Engine(model, config_of(policy, model, options, clients)) as engine:
+                rows.append({"policy": policy} | race(engine, prompts, options.new_tokens, options.rounds))
+            progress.print(f"measured {policy} with {clients} clients")
+    table(rows)
+    return harness.finish(
+        options,
+        {
+            "benchmark": "serving",
+            "quick": options.quick,
+            "machine": record,
+            "budget_percent": options.budget,
+            "link": options.link,
+            "new_tokens": options.new_tokens,
+            "rounds": options.rounds,
+            "rows": rows,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,57 @@
+"""Clients of a server, in a process of their own: all send at once, and note when each event comes.
+
+Reads lines of JSON `{"host", "port", "bodies"}` from standard input, and answers each with a line
+`{"seconds", "texts", "times"}`; `times` are those (s) of a request's events since all were sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+HEAD = (
+    "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    "Connection: close\r\nContent-Length: {length}\r\n\r\n"
+)
+
+
+async def stream(host: str, port: int, body: dict[str, Any], began: float) -> tuple[str, list[float]]:
+    """Returns a request's text, and when its parts came."""
+    reader, writer = await asyncio.open_connection(host, port)
+    data = json.dumps(body | {"stream": True}).encode()
+    writer.write(HEAD.format(length=len(data)).encode() + data)
+    text, times, is_whole = "", [], False
+    async for line in reader:
+        if line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
+            raise SystemExit(f"the server answered {line.decode().strip()}")
+        if line.startswith(b"data: {"):
+            times.append(time.perf_counter() - began)
+            text += json.loads(line[6:])["choices"][0]["text"]
+        is_whole = is_whole or line.startswith(b"data: [DONE]")
+    writer.close()
+    if not is_whole:
+        raise SystemExit("a stream broke off")
+    return text, times
+
+
+async def run(host: str, port: int, bodies: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sends all requests at once, and waits for all answers."""
+    began = time.perf_counter()
+    answers = await asyncio.gather(*[stream(host, port, body, began) for body in bodies])
+    return {
+        "seconds": time.perf_counter() - began,
+        "texts": [text for text, _ in answers],
+        "times": [times for _, times in answers],
+    }
+
+
+def main() -> None:
+    for line in sys.stdin:
+        print(json.dumps(asyncio.run(run(**json.loads(line)))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

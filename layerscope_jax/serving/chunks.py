@@ -1,0 +1,117 @@
+"""Answers: whole ones, and chunks of streams as server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from layerscope_jax.generation.completions import Output, Token, TokenLogprobs, output_of
+from layerscope_jax.generation.openai_answers import body_of, choice_of, logprobs_of, token_text, usage
+from layerscope_jax.serving.bodies import Asked
+
+DONE = b"data: [DONE]\n\n"
+"""Ends a stream."""
+
+
+class Answer:
+    """Writes the answer to one HTTP request.
+
+    Args:
+        asked: what the request asks for.
+        identity: the answer's id.
+        model: names what generates, for the answer.
+        created: when, in seconds since 1970.
+        tokenizer: tells the texts of tokens whose log-probabilities were asked for.
+    """
+
+    def __init__(self, asked: Asked, identity: str, model: str, created: int, tokenizer: Tokenizer | None):
+        self._asked, self._tokenizer = asked, tokenizer
+        self._identity, self._model, self._created = identity, model, created
+        self._begun: set[int] = set()  # choices of a chat whose role is sent
+        self._offsets: dict[int, int] = {}  # choice -> characters of its tokens so far
+        head = body_of(identity, asked.chat, [], model, created)
+        head["object"] = "chat.completion.chunk" if asked.chat else "text_completion"
+        self._head = head | ({"usage": None} if asked.include_usage else {})
+
+    def whole(self, events: Sequence[tuple[int, Token]], new_tokens: int) -> bytes:
+        """Returns the body of an answer that is not streamed.
+
+        Args:
+            events: every token of every choice, in order.
+            new_tokens: number of tokens.
+        """
+        requests = [request for request in self._asked.requests for _ in range(request.n)]
+        own = by_choice(events)
+        choices = []
+        for choice, request in enumerate(requests):
+            output = Output(**(output_of(own[choice], request) | {"index": choice}))
+            choices.append(choice_of(output, self._asked.chat, self._tokenizer))
+        body = body_of(self._identity, self._asked.chat, choices, self._model, self._created)
+        return json.dumps(body | {"usage": usage(self._asked.prompt_tokens, new_tokens)}).encode()
+
+    def events(self, news: Sequence[tuple[int, Token]]) -> bytes:
+        """Returns the events of new tokens, one for each choice; of none that has nothing to tell."""
+        return b"".join([self._event(choice, tokens) for choice, tokens in by_choice(news).items()])
+
+    def usage(self, new_tokens: int) -> bytes:
+        """Returns the event with the counts of tokens, empty if the request does not ask for it."""
+        if not self._asked.include_usage:
+            return b""
+        return event(self._head | {"usage": usage(self._asked.prompt_tokens, new_tokens)})
+
+    def _event(self, choice: int, tokens: Sequence[Token]) -> bytes:
+        text = "".join([token.text for token in tokens])
+        last = tokens[-1]
+        told = [(token.token_id, token.logprobs) for token in tokens if token.logprobs is not None]
+        if not text and last.finish_reason is None and not told:
+            return b""
+        content: dict[str, Any] = {"index": choice}
+        if not self._asked.chat:
+            content["text"] = text
+        elif choice in self._begun:
+            content["delta"] = {"content": text} if text else {}
+        else:
+            self._begun.add(choice)
+            content["delta"] = {"role": "assistant", "content": text}
+        content["logprobs"] = self._logprobs(choice, told) if told else None
+        content["finish_reason"] = last.finish_reason
+        if last.finish_reason is not None:
+            content["stop_reason"] = last.stop_reason
+        return event(self._head | {"choices": [content]})
+
+    def _logprobs(self, choice: int, told: Sequence[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
+        ids = [token for token, _ in told]
+        offset = self._offsets.get(choice, 0)
+        if not self._asked.chat:
+            self._offsets[choice] = offset + sum([len(token_text(self._tokenizer, token)) for token in ids])
+        return logprobs_of(ids, [at for _, at in told], self._asked.chat, self._tokenizer, offset)
+
+
+def by_choice(news: Sequence[tuple[int, Token]]) -> dict[int, list[Token]]:
+    """Returns the tokens of each choice, in order."""
+    tokens: dict[int, list[Token]] = {}
+    for choice, token in news:
+        tokens.setdefault(choice, []).append(token)
+    return tokens
+
+
+def event(content: Any) -> bytes:
+    r"""Returns a server-sent event.
+
+    >>> event({"a": 1})
+    b'data: {"a": 1}\n\n'
+    """
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+def failure_of(events: Sequence[tuple[int, Token]]) -> str | None:
+    """Returns why a sample ended with an error; None if none did."""
+    return next((token.error for _, token in events if token.error is not None), None)
+
+
+def is_aborted(events: Sequence[tuple[int, Token]]) -> bool:
+    """Returns whether a sample was aborted."""
+    return any(token.finish_reason == "abort" for _, token in events)

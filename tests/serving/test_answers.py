@@ -1,0 +1,68 @@
+"""Events of streams, a tally of the engine's work, and the steps' thread, without an engine."""
+
+import json
+
+from helpers import byte_tokenizer
+
+from layerscope_jax.generation.completions import Token, TokenLogprobs
+from layerscope_jax.generation.requests import Request
+from layerscope_jax.runtime.accounts import Account
+from layerscope_jax.serving.bodies import Asked
+from layerscope_jax.serving.chunks import Answer
+from layerscope_jax.serving.totals import Tally
+
+
+def token(text, finish=None, index=0, logprobs=None, stop=None):
+    return Token(0, 65, text, finish, index=index, logprobs=logprobs, stop_reason=stop)
+
+
+def choices(data):
+    events = [json.loads(event.removeprefix("data: ")) for event in data.decode().split("\n\n")[:-1]]
+    return [choice for event in events for choice in event["choices"]]
+
+
+def answer(**asked):
+    request = Request(prompt=[1], seed=0, temperature=1, n=2)
+    return Answer(Asked(requests=[request], **asked), "id", "m", 0, byte_tokenizer())
+
+
+def test_tokens_that_came_together_are_one_event():
+    stream = answer(chat=True, stream=True)
+    news = [(0, token("a")), (1, token("x")), (0, token("b", "stop", stop="."))]
+    assert choices(stream.events(news)) == [
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": "ab"},
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": ".",
+        },
+        {"index": 1, "delta": {"role": "assistant", "content": "x"}, "logprobs": None, "finish_reason": None},
+    ]
+    assert choices(stream.events([(1, token("", "length"))]))[0]["delta"] == {}
+
+
+def test_a_token_without_text_is_no_event_unless_it_tells_something():
+    stream = answer(chat=False, stream=True)
+    assert stream.events([(0, token(""))]) == b""
+    told = TokenLogprobs(-0.5)
+    for offset in (0, 1):
+        [choice] = choices(stream.events([(0, token("", logprobs=told))]))
+        assert choice["logprobs"]["text_offset"] == [offset]
+    assert stream.usage(3) == b""
+
+
+def test_counts_of_tokens_only_if_asked_for():
+    stream = answer(chat=False, stream=True, include_usage=True)
+    assert json.loads(stream.events([(0, token("a"))])[6:])["usage"] is None
+    last = json.loads(stream.usage(3)[6:])
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+
+
+def test_a_tally_adds_one_run_after_another():
+    tally, first, second = Tally(), Account(), Account()
+    for account, hits, total in ((first, 1, 1), (first, 3, 3), (second, 0, 3), (second, 2, 5)):
+        account.meter.expert_hits = account.link.demand_bytes = hits
+        tally.update(account)
+        assert tally.totals.expert_hits == tally.totals.demand_bytes == total

@@ -1,0 +1,91 @@
+"""Bodies: what they ask for, and that whatever they hold, the answer says what is wrong."""
+
+import json
+
+import pytest
+from helpers import spelling_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerscope_jax.generation.chat import Chat
+from layerscope_jax.generation.openai_requests import CHAT_URL, LENGTHS, TEXT_URL
+from layerscope_jax.serving.bodies import Asked, Reader
+from layerscope_jax.serving.refusals import Refusal
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+KEYS = ("model", "prompt", "messages", "stream", "stream_options", "n", "max_tokens", "temperature", "seed")
+MORE = (
+    "stop",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+    "min_tokens",
+    "max_completion_tokens",
+    "stop_token_ids",
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=2),
+)
+
+
+@pytest.fixture(scope="module")
+def reader():
+    chat = Chat(None, TEMPLATE)
+    yield Reader(spelling_model(), "tiny", chat, {"top_k": 7}, 50, 6)
+    chat.close()
+
+
+def read(reader, url=TEXT_URL, **body):
+    return reader.read(json.dumps(body).encode(), url)
+
+
+def test_prompts(reader):
+    """Several become requests of their own, each with a seed."""
+    asked = read(reader, prompt=["ab", [5, 6, 7]], n=2, max_tokens=9, model="tiny")
+    assert [list(request.prompt) for request in asked.requests] == [
+        list(reader._model.tokenizer.encode("ab").ids),
+        [5, 6, 7],
+    ]
+    assert (asked.samples, asked.prompt_tokens, asked.stream) == (4, 5, False)
+    assert {(request.max_new_tokens, request.top_k) for request in asked.requests} == {(9, 7)}
+    assert None not in {request.seed for request in asked.requests}
+
+
+def test_chats(reader):
+    asked = read(
+        reader,
+        CHAT_URL,
+        messages=[{"role": "user", "content": "abc"}],
+        stream=True,
+        stream_options={"include_usage": True},
+        min_tokens=48,
+    )
+    assert (asked.chat, asked.stream, asked.include_usage, asked.prompt_tokens) == (True, True, True, 3)
+    [request] = asked.requests
+    assert (request.max_new_tokens, request.min_new_tokens) == (47, 47)  # what is left of 50
+
+
+def test_what_is_wrong_is_said_once_for_all_prompts(reader):
+    with pytest.raises(ValueError, match=r"^max_tokens must be [^;]* got 0; n must be [^;]*$") as told:
+        read(reader, prompt=["a", "b"], max_tokens=0, n=0)
+    assert str(told.value).count("max_tokens") == 1
+    with pytest.raises(ValueError, match="at most 6 in all, which run and wait at once, got 8"):
+        read(reader, prompt=["a", "b"], n=4)
+    with pytest.raises(ValueError, match="prompt 1 has 60 tokens; the model's context holds 50"):
+        read(reader, prompt=["a", "b" * 60])
+    with pytest.raises(Refusal, match="no model 'gpt'"):
+        read(reader, prompt="a", model="gpt")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(LENGTHS)), st.dictionaries(st.sampled_from(KEYS + MORE), VALUES, max_size=5))
+def test_any_body_is_read_or_refused(reader, url, body):
+    try:
+        asked = read(reader, url, **body)
+    except (ValueError, Refusal):
+        return
+    assert isinstance(asked, Asked)
+    assert 1 <= asked.samples <= 6
+    assert all(len(request.prompt) + request.max_new_tokens <= 50 for request in asked.requests)

@@ -1,0 +1,138 @@
+"""OpenAI's own client gets the tokens of `engine.generate`, streamed and whole."""
+
+import openai
+import pytest
+from serving_calls import MODEL, metric, request, sent, until
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 6}
+SAMPLED = {"model": MODEL, "temperature": 0.9, "max_tokens": 6, "n": 2, "seed": 5}
+
+
+def test_texts(engine, client):
+    """Of several prompts, each with several samples, in the order of the prompts."""
+    prompts = ["Call me", "x"]
+    answer = client.completions.create(prompt=prompts, **SAMPLED)
+    expected = engine.generate(prompts, temperature=0.9, max_new_tokens=6, n=2, seed=5)
+    assert [choice.text for choice in answer.choices] == expected.texts
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [choice.finish_reason for choice in answer.choices] == [c.finish_reason for c in expected]
+    new = sum(len(completion.token_ids) for completion in expected)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (8, new)
+    assert answer.usage.total_tokens == 8 + new
+    assert answer.model == MODEL
+
+
+def test_streams_are_the_same_texts(client):
+    whole = client.completions.create(prompt="Call me", **SAMPLED)
+    texts, reasons = ["", ""], [None, None]
+    stream = client.completions.create(prompt="Call me", stream=True, **SAMPLED)
+    chunks = list(stream)
+    for chunk in chunks:
+        [choice] = chunk.choices
+        assert reasons[choice.index] is None
+        texts[choice.index] += choice.text
+        reasons[choice.index] = choice.finish_reason
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert len(chunks) > 4  # not all at once
+
+
+def test_a_chat(engine, client):
+    answer = client.chat.completions.create(messages=MESSAGES, logprobs=True, top_logprobs=2, **GREEDY)
+    [expected] = engine.generate(["user: Hi\n"], max_new_tokens=6, logprobs=2)
+    [choice] = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", expected.text)
+    assert [token.logprob for token in choice.logprobs.content] == [at.logprob for at in expected.logprobs]
+    assert [len(token.top_logprobs) for token in choice.logprobs.content] == [2] * 6
+    stream = client.chat.completions.create(
+        messages=MESSAGES,
+        logprobs=True,
+        top_logprobs=2,
+        stream=True,
+        stream_options={"include_usage": True},
+        **GREEDY,
+    )
+    *chunks, last = stream
+    assert last.choices == []
+    assert last.usage == answer.usage
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert "".join(delta.content or "" for delta in deltas) == expected.text
+    told = [token for chunk in chunks for token in chunk.choices[0].logprobs.content]
+    assert told == choice.logprobs.content
+
+
+def test_log_probabilities_of_a_text(client):
+    whole = client.completions.create(prompt="Call me", logprobs=1, **GREEDY).choices[0].logprobs
+    chunks = list(client.completions.create(prompt="Call me", logprobs=1, stream=True, **GREEDY))
+    for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+        parts = [part for chunk in chunks for part in getattr(chunk.choices[0].logprobs, name)]
+        assert parts == getattr(whole, name)
+    assert len(whole.tokens) == 6
+
+
+def test_a_stop_string(engine, client):
+    [expected] = engine.generate(["Call me"], max_new_tokens=6)
+    stop = expected.text[2]
+    for stream in (False, True):
+        answer = client.completions.create(prompt="Call me", stop=stop, stream=stream, **GREEDY)
+        chunks = list(answer) if stream else [answer]
+        assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text.partition(stop)[0]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        assert chunks[-1].choices[0].stop_reason == stop
+
+
+def test_models(client):
+    [model] = client.models.list()
+    assert model.id == MODEL
+    assert client.models.retrieve(MODEL) == model
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt' is served, only 'org/tiny'"):
+        client.models.retrieve("gpt")
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
+        client.completions.create(model="gpt", prompt="x")
+
+
+def test_a_wrong_key(server):
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="guessed", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError, match="with the server's key"),
+    ):
+        stranger.completions.create(prompt="x", **GREEDY)
+
+
+LONG = {"prompt": "Call me", "temperature": 0, "max_tokens": 50, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(engine, server, stream):
+    """At the next step, which here comes only after the server has noticed."""
+    aborted = {"name": "vllm:request_success_total", "finished_reason": "abort"}
+    made, before = metric(server, "vllm:generation_tokens_total"), metric(server, **aborted)
+    with sent(server, request(LONG | {"stream": stream})) as connection:
+        until(lambda: metric(server, "vllm:num_requests_running") == 1)
+        with engine._turns.turn():
+            connection.close()
+            until(lambda: server._service.is_idle)
+    until(lambda: metric(server, **aborted) == before + 1)
+    assert metric(server, "vllm:num_requests_running") == 0
+    assert metric(server, "vllm:generation_tokens_total") - made < 50
+
+
+def test_figures(server, client):
+    """Of tokens and times by vLLM's names, of experts by this package's."""
+    names = ("vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_count")
+    names += ("vllm:generation_tokens_total", "vllm:inter_token_latency_seconds_count")
+    before = {name: metric(server, name) for name in names}
+    client.completions.create(prompt="Call me", **SAMPLED)
+    assert {name: metric(server, name) - before[name] for name in names} == dict(
+        zip(names, (7, 2, 12, 10), strict=True)
+    )
+    needed, hits = (metric(server, f"layerscope:{name}_total") for name in ("experts_needed", "expert_hits"))
+    assert 0 < hits < needed
+    assert metric(server, "layerscope:hit_rate") == pytest.approx(hits / needed)
+    assert metric(server, "layerscope:bytes_moved_total", cause="demand") > 0
+    assert 0 < metric(server, "layerscope:link_share") < 1
