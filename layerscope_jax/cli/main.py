@@ -19,6 +19,7 @@ from layerscope_jax.checkpoints.fingerprint import fingerprint
 from layerscope_jax.checkpoints.generation_defaults import read_generation_defaults
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.calibrate import Calibrate
+from layerscope_jax.cli.chat import Talk
 from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
 from layerscope_jax.cli.convert import Convert
@@ -241,6 +242,7 @@ class Generate(RequestOptions, EngineOptions):
 COMMANDS = {
     "demo": Demo,
     "generate": Generate,
+    "chat": Talk,
     "serve": Serve,
     "inspect": Inspect,
     "convert": Convert,

@@ -18,7 +18,8 @@ import atexit
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +53,22 @@ def promise(line: str) -> None:
     """Sets the line that an interruption prints, such as how to continue."""
     global _line
     _line = line
+
+
+@contextmanager
+def instead(call: Callable[[], object]) -> Iterator[None]:
+    """Within the `with` block Ctrl-C calls `call`, in the main thread, and does not end the command."""
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None):
+        yield
+        return
+    woken = signal.set_wakeup_fd(-1)  # so that `_watch` does not count it
+    signal.signal(signal.SIGINT, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
 
 
 def install() -> None:
