@@ -14,7 +14,7 @@ from numba import carray
 
 from layerscope_jax.formats.quantised import QuantisedFormat
 from layerscope_jax.kernels import amx, loops, tile_products
-from layerscope_jax.kernels.decoding import decode
+from layerscope_jax.kernels.decoding import decode, prepare_matrix, prepare_rows
 from layerscope_jax.kernels.dots import DEEP, HIGH, add_tiles, step_of
 from layerscope_jax.kernels.encodings import (
     APART,
@@ -23,22 +23,20 @@ from layerscope_jax.kernels.encodings import (
     CODES,
     DEPTH,
     MATRIX,
-    NVFP4,
+    ROOM,
     SPAN,
     facts_of,
     row_of,
-    write_scales,
 )
 from layerscope_jax.kernels.numbers import pointer
 from layerscope_jax.kernels.tiles import TILE, add_few, ask, clear, store_few
 from layerscope_jax.kernels.wide_decoding import HIGH as TALL
-from layerscope_jax.kernels.wide_decoding import SLOT, STEP, add_steps
+from layerscope_jax.kernels.wide_decoding import PART, SLOT, STEP, add_steps
 from layerscope_jax.support.njit import njit
 
 # Addresses of an expert: of codes, scales and what is third of gate, up and down, 0 where there is none; of
-# biases. Then of matrices [F, D], and of [D, F]: what codes and scales are, columns and rows that share a
-# scale, scales in a row.
-PARTS, BIAS, FACTS, EACH, ARRAYS = 3, 9, 10, 5, 20
+# biases. Then of matrices [F, D], and of [D, F]: CODE to TABLE (`encodings.py`).
+PARTS, BIAS, FACTS, EACH, ARRAYS = 3, 9, 10, MATRIX - CODE, 10 + 2 * (MATRIX - CODE)
 
 
 def addresses_of(format: QuantisedFormat, width: int, hidden: int, pointers: Sequence[int]) -> list[int]:
@@ -47,7 +45,7 @@ def addresses_of(format: QuantisedFormat, width: int, hidden: int, pointers: Seq
     >>> from layerscope_jax.formats import format_named
     >>> facts = addresses_of(format_named("int8"), 64, 32, [1, 2, 3, 4, 5, 6])
     >>> facts[:BIAS], facts[FACTS:]
-    ([1, 2, 0, 3, 4, 0, 5, 6, 0], [0, 0, 64, 1, 1, 0, 0, 32, 1, 1])
+    ([1, 2, 0, 3, 4, 0, 5, 6, 0], [0, 64, 1, 1, 0, 0, 0, 32, 1, 1, 0, 0])
     """
     count, result = len(format.encoding.fields), []
     for which in range(3):
@@ -81,7 +79,9 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
     """As `dots.dot_products`, with rows of a matrix written out as numbers of the type of `kind`."""
     depth, count, size = matrix[DEPTH], last - first, kind.itemsize
     rows, spare = np.empty((HIGH, DEEP + CHUNK), kind.dtype), np.empty((len(x), HIGH), np.float32)
-    scales = np.empty((HIGH, APART), np.float32)
+    memory = np.empty(ROOM + APART * HIGH, np.uint8)
+    room = memory.ctypes.data
+    prepare_matrix(matrix, room, kind)
     at, stride = rows.ctypes.data, rows.strides[0]
     outputs[:, :count] = 0
     for p in range(0, count, HIGH):
@@ -93,10 +93,9 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
                 begin, line = row_of(matrix, depth, first + p + row + HIGH)
                 for byte in range(line * k // depth, line * (k + part) // depth, 64):
                     ask(begin + byte)
-            write_scales(matrix, first + p, high, k, part // CHUNK, scales.ctypes.data)
-            decode(
-                matrix, first + p, high, k, part // CHUNK, scales.ctypes.data, at, stride, CHUNK * size, kind
-            )
+            chunks = part // CHUNK
+            scales = prepare_rows(matrix, first + p, high, k, chunks, room + ROOM)
+            decode(matrix, first + p, high, k, chunks, scales, at, stride, CHUNK * size, kind)
             if high == HIGH:
                 add_tiles(at, stride, x[:, k:], part // step_of(kind), outputs[:, p:], 0, kind)
             else:  # one row after the other, as all of a tile
@@ -106,24 +105,30 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
                     add_tiles(begin, np.int64(0), x[:, k:], part // step_of(kind), spare, 0, kind)
                     for m in range(len(x)):
                         outputs[m, p + row] += spare[m, 0]
-    rows[0, 0] = scales[0, 0]  # kept until here
+    rows[0, 0] = memory[0] = 0  # kept until here
 
 
 @njit(cache=True, nogil=True)
 def stage(matrix, depth, first, rows, begin, steps, to, kind):
-    """As `tile_products.stage`, of encoded rows; behind them, their scales."""
-    scales = to + tile_products.STAGED_WEIGHTS
-    write_scales(matrix, first, rows, begin, steps, scales)
+    """As `tile_products.stage`, of encoded rows; their scales behind them."""
+    scales = prepare_rows(matrix, first, rows, begin, steps, to + tile_products.STAGED_WEIGHTS + ROOM)
     for row in range(0, rows, TILE):
-        tile, of_row = to + row // TILE * (steps * 1024), scales + 4 * APART * row
-        decode(matrix, first + row, TILE, begin, steps, of_row, tile, 64, 1024, kind)
+        tile, of_rows = to + row // TILE * (steps * 1024), scales + APART * row
+        decode(matrix, first + row, TILE, begin, steps, of_rows, tile, 2 * CHUNK, 1024, kind)
+
+
+@njit(cache=True, nogil=True)
+def add_chunks(x, wide, slot, first, last):
+    """Adds the products of some chunks of two tiles, which lie in a slot, with their inputs."""
+    for chunk in range(first, last):
+        add_few(x + wide * (CHUNK // 2) * chunk, wide, slot, 2 * CHUNK, PART // 2, 2)
+        slot += PART
 
 
 @njit(cache=True, nogil=True)
 def product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind):
     """As `tile_products.product_of_few`, of encoded rows."""
-    wide, tile, part = 4 * tokens, 2 * TILE * CHUNK, 2 * TALL * CHUNK
-    scales, of_chunk = staged + tile_products.STAGED_WEIGHTS, 8 if matrix[CODE] == NVFP4 else 4
+    wide, room = 4 * tokens, staged + tile_products.STAGED_WEIGHTS + ROOM
     for start in range(first, last, TALL):
         line, row = row_of(matrix, depth, start + TALL)
         if start + TALL >= last:
@@ -131,23 +136,22 @@ def product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahe
         clear()
         for k in range(0, depth, SPAN * CHUNK):
             chunks = min(SPAN, (depth - k) // CHUNK)
-            write_scales(matrix, start, TALL, k, chunks, scales)
+            scales = prepare_rows(matrix, start, TALL, k, chunks, room)
             count, x = chunks // STEP, inputs + wide * (k // 2)
+            done = STEP * count
             if count > 0:
-                decode(matrix, start, TALL, k, STEP, scales, staged, 2 * CHUNK, part, kind)
+                decode(matrix, start, TALL, k, STEP, scales, staged, 2 * CHUNK, PART, kind)
                 if count > 1:
-                    add_steps(matrix, start, k, count, scales, staged, x, wide, line + TALL * row * k // depth)
-                slot, done = staged + (count - 1) % 2 * SLOT, STEP * (count - 1)
-                for chunk in range(STEP):
-                    x_at = x + wide * (CHUNK // 2) * (done + chunk)
-                    add_few(x_at, wide, slot + part * chunk, 2 * CHUNK, tile, 2)
-            done, slot = STEP * count, staged + count % 2 * SLOT
+                    add_steps(
+                        matrix, start, k, count, scales, staged, x, wide, line + TALL * row * k // depth
+                    )
+                add_chunks(x, wide, staged + (count - 1) % 2 * SLOT, done - STEP, done)
             if done < chunks:
-                column, rest = k + CHUNK * done, chunks - done
-                decode(matrix, start, TALL, column, rest, scales + of_chunk * done, slot, 2 * CHUNK, part, kind)
-                for chunk in range(rest):
-                    x_at = x + wide * (CHUNK // 2) * (done + chunk)
-                    add_few(x_at, wide, slot + part * chunk, 2 * CHUNK, tile, 2)
+                to = staged + count % 2 * SLOT
+                decode(
+                    matrix, start, TALL, k + CHUNK * done, chunks - done, scales, to, 2 * CHUNK, PART, kind
+                )
+                add_chunks(x, wide, to, done, chunks)
         store_few(sums + wide * (start - first), wide, 2)
 
 
@@ -156,6 +160,7 @@ product_of_many = tile_products.many_by(stage, row_of)
 
 @njit(cache=True, nogil=True)
 def product(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind):
+    prepare_matrix(matrix, staged + tile_products.STAGED_WEIGHTS, kind)
     if tokens <= TILE:
         product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind)
     else:

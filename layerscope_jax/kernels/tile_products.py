@@ -50,7 +50,7 @@ HIGH = 512
 STAGED_WEIGHTS = 2 * MANY_ROWS * HIGH
 """Bytes of that."""
 
-STAGED = STAGED_WEIGHTS + 512 * MANY_ROWS
+STAGED = STAGED_WEIGHTS + (1 << 14)
 """Bytes of that and of scales: what takes encoded weights needs both."""
 
 

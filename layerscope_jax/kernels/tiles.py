@@ -36,7 +36,7 @@ ADDRESS = BYTE.as_pointer()
 
 
 def emit(builder: Any, name: str, tiles: Sequence[int], memory: Sequence[Any] = ()) -> None:
-    """Adds an instruction to what is built: of fixed tiles, and of an address and a stride where it has them."""
+    """Adds an instruction to what is built: of fixed tiles, and of an address and a stride, if any."""
     kinds = [BYTE] * len(tiles) + [ADDRESS, LONG][: len(memory)]
     values = [builder.inttoptr(memory[0], ADDRESS), *memory[1:]] if memory else []
     function = external(builder, "llvm.x86." + name, NOTHING, kinds)
