@@ -14,30 +14,29 @@ from numba import carray
 
 from layerscope_jax.formats.quantised import QuantisedFormat
 from layerscope_jax.kernels import amx, loops, tile_products
+from layerscope_jax.kernels.decoding import decode, prepare_matrix, prepare_rows
 from layerscope_jax.kernels.dots import DEEP, HIGH, add_tiles, step_of
 from layerscope_jax.kernels.encodings import (
+    APART,
     CHUNK,
     CODE,
     CODES,
     DEPTH,
-    FP8,
-    INT8,
     MATRIX,
-    PART,
-    decode,
+    ROOM,
+    SPAN,
     facts_of,
+    row_of,
 )
 from layerscope_jax.kernels.numbers import pointer
-from layerscope_jax.kernels.tiles import TILE, add_few, ask, clear, load_few, store_few
+from layerscope_jax.kernels.tiles import TILE, add_few, ask, clear, store_few
+from layerscope_jax.kernels.wide_decoding import HIGH as TALL
+from layerscope_jax.kernels.wide_decoding import PART, SLOT, STEP, add_steps
 from layerscope_jax.support.njit import njit
 
 # Addresses of an expert: of codes, scales and what is third of gate, up and down, 0 where there is none; of
-# biases. Then of matrices [F, D], and of [D, F]: encoding, columns and rows that share a scale, scales in a
-# row.
-PARTS, BIAS, FACTS, EACH, ARRAYS = 3, 9, 10, 5, 20
-
-FEW_HIGH = PART
-"""Inputs at once for up to 16 tokens: 64 rows of them, written out, stay in the nearest cache."""
+# biases. Then of matrices [F, D], and of [D, F]: CODE to TABLE (`encodings.py`).
+PARTS, BIAS, FACTS, EACH, ARRAYS = 3, 9, 10, MATRIX - CODE, 10 + 2 * (MATRIX - CODE)
 
 
 def addresses_of(format: QuantisedFormat, width: int, hidden: int, pointers: Sequence[int]) -> list[int]:
@@ -46,7 +45,7 @@ def addresses_of(format: QuantisedFormat, width: int, hidden: int, pointers: Seq
     >>> from layerscope_jax.formats import format_named
     >>> facts = addresses_of(format_named("int8"), 64, 32, [1, 2, 3, 4, 5, 6])
     >>> facts[:BIAS], facts[FACTS:]
-    ([1, 2, 0, 3, 4, 0, 5, 6, 0], [0, 64, 1, 1, 0, 0, 32, 1, 1, 0])
+    ([1, 2, 0, 3, 4, 0, 5, 6, 0], [0, 64, 1, 1, 0, 0, 0, 32, 1, 1, 0, 0])
     """
     count, result = len(format.encoding.fields), []
     for which in range(3):
@@ -76,17 +75,13 @@ def bias_of(addresses, width, hidden, kind):
 
 
 @njit(cache=True, nogil=True)
-def row_of(matrix, depth, row):
-    """Where a row's codes begin, and the bytes of one."""
-    size = depth if matrix[CODE] in (INT8, FP8) else depth // 2
-    return matrix[CODES] + size * row, size
-
-
-@njit(cache=True, nogil=True)
 def encoded_dots(x, matrix, first, last, outputs, kind):
     """As `dots.dot_products`, with rows of a matrix written out as numbers of the type of `kind`."""
     depth, count, size = matrix[DEPTH], last - first, kind.itemsize
     rows, spare = np.empty((HIGH, DEEP + CHUNK), kind.dtype), np.empty((len(x), HIGH), np.float32)
+    memory = np.empty(ROOM + APART * HIGH, np.uint8)
+    room = memory.ctypes.data
+    prepare_matrix(matrix, room, kind)
     at, stride = rows.ctypes.data, rows.strides[0]
     outputs[:, :count] = 0
     for p in range(0, count, HIGH):
@@ -98,8 +93,9 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
                 begin, line = row_of(matrix, depth, first + p + row + HIGH)
                 for byte in range(line * k // depth, line * (k + part) // depth, 64):
                     ask(begin + byte)
-                to = at + stride * row
-                decode(matrix, first + p + row, k, part // CHUNK, to, CHUNK * size, kind)
+            chunks = part // CHUNK
+            scales = prepare_rows(matrix, first + p, high, k, chunks, room + ROOM)
+            decode(matrix, first + p, high, k, chunks, scales, at, stride, CHUNK * size, kind)
             if high == HIGH:
                 add_tiles(at, stride, x[:, k:], part // step_of(kind), outputs[:, p:], 0, kind)
             else:  # one row after the other, as all of a tile
@@ -109,42 +105,54 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
                     add_tiles(begin, np.int64(0), x[:, k:], part // step_of(kind), spare, 0, kind)
                     for m in range(len(x)):
                         outputs[m, p + row] += spare[m, 0]
-    rows[0, 0] = 0  # kept until here
+    rows[0, 0] = memory[0] = 0  # kept until here
 
 
 @njit(cache=True, nogil=True)
 def stage(matrix, depth, first, rows, begin, steps, to, kind):
-    """As `tile_products.stage`, of encoded rows."""
-    for line in range(rows):
-        tile = to + line // TILE * (steps * 1024) + line % TILE * 64
-        decode(matrix, first + line, begin, steps, tile, 1024, kind)
+    """As `tile_products.stage`, of encoded rows; their scales behind them."""
+    scales = prepare_rows(matrix, first, rows, begin, steps, to + tile_products.STAGED_WEIGHTS + ROOM)
+    for row in range(0, rows, TILE):
+        tile, of_rows = to + row // TILE * (steps * 1024), scales + APART * row
+        decode(matrix, first + row, TILE, begin, steps, of_rows, tile, 2 * CHUNK, 1024, kind)
+
+
+@njit(cache=True, nogil=True)
+def add_chunks(x, wide, slot, first, last):
+    """Adds the products of some chunks of two tiles, which lie in a slot, with their inputs."""
+    for chunk in range(first, last):
+        add_few(x + wide * (CHUNK // 2) * chunk, wide, slot, 2 * CHUNK, PART // 2, 2)
+        slot += PART
 
 
 @njit(cache=True, nogil=True)
 def product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind):
     """As `tile_products.product_of_few`, of encoded rows."""
-    wide = 4 * tokens
-    for start in range(first, last, tile_products.FEW_ROWS):
-        rows, to = min(tile_products.FEW_ROWS, last - start), sums + wide * (start - first)
-        tiles = rows // TILE
-        line, row = row_of(matrix, depth, start + tile_products.FEW_ROWS)
-        if start + tile_products.FEW_ROWS >= last:
+    wide, room = 4 * tokens, staged + tile_products.STAGED_WEIGHTS + ROOM
+    for start in range(first, last, TALL):
+        line, row = row_of(matrix, depth, start + TALL)
+        if start + TALL >= last:
             line = ahead
-        asked = row * 2 * TILE // depth  # lines of the rows to come for each step
-        for begin in range(0, depth, FEW_HIGH):
-            steps = (min(begin + FEW_HIGH, depth) - begin) // CHUNK
-            stage(matrix, depth, start, rows, begin, steps, staged, kind)
-            if begin == 0:
-                clear()
-            else:
-                load_few(to, wide, tiles)
-            for k in range(steps):
-                for _ in range(asked):
-                    ask(line)
-                    line += 64
-                x = inputs + wide * (begin + CHUNK * k) // 2
-                add_few(x, wide, staged + 1024 * k, 64, 1024 * steps, tiles)
-            store_few(to, wide, tiles)
+        clear()
+        for k in range(0, depth, SPAN * CHUNK):
+            chunks = min(SPAN, (depth - k) // CHUNK)
+            scales = prepare_rows(matrix, start, TALL, k, chunks, room)
+            count, x = chunks // STEP, inputs + wide * (k // 2)
+            done = STEP * count
+            if count > 0:
+                decode(matrix, start, TALL, k, STEP, scales, staged, 2 * CHUNK, PART, kind)
+                if count > 1:
+                    add_steps(
+                        matrix, start, k, count, scales, staged, x, wide, line + TALL * row * k // depth
+                    )
+                add_chunks(x, wide, staged + (count - 1) % 2 * SLOT, done - STEP, done)
+            if done < chunks:
+                to = staged + count % 2 * SLOT
+                decode(
+                    matrix, start, TALL, k + CHUNK * done, chunks - done, scales, to, 2 * CHUNK, PART, kind
+                )
+                add_chunks(x, wide, to, done, chunks)
+        store_few(sums + wide * (start - first), wide, 2)
 
 
 product_of_many = tile_products.many_by(stage, row_of)
@@ -152,6 +160,7 @@ product_of_many = tile_products.many_by(stage, row_of)
 
 @njit(cache=True, nogil=True)
 def product(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind):
+    prepare_matrix(matrix, staged + tile_products.STAGED_WEIGHTS, kind)
     if tokens <= TILE:
         product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahead, kind)
     else:

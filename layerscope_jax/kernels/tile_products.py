@@ -47,8 +47,11 @@ FEW_ROWS, MANY_ROWS = 64, 32
 HIGH = 512
 """Inputs at once for more than 16 tokens: so much of the rows stays in the nearest cache for all tokens."""
 
-STAGED = 2 * MANY_ROWS * HIGH
+STAGED_WEIGHTS = 2 * MANY_ROWS * HIGH
 """Bytes of that."""
+
+STAGED = STAGED_WEIGHTS + (1 << 14)
+"""Bytes of that and of scales: what takes encoded weights needs both."""
 
 
 @njit(cache=True, nogil=True)

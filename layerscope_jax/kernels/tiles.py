@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from layerscope_jax.kernels.numbers import pointer, rounded
-from layerscope_jax.kernels.vectors import LONG, fetch
+from layerscope_jax.kernels.vectors import LONG, external, fetch
 from layerscope_jax.support.njit import njit
 from layerscope_jax.support.target import features
 
@@ -34,18 +35,19 @@ BYTE, NOTHING = ir.IntType(8), ir.VoidType()
 ADDRESS = BYTE.as_pointer()
 
 
+def emit(builder: Any, name: str, tiles: Sequence[int], memory: Sequence[Any] = ()) -> None:
+    """Adds an instruction to what is built: of fixed tiles, and of an address and a stride, if any."""
+    kinds = [BYTE] * len(tiles) + [ADDRESS, LONG][: len(memory)]
+    values = [builder.inttoptr(memory[0], ADDRESS), *memory[1:]] if memory else []
+    function = external(builder, "llvm.x86." + name, NOTHING, kinds)
+    builder.call(function, [BYTE(tile) for tile in tiles] + values)
+
+
 def instruction(name: str, *tiles: int, memory: int = 0) -> Any:
     """One of the tiles' instructions: of fixed `tiles`, and of an address and a stride where it has them."""
-    kinds = [BYTE] * len(tiles) + [ADDRESS, LONG][:memory]
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function = builder.module.globals.get("llvm.x86." + name)
-        if function is None:
-            function = ir.Function(builder.module, ir.FunctionType(NOTHING, kinds), "llvm.x86." + name)
-        values = list(arguments)
-        if memory:
-            values[0] = builder.inttoptr(values[0], ADDRESS)
-        builder.call(function, [BYTE(tile) for tile in tiles] + values)
+        emit(builder, name, tiles, list(arguments)[:memory])
         return context.get_dummy_value()
 
     if memory == 2:

@@ -11,13 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax.formats import format_named
-from layerscope_jax.kernels import amx, encodings, vectors
+from layerscope_jax.kernels import amx, vectors
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.host_kernels import ENCODED, KERNELS, kernel_of
 from layerscope_jax.models.experts import ExpertBody
-
-pytestmark = pytest.mark.skipif(not encodings.able(), reason="this CPU, or numba's settings, lack AVX-512")
 
 FORMATS = ["int8", "int4", "int4-g128-bfloat16", "int4-g64-float16-zeros", "mxfp4", "nvfp4"]
 FORMATS += ["fp8", "fp8-channel", "fp8-tensor", "fp8-64x32"]

@@ -1,0 +1,237 @@
+"""Packed weights as registers of AVX-512: 32 numbers of a row at a time, for LLVM.
+
+Codes of 4 bits are looked up: 16 values, scaled and rounded as the format is defined
+(`formats.encoding.Encoding`), in a register. For bfloat16 they come from a table of all scales
+(`encodings.table_of`), for float32 they are computed for the numbers that share the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+
+from layerscope_jax.formats.small_floats import E2M1_VALUES
+from layerscope_jax.kernels.encodings import CHUNK, ENTRIES, MOST_POINT
+from layerscope_jax.kernels.vectors import BYTE, INT, LONG, WIDE, WORD, external, read
+from layerscope_jax.support.target import features
+
+FLOAT = ir.FloatType()
+LANES = 16
+NUMBERS, INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+WORDS = ir.VectorType(WORD, 2 * LANES)
+
+
+def able() -> bool:
+    """Whether numba may compile for this CPU what is used here."""
+    return WIDE and {"avx512bw", "avx512vl"} <= features()
+
+
+def picked(builder: Any, first: Any, second: Any, order: Sequence[int]) -> Any:
+    return builder.shuffle_vector(first, second, ir.VectorType(INT, len(order))(list(order)))
+
+
+def bfloat16s(builder: Any, low: Any, high: Any) -> Any:
+    """Twice 16 float32 as 32 bfloat16, rounded to the nearest, ties to even.
+
+    AVX512_BF16 takes numbers below 2 ** -126 for zero, which no product can tell.
+    """
+    if "avx512bf16" in features():
+        # By its assembler name, as in `vectors.add_pairs`.
+        function = ir.FunctionType(WORDS, [NUMBERS, NUMBERS])
+        return builder.call(ir.InlineAsm(function, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v"), [low, high])
+
+    def rounded(numbers: Any) -> Any:
+        bits, shift = builder.bitcast(numbers, INTEGERS), INTEGERS([16] * LANES)
+        odd = builder.and_(builder.lshr(bits, shift), INTEGERS([1] * LANES))
+        nearest = builder.add(builder.add(bits, INTEGERS([0x7FFF] * LANES)), odd)
+        return builder.trunc(builder.lshr(nearest, shift), ir.VectorType(WORD, LANES))
+
+    first, second = rounded(low), low is high or rounded(high)
+    return picked(builder, first, first if low is high else second, range(2 * LANES))
+
+
+def spread(builder: Any, number: Any) -> Any:
+    """A float32 in 16 lanes."""
+    nothing = ir.Constant(NUMBERS, ir.Undefined)
+    value = builder.insert_element(nothing, number, INT(0))
+    return picked(builder, value, nothing, [0] * LANES)
+
+
+def read_at(builder: Any, address: Any, index: Any, kind: Any, width: int) -> Any:
+    """What lies at an index of an array of numbers of so many bytes."""
+    return read(builder, builder.add(address, builder.mul(index, LONG(width))), kind, 1)
+
+
+def write(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2)
+
+
+class Rows(NamedTuple):
+    """Where a matrix's rows lie: values of what is built.
+
+    Attributes:
+        codes, scales, points: addresses of the first row's; zero points are 0 where there are none.
+        size: bytes from one row's codes to the next one's.
+        along: scales of a row; of 8 bits, bytes from one row's scales to the next one's.
+        shared: chunks that share a scale, as a power of two.
+        table: address of the matrix's table.
+    """
+
+    codes: Any
+    scales: Any
+    points: Any
+    size: Any
+    along: Any
+    shared: Any
+    table: Any
+
+    def row(self, builder: Any, number: Any, width: int) -> Rows:
+        """Returns those that begin with another row, of scales of so many bytes."""
+        distance = builder.mul(number, self.along)
+        return self._replace(
+            codes=builder.add(self.codes, builder.mul(number, self.size)),
+            scales=builder.add(self.scales, builder.mul(distance, LONG(width))),
+            points=builder.add(self.points, distance),
+        )
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What chunks are decoded from.
+
+    Attributes:
+        entries: what the 16 codes of 4 bits stand for, unscaled; none of 8 bits.
+        scale: of which kind scales are: "float16", "bfloat16", "e8m0", "table" (of float32, for float32), or
+            "" of 8 bits, whose are written out.
+        parts: scales of a chunk.
+        zeros: whether there are zero points, which are taken off the entries.
+        small_float: whether 8 bits are E4M3, not integers.
+    """
+
+    entries: tuple[float, ...] = ()
+    scale: str = ""
+    parts: int = 1
+    zeros: bool = False
+    small_float: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of a chunk."""
+        return CHUNK // 2 if self.entries else CHUNK
+
+    @property
+    def width(self) -> int:
+        """Bytes of a scale; of 8 bits, 1, as `Rows.along` counts bytes."""
+        return {"float16": 2, "bfloat16": 2}.get(self.scale, 1)
+
+    def decoded(self, builder: Any, row: Rows, chunk: Any, words: bool) -> list[Any]:
+        """Returns the 32 numbers of a chunk of a row, as registers.
+
+        Args:
+            words: whether they are to be bfloat16, not float32.
+        """
+        codes = builder.add(row.codes, builder.mul(chunk, LONG(self.bytes)))
+        if not self.entries:
+            factor = spread(builder, read_at(builder, row.scales, chunk, FLOAT, 4))
+            numbers = self._of_bytes(builder, codes, factor)
+            return [bfloat16s(builder, *numbers)] if words else numbers
+        if not words:
+            tables = [self._scaled(builder, row, chunk, part) for part in range(self.parts)] * 2
+            return [
+                self._floats(builder, builder.add(codes, LONG(CHUNK // 4 * half)), tables[half])
+                for half in range(2)
+            ]
+        packed = read(builder, codes, ir.VectorType(BYTE, CHUNK // 2), 1)
+        pairs = picked(builder, packed, packed, [number // 4 for number in range(2 * CHUNK)])
+        index = builder.lshr(builder.bitcast(pairs, WORDS), WORDS([0, 4] * LANES))
+        tables = [self._tabled(builder, row, chunk, part) for part in range(self.parts)] * 2
+        if self.parts == 2:  # the fifth bit says which table, else both are the same
+            index = builder.and_(index, WORDS([15] * CHUNK))
+            index = builder.or_(index, WORDS([0] * LANES + [16] * LANES))
+        table = picked(builder, tables[0], tables[1], range(CHUNK))
+        function = external(builder, "llvm.x86.avx512.permvar.hi.512", WORDS, [WORDS] * 2)
+        return [builder.call(function, [table, index])]
+
+    def _place(self, builder: Any, row: Rows, chunk: Any, part: int) -> Any:
+        """Which of its row's scales a part of a chunk has."""
+        if self.parts > 1:
+            return builder.add(builder.mul(chunk, LONG(self.parts)), LONG(part))
+        return builder.lshr(chunk, row.shared)
+
+    def _tabled(self, builder: Any, row: Rows, chunk: Any, part: int) -> Any:
+        """16 bfloat16 of the matrix's table, which the codes of a part of a chunk stand for."""
+        place = self._place(builder, row, chunk, part)
+        code = read_at(builder, row.scales, place, ir.IntType(8 * self.width), self.width)
+        offset = builder.mul(builder.zext(code, LONG), LONG(2 * ENTRIES * (1 + self.zeros)))
+        if self.zeros:
+            point = builder.zext(read_at(builder, row.points, place, BYTE, 1), LONG)
+            offset = builder.add(offset, builder.mul(builder.sub(LONG(MOST_POINT), point), LONG(2)))
+        return read(builder, builder.add(row.table, offset), ir.VectorType(WORD, ENTRIES), 2)
+
+    def _scaled(self, builder: Any, row: Rows, chunk: Any, part: int) -> Any:
+        """16 float32, which the codes of a part of a chunk stand for."""
+        place = self._place(builder, row, chunk, part)
+        if self.scale == "float16":
+            scale = builder.fpext(read_at(builder, row.scales, place, ir.HalfType(), 2), FLOAT)
+        elif self.scale == "bfloat16":
+            bits = builder.zext(read_at(builder, row.scales, place, WORD, 2), INT)
+            scale = builder.bitcast(builder.shl(bits, INT(16)), FLOAT)
+        elif self.scale == "e8m0":  # of 0, 2 ** -127, which has leading zeros in its fraction
+            bits = builder.shl(builder.zext(read_at(builder, row.scales, place, BYTE, 1), INT), INT(23))
+            least = INT(0x00400000)
+            bits = builder.select(builder.icmp_unsigned("<", bits, least), least, bits)
+            scale = builder.bitcast(bits, FLOAT)
+        else:
+            code = builder.zext(read_at(builder, row.scales, place, BYTE, 1), LONG)
+            scale = read_at(builder, row.table, code, FLOAT, 4)
+        table: Any = NUMBERS(list(self.entries))
+        if self.zeros:
+            point = builder.uitofp(read_at(builder, row.points, place, BYTE, 1), FLOAT)
+            table = builder.fsub(table, spread(builder, point))
+        return builder.fmul(table, spread(builder, scale))
+
+    @staticmethod
+    def _floats(builder: Any, codes: Any, table: Any) -> Any:
+        """16 codes of 4 bits, looked up."""
+        packed = read(builder, codes, ir.VectorType(BYTE, LANES // 2), 1)
+        pairs = picked(builder, packed, packed, [number // 8 for number in range(4 * LANES)])
+        index = builder.lshr(builder.bitcast(pairs, INTEGERS), INTEGERS([0, 4] * (LANES // 2)))
+        function = external(builder, "llvm.x86.avx512.permvar.sf.512", NUMBERS, [NUMBERS, INTEGERS])
+        return builder.call(function, [table, index])
+
+    def _of_bytes(self, builder: Any, codes: Any, factor: Any) -> list[Any]:
+        if not self.small_float:
+            kind = ir.VectorType(BYTE, LANES)
+            halves = [read(builder, builder.add(codes, LONG(LANES * half)), kind, 1) for half in range(2)]
+            numbers = [builder.sitofp(builder.sext(half, INTEGERS), NUMBERS) for half in halves]
+            return [builder.fmul(number, factor) for number in numbers]
+        # As float16 of the same bits, whose exponents are 8 less.
+        factor = builder.fmul(factor, NUMBERS([256.0] * LANES))
+        bits = builder.zext(read(builder, codes, ir.VectorType(BYTE, CHUNK), 1), WORDS)
+        sign = builder.and_(builder.shl(bits, WORDS([8] * CHUNK)), WORDS([0x8000] * CHUNK))
+        size = builder.and_(builder.shl(bits, WORDS([7] * CHUNK)), WORDS([0x3F80] * CHUNK))
+        none = builder.icmp_unsigned("==", size, WORDS([0x3F80] * CHUNK))
+        size = builder.select(none, WORDS([0x7F80] * CHUNK), size)  # all bits of the exponent: no number
+        small = builder.bitcast(builder.or_(sign, size), ir.VectorType(ir.HalfType(), CHUNK))
+        numbers = []
+        for half in range(2):
+            some = picked(builder, small, small, range(LANES * half, LANES * half + LANES))
+            numbers.append(builder.fmul(builder.fpext(some, NUMBERS), factor))
+        return numbers
+
+
+EVEN, WHOLE = tuple(map(float, range(-8, 8))), tuple(map(float, range(16)))
+KINDS = (
+    Codes(),
+    Codes(small_float=True),
+    Codes(EVEN, "float16"),
+    Codes(EVEN, "bfloat16"),
+    Codes(WHOLE, "float16", zeros=True),
+    Codes(WHOLE, "bfloat16", zeros=True),
+    Codes(tuple(E2M1_VALUES.tolist()), "e8m0"),
+    Codes(tuple(E2M1_VALUES.tolist()), "table", parts=2),
+)
+"""Of int8, fp8, int4 with scales in float16 and bfloat16, the same two with zero points, mxfp4 and nvfp4."""

@@ -1,0 +1,96 @@
+"""Packed weights written out: bit for bit what their encoding says, by loops for this CPU and for any."""
+
+import functools
+
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerscope_jax.formats import format_named
+from layerscope_jax.kernels import decoding
+from layerscope_jax.kernels.decoding import decode_anywhere, prepare_matrix, prepare_rows
+from layerscope_jax.kernels.encodings import APART, CHUNK, CODE, DEPTH, MATRIX, ROOM, SPAN, facts_of
+
+FORMATS = ["int8", "int4", "int4-g128-bfloat16", "int4-g64-float16-zeros", "int4-g32-bfloat16-zeros"]
+FORMATS += ["mxfp4", "nvfp4", "fp8", "fp8-channel", "fp8-tensor", "fp8-24x96"]
+ROWS, COLUMNS = 130, 384
+KINDS = {"float32": np.float32, "bfloat16": np.uint16}
+
+
+@functools.cache
+def packed(name):
+    """A matrix's arrays, and the float32 numbers that they stand for; large and tiny ones among them."""
+    rng = np.random.default_rng(1)
+    sizes = np.repeat(10.0 ** rng.integers(-6, 4, (ROWS, COLUMNS // CHUNK)), CHUNK, 1)
+    matrix = rng.standard_normal((ROWS, COLUMNS)) * sizes
+    encoding = format_named(name).encoding
+    arrays = encoding.pack(matrix.astype(np.float32))
+    return arrays, np.asarray(encoding.values(arrays))
+
+
+def matrix_of(name):
+    arrays, _ = packed(name)
+    matrix = np.zeros(MATRIX, np.int64)
+    matrix[: len(arrays)] = [array.ctypes.data for array in arrays]
+    matrix[DEPTH], matrix[CODE:] = COLUMNS, facts_of(format_named(name), ROWS, COLUMNS)
+    return matrix
+
+
+def decoded(by, name, dtype, first, rows, begin, chunks):
+    matrix, room = matrix_of(name), np.zeros(ROOM + APART * rows, np.uint8)
+    result = np.zeros((rows, chunks, CHUNK), KINDS[dtype])
+    prepare_matrix(matrix, room.ctypes.data, result)
+    k, to = CHUNK * begin, result.ctypes.data
+    scales = prepare_rows(matrix, first, rows, k, chunks, room.ctypes.data + ROOM)
+    by(matrix, first, rows, k, chunks, scales, to, *result.strides[:2], result)
+    return result.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("by", {decoding.decode, decode_anywhere}, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("name", FORMATS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=15)
+def test_any_part_of_a_matrix_is_what_its_encoding_says(by, name, data):
+    first = data.draw(st.integers(0, ROWS - 1))
+    rows = data.draw(st.integers(1, min(40, ROWS - first)))
+    begin = data.draw(st.integers(0, COLUMNS // CHUNK - 1))
+    chunks = data.draw(st.integers(1, min(SPAN, COLUMNS // CHUNK - begin)))
+    dtype = data.draw(st.sampled_from(sorted(KINDS)))
+    part = packed(name)[1][first : first + rows, CHUNK * begin : CHUNK * (begin + chunks)]
+    result = decoded(by, name, dtype, first, rows, begin, chunks)
+    if dtype == "bfloat16":
+        part, result = part.astype(ml_dtypes.bfloat16), result.view(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(bits(result), bits(np.ascontiguousarray(part)))
+
+
+@pytest.mark.parametrize("by", {decoding.decode, decode_anywhere}, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("name", ["fp8-tensor", "mxfp4", "nvfp4", "int4"])
+def test_every_code_and_scale_is_what_the_encoding_says(by, name, dtype):
+    """Also those of numbers that are none."""
+    rng = np.random.default_rng(2)
+    encoding = format_named(name).encoding
+    arrays = [
+        rng.integers(0, 256, (*shape[:-1], shape[-1] * np.dtype(kind).itemsize), np.uint8).view(kind)
+        for shape, kind in encoding.arrays(ROWS, COLUMNS)
+    ]
+    if name in ("fp8-tensor", "nvfp4"):
+        arrays[-1][:] = 0.75
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = np.asarray(encoding.values(arrays))
+        matrix = matrix_of(name)
+        matrix[: len(arrays)] = [array.ctypes.data for array in arrays]
+        result, room = np.zeros((ROWS, COLUMNS), KINDS[dtype]), np.zeros(ROOM + APART * ROWS, np.uint8)
+        prepare_matrix(matrix, room.ctypes.data, result)
+        chunks = COLUMNS // CHUNK
+        scales = prepare_rows(matrix, 0, ROWS, 0, chunks, room.ctypes.data + ROOM)
+        apart = result.strides[0] // chunks
+        by(matrix, 0, ROWS, 0, chunks, scales, result.ctypes.data, result.strides[0], apart, result)
+        result = result.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else result
+        expected = expected.astype(result.dtype)
+    nothing = np.isnan(expected.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(result.astype(np.float32)), nothing)
+    np.testing.assert_array_equal(bits(result)[~nothing], bits(expected)[~nothing])
