@@ -287,7 +287,7 @@ class Engine:
         prompt_tokens: int,
         max_num_seqs: int | None = None,
         new_tokens: int = 64,
-        sampled: bool = False,
+        **settings: Any,
     ) -> Compilations:
         """Compiles what `generate` needs for batches of one size, so that no request waits for compilation.
 
@@ -309,16 +309,22 @@ class Engine:
             prompt_tokens: tokens of the longest prompt of a batch.
             max_num_seqs: requests of a batch, at most as many as the engine runs at once; None for that many.
             new_tokens: `max_new_tokens` of the request that reaches the highest position.
-            sampled: whether any request has a temperature above 0.
+            **settings: those of the requests, as in `generate`. Which programs pick tokens depends on whether
+                any request has a temperature above 0; `n` samples; penalties, `logit_bias` or
+                `min_new_tokens`; `logprobs`; `min_p`. Their values do not matter.
 
         Returns:
             The number of programs that were compiled, or read from a cache on disk.
 
         Raises:
-            ValueError: for sizes that the model or `generate` does not take, or if the engine was closed.
+            ValueError: for sizes or settings that the model or `generate` does not take, or if the engine
+                was closed.
         """
         most = self.config.max_num_seqs
-        requests = batch_of(self.model.config, prompt_tokens, max_num_seqs, most, new_tokens, sampled)
+        of_requests = {name: value for name, value in self.defaults.items() if name != "max_new_tokens"}
+        requests = batch_of(
+            self.model.config, prompt_tokens, max_num_seqs, most, new_tokens, of_requests | settings
+        )
         call = self._call(requests)
         with self._turns.turn(), counted() as found:
             self._loop.rehearse(call, self.runner.rehearsal().step)

@@ -147,14 +147,21 @@ def batch_of(
     max_num_seqs: int | None,
     most: int,
     new_tokens: int,
-    sampled: bool,
+    settings: Mapping[str, Any],
 ) -> list[Request]:
     """Returns a batch of equal requests: `max_num_seqs`, or the `most` that an engine runs at once.
 
+    Args:
+        settings: of the requests, except for what ends them.
+
     Raises:
-        ValueError: naming each size that is invalid, or more than the model takes.
+        ValueError: naming each size that is invalid, or more than the model takes; and for settings that are
+            unknown or out of range.
     """
+    check_settings(settings, ("prompt_tokens", "new_tokens"))
     problems = Problems()
+    if "max_new_tokens" in settings:
+        problems.add("max_new_tokens is called new_tokens here; use that")
     for name, size in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}.items():
         counts = is_integer(size) and 1 <= size < 2**31
         problems.expect(counts, name, "a whole number, 1 or more", size)
@@ -165,20 +172,15 @@ def batch_of(
             f"max_num_seqs must be at most the engine's own, {most}, got {count}; "
             "make an engine with a larger OffloadConfig(max_num_seqs=)"
         )
-    problems.expect(isinstance(sampled, bool), "sampled", "True or False", sampled)
     if is_integer(prompt_tokens) and prompt_tokens >= config.max_position_embeddings:
         problems.add(
             f"prompt_tokens must be less than the model's context of {config.max_position_embeddings}, "
             f"got {prompt_tokens}"
         )
     problems.raise_any()
-    request = Request(
-        prompt=[0] * int(prompt_tokens),
-        max_new_tokens=int(new_tokens),
-        temperature=float(sampled),
-        stop_token_ids=(),
-    )
-    return [request] * int(count)
+    others = {"max_new_tokens": int(new_tokens), "stop": None, "stop_token_ids": ()}
+    request = Request(prompt=[0] * int(prompt_tokens), **{**settings, **others})
+    return [request] * max(1, int(count) // request.n)
 
 
 def check_options(on_token: Any, **switches: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,11 @@ class RequestState:
         if self.request.stop_token_ids is not None:
             return self.request.stop_token_ids
         return () if self.request.ignore_eos else stop_token_ids
+
+    @property
+    def prefilled(self) -> Hashable:
+        """Identifies the tokens to prefill; samples of a request have the same until they have new ones."""
+        return self.id if self.tokens else (self.call, self.index)
 
     def begin(self, tokenizer: Tokenizer | None) -> None:
         """Prepares the text to follow the prompt and, after a failed step, the tokens so far."""

@@ -36,7 +36,8 @@ class Request:
             turns into a prompt; None if there is a `prompt`.
         max_new_tokens: maximum number of new tokens; fewer if the model's context ends first.
         min_new_tokens: number of new tokens before a stop token may be chosen or a stop string ends the text.
-        n: number of samples of the prompt; sample i draws with the seed `seed + i`.
+        n: number of samples of the prompt, which is prefilled once for those that begin together; sample i
+            draws with the seed `seed + i`.
         temperature: sampling temperature; 0 takes the likeliest token each time.
         top_k, top_p: restrict which tokens sampling chooses from; 0 or -1, and 1 for all tokens.
         min_p: restricts sampling to tokens at least this many times as likely as the likeliest one.

@@ -34,28 +34,36 @@ class RowSettings:
     """How the rows of a batch pick their tokens, for as long as the same requests run in them.
 
     Steps pick tokens themselves, greedy or sampled. If a request has settings beyond temperature, `top_k`,
-    `top_p` and seed, the tokens of the batch are picked by `choose` from the step's logits.
+    `top_p` and seed, or rows share logits, the tokens of the batch are picked by `choose` from the step's
+    logits.
 
     Args:
         running: row -> the request that runs in it, with its tokens so far.
         rows: number B of rows; free ones are greedy.
         samples: whether the run has requests that sample: a step that samples is another program.
         stop_token_ids: ids that end a request without stop tokens of its own.
+        sources: [B] row of the step's results that each row picks from; None for its own.
 
     Attributes:
         in_step: what the step picks by; None for greedy.
     """
 
     def __init__(
-        self, running: Mapping[int, RequestState], rows: int, samples: bool, stop_token_ids: Sequence[int]
+        self,
+        running: Mapping[int, RequestState],
+        rows: int,
+        samples: bool,
+        stop_token_ids: Sequence[int],
+        sources: np.ndarray | None = None,
     ):
-        self._running, self._rows, self._ends = running, rows, stop_token_ids
+        self._running, self._rows, self._ends, self._sources = running, rows, stop_token_ids, sources
         requests = [state.request for state in running.values()]
         self._changes: Changes | None = None
         self._counts: jax.Array | None = None
         self._changed = any(map(changes_logits, requests))
         self._told = any(request.logprobs is not None for request in requests)
         self._extra = self._changed or self._told or any(request.min_p for request in requests)
+        self._extra = self._extra or sources is not None
         self._sampling = self._sampling_of() if samples else None
         self.in_step = None if self._extra else self._sampling
 
@@ -63,14 +71,17 @@ class RowSettings:
         """Returns what each row gets after a step.
 
         Args:
-            found: [B] int32, the tokens that the step picked.
-            logits: [B, V] float32 of the step.
-            positions: [B] int32 of the tokens before the new ones.
+            found: int32, the tokens that the step picked for each of its rows.
+            logits: [..., V] float32 of the step.
+            positions: int32 of the tokens before the new ones.
         """
         if not self._extra:
             return [(token, None) for token in np.asarray(found).tolist()]
+        if self._sources is not None:
+            found, logits = found[self._sources], logits[self._sources]
+            positions = positions[self._sources]
         if self._changed and self._changes is None:
-            self._changes, self._counts = self._prepare(logits.shape[-1])
+            self._changes, self._counts = self._prepare(logits)
         top = MOST_LOGPROBS if self._told else None
         chosen = choose(logits, found, positions + 1, self._sampling, self._changes, self._counts, top)
         self._counts = chosen.counts
@@ -101,12 +112,12 @@ class RowSettings:
             numbers["min_p"] = jnp.array([request.min_p for request in requests], jnp.float32)
         return Sampling(**numbers)
 
-    def _prepare(self, vocabulary: int) -> tuple[Changes, jax.Array]:
+    def _prepare(self, logits: jax.Array) -> tuple[Changes, jax.Array]:
         """Returns the changes to the logits, and how often each token is among the row's new ones.
 
         Both are derived from the requests' tokens, so they are right whatever happened to earlier steps.
         """
-        shape = (self._rows, vocabulary)
+        shape, vocabulary = (self._rows, logits.shape[-1]), logits.shape[-1]
         counts, bias = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         ends, in_prompt = np.zeros(shape, bool), np.zeros(shape, bool)
         neutral = {"repetition": 1.0, "presence": 0.0, "frequency": 0.0}
@@ -125,4 +136,5 @@ class RowSettings:
             ends[row, [token for token in state.ends(self._ends) if token < vocabulary]] = True
             first_end[row] = len(state.prompt) + request.min_new_tokens
         arrays = [*penalties.values(), first_end, ends, bias, in_prompt]
-        return Changes(*map(jnp.array, arrays)), jnp.array(counts)
+        # Where the logits are, as what `choose` gives back: for another place it would be compiled again.
+        return Changes(*map(jnp.array, arrays)), jax.device_put(jnp.array(counts), logits.sharding)

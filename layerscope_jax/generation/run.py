@@ -17,7 +17,7 @@ same shapes, and so the same bits again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -88,7 +88,12 @@ class Run:
         self._samples = self._samples or any(state.request.temperature > 0 for state in states)
         self._scheduler.add(
             [
-                Waiting(state.id, len(state.prompt) + len(state.tokens), state.room - len(state.tokens))
+                Waiting(
+                    state.id,
+                    len(state.prompt) + len(state.tokens),
+                    state.room - len(state.tokens),
+                    state.prefilled,
+                )
                 for state in states
             ]
         )
@@ -119,23 +124,27 @@ class Run:
         """Begins a group of requests: one step, or several for one long prompt.
 
         All steps of a long prompt have the shape [1, prefill_chunk_size] and caches as long as the slots', so
-        a new prompt length compiles nothing.
+        a new prompt length compiles nothing. Samples of a prompt share a row of the step.
         """
         slots, scheduler = self._slots, self._scheduler
         slots.fit(batch_rows(scheduler.slots), bucket(scheduler.length, MIN_LENGTH))
         group = [self._states[request] for request in scheduled.requests]
-        prompts = [[*state.prompt, *state.tokens] for state in group]
-        rows = next_power(len(group))
+        prompts, sources = distinct_prompts(group)
+        rows = next_power(len(prompts))
         longest = max(map(len, prompts))
         width = min(bucket(longest, MIN_WIDTH), self._chunk)
         caches = self._new_caches(rows, width if longest <= width else slots.length)
-        settings = RowSettings(dict(enumerate(group)), rows, self._samples, self._stop_tokens)
+        picked, shared = next_power(len(group)), None
+        if len(prompts) < len(group):
+            shared = np.pad(np.array(sources, np.int32), (0, picked - len(group)))
+        running = dict(enumerate(group))
+        settings = RowSettings(running, picked, self._samples, self._stop_tokens, shared)
         for start in range(0, longest, width):
             tokens, positions, last = prefill_inputs(prompts, rows, start, width)
             next_tokens, logits, caches = step(tokens, positions, last, caches, settings.in_step)
         new = settings.pick(next_tokens, logits, positions[np.arange(rows), last])
         ended = time.perf_counter()
-        slots.put(scheduled.rows, caches, rows)
+        slots.put(scheduled.rows, sources, caches, rows)
         for state, row, (token, logprobs) in zip(group, scheduled.rows, new, strict=False):
             if state.first_token_s is None:
                 state.first_token_s = ended - state.call.began
@@ -174,6 +183,14 @@ class Run:
             self._scheduler.finish(state.id)
             self._slots.free(row)
             del self._states[state.id]
+
+
+def distinct_prompts(group: Sequence[RequestState]) -> tuple[list[list[int]], list[int]]:
+    """Returns what some requests prefill, the prompt of samples once, and which of it each request does."""
+    numbers: dict[Hashable, int] = {}
+    sources = [numbers.setdefault(state.prefilled, len(numbers)) for state in group]
+    firsts = [group[sources.index(number)] for number in numbers.values()]
+    return [[*state.prompt, *state.tokens] for state in firsts], sources
 
 
 def prefill_inputs(

@@ -8,7 +8,7 @@ clock), so the same requests are scheduled the same way each time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -32,11 +32,14 @@ class Waiting(NamedTuple):
         id: identifies the request; unique in the scheduler.
         prompt_tokens: number of tokens to prefill.
         room: maximum number of new tokens.
+        prompt: identifies these tokens; those of several requests with one `prompt` are prefilled once if the
+            requests are scheduled together. None for tokens of its own.
     """
 
     id: int
     prompt_tokens: int
     room: int
+    prompt: Hashable = None
 
 
 class Prefill(NamedTuple):
@@ -174,11 +177,14 @@ class Scheduler:
     def _first(self, most: int) -> list[Waiting]:
         """Returns the requests that have waited longest: at most `most`, and as many as fit in a prefill."""
         group: list[Waiting] = []
+        prompts: set[Hashable] = set()
         longest = 0
         for request in islice(self._waiting.values(), most):
-            longest = max(longest, request.prompt_tokens)
-            if group and next_power(len(group) + 1) * bucket(longest, MIN_WIDTH) > self._chunk:
-                break
+            if request.prompt not in prompts:
+                longest = max(longest, request.prompt_tokens)
+                prompts.add(request.id if request.prompt is None else request.prompt)
+                if group and next_power(len(prompts)) * bucket(longest, MIN_WIDTH) > self._chunk:
+                    break
             group.append(request)
         return group
 

@@ -52,17 +52,22 @@ class Slots:
         self.tokens = np.pad(self.tokens, ((0, more), (0, 0)))
         self.positions = np.pad(self.positions, ((0, more), (0, 0)), constant_values=PAD_POSITION)
 
-    def put(self, rows: Sequence[int], caches: Any, width: int) -> None:
+    def put(self, rows: Sequence[int], sources: Sequence[int], caches: Any, width: int) -> None:
         """Copies the caches of new requests into the rows that they take.
 
         Args:
             rows: rows of the new requests.
-            caches: caches of the new requests, of `width` rows; further rows are padding.
-            width: number of rows of `caches`, at least the number of new requests.
+            sources: row of `caches` that each of them gets; several may get the same one.
+            caches: caches of the prompts, of `width` rows.
+            width: number of rows of `caches`.
         """
-        at = np.full(width, self.rows, np.int32)  # padding has a row past the last, so it is dropped
-        at[: len(rows)] = rows
-        self.caches = put_rows(self.caches, at, caches)
+        left = list(zip(sources, rows, strict=True))
+        while left:  # each turn copies a row of `caches` at most once
+            at = np.full(width, self.rows, np.int32)  # what goes past the last row is dropped
+            turn = {source: row for source, row in reversed(left)}
+            at[list(turn)] = list(turn.values())
+            self.caches = put_rows(self.caches, at, caches)
+            left = [(source, row) for source, row in left if turn[source] != row]
 
     def enter(self, row: int, token: int, position: int) -> None:
         """Sets the last token of a row and its position."""

@@ -218,8 +218,52 @@ def stacked_ffn(
     expert_of = jnp.minimum(expert_of, num_experts - 1)  # blocks past the last one hold only padding
 
     padded = _spread(x, source, row_of, choices).reshape(blocks, rows, -1)
-    outputs = ffn(padded, jax.tree.map(lambda w: w[expert_of], weights), body)
+    outputs = _of_blocks(padded, weights, expert_of, body)
     return _collect(outputs.reshape(blocks * rows, -1), source, row_of).reshape(tokens, choices, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _of_blocks(
+    x: jax.Array, weights: ExpertWeights | BiasedWeights, expert_of: jax.Array, body: ExpertBody
+) -> jax.Array:
+    """Output of each block of rows `x` [N, M, D] by its expert `expert_of` [N]: [N, M, D]."""
+    together = functools.partial(_together, body)
+    if weights.gate.dtype != jnp.float32:
+        return together(x, weights, expert_of)
+    one_by_one = functools.partial(_one_by_one, body)
+    return jax.lax.platform_dependent(x, weights, expert_of, cpu=one_by_one, default=together)
+
+
+def _together(body: ExpertBody, x: jax.Array, weights: Any, expert_of: jax.Array) -> jax.Array:
+    """As one batched product, for which each block's weights are copied."""
+    return ffn(x, jax.tree.map(lambda w: w[expert_of], weights), body)
+
+
+def _one_by_one(body: ExpertBody, x: jax.Array, weights: Any, expert_of: jax.Array) -> jax.Array:
+    """As one product after the other, which reads the weights where they lie.
+
+    On CPUs in float32 this takes a fifth to a half of the time of `_together`, whose copies are written and
+    read again. In bfloat16 it does not: XLA then converts the whole stack before it begins.
+    """
+
+    def block(args: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, expert = args
+        pick = functools.partial(jax.lax.dynamic_index_in_dim, index=expert, keepdims=False)
+        return ffn(rows, jax.tree.map(pick, weights), body)
+
+    return jax.lax.map(block, (x, expert_of))
+
+
+def _of_blocks_forward(x: jax.Array, weights: Any, expert_of: jax.Array, body: ExpertBody):
+    # Backwards, one by one would add each block's gradient to one of the whole stack.
+    return jax.vjp(lambda x, weights: _together(body, x, weights, expert_of), x, weights)
+
+
+def _of_blocks_backward(body: ExpertBody, pull: Callable[[jax.Array], tuple[Any, Any]], grad: jax.Array):
+    return *pull(grad), None
+
+
+_of_blocks.defvjp(_of_blocks_forward, _of_blocks_backward)
 
 
 # Both moves below are permutations with padding. XLA would differentiate a gather into a scatter-add, which

@@ -1,5 +1,7 @@
 """Each request's settings apply to it alone, whatever shares its batch, and whatever happens to its steps."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -115,6 +117,40 @@ def test_samples_are_those_of_consecutive_seeds(extra):
     assert len({tuple(tokens) for tokens in together.token_ids}) == 4
     assert together.stats.prompts == 1
     assert together.stats.new_tokens == 24
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 5)), min_size=1, max_size=3),
+    most=st.integers(1, 6),
+    fails=st.sets(st.integers(1, 20), max_size=1),
+)
+@settings(deadline=None, max_examples=25)
+def test_samples_share_a_prefill(sizes, most, fails):
+    """And each gets what a request by itself gets, also if a step fails, or the prompt takes several."""
+    made, runner = looped(most, runner=Scoring())
+    several = [
+        Request(**SAMPLED | {"prompt": [size] * size, "max_new_tokens": 3}, seed=size, n=n)
+        for size, n in sizes
+    ]
+    handles, step, prefilled = [submitted(made, request) for request in several], runner.step, []
+
+    def failing(tokens, *others):
+        runner.fails = int(runner.steps + 1 in fails)
+        prefilled.extend([tokens.shape[0]] * (tokens.shape[1] > 1))
+        return step(tokens, *others)
+
+    runner.step = failing
+    for request, handle in zip(several, handles, strict=True):
+        try:
+            together = handle.results()
+        except OSError:
+            continue  # it drove the step that failed
+        for sample in together:
+            alone = completed(replace(request, n=1, seed=sample.seed))
+            assert sample.token_ids == alone[0].token_ids
+    if len(sizes) == 1 and not fails:
+        (size, n), chunk = sizes[0], 32
+        assert prefilled == [1] * (-(-size // chunk) * -(-n // most))
 
 
 def test_a_settings_program_draws_as_a_step_does():

@@ -32,6 +32,7 @@ class Model:
 
     left: dict[int, int] = field(default_factory=dict)  # tokens that each live request has still to get
     sizes: dict[int, int] = field(default_factory=dict)
+    prompts: dict[int, int] = field(default_factory=dict)  # the first request with the same one
     rows: dict[int, int] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)  # of those that wait
 
@@ -46,12 +47,19 @@ class Scheduling(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.most, self.chunk)
         self.model, self.ids = Model(), 0
 
-    @rule(requests=st.lists(st.tuples(st.integers(1, 150), st.integers(1, 6)), min_size=1, max_size=7))
+    @rule(
+        requests=st.lists(
+            st.tuples(st.integers(1, 150), st.integers(1, 6), st.booleans()), min_size=1, max_size=7
+        )
+    )
     def add(self, requests):
-        new = []
-        for size, room in requests:
-            new.append(Waiting(self.ids, size, room))
+        new, size = [], None
+        for other, room, shares in requests:
+            if size is None or not shares:
+                size, first = other, self.ids
+            new.append(Waiting(self.ids, size, room, first))
             self.model.left[self.ids], self.model.sizes[self.ids] = room, size
+            self.model.prompts[self.ids] = first
             self.model.order.append(self.ids)
             self.ids += 1
         self.scheduler.add(new)
@@ -68,8 +76,8 @@ class Scheduling(RuleBasedStateMachine):
             del model.order[: len(step.requests)]
             assert not set(step.rows) & set(model.rows.values())
             longest = max(model.sizes[request] for request in step.requests)
-            padded = next_power(len(step.requests)) * bucket(longest, MIN_WIDTH)
-            assert padded <= self.chunk or len(step.requests) == 1
+            prompts = len({model.prompts[request] for request in step.requests})
+            assert next_power(prompts) * bucket(longest, MIN_WIDTH) <= self.chunk or prompts == 1
             model.rows |= dict(zip(step.requests, step.rows, strict=True))
         else:
             assert dict(zip(step.requests, step.rows, strict=True)) == model.rows  # all, each in its slot
@@ -188,6 +196,15 @@ def test_the_same_requests_are_scheduled_the_same_way():
         runs.append(decided(80, scheduler, ends))
     assert runs[0] == runs[1]
     assert runs[0][-1] is None
+
+
+def test_samples_of_a_prompt_are_prefilled_together_however_long_it_is():
+    scheduler = Scheduler(8, 64)
+    scheduler.add(
+        [Waiting(n, 500, 9, "first") for n in range(3)] + [Waiting(n, 9, 9, "next") for n in (3, 4)]
+    )
+    assert scheduler.schedule() == Prefill((0, 1, 2), (0, 1, 2))
+    assert scheduler.schedule() == Prefill((3, 4), (3, 4))
 
 
 def test_an_aborted_requests_slot_goes_to_the_next():

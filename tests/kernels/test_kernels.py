@@ -18,7 +18,7 @@ from layerscope_jax.kernels.activations import clamped, gelu, gelu_tanh
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.host_kernels import AMX, LOOPS, PAIRS, kernel_of
-from layerscope_jax.kernels.numbers import silu
+from layerscope_jax.kernels.numbers import room, silu
 from layerscope_jax.models.experts import SWIGLU, ExpertBody, weights_type
 
 TYPES = {"float32": (np.float32, 2e-6), "bfloat16": (ml_dtypes.bfloat16, 1e-2)}
@@ -323,3 +323,13 @@ def test_threads_share_the_experts_out_and_change_no_bit(computers, monkeypatch)
         found.append(outputs[:-1])
     assert np.abs(found[0]).max(1).min() > 0
     np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int16])
+def test_inputs_begin_where_a_line_of_the_caches_does(kind):
+    make = njit(lambda tokens, width, weights: room(tokens, width, weights))
+    for tokens in range(1, 9):
+        made = make(tokens, 7, np.empty(1, kind))
+        assert made.dtype == kind
+        assert made.shape == (tokens, 7 + 64 // made.itemsize)
+        assert made.ctypes.data % 64 == 0

@@ -1,6 +1,7 @@
 """How many programs an engine compiles: few, and none again."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
@@ -101,7 +102,7 @@ def random_prompts(seed, batch, prompt_tokens):
 def test_after_a_warm_up_the_whole_model_compiles_nothing(temperature):
     model = random_model(num_layers=1, hidden_size=20, num_heads=2, head_dim=10, num_kv_heads=1)
     with one_jit(), Engine(model, OffloadConfig(numerics="fast")) as engine:
-        found = engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4, sampled=temperature > 0)
+        found = engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4, temperature=temperature)
         # A prefill and a decode step; empty caches of two lengths and what is in them; rows put into slots;
         # settings of sampling are arrays of two types. Small programs may be there from another test.
         assert 2 <= found.programs <= 2 + 3 + 1 + (2 if temperature else 0)
@@ -110,17 +111,37 @@ def test_after_a_warm_up_the_whole_model_compiles_nothing(temperature):
         assert counted == [0]
         assert result.stats.device_share < 1
         assert (
-            engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4, sampled=temperature > 0).programs
+            engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4, temperature=temperature).programs
             == 0
         )
 
 
-def test_after_a_warm_up_what_is_resident_compiles_nothing():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"logprobs": 2},
+        {"repetition_penalty": 1.1, "logprobs": 0},
+        {"temperature": 0.7, "n": 3},
+        {"temperature": 0.7, "min_p": 0.1, "frequency_penalty": 0.5},
+    ],
+    ids=str,
+)
+def test_after_a_warm_up_what_is_resident_compiles_nothing(settings):
     with Engine(random_model(hidden_size=28, seed=3)) as engine:
-        engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4)
-        prompts = [[1] * 18, [2] * 5, [3]]
+        engine.warmup(max_num_seqs=3, prompt_tokens=18, new_tokens=4, **settings)
+        prompts = [[1] * 18] if "n" in settings else [[1] * 18, [2] * 5, [3]]
         with compiling() as counted:
-            engine.generate(prompts, max_new_tokens=4, stop_token_ids=())
+            engine.generate(prompts, max_new_tokens=4, stop_token_ids=(), **settings)
+        assert counted == [0]
+
+
+def test_a_warm_up_is_for_the_settings_that_the_checkpoint_recommends():
+    recommended = {"temperature": 0.7, "repetition_penalty": 1.1}
+    with Engine(replace(random_model(hidden_size=28, seed=3), generation_defaults=recommended)) as engine:
+        engine.warmup(max_num_seqs=2, prompt_tokens=18, new_tokens=4)
+        with compiling() as counted:
+            engine.generate([[1] * 18, [2]], max_new_tokens=4, stop_token_ids=())
         assert counted == [0]
 
 
