@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,11 +47,12 @@ from layerscope_jax.cli.options import (
 from layerscope_jax.cli.request_options import RequestOptions
 from layerscope_jax.cli.simulate import Simulate
 from layerscope_jax.cli.trace import Record
-from layerscope_jax.config import OffloadConfig
+from layerscope_jax.config import AUTO, OffloadConfig
 from layerscope_jax.engine import Engine, make_policy
 from layerscope_jax.generation.batch_files import CompletionFile
 from layerscope_jax.generation.chat import Chat, read_template
 from layerscope_jax.generation.prompt_files import Row, read_prompts
+from layerscope_jax.generation.requests import Request
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.compile_cache import use_compilation_cache
 from layerscope_jax.support.exits import say
@@ -149,7 +150,7 @@ class Generate(RequestOptions):
             "keeps other runs from writing to it. Without --out the lines go to standard output.",
         ),
     ] = None
-    device_budget: DeviceBudget = None
+    device_budget: DeviceBudget = AUTO
     host_budget: HostBudget = None
     policy: PolicyName = "auto"
     predictor: Annotated[
@@ -290,6 +291,7 @@ class Generate(RequestOptions):
         if not requests:
             return lines.refused
         answered = [row for row, _ in requests]
+        config = fitted(config, [request for _, request in requests])
         live = file is None and self.prompts is None
         with Engine(model, config, generation_config="none") as engine:  # the rows have their settings
             result = complete(
@@ -308,6 +310,13 @@ class Generate(RequestOptions):
         for sentence, count in Counter(errors.values()).items():
             say(f"error: {count} of {len(answered)} prompts could not be completed: {sentence}")
         return len(errors) + lines.refused
+
+
+def fitted(config: OffloadConfig, requests: Sequence[Request]) -> OffloadConfig:
+    """Returns the config with room for no more and no longer requests than there are, with token ids."""
+    longest = max(len(request.prompt or ()) + request.max_new_tokens for request in requests)
+    most = min(config.max_num_seqs, sum(request.n for request in requests))
+    return replace(config, context=longest, max_num_seqs=most)
 
 
 COMMANDS = {
