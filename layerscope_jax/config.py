@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from layerscope_jax.profiling.machine_profile import MachineProfile
     from layerscope_jax.scheduling.plan import Policy
 
+AUTO = "auto"
+"""Device budget that is chosen when an engine is made: as many experts as fit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadConfig:
@@ -23,7 +26,11 @@ class OffloadConfig:
 
     Attributes:
         device_budget: bytes of device memory for experts, including copies in flight and what the predictor
-            keeps there: "2GiB", an int, or None for as much as all experts take (everything resident).
+            keeps there: "2GiB" or an int. "auto" takes what is free on the device when the engine is made,
+            less its caches, its steps' workspace and a margin
+            (`layerscope_jax.generation.device_memory`); when the device's memory runs out all the same,
+            fewer experts stay there and the step is repeated. On a CPU, whose memory is the host's, all are
+            resident. None for as much as all experts take, whether or not it is free.
         host_budget: bytes of host memory for experts, "16GiB" or an int, if the model was loaded with
             experts="disk": the others are read from its files when they are needed, or shortly before. None
             for as much as all experts take. It must hold one expert at least; buffers of 16 MiB come on top.
@@ -62,9 +69,12 @@ class OffloadConfig:
             that are not resident are copied, or read by the host, again in every step.
         max_num_seqs: maximum number of requests that run at once; others wait until some end. Caches and rows
             are allocated only for the requests that there are.
+        context: positions of a request, its prompt and its new tokens, for which device_budget="auto" keeps
+            caches free, `max_num_seqs` times; None for 2,048. Longer requests run all the same, if there is
+            memory.
     """
 
-    device_budget: str | int | None = None
+    device_budget: str | int | None = AUTO
     host_budget: str | int | None = None
     policy: str | Policy = "auto"
     emulated_link_bandwidth: str | int | None = None
@@ -76,6 +86,7 @@ class OffloadConfig:
     dense_format: str | None = None
     prefill_chunk_size: int = 4096
     max_num_seqs: int = 32
+    context: int | None = None
 
     def __post_init__(self) -> None:
         # Imported here because all of them import models, which import this file.
@@ -90,7 +101,7 @@ class OffloadConfig:
         def expect(name: str, fits: bool, expected: str) -> None:
             problems.expect(fits, name, expected, getattr(self, name))
 
-        if self.device_budget is not None:
+        if self.device_budget is not None and self.device_budget != AUTO:
             check(parse_bytes, self.device_budget, "device_budget")
         if self.host_budget is not None:
             check(parse_bytes, self.host_budget, "host_budget")
@@ -114,4 +125,7 @@ class OffloadConfig:
         expect("prefill_chunk_size", is_integer(chunk) and chunk >= 16, "16 tokens or more")
         most = self.max_num_seqs
         expect("max_num_seqs", is_integer(most) and most >= 1, "1 or more")
+        reserved = self.context
+        within = reserved is None or (is_integer(reserved) and reserved >= 1)
+        expect("context", within, "1 or more positions, or None")
         problems.raise_any()

@@ -10,13 +10,15 @@ from typing import Any, Literal
 import jax
 
 from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.config import OffloadConfig
+from layerscope_jax.config import AUTO, OffloadConfig
 from layerscope_jax.generation.arguments import batch_of, check_options, make_request, make_requests
 from layerscope_jax.generation.calls import Call
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.completions import Completions, Token
 from layerscope_jax.generation.detokenize import continuation
+from layerscope_jax.generation.device_memory import Room, room_of
 from layerscope_jax.generation.encoding import encode_prompts
+from layerscope_jax.generation.fitting import Fitting
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.progress import progress_bar
@@ -29,8 +31,12 @@ from layerscope_jax.profiling.machine_profile import costs_of
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.build import build
 from layerscope_jax.runtime.resources import Resources
+from layerscope_jax.runtime.runner import Runner
 from layerscope_jax.runtime.turns import Turns
+from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.scheduling.registry import make_policy
+from layerscope_jax.support import machine
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.compile_cache import Compilations, counted
 from layerscope_jax.support.units import parse_bytes
@@ -54,7 +60,7 @@ class Engine:
 
     Args:
         model: from `layerscope_jax.load`.
-        config: budget, policy, numerics; the default keeps everything resident.
+        config: budget, policy, numerics; by default as many experts are resident as fit on the device.
         device: the accelerator that the model was loaded onto; None for the same.
         host_device: the JAX CPU device that computes experts on the host; None for the last of them. Without
             an accelerator it takes turns with `device`, even if JAX has several CPU devices, because they
@@ -144,13 +150,19 @@ class Engine:
             int(self.config.max_num_seqs),
             self.config.prefill_chunk_size,
             self.budget_bytes,
+            self._fitting,
         )
 
     def _build(self, host_device: jax.Device | None) -> None:
         """Makes the runner that the config asks for."""
         config, bank = self.config, self.model.bank
         budget, pace, predictor = config.device_budget, config.emulated_link_bandwidth, config.predictor
-        self.budget_bytes = bank.total_bytes if budget is None else parse_bytes(budget, "device_budget")
+        room, size = None, bank.total_bytes
+        if budget == AUTO:
+            room = self._room()
+            size = bank.total_bytes if room is None else min(size, room.left)
+        elif budget is not None:
+            size = parse_bytes(budget, "device_budget")
         held = config.host_budget
         if held is not None and not isinstance(bank, DiskBank):
             raise ValueError(
@@ -158,26 +170,58 @@ class Engine:
                 "model are in memory; load it with layerscope_jax.load(folder, experts='disk')"
             )
         bandwidth = None if pace is None else parse_bytes(pace, "emulated_link_bandwidth")
-        with self._resources.opening():
-            self.runner = self._resources.add(
-                build(
-                    self.model,
-                    make_policy(config.policy),
-                    None if predictor is None else make_predictor(predictor),
-                    budget_bytes=self.budget_bytes,
-                    measure=calibration.measure,
-                    policy_is_obeyed=not isinstance(config.policy, str),
-                    fast=config.numerics == "fast",
-                    costs=costs_of(config.profile, self.model, bandwidth),
-                    bandwidth=bandwidth,
-                    threads=config.host_threads,
-                    host_device=host_device,
-                    host_bytes=None if held is None else parse_bytes(held, "host_budget"),
-                )
+        policy, known = make_policy(config.policy), costs_of(config.profile, self.model, bandwidth)
+
+        def make(budget_bytes: int, costs: HardwareProfile | None) -> Runner:
+            return build(
+                self.model,
+                policy,
+                None if predictor is None else make_predictor(predictor),
+                budget_bytes=budget_bytes,
+                measure=calibration.measure,
+                policy_is_obeyed=not isinstance(config.policy, str),
+                fast=config.numerics == "fast",
+                costs=costs or known,
+                bandwidth=bandwidth,
+                threads=config.host_threads,
+                host_device=host_device,
+                host_bytes=None if held is None else parse_bytes(held, "host_budget"),
             )
-        self.policy = self.runner.policy
-        if budget is None and isinstance(bank, DiskBank) and not self.policy.uses_device:
-            self.budget_bytes = 0
+
+        with self._resources.opening(), nullcontext() if room is None else room.explained():
+            if room is not None:
+                room.check()
+            self._fitting = Fitting(make, self._resources, size, bank.expert_bytes, room is not None)
+        if room is None and budget in (None, AUTO) and isinstance(bank, DiskBank):
+            self._fitting.budget_bytes = size if self.policy.uses_device else 0
+
+    def _room(self) -> Room | None:
+        """Returns the room for experts on the device; None where its memory is the host's."""
+        config, free = self.config, machine.device_free_bytes(self.device)
+        if free is None:
+            return None
+        return room_of(
+            self.model,
+            free,
+            max_num_seqs=int(config.max_num_seqs),
+            context=config.context,
+            prefill_chunk_size=int(config.prefill_chunk_size),
+        )
+
+    @property
+    def runner(self) -> Runner:
+        """What runs the steps; another one after the device's memory has run out."""
+        return self._fitting.runner
+
+    @property
+    def policy(self) -> PolicyBase:
+        """The policy that plans each layer; "resident" if there is nothing to decide."""
+        return self.runner.policy
+
+    @property
+    def budget_bytes(self) -> int:
+        """Device memory (bytes) for experts."""
+        return self._fitting.budget_bytes
 
     def generate(
         self,

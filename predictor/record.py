@@ -52,7 +52,7 @@ class RecordConfig:
         hidden: P, components that hidden states are reduced to, clipped to the model's width; 0 for none.
         pca_tokens: number of tokens of training documents that the PCA is fitted to.
         batch_size: number of passages that run at once.
-        offload: settings of the engine; by default all experts are on the device.
+        offload: settings of the engine; by default as many experts are on the device as fit there.
         seed: seed of the order of the passages.
     """
 
@@ -121,7 +121,7 @@ def record(model: Model, config: RecordConfig) -> Trace:
         if writer.done != [passage for passage, _ in passages[: len(writer.done)]]:
             raise ValueError(f"{config.out} holds a trace of other passages; choose another folder")
         if not writer.complete:
-            with Engine(model, _layer_by_layer(config.offload)) as engine:
+            with Engine(model, _layer_by_layer(config)) as engine:
                 _record(Tap(engine), passages, config, writer)
             writer.finish()
     return Trace.open(config.out)
@@ -275,6 +275,10 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
         yield items[start : start + size]
 
 
-def _layer_by_layer(offload: OffloadConfig) -> OffloadConfig:
-    """Returns the settings with steps that run layer by layer, because recording taps every layer."""
-    return replace(offload, numerics="exact")
+def _layer_by_layer(config: RecordConfig) -> OffloadConfig:
+    """Returns the settings with steps that run layer by layer, because recording taps every layer.
+
+    Device memory is left free for the caches that recording makes.
+    """
+    size, length = config.batch_size, config.length
+    return replace(config.offload, numerics="exact", max_num_seqs=size, context=length)

@@ -27,7 +27,7 @@ from layerscope_jax.cli.options import (
     open_predictor,
     open_profile,
 )
-from layerscope_jax.config import OffloadConfig
+from layerscope_jax.config import AUTO, OffloadConfig
 from layerscope_jax.generation.chat import read_template
 from layerscope_jax.scheduling.registry import make_policy
 from layerscope_jax.support.option_errors import option
@@ -41,7 +41,7 @@ class EngineOptions:
     chat_template: Annotated[
         Path | None, arg(metavar="FILE", help="A Jinja chat template to use instead of the checkpoint's.")
     ] = None
-    device_budget: DeviceBudget = None
+    device_budget: DeviceBudget = AUTO
     host_budget: HostBudget = None
     policy: PolicyName = "auto"
     predictor: Annotated[

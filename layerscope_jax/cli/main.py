@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +46,7 @@ from layerscope_jax.engine import Engine
 from layerscope_jax.generation.batch_files import CompletionFile
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.prompt_files import Row, read_prompts
+from layerscope_jax.generation.requests import Request
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.compile_cache import use_compilation_cache
 from layerscope_jax.support.exits import say
@@ -219,6 +220,7 @@ class Generate(RequestOptions, EngineOptions):
         if not requests:
             return lines.refused
         answered = [row for row, _ in requests]
+        config = fitted(config, [request for _, request in requests])
         live = file is None and self.prompts is None
         with Engine(model, config, generation_config="none") as engine:  # the rows have their settings
             result = complete(
@@ -237,6 +239,13 @@ class Generate(RequestOptions, EngineOptions):
         for sentence, count in Counter(errors.values()).items():
             say(f"error: {count} of {len(answered)} prompts could not be completed: {sentence}")
         return len(errors) + lines.refused
+
+
+def fitted(config: OffloadConfig, requests: Sequence[Request]) -> OffloadConfig:
+    """Returns the config with room for no more and no longer requests than there are, with token ids."""
+    longest = max(len(request.prompt or ()) + request.max_new_tokens for request in requests)
+    most = min(config.max_num_seqs, sum(request.n for request in requests))
+    return replace(config, context=longest, max_num_seqs=most)
 
 
 COMMANDS = {

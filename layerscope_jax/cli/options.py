@@ -38,7 +38,11 @@ Revision = Annotated[
 ]
 DeviceBudget = Annotated[
     str | None,
-    arg(metavar="SIZE", help="Device memory for experts, such as '2GiB'; by default all are resident."),
+    arg(
+        metavar="SIZE",
+        help="Device memory for experts, such as '2GiB'; 'auto' for what weights, caches and steps leave "
+        "free; None for all experts.",
+    ),
 ]
 HostBudget = Annotated[
     str | None,

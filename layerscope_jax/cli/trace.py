@@ -19,7 +19,7 @@ from layerscope_jax.cli.options import (
     Revision,
     open_model,
 )
-from layerscope_jax.config import OffloadConfig
+from layerscope_jax.config import AUTO, OffloadConfig
 from layerscope_jax.engine import make_policy
 from layerscope_jax.support import interrupts
 from layerscope_jax.support.exits import say
@@ -52,7 +52,7 @@ class Record:
     prompt: Annotated[float, arg(help="Share of a passage that is prefilled; the rest is decoded.")] = 0.5
     hidden: Annotated[int, arg(help="Components that hidden states are reduced to; 0 for none.")] = 512
     batch_size: Annotated[int, arg(help="Passages that run at once.")] = 16
-    device_budget: DeviceBudget = None
+    device_budget: DeviceBudget = AUTO
     host_budget: HostBudget = None
     policy: PolicyName = "lru"
     dtype: Dtype = None

@@ -18,6 +18,7 @@ from typing import Any
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation.calls import Call, RequestState
 from layerscope_jax.generation.completions import Completion, Completions, Token, output_of
+from layerscope_jax.generation.fitting import Fitting
 from layerscope_jax.generation.requests import Request, with_seed
 from layerscope_jax.generation.run import Run
 from layerscope_jax.generation.shares import join, leave
@@ -34,6 +35,9 @@ class Loop:
     the step, and the requests of that thread's call are aborted; requests of other calls are prefilled again
     in the next step, with the tokens that they have so far. The loop waits for nothing but the turn.
 
+    If the device's memory runs out in a step, and `fitting` may give some of it back, the loop goes on with
+    another runner, and all requests are prefilled again in the same way.
+
     Args:
         model: the model.
         runner: runs the steps.
@@ -42,6 +46,7 @@ class Loop:
         new_caches: `(rows, length)` -> empty caches.
         max_num_seqs, prefill_chunk_size: see `OffloadConfig`.
         budget_bytes: device budget (bytes) of the engine, for statistics.
+        fitting: makes another runner when the device's memory runs out; None for nothing that does.
     """
 
     def __init__(
@@ -54,11 +59,12 @@ class Loop:
         max_num_seqs: int,
         prefill_chunk_size: int,
         budget_bytes: int,
+        fitting: Fitting | None = None,
     ):
         self._model, self._runner, self._turns, self._is_closed = model, runner, turns, is_closed
         self._new_caches = new_caches
         self._most, self._chunk = max_num_seqs, prefill_chunk_size
-        self._budget_bytes = budget_bytes
+        self._budget_bytes, self._fitting = budget_bytes, fitting
         self._ids = itertools.count()
         self._inbox: deque[Call] = deque()  # calls that no step knows of yet
         self._cancelled: deque[Call] = deque()
@@ -162,6 +168,7 @@ class Loop:
                 prompts=len({state.index for state in call.states}),
                 new_tokens=sum([len(state.tokens) for state in call.states]),
                 budget_bytes=self._budget_bytes,
+                budget_cuts=0 if self._fitting is None else self._fitting.cuts,
             )
         events: dict[tuple[int, int], list[Token]] = defaultdict(list)
         for event in call.log:
@@ -206,16 +213,29 @@ class Loop:
             if call.ended or (len(call.log) > seen and not to_the_end):
                 return
             self.check_open()
-            try:
+            while self._ran_out(call, to_the_end):
+                pass
+
+    def _ran_out(self, call: Call, to_the_end: bool) -> bool:
+        """Runs a step, or all steps; returns whether memory ran out, so that they have to be repeated."""
+        try:
+            self._step()
+            assert call.ended or call in self._calls, "a call that no step knows of"
+            while to_the_end and not (call.ended or self._turns.is_contended):
+                self.check_open()
                 self._step()
-                assert call.ended or call in self._calls, "a call that no step knows of"
-                while to_the_end and not (call.ended or self._turns.is_contended):
-                    self.check_open()
-                    self._step()
-            except BaseException:
-                call.cancelled = True  # before anything else: no thread waits for this call any more
-                self._recover()
+            return False
+        except BaseException as error:
+            shrinks = self._fitting is not None and self._fitting.can_shrink(error)
+            call.cancelled = call.cancelled or not shrinks  # first: then no thread waits for this call
+            self._recover()
+            if not shrinks:
                 raise
+        # Out here nothing holds the caches and experts of the step any more, as its error did.
+        assert self._fitting is not None
+        self._fitting.shrink()
+        self._runner, self._budget_bytes = self._fitting.runner, self._fitting.budget_bytes
+        return True
 
     def _step(self) -> None:
         """Runs one step for all calls."""

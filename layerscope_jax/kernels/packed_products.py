@@ -181,7 +181,7 @@ def multiply_by(way: Way, table: jax.Array, x: jax.Array, *weights: Int8Matrix) 
 def suits(way: Way, work: Work) -> bool:
     """Whether a way can be gone: whole chunks of a row are written out at once."""
     whole = work.format == "int8" and work.sizes[0] % encodings.CHUNK == 0
-    return whole and encodings.able() and way.plain.suits(work.dtype, *work.sizes)
+    return whole and way.plain.suits(work.dtype, *work.sizes)
 
 
 for _way in WAYS:

@@ -83,6 +83,7 @@ def run_stats(
     prompts: int,
     new_tokens: int,
     budget_bytes: int,
+    budget_cuts: int = 0,
 ) -> RunStats:
     """Returns the statistics of a call.
 
@@ -93,6 +94,7 @@ def run_stats(
         total_s: wall time (s).
         prompts, new_tokens: number of prompts and of generated tokens.
         budget_bytes: device budget (bytes) of the engine.
+        budget_cuts: how often that became smaller.
     """
     meter, link, host, device = account.meter, account.link, account.host, account.device
     rows, experts = host.rows + device.rows, host.experts + device.experts
@@ -102,6 +104,7 @@ def run_stats(
     del known["expert_bytes"]
     return RunStats(
         budget_bytes=budget_bytes,
+        budget_cuts=budget_cuts,
         prompts=prompts,
         prompt_tokens=times.prompt_tokens,
         new_tokens=new_tokens,

@@ -79,6 +79,11 @@ class Resources:
         self._owned.append(part)
         return part
 
+    def drop(self, part: Closable) -> None:
+        """Closes a part and forgets it."""
+        self._owned.remove(part)
+        part.close()
+
     def close(self) -> None:
         """Closes all parts, even if closing one of them fails. It may be called again.
 

@@ -91,6 +91,8 @@ class RunStats(Outcome):
         tokens_per_s: new tokens per second of total time.
         ways: for policy "auto", the fraction of layers run in each of its ways, by phase; None for other
             policies.
+        budget_cuts: how often the engine took experts off the device because its memory had run out, so far;
+            `budget_bytes` is what is left to them.
         padding: fraction of computed expert rows that were padding.
         dispatches: number of calls that computed experts, on device and host together.
         format: name of the format of the experts (`layerscope_jax.formats`).
@@ -111,6 +113,7 @@ class RunStats(Outcome):
     new_tokens: int
     tokens_per_s: float
     ways: dict[str, dict[str, float]] | None
+    budget_cuts: int
     padding: float
     dispatches: int
     format: str
