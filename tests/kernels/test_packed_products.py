@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax.checkpoints.dense_weights import packed
-from layerscope_jax.kernels import encodings, packed_products
+from layerscope_jax.kernels import packed_products
 from layerscope_jax.kernels.products import products
 from layerscope_jax.kernels.registry import Work, choose
 from layerscope_jax.models.experts import matmuls
 
-needs_loops = pytest.mark.skipif(not encodings.able(), reason="this CPU, or numba's settings, lack AVX-512")
 computed = jax.jit(products)
 
 
@@ -28,7 +27,6 @@ def matrices(widths, depth, dtype):
     return jax.tree.map(jnp.asarray, [packed(matrix, np.dtype(dtype)) for matrix in plain])
 
 
-@needs_loops
 @given(
     shape=st.sampled_from([((544, 16, 160), 128), ((48,), 1280), ((18, 35), 96)]),
     dtype=st.sampled_from(["float32", "bfloat16"]),
@@ -56,7 +54,6 @@ def test_rows_that_are_no_whole_chunks_are_computed_by_the_reference():
     np.testing.assert_array_equal(computed(table(1)[1], x, *packs)[0], matmuls(x, *packs)[0])
 
 
-@needs_loops
 @pytest.mark.parametrize(
     "change",
     [
