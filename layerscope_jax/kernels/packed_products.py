@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from numba import carray, types
 
+from layerscope_jax.formats import quantised
+from layerscope_jax.formats.int8 import Int8
 from layerscope_jax.kernels import amx, crew, encoded, encodings, products
 from layerscope_jax.kernels.host_kernels import WORDS
 from layerscope_jax.kernels.loops import APART, BLOCK, PIECE
@@ -36,6 +38,9 @@ from layerscope_jax.kernels.xla_calls import (
 from layerscope_jax.kernels.xla_ffi import register
 from layerscope_jax.models.matrices import Int8Matrix
 from layerscope_jax.support.njit import cfunc, njit
+
+FORMAT = quantised(Int8())
+"""Of experts, whose loops these are."""
 
 READ = 2
 """Bytes of plain weights that take as long as one packed weight: to read, and to write it out."""
@@ -179,9 +184,13 @@ def multiply_by(way: Way, table: jax.Array, x: jax.Array, *weights: Int8Matrix) 
 
 
 def suits(way: Way, work: Work) -> bool:
-    """Whether a way can be gone: whole chunks of a row are written out at once."""
-    whole = work.format == "int8" and work.sizes[0] % encodings.CHUNK == 0
-    return whole and way.plain.suits(work.dtype, *work.sizes)
+    """Whether a way can be gone: whole chunks of a row are written out at once, and for tiles of 32 rows."""
+    depth, *widths = work.sizes
+    if work.format != "int8" or not encodings.suit(FORMAT, depth, encodings.CHUNK):
+        return False
+    if way.plain is products.AMX and any(width % encodings.CHUNK for width in widths):
+        return False
+    return way.plain.suits(work.dtype, *work.sizes)
 
 
 for _way in WAYS:

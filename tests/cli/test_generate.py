@@ -30,10 +30,11 @@ def test_texts(tiny, capsys):
     assert "100% hits" in err
 
 
-def test_experts_are_converted_to_a_format(tiny, capsys):
-    command = ["generate", str(tiny), "--prompt=The sea", "--max-new-tokens=3", "--expert-format=int8"]
-    assert cli.main(command) == 0
-    with layerscope_jax.Engine(layerscope_jax.load(tiny, format="int8")) as engine:
+def test_experts_and_dense_layers_are_converted_to_formats(tiny, capsys):
+    formats = ["--expert-format=int8", "--dense-format=int8"]
+    assert cli.main(["generate", str(tiny), "--prompt=The sea", "--max-new-tokens=3", *formats]) == 0
+    model = layerscope_jax.load(tiny, format="int8", dense_format="int8")
+    with layerscope_jax.Engine(model) as engine:
         (text,) = engine.generate(["The sea"], max_new_tokens=3).texts
     assert capsys.readouterr().out == text + "\n"
 
@@ -106,6 +107,7 @@ def test_an_interrupted_run_keeps_whole_rows(tiny, prompts, tmp_path, monkeypatc
         (["--temperature=0.5", "--seed=1"], ":1: .*, got temperature 0.0 .now 0.5., seed 0 .now 1.;"),
         (["--dtype=bfloat16"], r":1: .*, got model (\w{12}) .now \1 as bfloat16.;"),
         (["--expert-format=int8"], r":1: .*, got model (\w{12}) .now \1 with experts in int8.;"),
+        (["--dense-format=int8"], r":1: .*, got model (\w{12}) .now \1 with dense layers in int8.;"),
     ],
 )
 def test_other_settings_do_not_go_on_with_a_file(tiny, tmp_path, capsys, args, message):
