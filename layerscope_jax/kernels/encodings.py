@@ -101,11 +101,12 @@ def table_of(encoding: Encoding) -> np.ndarray | None:
     if isinstance(encoding, Int4):
         kind = np.float16 if encoding.scale == "float16" else ml_dtypes.bfloat16
         scales = np.arange(1 << 16, dtype=np.uint16).view(kind).astype(np.float32)
-        values: np.ndarray = np.arange(-MOST_POINT, ENTRIES) if encoding.zeros else np.arange(-8, 8)
+        first = -MOST_POINT if encoding.zeros else -ENTRIES // 2
+        values = np.arange(first, first + ENTRIES * (1 + encoding.zeros), dtype=np.float32)
     elif isinstance(encoding, Mxfp4):
         scales, values = e8m0(np.arange(256, dtype=np.uint8)), E2M1_VALUES
     else:
         return None
     with np.errstate(invalid="ignore", over="ignore"):
-        numbers = values.astype(np.float32) * scales[:, None]
+        numbers = values * scales[:, None]
         return np.ascontiguousarray(numbers.astype(ml_dtypes.bfloat16).view(np.uint16))

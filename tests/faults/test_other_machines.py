@@ -72,11 +72,23 @@ def expected(name, config):
 ON_HOST = OffloadConfig(device_budget=0, policy="host-only")
 
 
-def test_for_any_cpu_plain_loops_are_compiled():
-    """In bfloat16, which asks most of LLVM there; attention and dense products by XLA, to compile less."""
-    before = "from layerscope_jax.kernels.inside import Inside\nInside.is_possible = lambda *_: False\n"
+FEWER_BITS = """
+from layerscope_jax.formats import format_named
+from layerscope_jax.kernels import host_kernels, wide_codes
+from layerscope_jax.kernels.inside import Inside
+Inside.is_possible = lambda *_: False
+kernel = host_kernels.kernel_of(format_named("int4"), np.dtype(jnp.bfloat16), 64, 32)
+assert kernel.encoded and kernel.name == "loops" and not wide_codes.able()
+"""
+
+
+def test_for_any_cpu_loops_are_compiled():
+    """In bfloat16, which asks most of LLVM there; attention and dense products by XLA, to compile less.
+
+    `tests/kernels/test_decoding.py` says whether those of packed weights are right.
+    """
     config = "device_budget=0, policy='host-only'"
-    found, said = generated(["bfloat16"], config, before, NUMBA_CPU_NAME="generic")
+    found, said = generated(["bfloat16"], config, FEWER_BITS, NUMBA_CPU_NAME="generic")
     assert said == []
     assert found == [[expected("bfloat16", ON_HOST), {"loops": 1.0, "xla": 0.0}]]
 
