@@ -45,6 +45,8 @@ class Options(harness.Common):
     link: str = "100MB"
     """Bytes a second."""
     clients: tuple[int, ...] = (8, 32)
+    prompt_tokens: int = 16
+    """Prompts are cut to so many, so that groups of any of them are prefilled by the same programs."""
     new_tokens: int = 32
     rounds: int = 5
 
@@ -83,6 +85,22 @@ def opened(engine: Engine) -> Iterator[tuple[Server, Clients]]:
         yield server, clients
 
 
+def warm(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """Compiles what requests need that come in groups of any size, and while others run."""
+    sizes = [2**power for power in range(len(prompts).bit_length())]
+    for first in sizes:
+        for second in sizes:
+            if first + second > len(prompts):
+                continue
+            handles = [
+                engine.submit(prompt, max_new_tokens=6, stop_token_ids=()) for prompt in prompts[:first]
+            ]
+            next(iter(handles[0]))
+            more = [engine.submit(prompt, max_new_tokens=2, stop_token_ids=()) for prompt in prompts[:second]]
+            for handle in handles + more:
+                handle.result()
+
+
 def race(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, rounds: int) -> dict[str, Any]:
     """One engine with a client for each prompt."""
     settings = {"temperature": 0.0, "stop_token_ids": []}
@@ -90,6 +108,7 @@ def race(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, roun
     bodies = [{"prompt": list(prompt), "max_tokens": new_tokens, **settings} for prompt in prompts]
     texts: dict[str, list[list[str]]] = {GENERATE: [], SERVE: []}
     runs: list[list[list[float]]] = []  # when the parts of each answer came
+    warm(engine, prompts)
     with opened(engine) as (server, clients):
 
         def generate() -> None:
@@ -158,7 +177,7 @@ def main(options: Options) -> dict[str, Any]:
     record, progress, rows = harness.machine(), Console(stderr=True), []
     for policy in options.policies:
         for clients in options.clients:
-            prompts = [known[index % len(known)] for index in range(clients)]
+            prompts = [known[index % len(known)][: options.prompt_tokens] for index in range(clients)]
             with Engine(model, config_of(policy, model, options, clients)) as engine:
                 rows.append({"policy": policy} | race(engine, prompts, options.new_tokens, options.rounds))
             progress.print(f"measured {policy} with {clients} clients")
@@ -171,6 +190,7 @@ def main(options: Options) -> dict[str, Any]:
             "machine": record,
             "budget_percent": options.budget,
             "link": options.link,
+            "prompt_tokens": options.prompt_tokens,
             "new_tokens": options.new_tokens,
             "rounds": options.rounds,
             "rows": rows,

@@ -304,6 +304,8 @@ class Loop:
             leave(call, self._account, self._run.decode_s, now)
             call.ended = True
             del self._calls[call]
+        begun = [call.joined.decode_steps for call in self._calls if call.joined is not None]
+        self._run.decode_s.forget(min(begun, default=0))
         if not any(call.record_plans for call in self._calls):
             self._account.plans = None
         if not any(call.bound for call in self._calls):

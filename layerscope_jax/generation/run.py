@@ -37,6 +37,7 @@ from layerscope_jax.generation.scheduler import (
     batch_rows,
     bucket,
 )
+from layerscope_jax.generation.shares import StepTimes
 from layerscope_jax.generation.slots import Slots
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.sampling import NO_TOKEN
@@ -69,7 +70,7 @@ class Run:
         tokenizer: Tokenizer | None,
         why_not_finite: Callable[[], str],
     ):
-        self.decode_s: list[float] = []
+        self.decode_s = StepTimes()
         self._scheduler = Scheduler(max_num_seqs, prefill_chunk_size)
         self._slots = Slots(new_caches)
         self._new_caches, self._chunk = new_caches, prefill_chunk_size

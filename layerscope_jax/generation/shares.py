@@ -13,10 +13,51 @@ from layerscope_jax.runtime.statistics import Times
 
 COUNTS = ("meter", "link", "host", "device", "disk")
 
+FORGOTTEN = 1000
+"""Number of steps whose times are forgotten together."""
+
 C = TypeVar("C")
 
 
-def join(call: Call, account: Account, decode_s: list[float]) -> None:
+class StepTimes:
+    """Times (s) of a run's decode steps, of which it keeps those that a call may still ask for.
+
+    Steps are counted from the first of the run, which lasts as long as there are requests: in a server that
+    is never idle, for weeks.
+
+    >>> times = StepTimes()
+    >>> for time in (0.1, 0.2, 0.3):
+    ...     times.append(time)
+    >>> times.forget(2)  # too few to bother
+    >>> len(times), times.since(1)
+    (3, [0.2, 0.3])
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[int, list[float]] = (0, [])  # how many are forgotten, and the others
+
+    def __len__(self) -> int:
+        """Returns the number of steps so far."""
+        forgotten, times = self._kept
+        return forgotten + len(times)
+
+    def append(self, seconds: float) -> None:
+        """Adds a step."""
+        self._kept[1].append(seconds)
+
+    def since(self, step: int) -> list[float]:
+        """Returns the times from a step on."""
+        forgotten, times = self._kept
+        return times[step - forgotten :]
+
+    def forget(self, step: int) -> None:
+        """Forgets the times before a step."""
+        forgotten, times = self._kept
+        if step - forgotten >= FORGOTTEN:
+            self._kept = step, times[step - forgotten :]  # at once: an interrupt may come between two lines
+
+
+def join(call: Call, account: Account, decode_s: StepTimes) -> None:
     """Records the counts of a run when a call joins it, and has the run keep the records that the call needs.
 
     Args:
@@ -37,7 +78,7 @@ def join(call: Call, account: Account, decode_s: list[float]) -> None:
     )
 
 
-def leave(call: Call, account: Account, decode_s: list[float], now: float) -> None:
+def leave(call: Call, account: Account, decode_s: StepTimes, now: float) -> None:
     """Stores in an ended call what the run has counted since the call joined.
 
     Args:
@@ -59,7 +100,7 @@ def leave(call: Call, account: Account, decode_s: list[float], now: float) -> No
     call.times = Times(
         prompt_tokens=sum([len(state.prompt) for state in began]),
         first_token_s=[state.first_token_s for state in began if state.first_token_s is not None],
-        decode_s=decode_s[before.decode_steps :],
+        decode_s=decode_s.since(before.decode_steps),
     )
     call.total_s = now - call.began
 

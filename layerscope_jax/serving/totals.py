@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+import operator
+from typing import NamedTuple
 
 from layerscope_jax.runtime.accounts import Account
 
 
-@dataclass(frozen=True)
-class Totals:
+class Totals(NamedTuple):
     """Counts of experts, bytes and seconds; sums of those of `Account`.
 
-    >>> Totals(experts=4, expert_hits=1) + Totals(experts=4, expert_hits=3)
-    Totals(experts=8, expert_hits=4, demand_bytes=0, prefetch_bytes=0, wasted_bytes=0, link_busy_s=0.0, \
-host_busy_s=0.0, device_busy_s=0.0, foreseen=0, foreseeable=0)
+    >>> Totals(experts=4, expert_hits=1).plus(Totals(experts=4, expert_hits=3))[:2]
+    (8, 4)
     """
 
     experts: int = 0
@@ -27,8 +26,9 @@ host_busy_s=0.0, device_busy_s=0.0, foreseen=0, foreseeable=0)
     foreseen: int = 0
     foreseeable: int = 0
 
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(*[a + b for a, b in zip(astuple(self), astuple(other), strict=True)])
+    def plus(self, other: Totals) -> Totals:
+        """Returns the sums of both."""
+        return Totals(*map(operator.add, self, other))
 
 
 def totals_of(account: Account) -> Totals:
@@ -63,6 +63,6 @@ class Tally:
     def update(self, account: Account) -> None:
         """Counts the run in progress, which is another one if its account is."""
         if account is not self._account and self._account is not None:
-            self._past += totals_of(self._account)
+            self._past = self._past.plus(totals_of(self._account))
         self._account = account
-        self.totals = self._past + totals_of(account)
+        self.totals = self._past.plus(totals_of(account))

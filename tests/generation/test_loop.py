@@ -285,7 +285,26 @@ def test_a_closed_engine_ends_those_who_wait():
                 in_time(waiting.result)
 
 
-def test_what_is_counted_begins_with_the_call():
+def test_one_thread_advances_all():
+    """Each step brings a token for every handle, also for those that the thread does not wait for."""
+    made, _ = looped(2)
+    handles = [submitted(made, [n], 4) for n in range(3)]
+    tokens, steps = [[] for _ in handles], 0
+    while not all(handle.done for handle in handles):
+        next(handle for handle in handles if not handle.done).advance()
+        steps += 1
+        for handle, known in zip(handles, tokens, strict=True):
+            new, ended = handle.since(len(known))
+            known += [event.token_id for event in new]
+            assert ended == (len(known) == 4) == handle.done
+    assert tokens == [alone([n], 4) for n in range(3)]
+    assert steps == 8  # two prefills; the third waits for a slot
+    handles[0].advance()
+    assert is_idle(made)
+
+
+def test_what_is_counted_begins_with_the_call(monkeypatch):
+    monkeypatch.setattr(shares, "FORGOTTEN", 1)  # times that nobody may ask for
     made, runner = looped(4)
     step = runner.step
 
@@ -306,6 +325,7 @@ def test_what_is_counted_begins_with_the_call():
     assert (whole.stats.prompts, whole.stats.prompt_tokens, whole.stats.new_tokens) == (1, 2, 9)
     assert (ended.stats.prompt_tokens, ended.stats.new_tokens) == (1, 3)
     assert len(second._call.times.decode_s) == 2
+    assert len(first._call.times.decode_s) == 8
     alone_again = submitted(made, [1, 2], 9)
     alone_again.result()
     assert alone_again._call.counted.meter.experts == 9
