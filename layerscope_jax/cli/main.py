@@ -23,6 +23,7 @@ from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
 from layerscope_jax.cli.convert import Convert
+from layerscope_jax.cli.fit import Fit
 from layerscope_jax.cli.inspect import Inspect
 from layerscope_jax.cli.lines import Lines
 from layerscope_jax.cli.options import (
@@ -323,6 +324,7 @@ COMMANDS = {
     "demo": Demo,
     "generate": Generate,
     "inspect": Inspect,
+    "fit": Fit,
     "convert": Convert,
     "trace": Record,
     "calibrate": Calibrate,
