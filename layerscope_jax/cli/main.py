@@ -24,6 +24,7 @@ from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
 from layerscope_jax.cli.convert import Convert
 from layerscope_jax.cli.engine_options import EngineOptions
+from layerscope_jax.cli.fit import Fit
 from layerscope_jax.cli.inspect import Inspect
 from layerscope_jax.cli.lines import Lines
 from layerscope_jax.cli.options import (
@@ -254,6 +255,7 @@ COMMANDS = {
     "chat": Talk,
     "serve": Serve,
     "inspect": Inspect,
+    "fit": Fit,
     "convert": Convert,
     "trace": Record,
     "calibrate": Calibrate,

@@ -59,8 +59,7 @@ class Fitting:
         """
         costs, before = self.runner.costs, self.budget_bytes
         with self._resources.opening():  # an engine without a runner is closed
-            self._resources.drop(self.runner)
-            del self.runner
+            self._resources.drop(self.runner)  # which lets go of its experts
             gc.collect()
             self._lower()
             try:

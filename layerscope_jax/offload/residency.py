@@ -129,6 +129,11 @@ class Residency:
         """Returns the bytes of prefetched experts that were never used, evicted and resident ones."""
         return self.wasted_bytes + len(self.idle_prefetches & self._held.keys()) * self.expert_bytes
 
+    def clear(self) -> None:
+        """Lets go of every expert, when nothing is computed any more; the counts stay."""
+        self._held.clear()
+        self._coming.clear()
+
     def reset(self) -> None:
         """Resets the counts; experts that are resident now do not count as wasted later."""
         self.wasted_bytes = 0

@@ -250,6 +250,8 @@ class LayerByLayer:
         return self.rehearsed_by(self, device_experts(self.model.device, self.host_experts.cpu))
 
     def close(self) -> None:
-        """Ends the runner's threads; see `Runner.close`."""
+        """Ends the runner's threads and lets go of the device's memory; see `Runner.close`."""
         parts: list[Closable] = [self.host_experts, self.transfers, self.forecasts]
         close_all(parts if self.pool is None else [*parts, self.pool])
+        self.residency.clear()
+        self.device_experts.clear()

@@ -110,7 +110,9 @@ class Runner(Protocol):
         """
 
     def close(self) -> None:
-        """Ends the runner's threads; it runs no more steps. It may be called again, as after an interrupt.
+        """Ends the runner's threads and lets go of the experts on the device; it runs no more steps.
+
+        It may be called again, as after an interrupt.
 
         Raises:
             BaseException: the first exception raised while ending a part of the runner; all other parts are

@@ -95,7 +95,8 @@ class WholeModel:
         return other
 
     def close(self) -> None:
-        """Does nothing, because there are no threads."""
+        """Lets go of the device's memory; there are no threads."""
+        self.params = {}
 
 
 @functools.lru_cache(maxsize=16)
