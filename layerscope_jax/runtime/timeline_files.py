@@ -111,7 +111,30 @@ def read_timeline(path: str | Path) -> dict[str, Any]:
             f"{path}: expected a timeline that `layerscope generate --timeline FILE` wrote, or demo or "
             "simulate; got other JSON"
         )
+    known = {process["pid"] for process in processes}
+    for number, event in enumerate(events):
+        if not (isinstance(event, dict) and event.get("pid") in known and _is_whole(event)):
+            raise ValueError(
+                f"{path}: traceEvents[{number}] is no event of a timeline: {str(event)[:80]}; write it again "
+                "with --timeline"
+            )
     return content
+
+
+def _is_whole(event: Mapping[str, Any]) -> bool:
+    """Whether an event has what is read of it."""
+    if event.get("ph") != "X":
+        return True
+    numbers = [event.get("ts"), event.get("dur")]
+    args, lane = event.get("args"), str(event.get("cat")).partition(",")[0]
+    return (
+        all(isinstance(number, int | float) for number in numbers)
+        and lane in LANES
+        and isinstance(args, dict)
+        and isinstance(args.get("step"), int)
+        and isinstance(args.get("layer", 0), int)
+        and (lane not in ("link", "disk") or isinstance(args.get("bytes"), int))
+    )
 
 
 def join_timelines(path: str | Path, sources: Iterable[str | Path]) -> None:
