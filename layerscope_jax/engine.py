@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -32,6 +33,7 @@ from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.build import build
 from layerscope_jax.runtime.resources import Resources
 from layerscope_jax.runtime.runner import Runner
+from layerscope_jax.runtime.timeline_files import check_place, of_call, write_timeline
 from layerscope_jax.runtime.turns import Turns
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.policy import PolicyBase
@@ -231,6 +233,7 @@ class Engine:
         on_token: Callable[[Token], object] | None = None,
         record_plans: bool = False,
         bound: bool = False,
+        timeline: str | Path | None = None,
         **settings: Any,
     ) -> Completions:
         """Generates a completion for every prompt.
@@ -247,6 +250,9 @@ class Engine:
                 during the call.
             bound: whether to report the lower bound on the time of the decode steps, computed from this
                 machine's costs, as a share of the time taken; takes a few seconds more.
+            timeline: file for a timeline of what device, host, link and disk did when, with every layer's
+                plan: a trace for Perfetto, chrome://tracing and `layerscope report` (docs/timeline.md). It
+                takes up to 128 MiB of memory, and of a longer call covers the end.
             **settings: fields of `Request` for the prompts that are not a `Request`, such as max_new_tokens,
                 temperature or stop. At least one prompt must not be a `Request`.
 
@@ -257,27 +263,33 @@ class Engine:
             TransferError: if an expert could not be copied to the device.
         """
         self._turns.check()
-        options = ("progress", "on_token", "record_plans", "bound")
+        options = ("progress", "on_token", "record_plans", "bound", "timeline")
         requests = make_requests(prompts, settings, options, self.defaults)
         check_options(on_token, progress=progress, record_plans=record_plans, bound=bound)
+        if timeline is not None:
+            check_place(timeline)
         if bound and self.runner.costs is None:
             raise ValueError(
                 "a bound needs the costs of this machine: pass the file that `layerscope calibrate` wrote as "
                 "OffloadConfig(profile=), or choose a policy that weighs costs; and set a device_budget that "
                 "does not hold every expert"
             )
-        call = self._call(requests, record_plans=record_plans, bound=bound)
+        call = self._call(requests, record_plans=record_plans, bound=bound, timeline=timeline is not None)
         if not progress and on_token is None:
-            return self._loop.complete(call)
-        with (
-            progress_bar(requests) if progress else nullcontext(lambda event: None) as advance,
-            closing(self._loop.stream(call)) as events,
-        ):
-            for event in events:
-                advance(event)
-                if on_token is not None:
-                    on_token(event)
-        return self._loop.answer(call)
+            result = self._loop.complete(call)
+        else:
+            with (
+                progress_bar(requests) if progress else nullcontext(lambda event: None) as advance,
+                closing(self._loop.stream(call)) as events,
+            ):
+                for event in events:
+                    advance(event)
+                    if on_token is not None:
+                        on_token(event)
+            result = self._loop.answer(call)
+        if timeline is not None:
+            write_timeline(timeline, [of_call(call.recording, result.stats, self.model)])
+        return result
 
     def stream(self, prompts: Sequence[str | Sequence[int] | Request], **settings: Any) -> Iterator[Token]:
         """Yields each `Token` of the prompts' completions as soon as it is known.
@@ -393,14 +405,21 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, requests: Sequence[Request], *, record_plans: bool = False, bound: bool = False) -> Call:
+    def _call(
+        self,
+        requests: Sequence[Request],
+        *,
+        record_plans: bool = False,
+        bound: bool = False,
+        timeline: bool = False,
+    ) -> Call:
         """Returns the requests as they are before their first step; refuses prompts the model cannot take."""
         self._loop.check_open()
         config = self.model.config
         prompts = encode_prompts(
             requests, self.model.tokenizer, config.max_position_embeddings, config.vocab_size, self._chat
         )
-        return self._loop.call(requests, prompts, record_plans=record_plans, bound=bound)
+        return self._loop.call(requests, prompts, record_plans=record_plans, bound=bound, timeline=timeline)
 
     def text(self, tokens: list[int], finish: str, prompt: Sequence[int] = ()) -> str:
         """Returns the text of new tokens that follow a prompt's, without the stop token that ended it."""

@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -26,6 +27,7 @@ def complete(
     on_row: Callable[[Row, list[Output]], object] = lambda row, outputs: None,
     progress: bool = False,
     bound: bool = False,
+    timeline: Path | None = None,
 ) -> Completions:
     """Generates for every row.
 
@@ -36,7 +38,7 @@ def complete(
         on_token: is given each token; its `request` is an index into `rows`.
         on_row: is given each row with all its samples as soon as they are complete.
         progress: whether to show a bar on stderr.
-        bound: as of `Engine.generate`.
+        bound, timeline: as of `Engine.generate`.
     """
     requests = [with_seed(request) for request in requests or [row.request for row in rows]]
     events: dict[tuple[int, int], list[Token]] = defaultdict(list)
@@ -53,7 +55,7 @@ def complete(
                 outputs = [Output(**output_of(sample, requests[number])) for sample in samples]
                 on_row(rows[number], outputs)
 
-    return engine.generate(requests, progress=progress, on_token=receive, bound=bound)
+    return engine.generate(requests, progress=progress, on_token=receive, bound=bound, timeline=timeline)
 
 
 class Live:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from layerscope_jax.engine import Engine, make_policy
 from layerscope_jax.generation.completions import Completions
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.prediction.predictors import Predictor
+from layerscope_jax.runtime.timeline_files import join_timelines
 from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.support.compile_cache import counted
@@ -54,6 +56,7 @@ def compare(
     emulated_link_bandwidth: str | None,
     predictor: Predictor | str | None = None,
     host_budget: str | None = None,
+    timeline: Path | None = None,
 ) -> dict[str, Any]:
     """Generates with everything resident, then within a budget under each policy; returns the report.
 
@@ -67,6 +70,7 @@ def compare(
         predictor: for the policies that use one.
         host_budget: host memory for experts under each policy, such as "3MB"; the others are read from the
             model's folder. None for all.
+        timeline: file for a timeline of the runs, one process each; None for none.
 
     Raises:
         ValueError: for an unknown policy, a share out of range or a budget too small.
@@ -79,16 +83,20 @@ def compare(
     Request(prompt="", max_new_tokens=max_new_tokens)  # refuses a number out of range before anything runs
     results, runs = [], []
     console = Console(stderr=True)
+    drawn: list[Path] = []
     # Refreshed rarely: the spinner takes time of the process that is measured.
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        refresh_per_second=2,
-        disable=not console.is_terminal,
-    ) as progress:
+    with (
+        Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=2,
+            disable=not console.is_terminal,
+        ) as progress,
+        TemporaryDirectory() as folder,
+    ):
         task = progress.add_task("")
         for index, (name, config) in enumerate(configs, 1):
             show = functools.partial(progress.update, task)
@@ -97,9 +105,13 @@ def compare(
             with Engine(stored if config.host_budget else model, config) as engine:
                 warm_up(engine, texts, max_new_tokens)
                 show(description=label + "measuring")
-                result, programs = measured(engine, texts, max_new_tokens)
+                if timeline is not None:
+                    drawn.append(Path(folder) / f"{index}.json")
+                result, programs = measured(engine, texts, max_new_tokens, drawn[-1] if drawn else None)
             results.append(result)
             runs.append(result.stats.to_json() | {"programs_compiled": programs})
+        if timeline is not None:
+            join_timelines(timeline, drawn)
     oracle = next(result for result in results if result.stats.mode != "whole")
     for run, result in zip(runs, results, strict=True):
         run["same_tokens"] = result.token_ids == oracle.token_ids
@@ -161,7 +173,9 @@ def warm_up(engine: Engine, prompts: list[str], max_new_tokens: int) -> None:
             break
 
 
-def measured(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[Completions, int]:
+def measured(
+    engine: Engine, prompts: list[str], max_new_tokens: int, timeline: Path | None = None
+) -> tuple[Completions, int]:
     """Generates, and repeats a few times as long as a program was compiled during the run.
 
     Returns:
@@ -169,7 +183,7 @@ def measured(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[C
     """
     for _ in range(MOST_RUNS):
         with counted() as compilations:
-            result = engine.generate(prompts, max_new_tokens=max_new_tokens)
+            result = engine.generate(prompts, max_new_tokens=max_new_tokens, timeline=timeline)
         if not compilations.programs:
             break
     return result, compilations.programs

@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,11 +33,13 @@ from layerscope_jax.cli.options import (
     SHIPPED,
     HostBudget,
     Revision,
+    TimelineFile,
     heard,
     known_format,
     open_model,
     open_predictor,
 )
+from layerscope_jax.cli.report import Report
 from layerscope_jax.cli.request_options import RequestOptions
 from layerscope_jax.cli.serve import Serve
 from layerscope_jax.cli.simulate import Simulate
@@ -51,7 +53,7 @@ from layerscope_jax.generation.requests import Request
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.compile_cache import use_compilation_cache
 from layerscope_jax.support.exits import say
-from layerscope_jax.support.option_errors import option
+from layerscope_jax.support.option_errors import option, writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,22 +95,25 @@ class Demo:
         ),
     ] = "50MB"
     host_budget: HostBudget = None
+    timeline: TimelineFile = None
 
     def run(self) -> int:
         """Returns the exit code."""
         exits.need_output()
         with option("--checkpoint"):
             model = open_model(self.checkpoint, None, self.revision)
-        report = demo.compare(
-            model,
-            demo.read_demo_prompts(),
-            policies=self.policies,
-            max_new_tokens=self.max_new_tokens,
-            budget_share=self.budget_share,
-            emulated_link_bandwidth=self.emulated_link_bandwidth,
-            predictor=open_predictor(self.predictor) or "gate",
-            host_budget=self.host_budget,
-        )
+        with nullcontext() if self.timeline is None else writing("--timeline", self.timeline):
+            report = demo.compare(
+                model,
+                demo.read_demo_prompts(),
+                policies=self.policies,
+                max_new_tokens=self.max_new_tokens,
+                budget_share=self.budget_share,
+                emulated_link_bandwidth=self.emulated_link_bandwidth,
+                predictor=open_predictor(self.predictor) or "gate",
+                host_budget=self.host_budget,
+                timeline=self.timeline,
+            )
         if self.json:
             print(json.dumps(report))
         else:
@@ -151,6 +156,7 @@ class Generate(RequestOptions, EngineOptions):
             "time taken."
         ),
     ] = False
+    timeline: TimelineFile = None
 
     def run(self) -> int:
         """Returns the exit code."""
@@ -161,6 +167,11 @@ class Generate(RequestOptions, EngineOptions):
             rows = self._rows(defaults)
             said = ", ".join(f"{name} {value}" for name, value in defaults.items())
             say(f"{self.checkpoint} recommends {said}; --generation-config none turns that off")
+        with nullcontext() if self.timeline is None else writing("--timeline", self.timeline):
+            return self._run(rows, config, template)
+
+    def _run(self, rows: list[Row], config: OffloadConfig, template: str | None) -> int:
+        """Completes the rows that are not done yet; returns the exit code."""
         if self.out is None:
             exits.need_output()
             return exits.FAILED if self._complete(rows, config, None, template) else exits.DONE
@@ -233,6 +244,7 @@ class Generate(RequestOptions, EngineOptions):
                 # A progress bar would garble lines of output on the same terminal.
                 progress=file is not None or not sys.stdout.isatty(),
                 bound=self.bound,
+                timeline=self.timeline,
             )
         interrupts.check()  # an interrupted run prints no statistics
         say(summary(result.stats, model.bank.total_bytes))
@@ -260,6 +272,7 @@ COMMANDS = {
     "trace": Record,
     "calibrate": Calibrate,
     "simulate": Simulate,
+    "report": Report,
 }
 """Commands of this package; other packages add theirs, see `layerscope_jax.cli.commands`."""
 

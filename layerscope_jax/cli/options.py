@@ -67,6 +67,15 @@ Dtype = Annotated[
     arg(help="Converts the weights; without it they keep their dtype."),
 ]
 
+TimelineFile = Annotated[
+    Path | None,
+    arg(
+        metavar="FILE",
+        help="Write a timeline there: what device, host, link and disk did when, for `layerscope report`, "
+        "Perfetto and chrome://tracing (docs/timeline.md).",
+    ),
+]
+
 ExpertFormat = Annotated[
     str | None,
     arg(

@@ -12,6 +12,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from layerscope_jax.cli import comparison_view
+from layerscope_jax.cli.options import TimelineFile
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.simulation.comparison import simulate_profile
 from layerscope_jax.simulation.policies import BATCHES, SIMULATED
@@ -82,6 +83,7 @@ class Simulate:
         Path | None,
         arg(metavar="FILE", help="Write the rows of the tables there, as one JSON object."),
     ] = None
+    timeline: TimelineFile = None
 
     def run(self) -> int:
         """Returns the exit code."""
@@ -90,7 +92,10 @@ class Simulate:
             profile = MachineProfile.load(self.profile)
         if profile.slots is None and self.budget is None:
             raise ValueError(f"the profile {self.profile} names no budget; set one with --budget")
-        with nullcontext() if self.json is None else writing("--json", self.json):
+        with (
+            nullcontext() if self.json is None else writing("--json", self.json),
+            nullcontext() if self.timeline is None else writing("--timeline", self.timeline),
+        ):
             self._simulate(profile)
         return 0
 
@@ -112,6 +117,7 @@ class Simulate:
             if self.host_budget is None
             else experts_of(self.host_budget, profile.model.expert_bytes, "host_budget"),
             progress=True,
+            timeline=self.timeline,
         )
         if self.trace is not None:
             comparison = replace(comparison, routing=str(self.trace))

@@ -16,6 +16,7 @@ from layerscope_jax.generation.stop_strings import StopStrings
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.sampling import NO_TOKEN
 from layerscope_jax.runtime.statistics import Times
+from layerscope_jax.runtime.timeline import Recording
 
 
 @dataclass(eq=False)
@@ -136,19 +137,20 @@ class Call:
     """Requests that are submitted together and answered together.
 
     Attributes:
-        record_plans, bound: which records of the run to keep for the call.
+        record_plans, bound, timeline: which records of the run to keep for the call.
         states: its requests.
         log: every token so far, in order. The log alone decides what has happened: a token is published by
             one `append`, which no interrupt can divide.
         began: time (s) of `time.perf_counter` when it was submitted.
         joined: counts of the run when the call joined it; None until then.
-        counted, times, total_s: what the run did from then on, set when the call has ended.
+        counted, times, total_s, recording: what the run did from then on, set when the call has ended.
         cancelled: whether its requests are to end at the next step.
         ended: whether all of its requests have ended, and `log` is complete.
     """
 
     record_plans: bool = False
     bound: bool = False
+    timeline: bool = False
     states: list[RequestState] = field(default_factory=list)
     log: list[Token] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
@@ -156,6 +158,7 @@ class Call:
     counted: Account | None = None
     times: Times = field(default_factory=Times)
     total_s: float = 0.0
+    recording: Recording = field(default_factory=Recording)
     cancelled: bool = False
     ended: bool = False
 
@@ -174,6 +177,8 @@ class Joined:
         wasted_bytes: bytes prefetched and not used until then.
         decode_steps: number of decode steps until then.
         plans, decoded: number of records kept until then.
+        when: that time (s), of `time.perf_counter`.
+        left_out: number of spans that the timeline had left out.
     """
 
     counts: dict[str, Any]
@@ -181,3 +186,5 @@ class Joined:
     decode_steps: int
     plans: int
     decoded: int
+    when: float
+    left_out: int

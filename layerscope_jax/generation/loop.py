@@ -79,10 +79,17 @@ class Loop:
     # ---- any thread's side -------------------------------------------------------------------------------
 
     def call(
-        self, requests: Sequence[Request], prompts: Sequence[list[int]], *, record_plans: bool, bound: bool
+        self,
+        requests: Sequence[Request],
+        prompts: Sequence[list[int]],
+        *,
+        record_plans: bool,
+        bound: bool,
+        timeline: bool,
     ) -> Call:
         """Returns a call for requests and their prompts' token ids, which has yet to be submitted."""
-        call, context = Call(record_plans, bound), self._model.config.max_position_embeddings
+        call = Call(record_plans, bound, timeline)
+        context = self._model.config.max_position_embeddings
         call.states = [
             RequestState(
                 next(self._ids),
@@ -310,6 +317,8 @@ class Loop:
             self._account.plans = None
         if not any(call.bound for call in self._calls):
             self._account.decoded = None
+        if not any(call.timeline for call in self._calls):
+            self._account.timeline = None
         if not self._calls:
             self._run = None
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from layerscope_jax.generation.calls import Call, Joined
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.statistics import Times
+from layerscope_jax.runtime.timeline import Timeline
 
 COUNTS = ("meter", "link", "host", "device", "disk")
 
@@ -69,12 +71,16 @@ def join(call: Call, account: Account, decode_s: StepTimes) -> None:
         account.plans = []
     if call.bound and account.decoded is None:
         account.decoded = []
+    if call.timeline and account.timeline is None:
+        account.timeline = Timeline()
     call.joined = Joined(
         counts={name: copy.deepcopy(getattr(account, name)) for name in COUNTS},
         wasted_bytes=account.wasted_bytes,
         decode_steps=len(decode_s),
         plans=len(account.plans or ()),
         decoded=len(account.decoded or ()),
+        when=time.perf_counter(),
+        left_out=0 if account.timeline is None else account.timeline.left_out,
     )
 
 
@@ -96,6 +102,9 @@ def leave(call: Call, account: Account, decode_s: StepTimes, now: float) -> None
         wasted_bytes=max(0, account.wasted_bytes - before.wasted_bytes),
         **{name: difference(getattr(account, name), before.counts[name]) for name in COUNTS},
     )
+    if call.timeline and account.timeline is not None:
+        lost = account.timeline.left_out - before.left_out
+        call.recording = replace(call.recording, spans=account.timeline.since(before.when), left_out=lost)
     began = [state for state in call.states if state.first_token_s is not None]
     call.times = Times(
         prompt_tokens=sum([len(state.prompt) for state in began]),

@@ -23,6 +23,7 @@ from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.registry import REFERENCE, Work, choose
 from layerscope_jax.offload.bank import ExpertBank
 from layerscope_jax.scheduling.plan import ExpertId
+from layerscope_jax.support.spans import Spans
 from layerscope_jax.support.threads import Helpers, Job
 from layerscope_jax.support.units import next_power
 
@@ -240,6 +241,7 @@ class HostExperts:
         shares_inputs: whether inputs are in this machine's memory and not on an accelerator.
 
     Attributes:
+        spans: where computations are recorded; None to record none.
         cpu: what computes.
         inside: the same kernels for use within jitted programs on a CPU; None if that is not supported, or
             the device is an accelerator.
@@ -249,6 +251,7 @@ class HostExperts:
         self.bank = bank
         self.device = device
         self.stats = WorkStats()
+        self.spans: Spans | None = None
         self._weights: dict[tuple[int, int], InMemory] = {}  # arrays that share the bank's memory
         self._closed = False
         self._shares_inputs = shares_inputs
@@ -289,7 +292,10 @@ class HostExperts:
         began = time.perf_counter()
         read = inputs if self._shares_inputs else np.asarray(inputs)
         self.cpu.compute(outputs, read, rows, experts, functools.partial(self.several, layer), self.stats)
-        self.stats.busy_s += time.perf_counter() - began
+        ended = time.perf_counter()
+        self.stats.busy_s += ended - began
+        if self.spans is not None:
+            self.spans.add("host", "experts", began, ended, layer, tuple(experts), len(experts))
 
     def several(self, layer: int, experts: Sequence[int]) -> list[InMemory]:
         """Returns some experts of a layer."""

@@ -17,6 +17,7 @@ from layerscope_jax.offload.queue import Copy, CopyQueue
 from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.errors import ReadError, TransferError
 from layerscope_jax.support.jax_settings import settle_thread
+from layerscope_jax.support.spans import Moved, Spans
 
 ATTEMPTS = 3
 
@@ -86,6 +87,7 @@ class Transfers:
 
     Attributes:
         stats: counts of the link.
+        spans: where chunks are recorded; None to record none.
         queue: copies that wait, are on the link or have arrived; read and changed only under one lock.
         copy: function that starts every copy.
         within: whether copies are made within main memory at full speed, by the CPU that also computes.
@@ -105,6 +107,7 @@ class Transfers:
         self._expert, chunks = bank.format.Expert, len(bank.format.buffers(*bank.sizes))
         self.bandwidth = bandwidth
         self.stats = LinkStats()
+        self.spans: Spans | None = None
         self.copy = copy or start_copy
         self.sharding = device_sharding(device)
         self.queue = CopyQueue(lambda expert: chunks, ready)
@@ -322,6 +325,10 @@ class Transfers:
         with self._changed:
             now = time.perf_counter()
             self.stats.busy_s += now - self._busy_since
+            if self.spans is not None:
+                moved = Moved(copy.expert.expert, array.nbytes, len(copy.arrays) + 1, copy.chunks)
+                kind = "demand" if copy.demanded else "prefetch"
+                self.spans.add("link", kind, self._busy_since, now, copy.expert.layer, moved)
             self._busy_since = now
             if copy.demanded:
                 self.stats.demand_bytes += array.nbytes

@@ -17,6 +17,7 @@ from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.scheduling.reads import Uses
 from layerscope_jax.support.errors import ReadError
 from layerscope_jax.support.jax_settings import settle_thread
+from layerscope_jax.support.spans import Moved, Spans
 
 READERS = 4
 """Threads that read at the same time: with fewer, a disk of several GB/s does not reach its rate
@@ -120,6 +121,7 @@ class HostPool:
 
     Attributes:
         stats: counts of the pool.
+        spans: where reads are recorded; None to record none.
         slots: number of slots.
         told: called, on a reader's thread, with each expert whose read has ended and the error, if any.
     """
@@ -127,6 +129,7 @@ class HostPool:
     def __init__(self, bank: DiskBank, slots: int, host: jax.Device):
         self.bank, self.slots = bank, min(slots, sum(map(len, bank.layers)))
         self.stats = DiskStats()
+        self.spans: Spans | None = None
         self.told: Callable[[ExpertId, ReadError | None], None] = lambda expert, error: None
         self._host = host
         self._changed = threading.Condition()
@@ -356,6 +359,9 @@ class HostPool:
         """Enters the end of a read."""
         now, stats = time.perf_counter(), self.stats
         stats.busy_s += now - self._busy_since
+        if self.spans is not None and error is None:
+            kind, moved = "read" if urgent else "read ahead", Moved(expert.expert, self.bank.expert_bytes)
+            self.spans.add("disk", kind, self._busy_since, now, expert.layer, moved)
         self._busy_since = self._news = now
         self._reading -= 1
         if error is None:

@@ -15,6 +15,7 @@ from layerscope_jax.offload.residency import Residency
 from layerscope_jax.runtime.outcome import busy, counted, read
 from layerscope_jax.runtime.runner import RunnerStats
 from layerscope_jax.runtime.statistics import Meter, RunStats, Times
+from layerscope_jax.runtime.timeline import Timeline
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation
 
 
@@ -26,6 +27,7 @@ class Account:
         plans: every layer's plan; None if plans are not recorded.
         decoded: the demand of each layer of each decode step, for the lower bound; None if it is not
             recorded.
+        timeline: what ran when; None if it is not recorded.
         meter, link, host, device, disk: counts by part.
         steps: number of steps so far.
         peak_bytes, wasted_bytes: counts of the residency when it last stopped counting for this account.
@@ -34,6 +36,7 @@ class Account:
 
     plans: list[LayerPlan] | None = None
     decoded: list[dict[int, int]] | None = None
+    timeline: Timeline | None = None
     meter: Meter = field(default_factory=Meter)
     link: LinkStats = field(default_factory=LinkStats)
     host: WorkStats = field(default_factory=WorkStats)
@@ -48,13 +51,15 @@ class Account:
         """Counts one planned layer, and records it if records are kept."""
         if self.decoded is not None and seen.phase == "decode":
             self.decoded.append(dict(seen.demand))
+        if self.timeline is not None:
+            self.timeline.decide(seen, plan, self.meter.forecast)
         self.meter.count(seen, idle_prefetches)
         if self.plans is not None:
             self.plans.append(plan)
 
     @property
     def records(self) -> bool:
-        """Whether single layers are recorded."""
+        """Whether single layers are recorded, so that each has to be run by itself."""
         return self.plans is not None or self.decoded is not None
 
     def after(self) -> Account:

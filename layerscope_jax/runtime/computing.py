@@ -14,6 +14,7 @@ from layerscope_jax.kernels.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.statistics import Meter
+from layerscope_jax.runtime.timeline import Timeline
 from layerscope_jax.scheduling.plan import LayerPlan
 from layerscope_jax.support.threads import Job
 
@@ -41,7 +42,12 @@ class BothSides:
     Args:
         device, host: the executors.
         tier: experts in device memory.
+
+    Attributes:
+        timeline: where work and waits are recorded; None to record none.
     """
+
+    timeline: Timeline | None = None
 
     def __init__(self, device: DeviceExperts | SharedExperts, host: HostExperts, tier: DeviceTier):
         self._device, self._host, self._tier = device, host, tier
@@ -80,22 +86,25 @@ class BothSides:
         if plan.device:
             missing = tier.missing(layer, plan.device)
             ready = [e for e in plan.device if e not in missing] if missing else plan.device
-            outputs, done = self._run(outputs, inputs, layer, rows, ready)
+            outputs, done, since = self._run(outputs, inputs, layer, rows, ready, since, meter)
         if plan.host and job is None:
-            await_device(done, since, meter)
+            self._await_device(done, since, layer, meter)
             self._host.compute(host_rows, layer, inputs, rows, plan.host)
             since = time.perf_counter()
             outputs = device.place(outputs, host_rows, rows, plan.host)
         while missing:
-            await_device(done, since, meter)
+            self._await_device(done, since, layer, meter)
             # A few at a time: the last ones wait a little for each other, but there are fewer dispatches. If
             # copying uses the same cores, computing meanwhile gains nothing (`benchmarks/NOTES.md`).
             few = len(missing) if tier.transfers.within else min(len(missing), ARRIVALS)
+            began = time.perf_counter() if self.timeline is not None else 0.0
             tier.fetch(layer, missing, few)
             since = time.perf_counter()
+            if self.timeline is not None:
+                self.timeline.add("scheduler", "wait for link", began, since, layer)
             still = tier.missing(layer, missing)
             ready = [e for e in missing if e not in still]
-            outputs, done = self._run(outputs, inputs, layer, rows, ready)
+            outputs, done, since = self._run(outputs, inputs, layer, rows, ready, since, meter)
             missing = still
         return outputs, since, None if job is None else HostPart(job, host_rows, done)
 
@@ -103,23 +112,46 @@ class BothSides:
         self, outputs: Any, since: float, host: HostPart, rows: Assignments, plan: LayerPlan, meter: Meter
     ) -> tuple[Any, float]:
         """Waits for the host and places its rows into the outputs; takes what `begin` returned."""
-        await_device(host.done, since, meter)
+        self._await_device(host.done, since, plan.layer, meter)
+        began = time.perf_counter() if self.timeline is not None else 0.0
         host.job.result()
         since = time.perf_counter()
+        if self.timeline is not None:
+            self.timeline.add("scheduler", "wait for host", began, since, plan.layer)
         return self._device.place(outputs, host.rows, rows, plan.host), since
 
     def _run(
-        self, outputs: Any, inputs: jax.Array, layer: int, rows: Assignments, experts: Sequence[int]
-    ) -> tuple[Any, jax.Array | None]:
+        self,
+        outputs: Any,
+        inputs: jax.Array,
+        layer: int,
+        rows: Assignments,
+        experts: Sequence[int],
+        since: float,
+        meter: Meter,
+    ) -> tuple[Any, jax.Array | None, float]:
+        """Has the device compute experts; returns when it got what it is still busy with, too."""
         if not experts:
-            return outputs, None
-        return self._device.run(
+            return outputs, None, since
+        outputs, done = self._device.run(
             outputs, inputs, rows, experts, functools.partial(self._tier.residency.use, layer)
         )
+        if self.timeline is not None:
+            self.timeline.give(experts)
+        if self._device.waits:
+            since = self._busy(since, layer, meter)
+        return outputs, done, since
 
+    def _await_device(self, done: jax.Array | None, since: float, layer: int, meter: Meter) -> None:
+        """Waits for the device before a wait for host or link, to measure how long the device was busy."""
+        if done is not None:
+            jax.block_until_ready(done)
+            self._busy(since, layer, meter)
 
-def await_device(done: jax.Array | None, since: float, meter: Meter) -> None:
-    """Waits for the device before a wait for host or link, to measure how long the device was busy."""
-    if done is not None:
-        jax.block_until_ready(done)
-        meter.device_busy_s += time.perf_counter() - since
+    def _busy(self, since: float, layer: int, meter: Meter) -> float:
+        """Counts the device as busy until now; returns the time."""
+        now = time.perf_counter()
+        meter.device_busy_s += now - since
+        if self.timeline is not None:
+            self.timeline.device(since, now, layer)
+        return now

@@ -100,13 +100,20 @@ class LayerByLayer:
         sampling: Sampling | None,
     ) -> Stepped:
         """Runs one forward pass, or (for timing) only the layers that have caches; see `Runner.step`."""
+        timeline = self.account.timeline
+        if timeline is not None:
+            timeline.step = self.account.steps
         with self.settled_after():
-            self._since = time.perf_counter()
+            began = self._since = time.perf_counter()
             stepped = self.dense.through(
                 self._layer, self.device_experts, tokens, positions, last, caches, sampling
             )
         self.decisions.end_step()
-        self.account.meter.device_busy_s += time.perf_counter() - self._since
+        now = time.perf_counter()
+        self.account.meter.device_busy_s += now - self._since
+        if timeline is not None:
+            timeline.device(self._since, now, self.model.config.num_moe_layers - 1, "logits")
+            timeline.end_step(tokens.shape[1], began, now)
         self.account.steps += 1
         return stepped
 
@@ -114,7 +121,8 @@ class LayerByLayer:
         self, layer: int, step: StepInputs, state: Between, caches: list[Any]
     ) -> tuple[Between, list[Any]]:
         """Runs one MoE layer and the dense layers before it."""
-        meter, device = self.account.meter, self.device_experts
+        meter, device, timeline = self.account.meter, self.device_experts, self.account.timeline
+        began = 0.0 if timeline is None else time.perf_counter()
         looks_ahead = step.counted is not None and self.policy.wants_forecast(self.decisions.state)
         hidden, inputs, experts, weights, caches, expected = self.dense.attend(
             layer, step, state, caches, looks_ahead
@@ -125,11 +133,16 @@ class LayerByLayer:
         # The only read-back of the layer; `jax.device_get` does the same but handles pytrees, which takes
         # longer.
         chosen, expected = np.asarray(experts), None if expected is None else np.asarray(expected)
-        meter.device_busy_s += time.perf_counter() - self._since
+        now = time.perf_counter()
+        meter.device_busy_s += now - self._since
+        if timeline is not None:
+            timeline.device(self._since, now, layer, "attention")
         rows = Assignments(chosen, step.active)
         if self.tap is not None:
             self.tap(layer, inputs, chosen, weights)
         seen, plan = self._decide(layer, step.phase, rows, expected)
+        if timeline is not None:
+            timeline.add("scheduler", "plan", now, time.perf_counter(), layer)
         outputs = device.take(rows.total, hidden.shape[-1], hidden.dtype)
         outputs, since, host = self.experts.begin(outputs, inputs, rows, plan, meter)
         self.forecasts.learn(seen, inputs, chosen, weights, step.active)
@@ -137,6 +150,8 @@ class LayerByLayer:
             outputs, since = self.experts.end(outputs, since, host, rows, plan, meter)
         self._since = since
         device.give_back(outputs)
+        if timeline is not None:
+            timeline.end_layer(layer, began, time.perf_counter())
         return Between(hidden, outputs, weights), caches
 
     def _decide(
@@ -209,10 +224,12 @@ class LayerByLayer:
         if self._books_of is not None:
             self._books_of.leave_books(self.residency)
         self.account = account or self.account.after()
+        timeline = self.experts.timeline = self.account.timeline
+        self.transfers.spans = self.host_experts.spans = timeline
         self.transfers.stats = self.account.link
         self.host_experts.stats, self.device_experts.stats = self.account.host, self.account.device
         if self.pool is not None:
-            self.pool.stats = self.account.disk
+            self.pool.stats, self.pool.spans = self.account.disk, timeline
         if account not in (None, self._books_of):  # otherwise the counts still hold
             self._books_of = account
             self.account.take_books(self.residency)

@@ -92,7 +92,10 @@ class ResidentOnCpu(LayerByLayer):
             began = time.perf_counter()
             next_tokens, logits, caches = self.decode(tokens, positions, last, caches, sampling)
             next_tokens.block_until_ready()
-        account.meter.device_busy_s += time.perf_counter() - began
+        now = time.perf_counter()
+        account.meter.device_busy_s += now - began
+        if account.timeline is not None:
+            account.timeline.whole_step(account.steps, tokens.shape[1], began, now)
         account.steps += 1
         experts, assignments = self.inside.take_counts()
         account.meter.count_resident(config.num_moe_layers, experts, assignments)

@@ -11,7 +11,10 @@ from layerscope_jax.scheduling.plan import ExpertId, Observation
 
 @dataclass
 class Meter:
-    """Counts of layers, experts, tokens and prefetches since the last reset."""
+    """Counts of layers, experts, tokens and prefetches since the last reset.
+
+    `forecast` has the tokens [E] expected of the layer after the last one counted; empty without a forecast.
+    """
 
     device_busy_s: float = 0.0
     layers: int = 0
@@ -23,7 +26,7 @@ class Meter:
     foreseeable: int = 0
     on_time: int = 0
     late: int = 0
-    _forecast: Sequence[float] = ()
+    forecast: Sequence[float] = ()
 
     def count(self, seen: Observation, idle_prefetches: Set[ExpertId]) -> None:
         """Counts one layer's demand, and how much of it was resident and forecast when the layer was planned.
@@ -43,11 +46,11 @@ class Meter:
             prefetched = [expert for expert in seen.demand if (layer, expert) in idle_prefetches]
             arrived = sum([(layer, expert) in resident for expert in prefetched])
             self.on_time, self.late = self.on_time + arrived, self.late + len(prefetched) - arrived
-        if self._forecast and seen.phase == "decode":
-            likeliest = sorted(range(len(self._forecast)), key=self._forecast.__getitem__, reverse=True)
+        if self.forecast and seen.phase == "decode":
+            likeliest = sorted(range(len(self.forecast)), key=self.forecast.__getitem__, reverse=True)
             self.foreseen += len(seen.demand.keys() & set(likeliest[: len(seen.demand)]))
             self.foreseeable += len(seen.demand)
-        self._forecast = seen.forecast[0] if seen.forecast else ()
+        self.forecast = seen.forecast[0] if seen.forecast else ()
 
     def count_resident(self, layers: int, experts: int, tokens: int) -> None:
         """Counts layers whose experts were all resident, with their active experts and routed tokens."""

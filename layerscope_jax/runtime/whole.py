@@ -62,7 +62,11 @@ class WholeModel:
         began = time.perf_counter()
         stepped = self.run(self.params, tokens, positions, last, caches, sampling)
         stepped[0].block_until_ready()
-        self.account.meter.device_busy_s += time.perf_counter() - began
+        now, account = time.perf_counter(), self.account
+        account.meter.device_busy_s += now - began
+        if account.timeline is not None:
+            account.timeline.whole_step(account.steps, tokens.shape[1], began, now)
+        account.steps += 1
         return stepped
 
     def reset(self, account: Account | None) -> None:

@@ -14,6 +14,8 @@ from rich.progress import track
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.runtime.lower_bound import lower_bound_ms
 from layerscope_jax.runtime.outcome import Outcome
+from layerscope_jax.runtime.timeline import Recording, Timeline
+from layerscope_jax.runtime.timeline_files import check_place, write_timeline
 from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.scheduling.belady import belady_hit_rate
 from layerscope_jax.scheduling.costs import HardwareProfile
@@ -24,6 +26,7 @@ from layerscope_jax.scheduling.registry import is_policy
 from layerscope_jax.simulation.policies import BATCHES, SIMULATED, refusals, run, workloads
 from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.simulation.simulator import Simulated, Workload
+from layerscope_jax.support.spans import MOST_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,7 @@ def simulate_profile(
     predictor: str = "llapor",
     host_slots: int | None = None,
     progress: bool = False,
+    timeline: str | Path | None = None,
 ) -> Comparison:
     """Simulates policies over recorded routing on the machine of a profile.
 
@@ -114,6 +118,8 @@ def simulate_profile(
         host_slots: number of experts that host memory holds, if the others are on a disk; None for all. The
             bound takes all experts to be in host memory.
         progress: whether to show a progress bar on stderr, if that is a terminal.
+        timeline: file for a timeline of every run (docs/timeline.md); together they take up to 128 MiB of
+            memory, and of longer runs cover the ends. None for none.
 
     Raises:
         ValueError: for unknown names, with those that exist, and for values out of range; if the routing does
@@ -149,13 +155,22 @@ def simulate_profile(
         transient=True,
         disable=not (progress and console.is_terminal),
     )
+    recordings: list[Recording] = []
+    if timeline is not None:
+        check_place(timeline)
+    most_bytes = MOST_BYTES // max(1, len(batches) * len(left))
     limits: dict[int, list[tuple[float, float]]] = {}
     for batch, name in runs:
         if batch not in limits:
             limits[batch] = [_limits(workload, geometry, profile.costs) for workload in demand[batch]]
-        results = run(name, demand[batch], geometry, profile.costs, host_slots)
-        for result, limit in zip(results, limits[batch], strict=True):
-            rows.append(_row(profile.name, batch, result, limit))
+        spans = None if timeline is None else Timeline(most_bytes)
+        results = run(name, demand[batch], geometry, profile.costs, host_slots, spans)
+        made = [_row(profile.name, batch, *pair) for pair in zip(results, limits[batch], strict=True)]
+        rows += made
+        if spans is not None:
+            recordings.append(_recording(spans, made, geometry))
+    if timeline is not None:
+        write_timeline(timeline, recordings)
     return Comparison(
         profile=profile.name,
         source=profile.costs.source,
@@ -231,6 +246,25 @@ def _row(profile: str, batch: int, result: Simulated, limits: tuple[float, float
         bound_s=1e-3 * bound_ms,
         ratio_to_presched=None,
         belady_hit_rate=hit_rate,
+    )
+
+
+def _recording(spans: Timeline, rows: Sequence[Row], geometry: Geometry) -> Recording:
+    """Returns the timeline of a policy's prefill and decode steps with what it is of."""
+    first = rows[0]
+    return Recording(
+        name=f"{first.policy}, batch {first.batch} on {first.profile}",
+        clock="virtual",
+        spans=list(spans),
+        left_out=spans.left_out,
+        outcomes=[row.to_json() for row in rows],
+        about={
+            "profile": first.profile,
+            "batch": first.batch,
+            "moe_layers": geometry.num_layers,
+            "experts": geometry.num_experts,
+            "expert_bytes": geometry.expert_bytes,
+        },
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from layerscope_jax.runtime.timeline import Timeline
 from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.oracle import Oracle
@@ -52,12 +53,13 @@ def run(
     geometry: Geometry,
     costs: HardwareProfile,
     host_slots: int | None = None,
+    timeline: Timeline | None = None,
 ) -> list[Simulated]:
     """Simulates one of `SIMULATED` from an empty device; only policies that use forecasts get them."""
     if policy not in FORECASTING:
         workloads = [replace(part, forecasts=None, predictor=None) for part in workloads]
     made = Oracle([part.counts for part in workloads]) if policy == Oracle.name else POLICIES[policy]()
-    return simulate(made, workloads, geometry, costs, host_slots=host_slots)
+    return simulate(made, workloads, geometry, costs, host_slots=host_slots, timeline=timeline)
 
 
 def refusals(policies: Iterable[str], geometry: Geometry, costs: HardwareProfile) -> dict[str, str]:

@@ -13,6 +13,7 @@ from layerscope_jax.offload.residency import Residency
 from layerscope_jax.runtime.decisions import Reads, decide
 from layerscope_jax.runtime.outcome import Outcome, busy, counted, read
 from layerscope_jax.runtime.statistics import Meter
+from layerscope_jax.runtime.timeline import Timeline
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import (
     ExpertId,
@@ -24,6 +25,7 @@ from layerscope_jax.scheduling.plan import (
 )
 from layerscope_jax.scheduling.policy import PolicyBase, completed
 from layerscope_jax.simulation.contention import side_by_side
+from layerscope_jax.simulation.drawn import Drawn
 from layerscope_jax.simulation.virtual_disk import Disk, StagedLink
 from layerscope_jax.simulation.virtual_link import Link
 from layerscope_jax.simulation.workload import Workload
@@ -58,6 +60,7 @@ def simulate(
     resident: Iterable[ExpertId] = (),
     record: Callable[[LayerPlan], None] | None = None,
     host_slots: int | None = None,
+    timeline: Timeline | None = None,
 ) -> list[Simulated]:
     """Runs a policy over recorded demand, on serial resources: device, host, link, and a disk if one is
     needed.
@@ -79,6 +82,7 @@ def simulate(
         resident: experts on the device at the beginning, at no cost.
         record: called with every plan.
         host_slots: number of experts that host memory holds; None for all.
+        timeline: where to record what ran when, in seconds of the virtual clock; None to record nothing.
 
     Returns:
         The outcome of each workload.
@@ -91,6 +95,8 @@ def simulate(
     for workload in workloads:
         workload.check(geometry)
     run = _Run(completed(policy), geometry, costs, resident, record, host_slots)
+    if timeline is not None:
+        run.draw(timeline)
     return [run.workload(workload) for workload in workloads]
 
 
@@ -128,6 +134,14 @@ class _Run:
         self.now = 0.0
         self.steps = 0
         self.planned_ms = 0.0  # when the last layer was planned
+        self.drawn: Drawn | None = None
+
+    def draw(self, timeline: Timeline) -> None:
+        """Records from now on what runs when."""
+        self.drawn = Drawn(timeline, self.geometry)
+        self.link.told = self.drawn.copy
+        if self.disk is not None:
+            self.disk.told = self.drawn.read
 
     def workload(self, workload: Workload) -> Simulated:
         """Runs all steps of a workload; resets the counts and keeps the residency."""
@@ -140,6 +154,8 @@ class _Run:
         forecasts = None if workload.forecasts is None else workload.forecasts.tolist()
         ends = [self.now]
         for step, counts in enumerate(workload.counts):
+            if self.drawn is not None:
+                self.drawn.timeline.step = self.steps
             for layer, row in enumerate(counts):
                 active = np.flatnonzero(row)
                 looks_ahead = forecasts is not None and self.policy.wants_forecast(self.state)
@@ -156,6 +172,8 @@ class _Run:
                 )
                 self.layer(seen, other_ms)
             self.steps += 1
+            if self.drawn is not None:
+                self.drawn.add("scheduler", workload.phase, ends[-1], self.now)
             ends.append(self.now)
         return self.result(workload, ends)
 
@@ -166,8 +184,11 @@ class _Run:
             seen: the policy's observation of the layer.
             other_ms: time (ms) of everything in the layer but its experts.
         """
+        began, drawn = self.now, self.drawn
         self.now += other_ms
         self.device_ms += other_ms
+        if drawn is not None:
+            drawn.add("device", "attention", began, self.now, seen.layer)
         plan = self._decide(seen)
         demand = seen.demand
         host_ms, pace = side_by_side(self.costs, plan, demand, copying=not self.link.idle(self.now))
@@ -182,20 +203,32 @@ class _Run:
                 device_end += self._compute(copy, pace * self.costs.device_ms(demand[expert]))
             else:
                 missing.add(copy)
+        if drawn is not None:
+            if plan.host and self.disk is None:
+                drawn.add("host", "experts", self.now, host_end, seen.layer, plan.host)
+            drawn.experts(seen.layer, plan.device, missing, self.now, device_end)
         while missing:
             arrival = max(device_end, self.link.next_arrival(missing))
             if self.disk is not None and not any(
                 (self.disk.ready_at(copy) or arrival) <= device_end for copy in missing
             ):
                 self.disk.stats.wait_s += arrival - device_end
+            if drawn is not None:
+                drawn.add("scheduler", "wait for link", device_end, arrival, seen.layer)
             device_end = arrival
             self._absorb(device_end)
             arrived = missing & resident
             for copy in sorted(arrived):
                 device_end += self._compute(copy, pace * self.costs.device_ms(demand[copy.expert]))
             missing -= arrived
+            if drawn is not None:
+                drawn.experts(seen.layer, [copy.expert for copy in arrived], (), arrival, device_end)
         self.host_ms += host_ms
         self.now = max(device_end, host_end)
+        if drawn is not None:
+            if host_end > device_end and plan.device:
+                drawn.add("scheduler", "wait for host", device_end, host_end, seen.layer)
+            drawn.timeline.end_layer(seen.layer, 1e-3 * began, 1e-3 * self.now)
 
     def _from_disk(self, plan: LayerPlan, demand: Mapping[int, int], host_ms: float) -> float:
         """Returns when the host has computed its experts (ms), each as soon as it has been read.
@@ -221,7 +254,10 @@ class _Run:
                 disk.stats.wait_s += max(0.0, came - now)
                 now = max(now, came)
                 continue
-            now += pace * sum(times[expert] for expert in ready)
+            began, now = now, now + pace * sum(times[expert] for expert in ready)
+            if self.drawn is not None:
+                experts = [expert.expert for expert in ready]
+                self.drawn.add("host", "experts", began, now, plan.layer, experts)
             disk.let_go("host", ready, now)
             left = [expert for expert in left if expert not in ready]
         return now
@@ -259,6 +295,8 @@ class _Run:
 
     def _enter(self, seen: Observation, plan: LayerPlan, idle_prefetches: Set[ExpertId]) -> None:
         """Counts a plan, and records it if plans are recorded."""
+        if self.drawn is not None:
+            self.drawn.timeline.decide(seen, plan, self.meter.forecast)
         self.meter.count(seen, idle_prefetches)
         if self.record is not None:
             self.record(plan)

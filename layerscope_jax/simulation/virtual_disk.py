@@ -35,6 +35,8 @@ class Disk:
 
     Attributes:
         stats: counts since the last reset; times in milliseconds.
+        told: called with each read that begins: the expert, whether a layer waits for it, and from when to
+            when (ms) the disk is busy with it; None to call nothing.
 
     >>> disk = Disk(2.0, 0.5, slots=1, num_layers=1)
     >>> disk.hold("host", [ExpertId(0, 0)], True, now=1.0)
@@ -45,6 +47,7 @@ class Disk:
     def __init__(self, read_ms: float, start_ms: float, slots: int, num_layers: int):
         self.slots = slots
         self.stats = DiskStats()
+        self.told: Callable[[ExpertId, bool, float, float], None] | None = None
         self._read_ms, self._start_ms = read_ms, start_ms
         self._ready: dict[ExpertId, float] = {}  # in memory or being read: when it is ready
         self._released: dict[ExpertId, float] = {}  # when its last holder has let go
@@ -135,6 +138,8 @@ class Disk:
             self.stats.demand_bytes += 1  # experts; the simulator knows their size
         else:
             self.stats.ahead_bytes += 1
+        if self.told is not None:
+            self.told(read.expert, read.urgent, read.when, self._free)
 
 
 class StagedLink(Link):
@@ -217,13 +222,7 @@ class StagedLink(Link):
             for expert in queue
             if (when := self.disk.ready_at(expert)) is not None and when <= now
         )
-        self._free = now + self._chunk_ms
-        self._busy_ms += self._chunk_ms
-        self._left[expert] -= 1
-        if queue is self._demand:
-            self.demanded += 1
-        else:
-            self.prefetched += 1
+        self._count(expert, queue is self._demand, now)
         if not self._left[expert]:
             queue.remove(expert)
             del self._left[expert]

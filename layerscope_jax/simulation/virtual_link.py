@@ -20,6 +20,8 @@ class Link:
 
     Attributes:
         demanded, prefetched: chunks begun since the last reset.
+        told: called with each chunk that begins: the expert, whether a layer waits for it, how many chunks of
+            the expert are left, and when the chunk begins and ends (ms); None to call nothing.
 
     >>> link = Link(3.0, chunks=3)
     >>> link.submit([], [ExpertId(1, 0)], now=0.0)
@@ -31,6 +33,7 @@ class Link:
     def __init__(self, transfer_ms: float, chunks: int):
         self._chunks = chunks
         self.demanded = self.prefetched = 0
+        self.told: Callable[[ExpertId, bool, int, float, float], None] | None = None
         self._busy_ms = 0.0  # of chunks begun since the last reset, and of the one that was on the link then
         self._chunk_ms = transfer_ms / self._chunks
         self._free = 0.0  # when the chunk on the link ends, or the last one ended
@@ -120,14 +123,20 @@ class Link:
         while self._left and self._free <= now:
             queue = self._demand or self._prefetch
             expert = queue[0]
-            self._free += self._chunk_ms
-            self._busy_ms += self._chunk_ms
-            self._left[expert] -= 1
-            if queue is self._demand:
-                self.demanded += 1
-            else:
-                self.prefetched += 1
+            self._count(expert, queue is self._demand, self._free)
             if not self._left[expert]:
                 queue.popleft()
                 del self._left[expert]
                 self._arrived[expert] = self._free
+
+    def _count(self, expert: ExpertId, demanded: bool, now: float) -> None:
+        """Counts a chunk that begins now."""
+        self._free = now + self._chunk_ms
+        self._busy_ms += self._chunk_ms
+        self._left[expert] -= 1
+        if demanded:
+            self.demanded += 1
+        else:
+            self.prefetched += 1
+        if self.told is not None:
+            self.told(expert, demanded, self._left[expert], now, self._free)
