@@ -50,6 +50,11 @@ class UnsuitableSeed(Exception):
 
 def load(folder, **overrides):
     """The model of a folder, with every eager code path, in f32."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if (text := config.get_text_config()) is not config:  # to which no override would come
+        for key, value in overrides.items():
+            setattr(text, key, value)
+        overrides = {"config": text}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -66,23 +71,33 @@ def load(folder, **overrides):
 
 def save_random_model(case, folder, seed):
     torch.manual_seed(seed)
-    config = case["class"](**(SHARED | case["config"]))
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config, kind = SHARED | case["config"], transformers.AutoModelForCausalLM
+    if "beside" in case:
+        config, kind = {"text_config": config} | case["beside"], transformers.AutoModelForImageTextToText
+    model = kind.from_config(case["class"](**config), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and not name.endswith(".bias"):
-                parameter.uniform_(0.4, 1.6)
+                middle = parameter.mean().item()  # 1, or 0 where scales are stored less one
+                parameter.uniform_(middle - 0.6, middle + 0.6)
             elif name.endswith("correction_bias"):
                 parameter.normal_(0.0, 0.1)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.5)
             elif name.endswith("sinks"):
                 parameter.normal_(0.0, 1.0)
+            elif name.endswith(("router.scale", "per_expert_scale")):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("A_log"):  # the class's own forget most of the state at every token
+                parameter.uniform_(-5.0, 0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.normal_(0.0, 0.1)
+            elif name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder, max_shard_size=case.get("max_shard_size", "1GB"))
+    shards = case.get("max_shard_size", "1GB")
+    model.save_pretrained(folder, max_shard_size=shards, save_original_format=not case.get("fused"))
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
@@ -108,7 +123,7 @@ def routers(model):
     """The router of each layer that has one, with the number of the layer."""
     for number, layer in enumerate(model.model.layers):
         moe = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
-        router = getattr(moe, "gate", None) or getattr(moe, "router", None)
+        router = getattr(moe, "gate", None) or getattr(moe, "router", None) or getattr(layer, "router", None)
         if router is not None:
             yield number, router
 
@@ -133,6 +148,8 @@ def forward(model, tokens, mask):
         torch.stack([one[part] for one in seen]).reshape(len(seen), *mask.shape, -1).numpy()
         for part in range(3)
     ]
+    if model.config.model_type == "gemma4_text":  # whose routers return probabilities
+        router[0] = np.log(router[0])
     return np.where(mask[..., None], output.logits.numpy(), 0.0).astype(np.float32), *router
 
 
@@ -154,7 +171,8 @@ def greedy(model, prompt, cached):
 
 def router_margin(model, router_logits):
     """How far the last chosen expert, and group, is from the first one left out, at the least."""
-    config, top_k = model.config, model.config.num_experts_per_tok
+    config = model.config
+    top_k = getattr(config, "num_experts_per_tok", None) or config.top_k_experts
     scores = router_logits
     biases = [b for name, b in model.state_dict().items() if name.endswith("correction_bias")]
     if biases:

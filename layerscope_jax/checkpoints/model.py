@@ -121,7 +121,7 @@ class Model:
     def routers(self) -> list[RouterWeights]:
         """The router of each MoE layer, and the norm whose output it reads, on the device."""
         config, layers = self.config, self.dense["layers"]
-        return [layer_type(config, layer).router_of(layers[layer]) for layer in config.moe_layers]
+        return [layer_type(config, layer).router_of(layers[layer], config) for layer in config.moe_layers]
 
     def with_format(self, format: str | ExpertFormat) -> Model:
         """The same model with its experts in another format; the experts of both are in memory meanwhile.
@@ -366,7 +366,7 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     if lost:
         raise ValueError(f"{family.architecture} cannot express {', '.join(lost)}; use a family that can")
     named = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype.name}
-    return dict(sorted((settings | named).items()))
+    return dict(sorted((named | settings).items()))
 
 
 @contextmanager

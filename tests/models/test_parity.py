@@ -25,7 +25,7 @@ CASES = sorted(file.parent.name for file in GOLDEN.glob("*/golden.npz"))
 TOLERANCE = 1e-4  # rounding in float32 alone moves these logits by up to 5e-5
 
 
-DECODING = ("deepseek_v3", "gpt_oss", "mixtral_window", "olmoe", "qwen3_moe_dense")
+DECODING = ("deepseek_v3", "gpt_oss", "mixtral_window", "olmoe", "qwen3_moe_dense", "qwen3_next")
 """Cases whose caches are used in one program: of each kind of attention, and with dense layers."""
 
 take = partial(np.take_along_axis, axis=-1)
