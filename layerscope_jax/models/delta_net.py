@@ -110,8 +110,8 @@ class DeltaNet(nnx.Module):
 
     def faded(self, fade: jax.Array) -> jax.Array:
         """Logarithms of what is left of a state after each token, from projections [B, S, H_v]."""
-        fade = jax.nn.softplus(fade.astype(jnp.float32) + self.fading_bias[...][None, None])
-        return -jnp.exp(self.fading[...])[None, None] * fade
+        rate, bias = (part[...].astype(jnp.float32)[None, None] for part in (self.fading, self.fading_bias))
+        return -jnp.exp(rate) * jax.nn.softplus(fade.astype(jnp.float32) + bias)
 
 
 def convolve(
@@ -130,21 +130,23 @@ def convolve(
     """
     (rows, length, channels), count = inputs.shape, taps.shape[1]
     inputs = jnp.where(real[..., None], inputs, jnp.zeros((), inputs.dtype))
-    before = jnp.zeros((rows, count - 1, channels), inputs.dtype)
-    every = jnp.concatenate([before, inputs], axis=1)  # [B, W - 1 + S, C]
-    if latest is not None:
-        # They come right before a row's first token.
+    kept = None
+    if latest is None:
+        latest = jnp.zeros((rows, count - 1, channels), inputs.dtype)
+        every = jnp.concatenate([latest, inputs], axis=1)  # [B, W - 1 + S, C]
+    elif length == 1:
+        every = jnp.concatenate([latest.astype(inputs.dtype), inputs], axis=1)
+        kept = jnp.where(real[..., None], every[:, 1:].astype(latest.dtype), latest)
+    else:  # those before come right before a row's first token
         row, ago = jnp.arange(rows)[:, None], jnp.arange(count - 1)[None]
         first = jnp.argmax(real, axis=1)[:, None]
+        every = jnp.pad(inputs, ((0, 0), (count - 1, 0), (0, 0)))
         every = every.at[row, first + ago].set(latest.astype(inputs.dtype))
         kept = every[row, first + real.sum(axis=1)[:, None] + ago].astype(latest.dtype)
-    else:
-        kept = None
     wide, weights = every.astype(jnp.float32), taps.astype(jnp.float32)
-    total = sum(
-        jax.lax.dynamic_slice_in_dim(wide, tap, length, 1) * weights[None, None, :, tap]
-        for tap in range(count)
-    )
+    total = jnp.zeros((rows, length, channels), jnp.float32)
+    for tap in range(count):
+        total += wide[:, tap : tap + length] * weights[None, None, :, tap]
     return jax.nn.silu(total).astype(inputs.dtype), kept
 
 
