@@ -67,7 +67,7 @@ MIXED_CASES = {
         "config": {
             "intermediate_size": 20,
             "moe_intermediate_size": 24,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 3,
             "num_key_value_heads": 2,
             "num_global_key_value_heads": 1,
             "head_dim": 8,
@@ -78,12 +78,14 @@ MIXED_CASES = {
             "hidden_size_per_layer_input": 0,
             "attention_k_eq_v": True,
             "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
             "final_logit_softcapping": 8.0,
+            "pad_token_id": 0,
             "initializer_range": 0.25,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": False,
         },
-        "beside": {"tie_word_embeddings": True},
+        "beside": {"tie_word_embeddings": False},
+        "query_scale": 0.25,  # since scores are not scaled
         "must_matter": [{"final_logit_softcapping": None}, {"sliding_window": 7}, {"rms_norm_eps": 1e-1}],
     },
 }

@@ -84,6 +84,8 @@ def save_random_model(case, folder, seed):
             if "norm" in name and not name.endswith(".bias"):
                 middle = parameter.mean().item()  # 1, or 0 where scales are stored less one
                 parameter.uniform_(middle - 0.6, middle + 0.6)
+                if "q_norm" in name:
+                    parameter *= case.get("query_scale", 1.0)
             elif name.endswith("correction_bias"):
                 parameter.normal_(0.0, 0.1)
             elif name.endswith("bias"):

@@ -29,8 +29,9 @@ def family(case):
 FAMILIES = sorted({family(case): case for case in CASES[::-1]}.values())
 """The first case of each family; `tests/models/test_parity.py` has all of them."""
 
-KINDS = ("deepseek_v3", "gpt_oss", "qwen3_moe", "qwen3_next")
-"""A case of each kind of attention: latent; with sinks and windows; plain; gated, among gated DeltaNet."""
+KINDS = ("deepseek_v3", "gemma4", "gpt_oss", "qwen3_moe", "qwen3_next")
+"""A case of each kind of attention: latent; of two sizes; with sinks and windows; plain; gated, among gated
+DeltaNet."""
 
 
 def prompts(case):

@@ -127,19 +127,19 @@ def _full_sizes(reader: ConfigReader, settings: dict[str, Any]) -> dict[str, Any
             "full_kv_heads": heads if heads and settings["keys_as_values"] else settings["num_kv_heads"],
         }
     full = {str(layer) for layer in settings.get("full_attention_layers", ())}
-    sizes = list(given.values()) if isinstance(given, Mapping) else [None]
+    first = next(iter(given.values()), None) if isinstance(given, Mapping) else None
     if not (
-        isinstance(sizes[0] if sizes else None, Mapping)
+        isinstance(first, Mapping)
         and full == {str(layer) for layer in given}
-        and all(each == sizes[0] for each in sizes)
-        and set(sizes[0]) <= {"head_dim", "num_key_value_heads"}
+        and all(each == first for each in given.values())
+        and set(first) <= {"head_dim", "num_key_value_heads"}
     ):
         reader.problems.add(
             "per_layer_config: expected one head_dim and num_key_value_heads for all layers with "
             f"full_attention, got {shown(given)}"
         )
         return {"full_head_dim": size, "full_kv_heads": settings["num_kv_heads"]}
-    inner = reader.inside("per_layer_config", sizes[0])
+    inner = reader.inside("per_layer_config", first)
     return {
         "full_head_dim": inner.integer("head_dim", default=settings["head_dim"]),
         "full_kv_heads": inner.integer("num_key_value_heads", default=settings["num_kv_heads"]),
