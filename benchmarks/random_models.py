@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from layerscope_jax import Decoder, Model, ModelConfig
 from layerscope_jax.checkpoints.weight_names import Naming
-from layerscope_jax.models.config import LatentSizes
+from layerscope_jax.models.config import DeltaSizes, LatentSizes
 from layerscope_jax.models.experts import ExpertBody
 from layerscope_jax.models.layers import abstract
 from layerscope_jax.models.routing_rules import RoutingRule
@@ -86,7 +86,8 @@ def shapes_of_attention(quick: bool) -> dict[str, ModelConfig]:
     """A model of each kind of attention, in the proportions of a published one.
 
     Grouped queries as Qwen3-30B-A3B has them; with sinks, biases and a window in every second layer, and
-    clamped experts, as gpt-oss; latent attention, shared experts and a dense first layer, as Moonlight.
+    clamped experts, as gpt-oss; latent attention, shared experts and a dense first layer, as Moonlight; gated
+    DeltaNet, gated attention in every third layer, and gated shared experts, as Qwen3-Next.
     """
     layers, hidden, inner, experts = (2, 32, 16, 8) if quick else (6, 512, 256, 32)
     shared: Any = {
@@ -135,6 +136,26 @@ def shapes_of_attention(quick: bool) -> dict[str, ModelConfig]:
                 epsilon=1e-20,
                 scale=2.446,
             ),
+        ),
+        "delta": ModelConfig(
+            **shared,
+            **grouped,
+            family="qwen3_next",
+            rotary_dim=8,
+            delta=DeltaSizes(
+                key_heads=max(2, hidden // 64),
+                value_heads=2 * max(2, hidden // 64),
+                key=64 if hidden > 64 else 16,
+                value=64 if hidden > 64 else 16,
+                taps=4,
+            ),
+            full_attention_layers=tuple(range(1, layers, 3)),
+            attention_gate=True,
+            norm="rms_offset",
+            qk_norm="head",
+            shared_intermediate_size=inner,
+            shared_gate=True,
+            normalize_top_k=True,
         ),
     }
 

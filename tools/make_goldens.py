@@ -7,6 +7,7 @@ README.md lists what each folder holds.
 """
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ try:
     import torch
     import transformers
     from golden_cases import CASES, SHARED
+    from golden_mixed_cases import MIXED_CASES
     from rotary_cases import ROTARY
     from safetensors import safe_open
 except ImportError as error:
@@ -29,6 +31,7 @@ except ImportError as error:
         "of their own: pip install torch==2.13.0 transformers"
     )
 
+CASES |= MIXED_CASES
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (5, 17, 9, 24)
 NEW_TOKENS = 64
@@ -36,6 +39,7 @@ LEFT_RIGHT_TOLERANCE = 1e-4
 MIN_GREEDY_MARGIN = 1e-3  # between the two best logits of each greedy step
 MIN_DISTINCT = 16  # tokens among those of a greedy continuation
 MIN_ROUTER_MARGIN = 1e-4  # between the logits of the last chosen expert and of the first one left out
+MAX_BFLOAT16_DIFFERENCE = 0.06  # more of it are other experts than rounding
 NEXT_SEED = 1000
 
 
@@ -50,6 +54,11 @@ class UnsuitableSeed(Exception):
 
 def load(folder, **overrides):
     """The model of a folder, with every eager code path, in f32."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if (text := config.get_text_config()) is not config:  # to which no override would come
+        for key, value in overrides.items():
+            setattr(text, key, value)
+        overrides = {"config": config}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -66,21 +75,32 @@ def load(folder, **overrides):
 
 def save_random_model(case, folder, seed):
     torch.manual_seed(seed)
-    config = case["class"](**(SHARED | case["config"]))
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config, kind = SHARED | case["config"], transformers.AutoModelForCausalLM
+    if "beside" in case:
+        config, kind = {"text_config": config} | case["beside"], transformers.AutoModelForImageTextToText
+    model = kind.from_config(case["class"](**config), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and not name.endswith(".bias"):
-                parameter.uniform_(0.4, 1.6)
+                middle = parameter.mean().item()  # 1, or 0 where scales are stored less one
+                parameter.uniform_(middle - 0.6, middle + 0.6)
+                if "q_norm" in name:
+                    parameter *= case.get("query_scale", 1.0)
             elif name.endswith("correction_bias"):
                 parameter.normal_(0.0, 0.1)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.5)
             elif name.endswith("sinks"):
                 parameter.normal_(0.0, 1.0)
+            elif name.endswith(("router.scale", "per_expert_scale")):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("A_log"):  # the class's own forget most of the state at every token
+                parameter.uniform_(-5.0, 0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.normal_(0.0, 0.1)
+            elif name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, max_shard_size=case.get("max_shard_size", "1GB"))
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -106,9 +126,9 @@ def positions_of(mask):
 
 def routers(model):
     """The router of each layer that has one, with the number of the layer."""
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(getattr(model.model, "language_model", model.model).layers):
         moe = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
-        router = getattr(moe, "gate", None) or getattr(moe, "router", None)
+        router = getattr(moe, "gate", None) or getattr(moe, "router", None) or getattr(layer, "router", None)
         if router is not None:
             yield number, router
 
@@ -133,7 +153,21 @@ def forward(model, tokens, mask):
         torch.stack([one[part] for one in seen]).reshape(len(seen), *mask.shape, -1).numpy()
         for part in range(3)
     ]
+    if model.config.model_type == "gemma4":  # whose routers return probabilities
+        router[0] = np.log(router[0])
     return np.where(mask[..., None], output.logits.numpy(), 0.0).astype(np.float32), *router
+
+
+@torch.no_grad()
+def bfloat16_difference(model, tokens, mask, logits):
+    """How far bfloat16 alone moves logits, on average, in their standard deviations."""
+    output = copy.deepcopy(model).to(torch.bfloat16)(
+        input_ids=torch.from_numpy(tokens),
+        attention_mask=torch.from_numpy(mask.astype(np.int64)),
+        position_ids=positions_of(mask),
+        use_cache=False,
+    )
+    return np.abs(output.logits.float().numpy() - logits)[mask].mean() / logits[mask].std()
 
 
 @torch.no_grad()
@@ -154,7 +188,8 @@ def greedy(model, prompt, cached):
 
 def router_margin(model, router_logits):
     """How far the last chosen expert, and group, is from the first one left out, at the least."""
-    config, top_k = model.config, model.config.num_experts_per_tok
+    config = model.config.get_text_config()
+    top_k = getattr(config, "num_experts_per_tok", None) or config.top_k_experts
     scores = router_logits
     biases = [b for name, b in model.state_dict().items() if name.endswith("correction_bias")]
     if biases:
@@ -217,13 +252,17 @@ def compute(name, case, seed):
     folder = folder_of(name)
     save_random_model(case, folder, seed)
     model = load(folder)  # from the files, so that the goldens are of what was saved
-    config = model.config
+    config = model.config.get_text_config()
     tokens, mask, left_tokens, left_mask = make_batch(config.vocab_size, seed)
 
     logits, router_logits, weights, experts = forward(model, tokens, mask)
     left_logits, *_ = forward(model, left_tokens, left_mask)
     apart = np.abs(logits[mask] - left_logits[left_mask]).max()
     assert apart < LEFT_RIGHT_TOLERANCE, f"left and right padding differ by {apart}"
+
+    apart_in_bfloat16 = bfloat16_difference(model, tokens, mask, logits)
+    if apart_in_bfloat16 > MAX_BFLOAT16_DIFFERENCE:
+        raise UnsuitableSeed(f"bfloat16 moves logits by {apart_in_bfloat16:.3f}")
 
     continuations, margins = [], []
     for b, length in enumerate(LENGTHS):
@@ -331,7 +370,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
 
     for name in names:
-        seed = 1 + list(CASES).index(name)
+        seed = CASES[name].get("seed", 1 + list(CASES).index(name))
         while True:
             try:
                 record = compute(name, CASES[name], seed)

@@ -244,9 +244,16 @@ def _attention(config: ModelConfig) -> str:
             f"{config.attention}, {config.num_heads} heads, keys and values compressed to {sizes.rank} + "
             f"{sizes.rope}{queries}"
         )
-    return (
+    told = (
         f"{config.attention}, {config.num_heads} heads and {config.num_kv_heads} of keys and values, "
         f"{config.head_dim} each"
+    )
+    if config.delta is None:
+        return told
+    layers, delta = config.num_layers - len(config.full_attention_layers), config.delta
+    return (
+        f"{told}; in {layers} layers gated DeltaNet, {delta.key_heads} heads of keys and {delta.value_heads} "
+        f"of values, {delta.key} and {delta.value} each"
     )
 
 
@@ -281,6 +288,7 @@ def special(config: ModelConfig) -> list[str]:
         "norms of queries and keys over all heads": config.qk_norm == "all",
         f"queries, keys and values clipped at {config.qkv_clip}": config.qkv_clip is not None,
         "biases of attention": config.attention_bias,
+        "gated attention": config.attention_gate,
         f"scores times {config.attention_scale or 0:.6g}": config.attention_scale is not None,
         f"{config.rotary_dim} numbers of a head rotated": config.rotary_dim is not None,
         "neighbours rotated together": config.rope_interleaved,
@@ -294,6 +302,7 @@ def special(config: ModelConfig) -> list[str]:
         "biases of experts": body.bias,
         "biases of dense networks": config.mlp_bias,
         "layer norms with biases": config.norm == "layer",
+        f"logits bent towards {config.logits_cap}": config.logits_cap is not None,
         "the embedding as head": config.tie_embeddings,
     }
     told |= {f"{name} times {factor:.6g}": factor != 1 for name, factor in factors.items()}

@@ -21,6 +21,7 @@ from layerscope_jax.checkpoints.weight_names import Naming, check_sizes, family_
 from layerscope_jax.formats import ExpertFormat, QuantisedFormat, quantised
 from layerscope_jax.models import config_from_hf, with_generation
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.registry import language_model
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import is_there, read_json
 
@@ -143,7 +144,8 @@ def common_dtype(
     }
     if len(codes) == 1:
         return DTYPES[codes.pop()]
-    named = raw.get("dtype") or raw.get("torch_dtype")
+    said = language_model(raw)
+    named = said.get("dtype") or said.get("torch_dtype")
     if not isinstance(named, str) or named not in {dtype.name for dtype in DTYPES.values()}:
         raise ValueError(
             f"{folder}: expected tensors of one dtype, or config.json to name a dtype to convert them to; "

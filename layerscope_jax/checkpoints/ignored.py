@@ -21,8 +21,11 @@ PARTS = {
     "model.visual.*": "vision tower",
     "vision_tower.*": "vision tower",
     "model.vision_tower.*": "vision tower",
+    "model.embed_vision.*": "vision tower",
     "multi_modal_projector.*": "vision tower",
     "model.multi_modal_projector.*": "vision tower",
+    "model.audio_tower.*": "audio tower",
+    "model.embed_audio.*": "audio tower",
 }
 """Parts that no family here has a place for: pattern of the names -> what they are."""
 

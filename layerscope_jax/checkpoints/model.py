@@ -113,7 +113,7 @@ class Model:
     def routers(self) -> list[RouterWeights]:
         """The router of each MoE layer, and the norm whose output it reads, on the device."""
         config, layers = self.config, self.dense["layers"]
-        return [layer_type(config, layer).router_of(layers[layer]) for layer in config.moe_layers]
+        return [layer_type(config, layer).router_of(layers[layer], config) for layer in config.moe_layers]
 
     def with_format(self, format: str | ExpertFormat) -> Model:
         """The same model with its experts in another format; the experts of both are in memory meanwhile.

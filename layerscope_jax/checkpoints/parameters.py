@@ -23,12 +23,17 @@ OTHER = "other"
 PARTS = {
     "attention_norm": "attention",
     "attention": "attention",
+    "attention_after": "attention",
     "mlp_norm": "dense feed-forward",
     "mlp": "dense feed-forward",
     "shared": "shared experts",
+    "shared_norm": "shared experts",
+    "shared_after": "shared experts",
     "shared_gate": "shared experts",
     "moe_norm": "routers",
     "router": "routers",
+    "router_scale": "routers",
+    "expert_scale": "routers",
 }
 """Parts of a decoder layer, and what they are counted under: a norm with what reads it."""
 

@@ -84,4 +84,4 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     if lost:
         raise ValueError(f"{family.architecture} cannot express {', '.join(lost)}; use a family that can")
     named = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype.name}
-    return dict(sorted((settings | named).items()))
+    return dict(sorted((named | settings).items()))

@@ -13,7 +13,7 @@ from flax import nnx
 
 from layerscope_jax.models.cache import KVCache, kv_shapes
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.layers import Linear, RMSNorm, normal, project
+from layerscope_jax.models.layers import Linear, RMSNorm, norm_of, normal, project
 from layerscope_jax.models.rotary import rotate
 
 
@@ -89,7 +89,7 @@ class Attention(nnx.Module):
     """Causal self-attention with grouped queries.
 
     As the config says: biases, norms of queries and keys, clipping, a partial rotary embedding, a sliding
-    window, sinks, and a scale of the scores.
+    window, sinks, a scale of the scores, and gates of what is mixed.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
@@ -98,14 +98,16 @@ class Attention(nnx.Module):
         bias = config.attention_bias
         out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
         queries, keys = config.num_heads * size, config.num_kv_heads * size
-        self.q = Linear(width, queries, bias=bias, rngs=rngs, dtype=dtype)
+        # With gates, those of each head come behind its query.
+        gated = 2 if config.attention_gate else 1
+        self.q = Linear(width, gated * queries, bias=bias, rngs=rngs, dtype=dtype)
         self.k = Linear(width, keys, bias=bias, rngs=rngs, dtype=dtype)
         self.v = Linear(width, keys, bias=bias, rngs=rngs, dtype=dtype)
         self.o = Linear(queries, width, bias=out_bias, rngs=rngs, dtype=dtype)
         self.sinks = nnx.Param(normal(rngs, (config.num_heads,), dtype)) if config.attention_sinks else None
         normed = {"none": None, "head": (size, size), "all": (queries, keys)}[config.qk_norm]
-        self.q_norm = RMSNorm(normed[0], config.norm_eps, dtype) if normed else None
-        self.k_norm = RMSNorm(normed[1], config.norm_eps, dtype) if normed else None
+        self.q_norm = norm_of(config, normed[0], dtype) if normed else None
+        self.k_norm = norm_of(config, normed[1], dtype) if normed else None
 
     @staticmethod
     def cache_shapes(config: ModelConfig, rows: int, length: int) -> Any:
@@ -121,10 +123,14 @@ class Attention(nnx.Module):
         positions; positions past its end (`PAD_POSITION`) are dropped.
         """
         config = self.config
-        query, key, value = project(hidden, self.q, self.k, self.v)
+        query, key, value = self.projected(hidden)
+        gate = None
+        if config.attention_gate:
+            both = query.reshape(*hidden.shape[:2], config.num_heads, -1)
+            query, gate = (x.reshape(*hidden.shape[:2], -1) for x in jnp.split(both, 2, axis=-1))
         query = self.rotated(query, self.q_norm, positions)
         key = self.rotated(key, self.k_norm, positions)
-        value = self._heads(value, None)
+        value = self.valued(value)
         sinks = None if self.sinks is None else self.sinks[...]
         key_positions = positions[:, None, :]  # [B, 1, S]
         if cache is not None:
@@ -135,7 +141,7 @@ class Attention(nnx.Module):
             )
             mixed = attended(query, *cache, positions, config.sliding_window, config.attention_scale, sinks)
             if mixed is not None:
-                return self.o(mixed), cache
+                return self.output(mixed, gate), cache
             key_positions = jnp.arange(cache.key.shape[3])[None, None, :]
         back = positions[:, :, None] - key_positions  # [B, S, P] how far back each key lies
         mask = back >= 0
@@ -145,7 +151,19 @@ class Attention(nnx.Module):
             key, value = key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)  # as in a cache
         else:
             key, value = cache
-        return self.o(attend(query, key, value, mask, config.attention_scale, sinks)), cache
+        return self.output(attend(query, key, value, mask, config.attention_scale, sinks), gate), cache
+
+    def output(self, mixed: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """What heads [B, S, H * D_head] add to the residual stream, gated if there are gates for them."""
+        return self.o(mixed if gate is None else mixed * jax.nn.sigmoid(gate))
+
+    def projected(self, hidden: jax.Array) -> list[jax.Array]:
+        """Queries (with gates), keys and values of `hidden` [B, S, D], each [B, S, H * D_head]."""
+        return project(hidden, self.q, self.k, self.v)
+
+    def valued(self, x: jax.Array) -> jax.Array:
+        """Heads [B, S, H, D_head] of a projection of values; a subclass may normalise them."""
+        return self._heads(x, None)
 
     def rotated(self, x: jax.Array, norm: RMSNorm | None, positions: jax.Array) -> jax.Array:
         """Heads of a projection of queries or keys, normalised and then rotated.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -45,6 +46,28 @@ class LatentSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaSizes:
+    """Sizes of gated DeltaNet (arXiv 2412.06464).
+
+    Attributes:
+        key_heads, value_heads: H_k of queries and keys, each for as many of the H_v of values.
+        key, value: D_k numbers of a head's query and key, D_v of its value.
+        taps: W, tokens that a convolution spans.
+    """
+
+    key_heads: int
+    value_heads: int
+    key: int
+    value: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        """Numbers of all queries, keys and values of a token."""
+        return 2 * self.key_heads * self.key + self.value_heads * self.value
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a mixture-of-experts decoder, whatever family it comes from.
 
@@ -62,7 +85,7 @@ class ModelConfig:
         num_experts, experts_per_token, moe_intermediate_size: E, K, F.
         dense_layers: decoder layers without experts, in rising order; all others are MoE layers.
         intermediate_size: width of the feed-forward network of a dense layer; None where there is none.
-        attention: kind of the attention of every layer (`layerscope_jax.models.kinds`).
+        attention: kind of the attention of every layer (`layerscope_jax.models.kinds`), but for `delta`.
         feed_forward: kind of the feed-forward part of every MoE layer.
         expert_body: activation of the experts (and of dense feed-forward networks), and their biases.
         shared_intermediate_size: width of the expert that all tokens go through beside their routed ones;
@@ -76,20 +99,24 @@ class ModelConfig:
         attention_out_bias: whether the output projection has one; None for as `attention_bias` says.
         attention_scale: what scores are multiplied with; None for `head_dim ** -0.5`.
         attention_sinks: whether each head has a score that takes its share of the softmax and adds nothing.
+        attention_gate: whether what each head mixes is scaled by sigmoids, made beside its query.
         latent: sizes of "latent" attention; None for any other kind.
+        delta: sizes of gated DeltaNet, which layers have in the place of `attention`; None where none has.
         sliding_window: how many latest positions a token attends to (itself included), or None for all.
-        full_attention_layers: decoder layers without the window.
+        full_attention_layers: decoder layers without the window, and without gated DeltaNet.
         rope_theta: base of the rotary embedding.
         rotary_dim: the first so many numbers of a head are rotated; None for all.
         rope_interleaved: whether neighbours are rotated together, not a number of each half of the head.
         rope_scaling: how the rotary embedding was changed for a longer context.
         max_position_embeddings: the longest sequence the model is made for.
-        norm: "rms", or "layer" for layer norms with a bias.
+        norm: "rms"; "rms_float32", whose scales are applied before they are rounded, and "rms_offset", whose
+            scales are stored less one besides; or "layer", with a bias.
         norm_eps: epsilon of every norm.
         mlp_bias: whether dense feed-forward networks, and the shared expert, have biases.
         embedding_scale, residual_scale: what embeddings, and each layer's two additions to the residual
             stream, are multiplied with.
         logits_divisor: what logits are divided by.
+        logits_cap: bound that logits are bent towards by a hyperbolic tangent; None for none.
         tie_embeddings: whether the output head is the embedding.
         head_bias: whether the output head has a bias.
         stop_token_ids: ids that end a generation.
@@ -120,7 +147,9 @@ class ModelConfig:
     attention_out_bias: bool | None = None
     attention_scale: float | None = None
     attention_sinks: bool = False
+    attention_gate: bool = False
     latent: LatentSizes | None = None
+    delta: DeltaSizes | None = None
     sliding_window: int | None = None
     full_attention_layers: tuple[int, ...] = ()
     rope_theta: float = 10_000.0
@@ -128,12 +157,13 @@ class ModelConfig:
     rope_interleaved: bool = False
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 4096
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "rms_float32", "rms_offset", "layer"] = "rms"
     norm_eps: float = 1e-5
     mlp_bias: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
+    logits_cap: float | None = None
     tie_embeddings: bool = False
     head_bias: bool = False
     stop_token_ids: tuple[int, ...] = ()
@@ -192,6 +222,13 @@ class ModelConfig:
             "sizes for attention='latent', and None for other kinds",
             self.latent,
         )
+        delta = self.delta
+        problems.expect(
+            delta is None or delta.value_heads % delta.key_heads == 0,
+            "delta",
+            "value_heads a multiple of key_heads",
+            delta,
+        )
         for name, there in (("attention", ATTENTIONS), ("feed_forward", FEED_FORWARDS)):
             kind = getattr(self, name)
             problems.expect(kind in there, name, f"a kind that there is ({', '.join(there)})", kind)
@@ -229,16 +266,23 @@ class ModelConfig:
 
     def layer_kind(self, layer: int) -> LayerKind:
         """What a decoder layer consists of."""
+        full = layer in self.full_attention_layers
         return LayerKind(
-            self.attention,
+            self.attention if full or self.delta is None else "delta",
             "dense" if layer in self.dense_layers else self.feed_forward,
-            None if layer in self.full_attention_layers else self.sliding_window,
+            None if full else self.sliding_window,
         )
 
     def of_layer(self, layer: int) -> ModelConfig:
         """Returns the config as a decoder layer's parts read it: equal for layers of one kind."""
-        window = self.layer_kind(layer).sliding_window
-        return replace(self, sliding_window=window, full_attention_layers=())
+        kind = self.layer_kind(layer)
+        return replace(
+            self,
+            attention=kind.attention,
+            delta=self.delta if kind.attention == "delta" else None,
+            sliding_window=kind.sliding_window,
+            full_attention_layers=(),
+        )
 
     def cache_shapes(self, layer: int, rows: int, length: int) -> Any:
         """The cache of a decoder layer, for `rows` sequences of up to `length` positions.
@@ -246,7 +290,8 @@ class ModelConfig:
         Returns:
             Its arrays as `CacheArray`s, in the type that the layer's attention takes (`KVCache`, say).
         """
-        return ATTENTIONS[self.layer_kind(layer).attention].cache_shapes(self, rows, length)
+        config = _of_layer(self, layer)
+        return ATTENTIONS[config.attention].cache_shapes(config, rows, length)
 
     def without_layers(self) -> ModelConfig:
         """Returns the config of what is before the first layer and after the last one."""
@@ -261,3 +306,8 @@ class ModelConfig:
     def expert_bytes(self, itemsize: int) -> int:
         """Bytes of one expert at `itemsize` bytes a number."""
         return itemsize * sum(math.prod(shape) for shape in self.expert_shapes().values())
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_layer(config: ModelConfig, layer: int) -> ModelConfig:
+    return config.of_layer(layer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +25,41 @@ class Between(NamedTuple):
     """What one MoE layer hands to the next, which adds it up: so the sum is no dispatch of its own.
 
     Attributes:
-        hidden: [B, S, D] the residual stream without the experts.
+        hidden: [B, S, D] the residual stream without the experts; an `Unfinished` of that shape where a layer
+            does more with their sum than adding it.
         outputs: their unweighted rows, as `Add` takes them; None before the first layer.
         weights: [T, K] of the router, float32.
     """
 
-    hidden: jax.Array
+    hidden: Any
     outputs: Any = None
     weights: Any = None
 
 
 Add = Callable[[Between], jax.Array]
 """Adds the experts' rows to the residual stream: -> [B, S, D]."""
+
+
+class Unfinished(Protocol):
+    """A MoE layer's output in which the sum over its experts is missing: a pytree."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def finished(self, total: jax.Array) -> jax.Array:
+        """The output [B, S, D], from the weighted sum of the experts' outputs [B, S, D]."""
+        ...
+
+
+def added(state: Between, add: Add) -> jax.Array:
+    """The output [B, S, D] of the MoE layer before."""
+    if isinstance(state.hidden, jax.Array):
+        return add(state)
+    total = add(state._replace(hidden=jnp.zeros(state.hidden.shape, state.hidden.dtype)))
+    return state.hidden.finished(total)
 
 
 def to_experts(
@@ -66,7 +89,7 @@ def to_end(
     layers: Sequence[Any], state: Between, positions: jax.Array, caches: Sequence[Any], add: Add
 ) -> tuple[jax.Array, list[Any]]:
     """Dense layers behind a MoE layer, whose experts are added first: hidden [B, S, D], and caches."""
-    hidden, kept = add(state), []
+    hidden, kept = added(state, add), []
     for layer, cache in zip(layers, caches, strict=True):
         hidden, cache = layer(hidden, positions, cache)
         kept.append(cache)
@@ -166,8 +189,9 @@ class Decoder(nnx.Module):
         (logits,) = dense(self.norm(hidden), head[...])
         if self.head_bias is not None:
             logits = logits + jnp.broadcast_to(self.head_bias[...], logits.shape)
-        divisor = self.config.logits_divisor
-        return logits.astype(jnp.float32) if divisor == 1.0 else logits.astype(jnp.float32) / divisor
+        divisor, cap = self.config.logits_divisor, self.config.logits_cap
+        logits = logits.astype(jnp.float32) if divisor == 1.0 else logits.astype(jnp.float32) / divisor
+        return logits if cap is None else jnp.tanh(logits / cap) * cap
 
     def next_logits(self, hidden: jax.Array, last: jax.Array) -> jax.Array:
         """Of each row's token `last` [B] alone: hidden [B, S, D] after the last layer -> [B, V] float32."""

@@ -11,6 +11,7 @@ from flax import nnx
 
 from layerscope_jax.models.attention import Attention
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.delta_net import DeltaNet
 from layerscope_jax.models.kinds import ATTENTIONS, FEED_FORWARDS
 from layerscope_jax.models.latent_attention import LatentAttention
 from layerscope_jax.models.layers import GatedMLP, Linear, norm_of
@@ -121,12 +122,13 @@ class RoutedLayer(DecoderLayer):
         return hidden, inputs, routing, cache
 
     @staticmethod
-    def router_of(params: Mapping[str, Any]) -> RouterWeights:
-        """The router among the parameters of such a layer, a pure dict."""
-        return RouterWeights(params["router"]["weight"], params["moe_norm"]["scale"])
+    def router_of(params: Mapping[str, Any], config: ModelConfig) -> RouterWeights:
+        """The router among the parameters of such a layer of a model, a pure dict."""
+        scale = params["moe_norm"]["scale"]
+        return RouterWeights(params["router"]["weight"], scale + 1 if config.norm == "rms_offset" else scale)
 
 
-ATTENTIONS |= {"grouped": Attention, "latent": LatentAttention}
+ATTENTIONS |= {"grouped": Attention, "latent": LatentAttention, "delta": DeltaNet}
 FEED_FORWARDS |= {"dense": DenseLayer, "routed": RoutedLayer}
 
 

@@ -22,7 +22,8 @@ class Family:
         aliases: other names of the architecture, or of the `model_type`, in published configs.
         read_config: function from `config.json` as a dict to a `ModelConfig`; raises one ValueError that
             names everything that is wrong.
-        write_config: the reverse, without `architectures`, `model_type` and `dtype`.
+        write_config: the reverse, without `architectures` and `dtype`, and without `model_type` unless the
+            language model alone has another one.
         weights: table of its tensors; see `layerscope_jax.models.weights`.
         ignored: names of tensors to ignore if the model has no place for them; `*` matches any text.
         extra_layers: whether checkpoints may hold layers behind the last one, which are ignored: they predict

@@ -50,18 +50,35 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, scale: floa
     return (scale * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
-class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale` over the last axis, in float32."""
+def rms_norm(x: jax.Array, scale: jax.Array | None, epsilon: float, kind: str = "rms") -> jax.Array:
+    """`x / rms(x) * scale` over the last axis, in float32.
 
-    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones(size, dtype))
-        self.epsilon = epsilon
+    Args:
+        x: [..., N].
+        scale: [N]; None for none.
+        epsilon: added to the mean square.
+        kind: as in `ModelConfig.norm`.
+    """
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    if scale is None:
+        return wide.astype(x.dtype)
+    scale = jnp.broadcast_to(scale, x.shape)
+    if kind == "rms":
+        return scale * wide.astype(x.dtype)
+    scale = scale.astype(jnp.float32)
+    return (wide * (1.0 + scale if kind == "rms_offset" else scale)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a scale of its own."""
+
+    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype, kind: str = "rms"):
+        self.scale = nnx.Param((jnp.zeros if kind == "rms_offset" else jnp.ones)(size, dtype))
+        self.epsilon, self.kind = epsilon, kind
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        scale = jnp.broadcast_to(self.scale[...], x.shape)
-        return scale * wide.astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.epsilon, self.kind)
 
 
 class LayerNorm(nnx.Module):
@@ -82,7 +99,9 @@ class LayerNorm(nnx.Module):
 
 def norm_of(config: ModelConfig, size: int, dtype: jnp.dtype) -> Any:
     """A norm of the kind that the layers of a model have."""
-    return (LayerNorm if config.norm == "layer" else RMSNorm)(size, config.norm_eps, dtype)
+    if config.norm == "layer":
+        return LayerNorm(size, config.norm_eps, dtype)
+    return RMSNorm(size, config.norm_eps, dtype, config.norm)
 
 
 class Linear(nnx.Module):

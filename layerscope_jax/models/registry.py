@@ -14,6 +14,7 @@ from layerscope_jax.models.families.deepseek_v2 import DEEPSEEK_V2
 from layerscope_jax.models.families.deepseek_v3 import DEEPSEEK_V3
 from layerscope_jax.models.families.dots1 import DOTS1
 from layerscope_jax.models.families.ernie4_5_moe import ERNIE4_5_MOE
+from layerscope_jax.models.families.gemma4 import GEMMA4
 from layerscope_jax.models.families.glm4_moe import GLM4_MOE
 from layerscope_jax.models.families.glm4_moe_lite import GLM4_MOE_LITE
 from layerscope_jax.models.families.gpt_oss import GPT_OSS
@@ -23,7 +24,9 @@ from layerscope_jax.models.families.mixtral import MIXTRAL
 from layerscope_jax.models.families.olmoe import OLMOE
 from layerscope_jax.models.families.phimoe import PHIMOE
 from layerscope_jax.models.families.qwen2_moe import QWEN2_MOE
+from layerscope_jax.models.families.qwen3_5_moe import QWEN3_5_MOE
 from layerscope_jax.models.families.qwen3_moe import QWEN3_MOE
+from layerscope_jax.models.families.qwen3_next import QWEN3_NEXT
 from layerscope_jax.models.family import Family
 from layerscope_jax.models.kinds import ATTENTIONS, FEED_FORWARDS
 from layerscope_jax.models.weights import EXPERTS, ROUTER, Weight
@@ -109,6 +112,7 @@ for _family in (
     DEEPSEEK_V3,
     DOTS1,
     ERNIE4_5_MOE,
+    GEMMA4,
     GLM4_MOE,
     GLM4_MOE_LITE,
     GPT_OSS,
@@ -116,6 +120,8 @@ for _family in (
     MINIMAX_M2,
     PHIMOE,
     QWEN2_MOE,
+    QWEN3_5_MOE,
+    QWEN3_NEXT,
 ):
     register_family(_family)
 

@@ -14,7 +14,7 @@ import numpy as np
 PAD_POSITION = 2**30
 """Position of a padding token: no query reaches it as a key, and no cache has a row for it."""
 
-ScalingKind = Literal["linear", "dynamic", "yarn", "llama3", "longrope"]
+ScalingKind = Literal["linear", "dynamic", "yarn", "llama3", "longrope", "proportional"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class RopeScaling:
         kind: "linear" divides all frequencies by `factor`; "dynamic" raises the base as a sequence grows past
             the original length; "yarn" (arXiv 2309.00071) divides the low ones and keeps the high ones;
             "llama3" does so by wavelength; "longrope" (arXiv 2402.13753) divides each by a number of its own,
-            of one list for sequences up to the original length and of another for longer ones.
+            of one list for sequences up to the original length and of another for longer ones; "proportional"
+            keeps the high ones, and does not turn the other numbers at all.
         factor: by which the context grew.
         original_max_position_embeddings: length of the context before.
         attention_factor: what cosines and sines are multiplied with; None for the kind's own rule.
@@ -34,6 +35,7 @@ class RopeScaling:
         mscale, mscale_all_dim: of "yarn", in DeepSeek's models.
         low_freq_factor, high_freq_factor: of "llama3".
         short_factor, long_factor: of "longrope": a number for each frequency.
+        part: of "proportional": how many of the frequencies are kept, as a part of all.
         short_mscale, long_mscale: of "longrope", in Phi-MoE: in the place of `attention_factor`.
     """
 
@@ -50,6 +52,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    part: float = 1.0
     short_mscale: float | None = None
     long_mscale: float | None = None
 
@@ -94,6 +97,9 @@ def frequencies(size: int, theta: float, scaling: RopeScaling | None) -> np.ndar
     if scaling is None or scaling.kind == "dynamic":
         return plain[None]
     factor, original = scaling.factor, scaling.original_max_position_embeddings
+    if scaling.kind == "proportional":
+        turned = np.arange(size // 2) < int(scaling.part * size // 2)
+        return (np.where(turned, plain, 0) / np.float32(factor)).astype(np.float32)[None]
     if scaling.kind == "linear":
         return plain[None] / np.float32(factor)
     if scaling.kind == "longrope":

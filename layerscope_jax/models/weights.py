@@ -196,6 +196,12 @@ def mlp(tensors: str, places: str) -> tuple[Weight, ...]:
 SHARED_EXPERTS = mlp("mlp.shared_experts.", "shared.")
 """The expert that all tokens go through, as DeepSeek and most others name it."""
 
+GATED_SHARED_EXPERT = (
+    *mlp("mlp.shared_expert.", "shared."),
+    Weight(LAYER + "mlp.shared_expert_gate.weight", PLACE + "shared_gate.weight"),
+)
+"""The same as Qwen names it, with a gate."""
+
 
 def _split_latent(tensors: Sequence[Any], shapes: Sequence[Shape]) -> Sequence[Any]:
     (heads, rank, nope), _ = shapes

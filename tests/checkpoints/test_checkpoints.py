@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from layerscope_jax.checkpoints import safetensors_io
 from layerscope_jax.checkpoints.model import Model, load
 from layerscope_jax.checkpoints.saving import save
+from layerscope_jax.checkpoints.weight_names import plain_names
 from layerscope_jax.models import Decoder
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.scheduling.plan import ExpertId
@@ -98,7 +99,8 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_saving_a_checkpoint_of_transformers_gives_the_same_tensors(tmp_path, case):
     save(load(GOLDEN / case), tmp_path)
-    written, original = tensors_of(tmp_path), tensors_of(GOLDEN / case)
+    written, original = tensors_of(tmp_path), plain_names(tensors_of(GOLDEN / case))
+    original = {name: array for name, array in original.items() if not name.startswith("model.visual.")}
     assert written.keys() == original.keys()
     for name, array in original.items():
         np.testing.assert_array_equal(written[name], array, err_msg=name)

@@ -96,6 +96,53 @@ def test_a_language_model_inside_one_that_takes_images(tmp_path, prefix, caplog)
     assert "1 tensors are not needed and passed over: vision tower" in caplog.text
 
 
+def single(tensors):
+    """Stacked experts one by one, as in quantised checkpoints."""
+    result, names = {}, {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    for name, tensor in tensors.items():
+        start, _, matrix = name.partition(".experts.")
+        if matrix not in names:
+            result[name] = tensor
+            continue
+        for expert, rows in enumerate(tensor):
+            for part, values in zip(names[matrix], np.split(rows, len(names[matrix])), strict=True):
+                result[f"{start}.experts.{expert}.{part}.weight"] = values
+    return result
+
+
+@pytest.mark.parametrize(("source", "change"), [("gemma4", single), ("qwen3_5_moe", stacked)])
+def test_either_form_of_experts_is_read_whichever_is_published(tmp_path, source, change, caplog):
+    """Beside layers that predict further tokens, and for one a vision tower."""
+    extra = {"mtp.fc.weight": np.zeros(3, np.float32)}
+    folder = rewritten(source, tmp_path / "other", lambda tensors: change(tensors) | extra)
+    with caplog.at_level(logging.INFO, "layerscope_jax"):
+        equal(load(folder), load(GOLDEN / source))
+    assert "1 tensors are not needed and passed over: multi-token prediction" in caplog.text
+    assert ("passed over: vision tower" in caplog.text) == (source == "qwen3_5_moe")
+
+
+def test_states_fade_by_float32_numbers_in_a_checkpoint_of_fewer_bits(tmp_path):
+    """Of two dtypes, the one that the language model's own config names counts."""
+
+    def change(tensors):
+        kept = ("A_log", "linear_attn.norm.weight")
+        return {
+            name: tensor if name.endswith(kept) else tensor.astype(np.float16)
+            for name, tensor in tensors.items()
+        }
+
+    def config(raw):
+        return raw | {"dtype": None, "text_config": raw["text_config"] | {"dtype": "float16"}}
+
+    model, golden = (
+        load(rewritten("qwen3_5_moe", tmp_path / "mixed", change, config)),
+        load(GOLDEN / "qwen3_5_moe"),
+    )
+    ours, theirs = (each.dense["layers"][0]["attention"] for each in (model, golden))
+    np.testing.assert_array_equal(ours["fading"], theirs["fading"])
+    assert ours["norm"]["scale"].dtype == model.bank.dtype == np.float16
+
+
 def test_layers_that_predict_further_tokens_are_passed_over(tmp_path, caplog):
     def change(tensors):
         extra = {

@@ -42,6 +42,8 @@ MODELS = {
     "Qwen3-30B-A3B": Published("qwen3_moe", "30532122624", "3.3", 40960),
     "Qwen1.5-MoE-A2.7B": Published("qwen2_moe", "14315784192", "2.7", 8192),
     "Qwen2-57B-A14B": Published("qwen2_moe", "57.4e9", "14", 131072),
+    "Qwen3-Next-80B-A3B-Instruct": Published("qwen3_next", "79674391296", "3", 262144),
+    "Qwen3.6-35B-A3B": Published("qwen3_5_moe", "35e9", "3", 262144),
     "DeepSeek-V2-Lite": Published("deepseek_v2", "15706484224", "2.4", 163840),
     "DeepSeek-V2": Published("deepseek_v2", "235741434880", "21", 163840),
     "DeepSeek-V3": Published("deepseek_v3", "671e9", "37", 163840),
@@ -56,6 +58,7 @@ MODELS = {
     "dots.llm1.inst": Published("dots1", "143e9", "14", 32768),
     "ERNIE-4.5-21B-A3B-PT": Published("ernie4_5_moe", "21.8e9", "3", 131072),
     "ERNIE-4.5-300B-A47B-PT": Published("ernie4_5_moe", "30e10", "47", 131072),
+    "gemma-4-26B-A4B-it": Published("gemma4", "25.2e9", "3.8", 262144),
     "granite-3.1-3b-a800m-base": Published("granitemoe", "3.3e9", "0.8", 131072),
     "Phi-3.5-MoE-instruct": Published("phimoe", "41.9e9", "6.6", 131072),
 }

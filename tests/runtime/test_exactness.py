@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax import POLICIES, Engine, OffloadConfig
+from layerscope_jax.models.config import DeltaSizes
 from layerscope_jax.models.experts import ExpertBody
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.whole import WholeModel
@@ -161,6 +162,12 @@ SHAPES = {
         "qk_norm": "all",
         "qkv_clip": 0.5,
         "tie_embeddings": True,
+    },
+    "bfloat16, gated DeltaNet before gated attention": {
+        "delta": DeltaSizes(key_heads=2, value_heads=4, key=8, value=8, taps=4),
+        "full_attention_layers": (1,),
+        "attention_gate": True,
+        "norm": "rms_offset",
     },
     "bfloat16, no rest": {"hidden_size": 64, "head_dim": 32, "vocab_size": 96, "moe_intermediate_size": 32},
 }

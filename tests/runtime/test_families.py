@@ -29,8 +29,9 @@ def family(case):
 FAMILIES = sorted({family(case): case for case in CASES[::-1]}.values())
 """The first case of each family; `tests/models/test_parity.py` has all of them."""
 
-KINDS = ("deepseek_v3", "gpt_oss", "qwen3_moe")
-"""A case of each kind of attention: latent; with sinks and windows; plain."""
+KINDS = ("deepseek_v3", "gemma4", "gpt_oss", "qwen3_moe", "qwen3_next")
+"""A case of each kind of attention: latent; of two sizes; with sinks and windows; plain; gated, among gated
+DeltaNet."""
 
 
 def prompts(case):
@@ -87,6 +88,16 @@ def test_a_prefill_in_chunks_says_the_same(case):
     with Engine(model(case), OffloadConfig(prefill_chunk_size=16)) as engine:
         result = engine.generate(prompts(case), max_new_tokens=STEPS)
     assert result.token_ids == golden(case)["greedy"][:, :STEPS].tolist()
+
+
+def test_a_row_is_as_new_for_each_request_that_takes_it():
+    """Also where a layer keeps a state of all tokens that the row has seen."""
+    with Engine(model("qwen3_next"), OffloadConfig(max_num_seqs=2)) as engine:
+        result = engine.generate(
+            [prompt for prompt in prompts("qwen3_next") for _ in range(2)], max_new_tokens=STEPS
+        )
+    expected = golden("qwen3_next")["greedy"][:, :STEPS].repeat(2, axis=0)
+    assert result.token_ids == expected.tolist()
 
 
 @pytest.mark.parametrize("case", FAMILIES)

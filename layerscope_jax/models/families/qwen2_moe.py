@@ -11,12 +11,9 @@ from layerscope_jax.models.family import Family, write_layer_types, write_shared
 from layerscope_jax.models.weights import (
     BIASES,
     DENSE_LAYERS,
-    LAYER,
-    PLACE,
+    GATED_SHARED_EXPERT,
     ROUTED_LAYERS,
     WEIGHTS,
-    Weight,
-    mlp,
 )
 
 
@@ -71,8 +68,7 @@ QWEN2_MOE = Family(
         *WEIGHTS,
         *BIASES,
         *ROUTED_LAYERS,
-        *mlp("mlp.shared_expert.", "shared."),
-        Weight(LAYER + "mlp.shared_expert_gate.weight", PLACE + "shared_gate.weight"),
+        *GATED_SHARED_EXPERT,
         *DENSE_LAYERS,
     ),
 )
