@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -12,12 +11,19 @@ import jax
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import AUTO, OffloadConfig
-from layerscope_jax.generation.arguments import batch_of, check_options, make_request, make_requests
+from layerscope_jax.generation.arguments import (
+    batch_of,
+    check_engine,
+    check_options,
+    defaults_of,
+    make_request,
+    make_requests,
+)
 from layerscope_jax.generation.calls import Call
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.completions import Completions, Token
 from layerscope_jax.generation.detokenize import continuation
-from layerscope_jax.generation.device_memory import Room, room_of
+from layerscope_jax.generation.device_memory import room_on
 from layerscope_jax.generation.encoding import encode_prompts
 from layerscope_jax.generation.fitting import Fitting
 from layerscope_jax.generation.handles import Handle
@@ -38,12 +44,8 @@ from layerscope_jax.runtime.turns import Turns
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.scheduling.registry import make_policy
-from layerscope_jax.support import machine
-from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.compile_cache import Compilations, counted
 from layerscope_jax.support.units import parse_bytes
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -99,30 +101,8 @@ class Engine:
         chat_template: str | None = None,
         generation_config: Literal["auto", "none"] = "auto",
     ):
-        problems, device_or_none = Problems(), "one of jax.devices() or None"
-        problems.expect(isinstance(model, Model), "model", "a Model, as layerscope_jax.load gives one", model)
-        problems.expect(
-            isinstance(config, OffloadConfig | None), "config", "an OffloadConfig or None", config
-        )
-        problems.expect(isinstance(device, jax.Device | None), "device", device_or_none, device)
-        problems.expect(
-            isinstance(host_device, jax.Device | None), "host_device", device_or_none, host_device
-        )
-        problems.expect(
-            isinstance(chat_template, str | None), "chat_template", "a text or None", chat_template
-        )
-        problems.expect(
-            generation_config in ("auto", "none"), "generation_config", "'auto' or 'none'", generation_config
-        )
-        problems.raise_any()
-        self.defaults: Mapping[str, Any] = model.generation_defaults if generation_config == "auto" else {}
-        if self.defaults:
-            logger.warning(
-                "%s recommends %s, which requests have unless they say otherwise; turn that off with "
-                "generation_config='none'",
-                model.path,
-                ", ".join(f"{name}={value}" for name, value in self.defaults.items()),
-            )
+        check_engine(model, config, device, host_device, chat_template, generation_config)
+        self.defaults: Mapping[str, Any] = defaults_of(model) if generation_config == "auto" else {}
         self._turns = Turns()
         self._resources = Resources(self, self._turns)
         self._chat = self._resources.add(Chat(model.path, chat_template))
@@ -161,7 +141,7 @@ class Engine:
         budget, pace, predictor = config.device_budget, config.emulated_link_bandwidth, config.predictor
         room, size = None, bank.total_bytes
         if budget == AUTO:
-            room = self._room()
+            room = room_on(self.device, self.model, config)
             size = bank.total_bytes if room is None else min(size, room.left)
         elif budget is not None:
             size = parse_bytes(budget, "device_budget")
@@ -196,19 +176,6 @@ class Engine:
             self._fitting = Fitting(make, self._resources, size, bank.expert_bytes, room is not None)
         if room is None and budget in (None, AUTO) and isinstance(bank, DiskBank):
             self._fitting.budget_bytes = size if self.policy.uses_device else 0
-
-    def _room(self) -> Room | None:
-        """Returns the room for experts on the device; None where its memory is the host's."""
-        config, free = self.config, machine.device_free_bytes(self.device)
-        if free is None:
-            return None
-        return room_of(
-            self.model,
-            free,
-            max_num_seqs=int(config.max_num_seqs),
-            context=config.context,
-            prefill_chunk_size=int(config.prefill_chunk_size),
-        )
 
     @property
     def runner(self) -> Runner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.config import OffloadConfig
 from layerscope_jax.generation.requests import SETTINGS, Request, are_ids, are_objects, is_list
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.units import is_integer
+
+logger = logging.getLogger(__name__)
 
 ENGINES = ("max_num_seqs", "prefill_chunk_size")
 """Settings of an engine, given when it is made and not to a call."""
@@ -199,3 +204,32 @@ def check_options(on_token: Any, **switches: Any) -> None:
     fits = on_token is None or callable(on_token)
     problems.expect(fits, "on_token", "a function of a Token, or None", on_token)
     problems.raise_any()
+
+
+def check_engine(
+    model: Any, config: Any, device: Any, host_device: Any, chat_template: Any, generation_config: Any
+) -> None:
+    """Refuses arguments of an `Engine` that are of another kind; raises a ValueError that names each."""
+    problems, device_or_none = Problems(), "one of jax.devices() or None"
+    for name, value, is_right, expected in (
+        ("model", model, isinstance(model, Model), "a Model, as layerscope_jax.load gives one"),
+        ("config", config, isinstance(config, OffloadConfig | None), "an OffloadConfig or None"),
+        ("device", device, isinstance(device, jax.Device | None), device_or_none),
+        ("host_device", host_device, isinstance(host_device, jax.Device | None), device_or_none),
+        ("chat_template", chat_template, isinstance(chat_template, str | None), "a text or None"),
+        ("generation_config", generation_config, generation_config in ("auto", "none"), "'auto' or 'none'"),
+    ):
+        problems.expect(is_right, name, expected, value)
+    problems.raise_any()
+
+
+def defaults_of(model: Model) -> Mapping[str, Any]:
+    """Returns the settings that a model's checkpoint recommends, and logs them if there are any."""
+    if model.generation_defaults:
+        logger.warning(
+            "%s recommends %s, which requests have unless they say otherwise; turn that off with "
+            "generation_config='none'",
+            model.path,
+            ", ".join(f"{name}={value}" for name, value in model.generation_defaults.items()),
+        )
+    return model.generation_defaults

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.live_bytes import CountedCopies
 from layerscope_jax import Engine, OffloadConfig
-from layerscope_jax.generation.device_memory import LEAST_MARGIN, device_needs, room_of
+from layerscope_jax.generation.device_memory import LEAST_MARGIN, device_needs, room_on
 from layerscope_jax.generation.fitting import Fitting
 from layerscope_jax.models.cache import cache_bytes, new_caches
 from layerscope_jax.models.decoder import Between
@@ -29,7 +29,9 @@ SETTINGS = {"max_num_seqs": 4, "context": 32, "prefill_chunk_size": 64}
 
 
 def needs_of(model, **changes):
-    return room_of(model, 0, **(SETTINGS | changes)).needs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "device_free_bytes", lambda device: 0)
+        return room_on(model.device, model, OffloadConfig(**(SETTINGS | changes))).needs
 
 
 @pytest.fixture
