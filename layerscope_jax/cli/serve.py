@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,7 +75,7 @@ class Serve(EngineOptions):
     def run(self) -> int:
         """Returns the exit code."""
         make = server_class()
-        config, template = self.engine_config(), self.template()
+        config, template = replace(self.engine_config(), context=self.max_model_len), self.template()
         serving = ServerConfig(
             host=self.host,
             port=self.port,
