@@ -23,6 +23,7 @@ from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
 from layerscope_jax.cli.convert import Convert
+from layerscope_jax.cli.doctor import Doctor
 from layerscope_jax.cli.fit import Fit
 from layerscope_jax.cli.inspect import Inspect
 from layerscope_jax.cli.lines import Lines
@@ -325,6 +326,7 @@ COMMANDS = {
     "generate": Generate,
     "inspect": Inspect,
     "fit": Fit,
+    "doctor": Doctor,
     "convert": Convert,
     "trace": Record,
     "calibrate": Calibrate,
