@@ -10,7 +10,7 @@ from layerscope_jax.cli.comparison_view import percent
 from layerscope_jax.cli.fit_report import FitReport, FormatFit
 from layerscope_jax.cli.fit_times import Expected
 from layerscope_jax.cli.profile_view import table
-from layerscope_jax.generation.device_memory import gib
+from layerscope_jax.support.units import gib
 
 MOST_ADVICE = 5
 

@@ -23,6 +23,7 @@ from layerscope_jax.cli.chat import Talk
 from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
 from layerscope_jax.cli.convert import Convert
+from layerscope_jax.cli.doctor import Doctor
 from layerscope_jax.cli.engine_options import EngineOptions
 from layerscope_jax.cli.fit import Fit
 from layerscope_jax.cli.inspect import Inspect
@@ -268,6 +269,7 @@ COMMANDS = {
     "serve": Serve,
     "inspect": Inspect,
     "fit": Fit,
+    "doctor": Doctor,
     "convert": Convert,
     "trace": Record,
     "calibrate": Calibrate,

@@ -16,7 +16,7 @@ from layerscope_jax.kernels.grouping import GROUP_SIZES, MAX_ROWS
 from layerscope_jax.models.cache import cache_bytes
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.support import machine
-from layerscope_jax.support.units import next_power
+from layerscope_jax.support.units import gib, next_power
 
 USUAL_CONTEXT = 2048
 """Positions of a request (its prompt and its new tokens) where nothing else is said; models often take a
@@ -213,12 +213,3 @@ def room_on(device: jax.Device, model: Model, config: OffloadConfig) -> Room | N
         device_bytes=free,
     )
     return Room(free, needs, int(config.max_num_seqs), positions, chunk)
-
-
-def gib(size: int) -> str:
-    """Returns a number of bytes as text.
-
-    >>> gib(3 * 2**29), gib(5 * 2**20)
-    ('1.50 GiB', '5.0 MiB')
-    """
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -6,10 +6,10 @@ import gc
 import logging
 from collections.abc import Callable
 
-from layerscope_jax.generation.device_memory import gib
 from layerscope_jax.runtime.resources import Resources
 from layerscope_jax.runtime.runner import Runner
 from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.support.units import gib
 
 logger = logging.getLogger(__name__)
 

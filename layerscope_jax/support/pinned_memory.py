@@ -17,6 +17,12 @@ BESIDE_GIB = 4
 """Pinned memory (GiB) for what is copied besides: tokens, and whatever JAX stages."""
 
 
+def pinned_limit_gib() -> int:
+    """Returns the limit (GiB): the variable's, or XLA's own."""
+    given = os.environ.get(LIMIT, "")
+    return int(given) if given.isdecimal() else LIMIT_GIB
+
+
 def need_pinned(size: int, device: jax.Device | None = None) -> None:
     """Sees to it that so many bytes of pinned host memory can be allocated for a GPU.
 
@@ -29,8 +35,7 @@ def need_pinned(size: int, device: jax.Device | None = None) -> None:
     Raises:
         ValueError: if JAX uses a GPU whose limit is lower, with what to set.
     """
-    given = os.environ.get(LIMIT, "")
-    limit = int(given) if given.isdecimal() else LIMIT_GIB
+    given, limit = os.environ.get(LIMIT, ""), pinned_limit_gib()
     if size <= limit << 30:
         return
     needed = -(-size >> 30) + BESIDE_GIB

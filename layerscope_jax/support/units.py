@@ -24,6 +24,17 @@ def next_power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def gib(size: int) -> str:
+    """Returns a number of bytes as text.
+
+    >>> gib(3 * 2**29), gib(5 * 2**20), gib(3000)
+    ('1.50 GiB', '5.0 MiB', '2.9 KiB')
+    """
+    if size >= 2**29:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**19 or not size else f"{size / 2**10:.1f} KiB"
+
+
 def is_integer(value: Any) -> bool:
     """Whether a value is a whole number; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
