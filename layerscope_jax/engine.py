@@ -246,7 +246,9 @@ class Engine:
             result = self._loop.complete(call)
         else:
             with (
-                progress_bar(requests) if progress else nullcontext(lambda event: None) as advance,
+                progress_bar(requests, lambda: self._loop.so_far(call))
+                if progress
+                else nullcontext(lambda event: None) as advance,
                 closing(self._loop.stream(call)) as events,
             ):
                 for event in events:

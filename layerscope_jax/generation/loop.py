@@ -19,6 +19,7 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation.calls import Call, RequestState
 from layerscope_jax.generation.completions import Completion, Completions, Token, output_of
 from layerscope_jax.generation.fitting import Fitting
+from layerscope_jax.generation.progress import SoFar
 from layerscope_jax.generation.requests import Request, with_seed
 from layerscope_jax.generation.run import Run
 from layerscope_jax.generation.shares import join, leave
@@ -122,6 +123,18 @@ class Loop:
         with self._turns.turn_if_free() as taken:
             if taken:
                 self._ready()
+
+    def so_far(self, call: Call) -> SoFar:
+        """Returns what has been counted for a running call until now; does not wait for its steps."""
+        account, joined = self._account, call.joined
+        if joined is None:
+            return SoFar(None, 0.0)
+        meter, before = account.meter, joined.counts["meter"]
+        experts = meter.experts - before.experts
+        return SoFar(
+            (meter.expert_hits - before.expert_hits) / experts if experts > 0 else None,
+            max(0.0, account.link.busy_s - joined.counts["link"].busy_s),
+        )
 
     def follow(self, call: Call) -> Iterator[Token]:
         """Yields every token of a call from the first on, and runs steps until the call has ended."""

@@ -12,12 +12,19 @@ from rich.console import Console
 import layerscope_jax
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli import main as cli
+from layerscope_jax.cli.report_runs import runs_of, unknown
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")
-def report(tiny):
+def timeline(tmp_path_factory):
+    """The timeline of the runs of `report`."""
+    return tmp_path_factory.mktemp("demo") / "runs.json"
+
+
+@pytest.fixture(scope="module")
+def report(tiny, timeline):
     """What `demo --json` prints; nothing else may stand beside it."""
     found = StringIO()
     with one_jit(), pytest.MonkeyPatch.context() as patch:
@@ -31,6 +38,7 @@ def report(tiny):
                 "host-only",
                 "--budget-share=0.6",
                 "--max-new-tokens=3",
+                f"--timeline={timeline}",
             ]
         )
     assert code == 0
@@ -65,6 +73,17 @@ def test_report(report):
         assert run["programs_compiled"] == 0
     assert [len(row["tokens"]) for row in report["prompts"]] == [3] * 8
     assert {"layerscope-jax", "jax", "python"} <= report["versions"].keys()
+
+
+def test_its_timeline_holds_every_run(report, timeline):
+    """One jitted step is one slice: of its layers nothing is known, and nothing made up."""
+    runs = runs_of(timeline)
+    policies = [run["policy"] for run in report["runs"]]
+    assert [outcome["policy"] for run in runs for outcome in run.outcomes] == policies
+    assert [run.outcomes[0]["tpot_s"] for run in runs] == [run["tpot_s"] for run in report["runs"]]
+    assert [run.figures.steps["decode"] for run in runs] == [2] * 4
+    assert [bool(run.figures.layers) for run in runs] == [False, True, True, True]
+    assert "ran as one program each" in unknown(runs[0])[0]
 
 
 @pytest.mark.parametrize("width", [80, 120])
