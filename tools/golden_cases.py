@@ -41,9 +41,9 @@ LATENT = SIGMOID | {
 
 # name -> config class, its arguments (those of the language model inside one that also takes images, and what
 # lies "beside" it), the shard size, the layers with routers (all if not said), the folder (among the goldens
-# if not said), the first seed (the number of the case if not said), what norms of queries are multiplied
-# with, and changes of the config that must change the logits: if one did not, the goldens could not tell
-# whether an implementation honours that key.
+# if not said), the first seed (the number of the case if not said), a factor of the norms of queries, and
+# changes of the config that must change the logits: if one did not, the goldens could not tell whether an
+# implementation honours that key.
 CASES = {
     "olmoe": {
         "class": transformers.OlmoeConfig,

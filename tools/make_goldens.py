@@ -136,11 +136,14 @@ def routers(model):
 @torch.no_grad()
 def forward(model, tokens, mask):
     """Logits, zero at pads, and of each router: logits [L, B, S, E], weights and experts [L, B, S, K]."""
-    seen = []
+    seen, logits = [], []
     hooks = [
         router.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
         for _, router in routers(model)
     ]
+    for _, router in routers(model):
+        if hasattr(router, "proj"):  # it returns probabilities
+            hooks.append(router.proj.register_forward_hook(lambda _module, _in, out: logits.append(out)))
     output = model(
         input_ids=torch.from_numpy(tokens),
         attention_mask=torch.from_numpy(mask.astype(np.int64)),
@@ -153,8 +156,8 @@ def forward(model, tokens, mask):
         torch.stack([one[part] for one in seen]).reshape(len(seen), *mask.shape, -1).numpy()
         for part in range(3)
     ]
-    if model.config.model_type == "gemma4":  # whose routers return probabilities
-        router[0] = np.log(router[0])
+    if logits:
+        router[0] = torch.stack(logits).reshape(router[0].shape).numpy()
     return np.where(mask[..., None], output.logits.numpy(), 0.0).astype(np.float32), *router
 
 

@@ -206,9 +206,8 @@ def scan(
     query, key = chunks(query, keys), chunks(key, keys)  # [N, B, H_k, 1, c, D_k]
     value, fade, rate = (chunks(x, values) for x in (value, fade, rate))
     total = jnp.cumsum(fade, axis=-1)  # [N, B, H_k, G, c] since the chunk began
-    between = (
-        total[..., :, None] - total[..., None, :]
-    )  # [..., c, c] from a token of a column to one of a row
+    # [..., c, c] from the token of a column to that of a row
+    between = total[..., :, None] - total[..., None, :]
     at_or_before = jnp.tril(jnp.ones((chunk, chunk), bool))
     left = jnp.exp(jnp.where(at_or_before[(None,) * 4], between, -jnp.inf))
     transposed = key.swapaxes(-1, -2)
@@ -222,7 +221,7 @@ def scan(
     within = product(query, transposed) * left  # [..., c, c]
     until_end = key * jnp.exp(total[..., -1:] - total)[..., None]
 
-    def one(state: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def through(state: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         written, of_state, within, asked, until_end, left = parts
         written = written - product(of_state, state)
         read = product(asked, state) + product(within, written)
@@ -230,7 +229,7 @@ def scan(
 
     state = state.reshape(rows, keys, values // keys, *state.shape[2:])
     parts = (written, of_state, within, query * since, until_end, since[..., -1:, :])
-    state, read = jax.lax.scan(one, state, parts)
+    state, read = jax.lax.scan(through, state, parts)
     read = jnp.moveaxis(read, (0, 4), (1, 2)).reshape(rows, count * chunk, values, -1)[:, :length]
     return read, state.reshape(rows, values, *state.shape[3:])
 

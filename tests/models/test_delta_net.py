@@ -82,8 +82,8 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def near(found, known):
-    np.testing.assert_allclose(found, known, rtol=0, atol=2e-5)
+def near(actual, known):
+    np.testing.assert_allclose(actual, known, rtol=0, atol=2e-5)
 
 
 def test_a_prefill_and_single_tokens_are_what_the_definition_says():
@@ -122,8 +122,8 @@ def test_wherever_a_prompt_is_cut_and_padded_the_state_is_the_same(ends, left):
         output, after = call(inputs, positions, cache)
         for row, (begin, stop) in enumerate(zip(begins, stops, strict=True)):
             near(output[row, places[row]], known[row, begin:stop])
-            for found, before, array in zip(after, cache, range(2), strict=True):
-                near(found[row], caches[stop - 1][array][row] if stop else before[row])
+            for now, before, array in zip(after, cache, range(2), strict=True):
+                near(now[row], caches[stop - 1][array][row] if stop else before[row])
         cache, begins = after, stops
 
 
