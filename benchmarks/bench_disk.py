@@ -172,7 +172,7 @@ def engines(
     on_demand.decisions.reads = Reads(on_demand.pool, memory.geometry(0), None)
     host = Mapped(bank, slots)
     mapped: Any = made["mmap"]
-    mapped._loop._runner = mapped.runner = stack.enter_context(closing(layerwise(memory, host)))
+    mapped._loop._runner = mapped._fitting.runner = stack.enter_context(closing(layerwise(memory, host)))
     forgets = dict.fromkeys(made, lambda: drop_pages(path))
     forgets |= {"mmap": host.forget, "int4": lambda: None}  # reads of converted experts are direct
     return {name: (engine, forgets[name]) for name, engine in made.items()}

@@ -118,8 +118,13 @@ def run(engine, batches, steps):
     return tokens, logits
 
 
-@lru_cache
 def oracle(name):
+    return computed(name, jax.config.values["jax_disable_most_optimizations"])
+
+
+@lru_cache
+def computed(name, quickly):
+    """Tokens and logits of programs that were compiled in one of the ways of `quick_compiling`."""
     model, batches, steps = case(name)
     with Engine(model) as engine:
         tokens, logits = run(engine, batches, steps)

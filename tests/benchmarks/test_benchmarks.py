@@ -304,12 +304,12 @@ def test_bench_host_experts(tmp_path, capsys):
     result = json.loads(file.read_text())
     assert result["benchmark"] == "host_experts"
     assert result["machine"].keys() == MACHINE
-    assert {(row["dtype"], row["tokens"]) for row in result["rows"]} == {
+    assert {(row["format"], row["tokens"]) for row in result["rows"]} == {
         (dtype, tokens) for dtype in ("bfloat16", "float32") for tokens in (1, 4)
     }
     for row in result["rows"]:
         # Three matrices of 64 x 96 are read, by the times that stand beside.
-        size = 3 * 64 * 96 * (2 if row["dtype"] == "bfloat16" else 4)
+        size = 3 * 64 * 96 * (2 if row["format"] == "bfloat16" else 4)
         assert row["ms"].keys() >= {"loops", "xla", row["taken"]}
         for way, ms in row["ms"].items():
             assert row["gb_per_s"][way]["median"] == pytest.approx(size / ms["median"] / 1e6, rel=1e-3)

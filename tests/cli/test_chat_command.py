@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from command_lines import refusal
+from helpers import not_ignored
 
 from layerscope_jax import Engine, Request, load
 from layerscope_jax.cli import chat
@@ -20,6 +21,13 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}a:"
 SETTINGS = ("--max-new-tokens=6", "--ignore-eos")
+
+
+@pytest.fixture(autouse=True)
+def heeded():
+    """Whoever runs the tests may ignore Ctrl-C."""
+    with not_ignored(signal.SIGINT):
+        yield
 
 
 @pytest.fixture
