@@ -362,7 +362,7 @@ class Engine:
         requests = batch_of(self.model.config, prompt_tokens, max_num_seqs, most, new_tokens, sampled)
         call = self._call(requests)
         with self._turns.turn(), counted() as found:
-            self._loop.rehearse(call, self.runner.rehearsal().step)
+            self._loop.rehearse(call, lambda: self.runner.rehearsal().step)
         return found
 
     def close(self) -> None:
