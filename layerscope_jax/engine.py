@@ -186,8 +186,6 @@ class Engine:
             )
 
         with self._resources.opening(), nullcontext() if room is None else room.explained():
-            if room is not None:
-                room.check()
             self._fitting = Fitting(make, self._resources, size, bank.expert_bytes, room is not None)
         if room is None and budget in (None, AUTO) and isinstance(bank, DiskBank):
             self._fitting.budget_bytes = size if self.policy.uses_device else 0

@@ -237,13 +237,19 @@ class Loop:
                 self._step()
             return False
         except BaseException as error:
+            # Before anything else: no thread waits for this call any more.
+            before, call.cancelled = call.cancelled, True
             shrinks = self._fitting is not None and self._fitting.can_shrink(error)
-            call.cancelled = call.cancelled or not shrinks  # first: then no thread waits for this call
+            call.cancelled = before or not shrinks
             self._recover()
             if not shrinks:
                 raise
         # Out here nothing holds the caches and experts of the step any more, as its error did.
-        self._shrink()
+        try:
+            self._shrink()
+        except BaseException:
+            call.cancelled = True
+            raise
         return True
 
     def _shrink(self) -> None:

@@ -150,7 +150,9 @@ def kernels(device: jax.Device) -> Iterator[Finding]:
             warnings.simplefilter("ignore", RuntimeWarning)
             chosen = kernel_of(format_named(name), dtype, *SIZES)
         reasons = [reason for reason in fallbacks() if reason not in before]
-        yield of_kernel(name, None if chosen is None else chosen.name, reasons or ([refused] * bool(refused)))
+        yield of_kernel(
+            name, None if chosen is None else chosen.name, reasons or ([refused] if refused else [])
+        )
     if device.platform == "cpu":
         parts = dense_kernels(SIZES[0], dtype, Inside.is_possible(dtype), latent=False)
         told = ", ".join(f"{part} by {kernel}" for part, kernel in parts.items())
