@@ -171,8 +171,6 @@ class Engine:
             )
 
         with self._resources.opening(), nullcontext() if room is None else room.explained():
-            if room is not None:
-                room.check()
             self._fitting = Fitting(make, self._resources, size, bank.expert_bytes, room is not None)
         if room is None and budget in (None, AUTO) and isinstance(bank, DiskBank):
             self._fitting.budget_bytes = size if self.policy.uses_device else 0
@@ -352,7 +350,7 @@ class Engine:
         )
         call = self._call(requests)
         with self._turns.turn(), counted() as found:
-            self._loop.rehearse(call, self.runner.rehearsal().step)
+            self._loop.rehearse(call, lambda: self.runner.rehearsal().step)
         return found
 
     @property

@@ -158,22 +158,15 @@ class Room:
         """Bytes left for experts."""
         return max(0, self.free - self.needs.total)
 
-    def check(self) -> None:
-        """Refuses a device without room for what an engine takes beside its experts.
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Says what takes the memory if there is none for experts, or too little within the `with` block.
 
         Raises:
             ValueError: saying what takes how much, and what to lower.
         """
         if self.free < self.needs.total:
             raise ValueError(f"device_budget='auto' finds no room for experts: {self._told()}")
-
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Adds what takes the memory to the error that a budget is too small, within the `with` block.
-
-        Raises:
-            ValueError: the longer one.
-        """
         try:
             yield
         except ValueError as error:

@@ -203,13 +203,33 @@ class Loop:
         ]
         return Completions(completions, stats, call.counted.plans or [])
 
-    def rehearse(self, call: Call, step: Callable[..., Any]) -> None:
-        """Runs the prefills and one decode step of a call with another `step`, in a run of its own."""
+    def rehearse(self, call: Call, step: Callable[[], Callable[..., Any]]) -> None:
+        """Runs the prefills and one decode step of a call in a run of its own.
+
+        Args:
+            call: the call.
+            step: returns the step to run them with; asked again if the device's memory ran out in one.
+        """
+        while self._rehearsal_ran_out(call, step):
+            pass
+
+    def _rehearsal_ran_out(self, call: Call, step: Callable[[], Callable[..., Any]]) -> bool:
         run, most = self._new_run(len(call.states)), 2 * len(call.states)
+        call.log.clear()
+        for state in call.states:
+            state.recall()
         run.add(call.states)
-        made = 0  # tokens of all prefills and of one decode step
-        while made < most and (states := run.step(step)):
-            made += len(states)
+        made, run_step = 0, step()  # tokens of all prefills and of one decode step
+        try:
+            while made < most and (states := run.step(run_step)):
+                made += len(states)
+            return False
+        except Exception as error:
+            if self._fitting is None or not self._fitting.can_shrink(error):
+                raise
+        del run, run_step
+        self._shrink()
+        return True
 
     def check_open(self) -> None:
         """Refuses to begin a step in a closed engine.
@@ -246,16 +266,27 @@ class Loop:
                 self._step()
             return False
         except BaseException as error:
+            # Before anything else: no thread waits for this call any more.
+            before, call.cancelled = call.cancelled, True
             shrinks = self._fitting is not None and self._fitting.can_shrink(error)
-            call.cancelled = call.cancelled or not shrinks  # first: then no thread waits for this call
+            call.cancelled = before or not shrinks
             self._recover()
             if not shrinks:
                 raise
         # Out here nothing holds the caches and experts of the step any more, as its error did.
+        try:
+            self._shrink()
+        except BaseException:
+            call.cancelled = True
+            raise
+        return True
+
+    def _shrink(self) -> None:
+        """Goes on with a runner that has fewer experts on the device."""
         assert self._fitting is not None
+        self._runner.reset(None)
         self._fitting.shrink()
         self._runner, self._budget_bytes = self._fitting.runner, self._fitting.budget_bytes
-        return True
 
     def _step(self) -> None:
         """Runs one step for all calls."""

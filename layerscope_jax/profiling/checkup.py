@@ -207,13 +207,18 @@ def copies(device: jax.Device) -> Iterator[Finding]:
 
 def cache(device: jax.Device) -> Iterator[Finding]:
     """Checks whether compiled programs are kept."""
-    folder = jax.config.values["jax_compilation_cache_dir"]
+    folder = kept_in()
     if folder is not None and os.access(folder, os.W_OK):
         yield Finding(name="compilation cache", state="ok", told=str(folder))
     else:
         mend = "set XDG_CACHE_HOME to a folder that can be written to, or unset JAX_ENABLE_COMPILATION_CACHE"
         told = "none: every run compiles its programs anew"
         yield Finding(name="compilation cache", state="slow", told=told, mend=mend)
+
+
+def kept_in() -> str | None:
+    """Returns the folder in which JAX keeps compiled programs; None if it keeps none."""
+    return jax.config.values["jax_compilation_cache_dir"]
 
 
 CHECKS: tuple[Check, ...] = (devices, memory, kernels, copies, cache)

@@ -20,7 +20,8 @@ from layerscope_jax.support.plugins import LOADED
 DONE, FAILED, REFUSED, FAULT = 0, 1, 2, 70
 EXIT_CODES = (
     "Exit codes: 0 done; 1 out of memory or disk space, a device that does not work, a closed output pipe, "
-    "or a prompt that ended with an error (demo: also different tokens); 2 bad input, with what to change; "
+    "or a prompt that ended with an error (demo: also different tokens; fit: the model does not fit; "
+    "doctor: something is broken); 2 bad input, with what to change; "
     "70 a bug in layerscope, whose traceback --debug shows; 130 interrupted."
 )
 

@@ -153,5 +153,5 @@ def test_copies_are_measured(monkeypatch):
 
 
 def test_programs_that_are_not_kept_are_told(monkeypatch):
-    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", None)
+    monkeypatch.setattr(checkup, "kept_in", lambda: None)
     assert by_name(checkup.cache(jax.devices()[0]))["compilation cache"].state == "slow"
