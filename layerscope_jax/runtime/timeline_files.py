@@ -7,6 +7,7 @@ for (statistics, the number of spans that were left out) stands in "otherData".
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -163,7 +164,10 @@ def _write(path: Path, processes: Sequence[Any], events: Iterable[Mapping[str, A
         with file.open("w", encoding="utf-8") as out:
             out.write(f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(head)}, "traceEvents": [')
             for number, event in enumerate(events):
-                out.write((",\n" if number else "\n") + json.dumps(event, separators=(",", ":")))
+                out.write(
+                    (",\n" if number else "\n")
+                    + json.dumps(event, separators=(",", ":"), default=operator.index)
+                )
             out.write("\n]}\n")
 
     check_place(path)
@@ -239,7 +243,8 @@ def _args(
         args["layer"] = span.layer
     what = span.what
     if isinstance(what, Decided):
-        args |= {"phase": what.phase, **_moves(what.plan), "demand": what.demand, "hits": what.hits}
+        args |= {"phase": what.phase, **_moves(what.plan), "hits": what.hits}
+        args["demand"] = {int(expert): tokens for expert, tokens in what.demand.items()}
         if what.expected is not None:
             args["expected"] = {expert: round(tokens, 3) for expert, tokens in what.expected.items()}
     elif isinstance(what, Moved):
