@@ -136,12 +136,9 @@ def routers(model):
 @torch.no_grad()
 def forward(model, tokens, mask):
     """Logits, zero at pads, and of each router: logits [L, B, S, E], weights and experts [L, B, S, K]."""
-    seen, logits = [], []
-    hooks = [
-        router.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
-        for _, router in routers(model)
-    ]
+    seen, logits, hooks = [], [], []
     for _, router in routers(model):
+        hooks.append(router.register_forward_hook(lambda _module, _in, out: seen.append(out)))
         if hasattr(router, "proj"):  # it returns probabilities
             hooks.append(router.proj.register_forward_hook(lambda _module, _in, out: logits.append(out)))
     output = model(
