@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
 
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.registry import make_policy
@@ -129,3 +131,22 @@ class OffloadConfig:
         within = reserved is None or (is_integer(reserved) and reserved >= 1)
         expect("context", within, "1 or more positions, or None")
         problems.raise_any()
+
+
+def check_engine(
+    model: Any, config: Any, device: Any, host_device: Any, chat_template: Any, generation_config: Any
+) -> None:
+    """Refuses arguments of an `Engine` that are of another kind; raises a ValueError that names each."""
+    from layerscope_jax.checkpoints.model import Model  # which imports models, which import this file
+
+    problems, device_or_none = Problems(), "one of jax.devices() or None"
+    for name, value, is_right, expected in (
+        ("model", model, isinstance(model, Model), "a Model, as layerscope_jax.load gives one"),
+        ("config", config, isinstance(config, OffloadConfig | None), "an OffloadConfig or None"),
+        ("device", device, isinstance(device, jax.Device | None), device_or_none),
+        ("host_device", host_device, isinstance(host_device, jax.Device | None), device_or_none),
+        ("chat_template", chat_template, isinstance(chat_template, str | None), "a text or None"),
+        ("generation_config", generation_config, generation_config in ("auto", "none"), "'auto' or 'none'"),
+    ):
+        problems.expect(is_right, name, expected, value)
+    problems.raise_any()

@@ -10,10 +10,9 @@ from typing import Any, Literal
 import jax
 
 from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.config import AUTO, OffloadConfig
+from layerscope_jax.config import AUTO, OffloadConfig, check_engine
 from layerscope_jax.generation.arguments import (
     batch_of,
-    check_engine,
     check_options,
     defaults_of,
     make_request,
@@ -141,7 +140,13 @@ class Engine:
         budget, pace, predictor = config.device_budget, config.emulated_link_bandwidth, config.predictor
         room, size = None, bank.total_bytes
         if budget == AUTO:
-            room = room_on(self.device, self.model, config)
+            room = room_on(
+                self.device,
+                self.model,
+                max_num_seqs=int(config.max_num_seqs),
+                context=config.context,
+                prefill_chunk_size=int(config.prefill_chunk_size),
+            )
             size = bank.total_bytes if room is None else min(size, room.left)
         elif budget is not None:
             size = parse_bytes(budget, "device_budget")

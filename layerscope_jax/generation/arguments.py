@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.config import OffloadConfig
 from layerscope_jax.generation.requests import SETTINGS, Request, are_ids, are_objects, is_list
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.support.checks import Problems
@@ -203,23 +202,6 @@ def check_options(on_token: Any, **switches: Any) -> None:
         problems.expect(isinstance(value, bool), name, "True or False", value)
     fits = on_token is None or callable(on_token)
     problems.expect(fits, "on_token", "a function of a Token, or None", on_token)
-    problems.raise_any()
-
-
-def check_engine(
-    model: Any, config: Any, device: Any, host_device: Any, chat_template: Any, generation_config: Any
-) -> None:
-    """Refuses arguments of an `Engine` that are of another kind; raises a ValueError that names each."""
-    problems, device_or_none = Problems(), "one of jax.devices() or None"
-    for name, value, is_right, expected in (
-        ("model", model, isinstance(model, Model), "a Model, as layerscope_jax.load gives one"),
-        ("config", config, isinstance(config, OffloadConfig | None), "an OffloadConfig or None"),
-        ("device", device, isinstance(device, jax.Device | None), device_or_none),
-        ("host_device", host_device, isinstance(host_device, jax.Device | None), device_or_none),
-        ("chat_template", chat_template, isinstance(chat_template, str | None), "a text or None"),
-        ("generation_config", generation_config, generation_config in ("auto", "none"), "'auto' or 'none'"),
-    ):
-        problems.expect(is_right, name, expected, value)
     problems.raise_any()
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 import jax
 
 from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.config import OffloadConfig
 from layerscope_jax.formats import PlainFormat
 from layerscope_jax.generation.scheduler import MIN_LENGTH, MIN_WIDTH, batch_rows, bucket
 from layerscope_jax.kernels.grouping import GROUP_SIZES, MAX_ROWS
@@ -183,26 +182,28 @@ class Room:
         )
 
 
-def room_on(device: jax.Device, model: Model, config: OffloadConfig) -> Room | None:
+def room_on(
+    device: jax.Device, model: Model, *, max_num_seqs: int, context: int | None, prefill_chunk_size: int
+) -> Room | None:
     """Returns the room for experts on a loaded model's device; None where its memory is the host's.
 
     Args:
         device: the model's.
         model: the model.
-        config: tells the requests, and the size of prefill steps.
+        max_num_seqs, context, prefill_chunk_size: see `OffloadConfig`.
     """
     free = machine.device_free_bytes(device)
     if free is None:
         return None
-    positions, chunk = usual_context(model.config, config.context), int(config.prefill_chunk_size)
+    positions = usual_context(model.config, context)
     needs = device_needs(
         model.config,
         itemsize=model.bank.dtype.itemsize,
         expert_bytes=model.bank.expert_bytes,
         packed=not isinstance(model.bank.format, PlainFormat),
-        max_num_seqs=int(config.max_num_seqs),
+        max_num_seqs=max_num_seqs,
         context=positions,
-        prefill_chunk_size=chunk,
+        prefill_chunk_size=prefill_chunk_size,
         device_bytes=free,
     )
-    return Room(free, needs, int(config.max_num_seqs), positions, chunk)
+    return Room(free, needs, max_num_seqs, positions, prefill_chunk_size)

@@ -48,6 +48,9 @@ class Loop:
         max_num_seqs, prefill_chunk_size: see `OffloadConfig`.
         budget_bytes: device budget (bytes) of the engine, for statistics.
         fitting: makes another runner when the device's memory runs out; None for nothing that does.
+
+    Attributes:
+        account: counts of the run in progress, or of the last one.
     """
 
     def __init__(
@@ -63,15 +66,14 @@ class Loop:
         fitting: Fitting | None = None,
     ):
         self._model, self._runner, self._turns, self._is_closed = model, runner, turns, is_closed
-        self._new_caches = new_caches
-        self._most, self._chunk = max_num_seqs, prefill_chunk_size
+        self._new_caches, self._most, self._chunk = new_caches, max_num_seqs, prefill_chunk_size
         self._budget_bytes, self._fitting = budget_bytes, fitting
         self._ids = itertools.count()
         self._inbox: deque[Call] = deque()  # calls that no step knows of yet
         self._cancelled: deque[Call] = deque()
         self._calls: dict[Call, None] = {}  # calls that have not ended, in order of arrival
         self._run: Run | None = None
-        self._account = Account()
+        self.account = Account()
         self._settled = True  # whether these agree; False after an interrupt
         self._error: str | None = None  # why logits were not finite, once that has happened
         # An attribute, because modules' names are gone when the last objects are collected.
@@ -92,16 +94,9 @@ class Loop:
         call = Call(record_plans, bound, timeline)
         context = self._model.config.max_position_embeddings
         call.states = [
-            RequestState(
-                next(self._ids),
-                index,
-                request,
-                prompt,
-                min(request.max_new_tokens, context - len(prompt)),
-                call,
-                sample,
-            )
+            RequestState(next(self._ids), index, request, prompt, most, call, sample)
             for index, (request, prompt) in enumerate(zip(map(with_seed, requests), prompts, strict=True))
+            for most in [min(request.max_new_tokens, context - len(prompt))]
             for sample in range(request.n)
         ]
         return call
@@ -126,7 +121,7 @@ class Loop:
 
     def so_far(self, call: Call) -> SoFar:
         """Returns what has been counted for a running call until now; does not wait for its steps."""
-        account, joined = self._account, call.joined
+        account, joined = self.account, call.joined
         if joined is None:
             return SoFar(None, 0.0)
         meter, before = account.meter, joined.counts["meter"]
@@ -240,11 +235,6 @@ class Loop:
         if self._is_closed():
             raise ValueError("the engine was closed; make a new Engine to generate more")
 
-    @property
-    def account(self) -> Account:
-        """Counts of the run in progress, or of the last one."""
-        return self._account
-
     # ---- within a turn -----------------------------------------------------------------------------------
 
     def _drive(self, call: Call, seen: int, to_the_end: bool = False) -> None:
@@ -294,7 +284,7 @@ class Loop:
         if self._run is None:
             return
         self._settled = False
-        self._runner.reset(self._account)
+        self._runner.reset(self.account)
         states = self._run.step(self._runner.step)
         if not states:
             raise AssertionError("requests were left that no step was scheduled for")
@@ -336,11 +326,11 @@ class Loop:
     def _begin(self, calls: Sequence[Call]) -> None:
         """Adds calls to the run, and begins a run if there is none."""
         if self._run is None:
-            self._run, self._account = self._new_run(self._most), Account()
+            self._run, self.account = self._new_run(self._most), Account()
         self._runner.reset(None)
         for call in calls:
             if call.joined is None:
-                join(call, self._account, self._run.decode_s)
+                join(call, self.account, self._run.decode_s)
         self._run.add([state for call in calls for state in call.unfinished])
 
     def _close_ended(self) -> None:
@@ -352,17 +342,17 @@ class Loop:
         self._runner.reset(None)
         now = time.perf_counter()
         for call in ended:
-            leave(call, self._account, self._run.decode_s, now)
+            leave(call, self.account, self._run.decode_s, now)
             call.ended = True
             del self._calls[call]
         begun = [call.joined.decode_steps for call in self._calls if call.joined is not None]
         self._run.decode_s.forget(min(begun, default=0))
         if not any(call.record_plans for call in self._calls):
-            self._account.plans = None
+            self.account.plans = None
         if not any(call.bound for call in self._calls):
-            self._account.decoded = None
+            self.account.decoded = None
         if not any(call.timeline for call in self._calls):
-            self._account.timeline = None
+            self.account.timeline = None
         if not self._calls:
             self._run = None
 
@@ -373,13 +363,13 @@ class Loop:
         self._arrived()
         run = self._new_run(self._most)
         if self._run is None:
-            self._account = Account()
+            self.account = Account()
         else:  # the old run is dropped, because the step may have destroyed its caches
             run.decode_s = self._run.decode_s
         self._run = run
         for call in self._calls:
             if call.joined is None:
-                join(call, self._account, run.decode_s)
+                join(call, self.account, run.decode_s)
             for state in call.states:
                 state.recall()
                 if call.cancelled and state.finish_reason is None:

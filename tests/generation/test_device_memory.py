@@ -30,7 +30,7 @@ SETTINGS = {"max_num_seqs": 4, "context": 32, "prefill_chunk_size": 64}
 def needs_of(model, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "device_free_bytes", lambda device: 0)
-        return room_on(model.device, model, OffloadConfig(**(SETTINGS | changes))).needs
+        return room_on(model.device, model, **(SETTINGS | changes)).needs
 
 
 @pytest.fixture
