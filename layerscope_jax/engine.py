@@ -158,10 +158,11 @@ class Engine:
             )
         bandwidth = None if pace is None else parse_bytes(pace, "emulated_link_bandwidth")
         policy, known = make_policy(config.policy), costs_of(config.profile, self.model, bandwidth)
+        model = self.model  # of `make`, which must not keep the engine alive
 
         def make(budget_bytes: int, costs: HardwareProfile | None) -> Runner:
             return build(
-                self.model,
+                model,
                 policy,
                 None if predictor is None else make_predictor(predictor),
                 budget_bytes=budget_bytes,
