@@ -97,12 +97,12 @@ def _text(x: float, y: float, text: str, weight: str = "normal") -> str:
 
 def _legend(kinds: Sequence[str], top: int) -> tuple[list[str], int]:
     """Returns the parts of a legend, and the height of the picture with it."""
-    parts, x, y = [], 0, top
+    parts, x, y = [], 0.0, top
     for kind in kinds:
-        width = 28 + 7 * len(kind)
+        width = 34 + 7.5 * len(kind)
         if x + width > LEFT + WIDTH:
-            x, y = 0, y + 20
-        parts.append(f'<rect x="{x}" y="{y}" width="14" height="14" fill="{COLORS[kind]}"/>')
+            x, y = 0.0, y + 20
+        parts.append(f'<rect x="{x:g}" y="{y}" width="14" height="14" fill="{COLORS[kind]}"/>')
         parts.append(_text(x + 18, y + 12, kind))
         x += width
     return parts, y + 24
