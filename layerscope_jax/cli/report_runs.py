@@ -126,7 +126,7 @@ def unknown(run: Run) -> list[str]:
     if not any(layer.foreseeable for layer in figures.layers):
         sentences.append("No decode step that was planned had a forecast, so there is no recall.")
     if run.outcomes and all(outcome.get("share_of_bound") is None for outcome in run.outcomes):
-        sentences.append("The share of the lower bound was not asked for (`layerscope generate --bound`).")
+        sentences.append("The share of the lower bound was not asked for (layerscope generate --bound).")
     if not run.outcomes:
         sentences.append("The file holds no statistics of it.")
     return sentences
