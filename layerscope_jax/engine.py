@@ -136,18 +136,19 @@ class Engine:
 
     def _build(self, host_device: jax.Device | None) -> None:
         """Makes the runner that the config asks for."""
-        config, bank = self.config, self.model.bank
+        # Locals, because `make` must not keep the engine alive.
+        config, model, bank = self.config, self.model, self.model.bank
         budget, pace, predictor = config.device_budget, config.emulated_link_bandwidth, config.predictor
         room, size = None, bank.total_bytes
         if budget == AUTO:
             room = room_on(
                 self.device,
-                self.model,
+                model,
                 max_num_seqs=int(config.max_num_seqs),
                 context=config.context,
                 prefill_chunk_size=int(config.prefill_chunk_size),
             )
-            size = bank.total_bytes if room is None else min(size, room.left)
+            size = size if room is None else min(size, room.left)
         elif budget is not None:
             size = parse_bytes(budget, "device_budget")
         held = config.host_budget
@@ -157,8 +158,7 @@ class Engine:
                 "model are in memory; load it with layerscope_jax.load(folder, experts='disk')"
             )
         bandwidth = None if pace is None else parse_bytes(pace, "emulated_link_bandwidth")
-        policy, known = make_policy(config.policy), costs_of(config.profile, self.model, bandwidth)
-        model = self.model  # of `make`, which must not keep the engine alive
+        policy, known = make_policy(config.policy), costs_of(config.profile, model, bandwidth)
 
         def make(budget_bytes: int, costs: HardwareProfile | None) -> Runner:
             return build(
