@@ -80,7 +80,7 @@ class Loop:
         *,
         record_plans: bool,
         bound: bool,
-        timeline: bool,
+        timeline: bool = False,
     ) -> Call:
         """Returns a call for requests and their prompts' token ids, which has yet to be submitted."""
         call = Call(record_plans, bound, timeline)
