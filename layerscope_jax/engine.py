@@ -136,8 +136,7 @@ class Engine:
 
     def _build(self, host_device: jax.Device | None) -> None:
         """Makes the runner that the config asks for."""
-        # Locals, because `make` must not keep the engine alive.
-        config, model, bank = self.config, self.model, self.model.bank
+        config, model, bank = self.config, self.model, self.model.bank  # `make` must not hold the engine
         budget, pace, predictor = config.device_budget, config.emulated_link_bandwidth, config.predictor
         room, size = None, bank.total_bytes
         if budget == AUTO:
