@@ -94,20 +94,8 @@ def clear():
 
 
 @njit(cache=True, nogil=True)
-def load_few(at, stride, tiles):
-    """Loads tiles of sums that lie below each other."""
-    load0(at, stride)
-    if tiles > 1:
-        load1(at + TILE * stride, stride)
-    if tiles > 2:
-        load2(at + 2 * TILE * stride, stride)
-    if tiles > 3:
-        load3(at + 3 * TILE * stride, stride)
-
-
-@njit(cache=True, nogil=True)
 def store_few(to, stride, tiles):
-    """Stores them."""
+    """Stores tiles of sums that lie below each other."""
     store0(to, stride)
     if tiles > 1:
         store1(to + TILE * stride, stride)
