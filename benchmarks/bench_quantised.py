@@ -179,7 +179,7 @@ def main(options: Options) -> dict[str, Any]:
     models |= {
         name + DENSE: models[name].with_dense_format("int8") for name in options.dense if name in forms
     }
-    passages = shipped_passages()[: 16 if options.quick else None]
+    passages = shipped_passages()[: 4 if options.quick else None]
     before = scored(plain, passages)
     qualities = {name: quality(passages, before, model) for name, model in models.items()}
     times, sizes = host_times(options)

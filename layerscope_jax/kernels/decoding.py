@@ -81,7 +81,7 @@ def prepare_rows(matrix, first, rows, k, chunks, room):
     return room - 4 * (k // CHUNK)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def of_float16(bits):
     """The float32 of a float16, which comes as its bits in uint32."""
     size = (bits & np.uint32(0x7FFF)) << np.uint32(13)
@@ -93,7 +93,7 @@ def of_float16(bits):
     return -number if bits & np.uint32(0x8000) else number
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def of_e4m3(bits):
     """The same of an E4M3 number."""
     size = bits & np.uint32(0x7F)
@@ -105,13 +105,13 @@ def of_e4m3(bits):
     return -number if bits & np.uint32(0x80) else number
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def of_e8m0(bits):
     """The same of an E8M0 number; of 0, 2 ** -127, which has leading zeros in its fraction."""
     return float_of(max(bits << np.uint32(23), np.uint32(0x00400000)))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def of_e2m1(code):
     """The same of an E2M1 number, which comes as its code in int32."""
     size = code & np.int32(7)
@@ -120,7 +120,7 @@ def of_e2m1(code):
     return -number if code & np.int32(8) else number
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def scale_of(matrix, row, index):
     """A 4-bit row's scale of a number, in float32."""
     code, at = matrix[CODE], matrix[ALONG] * row + index

@@ -56,7 +56,7 @@ def step_of(weights: Any) -> Any:
     """`numbers_of_step` inside compiled functions, of an array of weights."""
 
 
-@overload(step_of, inline="always")
+@overload(step_of)
 def _step_of(weights):
     step = numbers_of_step(weights.dtype)
     return lambda weights: step

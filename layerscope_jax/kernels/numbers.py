@@ -61,7 +61,7 @@ def widened(word):
     """A weight or input as float32; bfloat16 comes as its 16 bits."""
 
 
-@overload(widened, inline="always")
+@overload(widened)
 def _widened(word):
     if word in (types.uint16, types.int16):
         return lambda word: float_of(np.uint32(word) << np.uint32(16))
@@ -72,7 +72,7 @@ def rounded(number, kind):
     """A float32 to the nearest value of the type of the array `kind`, ties to even."""
 
 
-@overload(rounded, inline="always")
+@overload(rounded)
 def _rounded(number, kind):
     if kind.dtype is types.uint16:
 
@@ -127,7 +127,7 @@ def as_input(word: Any, weights: Any) -> Any:
     """An activation in the form in which products with an array of weights take it (`dots.py`)."""
 
 
-@overload(as_input, inline="always")
+@overload(as_input)
 def _as_input(word, weights):
     if weights.dtype is types.int16:
         return lambda word, weights: word

@@ -17,7 +17,8 @@ from layerscope_jax.kernels.encodings import APART, CHUNK, CODE, DEPTH, MATRIX, 
 FORMATS = ["int8", "int4", "int4-g128-bfloat16", "int4-g64-float16-zeros", "int4-g32-bfloat16-zeros"]
 FORMATS += ["mxfp4", "nvfp4", "fp8", "fp8-channel", "fp8-tensor", "fp8-24x96"]
 ROWS, COLUMNS = 130, 384
-KINDS = {"float32": np.float32, "bfloat16": np.uint16}
+KINDS = {"float32": np.zeros(1, np.float32), "bfloat16": np.zeros(1, np.uint16)}
+"""An array of the type that is written: one of another rank would be compiled for anew."""
 
 
 @functools.cache
@@ -41,11 +42,12 @@ def matrix_of(name):
 
 def decoded(by, name, dtype, first, rows, begin, chunks):
     matrix, room = matrix_of(name), np.zeros(ROOM + APART * rows, np.uint8)
-    result = np.zeros((rows, chunks, CHUNK), KINDS[dtype])
-    prepare_matrix(matrix, room.ctypes.data, result)
+    kind = KINDS[dtype]
+    result = np.zeros((rows, chunks, CHUNK), kind.dtype)
+    prepare_matrix(matrix, room.ctypes.data, kind)
     k, to = CHUNK * begin, result.ctypes.data
     scales = prepare_rows(matrix, first, rows, k, chunks, room.ctypes.data + ROOM)
-    by(matrix, first, rows, k, chunks, scales, to, *result.strides[:2], result)
+    by(matrix, first, rows, k, chunks, scales, to, *result.strides[:2], kind)
     return result.reshape(rows, -1)
 
 
@@ -83,12 +85,13 @@ def test_every_code_and_scale_is_what_the_encoding_says(by, name, dtype):
         expected = np.asarray(encoding.values(arrays))
         matrix = matrix_of(name)
         matrix[: len(arrays)] = [array.ctypes.data for array in arrays]
-        result, room = np.zeros((ROWS, COLUMNS), KINDS[dtype]), np.zeros(ROOM + APART * ROWS, np.uint8)
-        prepare_matrix(matrix, room.ctypes.data, result)
+        kind, room = KINDS[dtype], np.zeros(ROOM + APART * ROWS, np.uint8)
+        result = np.zeros((ROWS, COLUMNS), kind.dtype)
+        prepare_matrix(matrix, room.ctypes.data, kind)
         chunks = COLUMNS // CHUNK
         scales = prepare_rows(matrix, 0, ROWS, 0, chunks, room.ctypes.data + ROOM)
         apart = result.strides[0] // chunks
-        by(matrix, 0, ROWS, 0, chunks, scales, result.ctypes.data, result.strides[0], apart, result)
+        by(matrix, 0, ROWS, 0, chunks, scales, result.ctypes.data, result.strides[0], apart, kind)
         result = result.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else result
         expected = expected.astype(result.dtype)
     nothing = np.isnan(expected.astype(np.float32))
