@@ -1,15 +1,16 @@
 """What do fewer bits cost in quality, and what do they save?
 
-Quality: the shipped model scores held-out passages with its experts in each format, beside bfloat16, and in
-some with its dense layers in int8 too: loss, divergence of the distributions of the next token, how often the
-likeliest token is the same, and how many of the chosen experts are. Bytes and time: of experts in
-DeepSeek-V2-Lite's size, computed by the kernel that the engine takes, and of decode steps of the shipped
-model over a paced link with a quarter of the experts resident.
+Quality: a model, the shipped one unless told otherwise, scores held-out passages with its experts in each
+format, beside bfloat16, and in some with its dense layers in int8 too: loss, divergence of the distributions
+of the next token, how often the likeliest token is the same, and how many of the chosen experts are. Bytes
+and time: of experts in DeepSeek-V2-Lite's size, computed by the kernel that the engine takes, and of decode
+steps of the model over a paced link with a quarter of the experts resident.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
+from tokenizers import Tokenizer
 
 import layerscope_jax
 from benchmarks import harness
@@ -32,14 +34,25 @@ from layerscope_jax.kernels.host_kernels import kernel_of
 from layerscope_jax.models import Decoder
 from layerscope_jax.support.machine import cores
 from predictor import SHIPPED
+from predictor.documents import read_documents
 
 PLAIN, DENSE = "bfloat16", " + dense int8"
+
+SCORED = 1024
+"""Tokens that are scored at once: each has a number for every token of the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(harness.Common):
     """What to compare."""
 
+    model: Path = Path(layerscope_jax.__file__).parent / "shipped"
+    text: tuple[Path, ...] = ()
+    """Files of held-out documents, lines of {"id": ..., "text": ...}: passages of each in turns. Without any,
+    those that are shipped with the shipped model's predictor."""
+    passages: int = 96
+    length: int = 128
+    """Tokens of a passage of `text`."""
     formats: tuple[str, ...] = ("int8", "fp8", "int4", "mxfp4", "nvfp4")
     """Beside bfloat16."""
     dense: tuple[str, ...] = ("int8", "int4")
@@ -64,6 +77,30 @@ def shipped_passages() -> np.ndarray:
 scores = nnx.jit(Decoder.__call__)  # compiled once for all formats
 
 
+def passages_of(options: Options, tokenizer: Tokenizer | None) -> np.ndarray:
+    """[N, S] tokens of passages that the model was not trained on: the first of each document.
+
+    Raises:
+        ValueError: if there are too few documents of that length, or the model has no tokenizer.
+    """
+    if not options.text:
+        return shipped_passages()[: options.passages]
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer, which text is read by")
+    files = []
+    for file in options.text:
+        tokens = (tokenizer.encode(document.text).ids for document in read_documents(file))
+        files.append(row[: options.length] for row in tokens if len(row) >= options.length)
+    turns = itertools.chain.from_iterable(zip(*files, strict=False))
+    rows = list(itertools.islice(turns, options.passages))
+    if len(rows) < options.passages:
+        raise ValueError(
+            f"expected {options.passages} documents of {options.length} tokens, got {len(rows)}: "
+            "name more text, or ask for fewer passages"
+        )
+    return np.array(rows, np.int32)
+
+
 def scored(model: Model, passages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities [B, S, V] of each next token, and chosen experts [L, B * S, K]."""
     logits, routings = scores(model.whole(), jnp.asarray(passages))
@@ -71,15 +108,34 @@ def scored(model: Model, passages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(jax.nn.log_softmax(logits), np.float64), experts
 
 
-def quality(passages: np.ndarray, plain: tuple[np.ndarray, np.ndarray], model: Model) -> dict[str, float]:
-    """What the formats' scores are, beside the plain ones."""
-    (before, chosen_before), (after, chosen) = plain, scored(model, passages)
+def qualities(passages: np.ndarray, models: dict[str, Model]) -> dict[str, dict[str, float]]:
+    """What the scores of each model are, beside those of the plain one."""
+    parts: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    for some in np.array_split(passages, max(1, passages.size // SCORED)):  # alike but for one passage
+        before = scored(models[PLAIN], some)
+        for name, model in models.items():
+            parts[name].append(quality(some, before, before if name == PLAIN else scored(model, some)))
+    sizes = [part["tokens"] for part in parts[PLAIN]]
+    found = {}
+    for name, rows in parts.items():
+        means = {key: float(np.average([row[key] for row in rows], weights=sizes)) for key in rows[0]}
+        del means["tokens"]
+        found[name] = means | {"loss_to_plain": means["loss"] / means.pop("plain_loss")}
+    return found
+
+
+def quality(
+    passages: np.ndarray, plain: tuple[np.ndarray, np.ndarray], scores: tuple[np.ndarray, np.ndarray]
+) -> dict[str, float]:
+    """Means of what scores are beside the plain ones, and of how many tokens."""
+    (before, chosen_before), (after, chosen) = plain, scores
     following = passages[:, 1:, None]
     losses = [-np.take_along_axis(found[:, :-1], following, -1).mean() for found in (before, after)]
     same = [np.isin(a, b).mean() for a, b in zip(rows(chosen_before), rows(chosen), strict=True)]
     return {
+        "tokens": passages.size,
+        "plain_loss": losses[0],
         "loss": losses[1],
-        "loss_to_plain": losses[1] / losses[0],
         "kl": float((np.exp(before) * (before - after)).sum(-1).mean()),
         "top1_agreement": float((before.argmax(-1) == after.argmax(-1)).mean()),
         "routing_agreement": float(np.mean(same)),
@@ -138,9 +194,9 @@ def host_times(options: Options) -> tuple[dict[str, Any], dict[str, int]]:
     return result, {name: experts[0].layout.nbytes for name, experts in held.items()}
 
 
-def step_times(options: Options, models: dict[str, Model]) -> dict[str, Any]:
+def step_times(options: Options, models: dict[str, Model], passages: np.ndarray) -> dict[str, Any]:
     """Decode steps over the paced link, all formats in turns."""
-    prompts = shipped_passages()[: options.batch, :16].tolist()
+    prompts = passages[: options.batch, :16].tolist()
     quarter = models[PLAIN].bank.total_bytes // 4  # the same bytes for each format
     config = OffloadConfig(
         policy="lru",
@@ -171,25 +227,26 @@ def main(options: Options) -> dict[str, Any]:
         options = replace(
             options, width=64, hidden=96, experts=2, tokens=(1,), batch=1, new_tokens=2, rounds=1
         )
-        options = replace(options, formats=options.formats[:1])
+        options = replace(options, formats=options.formats[:1], passages=4)
     record = harness.machine()
-    plain = load(Path(layerscope_jax.__file__).parent / "shipped")
+    plain = load(options.model, dtype=PLAIN)
     forms: dict[str, ExpertFormat] = {name: format_named(name) for name in options.formats}
     models = {PLAIN: plain} | {name: plain.with_format(form) for name, form in forms.items()}
     models |= {
         name + DENSE: models[name].with_dense_format("int8") for name in options.dense if name in forms
     }
-    passages = shipped_passages()[: 4 if options.quick else None]
-    before = scored(plain, passages)
-    qualities = {name: quality(passages, before, model) for name, model in models.items()}
+    passages = passages_of(options, plain.tokenizer)
+    found = qualities(passages, models)
     times, sizes = host_times(options)
-    steps = step_times(options, models)
+    steps = step_times(options, models, passages)
     result = {
         "benchmark": "quantised",
         "quick": options.quick,
         "machine": record,
+        "model": options.model.name,
+        "text": [file.stem for file in options.text],
         "passages": list(passages.shape),
-        "quality": qualities,
+        "quality": found,
         "expert_bytes": sizes,
         "dense_bytes": {name: model.dense_bytes for name, model in models.items()},
         "host": times,
