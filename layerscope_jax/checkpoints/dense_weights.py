@@ -1,4 +1,4 @@
-"""Dense parameters: which of them can be packed (`packs`), and how they are put on the device and named."""
+"""Dense parameters: in which format they can be packed, and how they are put on the device and named."""
 
 from __future__ import annotations
 

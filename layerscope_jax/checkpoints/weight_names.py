@@ -269,10 +269,15 @@ def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTe
 
 
 @lru_cache(maxsize=64)
+def hollow_layer(config: ModelConfig, layer: int) -> nnx.Module:
+    """Returns a decoder layer in float32 without any array: shapes are in their place."""
+    return abstract(lambda rngs: new_layer(config, layer, rngs=rngs, dtype=np.dtype(np.float32)))
+
+
 def shapes_of_layer(config: ModelConfig, layer: int) -> Mapping[ParameterPath, tuple[int, ...]]:
     """Shapes of a decoder layer's parameters, by their paths in the decoder, without making any array."""
-    made = abstract(lambda rngs: new_layer(config, layer, rngs=rngs, dtype=np.dtype(np.float32)))
-    parameters: dict[Any, jax.ShapeDtypeStruct] = flatten_dict(nnx.to_pure_dict(nnx.state(made)))
+    made = nnx.state(hollow_layer(config, layer))
+    parameters: dict[Any, jax.ShapeDtypeStruct] = flatten_dict(nnx.to_pure_dict(made))
     shapes = {("layers", layer, *path): array.shape for path, array in parameters.items()}
     return MappingProxyType(shapes)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+from layerscope_jax.checkpoints.dense_weights import DENSE_FORMATS
 from layerscope_jax.checkpoints.description import Description
-from layerscope_jax.checkpoints.parameters import ROUTED
+from layerscope_jax.checkpoints.parameters import ROUTED, int8_saves
 from layerscope_jax.checkpoints.safetensors_io import dtype_named
 from layerscope_jax.cli.fit_times import Expected
 from layerscope_jax.formats import ExpertFormat, PlainFormat, format_named, quantised
@@ -160,7 +162,8 @@ def report(description: Description, config: ModelConfig, memory: Memory, asked:
         formats=tuple(fits),
         refused=refused,
     )
-    return replace(made, advice=_advice(made, lambda *changed: model.fit(own, *changed), asked))
+    packed = model.with_packed_dense().fit(own, memory, asked)
+    return replace(made, advice=_advice(made, lambda *changed: model.fit(own, *changed), asked, packed))
 
 
 class _Model:
@@ -170,13 +173,21 @@ class _Model:
         self.description, self.config = description, config
         self.itemsize = dtype_named(description.dtype).itemsize
         dense = sum(count for part, count in description.parameters.items() if part != ROUTED)
-        self.dense_bytes = self.itemsize * dense
+        plain, packed = self.itemsize * dense, self.itemsize * dense - int8_saves(config, self.itemsize)
+        self.dense_bytes = packed if description.dense_format in DENSE_FORMATS else plain
+        self.packed_dense_bytes = packed
 
     def format(self, name: str) -> ExpertFormat:
         return format_named(name).for_body(self.config.expert_body)
 
     def expert_bytes(self, name: str) -> int:
         return self.format(name).expert_bytes(self.config.hidden_size, self.config.moe_intermediate_size)
+
+    def with_packed_dense(self) -> _Model:
+        """Returns the same with the matrices of dense layers in int8."""
+        changed = copy.copy(self)
+        changed.dense_bytes = self.packed_dense_bytes
+        return changed
 
     def needs(self, name: str, memory: Memory, asked: Asked) -> DeviceNeeds:
         """Returns what is taken beside experts; on a CPU with its margin in host memory."""
@@ -220,12 +231,21 @@ class _Model:
         return name == self.description.expert_format and isinstance(self.format(name), PlainFormat)
 
 
-def _advice(made: FitReport, fit: Callable[[Memory, Asked], FormatFit], asked: Asked) -> tuple[Advice, ...]:
-    """Returns the changes that let more experts fit, those that let the most fit first."""
+def _advice(
+    made: FitReport, fit: Callable[[Memory, Asked], FormatFit], asked: Asked, packed: FormatFit
+) -> tuple[Advice, ...]:
+    """Returns the changes that let more experts fit, those that let the most fit first.
+
+    Args:
+        made: the report so far.
+        fit: how the experts fit into other memory, or with something else asked.
+        asked: what is asked.
+        packed: how they fit beside dense weights in int8.
+    """
     memory, now = made.memory, made.chosen
     if now.share == 1 and now.experts_lie in ("device", "host"):
         return ()
-    changes: dict[str, FormatFit] = {}
+    changes = {"dense weights in int8 (--dense-format int8)": packed}
     smaller = [other for other in made.formats if other.total_bytes < now.total_bytes]
     if smaller:
         best = max(smaller, key=lambda other: (ORDER[other.experts_lie], other.share, other.total_bytes))

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from layerscope_jax import load, save
 from layerscope_jax.checkpoints.convert import convert
 from layerscope_jax.checkpoints.identity import weights_digest
+from layerscope_jax.checkpoints.parameters import int8_saves
 from layerscope_jax.runtime.non_finite import bad_tensors
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -27,6 +28,7 @@ def test_loading_packing_and_converting_give_the_same(source, tmp_path):
     converted = load(tmp_path / "out")
     assert (plain.dense_format, model.dense_format, converted.dense_format) == (None, "int8", "int8")
     assert converted.bank.format.name == "int8"
+    assert plain.dense_bytes - model.dense_bytes == int8_saves(SMALLEST, 2)
     for other in (plain.with_dense_format("int8"), converted):
         jax.tree.map(np.testing.assert_array_equal, other.dense, model.dense)
     assert weights_digest(model) != weights_digest(plain)

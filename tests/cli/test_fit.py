@@ -87,6 +87,7 @@ def test_where_experts_lie(device, host, where, code, qwen, capsys):
     advice = [each["change"] for each in found["advice"]]
     assert (advice == []) == (where == "device")
     assert where != "disk" or any("host memory for all experts" in change for change in advice)
+    assert where != "host" or "dense weights in int8 (--dense-format int8)" in advice
     assert where != "nowhere" or "max_num_seqs 16, context 1,024, prefill_chunk_size 2,048" in advice
     assert cli.main(["fit", str(qwen), *options]) == code
     said = " ".join(capsys.readouterr().out.split())
