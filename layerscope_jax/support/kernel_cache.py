@@ -27,6 +27,7 @@ from numba import config
 from numba.core.serialize import dumps
 
 from layerscope_jax.support import target
+from layerscope_jax.support.compile_turns import Turns
 from layerscope_jax.support.files import user_cache, write_file
 
 PACKAGE = Path(__file__).parents[1]
@@ -40,6 +41,7 @@ FORGOTTEN_S = 86_400
 SUFFIX = ".kernel"
 
 logger = logging.getLogger("layerscope_jax")
+turns = Turns()
 
 
 class KernelCache:
@@ -78,26 +80,26 @@ class KernelCache:
             return None
         context.refresh()
         key = self._key(signature)
-        for folder in folders():
-            file = folder / self._file(key)
-            try:
-                result = read(file, key, context)
-            except FileNotFoundError:
-                continue
-            except Exception as error:  # any kind of damage
-                logger.debug("%s is compiled anew: %s: %s", file, type(error).__name__, error)
-                discard(file)
-                continue
-            touch(folder)
-            return result
-        say_if_cold()
-        return None
+        result = self._found(key, context)
+        if result is None:
+            say_if_cold()
+            if any(turns.take(file) for file in self._kept_in(key)):
+                result = self._found(key, context)  # which another process may have kept meanwhile
+            if result is not None:
+                self._end_turn(key)
+        return result
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
         """Saves a compiled version, if a folder can be written to."""
         if not self._enabled:
             return
         key = self._key(signature)
+        try:
+            self._save(key, compiled)
+        finally:
+            self._end_turn(key)
+
+    def _save(self, key: tuple[str, ...], compiled: Any) -> None:
         try:
             if compiled.lifted or compiled.library.has_dynamic_globals:
                 return
@@ -113,6 +115,33 @@ class KernelCache:
                 continue
             prune(folder)
             return
+
+    def _kept_in(self, key: tuple[str, ...]) -> list[Path]:
+        """Returns the file that a version is kept in, if its folder can be made; otherwise none."""
+        with suppress(OSError):
+            for folder in folders()[:1]:
+                make(folder)
+                return [folder / self._file(key)]
+        return []
+
+    def _end_turn(self, key: tuple[str, ...]) -> None:
+        for folder in folders()[:1]:
+            turns.end(folder / self._file(key))
+
+    def _found(self, key: tuple[str, ...], context: Any) -> Any:
+        for folder in folders():
+            file = folder / self._file(key)
+            try:
+                result = read(file, key, context)
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # any kind of damage
+                logger.debug("%s is compiled anew: %s: %s", file, type(error).__name__, error)
+                discard(file)
+                continue
+            touch(folder)
+            return result
+        return None
 
     def _name(self) -> str:
         full = f"{self._function.__module__.rpartition('.')[2]}.{self._function.__qualname__}"
@@ -160,8 +189,13 @@ def write(file: Path, content: bytes) -> None:
     Raises:
         OSError, ValueError: if it cannot be written.
     """
-    file.parent.mkdir(mode=0o777 if file.is_relative_to(PACKAGE) else 0o700, parents=True, exist_ok=True)
+    make(file.parent)
     write_file(file, hashlib.sha256(content).digest() + content)
+
+
+def make(folder: Path) -> None:
+    """Makes a folder of compiled functions, for others to read if it is beside the sources."""
+    folder.mkdir(mode=0o777 if folder.is_relative_to(PACKAGE) else 0o700, parents=True, exist_ok=True)
 
 
 def discard(file: Path) -> None:

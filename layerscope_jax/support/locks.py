@@ -21,13 +21,14 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-    def _try_lock(number: int) -> None:
+    def try_lock(number: int) -> None:
         os.lseek(number, FAR, os.SEEK_SET)
         msvcrt.locking(number, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
 
 else:
 
-    def _try_lock(number: int) -> None:
+    def try_lock(number: int) -> None:
+        """Locks an open file, or raises a `BlockingIOError` if another process has; others without locks."""
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -114,7 +115,7 @@ def _taken(path: Path, place: Path) -> int:
 
 def _is_free(number: int, place: Path) -> bool:
     try:
-        _try_lock(number)
+        try_lock(number)
     except (BlockingIOError, PermissionError):  # the latter on Windows
         raise ValueError(
             f"{place} is being written by another run{_holder(number)}; wait until it has ended, or choose "

@@ -14,7 +14,8 @@ from helpers import in_time
 
 import layerscope_jax
 from layerscope_jax.cli import main as cli
-from layerscope_jax.support import kernel_cache
+from layerscope_jax.support import compile_turns, kernel_cache
+from layerscope_jax.support.compile_turns import Turns
 from layerscope_jax.support.njit import njit
 
 PACKAGE = Path(layerscope_jax.__file__).parent
@@ -252,6 +253,30 @@ def test_two_that_write_the_same_file_do_not_mix(folder, monkeypatch):
     slow.join()
     assert file.read_bytes()[32:] == b"slow" * 1000
     assert files_in(folder) == [file]
+
+
+def test_one_process_compiles_and_the_others_wait_and_read(folder, monkeypatch):
+    """A lock is of whoever opened its file, so that a thread stands for another process here."""
+    folder.mkdir()
+    file, waits, went_on = folder / "f.kernel", threading.Event(), []
+    one, other = Turns(), Turns()
+    assert not one.take(file)
+    assert not one.take(file)  # it failed before, and tries again
+    monkeypatch.setattr(compile_turns.time, "sleep", lambda _: waits.set())
+    thread = threading.Thread(target=lambda: went_on.append(other.take(file)))
+    thread.start()
+    assert waits.wait(60)
+    assert not went_on
+    one.end(file)
+    thread.join(60)
+    assert went_on == [True]
+    other.end(file)
+    assert not files_in(folder)
+    assert not one.take(file)
+    monkeypatch.setattr(compile_turns, "WAIT_S", 0.01)
+    assert other.take(file)  # it does not wait forever
+    assert not other._held
+    one.end(file)
 
 
 def test_folders_of_other_sources_are_kept_for_a_while(folder):

@@ -71,7 +71,7 @@ def test_a_killed_run_holds_nobody_up(tmp_path):
 
 def test_a_lock_that_its_run_removes_meanwhile_is_none(tmp_path, monkeypatch):
     """Between opening the file and locking it, whoever held it may end and remove it."""
-    place, path, lock = tmp_path / "out", tmp_path / "out.lock", locks._try_lock
+    place, path, lock = tmp_path / "out", tmp_path / "out.lock", locks.try_lock
     opened = []
 
     def late(number):
@@ -80,7 +80,7 @@ def test_a_lock_that_its_run_removes_meanwhile_is_none(tmp_path, monkeypatch):
             path.unlink()
         lock(number)
 
-    monkeypatch.setattr(locks, "_try_lock", late)
+    monkeypatch.setattr(locks, "try_lock", late)
     with locked(place):
         assert len(opened) == 2
         assert path.exists()
@@ -92,7 +92,7 @@ def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
     def none(number):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(locks, "_try_lock", none)
+    monkeypatch.setattr(locks, "try_lock", none)
     with locked(tmp_path / "out"), locked(tmp_path / "out"):
         pass
 
