@@ -40,6 +40,7 @@ from layerscope_jax.cli.options import (
     open_model,
     open_predictor,
 )
+from layerscope_jax.cli.perplexity import PerplexityOf
 from layerscope_jax.cli.report import Report
 from layerscope_jax.cli.request_options import RequestOptions
 from layerscope_jax.cli.serve import Serve
@@ -267,6 +268,7 @@ COMMANDS = {
     "generate": Generate,
     "chat": Talk,
     "serve": Serve,
+    "perplexity": PerplexityOf,
     "inspect": Inspect,
     "fit": Fit,
     "doctor": Doctor,

@@ -118,9 +118,7 @@ class LayerByLayer:
         assert scores is not None
         return stepped, scores
 
-    def _run(
-        self, tokens: np.ndarray, *others: Any
-    ) -> tuple[Stepped, Scores | None]:
+    def _run(self, tokens: np.ndarray, *others: Any) -> tuple[Stepped, Scores | None]:
         """Runs and counts one forward pass; the arguments are those of `DenseParts.through`."""
         timeline = self.account.timeline
         if timeline is not None:
