@@ -50,7 +50,9 @@ def test_scores_are_the_models_in_the_order_asked_for():
 def test_what_cannot_be_scored_is_refused():
     with Engine(spelling()) as engine:
         for pair in (([], [3]), (list(range(90)), list(range(6)))):
-            with pytest.raises(ValueError, match="pair 1 must have a context of at least one token and, with"):
+            with pytest.raises(
+                ValueError, match="pair 1 must have a context of at least one token and, with"
+            ):
                 score(engine, [([5], [6]), pair])
         with pytest.raises(ValueError, match="context at most 94, got stride=2 and context=95"):
             token_logprobs(engine, [5, 6], prefix=1, context=95, stride=2)
@@ -85,7 +87,9 @@ def test_a_text_is_scored_by_windows_as_one_forward_pass_would():
         found = token_logprobs(engine, tokens, prefix=prefix_token(model), context=90, stride=45)
         sliding = token_logprobs(engine, tokens, prefix=EOS, context=20, stride=7)
     logprobs = after(model, [EOS, *tokens])
-    np.testing.assert_allclose(found, [logprobs[place, token] for place, token in enumerate(tokens)], atol=1e-5)
+    np.testing.assert_allclose(
+        found, [logprobs[place, token] for place, token in enumerate(tokens)], atol=1e-5
+    )
     assert len(sliding) == len(tokens)
     np.testing.assert_array_equal(np.abs(sliding[:20] - found[:20]) < 1e-5, True)
     assert np.abs(sliding[20:] - found[20:]).max() > 1e-3  # with less context
