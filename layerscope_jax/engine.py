@@ -168,6 +168,7 @@ class Engine:
                 measure=calibration.measure,
                 policy_is_obeyed=not isinstance(config.policy, str),
                 fast=config.numerics == "fast",
+                exact=config.numerics == "exact",
                 costs=costs or known,
                 bandwidth=bandwidth,
                 threads=config.host_threads,

@@ -63,7 +63,7 @@ class Demo:
     """Run the shipped model with everything resident, then within a budget under each policy.
 
     Prints the texts, the statistics of each policy, and whether all runs gave the same tokens; exits with 1
-    if a run with exact numerics gave different tokens.
+    if a run whose numerics are not 'fast' gave different tokens.
     """
 
     json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
