@@ -1,7 +1,8 @@
 """What do logits cost that depend on nothing else in the batch?
 
-The same random models, prompts and steps with `numerics="auto"` and with `numerics="exact"`, in turns, all experts
-resident on a CPU: a model of each kind of attention (`shapes_of_attention`), prefill and decode timed apart.
+The same random models, prompts and steps with `numerics="auto"` and with `numerics="exact"`, in turns, all
+experts resident on a CPU: a model of each kind of attention (`shapes_of_attention`), prefill and decode timed
+apart.
 """
 
 from __future__ import annotations

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from rich.console import Console
 from tyro.conf import UseAppendAction, arg
 
 from layerscope_jax.cli.engine_options import EngineOptions
-from layerscope_jax.cli.profile_view import table
 from layerscope_jax.engine import Engine
 from layerscope_jax.evaluation.perplexity import (
     Perplexity,
@@ -78,7 +76,7 @@ class PerplexityOf(EngineOptions):
             files = [{"file": name, **record(result)} for name, result in results.items()]
             print(json.dumps({"context": context, "stride": stride, "prefix": prefix, "texts": files}))
         else:
-            show(results, Console(highlight=False))
+            show(results)
         return exits.DONE
 
 
@@ -117,21 +115,16 @@ def record(result: Perplexity) -> dict[str, Any]:
     }
 
 
-def show(results: dict[str, Perplexity], console: Console) -> None:
-    """Prints a table of results."""
+def show(results: dict[str, Perplexity]) -> None:
+    """Prints results, two lines each."""
 
     def number(value: float, error: float | None) -> str:
         return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
-    rows = [
-        (
-            name,
-            f"{result.tokens:,}",
-            f"{result.bytes:,}",
-            number(result.nats, result.nats_error),
-            number(result.bits_per_byte, result.bits_per_byte_error),
-            number(result.perplexity, result.perplexity_error),
+    for name, result in results.items():
+        print(f"{name}: {result.tokens:,} tokens, {result.bytes:,} bytes")
+        print(
+            f"  {number(result.nats, result.nats_error)} nats a token, "
+            f"{number(result.bits_per_byte, result.bits_per_byte_error)} bits a byte, "
+            f"perplexity {number(result.perplexity, result.perplexity_error)}"
         )
-        for name, result in results.items()
-    ]
-    console.print(table(("text", "tokens", "bytes", "nats/token", "bits/byte", "perplexity"), rows))

@@ -46,7 +46,8 @@ def windows(length: int, context: int, stride: int) -> list[Window]:
     >>> windows(length=8, context=4, stride=2)
     [Window(start=0, scored=1, end=5), Window(start=2, scored=5, end=7), Window(start=3, scored=7, end=8)]
     """
-    found, scored = [], 1
+    found: list[Window] = []
+    scored = 1
     while scored < length:
         end = min(length, scored + (stride if found else context))
         found.append(Window(max(0, end - 1 - context), scored, end))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from typing import Literal
 
 import jax
 
@@ -44,8 +45,7 @@ def build(
     budget_bytes: int,
     measure: Measure,
     policy_is_obeyed: bool = False,
-    fast: bool = False,
-    exact: bool = False,
+    numerics: Literal["auto", "exact", "fast"] = "auto",
     costs: HardwareProfile | None = None,
     bandwidth: int | None = None,
     threads: int | None = None,
@@ -61,8 +61,7 @@ def build(
         budget_bytes: device memory (bytes) for experts and the predictor.
         measure: measures costs if the policy needs them and `costs` is None.
         policy_is_obeyed: whether the policy plans even if every expert fits.
-        fast: whether logits may differ by rounding if everything is resident on an accelerator.
-        exact: whether no row of a step may depend on another.
+        numerics: as of `OffloadConfig`.
         costs: costs of the machine; None if they are not known.
         bandwidth: emulated bandwidth (bytes/s) of the link; None for full speed.
         threads: number of threads that compute on the host; None for a number that suits the machine.
@@ -80,7 +79,7 @@ def build(
     # A whole model has plain experts; packed ones are computed from their packed form.
     plain = isinstance(model.bank.format, PlainFormat)
     if nothing_to_decide and plain and WholeModel.is_faster_on(model.device):
-        if fast:
+        if numerics == "fast":
             return WholeModel(model)
         logger.warning(
             "every expert fits on %s: OffloadConfig(numerics='fast') runs a step as one program there, "
@@ -109,6 +108,7 @@ def build(
                 stack.enter_context(closing(part))
         geometry = model.geometry(budget_bytes // model.bank.expert_bytes)
         forecasts = stack.enter_context(closing(Forecasts(predictor, model, geometry)))
+        exact = numerics == "exact"
         if exact:
             check_exact(model, host.inside)
         runner = _layer_by_layer(

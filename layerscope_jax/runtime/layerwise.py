@@ -71,6 +71,7 @@ class LayerByLayer:
         forecasts: Forecasts,
         costs: HardwareProfile | None = None,
         pool: HostPool | None = None,
+        *,
         exact: bool = False,
     ):
         self.pool = pool
