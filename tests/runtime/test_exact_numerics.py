@@ -60,12 +60,13 @@ def prompt_of(length, seed=0):
     return np.random.default_rng((length, seed)).integers(1, 61, length).tolist()
 
 
-def request_of(length, temperature=0.0):
+def request_of(length):
+    """Short ones are sampled, long ones greedy."""
     return Request(
         prompt=prompt_of(length),
         max_new_tokens=NEW,
         stop_token_ids=[],
-        temperature=temperature,
+        temperature=float(length < 64),
         seed=3,
         top_k=20,
     )
@@ -101,17 +102,17 @@ def run(model, request, before=(), late=(), **config):
     return result.token_ids, np.stack([logits[number] for number in range(NEW)])
 
 
-def alone(kind, length, temperature):
-    return computed(kind, length, temperature, jax.config.values["jax_disable_most_optimizations"])
+def alone(kind, length):
+    return computed(kind, length, jax.config.values["jax_disable_most_optimizations"])
 
 
 @lru_cache
-def computed(kind, length, temperature, quickly):
+def computed(kind, length, quickly):
     """Of programs that were compiled in one of the ways of `quick_compiling`."""
-    return run(made(kind), request_of(length, temperature))
+    return run(made(kind), request_of(length))
 
 
-lengths = st.lists(st.sampled_from([3, 16, 30, 90]), max_size=3)
+lengths = st.lists(st.sampled_from([3, 30, 90]), max_size=3)
 
 
 @pytest.mark.usefixtures("quick_compiles")
@@ -120,18 +121,17 @@ lengths = st.lists(st.sampled_from([3, 16, 30, 90]), max_size=3)
     before=lengths,
     late=lengths,
     length=st.sampled_from([13, 100]),
-    temperature=st.sampled_from([0.0, 1.0]),
     most=st.sampled_from([2, 8]),
     chunk=st.sampled_from([64, 128]),
     offloaded=st.booleans(),
 )
-@settings(deadline=None, max_examples=4)
-def test_companions_change_no_bit(kind, before, late, length, temperature, most, chunk, offloaded):
+@settings(deadline=None, max_examples=3)
+def test_companions_change_no_bit(kind, before, late, length, most, chunk, offloaded):
     model = made(kind)
     budget = 9 * model.bank.expert_bytes if offloaded else None
     tokens, logits = run(
         model,
-        request_of(length, temperature),
+        request_of(length),
         before,
         late,
         max_num_seqs=most,
@@ -139,7 +139,7 @@ def test_companions_change_no_bit(kind, before, late, length, temperature, most,
         device_budget=budget,
         policy="lru" if offloaded else "auto",
     )
-    expected, expected_logits = alone(kind, length, temperature)
+    expected, expected_logits = alone(kind, length)
     np.testing.assert_array_equal(logits, expected_logits)
     assert tokens == expected
 
@@ -147,7 +147,7 @@ def test_companions_change_no_bit(kind, before, late, length, temperature, most,
 def test_nor_do_they_in_programs_that_xla_optimises():
     """Where XLA would give sums over few or many rows to different loops, were it not told otherwise."""
     kind = "float32, grouped attention with a rest"
-    expected, expected_logits = alone(kind, 13, 0.0)
+    expected, expected_logits = alone(kind, 13)
     tokens, logits = run(made(kind), request_of(13), before=[16, 3], late=[30])
     np.testing.assert_array_equal(logits, expected_logits)
     assert tokens == expected
