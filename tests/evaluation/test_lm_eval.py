@@ -29,7 +29,9 @@ def _offline(monkeypatch):
 
 def evaluated(model, tasks=("layerscope_endings", "layerscope_texts"), **arguments):
     """Metrics of tasks, and the log-likelihoods of every choice."""
-    manager = lm_eval.tasks.TaskManager(include_path=str(TASKS), include_defaults=False)
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     found = lm_eval.simple_evaluate(
         model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **arguments
     )
@@ -50,10 +52,11 @@ def test_resident_and_offloaded_runs_have_the_same_scores():
 
 
 def test_the_command_line_knows_the_model():
+    from lm_eval.api.model import LM
     from lm_eval.api.registry import get_model
 
     assert get_model("layerscope") is LayerscopeLM
-    assert issubclass(LayerscopeLM, lm_eval.api.model.LM)
+    assert issubclass(LayerscopeLM, LM)
 
 
 def test_a_server_gets_the_scores_of_its_engine(tmp_path):
