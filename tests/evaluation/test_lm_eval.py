@@ -40,7 +40,7 @@ def evaluated(model, tasks=("layerscope_endings", "layerscope_texts"), **argumen
 
 
 def test_resident_and_offloaded_runs_have_the_same_scores():
-    model = spelling()
+    model = spelling(512)
     limited = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
     results = []
     for config in (OffloadConfig(), limited):
@@ -61,14 +61,15 @@ def test_the_command_line_knows_the_model():
 
 def test_a_server_gets_the_scores_of_its_engine(tmp_path):
     """By lm-eval's `local-completions`, which has prompts echoed with their log-probabilities."""
-    pytest.importorskip("transformers")
+    for name in ("lm_eval.models", "transformers"):  # the one registers models, the other reads a tokenizer
+        pytest.importorskip(name)
     from layerscope_jax.serving.server import Server
     from layerscope_jax.serving.settings import ServerConfig
 
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with Engine(spelling()) as engine:
+    with Engine(spelling(512)) as engine:
         _, expected = evaluated(LayerscopeLM(engine), ["layerscope_endings"])
         with Server(engine, ServerConfig(port=0, served_model_name="tiny")) as server:
             arguments = {

@@ -85,7 +85,13 @@ def run(model, request, before=(), late=(), **config):
 
     def companions(lengths):
         return [
-            engine.submit(prompt_of(length, seed), max_new_tokens=1 + length % 7, stop_token_ids=[])
+            engine.submit(
+                prompt_of(length, seed),
+                max_new_tokens=1 + length % 7,
+                stop_token_ids=[],
+                temperature=float(seed % 2),
+                logprobs=1 if length == 3 else None,  # then another program picks all tokens of the batch
+            )
             for seed, length in enumerate(lengths, 1)
         ]
 
