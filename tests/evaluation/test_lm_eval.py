@@ -61,7 +61,8 @@ def test_the_command_line_knows_the_model():
 
 def test_a_server_gets_the_scores_of_its_engine(tmp_path):
     """By lm-eval's `local-completions`, which has prompts echoed with their log-probabilities."""
-    for name in ("lm_eval.models", "transformers"):  # the one registers models, the other reads a tokenizer
+    # What registers models, what reads a tokenizer, and what asks again: of `lm-eval[api]`.
+    for name in ("lm_eval.models", "transformers", "tenacity"):
         pytest.importorskip(name)
     from layerscope_jax.serving.server import Server
     from layerscope_jax.serving.settings import ServerConfig
