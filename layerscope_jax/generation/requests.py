@@ -49,13 +49,14 @@ class Request:
         seed: seed of the sampling, None for one drawn at random, which the `Completion` reports. The random
             draws depend only on it and the position, not on the other requests of the batch. Rounding does
             depend on the shape of the batch, so two runs in batches of different shapes may give different
-            tokens, above all in bfloat16.
+            tokens, above all in bfloat16, except with `OffloadConfig(numerics="exact")`.
         stop: texts that end the request as soon as one of them is complete; cut off, unless
             `include_stop_str_in_output`. Special tokens have no text.
         stop_token_ids: ids that end the request, kept as its last token; None for the model's own.
         ignore_eos: whether the model's own stop tokens do not end the request.
         logprobs: number of likeliest tokens, up to 20, whose log-probabilities are reported with that of each
             new token; of the model's own logits, before any of the settings. None for no log-probabilities.
+        prompt_logprobs: the same for each token of the prompt but the first, which nothing comes before.
         add_generation_prompt: whether the template begins the assistant's answer after the `messages`.
         tools, documents: lists of objects that the template is given.
         chat_template_kwargs: further variables of the template, such as `{"enable_thinking": False}`.
@@ -80,6 +81,7 @@ class Request:
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     add_generation_prompt: bool = True
     tools: Sequence[Mapping[str, Any]] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
@@ -119,6 +121,7 @@ class Request:
         stops = self.stop_token_ids
         check("stop_token_ids", stops is None or are_ids(stops), "a list of token ids or None")
         check_whole("logprobs", 0, MOST_LOGPROBS, none=True)
+        check_whole("prompt_logprobs", 0, MOST_LOGPROBS, none=True)
         for name in ("include_stop_str_in_output", "ignore_eos", "add_generation_prompt"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
         if not problems.found:

@@ -11,7 +11,8 @@ weights on a CPU, if the built-in loops support their sizes (`layerscope_jax.ker
 zero weight. Everything else is computed by XLA, as are experts on an accelerator: it may round differently
 for another number of rows, width of prompts or length of a cache. In float32 this hardly ever changes a
 greedy token; in bfloat16, where two tokens often score nearly the same, it may. The same call alone has the
-same shapes, and so the same bits again.
+same shapes, and so the same bits again. With numerics="exact", on a CPU, XLA is kept from it (see
+docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from tokenizers import Tokenizer
 
 from layerscope_jax.generation.calls import RequestState
-from layerscope_jax.generation.completions import TokenLogprobs
+from layerscope_jax.generation.completions import PromptLogprobs, TokenLogprobs
+from layerscope_jax.generation.prompt_scores import PromptScores, holds_nan
 from layerscope_jax.generation.row_settings import RowSettings
 from layerscope_jax.generation.scheduler import (
     MIN_LENGTH,
@@ -43,7 +44,7 @@ from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.sampling import NO_TOKEN
 from layerscope_jax.support.units import next_power
 
-Step = Callable[..., tuple[jax.Array, jax.Array, Any]]
+Step = Callable[..., Any]
 
 
 class Run:
@@ -107,21 +108,22 @@ class Run:
         del self._states[state.id]
         state.end("abort")
 
-    def step(self, step: Step) -> list[RequestState]:
+    def step(self, step: Step, score: Step | None = None) -> list[RequestState]:
         """Runs the step that is scheduled next.
 
         Args:
             step: step of a runner; see `Runner.step`.
+            score: step that scores prompts too; see `Runner.score`. None for no scores.
 
         Returns:
             The requests that got a token or an error; empty if there was nothing to do.
         """
         scheduled = self._scheduler.schedule()
         if isinstance(scheduled, Prefill):
-            return self._prefill(step, scheduled)
+            return self._prefill(step, score, scheduled)
         return [] if scheduled is None else self._decode(step, scheduled)
 
-    def _prefill(self, step: Step, scheduled: Prefill) -> list[RequestState]:
+    def _prefill(self, step: Step, score: Step | None, scheduled: Prefill) -> list[RequestState]:
         """Begins a group of requests: one step, or several for one long prompt.
 
         All steps of a long prompt have the shape [1, prefill_chunk_size] and caches as long as the slots', so
@@ -140,17 +142,25 @@ class Run:
             shared = np.pad(np.array(sources, np.int32), (0, picked - len(group)))
         running = dict(enumerate(group))
         settings = RowSettings(running, picked, self._samples, self._stop_tokens, shared)
+        scores = None if score is None else PromptScores.asked_by(group, prompts, rows)
         for start in range(0, longest, width):
             tokens, positions, last = prefill_inputs(prompts, rows, start, width)
-            next_tokens, logits, caches = step(tokens, positions, last, caches, settings.in_step)
+            inputs = tokens, positions, last, caches, settings.in_step
+            if score is None or scores is None:
+                next_tokens, logits, caches = step(*inputs)
+            else:
+                (next_tokens, logits, caches), part = score(*inputs, scores.targets(start, width), scores.top)
+                scores.add(part)
         new = settings.pick(next_tokens, logits, positions[np.arange(rows), last])
         ended = time.perf_counter()
         slots.put(scheduled.rows, sources, caches, rows)
-        for state, row, (token, logprobs) in zip(group, scheduled.rows, new, strict=False):
+        of_rows = zip(group, scheduled.rows, sources, new, strict=False)
+        for state, row, source, (token, logprobs) in of_rows:
             if state.first_token_s is None:
                 state.first_token_s = ended - state.call.began
             state.begin(self._tokenizer)
-            self._enter(state, row, token, logprobs)
+            told = None if scores is None else scores.of(state, source)
+            self._enter(state, row, token, logprobs, told)
         self._settings = None  # the rows have changed
         self._ended = time.perf_counter()
         return group
@@ -172,12 +182,19 @@ class Run:
             self._enter(state, row, *new[row])
         return states
 
-    def _enter(self, state: RequestState, row: int, token: int, logprobs: TokenLogprobs | None) -> None:
+    def _enter(
+        self,
+        state: RequestState,
+        row: int,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        prompt_logprobs: PromptLogprobs | None = None,
+    ) -> None:
         """Enters the new token of the request at `row`, and frees the row if it was its last."""
-        if token == NO_TOKEN:
+        if token == NO_TOKEN or holds_nan(prompt_logprobs):
             state.end("error", self._why_not_finite())
         else:
-            state.advance(token, self._stop_tokens, logprobs)
+            state.advance(token, self._stop_tokens, logprobs, prompt_logprobs)
         if state.finish_reason is None:
             self._slots.enter(row, token, len(state.prompt) + len(state.tokens) - 1)
         else:
