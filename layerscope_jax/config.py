@@ -71,6 +71,11 @@ class OffloadConfig:
             that are not resident are copied, or read by the host, again in every step.
         max_num_seqs: maximum number of requests that run at once; others wait until some end. Caches and rows
             are allocated only for the requests that there are.
+        prefix_cache: whether a prompt may begin with the caches of an earlier or running request that has the
+            same first tokens, which are then not computed again. A slot's caches stay until another request
+            takes it, also while nothing runs. The tokens are the same if a row has the same bits whatever
+            the width of its step, as on CPUs; where XLA computes, they agree to rounding as in batches of
+            other shapes (docs/numerics.md), and the same call again may have other bits.
         context: positions of a request, its prompt and its new tokens, for which device_budget="auto" keeps
             caches free, `max_num_seqs` times; None for 2,048. Longer requests run all the same, if there is
             memory.
@@ -88,6 +93,7 @@ class OffloadConfig:
     dense_format: str | None = None
     prefill_chunk_size: int = 4096
     max_num_seqs: int = 32
+    prefix_cache: bool = False
     context: int | None = None
 
     def __post_init__(self) -> None:
@@ -127,6 +133,8 @@ class OffloadConfig:
         expect("prefill_chunk_size", is_integer(chunk) and chunk >= 16, "16 tokens or more")
         most = self.max_num_seqs
         expect("max_num_seqs", is_integer(most) and most >= 1, "1 or more")
+        cached = self.prefix_cache
+        expect("prefix_cache", isinstance(cached, bool), "True or False")
         reserved = self.context
         within = reserved is None or (is_integer(reserved) and reserved >= 1)
         expect("context", within, "1 or more positions, or None")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.generation.loop import Loop
+from layerscope_jax.generation.structured import Structures
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.runner import RunnerStats
@@ -99,7 +100,16 @@ def scores(tokens):
     return np.random.default_rng(total).standard_normal(WORDS).astype(np.float32) * 2
 
 
-def looped(max_num_seqs=3, chunk=32, closed=(), runner=None, tokenizer=None, stop_token_ids=(WORDS,)):
+def looped(
+    max_num_seqs=3,
+    chunk=32,
+    closed=(),
+    runner=None,
+    tokenizer=None,
+    stop_token_ids=(WORDS,),
+    vocab_size=WORDS,
+    prefix_cache=False,
+):
     """A loop over such a runner; the runner."""
     config = SimpleNamespace(max_position_embeddings=CONTEXT, stop_token_ids=stop_token_ids)
     runner = runner or Arithmetic()
@@ -112,5 +122,7 @@ def looped(max_num_seqs=3, chunk=32, closed=(), runner=None, tokenizer=None, sto
         max_num_seqs,
         chunk,
         0,
+        Structures(tokenizer, vocab_size, stop_token_ids),
+        prefix_cache,
     )
     return made, runner

@@ -67,7 +67,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "skip_special_tokens": (True,),
 }
@@ -197,6 +196,8 @@ def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, 
         elif key in ONLY:
             expected = " or ".join(map(json.dumps, ONLY[key])) or "left out"
             problems.expect(value in ONLY[key], key, expected, value)
+        elif key == "response_format":
+            _add_format(value, fields, problems)
         elif key == "reasoning_effort" and chat:
             variables["reasoning_effort"] = value
         elif key not in ("prompt", "logprobs", "top_logprobs", *WITHOUT_EFFECT) or (key == "prompt" and chat):
@@ -221,6 +222,22 @@ def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, 
     fits = isinstance(prompt, str) or are_ids(prompt)
     problems.expect(fits, "prompt", "text or a list of token ids; one prompt a line", prompt)
     return fields | {"prompt": prompt}
+
+
+def _add_format(value: Any, fields: dict[str, Any], problems: Problems) -> None:
+    """Adds the `json_schema` that a `response_format` asks for."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "json_object":
+        fields["json_schema"] = {"type": "object"}
+    elif kind == "json_schema":
+        named = value.get("json_schema")
+        schema = named.get("schema") if isinstance(named, dict) else None
+        fits = isinstance(schema, dict)
+        problems.expect(fits, "response_format.json_schema", '{"name": ..., "schema": {...}}', named)
+        fields["json_schema"] = schema
+    elif kind != "text":
+        expected = 'an object of type "text", "json_object" or "json_schema"'
+        problems.expect(False, "response_format", expected, value)
 
 
 def _with_text(message: Any, problems: Problems) -> Any:

@@ -1,7 +1,8 @@
 """A run: the steps of requests that share slots, from the first that reaches an idle engine to the last.
 
 New requests are prefilled in small caches of their own, whose keys and values are then put into the rows of
-ended requests. A request whose logits are not finite ends with an error; rows are independent, so the others
+ended requests. With a prefix cache they begin with a copy of the slot that shares most with their prompt.
+ A request whose logits are not finite ends with an error; rows are independent, so the others
 go on.
 
 Other requests in the batch change no number that a request is computed from, only the shapes of the products
@@ -52,6 +53,7 @@ class Run:
     Args:
         max_num_seqs: maximum number of requests that run at once.
         new_caches: `(rows, length)` -> empty caches.
+        slots: rows of the batch, perhaps used by an earlier run.
         prefill_chunk_size: maximum tokens of a prefill step; see `OffloadConfig`.
         stop_token_ids: ids that end a request without stop tokens of its own.
         tokenizer: tokenizer that makes the text; None for no text.
@@ -65,14 +67,16 @@ class Run:
         self,
         max_num_seqs: int,
         new_caches: Callable[[int, int], Any],
+        slots: Slots,
         prefill_chunk_size: int,
         stop_token_ids: Sequence[int],
         tokenizer: Tokenizer | None,
         why_not_finite: Callable[[], str],
     ):
         self.decode_s = StepTimes()
-        self._scheduler = Scheduler(max_num_seqs, prefill_chunk_size)
-        self._slots = Slots(new_caches)
+        place = None if slots.prefixes is None else self._place
+        self._scheduler = Scheduler(max_num_seqs, prefill_chunk_size, slots.rows, place)
+        self._slots = slots
         self._new_caches, self._chunk = new_caches, prefill_chunk_size
         self._stop_tokens, self._tokenizer = stop_token_ids, tokenizer
         self._why_not_finite = why_not_finite
@@ -103,7 +107,7 @@ class Run:
     def abort(self, state: RequestState) -> None:
         """Ends a waiting or running request."""
         if (row := self._scheduler.abort(state.id)) is not None:
-            self._slots.free(row)
+            self._free(row, state)
         del self._states[state.id]
         state.end("abort")
 
@@ -122,38 +126,57 @@ class Run:
         return [] if scheduled is None else self._decode(step, scheduled)
 
     def _prefill(self, step: Step, scheduled: Prefill) -> list[RequestState]:
-        """Begins a group of requests: one step, or several for one long prompt.
+        """Begins a group of requests; those that share much of their prompts after the first of these."""
+        slots, scheduler = self._slots, self._scheduler
+        slots.fit(batch_rows(scheduler.slots), bucket(scheduler.length, MIN_LENGTH))
+        group = [self._states[request] for request in scheduled.requests]
+        left = list(zip(group, scheduled.rows, strict=True))
+        while left:
+            prompts, sources = distinct_prompts([state for state, _ in left])
+            now = range(len(prompts)) if slots.prefixes is None else slots.prefixes.first(prompts)
+            part = [pair for pair, source in zip(left, sources, strict=True) if source in now]
+            self._prefill_together(step, *zip(*part, strict=True))
+            left = [pair for pair, source in zip(left, sources, strict=True) if source not in now]
+        self._settings = None  # the rows have changed
+        self._ended = time.perf_counter()
+        return group
+
+    def _prefill_together(self, step: Step, group: Sequence[RequestState], places: Sequence[int]) -> None:
+        """Begins requests in the rows `places`: one step, or several for one long prompt.
 
         All steps of a long prompt have the shape [1, prefill_chunk_size] and caches as long as the slots', so
         a new prompt length compiles nothing. Samples of a prompt share a row of the step.
         """
-        slots, scheduler = self._slots, self._scheduler
-        slots.fit(batch_rows(scheduler.slots), bucket(scheduler.length, MIN_LENGTH))
-        group = [self._states[request] for request in scheduled.requests]
+        slots, prefixes = self._slots, self._slots.prefixes
         prompts, sources = distinct_prompts(group)
         rows = next_power(len(prompts))
-        longest = max(map(len, prompts))
+        found = [None if prefixes is None else prefixes.find(prompt) for prompt in prompts]
+        begun = [0 if each is None else each.length for each in found]
+        longest = max([len(prompt) - start for prompt, start in zip(prompts, begun, strict=True)])
         width = min(bucket(longest, MIN_WIDTH), self._chunk)
-        caches = self._new_caches(rows, width if longest <= width else slots.length)
+        if any(begun):
+            caches = slots.take([None if each is None else each.row for each in found], rows)
+        else:
+            caches = self._new_caches(rows, width if longest <= width else slots.length)
         picked, shared = next_power(len(group)), None
         if len(prompts) < len(group):
             shared = np.pad(np.array(sources, np.int32), (0, picked - len(group)))
         running = dict(enumerate(group))
         settings = RowSettings(running, picked, self._samples, self._stop_tokens, shared)
         for start in range(0, longest, width):
-            tokens, positions, last = prefill_inputs(prompts, rows, start, width)
+            firsts = [first + start for first in begun]
+            tokens, positions, last = prefill_inputs(prompts, rows, firsts, width)
             next_tokens, logits, caches = step(tokens, positions, last, caches, settings.in_step)
         new = settings.pick(next_tokens, logits, positions[np.arange(rows), last])
         ended = time.perf_counter()
-        slots.put(scheduled.rows, sources, caches, rows)
-        for state, row, (token, logprobs) in zip(group, scheduled.rows, new, strict=False):
+        slots.put(places, sources, caches, rows)
+        for state, source, row, (token, logprobs) in zip(group, sources, places, new, strict=False):
             if state.first_token_s is None:
-                state.first_token_s = ended - state.call.began
+                state.first_token_s, state.cached_tokens = ended - state.call.began, begun[source]
+            if prefixes is not None:
+                prefixes.hold(row, prompts[source], runs=True)
             state.begin(self._tokenizer)
             self._enter(state, row, token, logprobs)
-        self._settings = None  # the rows have changed
-        self._ended = time.perf_counter()
-        return group
 
     def _decode(self, step: Step, scheduled: Decode) -> list[RequestState]:
         """Gives every running request one token."""
@@ -175,15 +198,32 @@ class Run:
     def _enter(self, state: RequestState, row: int, token: int, logprobs: TokenLogprobs | None) -> None:
         """Enters the new token of the request at `row`, and frees the row if it was its last."""
         if token == NO_TOKEN:
-            state.end("error", self._why_not_finite())
+            error = None if state.guide is None else state.guide.error()
+            state.end("error", error or self._why_not_finite())
         else:
             state.advance(token, self._stop_tokens, logprobs)
         if state.finish_reason is None:
             self._slots.enter(row, token, len(state.prompt) + len(state.tokens) - 1)
         else:
             self._scheduler.finish(state.id)
-            self._slots.free(row)
+            self._free(row, state)
             del self._states[state.id]
+
+    def _free(self, row: int, state: RequestState) -> None:
+        """Frees the row of a request that has ended; what it holds may be of use to others."""
+        self._slots.free(row)
+        if (prefixes := self._slots.prefixes) is None:
+            return
+        if state.finish_reason == "error":
+            prefixes.drop(row)
+        else:  # the last token has not been in any step
+            prefixes.hold(row, [*state.prompt, *state.tokens][:-1])
+
+    def _place(self, requests: Sequence[int], free: Sequence[int]) -> Sequence[int]:
+        """Returns a free row for each request, so that as much as possible stays of use."""
+        assert self._slots.prefixes is not None
+        states = [self._states[request] for request in requests]
+        return self._slots.prefixes.place([[*state.prompt, *state.tokens] for state in states], free)
 
 
 def distinct_prompts(group: Sequence[RequestState]) -> tuple[list[list[int]], list[int]]:
@@ -195,18 +235,24 @@ def distinct_prompts(group: Sequence[RequestState]) -> tuple[list[list[int]], li
 
 
 def prefill_inputs(
-    prompts: Sequence[Sequence[int]], rows: int, start: int, width: int
+    prompts: Sequence[Sequence[int]], rows: int, starts: Sequence[int], width: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns what a prefill step reads: tokens and positions [B, S] from `start` on, and the last index [B].
+    """Returns what a prefill step reads: tokens and positions [B, S], and the last index [B].
 
-    >>> tokens, positions, last = prefill_inputs([[5, 6, 7], [8]], rows=2, start=0, width=4)
-    >>> tokens.tolist(), last.tolist()
-    ([[5, 6, 7, 0], [8, 0, 0, 0]], [2, 0])
+    Args:
+        prompts: of the rows.
+        rows: B.
+        starts: position in each prompt from which on the step reads.
+        width: S.
+
+    >>> tokens, positions, last = prefill_inputs([[5, 6, 7], [8]], rows=2, starts=[1, 0], width=4)
+    >>> tokens.tolist(), positions[:, 0].tolist(), last.tolist()
+    ([[6, 7, 0, 0], [8, 0, 0, 0]], [1, 0], [1, 0])
     """
     tokens = np.zeros((rows, width), np.int32)
     positions = np.full((rows, width), PAD_POSITION, np.int32)
     last = np.zeros(rows, np.int32)
-    for row, prompt in enumerate(prompts):
+    for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
         part = prompt[start : start + width]
         tokens[row, : len(part)] = part
         positions[row, : len(part)] = np.arange(start, start + len(part))

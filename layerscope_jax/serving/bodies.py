@@ -12,6 +12,7 @@ from layerscope_jax.generation.encoding import encode_prompts
 from layerscope_jax.generation.openai_requests import CHAT_URL, body_request
 from layerscope_jax.generation.prompt_files import parsed
 from layerscope_jax.generation.requests import CHAT, DEFAULTS, Request, are_ids, is_list, with_seed
+from layerscope_jax.generation.structured import Structures
 from layerscope_jax.serving.refusals import Refusal
 from layerscope_jax.support.checks import Problems
 
@@ -55,6 +56,7 @@ class Reader:
         defaults: settings of requests that a body does not give, in the place of OpenAI's own.
         max_model_len: most tokens of a prompt and its answer; None for the model's context.
         most_samples: most samples of a body.
+        structures: compiles the grammars of requests, which may take a while.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class Reader:
         defaults: Mapping[str, Any],
         max_model_len: int | None,
         most_samples: int,
+        structures: Structures,
     ):
         self._model, self._name, self._chat, self._defaults = model, name, chat, defaults
         context = model.config.max_position_embeddings
         self._length, self._most = min(max_model_len or context, context), most_samples
+        self._structures = structures
 
     def read(self, body: bytes, url: str) -> Asked:
         """Returns what a body asks for.
@@ -112,6 +116,7 @@ class Reader:
         plain = {name: DEFAULTS[name] for name in CHAT}
         found = []
         for request, ids in zip(requests, prompts, strict=True):
+            self._structures.guide(request.structure)
             room = min(request.max_new_tokens, self._length - len(ids))
             least = min(request.min_new_tokens, room)
             found.append(

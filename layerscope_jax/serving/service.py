@@ -56,6 +56,7 @@ class Service:
             engine.defaults,
             config.max_model_len,
             self._most,
+            engine.structures,
         )
         self._jobs: set[Job] = set()
         self._taken = 0  # samples that were admitted and have not ended

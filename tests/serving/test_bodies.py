@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.openai_requests import CHAT_URL, LENGTHS, TEXT_URL
+from layerscope_jax.generation.structured import Structures
 from layerscope_jax.serving.bodies import Asked, Reader
 from layerscope_jax.serving.refusals import Refusal
 
@@ -33,7 +34,9 @@ VALUES = st.recursive(
 @pytest.fixture(scope="module")
 def reader():
     chat = Chat(None, TEMPLATE)
-    yield Reader(spelling_model(), "tiny", chat, {"top_k": 7}, 50, 6)
+    model = spelling_model()
+    structures = Structures.of(model)
+    yield Reader(model, "tiny", chat, {"top_k": 7}, 50, 6, structures)
     chat.close()
 
 

@@ -1,5 +1,7 @@
 """OpenAI's own client gets the tokens of `engine.generate`, streamed and whole."""
 
+import json
+
 import openai
 import pytest
 from serving_calls import MODEL, metric, request, sent, until
@@ -84,6 +86,29 @@ def test_a_stop_string(engine, client):
         assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text.partition(stop)[0]
         assert chunks[-1].choices[0].finish_reason == "stop"
         assert chunks[-1].choices[0].stop_reason == stop
+
+
+def test_json_by_a_schema(engine, client):
+    """The same streamed and whole, and as of the library."""
+    schema = {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 1, "maxItems": 2}
+    format = {"type": "json_schema", "json_schema": {"name": "colours", "schema": schema}}
+    settings = SAMPLED | {"max_tokens": 60}
+    answer = client.chat.completions.create(messages=MESSAGES, response_format=format, **settings)
+    texts = [choice.message.content for choice in answer.choices]
+    assert all({"red", "green"} >= set(json.loads(text)) != set() for text in texts)
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+    stream = client.chat.completions.create(
+        messages=MESSAGES, response_format=format, stream=True, **settings
+    )
+    streamed = ["", ""]
+    for chunk in stream:
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    prompt = ["user: Hi\n"]
+    library = engine.generate(prompt, json_schema=schema, max_new_tokens=60, temperature=0.9, n=2, seed=5)
+    assert streamed == texts == library.texts
+    bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "frog"}}}
+    with pytest.raises(openai.BadRequestError, match="Invalid type: frog"):
+        client.completions.create(prompt="x", extra_body={"response_format": bad}, **GREEDY)
 
 
 def test_models(client):
