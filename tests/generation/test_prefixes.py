@@ -1,12 +1,9 @@
 """The prefix cache: its bookkeeping, and that requests get the tokens that they get without it."""
 
-from collections import Counter
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from arithmetic import CONTEXT, WORDS, Arithmetic, alone, looped
-from helpers import TINY, random_model
+from helpers import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +12,7 @@ from layerscope_jax.generation import prefixes as module
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.generation.prefixes import Found, Prefixes, shared
 from layerscope_jax.generation.requests import Request
+from layerscope_jax.models.config import DeltaSizes, LatentSizes
 from layerscope_jax.models.rotary import PAD_POSITION
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -186,7 +184,7 @@ class Counting(Arithmetic):
 
 def test_a_conversation_computes_only_what_is_new():
     """Also when nothing ran meanwhile; the tokens that were not computed are counted."""
-    made, runner = looped(2, runner=Counting(), prefix_cache=True)
+    made, runner = looped(2, runner=Counting(), prefix_cache=True, chunk=4096)
     first = submitted(made, STEMS[0], 6).results()
     longer = [*STEMS[0], *first[0].token_ids, 1, 2, 3]
     handle = submitted(made, longer, 4)
@@ -208,7 +206,7 @@ def test_requests_at_once_compute_what_they_share_once():
 
 
 def test_slots_are_taken_from_what_was_not_of_use_for_longest():
-    made, runner = looped(2, runner=Counting(), prefix_cache=True)
+    made, runner = looped(2, runner=Counting(), prefix_cache=True, chunk=4096)
     for stem in (STEMS[0], STEMS[1], STEMS[0], STEMS[2], STEMS[0], STEMS[1]):
         submitted(made, [*stem, 1], 1).result()
     assert runner.prefilled == [41, 31, 1, 41, 1, 31]
@@ -225,18 +223,31 @@ def test_a_closed_loop_holds_no_caches():
     assert without._slots is None
 
 
-@pytest.mark.parametrize("kind", ["kv", "delta"])
+KINDS = {
+    "window": {"sliding_window": 24, "num_layers": 1},
+    "latent": {
+        "latent": LatentSizes(query_rank=None, rank=16, rope=8, nope=8, value=8),
+        "attention": "latent",
+    },
+    "states": {
+        "delta": DeltaSizes(key_heads=2, value_heads=4, key=8, value=8, taps=4),
+        "full_attention_layers": (1,),
+        "num_layers": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_says_the_same(kind):
     """With positions in every layer, or states of all tokens together, which must be gone on with whole."""
-    changes = {}
-    model = random_model(replace(TINY, num_layers=2, **changes), seed=3)
-    rng = np.random.default_rng(0)
-    stem = rng.integers(0, 61, 40).tolist()
-    prompts = [[*stem, 1, 2], [*stem, 3], [*stem[:30], 7, 8, 9]]
-    with Engine(model, OffloadConfig(max_num_seqs=2)) as plain:
-        expected = [plain.generate([prompt], max_new_tokens=5).token_ids[0] for prompt in prompts]
-    with Engine(model, OffloadConfig(max_num_seqs=2, prefix_cache=True)) as engine:
-        found = [engine.generate([prompt], max_new_tokens=5) for prompt in prompts]
-    assert [result.token_ids[0] for result in found] == expected
-    assert [result.stats.cached_tokens for result in found] == [0, 40, 30]
-    assert Counter(result.stats.prompt_tokens for result in found) == Counter([42, 41, 33])
+    model = random_model(seed=3, qk_norm="none", **{"num_layers": 1} | KINDS[kind])
+    first = np.random.default_rng(0).integers(0, 61, 40).tolist()
+    with Engine(model, OffloadConfig(max_num_seqs=1)) as plain:
+        [answer] = plain.generate([first], max_new_tokens=5).token_ids
+        prompts = [first, [*first, *answer, 1, 2], [*first[:30], 7, 8, 9]]
+        expected = [plain.generate([prompt], max_new_tokens=5).token_ids for prompt in prompts]
+    with Engine(model, OffloadConfig(max_num_seqs=1, prefix_cache=True)) as engine:
+        results = [engine.generate([prompt], max_new_tokens=5) for prompt in prompts]
+    assert [result.token_ids for result in results] == expected
+    cached = [result.stats.cached_tokens for result in results]
+    assert cached == ([0, 44, 0] if kind == "states" else [0, 44, 30])
