@@ -18,6 +18,7 @@ from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.runner import RunnerStats
 from layerscope_jax.runtime.sampling import sample
+from layerscope_jax.runtime.scoring import Scores
 from layerscope_jax.runtime.turns import Turns
 
 WORDS, CONTEXT = 101, 96
@@ -48,6 +49,7 @@ class Arithmetic:
     """A runner whose caches hold the tokens themselves."""
 
     mode = "arithmetic"
+    score = None  # there are no logits
 
     def __init__(self):
         self.account, self.steps, self.shapes, self.fails = Account(), 0, [], 0
@@ -89,6 +91,17 @@ class Scoring(Arithmetic):
                 logits[row] = scores(cache[row, : place + 1].tolist())
         logits = jnp.asarray(logits)
         return jitted(logits, positions[np.arange(len(tokens)), last] + 1, sampling), logits, caches
+
+    def score(self, tokens, positions, last, caches, sampling, targets, top):
+        stepped = self.step(tokens, positions, last, caches, sampling)
+        cache = np.asarray(stepped[2][0].tokens)
+        logprobs = np.full((*tokens.shape, WORDS), np.nan, np.float32)
+        for row, column in np.argwhere(positions != PAD_POSITION):
+            logits = scores(cache[row, : positions[row, column] + 1].tolist())
+            logprobs[row, column] = logits - np.log(np.exp(logits).sum())
+        ids = np.argsort(-logprobs, axis=-1)[..., :top]
+        own = np.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+        return stepped, Scores(own, ids, np.take_along_axis(logprobs, ids, axis=-1))
 
 
 jitted = jax.jit(sample)

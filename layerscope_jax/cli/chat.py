@@ -56,6 +56,7 @@ class Talk(RequestOptions, EngineOptions):
     chat: Suppress[bool] = True
     n: Suppress[None] = None
     logprobs: Suppress[None] = None
+    prompt_logprobs: Suppress[None] = None
     max_num_seqs: Suppress[int] = 1
 
     def run(self) -> int:

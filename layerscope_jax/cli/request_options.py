@@ -97,6 +97,9 @@ class RequestOptions:
             "0 to 20, into the lines of completions.",
         ),
     ] = None
+    prompt_logprobs: Annotated[
+        int | None, arg(metavar="INT", help="The same for each token of the prompt but the first.")
+    ] = None
 
     json_schema: Annotated[
         Path | None,

@@ -60,6 +60,11 @@ def _content(request: Request, output: Output) -> dict[str, Any]:
     if output.logprobs is not None:
         content["logprobs"] = [{"logprob": token.logprob, "top": token.top} for token in output.logprobs]
         content["cumulative_logprob"] = output.cumulative_logprob
+    if output.prompt_logprobs is not None:
+        content["prompt_logprobs"] = [
+            None if token is None else {"logprob": token.logprob, "top": token.top}
+            for token in output.prompt_logprobs
+        ]
     if output.error is not None:
         content["error"] = output.error
     return content

@@ -10,7 +10,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from layerscope_jax.generation.completions import Completion, Token, TokenLogprobs, output_of
+from layerscope_jax.generation.completions import (
+    Completion,
+    PromptLogprobs,
+    Token,
+    TokenLogprobs,
+    output_of,
+)
 from layerscope_jax.generation.detokenize import TextStream
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.generation.stop_strings import StopStrings
@@ -80,7 +86,11 @@ class RequestState:
             self._certain(self.text.add(token), number)
 
     def advance(
-        self, token: int, stop_token_ids: Collection[int], logprobs: TokenLogprobs | None = None
+        self,
+        token: int,
+        stop_token_ids: Collection[int],
+        logprobs: TokenLogprobs | None = None,
+        prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
         """Appends a new token; `stop_token_ids` end the request unless it has stop tokens of its own."""
         self.tokens.append(token)
@@ -115,6 +125,7 @@ class RequestState:
                 index=self.sample,
                 stop_reason=stop_reason,
                 logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
             )
         )
 

@@ -14,16 +14,19 @@ from layerscope_jax.scheduling.plan import LayerPlan
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one new token, of the model's own logits.
+    """Log-probabilities at one token, of the model's own logits.
 
     Attributes:
-        logprob: of the new token.
+        logprob: of the token.
         top: (token id, log-probability) of the likeliest tokens, likeliest first; as many as the request
             asked for, fewer if the others are impossible.
     """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+PromptLogprobs = list[TokenLogprobs | None]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Token:
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended the request; None for the
             model's own stop tokens.
         logprobs: log-probabilities at this token, if the request asked for them.
+        prompt_logprobs: log-probabilities at each token of the prompt, None at the first; of a sample's first
+            token alone, if the request asked for them.
     """
 
     request: int
@@ -51,6 +56,7 @@ class Token:
     index: int = 0
     stop_reason: int | str | None = None
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,8 @@ class Output:
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it; None if it ended
             otherwise, or by one of the model's own stop tokens.
         logprobs: log-probabilities at each of `token_ids`; None if the request did not ask for them.
+        prompt_logprobs: log-probabilities at each token of the prompt, None at the first; None if the request
+            did not ask for them, or ended before its first token.
     """
 
     text: str
@@ -78,6 +86,7 @@ class Output:
     seed: int = 0
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -116,6 +125,7 @@ def output_of(events: Sequence[Token], request: Request) -> dict[str, Any]:
         "seed": seed_of(request.seed, last.index),
         "stop_reason": last.stop_reason,
         "logprobs": [event.logprobs for event in events if event.logprobs is not None] if told else None,
+        "prompt_logprobs": events[0].prompt_logprobs,
     }
 
 

@@ -281,7 +281,7 @@ class Loop:
             return
         self._settled = False
         self._runner.reset(self.account)
-        states = self._run.step(self._runner.step)
+        states = self._run.step(self._runner.step, self._runner.score)
         if not states:
             raise AssertionError("requests were left that no step was scheduled for")
         for state in states:

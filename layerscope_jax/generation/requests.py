@@ -57,6 +57,7 @@ class Request:
         ignore_eos: whether the model's own stop tokens do not end the request.
         logprobs: number of likeliest tokens, up to 20, whose log-probabilities are reported with that of each
             new token; of the model's own logits, before any of the settings. None for no log-probabilities.
+        prompt_logprobs: the same for each token of the prompt but the first, which nothing comes before.
         json_schema: schema of the JSON text that the request makes, `{"type": "object"}` for any object; None
             for any text. Tokens that would leave it are not chosen, and the request ends with the text. It
             needs the extra `structured`.
@@ -85,6 +86,7 @@ class Request:
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = None
     grammar: str | None = None
     add_generation_prompt: bool = True
@@ -126,6 +128,7 @@ class Request:
         stops = self.stop_token_ids
         check("stop_token_ids", stops is None or are_ids(stops), "a list of token ids or None")
         check_whole("logprobs", 0, MOST_LOGPROBS, none=True)
+        check_whole("prompt_logprobs", 0, MOST_LOGPROBS, none=True)
         for name in ("include_stop_str_in_output", "ignore_eos", "add_generation_prompt"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
         self._check_structure(problems)

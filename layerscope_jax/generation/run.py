@@ -21,12 +21,12 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from tokenizers import Tokenizer
 
 from layerscope_jax.generation.calls import RequestState
-from layerscope_jax.generation.completions import TokenLogprobs
+from layerscope_jax.generation.completions import PromptLogprobs, TokenLogprobs
+from layerscope_jax.generation.prompt_scores import PromptScores, holds_nan
 from layerscope_jax.generation.row_settings import RowSettings
 from layerscope_jax.generation.scheduler import (
     MIN_LENGTH,
@@ -44,7 +44,7 @@ from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.sampling import NO_TOKEN
 from layerscope_jax.support.units import next_power
 
-Step = Callable[..., tuple[jax.Array, jax.Array, Any]]
+Step = Callable[..., Any]
 
 
 class Run:
@@ -111,21 +111,22 @@ class Run:
         del self._states[state.id]
         state.end("abort")
 
-    def step(self, step: Step) -> list[RequestState]:
+    def step(self, step: Step, score: Step | None = None) -> list[RequestState]:
         """Runs the step that is scheduled next.
 
         Args:
             step: step of a runner; see `Runner.step`.
+            score: step that scores prompts too; see `Runner.score`. None for no scores.
 
         Returns:
             The requests that got a token or an error; empty if there was nothing to do.
         """
         scheduled = self._scheduler.schedule()
         if isinstance(scheduled, Prefill):
-            return self._prefill(step, scheduled)
+            return self._prefill(step, score, scheduled)
         return [] if scheduled is None else self._decode(step, scheduled)
 
-    def _prefill(self, step: Step, scheduled: Prefill) -> list[RequestState]:
+    def _prefill(self, step: Step, score: Step | None, scheduled: Prefill) -> list[RequestState]:
         """Begins a group of requests; those that share much of their prompts after the first of these."""
         slots, scheduler = self._slots, self._scheduler
         slots.fit(batch_rows(scheduler.slots), bucket(scheduler.length, MIN_LENGTH))
@@ -135,13 +136,15 @@ class Run:
             prompts, sources = distinct_prompts([state for state, _ in left])
             now = range(len(prompts)) if slots.prefixes is None else slots.prefixes.first(prompts)
             part = [pair for pair, source in zip(left, sources, strict=True) if source in now]
-            self._prefill_together(step, *zip(*part, strict=True))
+            self._prefill_together(step, score, *zip(*part, strict=True))
             left = [pair for pair, source in zip(left, sources, strict=True) if source not in now]
         self._settings = None  # the rows have changed
         self._ended = time.perf_counter()
         return group
 
-    def _prefill_together(self, step: Step, group: Sequence[RequestState], places: Sequence[int]) -> None:
+    def _prefill_together(
+        self, step: Step, score: Step | None, group: Sequence[RequestState], places: Sequence[int]
+    ) -> None:
         """Begins requests in the rows `places`: one step, or several for one long prompt.
 
         All steps of a long prompt have the shape [1, prefill_chunk_size] and caches as long as the slots', so
@@ -150,7 +153,9 @@ class Run:
         slots, prefixes = self._slots, self._slots.prefixes
         prompts, sources = distinct_prompts(group)
         rows = next_power(len(prompts))
-        found = [None if prefixes is None else prefixes.find(prompt) for prompt in prompts]
+        scores = None if score is None else PromptScores.asked_by(group, prompts, rows)
+        # Prompts that are to be scored are computed whole.
+        found = [prefixes.find(prompt) if prefixes and scores is None else None for prompt in prompts]
         begun = [0 if each is None else each.length for each in found]
         longest = max([len(prompt) - start for prompt, start in zip(prompts, begun, strict=True)])
         width = min(bucket(longest, MIN_WIDTH), self._chunk)
@@ -166,7 +171,12 @@ class Run:
         for start in range(0, longest, width):
             firsts = [first + start for first in begun]
             tokens, positions, last = prefill_inputs(prompts, rows, firsts, width)
-            next_tokens, logits, caches = step(tokens, positions, last, caches, settings.in_step)
+            inputs = tokens, positions, last, caches, settings.in_step
+            if score is None or scores is None:
+                next_tokens, logits, caches = step(*inputs)
+            else:
+                (next_tokens, logits, caches), part = score(*inputs, scores.targets(start, width), scores.top)
+                scores.add(part)
         new = settings.pick(next_tokens, logits, positions[np.arange(rows), last])
         ended = time.perf_counter()
         slots.put(places, sources, caches, rows)
@@ -176,7 +186,8 @@ class Run:
             if prefixes is not None:
                 prefixes.hold(row, prompts[source], runs=True)
             state.begin(self._tokenizer)
-            self._enter(state, row, token, logprobs)
+            told = None if scores is None else scores.of(state, source)
+            self._enter(state, row, token, logprobs, told)
 
     def _decode(self, step: Step, scheduled: Decode) -> list[RequestState]:
         """Gives every running request one token."""
@@ -195,13 +206,20 @@ class Run:
             self._enter(state, row, *new[row])
         return states
 
-    def _enter(self, state: RequestState, row: int, token: int, logprobs: TokenLogprobs | None) -> None:
+    def _enter(
+        self,
+        state: RequestState,
+        row: int,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        prompt_logprobs: PromptLogprobs | None = None,
+    ) -> None:
         """Enters the new token of the request at `row`, and frees the row if it was its last."""
-        if token == NO_TOKEN:
+        if token == NO_TOKEN or holds_nan(prompt_logprobs):
             error = None if state.guide is None else state.guide.error()
             state.end("error", error or self._why_not_finite())
         else:
-            state.advance(token, self._stop_tokens, logprobs)
+            state.advance(token, self._stop_tokens, logprobs, prompt_logprobs)
         if state.finish_reason is None:
             self._slots.enter(row, token, len(state.prompt) + len(state.tokens) - 1)
         else:

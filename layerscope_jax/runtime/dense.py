@@ -19,6 +19,7 @@ from layerscope_jax.prediction.forecasts import Forecasts, counted_rows
 from layerscope_jax.runtime.programs import Layers, programs
 from layerscope_jax.runtime.runner import Stepped
 from layerscope_jax.runtime.sampling import Sampling
+from layerscope_jax.runtime.scoring import Scores
 from layerscope_jax.scheduling.plan import Phase
 from layerscope_jax.support.interrupts import check
 
@@ -87,13 +88,15 @@ class DenseParts:
         last: np.ndarray,
         caches: list[Any],
         sampling: Sampling | None,
-    ) -> Stepped:
+        scored: tuple[np.ndarray, int] | None = None,
+    ) -> tuple[Stepped, Scores | None]:
         """Runs a step, and waits for its tokens, which the caller reads next anyway.
 
         Args:
             layer: function called for each MoE layer that has caches; see `attend`.
             experts: executor that provides the experts' rows before the first layer.
             tokens, positions, last, caches, sampling: as in `Runner.step`.
+            scored: targets and number of likeliest tokens, as in `Runner.score`; None to score nothing.
         """
         active, counted = (positions != PAD_POSITION).reshape(-1), None
         if self._forecasts.in_layer is not None:
@@ -109,11 +112,13 @@ class DenseParts:
         tail, behind = self.tail, self._behind
         if len(caches) < self._num_layers:
             tail, behind = NO_LAYERS, slice(0, 0)
-        next_tokens, logits, caches[behind] = self.programs.finish(
-            self.ends, state, places, last, sampling, tail, caches[behind], self.table
-        )
+        inputs, scores = (self.ends, state, places, last, sampling, tail, caches[behind], self.table), None
+        if scored is None:
+            next_tokens, logits, caches[behind] = self.programs.finish(*inputs)
+        else:
+            next_tokens, logits, caches[behind], scores = self.programs.score(*inputs, *scored)
         next_tokens.block_until_ready()
-        return next_tokens, logits, caches
+        return (next_tokens, logits, caches), scores
 
     def _begin(self, experts: DeviceExperts | SharedExperts, tokens: Any, *others: Any) -> tuple[Any, ...]:
         """Returns the first layer's input, embeddings without experts' rows, and `others` on the device."""

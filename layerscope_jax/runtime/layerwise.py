@@ -26,8 +26,9 @@ from layerscope_jax.runtime.dense import DenseParts, StepInputs
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.lower_bound import least_decode_s
 from layerscope_jax.runtime.resources import Closable, close_all
-from layerscope_jax.runtime.runner import RunnerStats, Stepped
+from layerscope_jax.runtime.runner import RunnerStats, Scored, Stepped
 from layerscope_jax.runtime.sampling import Sampling
+from layerscope_jax.runtime.scoring import Scores
 from layerscope_jax.runtime.warmup import Rehearsal
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation, Phase
@@ -100,14 +101,31 @@ class LayerByLayer:
         sampling: Sampling | None,
     ) -> Stepped:
         """Runs one forward pass, or (for timing) only the layers that have caches; see `Runner.step`."""
+        return self._run(tokens, positions, last, caches, sampling)[0]
+
+    def score(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        caches: list[Any],
+        sampling: Sampling | None,
+        targets: np.ndarray,
+        top: int,
+    ) -> Scored:
+        """Runs a prefill step and scores tokens; see `Runner.score`."""
+        stepped, scores = self._run(tokens, positions, last, caches, sampling, (targets, top))
+        assert scores is not None
+        return stepped, scores
+
+    def _run(self, tokens: np.ndarray, *others: Any) -> tuple[Stepped, Scores | None]:
+        """Runs and counts one forward pass; the arguments are those of `DenseParts.through`."""
         timeline = self.account.timeline
         if timeline is not None:
             timeline.step = self.account.steps
         with self.settled_after():
             began = self._since = time.perf_counter()
-            stepped = self.dense.through(
-                self._layer, self.device_experts, tokens, positions, last, caches, sampling
-            )
+            outcome = self.dense.through(self._layer, self.device_experts, tokens, *others)
         self.decisions.end_step()
         now = time.perf_counter()
         self.account.meter.device_busy_s += now - self._since
@@ -115,7 +133,7 @@ class LayerByLayer:
             timeline.device(self._since, now, self.model.config.num_moe_layers - 1, "logits")
             timeline.end_step(tokens.shape[1], began, now)
         self.account.steps += 1
-        return stepped
+        return outcome
 
     def _layer(
         self, layer: int, step: StepInputs, state: Between, caches: list[Any]

@@ -22,6 +22,7 @@ from layerscope_jax.models.layers import abstract
 from layerscope_jax.prediction.forecasts import expected_tokens
 from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.runtime.sampling import sample
+from layerscope_jax.runtime.scoring import scores_of
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["kinds"])
@@ -45,11 +46,13 @@ class Layers:
 
 
 class Programs(NamedTuple):
-    """Jitted programs of a step: before the layers, for each MoE layer, and after the layers."""
+    """Jitted programs of a step: before the layers, for each MoE layer, and after the layers; and what comes
+    after the layers of a step that scores tokens."""
 
     embed: Callable
     attend_and_route: Callable
     finish: Callable
+    score: Callable
 
 
 def dense_parts(
@@ -115,4 +118,14 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
             logits = ends_of(ends).next_logits(hidden, last)
         return sample(logits, positions[rows, last] + 1, sampling), logits, caches
 
-    return Programs(embed, attend_and_route, finish)
+    @functools.partial(jax.jit, donate_argnames="caches", static_argnames="top")
+    def score(ends, state, positions, last, sampling, tail, caches, table, targets, top):
+        with our_loops(table):
+            hidden, caches = to_end(layers_of(tail), state, positions, caches, add_rows(table))
+            decoder = ends_of(ends)
+            logits = decoder.next_logits(hidden, last)
+            scores = scores_of(decoder, hidden, targets, top)
+        rows = jnp.arange(state.hidden.shape[0])
+        return sample(logits, positions[rows, last] + 1, sampling), logits, caches, scores
+
+    return Programs(embed, attend_and_route, finish, score)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from layerscope_jax.runtime.sampling import Sampling
+from layerscope_jax.runtime.scoring import Scores
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.policy import PolicyBase
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 Stepped = tuple[jax.Array, jax.Array, list[Any]]
 """Result of a step: the next tokens [B], logits [B, V] in float32, caches with the new keys and values."""
+
+Scored = tuple[Stepped, Scores]
+"""Result of a step that scores tokens too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,24 @@ class Runner(Protocol):
             TransferError: if an expert that is needed on the device could not be copied there.
             ValueError: if the policy's plan is invalid (see `check_plan`), or the runner was closed.
                 Exceptions that the policy raises pass through.
+        """
+
+    def score(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        caches: list[Any],
+        sampling: Sampling | None,
+        targets: np.ndarray,
+        top: int,
+    ) -> Scored:
+        """Runs a prefill step as `step` does, and scores the tokens that follow.
+
+        Args:
+            tokens, positions, last, caches, sampling: as of `step`.
+            targets: [B, S] int32, the token that follows each; any where there is none.
+            top: number of likeliest tokens to report beside each of them.
         """
 
     def reset(self, account: Account | None) -> None:

@@ -50,9 +50,10 @@ class Rehearsal:
         """Runs every program that a step of this shape may need; see `Runner.rehearsal`."""
         self.runner.settle_if_needed()
         try:
-            return self.runner.dense.through(
+            stepped, _ = self.runner.dense.through(
                 self._layer, self._device_experts, tokens, positions, last, caches, sampling
             )
+            return stepped
         except BaseException:
             self.settle()
             raise

@@ -17,8 +17,9 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.dense import dense_kernels
 from layerscope_jax.models.decoder import Decoder
 from layerscope_jax.runtime.accounts import Account
-from layerscope_jax.runtime.runner import RunnerStats, Stepped
+from layerscope_jax.runtime.runner import RunnerStats, Scored, Stepped
 from layerscope_jax.runtime.sampling import Sampling, sample
+from layerscope_jax.runtime.scoring import scores_of
 from layerscope_jax.scheduling.baselines import Resident
 from layerscope_jax.support.interrupts import check
 
@@ -38,7 +39,7 @@ class WholeModel:
         self.account = Account()
         graphdef, variables = nnx.split(model.whole())
         self.params = nnx.to_pure_dict(variables)
-        self.run = program(graphdef)
+        self.run, self._scoring = program(graphdef), scoring_program(graphdef)
 
     @staticmethod
     def is_faster_on(device: jax.Device) -> bool:
@@ -58,9 +59,29 @@ class WholeModel:
         sampling: Sampling | None,
     ) -> Stepped:
         """Runs one forward pass; see `Runner.step`."""
+        return self._counted(self.run, tokens, positions, last, caches, sampling)
+
+    def score(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        caches: list[Any],
+        sampling: Sampling | None,
+        targets: np.ndarray,
+        top: int,
+    ) -> Scored:
+        """Runs a prefill step and scores tokens; see `Runner.score`."""
+        *stepped, scores = self._counted(
+            self._scoring, tokens, positions, last, caches, sampling, targets, top
+        )
+        return tuple(stepped), scores
+
+    def _counted(self, run: Callable, tokens: np.ndarray, *others: Any) -> Any:
+        """Runs and counts one forward pass of a program."""
         check()
         began = time.perf_counter()
-        stepped = self.run(self.params, tokens, positions, last, caches, sampling)
+        stepped = run(self.params, tokens, *others)
         stepped[0].block_until_ready()
         now, account = time.perf_counter(), self.account
         account.meter.device_busy_s += now - began
@@ -114,5 +135,21 @@ def program(graphdef: nnx.GraphDef) -> Callable:
         rows = jnp.arange(tokens.shape[0])
         logits = decoder.next_logits(hidden, last)
         return sample(logits, positions[rows, last] + 1, sampling), logits, caches
+
+    return run
+
+
+@functools.lru_cache(maxsize=16)
+def scoring_program(graphdef: nnx.GraphDef) -> Callable:
+    """Returns the jitted step that scores tokens too."""
+
+    @functools.partial(jax.jit, donate_argnames="caches", static_argnames="top")
+    def run(params, tokens, positions, last, caches, sampling, targets, top):
+        decoder: Decoder = nnx.merge(graphdef, params)
+        hidden, _, caches = decoder.run(decoder.embed(tokens), positions, caches)
+        rows = jnp.arange(tokens.shape[0])
+        logits = decoder.next_logits(hidden, last)
+        scores = scores_of(decoder, hidden, targets, top)
+        return sample(logits, positions[rows, last] + 1, sampling), logits, caches, scores
 
     return run

@@ -66,7 +66,18 @@ requests = st.builds(
     stop_token_ids=st.sampled_from([None, None, [3], []]),
     ignore_eos=st.booleans(),
     logprobs=st.sampled_from([None, None, 0, 3]),
+    prompt_logprobs=st.sampled_from([None, None, 0, 2]),
 )
+
+
+def fit(before, tokens, told, top):
+    """Log-probabilities of tokens that follow others are what the formulas say."""
+    begin = len(tokens) - len(told)
+    for number, (token, found) in enumerate(zip(tokens[begin:], told, strict=True), begin):
+        logits = scores([*before, *tokens[:number]]).astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum())
+        assert found.logprob == pytest.approx(logprobs[token], abs=1e-5)
+        assert [token for token, _ in found.top] == np.argsort(-logprobs)[:top].tolist()
 
 
 @given(st.lists(requests, min_size=1, max_size=6), st.integers(1, 4), st.sets(st.integers(1, 40), max_size=2))
@@ -91,15 +102,16 @@ def test_greedy_requests_get_what_the_formulas_say(wanted, most, fails):
         assert result.finish_reason == ("length" if len(expected) == request.max_new_tokens else "stop") or (
             expected[-1] in (request.stop_token_ids or ENDS)
         )
+        if request.prompt_logprobs is None:
+            assert result.prompt_logprobs is None
+        else:
+            first, *others = result.prompt_logprobs
+            assert first is None
+            fit([], list(request.prompt), others, request.prompt_logprobs)
         if request.logprobs is None:
             assert result.logprobs is None
             continue
-        for number, (token, told) in enumerate(zip(expected, result.logprobs, strict=True)):
-            logits = scores([*request.prompt, *expected[:number]]).astype(np.float64)
-            logprobs = logits - np.log(np.exp(logits).sum())
-            assert told.logprob == pytest.approx(logprobs[token], abs=1e-5)
-            best = np.argsort(-logprobs)[: request.logprobs].tolist()
-            assert [token for token, _ in told.top] == best
+        fit(list(request.prompt), expected, result.logprobs, request.logprobs)
         assert result.cumulative_logprob == pytest.approx(sum(told.logprob for told in result.logprobs))
 
 
