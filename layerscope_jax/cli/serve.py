@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from layerscope_jax.cli.engine_options import EngineOptions
+from layerscope_jax.cli.options import PrefixCache
 from layerscope_jax.engine import Engine
 from layerscope_jax.serving.settings import ServerConfig
 from layerscope_jax.support import exits, interrupts
@@ -39,6 +40,7 @@ class Serve(EngineOptions):
     SIGTERM ends it: running requests may end first, and new ones are refused.
     """
 
+    prefix_cache: PrefixCache = True
     host: Annotated[
         str,
         arg(metavar="HOST", help="Address to listen on. The default is reached from this machine alone."),

@@ -166,6 +166,6 @@ class Structures:
         ends = [token for token in self._ends if tokenizer.id_to_token(token) is not None]
         if not ends:
             tokenizer.add_special_tokens([END])
-            ends = [tokenizer.token_to_id(END)]
+            ends = [tokenizer.get_vocab_size() - 1]
         size = max(self._size, tokenizer.get_vocab_size())
         return library().LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=ends)

@@ -9,7 +9,7 @@ from typing import Any
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.encoding import encode_prompts
-from layerscope_jax.generation.openai_requests import CHAT_URL, body_request
+from layerscope_jax.generation.openai_requests import CHAT_URL, TEXT_URL, body_request
 from layerscope_jax.generation.prompt_files import parsed
 from layerscope_jax.generation.requests import CHAT, DEFAULTS, Request, are_ids, is_list, with_seed
 from layerscope_jax.generation.structured import Structures
@@ -28,12 +28,16 @@ class Asked:
         requests: one for each prompt, with token ids for a prompt and a seed.
         stream: whether tokens are to be sent as they come.
         include_usage: whether a stream ends with the counts of tokens.
+        echoed: texts of the prompts, with which the answers begin; empty if they do not.
+        without_new: whether the answers end there: new tokens are not told of.
     """
 
     chat: bool
     requests: Sequence[Request]
     stream: bool = False
     include_usage: bool = False
+    echoed: Sequence[str] = ()
+    without_new: bool = False
 
     @property
     def samples(self) -> int:
@@ -90,6 +94,11 @@ class Reader:
         problems = Problems()
         stream, include_usage = _streaming(content, problems)
         body_of_one = {key: value for key, value in content.items() if key not in STREAM_KEYS}
+        echo = url == TEXT_URL and body_of_one.pop("echo", None)
+        problems.expect(echo in (None, True, False), "echo", "true or false", echo)
+        without_new = echo is True and _is_zero(content.get("max_tokens"))
+        if without_new:
+            body_of_one["max_tokens"] = 1
         requests = [
             body_request(body_of_one | prompt, url, problems, defaults=self._defaults)
             for prompt in _prompts(content, url)
@@ -102,7 +111,18 @@ class Reader:
                 f"the prompts' samples must be at most {self._most} in all, which run and wait at once, got "
                 f"{samples}; send them in several requests"
             )
-        return Asked(url == CHAT_URL, self._encoded(made), stream, include_usage)
+        if echo:
+            made = [replace(request, prompt_logprobs=request.logprobs) for request in made]
+        encoded = self._encoded(made)
+        texts = [self._text(*pair) for pair in zip(made, encoded, strict=True)] if echo else []
+        return Asked(url == CHAT_URL, encoded, stream, include_usage, texts, without_new)
+
+    def _text(self, request: Request, encoded: Request) -> str:
+        """Returns the text of a prompt."""
+        if isinstance(request.prompt, str):
+            return request.prompt
+        tokenizer = self._model.tokenizer
+        return "" if tokenizer is None else tokenizer.decode([int(token) for token in encoded.prompt or ()])
 
     def _encoded(self, requests: Sequence[Request]) -> list[Request]:
         """Returns requests with token ids for prompts, and room for no more new tokens than fit."""
@@ -152,6 +172,10 @@ def _streaming(content: Mapping[str, Any], problems: Problems) -> tuple[bool, bo
     fits = known and isinstance(counts, bool)
     problems.expect(fits, "stream_options", '{"include_usage": true or false}', options)
     return stream is True, counts is True
+
+
+def _is_zero(value: object) -> bool:
+    return value == 0 and not isinstance(value, bool)
 
 
 def _prompts(content: Mapping[str, Any], url: str) -> list[dict[str, Any]]:

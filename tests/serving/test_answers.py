@@ -49,15 +49,20 @@ def test_a_token_without_text_is_no_event_unless_it_tells_something():
     for offset in (0, 1):
         [choice] = choices(stream.events([(0, token("", logprobs=told))]))
         assert choice["logprobs"]["text_offset"] == [offset]
-    assert stream.usage(3) == b""
+    assert stream.usage(3, 0) == b""
 
 
 def test_counts_of_tokens_only_if_asked_for():
     stream = answer(chat=False, stream=True, include_usage=True)
     assert json.loads(stream.events([(0, token("a"))])[6:])["usage"] is None
-    last = json.loads(stream.usage(3)[6:])
+    last = json.loads(stream.usage(3, 1)[6:])
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert last["usage"] == {
+        "prompt_tokens": 1,
+        "completion_tokens": 3,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
 
 
 def test_a_tally_adds_one_run_after_another():

@@ -56,6 +56,20 @@ def test_prompts(reader):
     assert None not in {request.seed for request in asked.requests}
 
 
+def test_echoes(reader):
+    asked = read(reader, prompt=["ab", [5, 6]], echo=True, logprobs=2, max_tokens=0)
+    assert asked.echoed == ["ab", reader._model.tokenizer.decode([5, 6])]
+    assert asked.without_new
+    assert {(request.prompt_logprobs, request.max_new_tokens) for request in asked.requests} == {(2, 1)}
+    assert not read(reader, prompt="ab", echo=False).echoed
+    with pytest.raises(ValueError, match="echo must be true or false, got 'x'"):
+        read(reader, prompt="ab", echo="x")
+    with pytest.raises(ValueError, match="max_tokens must be"):
+        read(reader, prompt="ab", max_tokens=0)
+    with pytest.raises(ValueError, match="echo must be false, got True"):
+        read(reader, CHAT_URL, messages=[{"role": "user", "content": "a"}], echo=True)
+
+
 def test_chats(reader):
     asked = read(
         reader,

@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from serving_calls import MODEL, metric, request, sent, until
+from serving_calls import MODEL, metric, post, request, sent, until
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -109,6 +109,52 @@ def test_json_by_a_schema(engine, client):
     bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "frog"}}}
     with pytest.raises(openai.BadRequestError, match="Invalid type: frog"):
         client.completions.create(prompt="x", extra_body={"response_format": bad}, **GREEDY)
+
+
+def test_a_shared_prefix_is_computed_once(engine, server, client):
+    """And counted where the tokens are, and in the metrics."""
+    queries, hits = (metric(server, f"vllm:prefix_cache_{name}_total") for name in ("queries", "hits"))
+    prompt = "It is a truth universally acknowledged"
+    counts = []
+    for end in (".", ", that"):
+        answer = client.completions.create(prompt=prompt + end, **GREEDY)
+        counts.append(answer.usage.prompt_tokens_details.cached_tokens)
+        [plain] = engine.generate([prompt + end], max_new_tokens=6)
+        assert answer.choices[0].text == plain.text
+    assert counts == [0, len(prompt)]
+    assert metric(server, "vllm:prefix_cache_queries_total") - queries == 2 * len(prompt) + 7
+    assert metric(server, "vllm:prefix_cache_hits_total") - hits == len(prompt)
+
+
+def test_prompts_with_their_logprobs(engine, server, client):
+    """As lm-eval's `local-completions` asks for them: of ids, echoed, with a token or none behind."""
+    prompts = [[5, 6, 7, 200], [90, 91, 92]]
+    body = {"model": MODEL, "prompt": prompts, "temperature": 0, "logprobs": 1, "seed": 1234, "echo": True}
+    expected = engine.generate(prompts, max_new_tokens=1, logprobs=1, prompt_logprobs=1)
+    for count in (1, 0):
+        status, _, answer = post(server, body | {"max_tokens": count})
+        assert status == 200
+        assert answer["usage"]["completion_tokens"] == 2 * count
+        for choice, prompt, one in zip(answer["choices"], prompts, expected, strict=True):
+            told = choice["logprobs"]
+            assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+            own = [at.logprob for at in [*one.prompt_logprobs[1:], *one.logprobs[:count]]]
+            assert told["token_logprobs"][1:] == pytest.approx(own, abs=1e-4)
+            assert [max(top.values()) for top in told["top_logprobs"][1 : len(prompt)]] == pytest.approx(
+                [at.top[0][1] for at in one.prompt_logprobs[1:]], abs=1e-4
+            )
+            assert choice["text"] == engine.model.tokenizer.decode(prompt) + one.text * count
+            assert len(told["tokens"]) == len(told["text_offset"]) == len(prompt) + count
+    whole = client.completions.create(prompt="Call me", echo=True, logprobs=0, **SAMPLED)
+    stream = client.completions.create(prompt="Call me", echo=True, logprobs=0, stream=True, **SAMPLED)
+    texts, tokens = ["", ""], [[], []]
+    for chunk in stream:
+        [choice] = chunk.choices
+        texts[choice.index] += choice.text
+        tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+    assert texts == [choice.text for choice in whole.choices]
+    assert all(text.startswith("Call me") for text in texts)
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
 
 
 def test_models(client):
