@@ -78,7 +78,7 @@ class RequestState:
         """Prepares the text to follow the prompt and, after a failed step, the tokens so far."""
         if tokenizer is None:
             return
-        self.text = TextStream(tokenizer, self.prompt)
+        self.text = TextStream(tokenizer, self.prompt, not self.request.skip_special_tokens)
         self.stops = None
         if self.request.stops:
             self.stops = StopStrings(self.request.stops, self.request.include_stop_str_in_output)

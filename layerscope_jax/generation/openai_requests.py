@@ -38,6 +38,7 @@ SAME = (
     "include_stop_str_in_output",
     "stop_token_ids",
     "ignore_eos",
+    "skip_special_tokens",
 )
 """Keys that are settings of `Request`."""
 
@@ -68,7 +69,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
-    "skip_special_tokens": (True,),
 }
 """Keys with the values that are taken; others ask for what is not implemented."""
 
@@ -210,7 +210,7 @@ def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, 
         fields["logit_bias"] = {int(key) if key.isdecimal() else key: value for key, value in bias.items()}
     _add_logprobs(body, chat, fields, problems)
     if isinstance(messages := fields.get("messages"), list):
-        fields["messages"] = [_with_text(message, problems) for message in messages]
+        fields["messages"] = [_with_objects(_with_text(message, problems)) for message in messages]
     if chat:
         problems.expect("messages" in fields, "messages", "a conversation", None)
         return fields
@@ -252,6 +252,25 @@ def _with_text(message: Any, problems: Problems) -> Any:
     fits = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
     problems.expect(fits, "content", 'text, or a list of {"type": "text", "text": ...}', parts)
     return message | {"content": "\n".join(map(str, texts))}
+
+
+def _with_objects(message: Any) -> Any:
+    """Returns a message whose calls have objects for arguments: the API has JSON text, templates do not."""
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _add_logprobs(body: Mapping[str, Any], chat: bool, fields: dict[str, Any], problems: Problems) -> None:

@@ -52,9 +52,11 @@ class Request:
             depend on the shape of the batch, so two runs in batches of different shapes may give different
             tokens, above all in bfloat16.
         stop: texts that end the request as soon as one of them is complete; cut off, unless
-            `include_stop_str_in_output`. Special tokens have no text.
+            `include_stop_str_in_output`. Special tokens have no text, unless `skip_special_tokens` is
+            False.
         stop_token_ids: ids that end the request, kept as its last token; None for the model's own.
         ignore_eos: whether the model's own stop tokens do not end the request.
+        skip_special_tokens: False for text that shows special tokens, but not the stop token at its end.
         logprobs: number of likeliest tokens, up to 20, whose log-probabilities are reported with that of each
             new token; of the model's own logits, before any of the settings. None for no log-probabilities.
         prompt_logprobs: the same for each token of the prompt but the first, which nothing comes before.
@@ -85,6 +87,7 @@ class Request:
     include_stop_str_in_output: bool = False
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = None
@@ -129,7 +132,7 @@ class Request:
         check("stop_token_ids", stops is None or are_ids(stops), "a list of token ids or None")
         check_whole("logprobs", 0, MOST_LOGPROBS, none=True)
         check_whole("prompt_logprobs", 0, MOST_LOGPROBS, none=True)
-        for name in ("include_stop_str_in_output", "ignore_eos", "add_generation_prompt"):
+        for name in FLAGS:
             check(name, isinstance(getattr(self, name), bool), "True or False")
         self._check_structure(problems)
         if not problems.found:
@@ -198,6 +201,9 @@ class Request:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+
+FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "add_generation_prompt")
+"""Settings that are True or False."""
 
 TEMPLATE_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 """What a chat template is given of a request."""

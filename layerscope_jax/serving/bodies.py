@@ -14,6 +14,7 @@ from layerscope_jax.generation.prompt_files import parsed
 from layerscope_jax.generation.requests import CHAT, DEFAULTS, Request, are_ids, is_list, with_seed
 from layerscope_jax.generation.structured import Structures
 from layerscope_jax.serving.refusals import Refusal
+from layerscope_jax.serving.tools import Tools, tools_of
 from layerscope_jax.support.checks import Problems
 
 STREAM_KEYS = ("stream", "stream_options")
@@ -28,6 +29,7 @@ class Asked:
         requests: one for each prompt, with token ids for a prompt and a seed.
         stream: whether tokens are to be sent as they come.
         include_usage: whether a stream ends with the counts of tokens.
+        tools: how calls of tools in the answers are read; None if they are to stay text.
         echoed: texts of the prompts, with which the answers begin; empty if they do not.
         without_new: whether the answers end there: new tokens are not told of.
     """
@@ -36,6 +38,7 @@ class Asked:
     requests: Sequence[Request]
     stream: bool = False
     include_usage: bool = False
+    tools: Tools | None = None
     echoed: Sequence[str] = ()
     without_new: bool = False
 
@@ -99,6 +102,11 @@ class Reader:
         without_new = echo is True and _is_zero(content.get("max_tokens"))
         if without_new:
             body_of_one["max_tokens"] = 1
+        tools = None
+        if url == CHAT_URL:
+            tools = tools_of(content, self._chat, self._model.tokenizer, problems)
+            if body_of_one.pop("tool_choice", None) == "none":
+                body_of_one.pop("tools", None)
         requests = [
             body_request(body_of_one | prompt, url, problems, defaults=self._defaults)
             for prompt in _prompts(content, url)
@@ -111,11 +119,13 @@ class Reader:
                 f"the prompts' samples must be at most {self._most} in all, which run and wait at once, got "
                 f"{samples}; send them in several requests"
             )
+        if tools is not None:
+            made = [with_tools(request, tools) for request in made]
         if echo:
             made = [replace(request, prompt_logprobs=request.logprobs) for request in made]
         encoded = self._encoded(made)
         texts = [self._text(*pair) for pair in zip(made, encoded, strict=True)] if echo else []
-        return Asked(url == CHAT_URL, encoded, stream, include_usage, texts, without_new)
+        return Asked(url == CHAT_URL, encoded, stream, include_usage, tools, texts, without_new)
 
     def _text(self, request: Request, encoded: Request) -> str:
         """Returns the text of a prompt."""
@@ -172,6 +182,16 @@ def _streaming(content: Mapping[str, Any], problems: Problems) -> tuple[bool, bo
     fits = known and isinstance(counts, bool)
     problems.expect(fits, "stream_options", '{"include_usage": true or false}', options)
     return stream is True, counts is True
+
+
+def with_tools(request: Request, tools: Tools) -> Request:
+    """Returns a request whose text shows the marks of calls, and is a call if it has to be one.
+
+    Raises:
+        ValueError: if it has to be JSON as well, or llguidance is not installed.
+    """
+    shown = request.skip_special_tokens and not tools.special
+    return replace(request, skip_special_tokens=shown, grammar=tools.grammar or request.grammar)
 
 
 def _is_zero(value: object) -> bool:

@@ -13,6 +13,7 @@ from layerscope_jax.generation.completions import Output, Token, TokenLogprobs, 
 from layerscope_jax.generation.openai_answers import body_of, choice_of, logprobs_of, token_text, usage
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.serving.bodies import Asked
+from layerscope_jax.serving.tools import Calls
 
 DONE = b"data: [DONE]\n\n"
 """Ends a stream."""
@@ -34,6 +35,7 @@ class Answer:
         self._identity, self._model, self._created = identity, model, created
         self._prompt_of = [number for number, request in enumerate(asked.requests) for _ in range(request.n)]
         self._begun: set[int] = set()  # choices of which something is sent
+        self._calls: dict[int, Calls] = {}  # choice -> its calls of tools
         self._offsets: dict[int, int] = {}  # choice -> characters of its tokens so far
         head = body_of(identity, asked.chat, [], model, created)
         head["object"] = "chat.completion.chunk" if asked.chat else "text_completion"
@@ -54,7 +56,12 @@ class Answer:
             output = Output(**(output_of(own[choice], request) | {"index": choice}))
             if self._asked.echoed:
                 output = self._with_prompt(output, choice, request)
-            choices.append(choice_of(output, self._asked.chat, self._tokenizer))
+            told = choice_of(output, self._asked.chat, self._tokenizer)
+            if self._asked.tools is not None:
+                calls = Calls(self._asked.tools)
+                told["message"] |= calls.message(output.text)
+                told["finish_reason"] = calls.finish_reason(told["finish_reason"])
+            choices.append(told)
         body = body_of(self._identity, self._asked.chat, choices, self._model, self._created)
         counts = self._counts(new_tokens, cached_tokens)
         return json.dumps(body | {"usage": counts}).encode()
@@ -101,18 +108,22 @@ class Answer:
             scored = list(zip(prompt, tokens[0].prompt_logprobs or (), strict=False))
             text = self._asked.echoed[number] + ("" if self._asked.without_new else text)
             told = scored + ([] if self._asked.without_new else told)
-        if not text and last.finish_reason is None and not told:
+        reason, delta = last.finish_reason, {"content": text} if text else {}
+        if self._asked.tools is not None:
+            calls = self._calls.setdefault(choice, Calls(self._asked.tools))
+            delta = calls.delta(text, reason is not None)
+            reason = calls.finish_reason(reason)
+        if not delta and reason is None and not told:
             return b""
         content: dict[str, Any] = {"index": choice}
         if not self._asked.chat:
             content["text"] = text
-        elif choice in self._begun:
-            content["delta"] = {"content": text} if text else {}
         else:
+            first = {} if choice in self._begun else {"role": "assistant", "content": ""}
             self._begun.add(choice)
-            content["delta"] = {"role": "assistant", "content": text}
+            content["delta"] = first | delta
         content["logprobs"] = self._logprobs(choice, told) if told else None
-        content["finish_reason"] = last.finish_reason
+        content["finish_reason"] = reason
         if last.finish_reason is not None:
             content["stop_reason"] = last.stop_reason
         return event(self._head | {"choices": [content]})

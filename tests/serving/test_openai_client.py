@@ -6,6 +6,9 @@ import openai
 import pytest
 from serving_calls import MODEL, metric, post, request, sent, until
 
+from layerscope_jax.serving.server import Server
+from layerscope_jax.serving.settings import ServerConfig
+
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -75,6 +78,30 @@ def test_log_probabilities_of_a_text(client):
         parts = [part for chunk in chunks for part in getattr(chunk.choices[0].logprobs, name)]
         assert parts == getattr(whole, name)
     assert len(whole.tokens) == 6
+
+
+CALLED = "{{ messages[-1].content }}{% if tools %}{% endif %}{# <tool_call></tool_call> #}"
+
+
+def test_a_call_of_a_tool(engine):
+    """Which is required here: a random model makes none by itself."""
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in "fg"]
+    settings = GREEDY | {"max_tokens": 90, "tools": tools, "tool_choice": "required"}
+    config = ServerConfig(port=0, served_model_name=MODEL)
+    with (
+        Server(engine, config, CALLED) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        [choice] = client.chat.completions.create(messages=MESSAGES, **settings).choices
+        chunks = list(client.chat.completions.create(messages=MESSAGES, stream=True, **settings))
+    [call] = choice.message.tool_calls
+    assert call.function.name in "fg"
+    assert json.loads(call.function.arguments) == {}
+    assert (choice.message.content, choice.finish_reason) == (None, "tool_calls")
+    [told] = [told for chunk in chunks for told in chunk.choices[0].delta.tool_calls or []]
+    assert told.function.model_dump() == call.function.model_dump()
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
 def test_a_stop_string(engine, client):
