@@ -76,6 +76,9 @@ class OffloadConfig:
             takes it, also while nothing runs. The tokens are the same if a row has the same bits whatever
             the width of its step, as on CPUs; where XLA computes, they agree to rounding as in batches of
             other shapes (docs/numerics.md), and the same call again may have other bits.
+        slot_tokens: positions of a slot at least: requests of up to so many tokens, prompt and answer
+            together, need the same programs, which may be compiled ahead. They take memory for each request
+            that runs at once, however short it is; longer requests run all the same.
         context: positions of a request, its prompt and its new tokens, for which device_budget="auto" keeps
             caches free, `max_num_seqs` times; None for 2,048. Longer requests run all the same, if there is
             memory.
@@ -94,6 +97,7 @@ class OffloadConfig:
     prefill_chunk_size: int = 4096
     max_num_seqs: int = 32
     prefix_cache: bool = False
+    slot_tokens: int = 0
     context: int | None = None
 
     def __post_init__(self) -> None:
@@ -135,6 +139,8 @@ class OffloadConfig:
         expect("max_num_seqs", is_integer(most) and most >= 1, "1 or more")
         cached = self.prefix_cache
         expect("prefix_cache", isinstance(cached, bool), "True or False")
+        slot = self.slot_tokens
+        expect("slot_tokens", is_integer(slot) and slot >= 0, "0 or more positions")
         reserved = self.context
         within = reserved is None or (is_integer(reserved) and reserved >= 1)
         expect("context", within, "1 or more positions, or None")

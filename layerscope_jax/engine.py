@@ -26,6 +26,7 @@ from layerscope_jax.generation.device_memory import room_on
 from layerscope_jax.generation.encoding import encode_prompts
 from layerscope_jax.generation.fitting import Fitting
 from layerscope_jax.generation.handles import Handle
+from layerscope_jax.generation.limits import Limits
 from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.progress import progress_bar, so_far
 from layerscope_jax.generation.requests import Request
@@ -125,11 +126,9 @@ class Engine:
                 self._turns,
                 lambda: resources.closed,
                 lambda rows, length: new_caches(model.config, rows, length, model.bank.dtype, model.device),
-                int(self.config.max_num_seqs),
-                self.config.prefill_chunk_size,
+                Limits.of(self.config),
                 self.budget_bytes,
                 self.structures,
-                self.config.prefix_cache,
                 self._fitting,
             )
         )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerscope_jax.generation.limits import Limits
 from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.structured import Structures
 from layerscope_jax.models.rotary import PAD_POSITION
@@ -132,10 +133,8 @@ def looped(
         Turns(),
         lambda: bool(closed),
         lambda rows, length: [Held(jnp.zeros((rows, length), jnp.int32))],
-        max_num_seqs,
-        chunk,
+        Limits(max_num_seqs, chunk, prefix_cache),
         0,
         Structures(tokenizer, vocab_size, stop_token_ids),
-        prefix_cache,
     )
     return made, runner

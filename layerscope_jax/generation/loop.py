@@ -19,6 +19,7 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation.calls import Call, RequestState
 from layerscope_jax.generation.completions import Completions, Token
 from layerscope_jax.generation.fitting import Fitting
+from layerscope_jax.generation.limits import Limits
 from layerscope_jax.generation.prefixes import Prefixes
 from layerscope_jax.generation.requests import Request, with_seed
 from layerscope_jax.generation.run import Run
@@ -47,10 +48,9 @@ class Loop:
         turns: turns of the engine.
         is_closed: returns whether the engine is closed, so that no step may begin.
         new_caches: `(rows, length)` -> empty caches.
-        max_num_seqs, prefill_chunk_size: see `OffloadConfig`.
+        limits: on what runs at once; with a prefix cache, slots stay from run to run.
         budget_bytes: device budget (bytes) of the engine, for statistics.
         structures: compiles the grammars of requests.
-        prefix_cache: whether prompts may begin with what slots hold, which then stay from run to run.
         fitting: makes another runner when the device's memory runs out; None for nothing that does.
 
     Attributes:
@@ -64,17 +64,14 @@ class Loop:
         turns: Turns,
         is_closed: Callable[[], bool],
         new_caches: Callable[[int, int], Any],
-        max_num_seqs: int,
-        prefill_chunk_size: int,
+        limits: Limits,
         budget_bytes: int,
         structures: Structures,
-        prefix_cache: bool,
         fitting: Fitting | None = None,
     ):
         self._model, self._runner, self._turns, self._is_closed = model, runner, turns, is_closed
-        self._prefix_cache = prefix_cache
         self._slots: Slots | None = None  # of the run, or of the one before
-        self._new_caches, self._most, self._chunk = new_caches, max_num_seqs, prefill_chunk_size
+        self._new_caches, self._limits = new_caches, limits
         self._budget_bytes, self._structures, self._fitting = budget_bytes, structures, fitting
         self._ids = itertools.count()
         self._inbox: deque[Call] = deque()  # calls that no step knows of yet
@@ -201,7 +198,7 @@ class Loop:
             pass
 
     def _rehearsal_ran_out(self, call: Call, step: Callable[[], Callable[..., Any]]) -> bool:
-        run, most = self._new_run(len(call.states), Slots(self._new_caches)), 2 * len(call.states)
+        run, most = self._new_run(Slots(self._new_caches), len(call.states)), 2 * len(call.states)
         call.log.clear()
         for state in call.states:
             state.recall()
@@ -210,6 +207,8 @@ class Loop:
         try:
             while made < most and (states := run.step(run_step)):
                 made += len(states)
+            if self._limits.prefix_cache:
+                run.rehearse_copies(run_step, call.states)
             return False
         except Exception as error:
             if self._fitting is None or not self._fitting.can_shrink(error):
@@ -323,7 +322,8 @@ class Loop:
         """Adds calls to the run, and begins a run if there is none."""
         if self._run is None:
             slots = self._slots or self._new_slots()
-            self._run, self.account = self._new_run(self._most, slots), Account()
+            slots.shrink(sum([len(call.states) for call in calls]))
+            self._run, self.account = self._new_run(slots), Account()
         self._runner.reset(None)
         for call in calls:
             if call.joined is None:
@@ -352,7 +352,7 @@ class Loop:
             self.account.timeline = None
         if not self._calls:
             self._run = None
-            if not self._prefix_cache:
+            if not self._limits.prefix_cache:
                 self._slots = None
 
     def _recover(self) -> None:
@@ -360,7 +360,7 @@ class Loop:
         self._settled = False
         self._runner.reset(None)
         self._arrived()
-        run = self._new_run(self._most, self._new_slots())
+        run = self._new_run(self._new_slots())
         if self._run is None:
             self.account = Account()
         else:  # the old run is dropped, because the step may have destroyed its caches
@@ -380,15 +380,14 @@ class Loop:
         self._settled = True
 
     def _new_slots(self) -> Slots:
-        self._slots = Slots(self._new_caches, Prefixes() if self._prefix_cache else None)
+        self._slots = Slots(self._new_caches, Prefixes() if self._limits.prefix_cache else None)
         return self._slots
 
-    def _new_run(self, max_num_seqs: int, slots: Slots) -> Run:
+    def _new_run(self, slots: Slots, most: int | None = None) -> Run:
         return Run(
-            max_num_seqs,
+            self._limits if most is None else self._limits._replace(max_num_seqs=most),
             self._new_caches,
             slots,
-            self._chunk,
             self._model.config.stop_token_ids,
             self._model.tokenizer,
             self._why_not_finite,

@@ -90,6 +90,20 @@ class Prefixes:
         self._uses += 1
         self._used[row] = self._uses
 
+    def keep(self, count: int, rows: int) -> list[int]:
+        """Returns which of `rows` slots were of use last, and has them numbered in this order.
+
+        >>> prefixes = Prefixes(least=1)
+        >>> for row in (0, 1, 2):
+        ...     prefixes.hold(row, [row, row])
+        >>> prefixes.keep(2, 4), prefixes.find([1, 1, 1])
+        ([2, 1], Found(row=1, length=2))
+        """
+        kept = sorted(range(rows), key=lambda row: -self._used.get(row, 0))[:count]
+        self._held = {new: self._held[old] for new, old in enumerate(kept) if old in self._held}
+        self._used = {new: self._used[old] for new, old in enumerate(kept) if old in self._used}
+        return kept
+
     def find(self, tokens: Sequence[int]) -> Found | None:
         """Returns the slot that shares most with a prompt; None if that is too little."""
         prompt, best = np.asarray(tokens, np.int32)[:-1], None

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from layerscope_jax.generation.calls import RequestState
 from layerscope_jax.generation.completions import PromptLogprobs, TokenLogprobs
+from layerscope_jax.generation.limits import Limits
 from layerscope_jax.generation.prompt_scores import PromptScores, holds_nan
 from layerscope_jax.generation.row_settings import RowSettings
 from layerscope_jax.generation.scheduler import (
@@ -46,15 +47,17 @@ from layerscope_jax.support.units import next_power
 
 Step = Callable[..., Any]
 
+Placed = tuple[RequestState, int]
+"""A request and the row that it gets."""
+
 
 class Run:
     """Requests in slots, run one step at a time.
 
     Args:
-        max_num_seqs: maximum number of requests that run at once.
+        limits: on what runs at once.
         new_caches: `(rows, length)` -> empty caches.
         slots: rows of the batch, perhaps used by an earlier run.
-        prefill_chunk_size: maximum tokens of a prefill step; see `OffloadConfig`.
         stop_token_ids: ids that end a request without stop tokens of its own.
         tokenizer: tokenizer that makes the text; None for no text.
         why_not_finite: returns why a step found no finite logits for a request.
@@ -65,19 +68,18 @@ class Run:
 
     def __init__(
         self,
-        max_num_seqs: int,
+        limits: Limits,
         new_caches: Callable[[int, int], Any],
         slots: Slots,
-        prefill_chunk_size: int,
         stop_token_ids: Sequence[int],
         tokenizer: Tokenizer | None,
         why_not_finite: Callable[[], str],
     ):
         self.decode_s = StepTimes()
         place = None if slots.prefixes is None else self._place
-        self._scheduler = Scheduler(max_num_seqs, prefill_chunk_size, slots.rows, place)
+        self._scheduler = Scheduler(limits.max_num_seqs, limits.prefill_chunk_size, slots.rows, place)
         self._slots = slots
-        self._new_caches, self._chunk = new_caches, prefill_chunk_size
+        self._new_caches, self._chunk, self._least = new_caches, limits.prefill_chunk_size, limits.slot_tokens
         self._stop_tokens, self._tokenizer = stop_token_ids, tokenizer
         self._why_not_finite = why_not_finite
         self._states: dict[int, RequestState] = {}  # waiting and running requests, by id
@@ -129,18 +131,26 @@ class Run:
     def _prefill(self, step: Step, score: Step | None, scheduled: Prefill) -> list[RequestState]:
         """Begins a group of requests; those that share much of their prompts after the first of these."""
         slots, scheduler = self._slots, self._scheduler
-        slots.fit(batch_rows(scheduler.slots), bucket(scheduler.length, MIN_LENGTH))
+        slots.fit(batch_rows(scheduler.slots), bucket(max(scheduler.length, self._least), MIN_LENGTH))
         group = [self._states[request] for request in scheduled.requests]
         left = list(zip(group, scheduled.rows, strict=True))
         while left:
-            prompts, sources = distinct_prompts([state for state, _ in left])
-            now = range(len(prompts)) if slots.prefixes is None else slots.prefixes.first(prompts)
-            part = [pair for pair, source in zip(left, sources, strict=True) if source in now]
-            self._prefill_together(step, score, *zip(*part, strict=True))
-            left = [pair for pair, source in zip(left, sources, strict=True) if source not in now]
+            now, left = self._parted(left)
+            self._prefill_together(step, score, *zip(*now, strict=True))
         self._settings = None  # the rows have changed
         self._ended = time.perf_counter()
         return group
+
+    def _parted(self, left: list[Placed]) -> tuple[list[Placed], list[Placed]]:
+        """Returns which requests to prefill now, and which after them, because they share much with these."""
+        if self._slots.prefixes is None:
+            return left, []
+        prompts, sources = distinct_prompts([state for state, _ in left])
+        first = set(self._slots.prefixes.first(prompts))
+        pairs = list(zip(left, sources, strict=True))
+        return [one for one, source in pairs if source in first], [
+            one for one, source in pairs if source not in first
+        ]
 
     def _prefill_together(
         self, step: Step, score: Step | None, group: Sequence[RequestState], places: Sequence[int]
@@ -188,6 +198,17 @@ class Run:
             state.begin(self._tokenizer)
             told = None if scores is None else scores.of(state, source)
             self._enter(state, row, token, logprobs, told)
+
+    def rehearse_copies(self, step: Step, states: Sequence[RequestState]) -> None:
+        """Runs the programs of a prefill that begins with copies of slots; it changes nothing."""
+        prompts, _ = distinct_prompts(states)
+        rows = next_power(len(prompts))
+        width = min(bucket(max(map(len, prompts)), MIN_WIDTH), self._chunk)
+        inputs = prefill_inputs(prompts, rows, [0] * len(prompts), width)
+        settings = RowSettings(
+            dict(enumerate(states)), next_power(len(states)), self._samples, self._stop_tokens
+        )
+        step(*inputs, self._slots.take([None] * rows, rows), settings.in_step)
 
     def _decode(self, step: Step, scheduled: Decode) -> list[RequestState]:
         """Gives every running request one token."""

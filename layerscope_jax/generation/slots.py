@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 
 from layerscope_jax.generation.prefixes import Prefixes
+from layerscope_jax.generation.scheduler import batch_rows
 from layerscope_jax.models.cache import grow, put_rows, take_rows
 from layerscope_jax.models.rotary import PAD_POSITION
+
+IDLE_ROWS = 4
+"""Slots that stay when an idle engine gets a request: a step takes longer with each, in use or not."""
 
 
 class Slots:
@@ -56,6 +60,14 @@ class Slots:
             self.prefixes.fit(length, any(None in cache.position_axes() for cache in self.caches))
         self.tokens = np.pad(self.tokens, ((0, more), (0, 0)))
         self.positions = np.pad(self.positions, ((0, more), (0, 0)), constant_values=PAD_POSITION)
+
+    def shrink(self, requests: int) -> None:
+        """Keeps rows for so many requests and a few more, those that were of use last; all must be free."""
+        rows = batch_rows(max(IDLE_ROWS, requests))
+        if self.prefixes is None or rows >= self.rows:
+            return
+        self.caches = take_rows(self.caches, np.array(self.prefixes.keep(rows, self.rows), np.int32))
+        self.tokens, self.positions = self.tokens[:rows].copy(), self.positions[:rows].copy()
 
     def take(self, rows: Sequence[int | None], width: int) -> Any:
         """Returns caches of `width` rows, each a copy of the row that is given for it; None for zeros."""

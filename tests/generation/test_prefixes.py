@@ -212,6 +212,21 @@ def test_slots_are_taken_from_what_was_not_of_use_for_longest():
     assert runner.prefilled == [41, 31, 1, 41, 1, 31]
 
 
+def test_an_idle_loop_keeps_few_slots_those_of_use_last():
+    """Steps with many are slower; what they hold is still found."""
+    made, runner = looped(16, runner=Counting(), prefix_cache=True, chunk=4096)
+    stems = [[number] * 20 for number in range(9)]
+    handles = [submitted(made, stem, 2) for stem in stems]
+    assert [handle.result().token_ids for handle in handles] == [alone(stem, 2) for stem in stems]
+    assert made._slots.rows == 16
+    runner.prefilled.clear()
+    for stem in (stems[8], stems[0]):
+        prompt = [*stem, 50]
+        assert submitted(made, prompt, 2).result().token_ids == alone(prompt, 2)
+    assert made._slots.rows == 4
+    assert runner.prefilled == [1, 21]
+
+
 def test_a_closed_loop_holds_no_caches():
     made, _ = looped(2, prefix_cache=True)
     submitted(made, STEMS[0], 2).result()
