@@ -158,12 +158,15 @@ def endure(model: Model, policy: str, prompts: Any, clients: int, options: Optio
     ]
     with Engine(model, configs[0]) as engine:
         expected = serving_load.alone(engine, requests)
-    with Engine(model, replace(configs[1], prefix_cache=True)) as engine, opened(engine) as (server, sending):
+    longest = max([len(request["prompt"]) + request["max_new_tokens"] for request in requests])
+    config = replace(configs[1], prefix_cache=True, slot_tokens=longest)
+    with Engine(model, config) as engine, opened(engine) as (server, sending):
+        serving_load.warm(engine, requests, longest)
 
         def run(bodies: list[dict[str, Any]], clients: int, seconds: float) -> dict[str, Any]:
             return sending.run(server.url, bodies, clients=clients, seconds=seconds)
 
-        serving_load.load(run, expected, requests, clients, min(15.0, options.seconds))
+        serving_load.load(run, expected, requests, clients, min(10.0, options.seconds))
         before = harness.compiled_programs()
         row = serving_load.load(run, expected, requests, clients, options.seconds)
         row["compiled_while_timed"] = harness.compiled_programs() - before

@@ -33,6 +33,17 @@ def requests_of(prompts: Sequence[Sequence[int]], count: int, new_tokens: int) -
     ]
 
 
+def warm(engine: Engine, requests: Sequence[dict[str, Any]], longest: int) -> None:
+    """Compiles what the requests need: groups of any size that share a prefix, and whole prompts."""
+    prompt = max([len(request["prompt"]) for request in requests])
+    for power in range(engine.config.max_num_seqs.bit_length()):
+        count = min(2**power, engine.config.max_num_seqs)
+        for tokens in (8, prompt):
+            engine.warmup(
+                prompt_tokens=tokens, max_num_seqs=count, new_tokens=longest - tokens, temperature=1.0
+            )
+
+
 def body_of(request: dict[str, Any]) -> dict[str, Any]:
     """Returns the body of a request."""
     body = dict(request)

@@ -16,4 +16,5 @@ class Limits(NamedTuple):
     @classmethod
     def of(cls, config: Any) -> Limits:
         """Returns those of an `OffloadConfig`."""
-        return cls(*(int(getattr(config, name)) for name in cls._fields))
+        sizes = {name: int(getattr(config, name)) for name in cls._fields if name != "prefix_cache"}
+        return cls(**sizes, prefix_cache=config.prefix_cache)
