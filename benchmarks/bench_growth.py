@@ -119,11 +119,11 @@ class Profiles:
 
 def config_of(policy: str, model: Model, point: Point, profiles: Profiles) -> OffloadConfig:
     if policy == RESIDENT:
-        return OffloadConfig(numerics="exact", max_num_seqs=point.batch)
+        return OffloadConfig(numerics="auto", max_num_seqs=point.batch)
     config = OffloadConfig(
         device_budget=model.bank.total_bytes * point.budget // 100,
         policy=policy,
-        numerics="exact",
+        numerics="auto",
         emulated_link_bandwidth=None if point.link == UNPACED else point.link,
         predictor="gate" if policy in FORECASTING else None,
         max_num_seqs=point.batch,

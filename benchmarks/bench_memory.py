@@ -218,7 +218,7 @@ def main(options: Options) -> dict[str, Any]:
                     max_num_seqs=options.slots,
                 ),
             )
-    add(RESIDENT, OffloadConfig(numerics="exact", max_num_seqs=options.slots))
+    add(RESIDENT, OffloadConfig(numerics="auto", max_num_seqs=options.slots))
     table(rows)
     return harness.finish(
         options,

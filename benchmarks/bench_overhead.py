@@ -197,7 +197,7 @@ def measure(model: Model, prompts: list[list[int]], options: Options) -> list[di
             config = OffloadConfig(
                 device_budget=None if resident else budget,
                 policy=policy,
-                numerics="exact",
+                numerics="auto",
                 predictor="gate" if policy in FORECASTING else None,
                 max_num_seqs=options.batch,
             )

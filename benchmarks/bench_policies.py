@@ -91,7 +91,7 @@ def cell(
                 device_budget=budget,
                 policy=policy,
                 emulated_link_bandwidth=link,
-                numerics="exact",
+                numerics="auto",
                 predictor="gate" if policy in FORECASTING else None,
                 max_num_seqs=options.batch,
             )
@@ -199,7 +199,7 @@ def main(options: Options) -> dict[str, Any]:
     record = harness.machine()
     progress = Console(stderr=True)
     rows = []
-    with Engine(model, OffloadConfig(numerics="exact", max_num_seqs=options.batch)) as resident:
+    with Engine(model, OffloadConfig(numerics="auto", max_num_seqs=options.batch)) as resident:
         for percent in options.budgets:
             for link in options.links:
                 rows += cell(model, prompts, options, percent, link, resident)

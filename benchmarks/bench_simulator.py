@@ -135,7 +135,7 @@ def compare(
                 device_budget=budget,
                 policy=recording,
                 emulated_link_bandwidth=options.link,
-                numerics="exact",
+                numerics="auto",
                 profile=profile,
                 predictor="gate" if name in FORECASTING else None,
             )

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from layerscope_jax.profiling.machine_profile import MachineProfile
     from layerscope_jax.scheduling.plan import Policy
 
+EXACT_CHUNK = 64
+"""Long prompts are cut at multiples of this if their numbers may not depend on where (`delta_net.CHUNK`)."""
+
 AUTO = "auto"
 """Device budget that is chosen when an engine is made: as many experts as fit."""
 
@@ -43,10 +46,12 @@ class OffloadConfig:
         emulated_link_bandwidth: bytes per second ("500MB") to which copies to the device are slowed down, or
             None for full speed. The copies are real either way: a machine with a fast link can be measured
             as if its link were slow.
-        numerics: "exact" gives bit-identical logits under every budget, policy and plan on one backend.
-            "fast" differs only if everything is resident on an accelerator: there each step is one jitted
-            function, without Python between its layers. XLA fuses it differently, so logits agree to
-            rounding, and two tokens that score nearly the same may change places. On a CPU the two are the
+        numerics: "auto" gives bit-identical logits under every budget, policy and plan on one backend.
+            "exact" does too, and a request's logits then depend neither on what shares its batch nor on its
+            slot or the chunks of its prompt; on CPUs alone, see docs/numerics.md for what it takes and costs.
+            "fast" differs from "auto" only if everything is resident on an accelerator: there each step is
+            one jitted function, without Python between its layers. XLA fuses it differently, so logits agree
+            to rounding, and two tokens that score nearly the same may change places. On a CPU the two are the
             same.
         profile: costs of this machine, for policies that weigh costs: a file that `layerscope calibrate`
             wrote, a `MachineProfile` (both refused if they belong to another machine or model), a
@@ -88,7 +93,7 @@ class OffloadConfig:
     host_budget: str | int | None = None
     policy: str | Policy = "auto"
     emulated_link_bandwidth: str | int | None = None
-    numerics: Literal["exact", "fast"] = "exact"
+    numerics: Literal["auto", "exact", "fast"] = "auto"
     profile: HardwareProfile | MachineProfile | str | Path | None = field(default=None, repr=False)
     predictor: str | Predictor | History | None = field(default=None, repr=False)
     host_threads: int | None = None
@@ -121,7 +126,8 @@ class OffloadConfig:
         if self.emulated_link_bandwidth is not None:
             check(parse_pace, self.emulated_link_bandwidth)
         numerics, profile, threads = self.numerics, self.profile, self.host_threads
-        expect("numerics", isinstance(numerics, str) and numerics in ("exact", "fast"), "'exact' or 'fast'")
+        is_known = isinstance(numerics, str) and numerics in ("auto", "exact", "fast")
+        expect("numerics", is_known, "'auto', 'exact' or 'fast'")
         known = isinstance(profile, HardwareProfile | MachineProfile | str | Path)
         expect("profile", profile is None or known, "a file, a MachineProfile, a HardwareProfile or None")
         if self.predictor is not None:
@@ -135,6 +141,10 @@ class OffloadConfig:
         check(check_dense_format, self.dense_format)
         chunk = self.prefill_chunk_size
         expect("prefill_chunk_size", is_integer(chunk) and chunk >= 16, "16 tokens or more")
+        if numerics == "exact" and is_integer(chunk) and chunk % EXACT_CHUNK:
+            problems.add(
+                f"prefill_chunk_size must be a multiple of {EXACT_CHUNK} with numerics='exact', got {chunk}"
+            )
         most = self.max_num_seqs
         expect("max_num_seqs", is_integer(most) and most >= 1, "1 or more")
         cached = self.prefix_cache

@@ -166,7 +166,7 @@ class Engine:
                 budget_bytes=budget_bytes,
                 measure=calibration.measure,
                 policy_is_obeyed=not isinstance(config.policy, str),
-                fast=config.numerics == "fast",
+                numerics=config.numerics,
                 costs=costs or known,
                 bandwidth=bandwidth,
                 threads=config.host_threads,

@@ -40,7 +40,7 @@ def layers(model):
         ({"device_budget": True}, "device_budget must be a size"),
         ({"emulated_link_bandwidth": "fast"}, "emulated_link_bandwidth must be a size"),
         ({"emulated_link_bandwidth": 0}, "emulated_link_bandwidth must be more than 0"),
-        ({"numerics": "exactly"}, "numerics must be 'exact' or 'fast', got 'exactly'"),
+        ({"numerics": "exactly"}, "numerics must be 'auto', 'exact' or 'fast', got 'exactly'"),
         ({"host_threads": 0}, "host_threads must be 1 or more, got 0"),
         (
             {"policy": "lru", "device_budget": "10 KB"},
@@ -147,7 +147,7 @@ def test_a_progress_bar_changes_nothing(layers, capsys):
     assert layers.generate(PROMPTS, max_new_tokens=3, progress=True).token_ids == plain.token_ids
 
 
-@pytest.mark.parametrize("numerics", ["fast", "exact"])
+@pytest.mark.parametrize("numerics", ["fast", "auto"])
 @pytest.mark.parametrize("policy", [Resident(), "resident", "lru"], ids=["object", "resident", "lru"])
 def test_everything_fits_without_a_budget(model, policy, numerics):
     for accelerator in (False, True):
@@ -158,11 +158,11 @@ def test_everything_fits_without_a_budget(model, policy, numerics):
 
 
 def test_an_accelerator_that_holds_everything_is_told_of_the_faster_way(model, caplog):
-    for numerics, accelerator in [("exact", True), ("fast", True), ("exact", False)]:
+    for numerics, accelerator in [("auto", True), ("fast", True), ("auto", False)]:
         caplog.clear()
         with one_jit(accelerator):
             Engine(model, OffloadConfig(numerics=numerics)).close()
-        assert ("numerics='fast'" in caplog.text) == (accelerator and numerics == "exact")
+        assert ("numerics='fast'" in caplog.text) == (accelerator and numerics == "auto")
 
 
 @pytest.mark.parametrize("policy", ["host-only", HostOnly(), LRU()], ids=["host-only", "HostOnly()", "LRU()"])
@@ -172,7 +172,7 @@ def test_who_names_host_only_or_brings_a_policy_gets_it(model, policy):
     assert (stats.policy, stats.mode) == (policy if isinstance(policy, str) else policy.name, "layers")
 
 
-@pytest.mark.parametrize("numerics", ["fast", "exact"])
+@pytest.mark.parametrize("numerics", ["fast", "auto"])
 def test_it_runs_on_the_models_device(tmp_path, numerics):
     save(random_model(num_layers=1, qk_norm="all"), tmp_path)
     model = load(tmp_path, device=jax.devices()[1])

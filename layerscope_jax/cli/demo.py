@@ -142,7 +142,7 @@ def configurations(
 ) -> list[tuple[str, OffloadConfig]]:
     """Returns the runs to compare: everything resident, in each way this device has, then each policy.
 
-    The first with exact numerics is the oracle.
+    The first whose numerics are not "fast" is the oracle.
     """
     if not 0 < budget_share < 1:
         raise ValueError(f"--budget-share must lie between 0 and 1, got {budget_share}")

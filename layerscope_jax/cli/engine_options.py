@@ -72,12 +72,12 @@ class EngineOptions:
     dense_format: DenseFormat = None
     revision: Revision = None
     numerics: Annotated[
-        Literal["exact", "fast"],
+        Literal["auto", "exact", "fast"],
         arg(
-            help="'exact' gives the same bits under every budget and policy; 'fast' is faster if everything "
-            "is resident on an accelerator, and agrees to rounding."
+            help="'auto' gives the same bits under every budget and policy; 'exact' in every batch too, on a "
+            "CPU; 'fast' is faster if everything is resident on an accelerator, and agrees to rounding."
         ),
-    ] = "exact"
+    ] = "auto"
     generation_config: Annotated[
         Literal["auto", "none"],
         arg(

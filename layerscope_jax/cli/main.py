@@ -40,6 +40,7 @@ from layerscope_jax.cli.options import (
     open_model,
     open_predictor,
 )
+from layerscope_jax.cli.perplexity import PerplexityOf
 from layerscope_jax.cli.report import Report
 from layerscope_jax.cli.request_options import RequestOptions
 from layerscope_jax.cli.serve import Serve
@@ -62,7 +63,7 @@ class Demo:
     """Run the shipped model with everything resident, then within a budget under each policy.
 
     Prints the texts, the statistics of each policy, and whether all runs gave the same tokens; exits with 1
-    if a run with exact numerics gave different tokens.
+    if a run whose numerics are not 'fast' gave different tokens.
     """
 
     json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
@@ -267,6 +268,7 @@ COMMANDS = {
     "generate": Generate,
     "chat": Talk,
     "serve": Serve,
+    "perplexity": PerplexityOf,
     "inspect": Inspect,
     "fit": Fit,
     "doctor": Doctor,

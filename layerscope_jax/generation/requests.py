@@ -50,7 +50,7 @@ class Request:
         seed: seed of the sampling, None for one drawn at random, which the `Completion` reports. The random
             draws depend only on it and the position, not on the other requests of the batch. Rounding does
             depend on the shape of the batch, so two runs in batches of different shapes may give different
-            tokens, above all in bfloat16.
+            tokens, above all in bfloat16, except with `OffloadConfig(numerics="exact")`.
         stop: texts that end the request as soon as one of them is complete; cut off, unless
             `include_stop_str_in_output`. Special tokens have no text, unless `skip_special_tokens` is
             False.

@@ -12,7 +12,8 @@ weights on a CPU, if the built-in loops support their sizes (`layerscope_jax.ker
 zero weight. Everything else is computed by XLA, as are experts on an accelerator: it may round differently
 for another number of rows, width of prompts or length of a cache. In float32 this hardly ever changes a
 greedy token; in bfloat16, where two tokens often score nearly the same, it may. The same call alone has the
-same shapes, and so the same bits again.
+same shapes, and so the same bits again. With numerics="exact", on a CPU, XLA is kept from it (see
+docs/numerics.md).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from flax import nnx
 
 from layerscope_jax.models.cache import KVCache, kv_shapes
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.models.invariance import is_invariant, lengthened
 from layerscope_jax.models.layers import Linear, RMSNorm, norm_of, normal, project
 from layerscope_jax.models.rotary import rotate
 
@@ -79,10 +80,35 @@ def attending_by(attention: Attending) -> Iterator[None]:
         _attending.reset(before)
 
 
-def attended(*arguments: Any) -> jax.Array | None:
+def attended(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    window: int | None,
+    scale: float | None,
+    sinks: jax.Array | None,
+) -> jax.Array | None:
     """What `attending_by` gives for its arguments; None where there is none, or it does not suit."""
     attending = _attending.get()
-    return None if attending is None else attending(*arguments)
+    if attending is None:
+        return None
+    if query.shape[1] == 1 or not is_invariant():
+        return attending(query, key, value, positions, window, scale, sinks)
+    # So that sizes with a rest suit as well: zeros add nothing, and nobody sees positions behind the last.
+    (batch, length, heads, size), width = query.shape, value.shape[-1]
+    mixed = attending(
+        lengthened(query, 3),
+        lengthened(key, 2, 3),
+        lengthened(value, 2, 3),
+        positions,
+        window,
+        size**-0.5 if scale is None else scale,
+        sinks,
+    )
+    if mixed is None:
+        return None
+    return mixed.reshape(batch, length, heads, -1)[..., :width].reshape(batch, length, -1)
 
 
 class Attention(nnx.Module):

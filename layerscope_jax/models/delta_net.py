@@ -19,6 +19,7 @@ from flax import nnx
 from layerscope_jax.models.cache import CacheArray
 from layerscope_jax.models.config import DeltaSizes, ModelConfig
 from layerscope_jax.models.experts import dense
+from layerscope_jax.models.invariance import is_invariant
 from layerscope_jax.models.layers import Linear, RMSNorm, normal
 from layerscope_jax.models.rotary import PAD_POSITION
 
@@ -194,7 +195,8 @@ def scan(
         [B, S, H_v, D_v], and the state after the last token.
     """
     (rows, length, keys, _), values = key.shape, value.shape[2]
-    chunk = min(CHUNK, length)
+    # Chunks of one size give the same bits however a prompt is cut, if it is cut between them.
+    chunk = CHUNK if is_invariant() else min(CHUNK, length)
     count = -(-length // chunk)
 
     def chunks(x: jax.Array, heads: int) -> jax.Array:

@@ -15,6 +15,7 @@ from layerscope_jax.models.attention import attend, attended
 from layerscope_jax.models.cache import CacheArray
 from layerscope_jax.models.config import LatentSizes, ModelConfig
 from layerscope_jax.models.experts import products_of_rows
+from layerscope_jax.models.invariance import in_blocks, is_invariant, lengthened
 from layerscope_jax.models.layers import Linear, RMSNorm, normal
 from layerscope_jax.models.rotary import rotate
 
@@ -75,9 +76,13 @@ def head_matmul(x: jax.Array, weights: jax.Array) -> jax.Array:
     Heads lead: with them in between, as in an einsum, XLA's CPU backend has no product of bfloat16.
     """
     heads, width, depth = weights.shape
-    of_heads = x.reshape(-1, heads, depth).swapaxes(0, 1)
-    result = products_of_rows(of_heads, weights)
-    return result.swapaxes(0, 1).reshape(*x.shape[:-1], width).astype(x.dtype)
+
+    def product(rows: jax.Array) -> jax.Array:  # [M, H, K] -> [M, H, N]
+        return products_of_rows(rows.swapaxes(0, 1), weights).swapaxes(0, 1)
+
+    rows = x.reshape(-1, heads, depth)
+    result = in_blocks(product, rows) if is_invariant() else product(rows)
+    return result.reshape(*x.shape[:-1], width).astype(x.dtype)
 
 
 HeadProducts = Callable[[jax.Array, jax.Array], jax.Array]
@@ -166,6 +171,7 @@ class LatentAttention(nnx.Module):
             key_positions = jnp.arange(rows.shape[1])[None, None, :]
         mask = positions[:, :, None] >= key_positions
         many = expanding_pays(hidden.shape[1], rows.shape[1], latent_sizes(self.config))
+        many = many and not is_invariant()  # or the way would depend on the shape of the step
         mix = self._expanded if many else self._absorbed
         return self.o(mix(query, rows, positions, mask, cache is not None)), cache
 
@@ -178,7 +184,10 @@ class LatentAttention(nnx.Module):
         query = jnp.concatenate([absorbed, query[..., sizes.nope :]], axis=-1)
         attending, mixed = _attending.get(), None
         if cached and attending is not None:
-            mixed = attending(query, rows, positions, sizes.rank, scale)
+            if query.shape[1] > 1 and is_invariant():
+                mixed = attending(lengthened(query, 3), lengthened(rows, 1, 2), positions, sizes.rank, scale)
+            else:
+                mixed = attending(query, rows, positions, sizes.rank, scale)
         if mixed is None:
             mixed = latent_attend(query, rows, mask, sizes.rank, scale)
         return _head_products.get()(mixed, self.value_up[...]).reshape(*query.shape[:2], -1)

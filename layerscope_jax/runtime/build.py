@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from typing import Literal
 
 import jax
 
@@ -19,6 +20,7 @@ from layerscope_jax.offload.residency import Residency
 from layerscope_jax.offload.staged import host_parts
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import History, Predictor, make_predictor
+from layerscope_jax.runtime.exactness import check_exact
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.resident import ResidentOnCpu
 from layerscope_jax.runtime.runner import Runner
@@ -43,7 +45,7 @@ def build(
     budget_bytes: int,
     measure: Measure,
     policy_is_obeyed: bool = False,
-    fast: bool = False,
+    numerics: Literal["auto", "exact", "fast"] = "auto",
     costs: HardwareProfile | None = None,
     bandwidth: int | None = None,
     threads: int | None = None,
@@ -59,7 +61,7 @@ def build(
         budget_bytes: device memory (bytes) for experts and the predictor.
         measure: measures costs if the policy needs them and `costs` is None.
         policy_is_obeyed: whether the policy plans even if every expert fits.
-        fast: whether logits may differ by rounding if everything is resident on an accelerator.
+        numerics: as of `OffloadConfig`.
         costs: costs of the machine; None if they are not known.
         bandwidth: emulated bandwidth (bytes/s) of the link; None for full speed.
         threads: number of threads that compute on the host; None for a number that suits the machine.
@@ -77,7 +79,7 @@ def build(
     # A whole model has plain experts; packed ones are computed from their packed form.
     plain = isinstance(model.bank.format, PlainFormat)
     if nothing_to_decide and plain and WholeModel.is_faster_on(model.device):
-        if fast:
+        if numerics == "fast":
             return WholeModel(model)
         logger.warning(
             "every expert fits on %s: OffloadConfig(numerics='fast') runs a step as one program there, "
@@ -106,7 +108,12 @@ def build(
                 stack.enter_context(closing(part))
         geometry = model.geometry(budget_bytes // model.bank.expert_bytes)
         forecasts = stack.enter_context(closing(Forecasts(predictor, model, geometry)))
-        runner = _layer_by_layer(model, chosen, budget_bytes, host, link, forecasts, costs, measure, pool)
+        exact = numerics == "exact"
+        if exact:
+            check_exact(model, host.inside)
+        runner = _layer_by_layer(
+            model, chosen, budget_bytes, host, link, forecasts, costs, measure, pool, exact
+        )
         if nothing_to_decide:
             runner.preload()
         stack.pop_all()  # from now on the runner closes them
@@ -123,6 +130,7 @@ def _layer_by_layer(
     costs: HardwareProfile | None,
     measure: Measure,
     pool: HostPool | None,
+    exact: bool,
 ) -> LayerByLayer:
     """Builds a layer-by-layer runner from its parts, and divides the device's memory among them."""
     # The predictor's memory is taken off the budget first; experts get the rest.
@@ -134,4 +142,4 @@ def _layer_by_layer(
     in_memory = pool is None and isinstance(policy, Resident)
     resident = in_memory and host.inside is not None and host.inside.target is not None
     runner = ResidentOnCpu if resident else LayerByLayer
-    return runner(model, policy, state, residency, link, host, forecasts, costs, pool)
+    return runner(model, policy, state, residency, link, host, forecasts, costs, pool, exact=exact)

@@ -54,6 +54,7 @@ class DenseParts:
         model: the model.
         forecasts: makes forecasts within the program of attention and router.
         inside: runs dense products and attention in this package's kernels; None to leave them to XLA.
+        exact: whether no row of a program may depend on another.
 
     Attributes:
         spans: for each MoE layer, the decoder layers from after the previous MoE layer up to this one.
@@ -64,7 +65,7 @@ class DenseParts:
         attend_alone: program of a layer without the forecast.
     """
 
-    def __init__(self, model: Model, forecasts: Forecasts, inside: Inside | None):
+    def __init__(self, model: Model, forecasts: Forecasts, inside: Inside | None, exact: bool = False):
         config, dtype = model.config, model.bank.dtype
         self.spans = [slice(span.start, span.stop) for span in config.spans]
         self.layers = [Layers.of(model, span) for span in config.spans]
@@ -72,8 +73,8 @@ class DenseParts:
         self._num_layers, self._behind = config.num_layers, slice(config.tail.start, config.tail.stop)
         self.ends = {key: value for key, value in model.dense.items() if key != "layers"}
         self.table = None if inside is None else jax.device_put(inside.table, model.device)
-        self.programs = programs(config, dtype, forecasts.in_layer)
-        self.attend_alone = programs(config, dtype, None).attend_and_route
+        self.programs = programs(config, dtype, forecasts.in_layer, exact)
+        self.attend_alone = programs(config, dtype, None, exact).attend_and_route
         self._forecasts = forecasts
         self._sharding = device_sharding(model.device)
         self._choices = config.experts_per_token

@@ -48,6 +48,7 @@ class LayerByLayer:
         transfers, host_experts, forecasts: owned by the runner; `close` closes them.
         costs: costs of the machine; None if they are not known.
         pool: host memory of experts that are on the disk, owned as well; None if all are in host memory.
+        exact: whether no row of a step may depend on another.
 
     Attributes:
         account: account of the call that is counted for; at first of no call.
@@ -70,13 +71,15 @@ class LayerByLayer:
         forecasts: Forecasts,
         costs: HardwareProfile | None = None,
         pool: HostPool | None = None,
+        *,
+        exact: bool = False,
     ):
         self.pool = pool
         self.model, self.policy, self.costs = model, policy, costs
         self.residency, self.transfers, self.forecasts = residency, transfers, forecasts
         self.host_experts = host_experts
         self.device_experts = device_experts(model.device, host_experts.cpu)
-        self.dense = DenseParts(model, forecasts, host_experts.inside)
+        self.dense = DenseParts(model, forecasts, host_experts.inside, exact)
         self.tier = DeviceTier(residency, transfers, self.device_experts.keep)
         reads = None if pool is None else Reads(pool, model.geometry(0))
         self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank, reads)

@@ -18,9 +18,11 @@ from layerscope_jax.kernels.dense import our_loops
 from layerscope_jax.models.config import LayerKind, ModelConfig
 from layerscope_jax.models.decoder import Add, Decoder, to_end, to_experts
 from layerscope_jax.models.decoder_layers import new_layer
+from layerscope_jax.models.invariance import invariant
 from layerscope_jax.models.layers import abstract
 from layerscope_jax.prediction.forecasts import expected_tokens
 from layerscope_jax.prediction.predictors import Predictor
+from layerscope_jax.runtime.exactness import options
 from layerscope_jax.runtime.sampling import sample
 from layerscope_jax.runtime.scoring import scores_of
 
@@ -81,22 +83,25 @@ def add_rows(table: jax.Array | None) -> Add:
 
 
 @functools.lru_cache(maxsize=16)
-def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) -> Programs:
+def programs(
+    config: ModelConfig, dtype: np.dtype, predictor: Predictor | None, exact: bool = False
+) -> Programs:
     """Returns the programs for models of one shape, with a predictor's forecast.
 
     MoE layers with the same dense layers before them share a program, and so do all engines of models of one
-    shape: another policy or budget compiles nothing.
+    shape: another policy or budget compiles nothing. If they are to be `exact`, no row depends on another.
     """
     layers_of, ends_of = dense_parts(config, dtype)
+    jit = functools.partial(jax.jit, compiler_options=options() if exact else None)
 
-    @jax.jit
+    @jit
     def embed(ends, tokens, *others):
         # The other inputs of all layers pass through: a separate copy to the device would take as long.
         return ends_of(ends).embed(tokens), *others
 
-    @functools.partial(jax.jit, donate_argnames="caches")
+    @functools.partial(jit, donate_argnames="caches")
     def attend_and_route(span, state, positions, caches, forecast_params, number, counted, table=None):
-        with our_loops(table):
+        with our_loops(table), invariant(exact):
             hidden, inputs, routing, caches = to_experts(
                 layers_of(span), state, positions, caches, add_rows(table)
             )
@@ -110,17 +115,17 @@ def programs(config: ModelConfig, dtype: np.dtype, predictor: Predictor | None) 
                 expected = expected_tokens(probabilities, counted, number, config.num_moe_layers)
         return hidden, inputs, routing.experts, routing.weights, caches, expected
 
-    @functools.partial(jax.jit, donate_argnames="caches")
+    @functools.partial(jit, donate_argnames="caches")
     def finish(ends, state, positions, last, sampling, tail, caches, table=None):
         rows = jnp.arange(state.hidden.shape[0])
-        with our_loops(table):
+        with our_loops(table), invariant(exact):
             hidden, caches = to_end(layers_of(tail), state, positions, caches, add_rows(table))
             logits = ends_of(ends).next_logits(hidden, last)
         return sample(logits, positions[rows, last] + 1, sampling), logits, caches
 
-    @functools.partial(jax.jit, donate_argnames="caches", static_argnames="top")
+    @functools.partial(jit, donate_argnames="caches", static_argnames="top")
     def score(ends, state, positions, last, sampling, tail, caches, table, targets, top):
-        with our_loops(table):
+        with our_loops(table), invariant(exact):
             hidden, caches = to_end(layers_of(tail), state, positions, caches, add_rows(table))
             decoder = ends_of(ends)
             logits = decoder.next_logits(hidden, last)

@@ -16,8 +16,10 @@ from layerscope_jax.kernels import inside
 from layerscope_jax.kernels.dense import our_loops
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder import Between, through
+from layerscope_jax.models.invariance import invariant
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.models.router import Routing
+from layerscope_jax.runtime.exactness import options
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.programs import Layers, add_rows, dense_parts
 from layerscope_jax.runtime.runner import Stepped
@@ -63,8 +65,8 @@ class ResidentOnCpu(LayerByLayer):
     mode = "decode"
     rehearsed_by = DecodeRehearsal
 
-    def __init__(self, model: Model, *others: Any):
-        super().__init__(model, *others)
+    def __init__(self, model: Model, *others: Any, exact: bool = False):
+        super().__init__(model, *others, exact=exact)
         inside = self.host_experts.inside
         assert inside is not None
         self.inside = inside
@@ -72,7 +74,7 @@ class ResidentOnCpu(LayerByLayer):
         self._experts = self.host_experts.everything()  # own the memory in the tables
         self._tables = [jax.device_put(inside.table_of(layer), model.device) for layer in self._experts]
         assert inside.target is not None
-        self._decode = decode_program(model.config, model.bank.dtype, inside.target)
+        self._decode = decode_program(model.config, model.bank.dtype, inside.target, exact)
 
     def step(
         self,
@@ -131,11 +133,11 @@ class ResidentOnCpu(LayerByLayer):
 
 
 @functools.lru_cache(maxsize=16)
-def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callable:
-    """Returns the jitted step, which engines of models of one shape share."""
+def decode_program(config: ModelConfig, dtype: np.dtype, target: str, exact: bool = False) -> Callable:
+    """Returns the jitted step, which engines of models of one shape share; see `programs` on `exact`."""
     layers_of, ends_of = dense_parts(config, dtype)
 
-    @functools.partial(jax.jit, donate_argnames="caches")
+    @functools.partial(jax.jit, donate_argnames="caches", compiler_options=options() if exact else None)
     def run(
         layers: Layers,
         ends: Any,
@@ -157,7 +159,7 @@ def decode_program(config: ModelConfig, dtype: np.dtype, target: str) -> Callabl
         def experts(number: int, inputs: jax.Array, routing: Routing) -> jax.Array:
             return inside.rows(target, inputs, routing.experts, active, tables[number])
 
-        with our_loops(table):
+        with our_loops(table), invariant(exact):
             hidden, _, caches = through(
                 config, layers_of(layers), state, positions, caches, experts, add_rows(table)
             )

@@ -21,7 +21,7 @@ from layerscope_jax.support.units import next_power
 if TYPE_CHECKING:
     from layerscope_jax.runtime.accounts import Account
     from layerscope_jax.runtime.layerwise import LayerByLayer
-    from layerscope_jax.runtime.runner import RunnerStats, Stepped
+    from layerscope_jax.runtime.runner import RunnerStats, Scored, Stepped
 
 
 class Rehearsal:
@@ -48,12 +48,25 @@ class Rehearsal:
         sampling: Sampling | None,
     ) -> Stepped:
         """Runs every program that a step of this shape may need; see `Runner.rehearsal`."""
+        return self._run(tokens, positions, last, caches, sampling)[0]
+
+    def score(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        caches: list[Any],
+        sampling: Sampling | None,
+        targets: np.ndarray,
+        top: int,
+    ) -> Scored:
+        """As `step`, of a step that scores tokens."""
+        return self._run(tokens, positions, last, caches, sampling, (targets, top))
+
+    def _run(self, *inputs: Any) -> Any:
         self.runner.settle_if_needed()
         try:
-            stepped, _ = self.runner.dense.through(
-                self._layer, self._device_experts, tokens, positions, last, caches, sampling
-            )
-            return stepped
+            return self.runner.dense.through(self._layer, self._device_experts, *inputs)
         except BaseException:
             self.settle()
             raise

@@ -71,7 +71,7 @@ def test_rows_to_stdout(tiny, prompts, capsys):
 
 def test_goes_on_with_a_file(tiny, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    budget = ["--device-budget=20KB", "--policy=host-only", "--numerics=exact", "--max-num-seqs=1"]
+    budget = ["--device-budget=20KB", "--policy=host-only", "--numerics=auto", "--max-num-seqs=1"]
     command = [
         "generate",
         str(tiny),

@@ -132,8 +132,8 @@ def test_what_is_no_size_to_warm_up_for(engine, sizes, message):
         ({"emulated_link_bandwidth": 1.5}, "emulated_link_bandwidth must be a size such as .* got 1.5"),
         ({"emulated_link_bandwidth": "0"}, "emulated_link_bandwidth must be more than 0"),
         ({"device_budget": [1]}, r"device_budget must be a size such as .* got \[1\]"),
-        ({"numerics": None}, "numerics must be 'exact' or 'fast', got None"),
-        ({"numerics": np.array(["fast", "exact"])}, "numerics must be 'exact' or 'fast', got array"),
+        ({"numerics": None}, "numerics must be 'auto', 'exact' or 'fast', got None"),
+        ({"numerics": np.array(["fast", "exact"])}, "numerics must be 'auto', 'exact' or 'fast', got array"),
         (
             {"numerics": 1, "host_threads": 0, "policy": "x"},
             "policy must.*; numerics must.*; host_threads",

@@ -170,7 +170,7 @@ def test_a_library_leaves_the_handler_alone():
     assert (out.splitlines()[-1], said) == ("same", "")
 
 
-@pytest.mark.parametrize(("numerics", "whole"), [("fast", False), ("fast", True), ("exact", False)])
+@pytest.mark.parametrize(("numerics", "whole"), [("fast", False), ("fast", True), ("auto", False)])
 def test_no_step_begins(numerics, whole, monkeypatch):
     """Whatever runs it."""
     monkeypatch.setattr(WholeModel, "is_faster_on", lambda device: whole)
@@ -182,7 +182,7 @@ def test_no_step_begins(numerics, whole, monkeypatch):
 
 
 def test_the_next_layer_does_not_begin(monkeypatch):
-    with Engine(random_model(TINY), OffloadConfig(numerics="exact")) as engine:
+    with Engine(random_model(TINY), OffloadConfig(numerics="auto")) as engine:
         layers = []
 
         def pressed(layer, *_):

@@ -254,7 +254,7 @@ def test_wherever_a_step_is_interrupted_the_next_one_is_right(what, at, accelera
         monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
     policy = Split() if accelerator else RandomPolicy(3)
     budget = 9 * model.bank.expert_bytes
-    config = OffloadConfig(device_budget=budget, policy=policy, numerics="exact", host_threads=2)
+    config = OffloadConfig(device_budget=budget, policy=policy, numerics="auto", host_threads=2)
     reached = set()
     with Engine(model, config) as engine:
         expected = run_untapped(engine, batches[0])
@@ -278,7 +278,7 @@ def test_the_same_holds_while_experts_are_read_from_the_disk(what, at, accelerat
         device_budget=9 * size,
         host_budget=3 * size,
         policy=Split() if accelerator else RandomPolicy(3),
-        numerics="exact",
+        numerics="auto",
         host_threads=2,
     )
     reached = set()
@@ -300,7 +300,7 @@ def test_an_interrupted_wait_for_helpers_leaves_no_completion_behind(monkeypatch
             return super().get(*arguments)
 
     monkeypatch.setattr(threads, "SimpleQueue", Queue)
-    config = OffloadConfig(device_budget=0, policy="host-only", numerics="exact", host_threads=2)
+    config = OffloadConfig(device_budget=0, policy="host-only", numerics="auto", host_threads=2)
     with Engine(model, config) as engine:
 
         def interrupted():
@@ -326,7 +326,7 @@ def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypa
             raise OSError("injected: the link")
         return jax.device_put(array, sharding)
 
-    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=Split(), numerics="exact")
+    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy=Split(), numerics="auto")
     with copying_by(copy), Engine(model, config) as engine:
         runner = engine.runner
         compute, wait, rest = runner.host_experts.compute, runner.transfers.wait, runner.host_experts.rest
@@ -365,7 +365,7 @@ def test_threads_that_change_places_all_the_time_give_the_same_bits(monkeypatch)
     model, batches, steps = case("bfloat16")
     Work(monkeypatch)
     config = OffloadConfig(
-        device_budget=9 * model.bank.expert_bytes, policy=RandomPolicy(7), numerics="exact", host_threads=3
+        device_budget=9 * model.bank.expert_bytes, policy=RandomPolicy(7), numerics="auto", host_threads=3
     )
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

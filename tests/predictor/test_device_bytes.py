@@ -33,7 +33,7 @@ def llapor(model):
 
 
 def config(budget, predictor, policy="fate"):
-    return OffloadConfig(device_budget=budget, policy=policy, numerics="exact", predictor=predictor)
+    return OffloadConfig(device_budget=budget, policy=policy, numerics="auto", predictor=predictor)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -90,7 +90,7 @@ def test_a_trained_predictor_is_paid_for_by_experts(model, llapor, learns):
 
 
 def test_where_everything_fits_no_predictor_is_kept(model, llapor):
-    with Engine(model, OffloadConfig(numerics="exact", predictor=llapor)) as engine:
+    with Engine(model, OffloadConfig(numerics="auto", predictor=llapor)) as engine:
         stats = engine.generate(PROMPTS, max_new_tokens=2).stats
     assert (stats.predictor, stats.predictor_bytes) == (None, 0)
     assert stats.peak_expert_bytes == model.bank.total_bytes

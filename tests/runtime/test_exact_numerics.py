@@ -1,0 +1,161 @@
+"""numerics="exact": no bit of a request's logits depends on what shares its batch, its slot or its chunks."""
+
+from dataclasses import replace
+from functools import lru_cache
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, bits, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerscope_jax import Engine, OffloadConfig
+from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.row_settings import RowSettings
+from layerscope_jax.models.config import DeltaSizes, LatentSizes
+from layerscope_jax.models.experts import ExpertBody
+
+BASE = replace(TINY, num_layers=2, max_position_embeddings=256)
+
+KINDS = {
+    "float32, grouped attention with a rest": {"qk_norm": "all", "tie_embeddings": True},
+    "bfloat16, sinks, a window, clamped experts": {
+        "attention_sinks": True,
+        "attention_bias": True,
+        "sliding_window": 24,
+        "qk_norm": "none",
+        "expert_body": ExpertBody("clamped", bias=True, limit=0.7),
+    },
+    "float32, latent attention, a shared expert": {
+        "attention": "latent",
+        "latent": LatentSizes(query_rank=None, rank=32, rope=8, nope=16, value=12),
+        "rotary_dim": 8,
+        "num_kv_heads": 4,
+        "qk_norm": "none",
+        "shared_intermediate_size": 24,
+    },
+    "bfloat16, gated DeltaNet before gated attention": {
+        "delta": DeltaSizes(key_heads=2, value_heads=4, key=8, value=8, taps=4),
+        "full_attention_layers": (1,),
+        "attention_gate": True,
+        "norm": "rms_offset",
+        "shared_intermediate_size": 24,
+        "shared_gate": True,
+    },
+}
+
+NEW = 4
+"""New tokens of the request that is looked at."""
+
+
+@lru_cache
+def made(kind):
+    return random_model(replace(BASE, **KINDS[kind]), seed=5, dtype=jnp.dtype(kind.partition(",")[0]))
+
+
+def prompt_of(length, seed=0):
+    return np.random.default_rng((length, seed)).integers(1, 61, length).tolist()
+
+
+def request_of(length):
+    """Short ones are sampled, long ones greedy."""
+    return Request(
+        prompt=prompt_of(length),
+        max_new_tokens=NEW,
+        stop_token_ids=[],
+        temperature=float(length < 64),
+        seed=3,
+        top_k=20,
+    )
+
+
+def run(model, request, before=(), late=(), **config):
+    """Tokens and logits of a request; some companions are there before it, others come after two tokens."""
+    logits, pick = {}, RowSettings.pick
+
+    def seen(settings, found, step_logits, positions):
+        for row, state in settings._running.items():
+            if state.prompt == list(request.prompt):
+                source = row if settings._sources is None else settings._sources[row]
+                logits[len(state.tokens)] = bits(step_logits[source])
+        return pick(settings, found, step_logits, positions)
+
+    def companions(lengths):
+        return [
+            engine.submit(prompt_of(length, seed), max_new_tokens=1 + length % 7, stop_token_ids=[])
+            for seed, length in enumerate(lengths, 1)
+        ]
+
+    config = OffloadConfig(numerics="exact", **config)
+    with patch.object(RowSettings, "pick", seen), Engine(model, config) as engine:
+        others = companions(before)
+        handle = engine.submit(request)
+        tokens = iter(handle)
+        next(tokens), next(tokens)
+        others += companions(late)
+        result = handle.result()
+        for other in others:
+            assert other.result().finish_reason == "length"
+    return result.token_ids, np.stack([logits[number] for number in range(NEW)])
+
+
+def alone(kind, length):
+    return computed(kind, length, jax.config.values["jax_disable_most_optimizations"])
+
+
+@lru_cache
+def computed(kind, length, quickly):
+    """Of programs that were compiled in one of the ways of `quick_compiling`."""
+    return run(made(kind), request_of(length))
+
+
+lengths = st.lists(st.sampled_from([3, 30, 90]), max_size=3)
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    before=lengths,
+    late=lengths,
+    length=st.sampled_from([13, 100]),
+    most=st.sampled_from([2, 8]),
+    chunk=st.sampled_from([64, 128]),
+    offloaded=st.booleans(),
+)
+@settings(deadline=None, max_examples=3)
+def test_companions_change_no_bit(kind, before, late, length, most, chunk, offloaded):
+    model = made(kind)
+    budget = 9 * model.bank.expert_bytes if offloaded else None
+    tokens, logits = run(
+        model,
+        request_of(length),
+        before,
+        late,
+        max_num_seqs=most,
+        prefill_chunk_size=chunk,
+        device_budget=budget,
+        policy="lru" if offloaded else "auto",
+    )
+    expected, expected_logits = alone(kind, length)
+    np.testing.assert_array_equal(logits, expected_logits)
+    assert tokens == expected
+
+
+def test_nor_do_they_in_programs_that_xla_optimises():
+    """Where XLA would give sums over few or many rows to different loops, were it not told otherwise."""
+    kind = "float32, grouped attention with a rest"
+    expected, expected_logits = alone(kind, 13)
+    tokens, logits = run(made(kind), request_of(13), before=[16, 3], late=[30])
+    np.testing.assert_array_equal(logits, expected_logits)
+    assert tokens == expected
+
+
+def test_where_it_cannot_be_promised_it_is_refused():
+    half = random_model(num_layers=1, dtype=jnp.float16)
+    with pytest.raises(ValueError, match="numerics='exact': experts in float16 with activations in float16"):
+        Engine(half, OffloadConfig(numerics="exact"))
+    with pytest.raises(ValueError, match="prefill_chunk_size must be a multiple of 64 with numerics='exact'"):
+        OffloadConfig(numerics="exact", prefill_chunk_size=100)
