@@ -78,9 +78,9 @@ class OffloadConfig:
             are allocated only for the requests that there are.
         prefix_cache: whether a prompt may begin with the caches of an earlier or running request that has the
             same first tokens, which are then not computed again. A slot's caches stay until another request
-            takes it, also while nothing runs. The tokens are the same if a row has the same bits whatever
-            the width of its step, as on CPUs; where XLA computes, they agree to rounding as in batches of
-            other shapes (docs/numerics.md), and the same call again may have other bits.
+            takes it, also while nothing runs. With numerics="exact" the tokens are those without it: then
+            only what was prefilled is used again, and no answers. Otherwise they agree to rounding as in
+            batches of other shapes (docs/numerics.md), and the same call again may have other bits.
         slot_tokens: positions of a slot at least: requests of up to so many tokens, prompt and answer
             together, need the same programs, which may be compiled ahead. They take memory for each request
             that runs at once, however short it is; longer requests run all the same.

@@ -6,15 +6,21 @@ from typing import Any, NamedTuple
 
 
 class Limits(NamedTuple):
-    """How many requests run at once, and in what; as of `OffloadConfig`."""
+    """How many requests run at once, and in what; as of `OffloadConfig`, whose `numerics` may be "exact"."""
 
     max_num_seqs: int
     prefill_chunk_size: int
     prefix_cache: bool = False
     slot_tokens: int = 0
+    exact: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Limits:
         """Returns those of an `OffloadConfig`."""
-        sizes = {name: int(getattr(config, name)) for name in cls._fields if name != "prefix_cache"}
-        return cls(**sizes, prefix_cache=config.prefix_cache)
+        return cls(
+            int(config.max_num_seqs),
+            int(config.prefill_chunk_size),
+            config.prefix_cache,
+            int(config.slot_tokens),
+            config.numerics == "exact",
+        )

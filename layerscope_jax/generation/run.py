@@ -78,6 +78,7 @@ class Run:
     ):
         self.decode_s = StepTimes()
         place = None if slots.prefixes is None else self._place
+        self._exact = limits.exact
         self._scheduler = Scheduler(limits.max_num_seqs, limits.prefill_chunk_size, slots.rows, place)
         self._slots = slots
         self._new_caches, self._chunk, self._least = new_caches, limits.prefill_chunk_size, limits.slot_tokens
@@ -256,6 +257,8 @@ class Run:
             return
         if state.finish_reason == "error":
             prefixes.drop(row)
+        elif self._exact:  # tokens that were decoded may have other bits than if they had been prefilled
+            prefixes.use(row)
         else:  # the last token has not been in any step
             prefixes.hold(row, [*state.prompt, *state.tokens][:-1])
 

@@ -241,7 +241,7 @@ def test_a_closed_loop_holds_no_caches():
 KINDS = {
     "window": {"sliding_window": 24, "num_layers": 1},
     "latent": {
-        "latent": LatentSizes(query_rank=None, rank=16, rope=8, nope=8, value=8),
+        "latent": LatentSizes(query_rank=None, rank=32, rope=32, nope=32, value=32),
         "attention": "latent",
     },
     "states": {
@@ -252,17 +252,23 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_says_the_same(kind):
-    """With positions in every layer, or states of all tokens together, which must be gone on with whole."""
+@pytest.mark.parametrize(("kind", "numerics"), [("window", "exact"), ("latent", "exact"), ("states", "auto")])
+def test_a_model_says_the_same(kind, numerics):
+    """With positions in every layer, or states of all tokens together, which must be gone on with whole.
+
+    With exact numerics, to the last bit; then only what was prefilled is used again.
+    """
     model = random_model(seed=3, qk_norm="none", **{"num_layers": 1} | KINDS[kind])
     first = np.random.default_rng(0).integers(0, 61, 40).tolist()
-    with Engine(model, OffloadConfig(max_num_seqs=1)) as plain:
-        [answer] = plain.generate([first], max_new_tokens=5).token_ids
+    settings = {"max_new_tokens": 5, "logprobs": 3 if numerics == "exact" else None}
+    with Engine(model, OffloadConfig(max_num_seqs=1, numerics=numerics)) as plain:
+        [answer] = plain.generate([first], **settings).token_ids
         prompts = [first, [*first, *answer, 1, 2], [*first[:30], 7, 8, 9]]
-        expected = [plain.generate([prompt], max_new_tokens=5).token_ids for prompt in prompts]
-    with Engine(model, OffloadConfig(max_num_seqs=1, prefix_cache=True)) as engine:
-        results = [engine.generate([prompt], max_new_tokens=5) for prompt in prompts]
-    assert [result.token_ids for result in results] == expected
+        expected = [plain.generate([prompt], **settings)[0] for prompt in prompts]
+    config = OffloadConfig(max_num_seqs=1, numerics=numerics, prefix_cache=True)
+    with Engine(model, config) as engine:
+        results = [engine.generate([prompt], **settings)[0] for prompt in prompts]
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
+    assert [result.logprobs for result in results] == [result.logprobs for result in expected]
     cached = [result.stats.cached_tokens for result in results]
-    assert cached == ([0, 44, 0] if kind == "states" else [0, 44, 30])
+    assert cached == ([0, 44, 0] if kind == "states" else [0, 40, 30])
