@@ -19,8 +19,11 @@ from tokenizers import Tokenizer
 
 from layerscope_jax.checkpoints.model import Model
 
-KEPT = 64
+KEPT = 256
 """Number of compiled grammars that are kept for later requests."""
+
+MOST_CHARACTERS = 65_536
+"""Longest schema. The time to compile one grows with the square of its properties: seconds from there on."""
 
 WHITESPACE = r"[ \n\t]{1,32}"
 """Space between two parts of JSON, where there is any. Without a limit, models may write spaces for ever."""
@@ -49,12 +52,14 @@ def grammar_of(schema: Mapping[str, Any]) -> str:
     """Returns the grammar of the JSON texts that a schema describes.
 
     Raises:
-        ValueError: if the schema holds what JSON has not, or llguidance is not installed.
+        ValueError: if the schema is too long or holds what JSON has not, or llguidance is not installed.
     """
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"json_schema must hold what JSON has alone; {error}") from None
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"json_schema must have at most {MOST_CHARACTERS:,} characters, got {len(text):,}")
     matcher = library().LLMatcher
     return matcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
 
@@ -127,7 +132,7 @@ class Structures:
         self._size = vocab_size
         self._tokens: Any = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()  # the latest last
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
 
     @classmethod
     def of(cls, model: Model) -> Structures:
@@ -143,8 +148,12 @@ class Structures:
         if grammar is None:
             return None
         with self._lock:
-            compiled = self._compiled.pop(grammar, None) or self._compile(grammar)
+            compiled = self._compiled.get(grammar)
+        if compiled is None:
+            compiled = self._compile(grammar)  # without the lock: others get what is compiled already
+        with self._lock:
             self._compiled[grammar] = compiled
+            self._compiled.move_to_end(grammar)
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
         return Guide(compiled)
@@ -152,11 +161,16 @@ class Structures:
     def _compile(self, grammar: str) -> Any:
         if self._tokenizer is None:
             raise ValueError("output by a json_schema or a grammar needs a tokenizer, and the model has none")
-        if self._tokens is None:
-            self._tokens = self._made(self._tokenizer)
-        compiled = library().LLMatcher(self._tokens, grammar, log_level=0)
-        if compiled.is_error():
-            raise ValueError(f"the grammar cannot be followed: {compiled.get_error()[:300]}")
+        with self._making:
+            if self._tokens is None:
+                self._tokens = self._made(self._tokenizer)
+        limits = library().LLParserLimits(verbose_errors=False)
+        compiled = library().LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
+        first = compiled.deep_copy()
+        if not first.is_error():
+            first.compute_bitmask()  # of a grammar that is too complex, the first step may show it
+        if first.is_error():
+            raise ValueError(f"the json_schema or grammar cannot be followed: {first.get_error()[:300]}")
         return compiled
 
     def _made(self, tokenizer: Tokenizer) -> Any:
@@ -166,6 +180,6 @@ class Structures:
         ends = [token for token in self._ends if tokenizer.id_to_token(token) is not None]
         if not ends:
             tokenizer.add_special_tokens([END])
-            ends = [tokenizer.get_vocab_size() - 1]
-        size = max(self._size, tokenizer.get_vocab_size())
+            ends = [tokenizer.get_vocab()[END]]
+        size = max(self._size, *[token + 1 for token in tokenizer.get_vocab().values()])
         return library().LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=ends)

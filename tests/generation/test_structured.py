@@ -185,6 +185,10 @@ def test_a_model_without_stop_tokens_ends_with_the_text():
         ({"json_schema": ["a"]}, "json_schema must be a JSON schema that is an object, or None"),
         ({"json_schema": {"const": object()}}, "json_schema must hold what JSON has alone"),
         ({"json_schema": {"type": "object", "if": {}}}, "Unimplemented keys"),
+        (
+            {"json_schema": {"enum": ["x" * 70_000]}},
+            "json_schema must have at most 65,536 characters, got 70,0",
+        ),
         ({"grammar": "start: nothing"}, "grammar must be one that llguidance takes"),
         ({"grammar": 5}, "grammar must be a text or None"),
         ({"grammar": 'start: "a"', "json_schema": {}}, "either a json_schema or a grammar, got both"),
@@ -194,6 +198,16 @@ def test_a_model_without_stop_tokens_ends_with_the_text():
 def test_what_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         Request(prompt="a", **given)
+
+
+def test_a_schema_that_is_too_complex():
+    schema = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(900)}}
+    with pytest.raises(
+        ValueError, match=r"cannot be followed: .*too complex|cannot be followed: .*max is 2000"
+    ):
+        Structures(byte_tokenizer(), VOCABULARY, (EOS,)).guide(
+            Request(prompt="", json_schema=schema).structure
+        )
 
 
 def test_without_the_library(monkeypatch):
