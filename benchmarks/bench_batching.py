@@ -28,8 +28,8 @@ CONTINUOUS, PARTED, EVEN = "continuous", "batch by batch", "even"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(harness.Common):
-    """What to measure."""
+class Setting(harness.Common):
+    """A checkpoint, and how it is run."""
 
     checkpoint: Path = SHIPPED
     prompts: Path | None = None
@@ -39,6 +39,12 @@ class Options(harness.Common):
     """Percent of the bytes of all experts, for policies other than resident."""
     link: str = "100MB"
     """Bytes a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Setting):
+    """What to measure."""
+
     slots: tuple[int, ...] = (4, 16)
     requests: int = 48
     mean_tokens: int = 16
@@ -125,7 +131,7 @@ def race(
     }
 
 
-def config_of(policy: str, model: Model, options: Options, slots: int) -> OffloadConfig:
+def config_of(policy: str, model: Model, options: Setting, slots: int) -> OffloadConfig:
     if policy == RESIDENT:
         return OffloadConfig(numerics="fast", max_num_seqs=slots)
     return OffloadConfig(

@@ -3,6 +3,10 @@
 So many clients, in a process of their own, each stream a continuation of a real prompt over HTTP, all at the
 same time. The same requests are also given to one call of `generate`, in the process of the server, with
 nobody to stream to: what HTTP, JSON and the server's threads add is the difference.
+
+With `--seconds` the clients send one request after another, with the prefix cache, and the questions are
+whether any answer is lost, or differs from that of the same request alone, how regularly tokens come, and
+whether the memory stays what it is.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from benchmarks import harness
-from benchmarks.bench_batching import RESIDENT, config_of
-from benchmarks.bench_policies import SHIPPED, read_prompts
-from layerscope_jax import Engine, Request, load
+from benchmarks import harness, serving_load
+from benchmarks.bench_batching import RESIDENT, Setting, config_of
+from benchmarks.bench_policies import read_prompts
+from layerscope_jax import Engine, Model, Request, load
 from layerscope_jax.serving.server import Server
 from layerscope_jax.serving.settings import ServerConfig
 
@@ -33,22 +37,19 @@ GENERATE, SERVE = "generate", "serve"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(harness.Common):
+class Options(Setting):
     """What to measure."""
 
-    checkpoint: Path = SHIPPED
-    prompts: Path | None = None
-    """JSON lines with a "prompt" each, taken in turns; the checkpoint's prompts.jsonl if left out."""
     policies: tuple[str, ...] = (RESIDENT, "host-only")
-    budget: int = 25
-    """Percent of the bytes of all experts, for policies other than resident."""
-    link: str = "100MB"
-    """Bytes a second."""
     clients: tuple[int, ...] = (8, 32)
     prompt_tokens: int = 16
     """Prompts are cut to so many, so that groups of any of them are prefilled by the same programs."""
     new_tokens: int = 32
     rounds: int = 5
+    seconds: float | None = None
+    """For how long the clients send one request after another; once each, in rounds, if left out."""
+    slots: int = 32
+    """Requests that run at once while they do; others wait."""
 
 
 class Clients:
@@ -64,10 +65,10 @@ class Clients:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
-    def run(self, url: str, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Sends all requests at once; returns what came, and when."""
+    def run(self, url: str, bodies: Sequence[dict[str, Any]], **load: float) -> dict[str, Any]:
+        """Sends all requests at once, or (`clients`, `seconds`) for a while; returns what came, and when."""
         host, port = url.removeprefix("http://").split(":")
-        line = json.dumps({"host": host, "port": int(port), "bodies": bodies})
+        line = json.dumps({"host": host, "port": int(port), "bodies": bodies, **load})
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(line + "\n")
@@ -145,6 +146,54 @@ def race(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, roun
     }
 
 
+def endure(model: Model, policy: str, prompts: Any, clients: int, options: Options) -> dict[str, Any]:
+    """One engine under load for a while, after a shorter while that is not counted.
+
+    What each request is to give is what it gives alone, without a prefix cache.
+    """
+    assert options.seconds is not None
+    requests = serving_load.requests_of(prompts, max(2, clients), options.new_tokens)
+    configs = [
+        replace(config_of(policy, model, options, slots), numerics="exact") for slots in (1, options.slots)
+    ]
+    with Engine(model, configs[0]) as engine:
+        expected = serving_load.alone(engine, requests)
+    longest = max([len(request["prompt"]) + request["max_new_tokens"] for request in requests])
+    config = replace(configs[1], prefix_cache=True, slot_tokens=longest)
+    with Engine(model, config) as engine, opened(engine) as (server, sending):
+        serving_load.warm(engine, requests, longest)
+
+        def run(bodies: list[dict[str, Any]], clients: int, seconds: float) -> dict[str, Any]:
+            return sending.run(server.url, bodies, clients=clients, seconds=seconds)
+
+        serving_load.load(run, expected, requests, clients, min(10.0, options.seconds))
+        before = harness.compiled_programs()
+        row = serving_load.load(run, expected, requests, clients, options.seconds)
+        row["compiled_while_timed"] = harness.compiled_programs() - before
+    return row | {"policy": policy, "slots": options.slots}
+
+
+def load_table(rows: Sequence[dict[str, Any]]) -> None:
+    lines = [
+        (
+            row["policy"],
+            row["clients"],
+            f"{row['seconds']:.0f}",
+            row["requests"],
+            row["lost"],
+            f"{row['same_texts']:.1%}",
+            f"{row['tokens_per_s']:.0f}",
+            *(f"{row['gap_ms'][name]:.1f}" for name in ("p50", "p99")),
+            f"{row['first_ms']['p50']:.0f}",
+            *(f"{row['memory_mib'][name]:.0f}" for name in ("start", "middle", "end")),
+        )
+        for row in rows
+    ]
+    headings = ("policy", "clients", "s", "answers", "lost", "same texts", "tokens/s", "gap, ms")
+    more = ("gap p99, ms", "first, ms", "MiB, start", "middle", "end")
+    harness.print_table("Under load; times as the clients see them", (*headings, *more), lines)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> None:
     lines = [
         (
@@ -166,7 +215,8 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
 
 def main(options: Options) -> dict[str, Any]:
     if options.quick:
-        changes: Any = {"clients": (3,), "new_tokens": 4, "rounds": 1}
+        seconds = None if options.seconds is None else 1.0
+        changes: Any = {"clients": (3,), "new_tokens": 4, "rounds": 1, "seconds": seconds, "slots": 2}
         options = Options(**(vars(options) | changes))
     with contextlib.suppress(RuntimeError):  # JAX is in use already: with as many as it has
         jax.config.update("jax_num_cpu_devices", 2)  # without an accelerator, the second is its host
@@ -180,10 +230,14 @@ def main(options: Options) -> dict[str, Any]:
     for policy in options.policies:
         for clients in options.clients:
             prompts = [known[index % len(known)][: options.prompt_tokens] for index in range(clients)]
-            with Engine(model, config_of(policy, model, options, clients)) as engine:
-                rows.append({"policy": policy} | race(engine, prompts, options.new_tokens, options.rounds))
+            if options.seconds is None:
+                with Engine(model, config_of(policy, model, options, clients)) as engine:
+                    row = race(engine, prompts, options.new_tokens, options.rounds)
+            else:
+                row = endure(model, policy, known, clients, options)
+            rows.append({"policy": policy} | row)
             progress.print(f"measured {policy} with {clients} clients")
-    table(rows)
+    (table if options.seconds is None else load_table)(rows)
     return harness.finish(
         options,
         {
@@ -195,6 +249,7 @@ def main(options: Options) -> dict[str, Any]:
             "prompt_tokens": options.prompt_tokens,
             "new_tokens": options.new_tokens,
             "rounds": options.rounds,
+            "load_s": options.seconds,
             "rows": rows,
         },
     )

@@ -1,7 +1,9 @@
 """Clients of a server, in a process of their own: all send at once, and note when each event comes.
 
 Reads lines of JSON `{"host", "port", "bodies"}` from standard input, and answers each with a line
-`{"seconds", "texts", "times"}`; `times` are those (s) of a request's events since all were sent.
+`{"seconds", "texts", "times"}`; `times` are those (s) of a request's events since all were sent. Lines with
+`"clients"` and `"seconds"` have so many clients send one of the bodies after another for so long, and are
+answered with `{"ended": [[number of the body, text, times since it was sent], ...], "lost"}`.
 """
 
 from __future__ import annotations
@@ -48,9 +50,30 @@ async def run(host: str, port: int, bodies: list[dict[str, Any]]) -> dict[str, A
     }
 
 
+async def load(
+    host: str, port: int, bodies: list[dict[str, Any]], clients: int, seconds: float
+) -> dict[str, Any]:
+    """Has clients send one request after another until the time is over, and waits for the last answers."""
+    end, ended, lost = time.perf_counter() + seconds, [], 0
+
+    async def client(number: int) -> None:
+        nonlocal lost
+        while time.perf_counter() < end:
+            number = (number + 1) % len(bodies)
+            try:
+                ended.append([number, *await stream(host, port, bodies[number], time.perf_counter())])
+            except (SystemExit, OSError) as error:
+                print(f"lost: {error!r}", file=sys.stderr)
+                lost += 1
+
+    await asyncio.gather(*[client(7 * number) for number in range(clients)])
+    return {"ended": ended, "lost": lost}
+
+
 def main() -> None:
     for line in sys.stdin:
-        print(json.dumps(asyncio.run(run(**json.loads(line)))), flush=True)
+        given = json.loads(line)
+        print(json.dumps(asyncio.run((load if "seconds" in given else run)(**given))), flush=True)
 
 
 if __name__ == "__main__":

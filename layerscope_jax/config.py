@@ -76,6 +76,14 @@ class OffloadConfig:
             that are not resident are copied, or read by the host, again in every step.
         max_num_seqs: maximum number of requests that run at once; others wait until some end. Caches and rows
             are allocated only for the requests that there are.
+        prefix_cache: whether a prompt may begin with the caches of an earlier or running request that has the
+            same first tokens, which are then not computed again. A slot's caches stay until another request
+            takes it, also while nothing runs. With numerics="exact" the tokens are those without it: then
+            only what was prefilled is used again, and no answers. Otherwise they agree to rounding as in
+            batches of other shapes (docs/numerics.md), and the same call again may have other bits.
+        slot_tokens: positions of a slot at least: requests of up to so many tokens, prompt and answer
+            together, need the same programs, which may be compiled ahead. They take memory for each request
+            that runs at once, however short it is; longer requests run all the same.
         context: positions of a request, its prompt and its new tokens, for which device_budget="auto" keeps
             caches free, `max_num_seqs` times; None for 2,048. Longer requests run all the same, if there is
             memory.
@@ -93,6 +101,8 @@ class OffloadConfig:
     dense_format: str | None = None
     prefill_chunk_size: int = 4096
     max_num_seqs: int = 32
+    prefix_cache: bool = False
+    slot_tokens: int = 0
     context: int | None = None
 
     def __post_init__(self) -> None:
@@ -137,6 +147,10 @@ class OffloadConfig:
             )
         most = self.max_num_seqs
         expect("max_num_seqs", is_integer(most) and most >= 1, "1 or more")
+        cached = self.prefix_cache
+        expect("prefix_cache", isinstance(cached, bool), "True or False")
+        slot = self.slot_tokens
+        expect("slot_tokens", is_integer(slot) and slot >= 0, "0 or more positions")
         reserved = self.context
         within = reserved is None or (is_integer(reserved) and reserved >= 1)
         expect("context", within, "1 or more positions, or None")

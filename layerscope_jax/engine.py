@@ -26,9 +26,11 @@ from layerscope_jax.generation.device_memory import room_on
 from layerscope_jax.generation.encoding import encode_prompts
 from layerscope_jax.generation.fitting import Fitting
 from layerscope_jax.generation.handles import Handle
+from layerscope_jax.generation.limits import Limits
 from layerscope_jax.generation.loop import Loop
-from layerscope_jax.generation.progress import progress_bar
+from layerscope_jax.generation.progress import progress_bar, so_far
 from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.structured import Structures
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.prediction.predictors import make_predictor
@@ -75,6 +77,7 @@ class Engine:
 
     Attributes:
         defaults: settings of prompts for which a call gives none.
+        structures: compiles the grammars of requests.
 
     Raises:
         ValueError: if the policy is unknown; if the budget is too small for the policy and what the predictor
@@ -103,8 +106,8 @@ class Engine:
         check_engine(model, config, device, host_device, chat_template, generation_config)
         self.defaults: Mapping[str, Any] = defaults_of(model) if generation_config == "auto" else {}
         self._turns = Turns()
-        self._resources = Resources(self, self._turns)
-        self._chat = self._resources.add(Chat(model.path, chat_template))
+        resources = self._resources = Resources(self, self._turns)
+        self._chat = resources.add(Chat(model.path, chat_template))
         self.config = config or OffloadConfig()
         self.device = device or model.device
         if self.device != model.device:
@@ -112,26 +115,22 @@ class Engine:
                 f"device must be the model's own, {model.device}, got {self.device}; "
                 "load the model with device= for another"
             )
-        if model.mapped is not None:
-            model.mapped.check()
-        if self.config.expert_format is not None:
-            model = model.with_format(self.config.expert_format)
-        if self.config.dense_format is not None:
-            model = model.with_dense_format(self.config.dense_format)
-        self.model = model
+        self.model = model = model.prepared(self.config.expert_format, self.config.dense_format)
+        self.structures = Structures.of(model)
         with self._turns.turn():
             self._build(host_device)
-        resources = self._resources
-        self._loop = Loop(
-            model,
-            self.runner,
-            self._turns,
-            lambda: resources.closed,
-            lambda rows, length: new_caches(model.config, rows, length, model.bank.dtype, model.device),
-            int(self.config.max_num_seqs),
-            self.config.prefill_chunk_size,
-            self.budget_bytes,
-            self._fitting,
+        self._loop = resources.add(
+            Loop(
+                model,
+                self.runner,
+                self._turns,
+                lambda: resources.closed,
+                lambda rows, length: new_caches(model.config, rows, length, model.bank.dtype, model.device),
+                Limits.of(self.config),
+                self.budget_bytes,
+                self.structures,
+                self._fitting,
+            )
         )
 
     def _build(self, host_device: jax.Device | None) -> None:
@@ -249,7 +248,7 @@ class Engine:
             result = self._loop.complete(call)
         else:
             with (
-                progress_bar(requests, lambda: self._loop.so_far(call))
+                progress_bar(requests, lambda: so_far(call, self.account))
                 if progress
                 else nullcontext(lambda event: None) as advance,
                 closing(self._loop.stream(call)) as events,

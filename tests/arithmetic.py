@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerscope_jax.generation.limits import Limits
 from layerscope_jax.generation.loop import Loop
+from layerscope_jax.generation.structured import Structures
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.runner import RunnerStats
@@ -112,7 +114,16 @@ def scores(tokens):
     return np.random.default_rng(total).standard_normal(WORDS).astype(np.float32) * 2
 
 
-def looped(max_num_seqs=3, chunk=32, closed=(), runner=None, tokenizer=None, stop_token_ids=(WORDS,)):
+def looped(
+    max_num_seqs=3,
+    chunk=32,
+    closed=(),
+    runner=None,
+    tokenizer=None,
+    stop_token_ids=(WORDS,),
+    vocab_size=WORDS,
+    prefix_cache=False,
+):
     """A loop over such a runner; the runner."""
     config = SimpleNamespace(max_position_embeddings=CONTEXT, stop_token_ids=stop_token_ids)
     runner = runner or Arithmetic()
@@ -122,8 +133,8 @@ def looped(max_num_seqs=3, chunk=32, closed=(), runner=None, tokenizer=None, sto
         Turns(),
         lambda: bool(closed),
         lambda rows, length: [Held(jnp.zeros((rows, length), jnp.int32))],
-        max_num_seqs,
-        chunk,
+        Limits(max_num_seqs, chunk, prefix_cache),
         0,
+        Structures(tokenizer, vocab_size, stop_token_ids),
     )
     return made, runner

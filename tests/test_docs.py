@@ -182,6 +182,8 @@ def test_walks_name_functions_that_exist(walk, rooms):
 @pytest.mark.parametrize("page", [page for page in PAGES if "benchmarks" not in shown(page)], ids=shown)
 def test_named_options_exist(page):
     ours = {f"--{field.name.replace('_', '-')}" for c in COMMANDS.values() for field in dataclasses.fields(c)}
+    switches = [field for c in COMMANDS.values() for field in dataclasses.fields(c) if field.default is True]
+    ours |= {f"--no-{field.name.replace('_', '-')}" for field in switches}
     for module in ("predictor.train", "predictor.scorecard", "benchmarks.harness"):
         ours |= options_of(module)
     foreign = {"--cpu-moe", "--check"}  # of llama.cpp and ruff

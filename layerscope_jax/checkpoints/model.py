@@ -126,6 +126,18 @@ class Model:
             return self
         return dataclasses.replace(self, bank=self.bank.converted(form))
 
+    def prepared(self, expert_format: str | None, dense_format: str | None) -> Model:
+        """The same model in the formats that an engine is to run it in; None for those that it has.
+
+        Raises:
+            ValueError: as of `with_format` and `with_dense_format`; and if files that its experts are mapped
+                from have changed.
+        """
+        if self.mapped is not None:
+            self.mapped.check()
+        model = self if expert_format is None else self.with_format(expert_format)
+        return model if dense_format is None else model.with_dense_format(dense_format)
+
     @property
     def dense_format(self) -> str | None:
         """Name of the format that the matrices of its dense layers are packed in; None if they are plain."""

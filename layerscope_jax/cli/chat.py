@@ -14,6 +14,7 @@ from tyro.conf import Suppress, arg
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.cli.complete import summary
 from layerscope_jax.cli.engine_options import EngineOptions
+from layerscope_jax.cli.options import PrefixCache
 from layerscope_jax.cli.request_options import RequestOptions
 from layerscope_jax.engine import Engine
 from layerscope_jax.generation.chat import Chat
@@ -58,6 +59,7 @@ class Talk(RequestOptions, EngineOptions):
     logprobs: Suppress[None] = None
     prompt_logprobs: Suppress[None] = None
     max_num_seqs: Suppress[int] = 1
+    prefix_cache: PrefixCache = True
 
     def run(self) -> int:
         """Returns the exit code."""

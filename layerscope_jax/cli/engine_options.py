@@ -20,6 +20,7 @@ from layerscope_jax.cli.options import (
     HostBudget,
     LinkBandwidth,
     PolicyName,
+    PrefixCache,
     Revision,
     folder_of,
     known_format,
@@ -64,6 +65,7 @@ class EngineOptions:
             "in bfloat16."
         ),
     ] = 32
+    prefix_cache: PrefixCache = False
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
     expert_format: ExpertFormat = None
@@ -95,6 +97,7 @@ class EngineOptions:
             predictor=open_predictor(self.predictor),
             profile=open_profile(self.profile),
             max_num_seqs=self.max_num_seqs,
+            prefix_cache=self.prefix_cache,
         )
         make_policy(self.policy)
         known_format(self.expert_format)  # before anything is fetched

@@ -94,6 +94,15 @@ DenseFormat = Annotated[
 ]
 
 
+PrefixCache = Annotated[
+    bool,
+    arg(
+        help="Let a prompt begin with what was computed for an earlier one with the same first tokens. Where "
+        "XLA computes, its tokens then agree to rounding."
+    ),
+]
+
+
 def folder_of(checkpoint: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the folder of a checkpoint, downloaded if need be, or of the shipped model."""
     return hub.folder_of(demo.SHIPPED if checkpoint == SHIPPED else checkpoint, revision, weights=weights)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
 
 from layerscope_jax.generation.prompt_files import said_by_user
 from layerscope_jax.generation.requests import SETTINGS, Request
+from layerscope_jax.support.files import read_json
 from layerscope_jax.support.option_errors import option
 
 
@@ -99,6 +101,14 @@ class RequestOptions:
         int | None, arg(metavar="INT", help="The same for each token of the prompt but the first.")
     ] = None
 
+    json_schema: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help="A JSON schema: each continuation is JSON that it describes. Needs the extra `structured`.",
+        ),
+    ] = None
+
     def settings(self) -> dict[str, Any]:
         """Returns the settings that were given.
 
@@ -111,6 +121,10 @@ class RequestOptions:
         given["stop"] = list(self.stop) or None
         given["logit_bias"] = dict(map(bias_of, self.logit_bias)) or None
         given["chat_template_kwargs"] = None
+        with option("--json-schema"):
+            given["json_schema"] = (
+                None if self.json_schema is None else read_json(self.json_schema, "correct it")
+            )
         found = {name: value for name, value in given.items() if value is not None}
         # `n` and `min_new_tokens` are checked with the temperature and the `max_new_tokens` of each row.
         alone = {"max_new_tokens": 2**31 - 1} | {name: found[name] for name in found if name != "n"}

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from layerscope_jax.cli.engine_options import EngineOptions
+from layerscope_jax.cli.options import PrefixCache
 from layerscope_jax.engine import Engine
 from layerscope_jax.serving.settings import ServerConfig
+from layerscope_jax.serving.warming import warm
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.exits import say
 
@@ -39,6 +41,7 @@ class Serve(EngineOptions):
     SIGTERM ends it: running requests may end first, and new ones are refused.
     """
 
+    prefix_cache: PrefixCache = True
     host: Annotated[
         str,
         arg(metavar="HOST", help="Address to listen on. The default is reached from this machine alone."),
@@ -70,11 +73,21 @@ class Serve(EngineOptions):
     timeout: Annotated[
         float, arg(help="Seconds that a client may take to send a request, or to take what it is sent.")
     ] = 30.0
+    warmup_tokens: Annotated[
+        int,
+        arg(
+            metavar="INT",
+            help="Compile what requests of up to so many tokens, prompt and answer together, need before the "
+            "server answers; 0 for next to nothing. What others need is compiled when they come.",
+        ),
+    ] = 256
     drain: Annotated[float, arg(help="Seconds that running requests have to end after SIGTERM.")] = 30.0
 
     def run(self) -> int:
         """Returns the exit code."""
         make = server_class()
+        if self.warmup_tokens < 0:
+            raise ValueError(f"--warmup-tokens must be 0 or more, got {self.warmup_tokens}")
         config, template = replace(self.engine_config(), context=self.max_model_len), self.template()
         serving = ServerConfig(
             host=self.host,
@@ -89,8 +102,13 @@ class Serve(EngineOptions):
         if serving.api_key is None and serving.host not in LOCAL:
             say(f"warning: whoever reaches {serving.host} may use the model; --api-key asks for a key")
         model = self.open_model()
+        context = min(self.max_model_len or model.config.max_position_embeddings, self.warmup_tokens)
+        config = replace(config, slot_tokens=context)
         with Engine(model, config, generation_config=self.generation_config) as engine:
             engine.generate([[0]], max_new_tokens=2, stop_token_ids=[])  # compiles what every request needs
+            if context > 1:
+                say(f"compiling for requests of up to {context} tokens (--warmup-tokens)")
+                warm(engine, context, interrupts.check)
             with make(engine, serving, template) as server:
                 say(f"{serving.served_model_name} answers at {server.url}/v1; Ctrl-C ends it")
                 if not told_to_end(server):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from layerscope_jax.generation.completions import PromptLogprobs, Token, TokenLogprobs
+from layerscope_jax.generation.completions import (
+    Completion,
+    PromptLogprobs,
+    Token,
+    TokenLogprobs,
+    output_of,
+)
 from layerscope_jax.generation.detokenize import TextStream
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.generation.stop_strings import StopStrings
+from layerscope_jax.generation.structured import Guide
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.sampling import NO_TOKEN
-from layerscope_jax.runtime.statistics import Times
+from layerscope_jax.runtime.statistics import RunStats, Times
 from layerscope_jax.runtime.timeline import Recording
 
 
@@ -31,11 +39,13 @@ class RequestState:
         room: maximum number of new tokens.
         call: the call that it belongs to.
         sample: which of the request's samples it is.
+        guide: where it is in its grammar; None without one.
         tokens: new tokens so far.
         text: text of the new tokens; None before the first one, and without a tokenizer.
         stops: looks for stop strings in the text; None without any.
         finish_reason: why it ended; None until then.
         first_token_s: time (s) from the beginning of its call to its first token.
+        cached_tokens: tokens of its prompt that were not computed, because a slot held them already.
     """
 
     id: int
@@ -45,11 +55,13 @@ class RequestState:
     room: int
     call: Call = field(repr=False)
     sample: int = 0
+    guide: Guide | None = None
     tokens: list[int] = field(default_factory=list)
     text: TextStream | None = None
     stops: StopStrings | None = None
     finish_reason: str | None = None
     first_token_s: float | None = None
+    cached_tokens: int = 0
 
     def ends(self, stop_token_ids: Collection[int]) -> Collection[int]:
         """Returns the ids that end the request: its own, or `stop_token_ids`, which are the model's."""
@@ -66,7 +78,7 @@ class RequestState:
         """Prepares the text to follow the prompt and, after a failed step, the tokens so far."""
         if tokenizer is None:
             return
-        self.text = TextStream(tokenizer, self.prompt)
+        self.text = TextStream(tokenizer, self.prompt, not self.request.skip_special_tokens)
         self.stops = None
         if self.request.stops:
             self.stops = StopStrings(self.request.stops, self.request.include_stop_str_in_output)
@@ -84,17 +96,20 @@ class RequestState:
         self.tokens.append(token)
         reason: str | None = None
         stop_reason: int | str | None = None
-        if token in self.ends(stop_token_ids):
+        is_end = token in self.ends(stop_token_ids)
+        if is_end:
             reason = "stop"
             stop_reason = token if self.request.stop_token_ids is not None else None
+        elif self.guide is not None and self.guide.is_complete(self.tokens):
+            reason = "stop"
         elif len(self.tokens) >= self.room:
             reason = "length"
         piece = ""
         if self.text is not None:
-            if reason != "stop":
+            if not is_end:
                 piece = self.text.add(token)
             if reason is not None:
-                piece += self.text.end(self.tokens, reason)
+                piece += self.text.end(self.tokens, "stop" if is_end else "length")
             piece = self._certain(piece, len(self.tokens))
             if self.stops is not None and self.stops.found is not None:
                 reason, stop_reason = "stop", self.stops.found
@@ -171,6 +186,25 @@ class Call:
     def unfinished(self) -> list[RequestState]:
         """Requests of the call that have not ended."""
         return [state for state in self.states if state.finish_reason is None]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of its prompts that a prefix cache held."""
+        return sum([state.cached_tokens for state in self.states if not state.sample])
+
+    def completions(self, stats: RunStats) -> list[Completion]:
+        """Returns the completion of each request of an ended call; `stats` are those of the whole call."""
+        events: dict[tuple[int, int], list[Token]] = defaultdict(list)
+        for event in self.log:
+            events[event.request, event.index].append(event)
+        return [
+            Completion(
+                **output_of(events[state.index, state.sample], state.request),
+                stats=stats,
+                request=state.index,
+            )
+            for state in self.states
+        ]
 
 
 @dataclass(frozen=True)

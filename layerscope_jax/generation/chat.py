@@ -52,10 +52,8 @@ class Chat:
                 seconds, or needs more memory than a conversation does.
         """
         assert request.messages is not None
+        template = self.template(bool(request.tools))
         with self._lock:
-            if self._templates is None:
-                self._templates, self._tokens = self._read()
-            template = chosen(self._templates, bool(request.tools))
             variables = {name: getattr(request, name) for name in TEMPLATE_VARIABLES}
             variables["messages"] = [as_templates_read(message) for message in request.messages]
             variables = {**self._tokens, **variables, **(request.chat_template_kwargs or {})}
@@ -71,6 +69,17 @@ class Chat:
                 "the conversation holds half a surrogate pair, which is not a character; remove it"
             )
         return answer["text"]
+
+    def template(self, tools: bool) -> str:
+        """Returns the template for a request, with or without tools.
+
+        Raises:
+            ValueError: if there is none, or it cannot be read.
+        """
+        with self._lock:
+            if self._templates is None:
+                self._templates, self._tokens = self._read()
+            return chosen(self._templates, tools)
 
     def digest(self) -> str:
         """Returns eight hexadecimal digits for the templates and the tokens that they are given."""

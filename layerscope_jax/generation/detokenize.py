@@ -17,10 +17,20 @@ CONTEXT = 4
 """Number of latest tokens that may hold the first byte of a character, which has at most four bytes."""
 
 
-def continuation(tokenizer: Tokenizer, tokens: Sequence[int], finish: str, prompt: Sequence[int] = ()) -> str:
-    """Returns the text of a request's new tokens after its prompt, without the stop token that ended it."""
+def continuation(
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    finish: str,
+    prompt: Sequence[int] = (),
+    special: bool = False,
+) -> str:
+    """Returns the text of a request's new tokens after its prompt, without the stop token that ended it.
+
+    `special` is whether special tokens have text.
+    """
     tail = tail_of(tokenizer, prompt)
-    text = tokenizer.decode([*tail, *(tokens[:-1] if finish == "stop" else tokens)])
+    new = tokens[:-1] if finish == "stop" else tokens
+    text = tokenizer.decode([*tail, *new], skip_special_tokens=not special)
     return text[_shared(tokenizer.decode(tail), text) :]
 
 
@@ -63,10 +73,11 @@ class TextStream:
     Args:
         tokenizer: tokenizer of the model.
         prompt: token ids that the text follows.
+        special: whether special tokens have text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), special: bool = False):
+        self.tokenizer, self._special = tokenizer, special
         self._tail = tail_of(tokenizer, prompt)
         self._before: str | None = tokenizer.decode(
             self._tail
@@ -81,13 +92,13 @@ class TextStream:
     def add(self, token: int) -> str:
         """Adds a token and returns the text that is now certain; "" if there is no new text yet."""
         name = self.tokenizer.id_to_token(token)
-        if name is None or is_special(self.tokenizer, token):
+        if name is None or (not self._special and is_special(self.tokenizer, token)):
             return ""
         self._window.append(token)
         self._added += 1
         if _is_byte(name):
             return ""
-        text = self.tokenizer.decode(self._window)
+        text = self._decoded()
         certain = text.removesuffix(UNFINISHED)
         if self._before is not None:
             self._shown = _shared(self._before, certain)
@@ -97,10 +108,14 @@ class TextStream:
         piece = certain[self._shown :]
         # Decoding may treat what comes first in another way, so some tokens before the next ones are kept.
         self._window = self._window[-CONTEXT:]
-        self._shown = len(self.tokenizer.decode(self._window)) - (len(text) - len(certain))
+        self._shown = len(self._decoded()) - (len(text) - len(certain))
         self._length += len(piece)
         return piece
 
     def end(self, tokens: Sequence[int], finish: str) -> str:
         """Returns the rest of the text: what was held back, decoded as if no token follows."""
-        return continuation(self.tokenizer, tokens, finish, self._tail)[self._length :]
+        whole = continuation(self.tokenizer, tokens, finish, self._tail, self._special)
+        return whole[self._length :]
+
+    def _decoded(self) -> str:
+        return self.tokenizer.decode(self._window, skip_special_tokens=not self._special)

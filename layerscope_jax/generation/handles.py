@@ -70,6 +70,11 @@ class Handle:
         ended = self._call.ended  # read before the log: an ended call logs no more tokens
         return self._call.log[count:], ended
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that a prefix cache held, known with the first new token."""
+        return self._call.cached_tokens
+
     def cancel(self) -> None:
         """Ends the request at the next step boundary, with `finish_reason` "abort"; does not wait.
 

@@ -11,18 +11,21 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation.calls import Call, RequestState
-from layerscope_jax.generation.completions import Completion, Completions, Token, output_of
+from layerscope_jax.generation.completions import Completions, Token
 from layerscope_jax.generation.fitting import Fitting
-from layerscope_jax.generation.progress import SoFar
+from layerscope_jax.generation.limits import Limits
+from layerscope_jax.generation.prefixes import Prefixes
 from layerscope_jax.generation.requests import Request, with_seed
 from layerscope_jax.generation.run import Run
 from layerscope_jax.generation.shares import join, leave
+from layerscope_jax.generation.slots import Slots
+from layerscope_jax.generation.structured import Structures
 from layerscope_jax.runtime.accounts import Account, run_stats
 from layerscope_jax.runtime.non_finite import why_not_finite
 from layerscope_jax.runtime.runner import Runner
@@ -45,8 +48,9 @@ class Loop:
         turns: turns of the engine.
         is_closed: returns whether the engine is closed, so that no step may begin.
         new_caches: `(rows, length)` -> empty caches.
-        max_num_seqs, prefill_chunk_size: see `OffloadConfig`.
+        limits: on what runs at once; with a prefix cache, slots stay from run to run.
         budget_bytes: device budget (bytes) of the engine, for statistics.
+        structures: compiles the grammars of requests.
         fitting: makes another runner when the device's memory runs out; None for nothing that does.
 
     Attributes:
@@ -60,14 +64,15 @@ class Loop:
         turns: Turns,
         is_closed: Callable[[], bool],
         new_caches: Callable[[int, int], Any],
-        max_num_seqs: int,
-        prefill_chunk_size: int,
+        limits: Limits,
         budget_bytes: int,
+        structures: Structures,
         fitting: Fitting | None = None,
     ):
         self._model, self._runner, self._turns, self._is_closed = model, runner, turns, is_closed
-        self._new_caches, self._most, self._chunk = new_caches, max_num_seqs, prefill_chunk_size
-        self._budget_bytes, self._fitting = budget_bytes, fitting
+        self._slots: Slots | None = None  # of the run, or of the one before
+        self._new_caches, self._limits = new_caches, limits
+        self._budget_bytes, self._structures, self._fitting = budget_bytes, structures, fitting
         self._ids = itertools.count()
         self._inbox: deque[Call] = deque()  # calls that no step knows of yet
         self._cancelled: deque[Call] = deque()
@@ -90,13 +95,20 @@ class Loop:
         bound: bool,
         timeline: bool = False,
     ) -> Call:
-        """Returns a call for requests and their prompts' token ids, which has yet to be submitted."""
+        """Returns a call for requests and their prompts' token ids, which has yet to be submitted.
+
+        Raises:
+            ValueError: if a request's grammar cannot be compiled.
+        """
         call = Call(record_plans, bound, timeline)
         context = self._model.config.max_position_embeddings
         call.states = [
-            RequestState(next(self._ids), index, request, prompt, most, call, sample)
+            RequestState(
+                next(self._ids), index, request, prompt, most, call, sample, self._structures.guide(grammar)
+            )
             for index, (request, prompt) in enumerate(zip(map(with_seed, requests), prompts, strict=True))
             for most in [min(request.max_new_tokens, context - len(prompt))]
+            for grammar in [request.structure]
             for sample in range(request.n)
         ]
         return call
@@ -118,18 +130,6 @@ class Loop:
         with self._turns.turn_if_free() as taken:
             if taken:
                 self._ready()
-
-    def so_far(self, call: Call) -> SoFar:
-        """Returns what has been counted for a running call until now; does not wait for its steps."""
-        account, joined = self.account, call.joined
-        if joined is None:
-            return SoFar(None, 0.0)
-        meter, before = account.meter, joined.counts["meter"]
-        experts = meter.experts - before.experts
-        return SoFar(
-            (meter.expert_hits - before.expert_hits) / experts if experts > 0 else None,
-            max(0.0, account.link.busy_s - joined.counts["link"].busy_s),
-        )
 
     def follow(self, call: Call) -> Iterator[Token]:
         """Yields every token of a call from the first on, and runs steps until the call has ended."""
@@ -185,18 +185,7 @@ class Loop:
                 budget_bytes=self._budget_bytes,
                 budget_cuts=0 if self._fitting is None else self._fitting.cuts,
             )
-        events: dict[tuple[int, int], list[Token]] = defaultdict(list)
-        for event in call.log:
-            events[event.request, event.index].append(event)
-        completions = [
-            Completion(
-                **output_of(events[state.index, state.sample], state.request),
-                stats=stats,
-                request=state.index,
-            )
-            for state in call.states
-        ]
-        return Completions(completions, stats, call.counted.plans or [])
+        return Completions(call.completions(stats), stats, call.counted.plans or [])
 
     def rehearse(self, call: Call, step: Callable[[], Callable[..., Any]]) -> None:
         """Runs the prefills and one decode step of a call in a run of its own.
@@ -209,7 +198,7 @@ class Loop:
             pass
 
     def _rehearsal_ran_out(self, call: Call, step: Callable[[], Callable[..., Any]]) -> bool:
-        run, most = self._new_run(len(call.states)), 2 * len(call.states)
+        run, most = self._new_run(Slots(self._new_caches), len(call.states)), 2 * len(call.states)
         call.log.clear()
         for state in call.states:
             state.recall()
@@ -218,6 +207,8 @@ class Loop:
         try:
             while made < most and (states := run.step(run_step)):
                 made += len(states)
+            if self._limits.prefix_cache:
+                run.rehearse_copies(run_step, call.states)
             return False
         except Exception as error:
             if self._fitting is None or not self._fitting.can_shrink(error):
@@ -225,6 +216,10 @@ class Loop:
         del run, run_step
         self._shrink()
         return True
+
+    def close(self) -> None:
+        """Lets go of caches that were kept for later requests."""
+        self._slots = None
 
     def check_open(self) -> None:
         """Refuses to begin a step in a closed engine.
@@ -326,7 +321,9 @@ class Loop:
     def _begin(self, calls: Sequence[Call]) -> None:
         """Adds calls to the run, and begins a run if there is none."""
         if self._run is None:
-            self._run, self.account = self._new_run(self._most), Account()
+            slots = self._slots or self._new_slots()
+            slots.shrink(sum([len(call.states) for call in calls]))
+            self._run, self.account = self._new_run(slots), Account()
         self._runner.reset(None)
         for call in calls:
             if call.joined is None:
@@ -355,13 +352,15 @@ class Loop:
             self.account.timeline = None
         if not self._calls:
             self._run = None
+            if not self._limits.prefix_cache:
+                self._slots = None
 
     def _recover(self) -> None:
         """Restores the state after a failed step from the logs of the calls, and begins a new run."""
         self._settled = False
         self._runner.reset(None)
         self._arrived()
-        run = self._new_run(self._most)
+        run = self._new_run(self._new_slots())
         if self._run is None:
             self.account = Account()
         else:  # the old run is dropped, because the step may have destroyed its caches
@@ -380,11 +379,15 @@ class Loop:
         self._close_ended()
         self._settled = True
 
-    def _new_run(self, max_num_seqs: int) -> Run:
+    def _new_slots(self) -> Slots:
+        self._slots = Slots(self._new_caches, Prefixes() if self._limits.prefix_cache else None)
+        return self._slots
+
+    def _new_run(self, slots: Slots, most: int | None = None) -> Run:
         return Run(
-            max_num_seqs,
+            self._limits if most is None else self._limits._replace(max_num_seqs=most),
             self._new_caches,
-            self._chunk,
+            slots,
             self._model.config.stop_token_ids,
             self._model.tokenizer,
             self._why_not_finite,

@@ -63,17 +63,20 @@ def body_of(
     return {"id": identity, "object": kind, "created": created, "model": model, "choices": list(choices)}
 
 
-def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
-    """Returns the counts of tokens that an answer reports.
+def usage(prompt_tokens: int, new_tokens: int, cached_tokens: int | None = None) -> dict[str, Any]:
+    """Returns the counts of tokens that an answer reports; `cached_tokens` are those of a prefix cache.
 
-    >>> usage(5, 2)["total_tokens"]
-    7
+    >>> usage(5, 2)["total_tokens"], usage(5, 2, 4)["prompt_tokens_details"]
+    (7, {'cached_tokens': 4})
     """
-    return {
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": new_tokens,
         "total_tokens": prompt_tokens + new_tokens,
     }
+    if cached_tokens is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
+    return counts
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
@@ -103,13 +106,18 @@ def choice_of(output: Output, chat: bool, tokenizer: Tokenizer | None) -> dict[s
 
 def logprobs_of(
     ids: Sequence[int],
-    told: Sequence[TokenLogprobs],
+    told: Sequence[TokenLogprobs | None],
     chat: bool,
     tokenizer: Tokenizer | None,
     offset: int = 0,
 ) -> dict[str, Any]:
-    """Returns the log-probabilities of new tokens; `offset` is how many characters of tokens precede them."""
-    return _of_chat(ids, told, tokenizer) if chat else _of_text(ids, told, tokenizer, offset)
+    """Returns the log-probabilities of tokens; `offset` is how many characters of tokens precede them.
+
+    Those of a text may begin with its prompt, whose first token has none.
+    """
+    if chat:
+        return _of_chat(ids, [at for at in told if at is not None], tokenizer)
+    return _of_text(ids, told, tokenizer, offset)
 
 
 def _of_chat(
@@ -130,7 +138,7 @@ def _of_chat(
 
 
 def _of_text(
-    ids: Sequence[int], told: Sequence[TokenLogprobs], tokenizer: Tokenizer | None, offset: int
+    ids: Sequence[int], told: Sequence[TokenLogprobs | None], tokenizer: Tokenizer | None, offset: int
 ) -> dict[str, Any]:
     """Returns the log-probabilities of a text's continuation."""
     texts = [token_text(tokenizer, token) for token in ids]
@@ -139,8 +147,11 @@ def _of_text(
         offsets.append(offsets[-1] + len(text))
     return {
         "tokens": texts,
-        "token_logprobs": [at.logprob for at in told],
-        "top_logprobs": [{token_text(tokenizer, token): logprob for token, logprob in at.top} for at in told],
+        "token_logprobs": [None if at is None else at.logprob for at in told],
+        "top_logprobs": [
+            None if at is None else {token_text(tokenizer, token): logprob for token, logprob in at.top}
+            for at in told
+        ],
         "text_offset": offsets[:-1],
     }
 

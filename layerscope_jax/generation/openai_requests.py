@@ -38,6 +38,7 @@ SAME = (
     "include_stop_str_in_output",
     "stop_token_ids",
     "ignore_eos",
+    "skip_special_tokens",
 )
 """Keys that are settings of `Request`."""
 
@@ -67,9 +68,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
-    "skip_special_tokens": (True,),
 }
 """Keys with the values that are taken; others ask for what is not implemented."""
 
@@ -197,6 +196,8 @@ def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, 
         elif key in ONLY:
             expected = " or ".join(map(json.dumps, ONLY[key])) or "left out"
             problems.expect(value in ONLY[key], key, expected, value)
+        elif key == "response_format":
+            _add_format(value, fields, problems)
         elif key == "reasoning_effort" and chat:
             variables["reasoning_effort"] = value
         elif key not in ("prompt", "logprobs", "top_logprobs", *WITHOUT_EFFECT) or (key == "prompt" and chat):
@@ -209,7 +210,7 @@ def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, 
         fields["logit_bias"] = {int(key) if key.isdecimal() else key: value for key, value in bias.items()}
     _add_logprobs(body, chat, fields, problems)
     if isinstance(messages := fields.get("messages"), list):
-        fields["messages"] = [_with_text(message, problems) for message in messages]
+        fields["messages"] = [_with_objects(_with_text(message, problems)) for message in messages]
     if chat:
         problems.expect("messages" in fields, "messages", "a conversation", None)
         return fields
@@ -221,6 +222,22 @@ def _fields(body: Mapping[str, Any], url: str, problems: Problems) -> dict[str, 
     fits = isinstance(prompt, str) or are_ids(prompt)
     problems.expect(fits, "prompt", "text or a list of token ids; one prompt a line", prompt)
     return fields | {"prompt": prompt}
+
+
+def _add_format(value: Any, fields: dict[str, Any], problems: Problems) -> None:
+    """Adds the `json_schema` that a `response_format` asks for."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "json_object":
+        fields["json_schema"] = {"type": "object"}
+    elif kind == "json_schema":
+        named = value.get("json_schema")
+        schema = named.get("schema") if isinstance(named, dict) else None
+        fits = isinstance(schema, dict)
+        problems.expect(fits, "response_format.json_schema", '{"name": ..., "schema": {...}}', named)
+        fields["json_schema"] = schema
+    elif kind != "text":
+        expected = 'an object of type "text", "json_object" or "json_schema"'
+        problems.expect(False, "response_format", expected, value)
 
 
 def _with_text(message: Any, problems: Problems) -> Any:
@@ -235,6 +252,25 @@ def _with_text(message: Any, problems: Problems) -> Any:
     fits = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
     problems.expect(fits, "content", 'text, or a list of {"type": "text", "text": ...}', parts)
     return message | {"content": "\n".join(map(str, texts))}
+
+
+def _with_objects(message: Any) -> Any:
+    """Returns a message whose calls have objects for arguments: the API has JSON text, templates do not."""
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _add_logprobs(body: Mapping[str, Any], chat: bool, fields: dict[str, Any], problems: Problems) -> None:

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from layerscope_jax.generation.calls import Call
 from layerscope_jax.generation.completions import Token
 from layerscope_jax.generation.requests import Request
+from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.sampling import NO_TOKEN
 
 
@@ -26,6 +28,24 @@ class SoFar(NamedTuple):
 
     hit_rate: float | None
     link_s: float
+
+
+def so_far(call: Call, account: Account) -> SoFar:
+    """Returns what has been counted for a running call until now; does not wait for its steps.
+
+    Args:
+        call: the call.
+        account: counts of the run that it is part of.
+    """
+    joined = call.joined
+    if joined is None:
+        return SoFar(None, 0.0)
+    meter, before = account.meter, joined.counts["meter"]
+    experts = meter.experts - before.experts
+    return SoFar(
+        (meter.expert_hits - before.expert_hits) / experts if experts > 0 else None,
+        max(0.0, account.link.busy_s - joined.counts["link"].busy_s),
+    )
 
 
 class Status(ProgressColumn):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from layerscope_jax.generation.structured import grammar_of, problem_of
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.units import is_integer
 
@@ -51,12 +52,18 @@ class Request:
             depend on the shape of the batch, so two runs in batches of different shapes may give different
             tokens, above all in bfloat16, except with `OffloadConfig(numerics="exact")`.
         stop: texts that end the request as soon as one of them is complete; cut off, unless
-            `include_stop_str_in_output`. Special tokens have no text.
+            `include_stop_str_in_output`. Special tokens have no text, unless `skip_special_tokens` is
+            False.
         stop_token_ids: ids that end the request, kept as its last token; None for the model's own.
         ignore_eos: whether the model's own stop tokens do not end the request.
+        skip_special_tokens: False for text that shows special tokens, but not the stop token at its end.
         logprobs: number of likeliest tokens, up to 20, whose log-probabilities are reported with that of each
             new token; of the model's own logits, before any of the settings. None for no log-probabilities.
         prompt_logprobs: the same for each token of the prompt but the first, which nothing comes before.
+        json_schema: schema of the JSON text that the request makes, `{"type": "object"}` for any object; None
+            for any text. Tokens that would leave it are not chosen, and the request ends with the text. It
+            needs the extra `structured`.
+        grammar: a grammar of the text in its place, as llguidance reads it (a dialect of Lark).
         add_generation_prompt: whether the template begins the assistant's answer after the `messages`.
         tools, documents: lists of objects that the template is given.
         chat_template_kwargs: further variables of the template, such as `{"enable_thinking": False}`.
@@ -80,8 +87,11 @@ class Request:
     include_stop_str_in_output: bool = False
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | None = None
+    grammar: str | None = None
     add_generation_prompt: bool = True
     tools: Sequence[Mapping[str, Any]] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
@@ -122,8 +132,9 @@ class Request:
         check("stop_token_ids", stops is None or are_ids(stops), "a list of token ids or None")
         check_whole("logprobs", 0, MOST_LOGPROBS, none=True)
         check_whole("prompt_logprobs", 0, MOST_LOGPROBS, none=True)
-        for name in ("include_stop_str_in_output", "ignore_eos", "add_generation_prompt"):
+        for name in FLAGS:
             check(name, isinstance(getattr(self, name), bool), "True or False")
+        self._check_structure(problems)
         if not problems.found:
             if self.min_new_tokens > self.max_new_tokens:
                 problems.add(
@@ -160,11 +171,39 @@ class Request:
         if taken:
             problems.add(f"chat_template_kwargs must not name {', '.join(taken)}, which the request sets")
 
+    def _check_structure(self, problems: Problems) -> None:
+        """Notes what is wrong with the schema or the grammar."""
+        schema, grammar = self.json_schema, self.grammar
+        fits = schema is None or isinstance(schema, Mapping)
+        problems.expect(fits, "json_schema", "a JSON schema that is an object, or None", schema)
+        fits = fits and (grammar is None or (isinstance(grammar, str) and is_text(grammar)))
+        problems.expect(grammar is None or isinstance(grammar, str), "grammar", "a text or None", grammar)
+        if schema is not None and grammar is not None:
+            problems.add("expected either a json_schema or a grammar, got both; leave one out")
+        elif fits and (schema is not None or grammar is not None):
+            try:
+                wrong = problem_of(self.structure or "")
+            except ValueError as error:
+                problems.add(str(error))
+            else:
+                name = "json_schema" if grammar is None else "grammar"
+                problems.expect(
+                    wrong is None, name, f"one that llguidance takes ({wrong})", schema or grammar
+                )
+
+    @property
+    def structure(self) -> str | None:
+        """The grammar of its text; None for any text."""
+        return self.grammar if self.json_schema is None else grammar_of(self.json_schema)
+
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+
+FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "add_generation_prompt")
+"""Settings that are True or False."""
 
 TEMPLATE_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 """What a chat template is given of a request."""

@@ -34,8 +34,8 @@ class RowSettings:
     """How the rows of a batch pick their tokens, for as long as the same requests run in them.
 
     Steps pick tokens themselves, greedy or sampled. If a request has settings beyond temperature, `top_k`,
-    `top_p` and seed, or rows share logits, the tokens of the batch are picked by `choose` from the step's
-    logits.
+    `top_p` and seed, or a grammar, or rows share logits, the tokens of the batch are picked by `choose` from
+    the step's logits.
 
     Args:
         running: row -> the request that runs in it, with its tokens so far.
@@ -63,7 +63,8 @@ class RowSettings:
         self._changed = any(map(changes_logits, requests))
         self._told = any(request.logprobs is not None for request in requests)
         self._extra = self._changed or self._told or any(request.min_p for request in requests)
-        self._extra = self._extra or sources is not None
+        self._guided = {row: state for row, state in running.items() if state.guide is not None}
+        self._extra = self._extra or bool(self._guided) or sources is not None
         self._sampling = self._sampling_of() if samples else None
         self.in_step = None if self._extra else self._sampling
 
@@ -83,7 +84,10 @@ class RowSettings:
         if self._changed and self._changes is None:
             self._changes, self._counts = self._prepare(logits)
         top = MOST_LOGPROBS if self._told else None
-        chosen = choose(logits, found, positions + 1, self._sampling, self._changes, self._counts, top)
+        allowed = self._allowed(logits.shape[-1]) if self._guided else None
+        chosen = choose(
+            logits, found, positions + 1, self._sampling, self._changes, self._counts, top, allowed
+        )
         self._counts = chosen.counts
         new: list[Any] = [[token, None] for token in np.asarray(chosen.tokens).tolist()]
         if chosen.logprob is None or chosen.top_ids is None or chosen.top_logprobs is None:
@@ -96,6 +100,14 @@ class RowSettings:
                 likeliest = tuple([pair for pair in pairs if pair[1] > -np.inf])
                 new[row][1] = TokenLogprobs(float(own[row]), likeliest)
         return [(token, logprobs) for token, logprobs in new]
+
+    def _allowed(self, vocabulary: int) -> jax.Array:
+        """Returns a bit for each token that a row may get: [B, V / 32] int32."""
+        bits = np.full((self._rows, -(-vocabulary // 32)), -1, np.int32)
+        for row, state in self._guided.items():
+            assert state.guide is not None
+            state.guide.allow(state.tokens, bits[row])
+        return jnp.array(bits)
 
     def _sampling_of(self) -> Sampling:
         """Returns how each row samples."""

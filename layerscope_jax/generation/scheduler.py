@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from layerscope_jax.generation.prefixes import Place
 from layerscope_jax.support.units import next_power
 
 MIN_WIDTH = 16
@@ -75,6 +76,8 @@ class Scheduler:
         max_num_seqs: maximum number of requests that run at once.
         prefill_chunk_size: maximum tokens of a prefill step, including padding; a longer prompt is prefilled
             alone.
+        rows: number of slots that there are already.
+        place: chooses the slots of requests among the free ones; None for the first of them.
 
     Attributes:
         slots: number of rows, in use or free: the most requests that there ever were at once, at most
@@ -92,11 +95,12 @@ class Scheduler:
     Decode(requests=(9, 8), rows=(0, 1))
     """
 
-    def __init__(self, max_num_seqs: int, prefill_chunk_size: int):
+    def __init__(self, max_num_seqs: int, prefill_chunk_size: int, rows: int = 0, place: Place | None = None):
         self.slots = self.length = 0
         self._most, self._chunk = max_num_seqs, prefill_chunk_size
         self._waiting: dict[int, Waiting] = {}  # in order of arrival
-        self._rows: list[int | None] = []  # slot -> its running request
+        self._place = place
+        self._rows: list[int | None] = [None] * rows  # slot -> its running request
         self._running: dict[int, int] = {}  # running request -> its slot
         self._decode: Decode | None = None  # the next decode step, kept until the running requests change
         # For the mean length of an answer: tokens made per ended request, at most the mean of their limits.
@@ -114,13 +118,14 @@ class Scheduler:
             self._room += request.room
             self.length = max(self.length, request.prompt_tokens + request.room)
         self.slots = max(self.slots, min(self._most, len(self)))
-        self._rows += [None] * (self.slots - len(self._rows))
+        self._rows += [None] * (batch_rows(self.slots) - len(self._rows))
 
     def schedule(self) -> Prefill | Decode | None:
         """Returns the next step: prefill if requests wait and enough slots are free, else decode or None."""
         if self._waiting and (group := self._group()):
             free = [row for row, request in enumerate(self._rows) if request is None]
-            rows = tuple(free[: len(group)])
+            chosen = self._place([request.id for request in group], free) if self._place else free
+            rows = tuple(chosen[: len(group)])
             for request, row in zip(group, rows, strict=True):
                 del self._waiting[request.id]
                 self._rows[row] = request.id

@@ -108,6 +108,7 @@ def leave(call: Call, account: Account, decode_s: StepTimes, now: float) -> None
     began = [state for state in call.states if state.first_token_s is not None]
     call.times = Times(
         prompt_tokens=sum([len(state.prompt) for state in began]),
+        cached_tokens=sum([state.cached_tokens for state in began]),
         first_token_s=[state.first_token_s for state in began if state.first_token_s is not None],
         decode_s=decode_s.since(before.decode_steps),
     )

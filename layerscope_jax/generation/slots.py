@@ -7,8 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from layerscope_jax.models.cache import grow, put_rows
+from layerscope_jax.generation.prefixes import Prefixes
+from layerscope_jax.generation.scheduler import batch_rows
+from layerscope_jax.models.cache import grow, put_rows, take_rows
 from layerscope_jax.models.rotary import PAD_POSITION
+
+IDLE_ROWS = 4
+"""Slots that stay when an idle engine gets a request: a step takes longer with each, in use or not."""
 
 
 class Slots:
@@ -19,6 +24,8 @@ class Slots:
 
     Args:
         new_caches: `(rows, length)` -> empty caches.
+        prefixes: notes what the rows hold, so that later prompts may begin with it; None to compute every
+            prompt whole.
 
     Attributes:
         caches: one for each decoder layer, with B rows; donated by each step.
@@ -27,8 +34,8 @@ class Slots:
         positions: [B, 1] int32, position of that token; `PAD_POSITION` in free rows.
     """
 
-    def __init__(self, new_caches: Callable[[int, int], Any]):
-        self._new_caches = new_caches
+    def __init__(self, new_caches: Callable[[int, int], Any], prefixes: Prefixes | None = None):
+        self._new_caches, self.prefixes = new_caches, prefixes
         self.caches: Any = None
         self.length = 0
         self.tokens = np.zeros((0, 1), np.int32)
@@ -49,8 +56,28 @@ class Slots:
         else:
             self.caches = grow(self.caches, self.rows + more, length)
         self.length = length
+        if self.prefixes is not None:
+            self.prefixes.fit(length, any(None in cache.position_axes() for cache in self.caches))
         self.tokens = np.pad(self.tokens, ((0, more), (0, 0)))
         self.positions = np.pad(self.positions, ((0, more), (0, 0)), constant_values=PAD_POSITION)
+
+    def shrink(self, requests: int) -> None:
+        """Keeps rows for so many requests and a few more, those that were of use last; all must be free."""
+        rows = batch_rows(max(IDLE_ROWS, requests))
+        if self.prefixes is None or rows >= self.rows:
+            return
+        self.caches = take_rows(self.caches, np.array(self.prefixes.keep(rows, self.rows), np.int32))
+        self.tokens, self.positions = self.tokens[:rows].copy(), self.positions[:rows].copy()
+
+    def take(self, rows: Sequence[int | None], width: int) -> Any:
+        """Returns caches of `width` rows, each a copy of the row that is given for it; None for zeros."""
+        at = np.full(width, self.rows, np.int32)
+        for number, row in enumerate(rows):
+            if row is not None:
+                at[number] = row
+                if self.prefixes is not None:
+                    self.prefixes.use(row)
+        return take_rows(self.caches, at)
 
     def put(self, rows: Sequence[int], sources: Sequence[int], caches: Any, width: int) -> None:
         """Copies the caches of new requests into the rows that they take.

@@ -137,6 +137,17 @@ def put_rows(caches: list[Any], rows: jax.Array, newcomers: list[Any]) -> list[A
     return jax.tree.map(put, caches, newcomers)
 
 
+@jax.jit
+def take_rows(caches: list[Any], rows: jax.Array) -> list[Any]:
+    """Copies rows into caches of their own, of as many positions.
+
+    Args:
+        caches: of B rows, one for each decoder layer.
+        rows: [N] int32; B or more for a row of zeros.
+    """
+    return jax.tree.map(lambda held: held.at[rows].get(mode="fill", fill_value=0), caches)
+
+
 def grow(caches: Sequence[Any], rows: int, length: int) -> list[Any]:
     """The same caches with room for `rows` sequences of up to `length` positions; what is added is zeros.
 

@@ -112,6 +112,7 @@ def run_stats(
         budget_cuts=budget_cuts,
         prompts=prompts,
         prompt_tokens=times.prompt_tokens,
+        cached_tokens=times.cached_tokens,
         new_tokens=new_tokens,
         total_s=total_s,
         ttft_s=float(np.mean(times.first_token_s)) if times.first_token_s else 0.0,

@@ -46,6 +46,7 @@ def choose(
     changes: Changes | None,
     counts: jax.Array | None,
     top: int | None,
+    allowed: jax.Array | None = None,
 ) -> Chosen:
     """Picks one token a row after the row's logits were changed, and reports log-probabilities.
 
@@ -59,8 +60,12 @@ def choose(
             donated.
         top: number N of the likeliest tokens to report, by the logits as they are; None for no
             log-probabilities.
+        allowed: [B, V / 32] int32, a bit for each token that may be chosen; None if all may.
     """
     used = logits if changes is None or counts is None else changed(logits, positions, changes, counts)
+    if allowed is not None:
+        ids = jnp.arange(logits.shape[-1])
+        used = jnp.where((allowed[:, ids // 32] >> (ids % 32)[None]) & 1 == 1, used, -jnp.inf)
     tokens = jnp.where(found == NO_TOKEN, NO_TOKEN, sample(used, positions, sampling))
     rows, vocabulary = jnp.arange(logits.shape[0]), logits.shape[-1]
     if counts is not None:

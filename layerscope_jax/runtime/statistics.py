@@ -65,6 +65,7 @@ class Times:
 
     Attributes:
         prompt_tokens: prompt tokens of the prefilled requests.
+        cached_tokens: those of them that a prefix cache held, and that were not computed.
         first_token_s: time (s) to the first token of each request, from the start of the call, including any
             wait for a slot.
         decode_s: time (s) of each decode step, in which every running request gets one token; prefills
@@ -72,6 +73,7 @@ class Times:
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     first_token_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
 
@@ -91,6 +93,7 @@ class RunStats(Outcome):
             resident on a CPU: each decode step is one jitted function).
         predictor_bytes: device memory (bytes) of the predictor, taken off the budget before any expert.
         prompts, prompt_tokens, new_tokens: number of prompts, of their tokens, and of generated tokens.
+        cached_tokens: prompt tokens that a prefix cache held, and that were not computed.
         tokens_per_s: new tokens per second of total time.
         ways: for policy "auto", the fraction of layers run in each of its ways, by phase; None for other
             policies.
@@ -125,3 +128,4 @@ class RunStats(Outcome):
     kernels: dict[str, float] | None
     dense_kernels: dict[str, str]
     kernel_fallbacks: tuple[str, ...]
+    cached_tokens: int = 0

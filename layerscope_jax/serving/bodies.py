@@ -9,10 +9,12 @@ from typing import Any
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.encoding import encode_prompts
-from layerscope_jax.generation.openai_requests import CHAT_URL, body_request
+from layerscope_jax.generation.openai_requests import CHAT_URL, TEXT_URL, body_request
 from layerscope_jax.generation.prompt_files import parsed
 from layerscope_jax.generation.requests import CHAT, DEFAULTS, Request, are_ids, is_list, with_seed
+from layerscope_jax.generation.structured import Structures
 from layerscope_jax.serving.refusals import Refusal
+from layerscope_jax.serving.tools import Tools, tools_of
 from layerscope_jax.support.checks import Problems
 
 STREAM_KEYS = ("stream", "stream_options")
@@ -27,12 +29,18 @@ class Asked:
         requests: one for each prompt, with token ids for a prompt and a seed.
         stream: whether tokens are to be sent as they come.
         include_usage: whether a stream ends with the counts of tokens.
+        tools: how calls of tools in the answers are read; None if they are to stay text.
+        echoed: texts of the prompts, with which the answers begin; empty if they do not.
+        without_new: whether the answers end there: new tokens are not told of.
     """
 
     chat: bool
     requests: Sequence[Request]
     stream: bool = False
     include_usage: bool = False
+    tools: Tools | None = None
+    echoed: Sequence[str] = ()
+    without_new: bool = False
 
     @property
     def samples(self) -> int:
@@ -55,6 +63,7 @@ class Reader:
         defaults: settings of requests that a body does not give, in the place of OpenAI's own.
         max_model_len: most tokens of a prompt and its answer; None for the model's context.
         most_samples: most samples of a body.
+        structures: compiles the grammars of requests, which may take a while.
     """
 
     def __init__(
@@ -65,10 +74,12 @@ class Reader:
         defaults: Mapping[str, Any],
         max_model_len: int | None,
         most_samples: int,
+        structures: Structures,
     ):
         self._model, self._name, self._chat, self._defaults = model, name, chat, defaults
         context = model.config.max_position_embeddings
         self._length, self._most = min(max_model_len or context, context), most_samples
+        self._structures = structures
 
     def read(self, body: bytes, url: str) -> Asked:
         """Returns what a body asks for.
@@ -86,6 +97,16 @@ class Reader:
         problems = Problems()
         stream, include_usage = _streaming(content, problems)
         body_of_one = {key: value for key, value in content.items() if key not in STREAM_KEYS}
+        echo = url == TEXT_URL and body_of_one.pop("echo", None)
+        problems.expect(echo in (None, True, False), "echo", "true or false", echo)
+        without_new = echo is True and _is_zero(content.get("max_tokens"))
+        if without_new:
+            body_of_one["max_tokens"] = 1
+        tools = None
+        if url == CHAT_URL:
+            tools = tools_of(content, self._chat, self._model.tokenizer, problems)
+            if body_of_one.pop("tool_choice", None) == "none":
+                body_of_one.pop("tools", None)
         requests = [
             body_request(body_of_one | prompt, url, problems, defaults=self._defaults)
             for prompt in _prompts(content, url)
@@ -98,7 +119,20 @@ class Reader:
                 f"the prompts' samples must be at most {self._most} in all, which run and wait at once, got "
                 f"{samples}; send them in several requests"
             )
-        return Asked(url == CHAT_URL, self._encoded(made), stream, include_usage)
+        if tools is not None:
+            made = [with_tools(request, tools) for request in made]
+        if echo:
+            made = [replace(request, prompt_logprobs=request.logprobs) for request in made]
+        encoded = self._encoded(made)
+        texts = [self._text(*pair) for pair in zip(made, encoded, strict=True)] if echo else []
+        return Asked(url == CHAT_URL, encoded, stream, include_usage, tools, texts, without_new)
+
+    def _text(self, request: Request, encoded: Request) -> str:
+        """Returns the text of a prompt."""
+        if isinstance(request.prompt, str):
+            return request.prompt
+        tokenizer = self._model.tokenizer
+        return "" if tokenizer is None else tokenizer.decode([int(token) for token in encoded.prompt or ()])
 
     def _encoded(self, requests: Sequence[Request]) -> list[Request]:
         """Returns requests with token ids for prompts, and room for no more new tokens than fit."""
@@ -112,6 +146,7 @@ class Reader:
         plain = {name: DEFAULTS[name] for name in CHAT}
         found = []
         for request, ids in zip(requests, prompts, strict=True):
+            self._structures.guide(request.structure)
             room = min(request.max_new_tokens, self._length - len(ids))
             least = min(request.min_new_tokens, room)
             found.append(
@@ -147,6 +182,20 @@ def _streaming(content: Mapping[str, Any], problems: Problems) -> tuple[bool, bo
     fits = known and isinstance(counts, bool)
     problems.expect(fits, "stream_options", '{"include_usage": true or false}', options)
     return stream is True, counts is True
+
+
+def with_tools(request: Request, tools: Tools) -> Request:
+    """Returns a request whose text shows the marks of calls, and is a call if it has to be one.
+
+    Raises:
+        ValueError: if it has to be JSON as well, or llguidance is not installed.
+    """
+    shown = request.skip_special_tokens and not tools.special
+    return replace(request, skip_special_tokens=shown, grammar=tools.grammar or request.grammar)
+
+
+def _is_zero(value: object) -> bool:
+    return value == 0 and not isinstance(value, bool)
 
 
 def _prompts(content: Mapping[str, Any], url: str) -> list[dict[str, Any]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from layerscope_jax.generation.completions import Output, Token, TokenLogprobs, output_of
 from layerscope_jax.generation.openai_answers import body_of, choice_of, logprobs_of, token_text, usage
+from layerscope_jax.generation.requests import Request
 from layerscope_jax.serving.bodies import Asked
+from layerscope_jax.serving.tools import Calls
 
 DONE = b"data: [DONE]\n\n"
 """Ends a stream."""
@@ -30,59 +33,102 @@ class Answer:
     def __init__(self, asked: Asked, identity: str, model: str, created: int, tokenizer: Tokenizer | None):
         self._asked, self._tokenizer = asked, tokenizer
         self._identity, self._model, self._created = identity, model, created
-        self._begun: set[int] = set()  # choices of a chat whose role is sent
+        self._prompt_of = [number for number, request in enumerate(asked.requests) for _ in range(request.n)]
+        self._begun: set[int] = set()  # choices of which something is sent
+        self._calls: dict[int, Calls] = {}  # choice -> its calls of tools
         self._offsets: dict[int, int] = {}  # choice -> characters of its tokens so far
         head = body_of(identity, asked.chat, [], model, created)
         head["object"] = "chat.completion.chunk" if asked.chat else "text_completion"
         self._head = head | ({"usage": None} if asked.include_usage else {})
 
-    def whole(self, events: Sequence[tuple[int, Token]], new_tokens: int) -> bytes:
+    def whole(self, events: Sequence[tuple[int, Token]], new_tokens: int, cached_tokens: int) -> bytes:
         """Returns the body of an answer that is not streamed.
 
         Args:
             events: every token of every choice, in order.
             new_tokens: number of tokens.
+            cached_tokens: number of tokens of prompts that a prefix cache held.
         """
         requests = [request for request in self._asked.requests for _ in range(request.n)]
         own = by_choice(events)
         choices = []
         for choice, request in enumerate(requests):
             output = Output(**(output_of(own[choice], request) | {"index": choice}))
-            choices.append(choice_of(output, self._asked.chat, self._tokenizer))
+            if self._asked.echoed:
+                output = self._with_prompt(output, choice, request)
+            told = choice_of(output, self._asked.chat, self._tokenizer)
+            if self._asked.tools is not None:
+                calls = Calls(self._asked.tools)
+                told["message"] |= calls.message(output.text)
+                told["finish_reason"] = calls.finish_reason(told["finish_reason"])
+            choices.append(told)
         body = body_of(self._identity, self._asked.chat, choices, self._model, self._created)
-        return json.dumps(body | {"usage": usage(self._asked.prompt_tokens, new_tokens)}).encode()
+        counts = self._counts(new_tokens, cached_tokens)
+        return json.dumps(body | {"usage": counts}).encode()
+
+    def _with_prompt(self, output: Output, choice: int, request: Request) -> Output:
+        """Returns what is told of a choice that begins with its prompt."""
+        told, new = [*(output.prompt_logprobs or ()), *(output.logprobs or ())], output.token_ids
+        text, prompt = (
+            self._asked.echoed[self._prompt_of[choice]],
+            [int(token) for token in request.prompt or ()],
+        )
+        if self._asked.without_new:
+            told, new = told[: len(prompt)], []
+        else:
+            text += output.text
+        logprobs = None if output.logprobs is None else told
+        return replace(output, text=text, token_ids=[*prompt, *new], logprobs=logprobs)
 
     def events(self, news: Sequence[tuple[int, Token]]) -> bytes:
         """Returns the events of new tokens, one for each choice; of none that has nothing to tell."""
         return b"".join([self._event(choice, tokens) for choice, tokens in by_choice(news).items()])
 
-    def usage(self, new_tokens: int) -> bytes:
+    def usage(self, new_tokens: int, cached_tokens: int) -> bytes:
         """Returns the event with the counts of tokens, empty if the request does not ask for it."""
         if not self._asked.include_usage:
             return b""
-        return event(self._head | {"usage": usage(self._asked.prompt_tokens, new_tokens)})
+        counts = self._counts(new_tokens, cached_tokens)
+        return event(self._head | {"usage": counts})
+
+    def _counts(self, new_tokens: int, cached_tokens: int) -> dict[str, Any]:
+        new_tokens = 0 if self._asked.without_new else new_tokens
+        return usage(self._asked.prompt_tokens, new_tokens, cached_tokens)
 
     def _event(self, choice: int, tokens: Sequence[Token]) -> bytes:
         text = "".join([token.text for token in tokens])
         last = tokens[-1]
-        told = [(token.token_id, token.logprobs) for token in tokens if token.logprobs is not None]
-        if not text and last.finish_reason is None and not told:
+        told: list[tuple[int, TokenLogprobs | None]] = [
+            (token.token_id, token.logprobs) for token in tokens if token.logprobs is not None
+        ]
+        if self._asked.echoed and choice not in self._begun:
+            self._begun.add(choice)
+            number = self._prompt_of[choice]
+            prompt = [int(token) for token in self._asked.requests[number].prompt or ()]
+            scored = list(zip(prompt, tokens[0].prompt_logprobs or (), strict=False))
+            text = self._asked.echoed[number] + ("" if self._asked.without_new else text)
+            told = scored + ([] if self._asked.without_new else told)
+        reason, delta = last.finish_reason, {"content": text} if text else {}
+        if self._asked.tools is not None:
+            calls = self._calls.setdefault(choice, Calls(self._asked.tools))
+            delta = calls.delta(text, reason is not None)
+            reason = calls.finish_reason(reason)
+        if not delta and reason is None and not told:
             return b""
         content: dict[str, Any] = {"index": choice}
         if not self._asked.chat:
             content["text"] = text
-        elif choice in self._begun:
-            content["delta"] = {"content": text} if text else {}
         else:
+            first = {} if choice in self._begun else {"role": "assistant", "content": ""}
             self._begun.add(choice)
-            content["delta"] = {"role": "assistant", "content": text}
+            content["delta"] = first | delta
         content["logprobs"] = self._logprobs(choice, told) if told else None
-        content["finish_reason"] = last.finish_reason
+        content["finish_reason"] = reason
         if last.finish_reason is not None:
             content["stop_reason"] = last.stop_reason
         return event(self._head | {"choices": [content]})
 
-    def _logprobs(self, choice: int, told: Sequence[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
+    def _logprobs(self, choice: int, told: Sequence[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
         ids = [token for token, _ in told]
         offset = self._offsets.get(choice, 0)
         if not self._asked.chat:

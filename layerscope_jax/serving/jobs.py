@@ -50,6 +50,11 @@ class Job:
         """Whether no more tokens will come."""
         return self.error is not None or self.left or not (self.waiting or self.running)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of its prompts that a prefix cache held."""
+        return sum([handle.cached_tokens for handle in self.handles])
+
     def receive(self, index: int, tokens: Sequence[Token], error: BaseException | None, now: float) -> None:
         """Takes new tokens of a prompt, and why its request failed if it did."""
         for token in tokens:
@@ -70,7 +75,8 @@ class Job:
                 self.waiting, self.running = self.waiting - 1, self.running + 1
                 metrics.first_token_s.observe(now - self._came)
                 if not token.index:
-                    metrics.prompt_tokens.inc(len(self.asked.requests[index].prompt or ()))
+                    prompt = self.asked.requests[index].prompt or ()
+                    metrics.prefilled(len(prompt), self.handles[index].cached_tokens)
             else:
                 metrics.token_took(now - self._last[choice])
             self._counts[choice], self._last[choice] = count + 1, now

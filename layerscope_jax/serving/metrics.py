@@ -34,13 +34,20 @@ class Metrics:
         model: name that labels every metric.
         requests: returns the number of requests that run, and of those that wait.
         totals: returns the totals of the engine.
+        prefix_cache: whether prompts are looked up in a prefix cache.
 
     Attributes:
-        prompt_tokens, new_tokens: counters of tokens.
+        new_tokens: counts tokens.
         first_token_s: histogram of times to first token.
     """
 
-    def __init__(self, model: str, requests: Callable[[], tuple[int, int]], totals: Callable[[], Totals]):
+    def __init__(
+        self,
+        model: str,
+        requests: Callable[[], tuple[int, int]],
+        totals: Callable[[], Totals],
+        prefix_cache: bool,
+    ):
         self._registry = CollectorRegistry()
         running = self._made(Gauge, "num_requests_running", "Requests that have a slot.", model)
         running.set_function(lambda: requests()[0])
@@ -48,7 +55,14 @@ class Metrics:
             Gauge, "num_requests_waiting", "Requests that wait for their first token.", model
         )
         waiting.set_function(lambda: requests()[1])
-        self.prompt_tokens = self._made(Counter, "prompt_tokens", "Prompt tokens that were prefilled.", model)
+        self._prompt_tokens = self._made(Counter, "prompt_tokens", "Tokens of prompts.", model)
+        self._prefix_cache = prefix_cache
+        self._queries = self._made(
+            Counter, "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", model
+        )
+        self._hits = self._made(
+            Counter, "prefix_cache_hits", "Those of them that were there, and were not computed.", model
+        )
         self.new_tokens = self._made(Counter, "generation_tokens", "Generated tokens.", model)
         self.first_token_s = self._made(
             Histogram, "time_to_first_token_seconds", "Time to first token.", model, FIRST_S
@@ -75,6 +89,13 @@ class Metrics:
         more = {} if buckets is None else {"buckets": buckets}
         metric = kind(f"vllm:{name}", text, ("model_name",), registry=self._registry, **more)
         return metric.labels(model)
+
+    def prefilled(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """Counts a prompt, of which a prefix cache held `cached_tokens`."""
+        self._prompt_tokens.inc(prompt_tokens)
+        if self._prefix_cache:
+            self._queries.inc(prompt_tokens)
+            self._hits.inc(cached_tokens)
 
     def token_took(self, seconds: float) -> None:
         """Counts a token that is not a request's first."""

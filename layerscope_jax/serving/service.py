@@ -56,13 +56,19 @@ class Service:
             engine.defaults,
             config.max_model_len,
             self._most,
+            engine.structures,
         )
         self._jobs: set[Job] = set()
         self._taken = 0  # samples that were admitted and have not ended
         self._threads = ThreadPoolExecutor(READERS, "layerscope-bodies")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stepper = Stepper(engine, self._publish)
-        self.metrics = Metrics(config.served_model_name, self._requests, lambda: self._stepper.tally.totals)
+        self.metrics = Metrics(
+            config.served_model_name,
+            self._requests,
+            lambda: self._stepper.tally.totals,
+            engine.config.prefix_cache,
+        )
         self.draining = False
 
     # ---- any thread's side -------------------------------------------------------------------------------
@@ -188,7 +194,9 @@ class Service:
             return
         check_outcome(job, events)
         assert self._loop is not None
-        body = await self._loop.run_in_executor(self._threads, answer.whole, events, job.new_tokens)
+        body = await self._loop.run_in_executor(
+            self._threads, answer.whole, events, job.new_tokens, job.cached_tokens
+        )
         await send(head_of(200, [JSON, (b"content-length", str(len(body)).encode())]))
         await send({"type": "http.response.body", "body": body})
 
@@ -205,7 +213,7 @@ class Service:
             news = await job.news()
         if job.error is not None:
             await send(part_of(event_of(failed(job.error))))
-        end = answer.usage(job.new_tokens) + DONE
+        end = answer.usage(job.new_tokens, job.cached_tokens) + DONE
         await send({"type": "http.response.body", "body": end})
 
 

@@ -131,6 +131,17 @@ def test_bench_batching(checkpoint, tmp_path, capsys):
     assert "to batch by batch" in capsys.readouterr().out
 
 
+def test_bench_serving_under_load(checkpoint, tmp_path, capsys):
+    file = tmp_path / "load.json"
+    bench_serving.main(
+        bench_serving.Options(quick=True, checkpoint=checkpoint, policies=("resident",), seconds=1, json=file)
+    )
+    [row] = json.loads(file.read_text())["rows"]
+    assert row["requests"] >= row["clients"] == 3
+    assert (row["lost"], row["same_texts"]) == (0, 1.0)
+    assert row["memory_mib"]["end"] > 0
+
+
 def test_bench_serving(checkpoint, tmp_path, capsys):
     file = tmp_path / "serving.json"
     options = bench_serving.Options(quick=True, checkpoint=checkpoint, policies=("resident",), json=file)

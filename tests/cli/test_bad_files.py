@@ -13,6 +13,7 @@ PLACES = {
     "checkpoint": (["generate", "PLACE", "--prompt=x"], "PLACE"),
     "demo --checkpoint": (["demo", "--checkpoint=PLACE"], "--checkpoint: PLACE"),
     "--prompts": (["generate", "CHECKPOINT", "--prompts=PLACE"], "--prompts: PLACE"),
+    "--json-schema": ([*GENERATE, "--json-schema=PLACE"], "--json-schema: PLACE"),
     "--profile": ([*GENERATE, "--profile=PLACE"], "--profile: .*PLACE"),
     "--predictor": ([*GENERATE, "--predictor=PLACE"], "--predictor: PLACE"),
     "simulate --profile": (["simulate", "--profile=PLACE"], "--profile: .*PLACE"),

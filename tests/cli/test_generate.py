@@ -39,6 +39,13 @@ def test_experts_and_dense_layers_are_converted_to_formats(tiny, capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
+def test_json_by_a_schema(tiny, tmp_path, capsys):
+    file = tmp_path / "schema.json"
+    file.write_text('{"enum": ["red", "green"]}')
+    assert cli.main(["generate", str(tiny), "--prompt=A colour: ", f"--json-schema={file}"]) == 0
+    assert json.loads(capsys.readouterr().out) in ("red", "green")
+
+
 def test_rows_to_stdout(tiny, prompts, capsys):
     code = cli.main(["generate", str(tiny), f"--prompts={prompts}"])
     assert code == 0

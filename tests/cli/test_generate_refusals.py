@@ -38,6 +38,13 @@ def test_refusals(tiny, capsys, args, message):
     assert message in refusal(capsys, "generate", tiny, *args)
 
 
+def test_a_schema_that_is_none(tiny, tmp_path, capsys):
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "frog"}')
+    said = refusal(capsys, "generate", tiny, "--prompt=x", f"--json-schema={file}")
+    assert "json_schema must be one that llguidance takes (Invalid type: frog" in said
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

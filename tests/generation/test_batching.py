@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from layerscope_jax import Engine, OffloadConfig, Request
 from layerscope_jax.generation.calls import Call, RequestState
+from layerscope_jax.generation.limits import Limits
 from layerscope_jax.generation.run import Run
 from layerscope_jax.generation.scheduler import joining
+from layerscope_jax.generation.slots import Slots
 from layerscope_jax.kernels.grouping import GROUP_SIZES
 from layerscope_jax.models.rotary import PAD_POSITION
 
@@ -141,8 +143,11 @@ def joins(answers, slots, limit, prompt_tokens=1, chunk=4096):
             idle.append(slots - running)
         return tokens[np.arange(len(tokens)), last] - 1, None, caches
 
+    def no_caches(rows, length):
+        return []
+
     requests = [Request(prompt=[count] * prompt_tokens) for count in answers]
-    call, run, made = Call(), Run(slots, lambda rows, length: [], chunk, (0,), None, str), 0
+    call, run, made = Call(), Run(Limits(slots, chunk), no_caches, Slots(no_caches), (0,), None, str), 0
     run.add([RequestState(n, n, request, request.prompt, limit, call) for n, request in enumerate(requests)])
     while states := run.step(step):
         made += len(states)

@@ -14,7 +14,17 @@ from helpers import in_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerscope_jax.generation import calls, loop, row_settings, run, scheduler, shares, slots, stop_strings
+from layerscope_jax.generation import (
+    calls,
+    loop,
+    prefixes,
+    row_settings,
+    run,
+    scheduler,
+    shares,
+    slots,
+    stop_strings,
+)
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.generation.requests import Request
 
@@ -44,6 +54,7 @@ def is_right(result, prompt, count):
 
 
 prompts = st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=60)
+alike = prompts.map(lambda prompt: [*range(30), *prompt[:30]])
 acts = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), prompts, st.integers(1, 30)),
@@ -98,7 +109,8 @@ def test_whatever_callers_do_each_gets_its_own_tokens(acts, most, fails):
     assert is_idle(made)
 
 
-OURS = tuple(m.__file__ for m in (calls, loop, row_settings, run, scheduler, shares, slots, stop_strings))
+MODULES = (calls, loop, prefixes, row_settings, run, scheduler, shares, slots, stop_strings)
+OURS = tuple(m.__file__ for m in MODULES)
 
 
 class Interrupts:
@@ -122,14 +134,15 @@ class Interrupts:
 
 
 @given(
-    first=st.lists(st.tuples(prompts, st.integers(1, 12)), min_size=2, max_size=4),
+    first=st.lists(st.tuples(prompts | alike, st.integers(1, 12)), min_size=2, max_size=4),
     lines=st.lists(st.integers(1, 700), min_size=1, max_size=2),
     cancelled=st.booleans(),
+    prefix_cache=st.booleans(),
 )
 @settings(deadline=None, max_examples=150)
-def test_an_interrupt_at_any_line_harms_nobody_else(first, lines, cancelled):
+def test_an_interrupt_at_any_line_harms_nobody_else(first, lines, cancelled, prefix_cache):
     """The first handle's reader is interrupted, twice perhaps, the second time while all is put right."""
-    made, _ = looped(2)
+    made, _ = looped(2, prefix_cache=prefix_cache)
     handles = [submitted(made, *each) for each in first]
     next(iter(handles[-1]))
     late = submitted(made, [5, 6], 7)

@@ -59,6 +59,16 @@ def line(url=TEXT_URL, custom_id="a", **body):
             },
         ),
         (
+            line(prompt="x", response_format={"type": "json_object"}),
+            {"prompt": "x", "json_schema": {"type": "object"}},
+        ),
+        (
+            line(
+                prompt="x", response_format={"type": "json_schema", "json_schema": {"schema": {"enum": [1]}}}
+            ),
+            {"prompt": "x", "json_schema": {"enum": [1]}},
+        ),
+        (
             line(prompt="x", top_k=-1, min_p=0.1, repetition_penalty=1.2, min_tokens=3, ignore_eos=True),
             {
                 "prompt": "x",
@@ -100,7 +110,16 @@ def test_bodies(content, expected):
         (line(prompt="x", stream=True), "stream must be false, got True"),
         (line(prompt="x", echo=True, best_of=2), "echo must be false, got True; best_of must be 1, got 2"),
         (line(CHAT_URL, messages=MESSAGES, tool_choice="required"), 'tool_choice must be "none" or "auto"'),
-        (line(CHAT_URL, messages=MESSAGES, response_format={"type": "json_object"}), "response_format must"),
+        (
+            line(CHAT_URL, messages=MESSAGES, response_format={"type": "xml"}),
+            "response_format must be an obj",
+        ),
+        (line(prompt="x", response_format="json_object"), "response_format must be an object of type"),
+        (line(prompt="x", response_format={"type": "json_schema"}), "response_format.json_schema must be"),
+        (
+            line(prompt="x", response_format={"type": "json_schema", "json_schema": {"schema": {"type": 1}}}),
+            "json_schema must be one that llguidance takes",
+        ),
         (line(CHAT_URL, messages=MESSAGES, logprobs=3), "logprobs must be true or false, got 3"),
         (line(CHAT_URL, messages=MESSAGES, top_logprobs=3), "logprobs must be true where there are"),
         (line(prompt="x", temperature=-1), "temperature must be a number from 0"),

@@ -17,7 +17,9 @@ def engine():
     """Within a budget, so that experts are copied; two requests at once."""
     compile_quickly(True)
     model = spelling_model()
-    config = OffloadConfig(device_budget=model.bank.total_bytes // 2, policy="lru", max_num_seqs=2)
+    config = OffloadConfig(
+        device_budget=model.bank.total_bytes // 2, policy="lru", max_num_seqs=2, prefix_cache=True
+    )
     with Engine(model, config) as engine:
         yield engine
 

@@ -6,9 +6,11 @@ from helpers import byte_tokenizer
 
 from layerscope_jax.generation.completions import Token, TokenLogprobs
 from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.tool_formats import FORMATS
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.serving.bodies import Asked
 from layerscope_jax.serving.chunks import Answer
+from layerscope_jax.serving.tools import Tools
 from layerscope_jax.serving.totals import Tally
 
 
@@ -42,6 +44,29 @@ def test_tokens_that_came_together_are_one_event():
     assert choices(stream.events([(1, token("", "length"))]))[0]["delta"] == {}
 
 
+def test_calls_of_tools_are_told_as_such():
+    """Whole, and as deltas of a stream; each sample's are its own."""
+    tools = Tools(FORMATS["hermes"], {})
+    parts = ["We", "ll.\n<tool", '_call>{"name": "f", "arguments": {"x": ', "1}}</tool_call>", ""]
+    news = [(0, token(part, "stop" if not part else None)) for part in parts]
+    stream = answer(chat=True, stream=True, tools=tools)
+    deltas = [choice for part in news for choice in choices(stream.events([part]))]
+    assert [delta["delta"].get("content") for delta in deltas] == ["We", "ll.", None, None]
+    [call] = deltas[2]["delta"]["tool_calls"]
+    assert (call["index"], call["type"]) == (0, "function")
+    assert call["function"] == {"name": "f", "arguments": '{"x": 1}'}
+    assert [delta["finish_reason"] for delta in deltas] == [None, None, None, "tool_calls"]
+    [plain] = choices(stream.events([(1, token("no call", "stop"))]))
+    assert (plain["delta"]["content"], plain["finish_reason"]) == ("no call", "stop")
+    whole = answer(chat=True, tools=tools)
+    body = json.loads(whole.whole([*news, (1, token("no call", "stop", index=1))], 5, 0))
+    first, second = body["choices"]
+    assert (first["message"]["content"], first["finish_reason"]) == ("Well.", "tool_calls")
+    assert [call["function"]["name"] for call in first["message"]["tool_calls"]] == ["f"]
+    assert second["message"]["content"] == "no call"
+    assert "tool_calls" not in second["message"]
+
+
 def test_a_token_without_text_is_no_event_unless_it_tells_something():
     stream = answer(chat=False, stream=True)
     assert stream.events([(0, token(""))]) == b""
@@ -49,15 +74,20 @@ def test_a_token_without_text_is_no_event_unless_it_tells_something():
     for offset in (0, 1):
         [choice] = choices(stream.events([(0, token("", logprobs=told))]))
         assert choice["logprobs"]["text_offset"] == [offset]
-    assert stream.usage(3) == b""
+    assert stream.usage(3, 0) == b""
 
 
 def test_counts_of_tokens_only_if_asked_for():
     stream = answer(chat=False, stream=True, include_usage=True)
     assert json.loads(stream.events([(0, token("a"))])[6:])["usage"] is None
-    last = json.loads(stream.usage(3)[6:])
+    last = json.loads(stream.usage(3, 1)[6:])
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert last["usage"] == {
+        "prompt_tokens": 1,
+        "completion_tokens": 3,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
 
 
 def test_a_tally_adds_one_run_after_another():

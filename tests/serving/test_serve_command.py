@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from helpers import byte_tokenizer, random_decoder, spelling_model
+from helpers import byte_tokenizer, compiled, random_decoder, spelling_model
 from serving_calls import get, metric, post, request, rest, sent, until
 
 import layerscope_jax
@@ -58,17 +58,21 @@ def test_sigterm(folder, capsys, monkeypatch):
         until(lambda: servers, 120)
         [server] = servers
         with server._service._engine._turns.turn():  # no step runs meanwhile
-            connection = sent(server, request(LONG | {"stream": True}))
+            programs = len(compiled)
+            connection = sent(server, request(LONG | {"stream": True, "max_tokens": 12}))
             until(lambda: metric(server, "vllm:num_requests_waiting") == 1)
             os.kill(os.getpid(), signal.SIGTERM)
             until(lambda: not answers(server))
             status, headers, answer = post(server, LONG)
-        return rest(connection), status, headers["retry-after"], answer["error"]["message"]
+        stream = rest(connection)
+        assert len(compiled) == programs  # what it needs was compiled before the server answered
+        return stream, status, headers["retry-after"], answer["error"]["message"]
 
     monkeypatch.setattr(serve, "server_class", lambda: Known)
     with ThreadPoolExecutor(1) as threads:
         used = threads.submit(use)
-        code = cli.main(["serve", str(folder), "--port=0", "--served-model-name=m", "--max-num-seqs=2"])
+        options = ["--port=0", "--served-model-name=m", "--max-num-seqs=2", "--warmup-tokens=32"]
+        code = cli.main(["serve", str(folder), *options])
         stream, *refusal = used.result()
     assert code == 0
     assert refusal == [503, "5", "the server is shutting down"]
@@ -112,6 +116,7 @@ def test_what_is_refused(folder, port, capsys, monkeypatch):
         return capsys.readouterr().err
 
     assert "port must be a whole number in 0..65535, got 70000" in said("--port=70000")
+    assert "--warmup-tokens must be 0 or more, got -1" in said("--warmup-tokens=-1")
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     monkeypatch.delitem(sys.modules, "layerscope_jax.serving.server")
     monkeypatch.delitem(sys.modules, "layerscope_jax.serving.app")
