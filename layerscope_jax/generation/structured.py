@@ -167,8 +167,9 @@ class Structures:
         limits = library().LLParserLimits(verbose_errors=False)
         compiled = library().LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         first = compiled.deep_copy()
-        if not first.is_error():
-            first.compute_bitmask()  # of a grammar that is too complex, the first step may show it
+        if not first.is_error():  # of a grammar that is too complex, the first choice may show it
+            first.consume_tokens(first.compute_ff_tokens())
+            first.compute_bitmask()
         if first.is_error():
             raise ValueError(f"the json_schema or grammar cannot be followed: {first.get_error()[:300]}")
         return compiled
