@@ -226,8 +226,8 @@ def load(
     if experts == "disk" and form is not None:
         raise ValueError(
             "experts='disk' computes experts as their files hold them, and cannot have the format "
-            f"{form.name!r}; leave out format=, or convert the checkpoint once (layerscope convert --experts "
-            f"{form.name})"
+            f"{form.name!r}; leave out format=, or convert the checkpoint once (layerscope convert "
+            f"--expert-format {form.name})"
         )
     folder = folder_of(folder, revision)
     on_disk = experts == "disk"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from layerscope_jax.cli import report_page
+from layerscope_jax.cli.options import Json
 from layerscope_jax.cli.report_lanes import lanes_svg
 from layerscope_jax.cli.report_runs import Run, runs_of
 from layerscope_jax.runtime.timeline_files import join_timelines
@@ -24,6 +26,10 @@ class Report:
     """Make a page of one or more timelines: lanes, hits and forecasts by layer, bytes, where the time went.
 
     The page needs no network. What is not known of a run is left out of it, and named.
+
+    Examples:
+        layerscope report run.json
+        layerscope report run.json simulated.json --out both.html --steps 0:3
     """
 
     files: Annotated[
@@ -59,9 +65,11 @@ class Report:
         Path | None,
         arg(metavar="FILE", help="Also write all runs into one timeline, for Perfetto or chrome://tracing."),
     ] = None
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""
+        exits.need_output()
         if not self.files:
             raise ValueError("expected one timeline or more, got none; --timeline FILE writes one")
         steps, layers = range_of(self.steps, "--steps"), range_of(self.layers, "--layers")
@@ -70,7 +78,12 @@ class Report:
         if out.resolve() in {file.resolve() for file in self.files}:
             raise ValueError(f"--out is one of the timelines, {out}; choose another file")
         self._write(runs, out, steps, layers)
-        say(f"The page is {out}")
+        if self.json:
+            files = {"page": out, "svg": self.svg, "join": self.join}
+            found = {name: None if file is None else str(file) for name, file in files.items()}
+            print(json.dumps(found | {"runs": [run.title for run in runs]}))
+        else:
+            say(f"The page is {out}")
         return exits.DONE
 
     def _write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -37,6 +38,10 @@ class Serve(EngineOptions):
     """Serve a model over HTTP as OpenAI's API does: completions, chats, streaming, several requests at once.
 
     SIGTERM ends it: running requests may end first, and new ones are refused.
+
+    Examples:
+        layerscope serve path/to/checkpoint --served-model-name small
+        layerscope serve path/to/checkpoint --device-budget 2GiB --port 8080 --max-num-seqs 16
     """
 
     host: Annotated[
@@ -71,9 +76,14 @@ class Serve(EngineOptions):
         float, arg(help="Seconds that a client may take to send a request, or to take what it is sent.")
     ] = 30.0
     drain: Annotated[float, arg(help="Seconds that running requests have to end after SIGTERM.")] = 30.0
+    json: Annotated[
+        bool, arg(help="Print one JSON document to standard output as soon as the server answers.")
+    ] = False
 
     def run(self) -> int:
         """Returns the exit code."""
+        if self.json:
+            exits.need_output()
         make = server_class()
         config, template = replace(self.engine_config(), context=self.max_model_len), self.template()
         serving = ServerConfig(
@@ -92,7 +102,10 @@ class Serve(EngineOptions):
         with Engine(model, config, generation_config=self.generation_config) as engine:
             engine.generate([[0]], max_new_tokens=2, stop_token_ids=[])  # compiles what every request needs
             with make(engine, serving, template) as server:
-                say(f"{serving.served_model_name} answers at {server.url}/v1; Ctrl-C ends it")
+                name = serving.served_model_name
+                if self.json:
+                    print(json.dumps({"url": f"{server.url}/v1", "model": name}), flush=True)
+                say(f"{name} answers at {server.url}/v1; Ctrl-C ends it")
                 if not told_to_end(server):
                     say("error: the server has failed; the lines above say why")
                     return exits.FAILED
