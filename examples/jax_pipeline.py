@@ -3,7 +3,7 @@
     python examples/jax_pipeline.py [checkpoint]
 
 `Model.whole` is a Flax NNX decoder with every expert on the device: it goes into `jit` and `grad` like any
-other. Where the experts do not fit, `Engine.runner` runs one step at a time within a budget, and gives logits.
+other. Where the experts do not fit, `Engine.runner` runs a step at a time within a budget, and gives logits.
 """
 
 from __future__ import annotations

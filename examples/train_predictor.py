@@ -3,12 +3,14 @@
     pip install '.[train]'
     python examples/train_predictor.py [checkpoint] [folder]
 
-The texts are this package's own source, and far too few for a good predictor: the run takes seconds. The
+The texts are this package's own docstrings, far too few for a good predictor: the run takes seconds. The
 commands for a real one are in docs/traces.md. Run it again with the same folder, and it continues.
 """
 
 from __future__ import annotations
 
+import ast
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +20,20 @@ from layerscope_jax.cli.options import folder_of
 from predictor.record import RecordConfig, record
 from predictor.train import TrainConfig, train
 
-PACKAGE = Path(ls.__file__).parent
+DOMAINS = ("scheduling", "formats")
+"""Folders of the package whose docstrings are read; the second one is for measuring alone."""
+
+
+def write_docstrings(domain: str, file: Path) -> Path:
+    """Writes the docstrings of a folder of the package, a document a line, and returns the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lines:
+        for source in sorted((Path(ls.__file__).parent / domain).glob("*.py")):
+            for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                    place = f"{source.stem}.{node.name}.{node.lineno}"
+                    lines.write(json.dumps({"id": place, "text": text}) + "\n")
+    return file
 
 
 def main(checkpoint: str = "shipped", folder: str | None = None) -> None:
@@ -26,9 +41,9 @@ def main(checkpoint: str = "shipped", folder: str | None = None) -> None:
     work = Path(folder or tempfile.mkdtemp())
     model = ls.load(folder_of(checkpoint))
     recording = RecordConfig(
-        text=(*sorted(PACKAGE.glob("scheduling/*.py")), *sorted(PACKAGE.glob("formats/*.py"))),
+        text=tuple(write_docstrings(name, work / "texts" / f"{name}.jsonl") for name in DOMAINS),
         out=work / "trace",
-        heldout_domains=("formats",),  # a domain is a folder: this one is for measuring alone
+        heldout_domains=DOMAINS[1:],
         train_tokens=1024,
         heldout_tokens=64,
         length=32,
