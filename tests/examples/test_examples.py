@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from small_checkpoint import write_checkpoint
 
@@ -55,7 +56,8 @@ def test_plans_are_compared(checkpoint, capsys):
 
 
 def test_a_predictor_is_trained(tmp_path, capsys):
-    run("train_predictor", "shipped", str(tmp_path))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which Optax needs
+        run("train_predictor", "shipped", str(tmp_path))
     assert "of the experts were forecast" in capsys.readouterr().out
 
 
