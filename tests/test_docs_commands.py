@@ -26,7 +26,7 @@ ELSEWHERE = {
 }
 """Commands that take long, or run until they are ended, and the tests that run them.
 
-Here their options are parsed (`tests/test_docs.py`), as are those of what trains predictors, and of benchmarks.
+Here their options are parsed (`tests/test_docs.py`), as are those of training and of benchmarks.
 """
 
 NEEDS = {"--profile": "a profile of this machine and model"}
