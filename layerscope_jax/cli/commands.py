@@ -65,8 +65,8 @@ def union(commands: Mapping[str, type], in_full: bool = False) -> Any:
     return Union[tuple(named)]  # noqa: UP007
 
 
-def told(command: type, in_full: bool) -> str:
-    """Returns what a command says of itself.
+def told(command: type, in_full: bool = True) -> str:
+    """Returns what a command says of itself, with its examples, which tyro alone would leave out.
 
     >>> told(Command, in_full=False)
     "A dataclass whose fields are the options of a command; its docstring is the command's help."
