@@ -17,7 +17,7 @@ from layerscope_jax.cli.report_runs import Run, runs_of
 from layerscope_jax.runtime.timeline_files import join_timelines
 from layerscope_jax.support import exits
 from layerscope_jax.support.exits import say
-from layerscope_jax.support.files import write_file
+from layerscope_jax.support.files import is_there, write_file
 from layerscope_jax.support.option_errors import option, writing
 
 
@@ -72,6 +72,8 @@ class Report:
         exits.need_output()
         if not self.files:
             raise ValueError("expected one timeline or more, got none; --timeline FILE writes one")
+        if missing := [str(file) for file in self.files if not is_there(file)]:
+            raise ValueError(f"{', '.join(missing)}: expected what --timeline FILE wrote, found no such file")
         steps, layers = range_of(self.steps, "--steps"), range_of(self.layers, "--layers")
         runs = [run for file in self.files for run in runs_of(file)]
         out = self.out or self.files[0].with_suffix(".html")
