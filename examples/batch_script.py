@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 import layerscope_jax as ls
-from layerscope_jax.cli.options import folder_of
 from layerscope_jax.models.rotary import PAD_POSITION
 
 BATCH, LENGTH = 4, 32
@@ -47,7 +46,7 @@ def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndar
 
 def main(checkpoint: str = "shipped", file: str = __file__) -> None:
     """Prints a line of JSON for each line of the text."""
-    model = ls.load(folder_of(checkpoint))
+    model = ls.load(checkpoint)
     assert model.tokenizer is not None
     lines = [line for line in Path(file).read_text().splitlines() if len(line.split()) > 1][:12]
     rows = [model.tokenizer.encode(line).ids for line in lines]

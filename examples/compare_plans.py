@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 
 import layerscope_jax as ls
-from layerscope_jax.cli.options import folder_of
 
 POLICIES = ("lru", "least-stale")
 
@@ -25,7 +24,7 @@ def decided(model: ls.Model, policy: str) -> dict[tuple[int, int], ls.LayerPlan]
 
 def main(checkpoint: str = "shipped") -> None:
     """Prints totals, where the plans part first, and simulated times on a machine of the paper."""
-    model = ls.load(folder_of(checkpoint))
+    model = ls.load(checkpoint)
     plans = {policy: decided(model, policy) for policy in POLICIES}
     for policy, of_policy in plans.items():
         totals = Counter[str]()

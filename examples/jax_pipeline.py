@@ -18,7 +18,6 @@ import numpy as np
 from flax import nnx
 
 import layerscope_jax as ls
-from layerscope_jax.cli.options import folder_of
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.models.rotary import PAD_POSITION
 
@@ -67,7 +66,7 @@ def sampled(engine: ls.Engine, prompts: Sequence[Sequence[int]], new_tokens: int
 
 def main(checkpoint: str = "shipped") -> None:
     """Compares texts by their hidden states, then continues them within half of the experts' bytes."""
-    model = ls.load(folder_of(checkpoint))
+    model = ls.load(checkpoint)
     assert model.tokenizer is not None
     prompts = [model.tokenizer.encode(text).ids for text in TEXTS]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 
 import layerscope_jax as ls
-from layerscope_jax.cli.options import folder_of
 from layerscope_jax.scheduling.demand import answer, busiest_first, present
 
 
@@ -43,7 +42,7 @@ class Twice:
 
 def main(checkpoint: str = "shipped") -> None:
     """Prints what three policies did with the same prompts: the tokens are the same, the work is not."""
-    model, prompts = ls.load(folder_of(checkpoint)), ["Call me Ishmael.", "def main():"]
+    model, prompts = ls.load(checkpoint), ["Call me Ishmael.", "def main():"]
     tokens = []
     for policy in ("lru", "host-only", "twice"):
         config = ls.OffloadConfig(device_budget=model.bank.total_bytes // 2, policy=policy)

@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 import layerscope_jax as ls
-from layerscope_jax.cli.options import folder_of
 from predictor.record import RecordConfig, record
 from predictor.train import TrainConfig, train
 
@@ -39,7 +38,7 @@ def write_docstrings(domain: str, file: Path) -> Path:
 def main(checkpoint: str = "shipped", folder: str | None = None) -> None:
     """Trains a predictor of two layers ahead, and prints what its forecasts were worth."""
     work = Path(folder or tempfile.mkdtemp())
-    model = ls.load(folder_of(checkpoint))
+    model = ls.load(checkpoint)
     recording = RecordConfig(
         text=tuple(write_docstrings(name, work / "texts" / f"{name}.jsonl") for name in DOMAINS),
         out=work / "trace",
