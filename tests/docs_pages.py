@@ -14,6 +14,7 @@ PAGES = sorted(
     [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
         *(ROOT / "docs").glob("*.md"),
         *(ROOT / "benchmarks").rglob("*.md"),
         ROOT / "predictor" / "README.md",
@@ -58,6 +59,7 @@ def commands(page: Path) -> Iterator[list[str]]:
                 continue
             for command in re.split(r"&&|\|", line):
                 words = shlex.split(command, comments=True)
+                words = words[: words.index(">")] if ">" in words else words
                 if words[:1] in (["layerscope"], ["python"]):
                     yield words
 

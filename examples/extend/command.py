@@ -19,7 +19,12 @@ from layerscope_jax import load_plans
 
 @dataclass(frozen=True, kw_only=True)
 class Plans:
-    """Summarise recorded plans: experts computed on each side, loaded, prefetched and evicted."""
+    """Summarise recorded plans: experts computed on each side, loaded, prefetched and evicted.
+
+    Examples:
+        layerscope plans plans.jsonl
+        layerscope plans plans.jsonl --json
+    """
 
     file: Annotated[Positional[Path], arg(metavar="FILE", help="Plans, as `save_plans` writes them.")]
     json: Annotated[bool, arg(help="Print one JSON object instead.")] = False

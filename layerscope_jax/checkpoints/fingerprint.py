@@ -12,7 +12,7 @@ from layerscope_jax.checkpoints.manifest import MANIFEST, is_converted
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, stored_tensors
 from layerscope_jax.checkpoints.tokenizer_files import VOCABULARIES
 from layerscope_jax.checkpoints.tokenizer_settings import SETTINGS
-from layerscope_jax.support.files import is_there, read_json
+from layerscope_jax.support.files import READ_ONLY, is_there, pread, read_json
 
 WHOLE = 64 << 10
 """Bytes up to which all of a tensor counts."""
@@ -60,7 +60,7 @@ def fingerprint(folder: str | Path) -> str:
         for name in sorted(tensors):
             tensor = tensors[name]
             if tensor.file not in opened:
-                opened[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+                opened[tensor.file] = os.open(tensor.file, READ_ONLY)
                 stack.callback(os.close, opened[tensor.file])
             count(name.encode(), tensor.dtype.encode(), repr(tensor.shape).encode())
             for part in _samples(opened[tensor.file], tensor):
@@ -70,11 +70,10 @@ def fingerprint(folder: str | Path) -> str:
 
 def _samples(opened: int, tensor: StoredTensor) -> list[bytes]:
     if tensor.size <= WHOLE:
-        return [os.pread(opened, tensor.size, tensor.start)]
+        return [pread(opened, tensor.size, tensor.start)]
     last = tensor.size - SAMPLE_BYTES
     return [
-        os.pread(opened, SAMPLE_BYTES, tensor.start + last * index // (SAMPLES - 1))
-        for index in range(SAMPLES)
+        pread(opened, SAMPLE_BYTES, tensor.start + last * index // (SAMPLES - 1)) for index in range(SAMPLES)
     ]
 
 

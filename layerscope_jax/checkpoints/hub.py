@@ -19,6 +19,9 @@ from layerscope_jax.support.checks import Problems
 
 NAME = re.compile(r"[a-zA-Z0-9_][\w.-]*/[a-zA-Z0-9_][\w.-]*", re.ASCII)
 
+SHIPPED = Path(__file__).parents[1] / "shipped"
+"""The small model that comes with the package."""
+
 WEIGHTS = "*.safetensors"
 
 TAKEN = [
@@ -64,7 +67,8 @@ def folder_of(checkpoint: str | Path, revision: str | None = None, *, weights: b
     """Returns the folder of a checkpoint; one that is named as on the hub is downloaded first.
 
     Args:
-        checkpoint: a folder, or a name on the hub.
+        checkpoint: a folder, a name on the hub, or "shipped" for the model in the package, unless there is a
+            folder of that name.
         revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
         weights: whether its weights are downloaded too.
 
@@ -80,6 +84,8 @@ def folder_of(checkpoint: str | Path, revision: str | None = None, *, weights: b
     if is_hub_name(checkpoint):
         return _download(str(checkpoint), revision, weights)
     folder = Path(checkpoint)
+    if checkpoint == "shipped" and not folder.exists():
+        folder = SHIPPED
     if not folder.is_dir():
         raise ValueError(
             f"{folder}: expected a folder with config.json and safetensors files, or a name on the Hugging "

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, errors_of
+from layerscope_jax.support.files import READ_ONLY
 
 IN_PLACE = ("float32", "bfloat16")
 """Plain formats of experts that are mapped: our own loops read them wherever they lie."""
@@ -41,7 +42,7 @@ class MappedFiles:
         """
         with errors_of(tensor.file):
             if tensor.file not in self._opened:
-                opened = os.open(tensor.file, os.O_RDONLY)
+                opened = os.open(tensor.file, READ_ONLY)
                 try:
                     tensor.check(opened)
                     content = np.frombuffer(mmap.mmap(opened, 0, access=mmap.ACCESS_READ), np.uint8)

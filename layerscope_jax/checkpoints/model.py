@@ -196,8 +196,8 @@ def load(
         folder: holds `config.json`, one or more safetensors files, and optionally a tokenizer's files; or was
             written by `layerscope convert`, which then fixes `dtype`, `format` and `dense_format`; or the
             name of a checkpoint on the Hugging Face hub, "organisation/name", which is downloaded into the
-            hub's cache (see `layerscope_jax.checkpoints.hub`). What is there as a path is never taken for a
-            name.
+            hub's cache (see `layerscope_jax.checkpoints.hub`); or "shipped", the model in the package. What
+            is there as a path is never taken for a name.
         dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the checkpoint's dtype.
         device: device that holds the dense parameters, and whose pinned host memory holds the experts; None
             for the default device.
@@ -238,8 +238,8 @@ def load(
     if experts == "disk" and form is not None:
         raise ValueError(
             "experts='disk' computes experts as their files hold them, and cannot have the format "
-            f"{form.name!r}; leave out format=, or convert the checkpoint once (layerscope convert --experts "
-            f"{form.name})"
+            f"{form.name!r}; leave out format=, or convert the checkpoint once (layerscope convert "
+            f"--expert-format {form.name})"
         )
     folder = folder_of(folder, revision)
     on_disk = experts == "disk"

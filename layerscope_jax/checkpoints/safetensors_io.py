@@ -8,7 +8,6 @@ bytes with the length of a JSON header, the header (dtype, shape and place of ea
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from layerscope_jax.support.files import is_there, parse_json, read_json, state_of
+from layerscope_jax.support.files import is_there, parse_json, preadv, read_json, state_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -100,7 +99,7 @@ class StoredTensor:
             ValueError: if the file ends before.
         """
         start = self.start + offset
-        while part and (count := os.preadv(opened, [part], start)):
+        while part and (count := preadv(opened, [part], start)):
             part, start = part[count:], start + count
         if part:
             raise ValueError(f"{self.file} was cut off while it was read; load it again once it is complete")

@@ -20,7 +20,7 @@ from layerscope_jax.checkpoints.manifest import REMEDY
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, errors_of
 from layerscope_jax.formats import Buffer
 from layerscope_jax.offload.disk import Piece
-from layerscope_jax.support.files import is_there, read_json, state_of
+from layerscope_jax.support.files import is_there, pread, read_json, state_of
 
 STORED = ("float32", "bfloat16", "float16", "int8", "uint8", "int16", "uint16", "int32", "uint32")
 """Dtypes that are stored as such; arrays of others as unsigned integers of the same size."""
@@ -77,7 +77,7 @@ def stored_array(folder: Path, name: str, buffer: Buffer) -> StoredArray:
         raise ValueError(f"{place / 'zarr.json'}: expected {expected}, got {got}; {REMEDY}")
     with errors_of(file), file.open("rb", buffering=0) as opened:
         state, size = state_of(opened.fileno()), os.fstat(opened.fileno()).st_size
-        index = os.pread(opened.fileno(), INDEX.size, buffer.nbytes)
+        index = pread(opened.fileno(), INDEX.size, buffer.nbytes)
     if size != buffer.nbytes + INDEX.size or INDEX.unpack(index)[:2] != (0, buffer.nbytes):
         raise ValueError(
             f"{file}: expected {buffer.nbytes:,} bytes of numbers and their index, as layerscope convert "

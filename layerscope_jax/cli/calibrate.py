@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from layerscope_jax.cli.options import (
     Dtype,
     ExpertFormat,
     HostBudget,
+    Json,
     LinkBandwidth,
     Revision,
     open_model,
@@ -31,6 +33,9 @@ class Calibrate:
     """Measure what experts, layers and copies cost on this machine, alone and while other parts are busy.
 
     `layerscope generate --profile` then plans by these times instead of measuring a few each time.
+
+    Examples:
+        layerscope calibrate path/to/checkpoint --out profile.json --device-budget 2GiB
     """
 
     checkpoint: Checkpoint
@@ -45,6 +50,7 @@ class Calibrate:
     expert_format: ExpertFormat = None
     dense_format: DenseFormat = None
     revision: Revision = None
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""
@@ -67,6 +73,9 @@ class Calibrate:
             exits.say("measuring; other work on this machine distorts the figures")
             profile = calibrate(model, **sizes)
             profile.save(self.out)
-        profile_view.show(profile, Console(highlight=False))
-        print(f"The profile is in {self.out}")
+        if self.json:
+            print(json.dumps(profile.to_json()))
+        else:
+            profile_view.show(profile, Console(highlight=False))
+            print(f"The profile is in {self.out}")
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -49,11 +50,18 @@ class Talk(RequestOptions, EngineOptions):
     """Talk with a model in the terminal; /help lists what can be said besides.
 
     What comes through a pipe is a message a line, and answers are all that is printed to standard output.
+
+    Examples:
+        layerscope chat path/to/checkpoint --device-budget 2GiB
+        layerscope chat path/to/checkpoint --system "Answer in one sentence." --temperature 0.7
     """
 
     system: Annotated[
         str | None, arg(metavar="TEXT", help="What the model is told before the conversation.")
     ] = None
+    json: Annotated[
+        bool, arg(help="Print the conversation as one JSON document at its end, and nothing before.")
+    ] = False
     chat: Suppress[bool] = True
     n: Suppress[None] = None
     logprobs: Suppress[None] = None
@@ -77,7 +85,10 @@ class Talk(RequestOptions, EngineOptions):
             if model.tokenizer is None:
                 raise ValueError(f"{self.checkpoint} has no tokenizer, which a conversation needs")
             with Engine(model, config, generation_config=self.generation_config) as engine:
-                Talking(engine, model, chat, settings, variables, self.system).run()
+                talking = Talking(engine, model, chat, settings, variables, self.system, quiet=self.json)
+                talking.run()
+        if self.json:
+            print(json.dumps(talking.to_json()))
         return exits.DONE
 
 
@@ -89,6 +100,7 @@ class Talking:
         settings: of requests.
         variables: further ones of the chat template.
         system: what the model is told first.
+        quiet: whether answers are not printed as they come.
     """
 
     def __init__(
@@ -99,13 +111,15 @@ class Talking:
         settings: dict[str, Any],
         variables: dict[str, Any] | None,
         system: str | None,
+        quiet: bool = False,
     ):
         assert model.tokenizer is not None
         self._engine, self._model, self._chat = engine, model, chat
         self._tokenizer, self._variables = model.tokenizer, variables
         self._settings = {"max_new_tokens": NEW_TOKENS} | dict(engine.defaults) | settings
         self._conversation = Conversation(system)
-        self._last = "there was no answer yet"
+        self._last, self._stats = "there was no answer yet", list[dict[str, Any]]()
+        self._show: Callable[[str], object] = (lambda text: None) if quiet else shown
         self._seed = self._settings.get("seed") or 0
         self._is_terminal = sys.stdin.isatty()
         self._quiet = Console(stderr=True, highlight=False)
@@ -134,6 +148,14 @@ class Talking:
             elif text.strip():
                 self._conversation.ask(text)
                 self._answer()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the conversation, and the statistics of each answer that was given."""
+        return {
+            "system": self._conversation.system,
+            "messages": self._conversation.messages,
+            "stats": self._stats,
+        }
 
     def _read(self) -> str | None:
         """Returns a line, or several between three quotes; None at the end."""
@@ -176,6 +198,7 @@ class Talking:
             return
         self._conversation.answer(found[0].text)
         self._last = summary(found.stats, self._model.bank.total_bytes)
+        self._stats.append(found.stats.to_json())
         if self._is_terminal:
             used = len(ids) + len(found[0].token_ids)
             self._quiet.print(turn(found.stats, used, context, left_out), style="dim")
@@ -185,8 +208,8 @@ class Talking:
         handle = self._engine.submit(ids, **self._settings | {"seed": self._seed})
         with interrupts.instead(handle.cancel):
             for token in handle:
-                print(token.text, end="", flush=True)
-        print(flush=True)
+                self._show(token.text)
+        self._show("\n")
         return handle.results()
 
     def _retry(self, text: str) -> None:
@@ -205,6 +228,11 @@ class Talking:
 
     def _tell(self, text: str) -> None:
         self._conversation.system = text or None
+
+
+def shown(text: str) -> None:
+    """Prints a part of an answer."""
+    print(text, end="", flush=True)
 
 
 def turn(stats: RunStats, used: int, context: int, left_out: int) -> str:

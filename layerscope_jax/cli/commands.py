@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from inspect import cleandoc
 from typing import Annotated, Any, Protocol, Union
 
 from tyro.conf import subcommand
@@ -50,9 +51,30 @@ def with_added(built_in: Mapping[str, type], args: list[str]) -> dict[str, type]
     return commands
 
 
-def union(commands: Mapping[str, type]) -> Any:
-    """Returns the type that tyro parses a command line into, a subcommand for each name."""
-    return Union[tuple(Annotated[command, subcommand(name)] for name, command in commands.items())]  # noqa: UP007
+def union(commands: Mapping[str, type], in_full: bool = False) -> Any:
+    """Returns the type that tyro parses a command line into, a subcommand for each name.
+
+    Args:
+        commands: by name.
+        in_full: whether a command's help is its whole docstring, examples included, or the first paragraph.
+    """
+    named = (
+        Annotated[command, subcommand(name, description=told(command, in_full))]
+        for name, command in commands.items()
+    )
+    return Union[tuple(named)]  # noqa: UP007
+
+
+def told(command: type, in_full: bool = True) -> str:
+    """Returns what a command says of itself, with its examples, which tyro alone would leave out.
+
+    >>> told(Command, in_full=False)
+    "A dataclass whose fields are the options of a command; its docstring is the command's help."
+    """
+    text = cleandoc(command.__doc__ or "")
+    if text.startswith(f"{command.__name__}("):  # a dataclass without a docstring has its signature
+        return ""
+    return text if in_full else text.partition("\n\n")[0].replace("\n", " ")
 
 
 def _checked(name: str, command: Any) -> type:

@@ -104,7 +104,7 @@ def sentence(report: dict[str, Any]) -> str:
     """Returns the summary: the fastest policy, the one that moves most, and how good forecasts were."""
     policies = [run for run in report["runs"] if run["policy"] != "resident"]
     if not policies:
-        return "Everything was resident; name some --policies to see what a budget costs."
+        return "Everything was resident; name some with --policy to see what a budget costs."
     best = max(policies, key=lambda run: run["tokens_per_s"])
     most = max(policies, key=lambda run: run["bytes_moved"])
     summary = (

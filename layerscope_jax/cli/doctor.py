@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Annotated
 
 from rich.console import Console
-from tyro.conf import arg
 
+from layerscope_jax.cli.options import Json
 from layerscope_jax.profiling.checkup import checkup
 from layerscope_jax.support import exits
 
@@ -19,9 +18,13 @@ class Doctor:
 
     Takes some seconds, or a minute or two when kernels are compiled for the first time. Exits with 1 if
     something is broken.
+
+    Examples:
+        layerscope doctor
+        layerscope doctor --json > doctor.json
     """
 
-    json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""

@@ -17,7 +17,7 @@ from layerscope_jax.checkpoints.headers import read_configs
 from layerscope_jax.cli import fit_view
 from layerscope_jax.cli.fit_report import Asked, FitReport, Memory, report
 from layerscope_jax.cli.fit_times import expected
-from layerscope_jax.cli.options import Checkpoint, Revision, folder_of
+from layerscope_jax.cli.options import Checkpoint, Json, Revision, folder_of
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.generation.device_memory import usual_context
 from layerscope_jax.models.config import ModelConfig
@@ -40,6 +40,10 @@ class Fit:
 
     Reads configs and headers alone; of a checkpoint on the hub no weights are downloaded. Exits with 1 if the
     model cannot be run on the machine in any way.
+
+    Examples:
+        layerscope fit path/to/checkpoint
+        layerscope fit Qwen/Qwen3-30B-A3B --device-memory 24GiB --host-memory 64GiB --context 2048
     """
 
     checkpoint: Checkpoint
@@ -84,7 +88,7 @@ class Fit:
         arg(metavar="INT", help="Positions of a request, prompt and new tokens; by default 2,048."),
     ] = None
     max_num_seqs: Annotated[int, arg(metavar="INT", help="Requests that run at once.")] = 32
-    json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from rich.console import Console
-from tyro.conf import arg
 
 from layerscope_jax.checkpoints.description import POSITIONS, Description, describe
-from layerscope_jax.cli.options import Checkpoint, Revision, folder_of
+from layerscope_jax.cli.options import Checkpoint, Json, Revision, folder_of
 from layerscope_jax.cli.profile_view import table
 from layerscope_jax.support import exits
 
@@ -23,11 +21,15 @@ class Inspect:
     """Say what a checkpoint is and needs, from its configs and the headers of its files.
 
     Of a checkpoint on the hub no weights are downloaded. Exits with 2 if it cannot be run, and says why.
+
+    Examples:
+        layerscope inspect path/to/checkpoint
+        layerscope inspect Qwen/Qwen3-30B-A3B --json
     """
 
     checkpoint: Checkpoint
     revision: Revision = None
-    json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -25,13 +27,18 @@ class Lines:
         model: names what generates, in the lines.
         tokenizer: tells the texts of tokens in answers of OpenAI's batch API.
         file: where the lines go; None for standard output.
+        kept: whether lines are kept, and not written.
 
     Attributes:
+        kept: the lines that were kept.
         refused: number of requests of OpenAI's batch API that were refused.
     """
 
-    def __init__(self, model: str, tokenizer: Tokenizer | None, file: CompletionFile | None):
+    def __init__(
+        self, model: str, tokenizer: Tokenizer | None, file: CompletionFile | None, kept: bool = False
+    ):
         self._model, self._tokenizer, self._file = model, tokenizer, file
+        self._keeps, self.kept = kept, list[dict[str, Any]]()
         self._prompt_tokens: dict[str | int, int] = {}
         self.refused = 0
 
@@ -77,7 +84,9 @@ class Lines:
         self._write(openai_line(row, self._model, response))
 
     def _write(self, line: bytes) -> None:
-        if self._file is not None:
+        if self._keeps:
+            self.kept.append(json.loads(line))
+        elif self._file is not None:
             self._file.write(line)
         else:
             sys.stdout.buffer.write(line)

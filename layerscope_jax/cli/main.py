@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -22,6 +22,7 @@ from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.chat import Talk
 from layerscope_jax.cli.commands import Command, union, with_added
 from layerscope_jax.cli.complete import Live, complete, summary
+from layerscope_jax.cli.completion import Completion
 from layerscope_jax.cli.convert import Convert
 from layerscope_jax.cli.doctor import Doctor
 from layerscope_jax.cli.engine_options import EngineOptions
@@ -32,7 +33,9 @@ from layerscope_jax.cli.options import (
     POLICY_NAMES,
     PREDICTOR_HELP,
     SHIPPED,
+    Checkpoint,
     HostBudget,
+    Json,
     Revision,
     TimelineFile,
     heard,
@@ -64,19 +67,22 @@ class Demo:
 
     Prints the texts, the statistics of each policy, and whether all runs gave the same tokens; exits with 1
     if a run whose numerics are not 'fast' gave different tokens.
+
+    Examples:
+        layerscope demo
+        layerscope demo --policy lru host-only auto --budget-share 0.5
+        layerscope demo --json > demo.json
     """
 
-    json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
-    checkpoint: Annotated[
-        str,
-        arg(
-            metavar="CHECKPOINT",
-            help="Another model: a Hugging Face folder, or a name on the Hugging Face hub.",
-        ),
-    ] = SHIPPED
+    checkpoint: Checkpoint = SHIPPED
     revision: Revision = None
-    policies: Annotated[
-        tuple[str, ...], arg(metavar="POLICY ...", help=f"Policies to compare: some of {POLICY_NAMES}.")
+    policy: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="POLICY ...",
+            aliases=("--policies",),
+            help=f"Policies to compare: some of {POLICY_NAMES}.",
+        ),
     ] = ("on-demand", "lru", "host-only", "fiddler", "fate", "auto")
     predictor: Annotated[
         str | None,
@@ -98,17 +104,17 @@ class Demo:
     ] = "50MB"
     host_budget: HostBudget = None
     timeline: TimelineFile = None
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""
         exits.need_output()
-        with option("--checkpoint"):
-            model = open_model(self.checkpoint, None, self.revision)
+        model = open_model(self.checkpoint, None, self.revision)
         with nullcontext() if self.timeline is None else writing("--timeline", self.timeline):
             report = demo.compare(
                 model,
                 demo.read_demo_prompts(),
-                policies=self.policies,
+                policies=self.policy,
                 max_new_tokens=self.max_new_tokens,
                 budget_share=self.budget_share,
                 emulated_link_bandwidth=self.emulated_link_bandwidth,
@@ -125,7 +131,13 @@ class Demo:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(RequestOptions, EngineOptions):
-    """Continue prompts, given one by one or in a file."""
+    """Continue prompts, given one by one or in a file.
+
+    Examples:
+        layerscope generate shipped --prompt "Call me Ishmael."
+        layerscope generate path/to/checkpoint --prompts prompts.jsonl --out continuations.jsonl
+        layerscope generate shipped --prompt "def main():" --device-budget 8MB --policy fate --json
+    """
 
     prompt: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="A prompt; can be given several times.")
@@ -159,9 +171,15 @@ class Generate(RequestOptions, EngineOptions):
         ),
     ] = False
     timeline: TimelineFile = None
+    json: Annotated[
+        bool,
+        arg(help="Print one JSON document at the end: the statistics, and without --out the completions."),
+    ] = False
 
     def run(self) -> int:
         """Returns the exit code."""
+        if self.json:
+            exits.need_output()
         config = self.engine_config()
         template = self.template()
         rows = self._rows({})
@@ -176,20 +194,26 @@ class Generate(RequestOptions, EngineOptions):
         """Completes the rows that are not done yet; returns the exit code."""
         if self.out is None:
             exits.need_output()
-            return exits.FAILED if self._complete(rows, config, None, template) else exits.DONE
+            done = self._complete(rows, config, None, template)
+            if self.json:
+                print(json.dumps({"completions": done.lines, "failed": done.failed, "stats": done.stats}))
+            return exits.FAILED if done.failed else exits.DONE
         model = self._model(rows, template)
         with option("--out"):
             completions = CompletionFile(self.out, rows, model)
         interrupts.promise(f"interrupted; the same command continues {self.out}")
         with completions as file:
             left = [row for row in rows if row.id not in file.done]
-            failed = len(file.failed)
+            failed, stats = len(file.failed), None
             if file.done:
                 say(f"{self.out} has {len(file.done)} of {len(rows)} completions already")
             if left:
-                failed += self._complete(left, config, file, template)
+                done = self._complete(left, config, file, template)
+                failed, stats = failed + done.failed, done.stats
         if file.failed:
             say(f"{len(file.failed)} of the completions in {self.out} ended with an error in an earlier run")
+        if self.json:
+            print(json.dumps({"out": str(self.out), "failed": failed, "stats": stats}))
         return exits.FAILED if failed else exits.DONE
 
     def _model(self, rows: Sequence[Row], template: str | None) -> str:
@@ -225,17 +249,22 @@ class Generate(RequestOptions, EngineOptions):
 
     def _complete(
         self, rows: list[Row], config: OffloadConfig, file: CompletionFile | None, template: str | None
-    ) -> int:
-        """Completes the rows; returns how many ended with an error."""
+    ) -> Done:
+        """Completes the rows."""
         model = self.open_model()
-        lines = Lines(self._model(rows, template) if file is None else file.model, model.tokenizer, file)
+        lines = Lines(
+            self._model(rows, template) if file is None else file.model,
+            model.tokenizer,
+            file,
+            kept=self.json and file is None,
+        )
         with closing(Chat(model.path, template)) as chat:
             requests = lines.encode(rows, model, chat)
         if not requests:
-            return lines.refused
+            return Done(lines.refused, None, lines.kept)
         answered = [row for row, _ in requests]
         config = fitted(config, [request for _, request in requests])
-        live = file is None and self.prompts is None
+        live = file is None and self.prompts is None and not self.json
         with Engine(model, config, generation_config="none") as engine:  # the rows have their settings
             result = complete(
                 engine,
@@ -244,7 +273,7 @@ class Generate(RequestOptions, EngineOptions):
                 on_token=Live(answered) if live else lambda event: None,
                 on_row=(lambda row, outputs: None) if live else lines.write,
                 # A progress bar would garble lines of output on the same terminal.
-                progress=file is not None or not sys.stdout.isatty(),
+                progress=file is not None or self.json or not sys.stdout.isatty(),
                 bound=self.bound,
                 timeline=self.timeline,
             )
@@ -253,7 +282,15 @@ class Generate(RequestOptions, EngineOptions):
         errors = {one.request: one.error for one in result if one.error is not None}
         for sentence, count in Counter(errors.values()).items():
             say(f"error: {count} of {len(answered)} prompts could not be completed: {sentence}")
-        return len(errors) + lines.refused
+        return Done(len(errors) + lines.refused, result.stats.to_json(), lines.kept)
+
+
+class Done(NamedTuple):
+    """What came of some prompts: how many ended with an error, the statistics, and the lines kept."""
+
+    failed: int
+    stats: dict[str, Any] | None
+    lines: list[dict[str, Any]]
 
 
 def fitted(config: OffloadConfig, requests: Sequence[Request]) -> OffloadConfig:
@@ -277,6 +314,7 @@ COMMANDS = {
     "calibrate": Calibrate,
     "simulate": Simulate,
     "report": Report,
+    "completion": Completion,
 }
 """Commands of this package; other packages add theirs, see `layerscope_jax.cli.commands`."""
 
@@ -290,8 +328,23 @@ def _run(args: list[str]) -> int | None:
     if args == ["--version"]:
         print(", ".join(f"{name} {number}" for name, number in demo.versions().items()))
         return 0
-    command: Command = tyro.cli(
-        union(with_added(COMMANDS, args)),
+    command = parsed(args)
+    with suppress(OSError, RuntimeError):  # no home, or a read-only one: each run compiles anew
+        use_compilation_cache()
+    interrupts.check()  # Ctrl-C may have come during the imports
+    with heard():
+        return command.run()
+
+
+def parsed(args: list[str]) -> Command:
+    """Returns the command of a command line, with its options.
+
+    Raises:
+        SystemExit: after help was printed, with 0; if the command line is wrong, with 2.
+    """
+    commands = with_added(COMMANDS, args)
+    return tyro.cli(
+        union(commands, in_full=args[:1] != [] and args[0] in commands),
         prog="layerscope",
         description=(
             "Run mixture-of-experts language models whose experts do not fit on the accelerator. "
@@ -301,8 +354,3 @@ def _run(args: list[str]) -> int | None:
         args=args or ["--help"],
         config=(FlagCreatePairsOff,),
     )
-    with suppress(OSError, RuntimeError):  # no home, or a read-only one: each run compiles anew
-        use_compilation_cache()
-    interrupts.check()  # Ctrl-C may have come during the imports
-    with heard():
-        return command.run()

@@ -67,6 +67,8 @@ Dtype = Annotated[
     arg(help="Converts the weights; without it they keep their dtype."),
 ]
 
+Json = Annotated[bool, arg(help="Print one JSON document to standard output instead.")]
+
 TimelineFile = Annotated[
     Path | None,
     arg(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from layerscope_jax.cli import report_page
+from layerscope_jax.cli.options import Json
 from layerscope_jax.cli.report_lanes import lanes_svg
 from layerscope_jax.cli.report_runs import Run, runs_of
 from layerscope_jax.runtime.timeline_files import join_timelines
 from layerscope_jax.support import exits
 from layerscope_jax.support.exits import say
-from layerscope_jax.support.files import write_file
+from layerscope_jax.support.files import is_there, write_file
 from layerscope_jax.support.option_errors import option, writing
 
 
@@ -24,6 +26,10 @@ class Report:
     """Make a page of one or more timelines: lanes, hits and forecasts by layer, bytes, where the time went.
 
     The page needs no network. What is not known of a run is left out of it, and named.
+
+    Examples:
+        layerscope report run.json
+        layerscope report run.json simulated.json --out both.html --steps 0:3
     """
 
     files: Annotated[
@@ -59,18 +65,27 @@ class Report:
         Path | None,
         arg(metavar="FILE", help="Also write all runs into one timeline, for Perfetto or chrome://tracing."),
     ] = None
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""
+        exits.need_output()
         if not self.files:
             raise ValueError("expected one timeline or more, got none; --timeline FILE writes one")
+        if missing := [str(file) for file in self.files if not is_there(file)]:
+            raise ValueError(f"{', '.join(missing)}: expected what --timeline FILE wrote, found no such file")
         steps, layers = range_of(self.steps, "--steps"), range_of(self.layers, "--layers")
         runs = [run for file in self.files for run in runs_of(file)]
         out = self.out or self.files[0].with_suffix(".html")
         if out.resolve() in {file.resolve() for file in self.files}:
             raise ValueError(f"--out is one of the timelines, {out}; choose another file")
         self._write(runs, out, steps, layers)
-        say(f"The page is {out}")
+        if self.json:
+            files = {"page": out, "svg": self.svg, "join": self.join}
+            found = {name: None if file is None else str(file) for name, file in files.items()}
+            print(json.dumps(found | {"runs": [run.title for run in runs]}))
+        else:
+            say(f"The page is {out}")
         return exits.DONE
 
     def _write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -39,6 +40,10 @@ class Serve(EngineOptions):
     """Serve a model over HTTP as OpenAI's API does: completions, chats, streaming, several requests at once.
 
     SIGTERM ends it: running requests may end first, and new ones are refused.
+
+    Examples:
+        layerscope serve path/to/checkpoint --served-model-name small
+        layerscope serve path/to/checkpoint --device-budget 2GiB --port 8080 --max-num-seqs 16
     """
 
     prefix_cache: PrefixCache = True
@@ -82,9 +87,14 @@ class Serve(EngineOptions):
         ),
     ] = 256
     drain: Annotated[float, arg(help="Seconds that running requests have to end after SIGTERM.")] = 30.0
+    json: Annotated[
+        bool, arg(help="Print one JSON document to standard output as soon as the server answers.")
+    ] = False
 
     def run(self) -> int:
         """Returns the exit code."""
+        if self.json:
+            exits.need_output()
         make = server_class()
         if self.warmup_tokens < 0:
             raise ValueError(f"--warmup-tokens must be 0 or more, got {self.warmup_tokens}")
@@ -110,7 +120,10 @@ class Serve(EngineOptions):
                 say(f"compiling for requests of up to {context} tokens (--warmup-tokens)")
                 warm(engine, context, interrupts.check)
             with make(engine, serving, template) as server:
-                say(f"{serving.served_model_name} answers at {server.url}/v1; Ctrl-C ends it")
+                name = serving.served_model_name
+                if self.json:
+                    print(json.dumps({"url": f"{server.url}/v1", "model": name}), flush=True)
+                say(f"{name} answers at {server.url}/v1; Ctrl-C ends it")
                 if not told_to_end(server):
                     say("error: the server has failed; the lines above say why")
                     return exits.FAILED

@@ -12,7 +12,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from layerscope_jax.cli import comparison_view
-from layerscope_jax.cli.options import TimelineFile
+from layerscope_jax.cli.options import Json, TimelineFile
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.simulation.comparison import simulate_profile
 from layerscope_jax.simulation.policies import BATCHES, SIMULATED
@@ -31,6 +31,10 @@ class Simulate:
 
     Every policy prefills the prompts of a batch, starting with an empty device, then runs the decode steps,
     over recorded routing of a model. Beside them stands the bound that no policy can beat.
+
+    Examples:
+        layerscope simulate --profile mixtral-8x7b --batch 4 16 --policy presched fiddler lru
+        layerscope simulate --profile profile.json --trace routing.npz --device-budget 24GiB --json
     """
 
     profile: Annotated[
@@ -51,10 +55,11 @@ class Simulate:
         ),
     ] = None
     batch: Annotated[tuple[int, ...], arg(metavar="INT ...", help="Batch sizes, in requests.")] = BATCHES
-    budget: Annotated[
+    device_budget: Annotated[
         str | None,
         arg(
             metavar="SIZE",
+            aliases=("--budget",),
             help="Device memory for experts, such as '24GiB', or a number of experts; without it, the "
             "profile's budget.",
         ),
@@ -79,10 +84,11 @@ class Simulate:
             f"(usually llapor or gate), or one of {', '.join(DERIVED)}.",
         ),
     ] = "llapor"
-    json: Annotated[
+    out: Annotated[
         Path | None,
-        arg(metavar="FILE", help="Write the rows of the tables there, as one JSON object."),
+        arg(metavar="FILE", help="Also write the rows of the tables there, as one JSON object."),
     ] = None
+    json: Json = False
     timeline: TimelineFile = None
 
     def run(self) -> int:
@@ -90,10 +96,10 @@ class Simulate:
         exits.need_output()
         with option("--profile"):
             profile = MachineProfile.load(self.profile)
-        if profile.slots is None and self.budget is None:
-            raise ValueError(f"the profile {self.profile} names no budget; set one with --budget")
+        if profile.slots is None and self.device_budget is None:
+            raise ValueError(f"the profile {self.profile} names no budget; set one with --device-budget")
         with (
-            nullcontext() if self.json is None else writing("--json", self.json),
+            nullcontext() if self.out is None else writing("--out", self.out),
             nullcontext() if self.timeline is None else writing("--timeline", self.timeline),
         ):
             self._simulate(profile)
@@ -110,7 +116,9 @@ class Simulate:
             profile,
             self._routing(),
             batches=self.batch,
-            slots=None if self.budget is None else experts_of(self.budget, profile.model.expert_bytes),
+            slots=None
+            if self.device_budget is None
+            else experts_of(self.device_budget, profile.model.expert_bytes, "device_budget"),
             policies=SIMULATED if ALL in self.policy else self.policy,
             predictor=self.predictor,
             host_slots=None
@@ -121,13 +129,17 @@ class Simulate:
         )
         if self.trace is not None:
             comparison = replace(comparison, routing=str(self.trace))
+        if self.out is not None:
+            write_file(self.out, json.dumps(comparison.to_json(), indent=1) + "\n")
+        if self.json:
+            print(json.dumps(comparison.to_json()))
+            return
         comparison_view.show(comparison, Console(highlight=False))
-        if self.json is not None:
-            write_file(self.json, json.dumps(comparison.to_json(), indent=1) + "\n")
-            print(f"The rows are in {self.json}")
+        if self.out is not None:
+            print(f"The rows are in {self.out}")
 
 
-def experts_of(budget: str, expert_bytes: int, what: str = "budget") -> int:
+def experts_of(budget: str, expert_bytes: int, what: str) -> int:
     """Returns how many experts a budget holds.
 
     Args:
@@ -138,7 +150,7 @@ def experts_of(budget: str, expert_bytes: int, what: str = "budget") -> int:
     Raises:
         ValueError: if the budget is neither.
 
-    >>> experts_of("1GiB", 300 * 2**20), experts_of("62", 300 * 2**20)
+    >>> experts_of("1GiB", 300 * 2**20, "device_budget"), experts_of("62", 300 * 2**20, "device_budget")
     (3, 62)
     """
     if budget.strip().isdecimal():

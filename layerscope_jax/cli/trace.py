@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +16,14 @@ from layerscope_jax.cli.options import (
     Dtype,
     ExpertFormat,
     HostBudget,
+    Json,
     PolicyName,
     Revision,
     open_model,
 )
 from layerscope_jax.config import AUTO, OffloadConfig
 from layerscope_jax.engine import make_policy
-from layerscope_jax.support import interrupts
+from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.exits import say
 
 
@@ -30,6 +32,9 @@ class Record:
     """Record which experts a model chooses on real text, and the hidden states they are chosen by.
 
     `python -m predictor.train` trains a predictor on the trace.
+
+    Examples:
+        layerscope trace path/to/checkpoint --text prose.jsonl code.jsonl --out build/trace
     """
 
     checkpoint: Checkpoint
@@ -49,7 +54,9 @@ class Record:
     train_tokens: Annotated[int, arg(help="Most tokens of each domain to train on.")] = 100_000
     heldout_tokens: Annotated[int, arg(help="Most tokens of each domain to measure on.")] = 10_000
     length: Annotated[int, arg(help="Tokens of a passage; no more than the model's context.")] = 256
-    prompt: Annotated[float, arg(help="Share of a passage that is prefilled; the rest is decoded.")] = 0.5
+    prefill_share: Annotated[
+        float, arg(help="Share of a passage that is prefilled; the rest is decoded.")
+    ] = 0.5
     hidden: Annotated[int, arg(help="Components that hidden states are reduced to; 0 for none.")] = 512
     batch_size: Annotated[int, arg(help="Passages that run at once.")] = 16
     device_budget: DeviceBudget = AUTO
@@ -60,11 +67,13 @@ class Record:
     dense_format: DenseFormat = None
     revision: Revision = None
     seed: Annotated[int, arg(help="Seed of the choice and order of passages.")] = 0
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""
         from predictor.record import RecordConfig, record
 
+        exits.need_output()
         make_policy(self.policy)
         config = RecordConfig(
             text=self.text,
@@ -73,7 +82,7 @@ class Record:
             train_tokens=self.train_tokens,
             heldout_tokens=self.heldout_tokens,
             length=self.length,
-            prompt=self.prompt,
+            prompt=self.prefill_share,
             hidden=self.hidden,
             batch_size=self.batch_size,
             offload=OffloadConfig(
@@ -92,5 +101,8 @@ class Record:
         interrupts.promise(f"interrupted; the same command continues {self.out}")
         trace = record(model, config)
         passages = sum(len(chunk.passages) for chunk in trace.chunks)
-        say(f"{trace.folder} holds {trace.rows:,} tokens of {passages:,} passages")
+        if self.json:
+            print(json.dumps({"trace": str(trace.folder), "tokens": trace.rows, "passages": passages}))
+        else:
+            say(f"{trace.folder} holds {trace.rows:,} tokens of {passages:,} passages")
         return 0

@@ -128,7 +128,7 @@ class Chat:
             raise
         finally:
             watch.cancel()
-        late = code == -signal.SIGKILL
+        late = code == (-signal.SIGKILL if hasattr(signal, "SIGKILL") else 1)  # 1 on Windows
         return {"error": f"it takes longer than {PATIENCE_S:g} s" if late else "it needs too much memory"}
 
     def _read(self) -> tuple[dict[str, str], dict[str, str]]:

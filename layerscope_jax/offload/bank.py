@@ -37,7 +37,7 @@ class ExpertBank:
     of the same buffers for the host's kernels.
 
     Attributes:
-        layers: [L][E] each expert's arrays, L the MoE layers: an `Expert` of the format, in `pinned_host`
+        layers: `[L][E]` each expert's arrays, L the MoE layers: an `Expert` of the format, in `pinned_host`
             memory; or, on a CPU, NumPy arrays that JAX could not take over without a copy, because they lie
             where a file is mapped.
         format: format of the experts; by default the plain format of the first expert's matrices.

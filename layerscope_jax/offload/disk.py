@@ -16,6 +16,7 @@ import numpy as np
 from layerscope_jax.formats import ExpertFormat
 from layerscope_jax.offload.bank import ExpertBank, host_sharding
 from layerscope_jax.scheduling.plan import ExpertId
+from layerscope_jax.support import files
 from layerscope_jax.support.errors import ReadError
 from layerscope_jax.support.files import state_of
 
@@ -29,8 +30,8 @@ bytes in the CPU's cache."""
 DIRECT = getattr(os, "O_DIRECT", 0)
 """Flag that opens a file for reads past the page cache; 0 where the system has none."""
 
-preadv: Callable[[int, list[Any], int], int] = getattr(os, "preadv", None)  # type: ignore[assignment]
-"""The system call of every read; tests replace it to inject faults."""
+preadv: Callable[[int, list[Any], int], int] = files.preadv
+"""Does every read; tests replace it to inject faults."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class File:
             except OSError:  # the file system has none
                 self.direct = False
         try:
-            self.number = os.open(path, os.O_RDONLY)
+            self.number = os.open(path, files.READ_ONLY)
         except OSError as error:
             raise ReadError(
                 f"{path}: {error.strerror}; experts are read from it while they are used"

@@ -34,7 +34,7 @@ class History(Protocol):
         """Returns the next state, after a layer's demand is known."""
 
     def expected(self, state: Any, layer: int, tokens: int) -> list[list[float]]:
-        """Returns the expected tokens [W][E] of each expert in the W layers after `layer`.
+        """Returns the expected tokens `[W][E]` of each expert in the W layers after `layer`.
 
         Args:
             state: what `init` or `update` returned.
@@ -88,7 +88,7 @@ class FromCounts:
         return scaled(state.ahead(layer, horizons), tokens)
 
     def expected(self, state: Counts, layer: int, tokens: int) -> list[list[float]]:
-        """Returns the expected tokens [W][E]; see `History`."""
+        """Returns the expected tokens `[W][E]`; see `History`."""
         return self.forecast(state, layer, tokens, range(1, self.look_ahead + 1)).tolist()
 
 

@@ -142,10 +142,11 @@ class HardwareProfile:
     """Costs of one layer of a model on one machine, in milliseconds.
 
     Attributes:
-        host_ms: time to compute an expert on the host, by its tokens. device_ms: time to compute a resident
-        expert on the device, by its tokens. transfer_ms: time to copy one expert to the device. layer_ms:
-        time of everything else in a layer (attention, router, shared experts, the sum), by tokens of
-            the step.
+        host_ms: time to compute an expert on the host, by its tokens.
+        device_ms: time to compute a resident expert on the device, by its tokens.
+        transfer_ms: time to copy one expert to the device.
+        layer_ms: time of everything else in a layer (attention, router, shared experts, the sum), by tokens
+            of the step.
         forecast_ms: additional time of a layer that computes a forecast, by tokens of the step.
         host_start_ms: time to hand a layer's experts to the host and to take over its results, however many.
         read_ms: time between the ends of two reads of experts from the disk that follow each other; 0 if it

@@ -34,7 +34,7 @@ class Observation:
         demand: number of tokens routed to each active expert of this layer, by expert.
         resident: experts in device memory, of all layers.
         in_flight: experts whose copy to the device is queued or has begun.
-        forecast: [W][E] expected tokens of each expert in the W layers after this one, continuing after the
+        forecast: `[W][E]` expected tokens of each expert in the W layers after this one, continuing after the
             last layer with the first layers of the next step; empty without a predictor.
         elapsed_ms: measured time (ms) from the previous plan to this one, or to the end of the previous
             plan's step if that came first; 0 if not known.

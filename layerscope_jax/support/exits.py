@@ -17,12 +17,12 @@ from layerscope_jax.support import interrupts
 from layerscope_jax.support.errors import TransferError
 from layerscope_jax.support.plugins import LOADED
 
-DONE, FAILED, REFUSED, FAULT = 0, 1, 2, 70
+DONE, FAILED, REFUSED = 0, 1, 2
 EXIT_CODES = (
     "Exit codes: 0 done; 1 out of memory or disk space, a device that does not work, a closed output pipe, "
     "or a prompt that ended with an error (demo: also different tokens; fit: the model does not fit; "
-    "doctor: something is broken); 2 bad input, with what to change; "
-    "70 a bug in layerscope, whose traceback --debug shows; 130 interrupted."
+    "doctor: something is broken), or a bug in layerscope, whose traceback --debug shows; "
+    "2 bad input, with what to change; 130 interrupted."
 )
 
 OURS = ("layerscope_jax", "predictor", "tools")
@@ -110,19 +110,18 @@ def _package(place: TracebackType) -> str:
 
 
 def code_of(error: Exception) -> int:
-    """Returns the exit code of an error: bad input, a failure of the machine, or a bug of this package."""
+    """Returns the exit code of an error: 2 for bad input, 1 for anything else."""
     if isinstance(error, OSError):
         return FAILED if error.filename in (None, OUTPUT) or error.errno in MACHINE else REFUSED
-    if isinstance(error, ValueError) and is_deliberate(error):
-        return REFUSED
-    if isinstance(error, MemoryError):
-        return FAILED
-    if isinstance(error, TransferError):
-        return FAILED
+    return REFUSED if isinstance(error, ValueError) and is_deliberate(error) else FAILED
+
+
+def is_fault(error: Exception) -> bool:
+    """Whether an error is a bug of this package or a plugin, not bad input or a failure of the machine."""
+    if isinstance(error, (OSError, MemoryError, TransferError)) or code_of(error) == REFUSED:
+        return False
     jax_says = ("RESOURCE_EXHAUSTED", "Unable to initialize backend")
-    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in jax_says):
-        return FAILED
-    return FAULT
+    return not (isinstance(error, RuntimeError) and any(sign in str(error) for sign in jax_says))
 
 
 def described(error: Exception) -> str:
@@ -152,14 +151,14 @@ def _outcome(call: Callable[[], int | None], debug: bool) -> int:
 def _explain(error: Exception, debug: bool) -> int:
     if debug and sys.stderr is not None:
         traceback.print_exception(error)
-    code, text = code_of(error), described(error)
-    if code == FAULT:
+    text = described(error)
+    if is_fault(error):
         advice = "report it with the lines above" if debug else "run again with --debug and report it"
         name = type(error).__name__
         what = name if text == name else f"{name}: {text}"
         text = f"this is a bug in {culprit(error)}, not in your input: {what}; {advice}"
     say("error: " + " ".join(text.split()))
-    return code
+    return code_of(error)
 
 
 def _flush() -> None:

@@ -8,7 +8,8 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 Content: TypeAlias = "str | bytes | np.ndarray | Mapping[str, np.ndarray] | Callable[[Path], object]"
 """Content of a file to write; see `replace_files`."""
+
+_SEEKING = threading.Lock()  # a file has one position for all threads
+_MOST_READ = 4 << 20
+
+READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+"""Opens a file for reading; Windows would translate its line ends otherwise."""
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
@@ -279,6 +286,27 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(opened)
+
+
+def _seek_and_read(opened: int, size: int, offset: int) -> bytes:
+    """Does what `os.pread` does, one thread at a time: Windows has no such call."""
+    with _SEEKING:
+        os.lseek(opened, offset, os.SEEK_SET)
+        return os.read(opened, size)
+
+
+pread: Callable[[int, int, int], bytes] = getattr(os, "pread", _seek_and_read)
+"""Returns at most as many bytes of an open file, from an offset; several threads may call it."""
+
+
+def _read_and_copy(opened: int, memories: Sequence[Any], offset: int) -> int:
+    found = pread(opened, min(len(memories[0]), _MOST_READ), offset)
+    memories[0][: len(found)] = found
+    return len(found)
+
+
+preadv: Callable[[int, Sequence[Any], int], int] = getattr(os, "preadv", _read_and_copy)
+"""Reads into the first of some memories, from an offset of an open file; returns how many bytes came."""
 
 
 def state_of(opened: int) -> tuple[int, ...]:

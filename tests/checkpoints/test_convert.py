@@ -221,10 +221,10 @@ def test_arrays_that_are_gone_or_changed_are_named(converted, tmp_path, change, 
 def test_the_command_converts_and_says_where_to(source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     out = Path("new/out")
-    assert cli.main(["convert", str(source), str(out), "--experts", "float16"]) == 0
+    assert cli.main(["convert", str(source), "--out", str(out), "--expert-format", "float16"]) == 0
     assert f"The checkpoint is in {out}" in capsys.readouterr().out
     assert load(out).bank.format.name == "float16"
-    assert cli.main(["convert", str(source), str(out)]) == 2
+    assert cli.main(["convert", str(source), "--out", str(out)]) == 2
     assert "does not exist yet; remove it or name another" in capsys.readouterr().err
 
 

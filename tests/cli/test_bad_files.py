@@ -11,7 +11,7 @@ from layerscope_jax.cli import main as cli
 GENERATE = ["generate", "CHECKPOINT", "--prompt=x"]
 PLACES = {
     "checkpoint": (["generate", "PLACE", "--prompt=x"], "PLACE"),
-    "demo --checkpoint": (["demo", "--checkpoint=PLACE"], "--checkpoint: PLACE"),
+    "demo": (["demo", "PLACE"], "PLACE"),
     "--prompts": (["generate", "CHECKPOINT", "--prompts=PLACE"], "--prompts: PLACE"),
     "--json-schema": ([*GENERATE, "--json-schema=PLACE"], "--json-schema: PLACE"),
     "--profile": ([*GENERATE, "--profile=PLACE"], "--profile: .*PLACE"),
@@ -83,7 +83,7 @@ def test_it_is_named_in_one_line(option, content, tiny, tmp_path, capsys):
     [
         ["generate", "CHECKPOINT", "--prompt=x", "--out=PLACE"],
         ["calibrate", "CHECKPOINT", "--out=PLACE"],
-        ["simulate", "--profile=mixtral-8x7b", "--json=PLACE"],
+        ["simulate", "--profile=mixtral-8x7b", "--out=PLACE"],
         ["trace", "CHECKPOINT", "--text", "TEXT", "--heldout-domains=texts", "--out=PLACE"],
     ],
     ids=lambda command: command[0],
@@ -105,7 +105,7 @@ def test_places_to_write(command, kind, tiny, tmp_path, capsys):
     before = listing(tmp_path)
     said = refusal(capsys, *command)
     if command[0] != "trace":
-        assert said.startswith("--json" if command[0] == "simulate" else "--out")
+        assert said.startswith("--out")
     assert str(tmp_path / "place") in said or "xxx: File name too long" in said
     assert listing(tmp_path) == before
 

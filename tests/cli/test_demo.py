@@ -33,8 +33,8 @@ def report(tiny, timeline):
             [
                 "demo",
                 "--json",
-                f"--checkpoint={tiny}",
-                "--policies=lru",
+                str(tiny),
+                "--policy=lru",
                 "host-only",
                 "--budget-share=0.6",
                 "--max-new-tokens=3",
@@ -135,15 +135,15 @@ def test_one_jit_may_round_differently(report, tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--policies", "best"], "policy must be one of"),
+        (["--policy", "best"], "policy must be one of"),
         (["--budget-share", "1.5"], "budget-share must lie between 0 and 1, got 1.5"),
         (["--budget-share", "0.1"], "device_budget is too small for policy 'on-demand'"),
         (["--emulated-link-bandwidth", "fast"], "emulated_link_bandwidth must be a size such as '8GiB'"),
         (
-            ["--policies", "host-only", "--max-new-tokens", "0"],
+            ["--policy", "host-only", "--max-new-tokens", "0"],
             "max_new_tokens must be a whole number in 1..2**31-1, got 0",
         ),
     ],
 )
 def test_refusals(tiny, capsys, args, message):
-    assert message in refusal(capsys, "demo", f"--checkpoint={tiny}", *args)
+    assert message in refusal(capsys, "demo", str(tiny), *args)

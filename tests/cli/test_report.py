@@ -161,7 +161,7 @@ def test_texts_of_a_file_cannot_end_the_script(simulated, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["none.json"], "expected this file, found none"),
+        (["none.json"], "none.json: expected what --timeline FILE wrote, found no such file"),
         (["RUN", "--steps=3:1"], "--steps must be FIRST:LAST"),
         (["RUN", "--layers=x"], "--layers must be FIRST:LAST"),
         (["RUN", "--out=RUN"], "is one of the timelines"),

@@ -27,7 +27,7 @@ def text(tmp_path):
     [
         ["generate", "CHECKPOINT", "--prompt=x", "--out=OUT"],
         ["calibrate", "CHECKPOINT", "--out=OUT"],
-        ["simulate", "--profile=mixtral-8x7b", "--json=OUT"],
+        ["simulate", "--profile=mixtral-8x7b", "--out=OUT"],
         ["trace", "CHECKPOINT", "--out=OUT", "--heldout-domains", "texts", "--text", "TEXT"],
     ],
     ids=lambda command: command[0],

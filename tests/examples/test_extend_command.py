@@ -68,7 +68,7 @@ def test_what_it_did_wrong_is_its_own_fault(install, tmp_path, capsys):
     )
     install("careless", {"layerscope.commands": {"wrong": "wrong_command:Wrong"}})
     code, out, err = output(capsys, "wrong")
-    assert (code, out) == (70, "")
+    assert (code, out) == (1, "")
     assert "error: this is a bug in careless, not in your input: ZeroDivisionError" in err
 
 

@@ -137,7 +137,7 @@ def files(tmp_path):
 
 def test_the_command_prints_tables_and_writes_rows(files, tmp_path, capsys):
     out = tmp_path / "new" / "rows.json"
-    options = ["--batch", "2", "5", "--budget", "5", "--json", str(out)]
+    options = ["--batch", "2", "5", "--device-budget", "5", "--out", str(out)]
     assert cli.main(["simulate", *files, *options]) == 0
     printed = capsys.readouterr().out
     assert "Decode, batch 2, 4 steps; hit rates at 5 of 18 experts" in printed
@@ -155,15 +155,16 @@ def test_the_command_prints_tables_and_writes_rows(files, tmp_path, capsys):
 
 def test_a_size_is_as_many_experts_as_it_holds(files, tmp_path, capsys):
     """An expert has 384 bytes."""
-    assert cli.main(["simulate", *files, "--policy", "host-only", "--batch", "2", "--budget", "2KB"]) == 0
+    options = ["--policy", "host-only", "--batch", "2", "--device-budget", "2KB"]
+    assert cli.main(["simulate", *files, *options]) == 0
     assert "room for 5 of 18 experts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--budget", "24G"], "with its unit, such as '24GiB', or a number of experts, got '24G'"),
-        (["--json", "."], "--json must be a file, got the folder ."),
+        (["--device-budget", "24G"], "with its unit, such as '24GiB', or a number of experts, got '24G'"),
+        (["--out", "."], "--out must be a file, got the folder ."),
         (["--policy", "nope"], "policies must be some of on-demand"),
     ],
 )
