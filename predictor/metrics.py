@@ -164,8 +164,8 @@ def prefetch(sums: BatchSums) -> tuple[np.ndarray, np.ndarray]:
 def batch_recall(covered: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Returns the recall [G] of a batch's set of experts, each weighed by its tokens.
 
-    As many experts as had a token are prefetched, those with most expected tokens; the recall is the share of the
-    (token, expert) pairs that they serve. In a batch of one token it is the exact top-k recall.
+    As many experts as had a token are prefetched, those with most expected tokens; the recall is the share of
+    the (token, expert) pairs that they serve. In a batch of one token it is the exact top-k recall.
 
     Args:
         covered: [G, E] coverage, by `prefetch`.

@@ -19,8 +19,8 @@ class Sums:
     Attributes:
         rows: [L, H, G, 3] exact recall, relaxed recall, rows.
         bins: [L, H, G, 10, 3] sums of `metrics.reliability`.
-        batches: size -> [L, H, G, 7] sums of `metrics.BatchScores` and `metrics.batch_recall`, and the number of
-            batches.
+        batches: size -> [L, H, G, 7] sums of `metrics.BatchScores` and `metrics.batch_recall`, and the
+            number of batches.
         curves: size -> [L, H, G, 2, E] sums of `metrics.prefetch`.
     """
 
@@ -74,7 +74,8 @@ def report(
 
     Returns:
         rows: for each predictor, domain, phase, horizon and batch size its figures. Recall is of all rows,
-            whatever the batch, `batch_recall` of its set of experts. `wraps` marks those of the layers whose target is in the next token's step.
+            whatever the batch, `batch_recall` of its set of experts. `wraps` marks those of the layers whose
+            target is in the next token's step.
             What cannot be said (the precision where nothing is foreseen) is None.
         layers: recall by layer, wrapping ones in place.
         calibration: bins, and their error.

@@ -1,7 +1,7 @@
 """Small models of published families: their layers, experts and choices, with every part that they have.
 
-Widths are small (hidden size 64), so that one core trains them within an hour; the numbers of layers, experts and
-choices, and what a layer consists of, are those of the published models.
+Widths are small (hidden size 64), so that one core trains them within an hour; the numbers of layers, experts
+and choices, and what a layer consists of, are those of the published models.
 """
 
 from __future__ import annotations
