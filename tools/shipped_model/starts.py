@@ -1,4 +1,4 @@
-"""What a small likeness of a published model begins as: a bigram model, beneath layers that add little yet."""
+"""How a small likeness of a published model begins: as a bigram model, with layers that add little yet."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SCALE = 0.5
 def started(
     params: dict[str, Any], documents: Iterable[np.ndarray], layers: int, seed: int
 ) -> dict[str, Any]:
-    """Initial parameters of a decoder: matrices that keep the scale of what they multiply, a bigram model's ends.
+    """Initial parameters of a decoder: random layers, and the embeddings and head of a bigram model.
 
-    A hidden size of 64 and a million tokens are few to learn from nothing which token follows which: that is given,
-    as well as 64 numbers a token can hold it, and what is trained is what layers make of more than one token.
+    A million tokens are few to learn from nothing which token follows which. That is given, as well as 64
+    numbers a token can hold it; what is trained is what the layers make of more than one token.
 
     Args:
         params: of a decoder with a head of its own, a pure dict; vectors stay as they are.

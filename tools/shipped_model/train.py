@@ -1,7 +1,7 @@
 """Trains a small mixture-of-experts model: `python -m tools.shipped_model.train --tokens DIR --out DIR`.
 
-The defaults made the shipped model; `--geometry` makes one of a published model's family, layers and experts. A
-killed run goes on from its last Orbax checkpoint when started again.
+The defaults made the shipped model; `--geometry` makes one of a published model's family, layers and experts.
+A killed run goes on from its last Orbax checkpoint when started again.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def has_selection_bias(params: Params) -> bool:
 def move_biases(params: Params, load: jax.Array, rate: float) -> Params:
     """Parameters with the routers' biases for choosing moved towards an even load, where there are any.
 
-    They have no gradient: a bias rises by `rate` where an expert got fewer tokens than the layer's mean, and falls
-    where it got more (arXiv 2408.15664).
+    They have no gradient: a bias rises by `rate` where an expert got fewer tokens than the layer's mean, and
+    falls where it got more (arXiv 2408.15664).
 
     Args:
         params: of a decoder, a pure dict.
