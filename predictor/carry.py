@@ -19,10 +19,10 @@ def carried(
 ) -> Params:
     """Initial parameters with those of another predictor in their place, as far as they fit.
 
-    A layer takes after the layer of the same group that lies as deep. The weight of the routers' forecast goes
-    over to any model, as a mean over the experts where their numbers differ; so do the blocks. What is of single
-    experts goes over where there are as many, and what is of hidden states where they are as wide: through both
-    PCAs, so that a component that both have means the same.
+    A layer takes after the layer of the same group that lies as deep. The weight of the routers' forecast
+    goes over to any model, as a mean over the experts where their numbers differ; so do the blocks. What is
+    of single experts goes over where there are as many, and what is of hidden states where they are as wide:
+    through both PCAs, so that a component that both have means the same.
 
     Args:
         params: initial parameters.
@@ -56,8 +56,8 @@ def carried(
         started[name] = stack_up(layers)
     if all(started[name] is params[name] for name in params):
         raise ValueError(
-            "start_from: expected a predictor whose networks have the same width, blocks and gates in one group "
-            "at least, got none; train with its settings of the groups, or from nothing"
+            "start_from: expected a predictor whose networks have the same width, blocks and gates in one "
+            "group at least, got none; train with its settings of the groups, or from nothing"
         )
     return started
 

@@ -99,8 +99,8 @@ def recording(model: Model, recipe: Recipe) -> RecordConfig:
     if there < FEWEST:
         more = round((FEWEST - there) * WORTH)
         raise ValueError(
-            f"text: expected {FEWEST:,} tokens or more to train on, got {there:,} (about one in four is kept for "
-            f"measuring); give about {more:,} tokens more, some {4 * more / 1e3:,.0f} kB of English text"
+            f"text: expected {FEWEST:,} tokens or more to train on, got {there:,} (about one in four is kept "
+            f"for measuring); give about {more:,} tokens more, some {4 * more / 1e3:,.0f} kB of English text"
         )
     if sum(passage.split == "heldout" for passage in passages) < 2:
         raise ValueError(

@@ -40,6 +40,7 @@ from layerscope_jax.cli.options import (
     open_model,
     open_predictor,
 )
+from layerscope_jax.cli.predictors import Predictors
 from layerscope_jax.cli.report import Report
 from layerscope_jax.cli.request_options import RequestOptions
 from layerscope_jax.cli.serve import Serve
@@ -233,7 +234,7 @@ class Generate(RequestOptions, EngineOptions):
         if not requests:
             return lines.refused
         answered = [row for row, _ in requests]
-        config = fitted(config, [request for _, request in requests])
+        config = fitted(self.measured(config, model), [request for _, request in requests])
         live = file is None and self.prompts is None
         with Engine(model, config, generation_config="none") as engine:  # the rows have their settings
             result = complete(
@@ -272,6 +273,7 @@ COMMANDS = {
     "doctor": Doctor,
     "convert": Convert,
     "trace": Record,
+    "predictor": Predictors,
     "calibrate": Calibrate,
     "simulate": Simulate,
     "report": Report,

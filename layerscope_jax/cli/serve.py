@@ -89,7 +89,7 @@ class Serve(EngineOptions):
         if serving.api_key is None and serving.host not in LOCAL:
             say(f"warning: whoever reaches {serving.host} may use the model; --api-key asks for a key")
         model = self.open_model()
-        with Engine(model, config, generation_config=self.generation_config) as engine:
+        with Engine(model, self.measured(config, model), generation_config=self.generation_config) as engine:
             engine.generate([[0]], max_new_tokens=2, stop_token_ids=[])  # compiles what every request needs
             with make(engine, serving, template) as server:
                 say(f"{serving.served_model_name} answers at {server.url}/v1; Ctrl-C ends it")
