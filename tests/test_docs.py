@@ -13,6 +13,7 @@ from docs_pages import LINK, NAMED_FILE, OPTION, PAGES, ROOT, anchors, blocks, c
 import layerscope_jax
 from layerscope_jax.cli import demo
 from layerscope_jax.cli.main import COMMANDS
+from layerscope_jax.cli.predictors import Predictors, Record, Scorecard, Train
 from layerscope_jax.models import FAMILIES
 from layerscope_jax.scheduling.registry import FORECASTING, POLICIES
 
@@ -33,6 +34,7 @@ OF_THE_READER = {
     "profile.json",
     "prompts.jsonl",
     "rows.json",
+    "verdict.json",
     "run.json",
     "special_tokens_map.json",
     "tokenizer.json",
@@ -99,7 +101,13 @@ def problem_of(words):
             return None
         if words[1] not in COMMANDS:
             return f"there is no command {words[1]}"
-        known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(COMMANDS[words[1]])}
+        command = COMMANDS[words[1]]
+        if command is Predictors:
+            parts = {"train": Train, "trace": Record, "scorecard": Scorecard}
+            if words[2] not in parts:
+                return f"there is no command {words[2]}"
+            command = parts[words[2]]
+        known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(command)}
         return f"unknown {sorted(options - known)}" if options - known else None
     module = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
     if module in ("venv", "pytest", "pip"):

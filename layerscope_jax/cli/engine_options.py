@@ -47,7 +47,11 @@ class EngineOptions:
     policy: PolicyName = "auto"
     predictor: Annotated[
         str | None,
-        arg(metavar="PREDICTOR", help=f"Forecasts experts for policies that prefetch. {PREDICTOR_HELP}"),
+        arg(
+            metavar="PREDICTOR",
+            help=f"Forecasts experts for policies that prefetch. {PREDICTOR_HELP} By default policy 'auto' "
+            "uses what `layerscope predictor train` measured to be best, or else 'gate'.",
+        ),
     ] = None
     profile: Annotated[
         str | None,
