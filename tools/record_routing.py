@@ -44,7 +44,7 @@ class Packing:
         requests: R, of all domains in turns.
         steps: S, decode steps that follow each prompt.
         prompt: fewest and most tokens of a prompt; lengths are drawn evenly between them.
-        kept: M, the likeliest experts of a forecast; 0 for one and a half times K, or 8 if that is more.
+        kept: M, the likeliest experts of a forecast; 0 for two more than K.
         levels: steps that probabilities are rounded to, a divisor of 255: fewer make a smaller file.
         gate_look_ahead: W of the gate's forecast; at most the trained predictor's.
         seed: of the requests and the lengths.
@@ -117,7 +117,7 @@ def pack(trace: Trace, llapor: LLaPor, packing: Packing, *, progress: bool = Tru
         Gate(routers, basis, nothing, choices),
         PreviousToken(nothing),
     ]
-    kept = min(packing.kept or max(8, -(-3 * choices // 2)), experts)
+    kept = min(packing.kept or choices + 2, experts)
     looked = {"llapor": len(horizons), "gate": min(packing.gate_look_ahead, len(horizons))}
     stored: dict[str, list[StoredForecast]] = {name: [] for name in looked}
     recall: dict[str, list[np.ndarray]] = {candidate.name: [] for candidate in candidates}
