@@ -121,7 +121,7 @@ def test_training_moves_them_and_keeps_the_checkpoints_asked_for(tmp_path, monke
         steps=4,
         rows=2,
         length=8,
-        save_every=1,
+        save_every=2,
         keep=(1,),
         evaluate_every=100,
         bias_rate=0.25,
@@ -131,6 +131,6 @@ def test_training_moves_them_and_keeps_the_checkpoints_asked_for(tmp_path, monke
     assert set(bias * 4) <= {-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0}
     assert bias.any()
     kept = {path.name for path in (config.out / "checkpoints").iterdir() if path.name.isdigit()}
-    assert kept == {"1", "3", "4"}
+    assert kept == {"1", "2", "4"}
     with pytest.raises(ValueError, match=r"expected `without` to name some of the domains .*counting, verse"):
         train(replace(config, out=tmp_path / "other", without=("prose",)))

@@ -272,8 +272,8 @@ def _train(
                 if done % config.evaluate_every == 0 or done == config.steps:
                     measured, _ = held_out(evaluate, params, heldout_tokens, config.rows, config.length, 32)
                     print(json.dumps({"step": done, "heldout": measured}), file=log, flush=True)
-                last = done == config.steps
-                checkpointer.save(done, {"params": params, "state": state}, force=last)
+                forced = done == config.steps or done in config.keep
+                checkpointer.save(done, {"params": params, "state": state}, force=forced)
     return params
 
 
