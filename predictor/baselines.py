@@ -186,9 +186,9 @@ class Gate:
             ahead = array.reshape(*array.shape[:-1], max(horizons), experts)
             return jnp.asarray(ahead[..., np.array(horizons) - 1, :])
 
-        bias = self.routers.selection_bias
-        if bias is not None:
-            bias = jnp.asarray(self.routers.of_next(bias, layer, max(horizons))[np.array(horizons) - 1])
+        bias = None
+        if (biases := self.routers.selection_bias) is not None:
+            bias = jnp.asarray(self.routers.of_next(biases, layer, max(horizons))[np.array(horizons) - 1])
         how = {"choices": self.choices, "score": self.routers.score}
         run = partial(_gate, picked(matrix), picked(offset), bias, **how)
         parts = in_pieces(run, rows.hidden[:, layer])

@@ -40,11 +40,17 @@ class Routers:
 
     @classmethod
     def of(cls, model: Model) -> Routers:
-        def stack(arrays: Iterable[jax.Array | None]) -> np.ndarray | None:
-            there = [np.asarray(array, np.float32) for array in arrays if array is not None]
-            return np.stack(there) if there else None
+        def stack(arrays: Iterable[jax.Array]) -> np.ndarray:
+            return np.stack([np.asarray(array, np.float32) for array in arrays])
 
-        return cls(*map(stack, zip(*model.routers(), strict=True)), model.config.routing.score)  # type: ignore[arg-type]
+        weights, scales, biases, selections = zip(*model.routers(), strict=True)
+        return cls(
+            stack(weights),
+            stack(scales),
+            None if biases[0] is None else stack(biases),
+            None if selections[0] is None else stack(selections),
+            model.config.routing.score,
+        )
 
     def save(self, folder: Path) -> None:
         arrays = {"weight": np.ascontiguousarray(self.weight.swapaxes(1, 2)), "scale": self.scale}

@@ -59,7 +59,7 @@ class Geometry:
 
 
 GeometryName = Literal["deepseek-v2-lite", "moonlight", "qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b"]
-"""Named as their profiles are (`layerscope_jax.profiling.machine_profile`)."""
+"""Named as the profiles of the published models are, where there are such."""
 
 GEOMETRIES: dict[GeometryName, Geometry] = {
     "deepseek-v2-lite": Geometry(
