@@ -10,7 +10,7 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.prediction.traces import Trace
 from layerscope_jax.support.checks import Problems
-from predictor.dataset import for_training
+from predictor.dataset import for_training, for_validation
 from predictor.llapor import LLaPor
 from predictor.record import RecordConfig, passages_of, read_domains, record
 from predictor.train import TrainConfig, train
@@ -102,9 +102,11 @@ def recording(model: Model, recipe: Recipe) -> RecordConfig:
             f"text: expected {FEWEST:,} tokens or more to train on, got {there:,} (about one in four is kept "
             f"for measuring); give about {more:,} tokens more, some {4 * more / 1e3:,.0f} kB of English text"
         )
-    if sum(passage.split == "heldout" for passage in passages) < 2:
+    heldout = sum(passage.split == "heldout" for passage in passages)
+    if heldout < 2 or not any(map(for_validation, passages)):
         raise ValueError(
-            "text: expected documents to measure on, got fewer than two passages of them; give more"
+            f"text: expected two passages to measure on and one to validate with, of documents that are not "
+            f"trained on, got {heldout} and {sum(map(for_validation, passages))}; give more documents"
         )
     return config
 
