@@ -17,7 +17,7 @@ import numpy as np
 
 from layerscope_jax.prediction import history
 from layerscope_jax.prediction.history import turn_ahead
-from layerscope_jax.prediction.predictors import NextGate, router_shares
+from layerscope_jax.prediction.predictors import NextGate, choosing_logits, router_shares
 from layerscope_jax.scheduling.geometry import RoutedExperts
 from predictor.dataset import Rows
 from predictor.linear import LinearParams, linear_logits
@@ -186,7 +186,11 @@ class Gate:
             ahead = array.reshape(*array.shape[:-1], max(horizons), experts)
             return jnp.asarray(ahead[..., np.array(horizons) - 1, :])
 
-        run = partial(_gate, picked(matrix), picked(offset), choices=self.choices)
+        bias = None
+        if (biases := self.routers.selection_bias) is not None:
+            bias = jnp.asarray(self.routers.of_next(biases, layer, max(horizons))[np.array(horizons) - 1])
+        how = {"choices": self.choices, "score": self.routers.score}
+        run = partial(_gate, picked(matrix), picked(offset), bias, **how)
         parts = in_pieces(run, rows.hidden[:, layer])
         layers = len(self.basis.mean)
         beyond = [place for place, horizon in enumerate(horizons) if turn_ahead(layer, horizon, layers)[0]]
@@ -195,9 +199,19 @@ class Gate:
         return Forecast(*parts)
 
 
-@partial(jax.jit, static_argnames="choices")
-def _gate(matrix: jax.Array, offset: jax.Array, hidden: jax.Array, *, choices: int) -> tuple[jax.Array, ...]:
+@partial(jax.jit, static_argnames=("choices", "score"))
+def _gate(
+    matrix: jax.Array,
+    offset: jax.Array,
+    bias: jax.Array | None,
+    hidden: jax.Array,
+    *,
+    choices: int,
+    score: str,
+) -> tuple[jax.Array, ...]:
     logits = jnp.einsum("np,phe->nhe", hidden.astype(jnp.float32), matrix) + offset[None]
+    if bias is not None:
+        logits = choosing_logits(logits, bias[None], score)
     return router_shares(logits, choices), logits
 
 

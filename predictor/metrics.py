@@ -159,3 +159,21 @@ def prefetch(sums: BatchSums) -> tuple[np.ndarray, np.ndarray]:
     fetched = np.arange(1, counts.shape[-1] + 1)
     covered = np.cumsum(counts, -1)
     return np.cumsum(counts == 0, -1) / fetched, covered / np.maximum(covered[:, -1:], 1e-30)
+
+
+def batch_recall(covered: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns the recall [G] of a batch's set of experts, each weighed by its tokens.
+
+    As many experts as had a token are prefetched, those with most expected tokens; the recall is the share of
+    the (token, expert) pairs that they serve. In a batch of one token it is the exact top-k recall.
+
+    Args:
+        covered: [G, E] coverage, by `prefetch`.
+        counts: [G, E] number of tokens that chose each expert; at least one for each batch.
+
+    >>> covered, counts = np.array([[0.75, 0.75, 1.0]]), np.array([[3.0, 1.0, 0.0]])
+    >>> batch_recall(covered, counts).tolist()
+    [0.75]
+    """
+    present = (counts > 0).sum(-1, keepdims=True)
+    return np.take_along_axis(covered, present - 1, -1)[:, 0]

@@ -27,11 +27,20 @@ from layerscope_jax.prediction.traces import Trace, TraceWriter
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.locks import locked_folder
-from predictor.documents import Document, heldout_ids, read_documents, stable_hash
+from predictor.documents import (
+    MIN_HELDOUT,
+    Document,
+    cut_blocks,
+    heldout_ids,
+    numbered,
+    read_documents,
+    stable_hash,
+)
 from predictor.pca import Basis, Moments, reduce
 from predictor.routers import Routers
 
 CHUNK_PASSAGES = 64
+PIECE_CHARS = 2000  # at least, of a text that is cut for want of documents
 SHORTEST = 16  # tokens; shorter ends of documents are left out
 
 
@@ -89,16 +98,9 @@ def record(model: Model, config: RecordConfig) -> Trace:
         ValueError: for text that cannot be read, or a folder that holds another trace or is in use by another
             run.
     """
-    if model.tokenizer is None:
-        raise ValueError("recording from text needs a tokenizer.json beside the model's weights, found none")
-    length = min(config.length, model.config.max_position_embeddings)
     domains = read_domains(config.text)
-    missing = set(config.heldout_domains) - domains.keys()
-    if missing:
-        raise ValueError(
-            f"heldout-domains must be some of {', '.join(sorted(domains))}, got {', '.join(sorted(missing))}"
-        )
-    passages = choose(domains, model.tokenizer, length, config)
+    passages = passages_of(model, config, domains)
+    length = min(config.length, model.config.max_position_embeddings)
     header = TraceHeader(
         model=ModelIdentity.of(model),
         hidden=min(config.hidden, model.config.hidden_size),
@@ -125,6 +127,30 @@ def record(model: Model, config: RecordConfig) -> Trace:
                 _record(Tap(engine), passages, config, writer)
             writer.finish()
     return Trace.open(config.out)
+
+
+def passages_of(
+    model: Model, config: RecordConfig, domains: dict[str, list[Document]] | None = None
+) -> list[tuple[Passage, list[int]]]:
+    """Returns the passages that would be recorded, with their tokens.
+
+    Args:
+        model: the model, for its tokenizer and context.
+        config: settings of the recording.
+        domains: the text, if it has been read.
+
+    Raises:
+        ValueError: for text that cannot be read, or a model without a tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ValueError("recording from text needs a tokenizer.json beside the model's weights, found none")
+    domains = read_domains(config.text) if domains is None else domains
+    missing = set(config.heldout_domains) - domains.keys()
+    if missing:
+        raise ValueError(
+            f"heldout-domains must be some of {', '.join(sorted(domains))}, got {', '.join(sorted(missing))}"
+        )
+    return choose(domains, model.tokenizer, min(config.length, model.config.max_position_embeddings), config)
 
 
 def read_domains(files: Iterable[Path]) -> dict[str, list[Document]]:
@@ -169,7 +195,8 @@ def choose(
     Complete documents are taken in the order of a hash of their ids, up to the number of tokens.
     """
     chosen: list[tuple[Passage, list[int]]] = []
-    for domain, documents in domains.items():
+    for domain, whole in domains.items():
+        documents = whole if domain in config.heldout_domains else divided(whole)
         ids = [document.id for document in documents]
         if domain in config.heldout_domains:
             heldout = set(ids)
@@ -193,6 +220,22 @@ def choose(
                     room[split] -= len(piece)
     order = np.random.default_rng(config.seed).permutation(len(chosen))
     return [chosen[index] for index in order]
+
+
+def divided(documents: Sequence[Document]) -> Sequence[Document]:
+    """Returns documents, those of a domain that has too few to hold any out cut at blank lines.
+
+    >>> book = Document(id="book", text="\n\n".join(["a line of a book " * 150] * 4))
+    >>> [piece.id for piece in divided([book])]
+    ['book/000', 'book/001', 'book/002', 'book/003']
+    """
+    if len(documents) > MIN_HELDOUT:
+        return documents
+    return [
+        piece
+        for document in documents
+        for piece in numbered(document.id, cut_blocks(document.text, chars=PIECE_CHARS))
+    ]
 
 
 class Tap:

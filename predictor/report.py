@@ -19,7 +19,8 @@ class Sums:
     Attributes:
         rows: [L, H, G, 3] exact recall, relaxed recall, rows.
         bins: [L, H, G, 10, 3] sums of `metrics.reliability`.
-        batches: size -> [L, H, G, 6] sums of `metrics.BatchScores`, and the number of batches.
+        batches: size -> [L, H, G, 7] sums of `metrics.BatchScores` and `metrics.batch_recall`, and the
+            number of batches.
         curves: size -> [L, H, G, 2, E] sums of `metrics.prefetch`.
     """
 
@@ -46,11 +47,13 @@ class Sums:
         sums, group = metrics.BatchSums(*(part[there] for part in sums)), group[there]
         shape = self.rows.shape[:3]
         experts = sums.counts.shape[-1]
-        scores = self.batches.setdefault(size, np.zeros((*shape, 6)))
+        scores = self.batches.setdefault(size, np.zeros((*shape, 7)))
         curves = self.curves.setdefault(size, np.zeros((*shape, 2, experts)))
-        each = np.stack([*metrics.batch_scores(sums), np.ones(len(group))], 1)
+        curve = metrics.prefetch(sums)
+        recall = metrics.batch_recall(curve[1], sums.counts)
+        each = np.stack([*metrics.batch_scores(sums), recall, np.ones(len(group))], 1)
         np.add.at(scores[at], group, each)
-        np.add.at(curves[at], group, np.stack(metrics.prefetch(sums), 1))
+        np.add.at(curves[at], group, np.stack(curve, 1))
 
 
 def report(
@@ -71,7 +74,8 @@ def report(
 
     Returns:
         rows: for each predictor, domain, phase, horizon and batch size its figures. Recall is of all rows,
-            whatever the batch. `wraps` marks those of the layers whose target is in the next token's step.
+            whatever the batch, `batch_recall` of its set of experts. `wraps` marks those of the layers whose
+            target is in the next token's step.
             What cannot be said (the precision where nothing is foreseen) is None.
         layers: recall by layer, wrapping ones in place.
         calibration: bins, and their error.
@@ -121,12 +125,13 @@ def _rows(total: Sums, at: Any, layers: slice) -> Iterator[dict[str, Any]]:
     exact, relaxed = _mean(_share(rows[:, :2], rows[:, 2:]))
     recall = {"recall": _number(exact), "relaxed_recall": _number(relaxed), "rows": int(rows[:, -1].max())}
     for size, scores in total.batches.items():
-        foreseen, present, both, error, tokens, batches = scores[at][layers].T
+        foreseen, present, both, error, tokens, covered, batches = scores[at][layers].T
         if batches.any():
             yield {
                 "batch": size,
                 "batches": int(batches.max()),
                 **recall,
+                "batch_recall": _number(_mean(_share(covered, batches))),
                 "presence_precision": _number(_mean(_share(both, foreseen))),
                 "presence_recall": _number(_mean(_share(both, present))),
                 "count_error": _number(_mean(_share(error, batches))),

@@ -219,10 +219,11 @@ def bin_sums(
 
 def main() -> None:
     """Runs the command line; see `layerscope_jax.support.exits`."""
-    exits.end(lambda args: _run(tyro.cli(ScoreConfig, description=__doc__, args=args)))
+    exits.end(lambda args: score_and_show(tyro.cli(ScoreConfig, description=__doc__, args=args)))
 
 
-def _run(config: ScoreConfig) -> None:
+def score_and_show(config: ScoreConfig) -> None:
+    """Scores, prints the tables, and writes what else is wanted."""
     exits.need_output()
     if config.plots is not None:
         need_matplotlib()  # before the work, not after it

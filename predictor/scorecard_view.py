@@ -27,6 +27,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(recall_table(result))
     console.print(f"In batches of {main_phase(result)} rows, mean over domains")
     console.print(batch_table(result))
+    console.print("Recall of as many experts as a batch of B needs, weighed by their tokens, in %")
+    console.print(batch_recall_table(result))
     for line in (*verdict(result), *left_out(result)):
         console.print(line, highlight=False)
 
@@ -104,6 +106,20 @@ def batch_table(result: dict[str, Any]) -> Table:
         "prec, rec: of the experts present in a batch of B, in %; err: of an expert's expected tokens, in % "
         "of their mean; calib err: of the probabilities"
     )
+    return table
+
+
+def batch_recall_table(result: dict[str, Any]) -> Table:
+    """Returns a table with a line for each predictor and horizon, and a column for each batch size."""
+    rows, phase = result["rows"], main_phase(result)
+    sizes = names(rows, "batch")
+    table = new_table("predictor", "ahead", *(f"B={size}" for size in sizes))
+    for predictor in names(rows, "predictor"):
+        for place, horizon in enumerate(result["horizons"]):
+            point = fixed(predictor, horizon, phase)
+            figures = [percent(mean_of(result, "batch_recall", **point, batch=size)) for size in sizes]
+            table.add_row("" if place else predictor, str(horizon), *figures)
+        table.add_section()
     return table
 
 

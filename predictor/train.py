@@ -32,6 +32,7 @@ from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import read_json, write_file
 from layerscope_jax.support.jax_settings import random_key
 from layerscope_jax.support.locks import locked_folder
+from predictor.carry import carried
 from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
 from predictor.llapor import LLaPor
 from predictor.network import GroupConfig
@@ -53,6 +54,7 @@ class TrainConfig:
         traces: folder made by `layerscope trace`.
         out: folder for the predictor, its checkpoints and `log.jsonl`.
         look_ahead: W, how many layers ahead are predicted.
+        start_from: folder of another predictor, of this or another model, to begin with (`predictor.carry`).
         leave_out: domains of the trace that are not trained on, so that they are new to the predictor.
         tokens: maximum number of training rows.
         epochs: passes over the rows.
@@ -69,6 +71,7 @@ class TrainConfig:
     traces: Path
     out: Path
     look_ahead: int = 8
+    start_from: Path | None = None
     leave_out: tuple[str, ...] = ()
     tokens: int = 65_536
     epochs: int = 2
@@ -173,6 +176,8 @@ def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
         update,
     )
     params = first_params(model, stacked, config.look_ahead, config.seed)
+    if config.start_from is not None:
+        params = carried(params, stacked, basis, config.look_ahead, LLaPor.load(config.start_from))
     state = update.init(params)
     best = jax.tree.map(jnp.copy, params)
     at = Progressed()
@@ -284,9 +289,10 @@ def check_same_run(config: TrainConfig, trace: Trace) -> None:
     }
     for name in ("traces", "out", "save_every"):
         del settings[name]
-    if not config.leave_out:  # earlier runs lack this setting
-        del settings["leave_out"]
-    settings = json.loads(json.dumps(settings))
+    for name in ("leave_out", "start_from"):  # earlier runs lack these settings
+        if not settings[name]:
+            del settings[name]
+    settings = json.loads(json.dumps(settings, default=str))
     file = config.out / "run.json"
     if not file.exists():
         write_file(file, json.dumps(settings, indent=1))

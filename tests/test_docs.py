@@ -33,6 +33,7 @@ OF_THE_READER = {
     "profile.json",
     "prompts.jsonl",
     "rows.json",
+    "verdict.json",
     "run.json",
     "special_tokens_map.json",
     "tokenizer.json",

@@ -44,16 +44,18 @@ class Packing:
         requests: R, of all domains in turns.
         steps: S, decode steps that follow each prompt.
         prompt: fewest and most tokens of a prompt; lengths are drawn evenly between them.
-        kept: M, the likeliest experts of a forecast; 0 for one and a half times K, or 8 if that is more.
+        kept: M, the likeliest experts of a forecast; 0 for two more than K.
+        levels: steps that probabilities are rounded to, a divisor of 255: fewer make a smaller file.
         gate_look_ahead: W of the gate's forecast; at most the trained predictor's.
         seed: of the requests and the lengths.
     """
 
     requests: int = 64
-    steps: int = 16
+    steps: int = 64
     prompt: tuple[int, int] = (16, 64)
     kept: int = 0
-    gate_look_ahead: int = 4
+    levels: int = 15
+    gate_look_ahead: int = 2
     seed: int = 0
 
 
@@ -94,6 +96,8 @@ def pack(trace: Trace, llapor: LLaPor, packing: Packing, *, progress: bool = Tru
     least, most = packing.prompt
     if not 1 <= least <= most:
         raise ValueError(f"prompt must be two lengths, the smaller one first, got {least} and {most}")
+    if packing.levels < 1 or 255 % packing.levels:
+        raise ValueError(f"levels must be a divisor of 255, such as 15, 51 or 255, got {packing.levels}")
     long = most + packing.steps
     what = f"held-out passages of {long} tokens or more"
     rows = load_rows(trace, lambda passage: passage.split == "heldout" and passage.tokens >= long, what=what)
@@ -113,7 +117,7 @@ def pack(trace: Trace, llapor: LLaPor, packing: Packing, *, progress: bool = Tru
         Gate(routers, basis, nothing, choices),
         PreviousToken(nothing),
     ]
-    kept = min(packing.kept or max(8, -(-3 * choices // 2)), experts)
+    kept = min(packing.kept or choices + 2, experts)
     looked = {"llapor": len(horizons), "gate": min(packing.gate_look_ahead, len(horizons))}
     stored: dict[str, list[StoredForecast]] = {name: [] for name in looked}
     recall: dict[str, list[np.ndarray]] = {candidate.name: [] for candidate in candidates}
@@ -129,7 +133,7 @@ def pack(trace: Trace, llapor: LLaPor, packing: Packing, *, progress: bool = Tru
             recall[candidate.name].append((right * known).sum(0) / known.sum(0))
             if candidate.name in looked:
                 ahead = found.probabilities[decoded, : looked[candidate.name]]
-                stored[candidate.name].append(likeliest(ahead, kept))
+                stored[candidate.name].append(likeliest(ahead, kept, packing.levels))
     chosen = [rows.passages[index] for index in picked]
     prompts = np.minimum(starts[:, None] + np.arange(most), len(rows) - 1)  # [R, P]
     real = np.arange(most)[None] < lengths[:, None]
@@ -173,14 +177,14 @@ def choose(passages: Sequence[Passage], packing: Packing) -> list[int]:
     return [index for _, _, index in turns[: packing.requests]]
 
 
-def likeliest(probabilities: np.ndarray, kept: int) -> StoredForecast:
+def likeliest(probabilities: np.ndarray, kept: int, levels: int = 255) -> StoredForecast:
     """The `kept` likeliest experts of [..., E], best first, and their probabilities in 255ths.
 
-    >>> [part.tolist() for part in likeliest(np.array([0.1, 0.0, 1.0, 0.4]), 2)]
-    [[2, 3], [255, 102]]
+    >>> [part.tolist() for part in likeliest(np.array([0.1, 0.0, 1.0, 0.45]), 2, levels=15)]
+    [[2, 3], [255, 119]]
     """
     order = np.argsort(-probabilities, -1, kind="stable")[..., :kept]
-    found = np.rint(255 * np.take_along_axis(probabilities, order, -1))
+    found = np.rint(levels * np.take_along_axis(probabilities, order, -1)) * (255 // levels)
     return StoredForecast(order.astype(np.uint8), found.astype(np.uint8))
 
 
@@ -205,12 +209,14 @@ def origin(options: Options) -> dict[str, Any]:
     config = run_config(options.run, options.tokens)
     steps = json.loads((options.run / "log.jsonl").read_text().splitlines()[-1])["step"]
     losses, _ = measure(config, options.model)
-    train, heldout = (PackedTokens.open(options.tokens / split) for split in ("train", "heldout"))
+    train = PackedTokens.open(options.tokens / "train", without=config.without)
+    heldout = PackedTokens.open(options.tokens / "heldout")
     shown = [
         train.batch(config.rows, config.length + 1, seed=config.seed, step=step) for step in range(steps)
     ]
     vocab_size = len(read_json(options.tokens / "tokenizer.json")["model"]["vocab"])
     bigram = Bigram([np.concatenate(shown).reshape(-1)], vocab_size)
+    shape = config.model_config(vocab_size)
     for row in losses:
         windows = heldout.windows(row["domain"], config.length + 1, WINDOWS)
         row["bigram_shown"] = np.mean([bigram.loss(window)[1] for window in windows])
@@ -219,8 +225,9 @@ def origin(options: Options) -> dict[str, Any]:
     return {
         "name": options.name,
         "trained_tokens": steps * config.rows * config.length,
-        "hidden": config.hidden,
-        "moe_intermediate_size": config.moe_intermediate_size,
+        "family": shape.family,
+        "hidden": shape.hidden_size,
+        "moe_intermediate_size": shape.moe_intermediate_size,
         "loss": {row["domain"]: {name: round(float(row[name]), 3) for name in models} for row in losses},
         "predictor": {name: trained[name] for name in ("tokens", "epochs", "look_ahead")},
     }

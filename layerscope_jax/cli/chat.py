@@ -84,7 +84,9 @@ class Talk(RequestOptions, EngineOptions):
             model = self.open_model()
             if model.tokenizer is None:
                 raise ValueError(f"{self.checkpoint} has no tokenizer, which a conversation needs")
-            with Engine(model, config, generation_config=self.generation_config) as engine:
+            with Engine(
+                model, self.measured(config, model), generation_config=self.generation_config
+            ) as engine:
                 talking = Talking(engine, model, chat, settings, variables, self.system, quiet=self.json)
                 talking.run()
         if self.json:

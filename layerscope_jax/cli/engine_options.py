@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +24,7 @@ from layerscope_jax.cli.options import (
     Revision,
     folder_of,
     known_format,
+    measured_predictor,
     open_model,
     open_predictor,
     open_profile,
@@ -47,7 +48,11 @@ class EngineOptions:
     policy: PolicyName = "auto"
     predictor: Annotated[
         str | None,
-        arg(metavar="PREDICTOR", help=f"Forecasts experts for policies that prefetch. {PREDICTOR_HELP}"),
+        arg(
+            metavar="PREDICTOR",
+            help=f"Forecasts experts for policies that prefetch. {PREDICTOR_HELP} By default policy 'auto' "
+            "uses what `layerscope predictor train` measured to be best, or else 'gate'.",
+        ),
     ] = None
     profile: Annotated[
         str | None,
@@ -102,6 +107,15 @@ class EngineOptions:
         make_policy(self.policy)
         known_format(self.expert_format)  # before anything is fetched
         return config
+
+    def measured(self, config: OffloadConfig, model: Model) -> OffloadConfig:
+        """Returns the config for a model: policy "auto" takes the predictor that was measured to be best.
+
+        `layerscope predictor train` measures. A predictor that was asked for is kept.
+        """
+        if self.predictor is not None or self.policy != "auto":
+            return config
+        return replace(config, predictor=measured_predictor(self.folder, model))
 
     @cached_property
     def folder(self) -> Path:

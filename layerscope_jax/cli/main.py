@@ -44,6 +44,7 @@ from layerscope_jax.cli.options import (
     open_predictor,
 )
 from layerscope_jax.cli.perplexity import PerplexityOf
+from layerscope_jax.cli.predictors import Predictors
 from layerscope_jax.cli.report import Report
 from layerscope_jax.cli.request_options import RequestOptions
 from layerscope_jax.cli.serve import Serve
@@ -263,7 +264,7 @@ class Generate(RequestOptions, EngineOptions):
         if not requests:
             return Done(lines.refused, None, lines.kept)
         answered = [row for row, _ in requests]
-        config = fitted(config, [request for _, request in requests])
+        config = fitted(self.measured(config, model), [request for _, request in requests])
         live = file is None and self.prompts is None and not self.json
         with Engine(model, config, generation_config="none") as engine:  # the rows have their settings
             result = complete(
@@ -311,6 +312,7 @@ COMMANDS = {
     "doctor": Doctor,
     "convert": Convert,
     "trace": Record,
+    "predictor": Predictors,
     "calibrate": Calibrate,
     "simulate": Simulate,
     "report": Report,

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from layerscope_jax.checkpoints import hub
+from layerscope_jax.checkpoints.identity import ModelIdentity
 from layerscope_jax.checkpoints.model import Model, load
 from layerscope_jax.cli import demo
 from layerscope_jax.formats import format_named
@@ -168,6 +169,33 @@ def open_predictor(predictor: str | None) -> Predictor | str | None:
 
     with option("--predictor"):
         return trained.shipped() if predictor == SHIPPED else trained.load(predictor)
+
+
+def own_predictor(folder: Path) -> Path:
+    """The folder of a model's own predictor, which `layerscope predictor train` writes."""
+    return folder / "predictor"
+
+
+def measured_predictor(folder: Path, model: Model) -> Predictor | str | None:
+    """Returns what was measured to be best for the model of a folder.
+
+    None if nothing was measured, or if that was of the model with other weights or in another dtype.
+    """
+    own = own_predictor(folder)
+    if not own.is_dir():
+        return None
+    from predictor.verdict import chosen  # imported late, because it imports Optax
+
+    with option("--predictor"):
+        best = chosen(own)
+    if best is None or isinstance(best, str):
+        return best
+    try:
+        ModelIdentity.of(model).check(best.model, f"the predictor in {own}")
+    except ValueError as error:
+        say(f"{error}; it is not used")
+        return None
+    return best
 
 
 def open_profile(profile: str | None) -> MachineProfile | None:

@@ -114,7 +114,7 @@ class Serve(EngineOptions):
         model = self.open_model()
         context = min(self.max_model_len or model.config.max_position_embeddings, self.warmup_tokens)
         config = replace(config, slot_tokens=context)
-        with Engine(model, config, generation_config=self.generation_config) as engine:
+        with Engine(model, self.measured(config, model), generation_config=self.generation_config) as engine:
             engine.generate([[0]], max_new_tokens=2, stop_token_ids=[])  # compiles what every request needs
             if context > 1:
                 say(f"compiling for requests of up to {context} tokens (--warmup-tokens)")

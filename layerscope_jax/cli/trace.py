@@ -26,26 +26,28 @@ from layerscope_jax.engine import make_policy
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.exits import say
 
+Text = Annotated[
+    tuple[Path, ...],
+    arg(
+        metavar="FILE ...",
+        help='JSON lines {"id", "text"}, whose domain is the name of the file, or plain texts, each a '
+        "document whose domain is the name of its folder.",
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """Record which experts a model chooses on real text, and the hidden states they are chosen by.
 
-    `python -m predictor.train` trains a predictor on the trace.
+    `python -m predictor.train` trains a predictor on the trace; `layerscope predictor train` does both.
 
     Examples:
         layerscope trace path/to/checkpoint --text prose.jsonl code.jsonl --out build/trace
     """
 
     checkpoint: Checkpoint
-    text: Annotated[
-        tuple[Path, ...],
-        arg(
-            metavar="FILE ...",
-            help='JSON lines {"id", "text"}, whose domain is the name of the file, or plain texts, each a '
-            "document whose domain is the name of its folder.",
-        ),
-    ]
+    text: Text
     out: Annotated[Path, arg(metavar="FOLDER", help="Folder for the trace; an interrupted one is continued.")]
     heldout_domains: Annotated[
         tuple[str, ...],

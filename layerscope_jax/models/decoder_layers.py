@@ -63,10 +63,19 @@ def mlp_of(config: ModelConfig, inner: int, *, rngs: nnx.Rngs, dtype: jnp.dtype)
 
 
 class RouterWeights(NamedTuple):
-    """The router of a MoE layer, and the norm whose output it reads."""
+    """The router of a MoE layer, and the norm whose output it reads.
 
-    weight: Any  # [E, D]
-    scale: Any  # [D]
+    Attributes:
+        weight: [E, D].
+        scale: [D], of the norm.
+        bias: [E], added to the logits; None for none.
+        selection_bias: [E], added to the scores for choosing alone; None for none.
+    """
+
+    weight: Any
+    scale: Any
+    bias: Any = None
+    selection_bias: Any = None
 
 
 class RoutedLayer(DecoderLayer):
@@ -124,8 +133,9 @@ class RoutedLayer(DecoderLayer):
     @staticmethod
     def router_of(params: Mapping[str, Any], config: ModelConfig) -> RouterWeights:
         """The router among the parameters of such a layer of a model, a pure dict."""
-        scale = params["moe_norm"]["scale"]
-        return RouterWeights(params["router"]["weight"], scale + 1 if config.norm == "rms_offset" else scale)
+        scale, router = params["moe_norm"]["scale"], params["router"]
+        scale = scale + 1 if config.norm == "rms_offset" else scale
+        return RouterWeights(router["weight"], scale, router.get("bias"), router.get("selection_bias"))
 
 
 ATTENTIONS |= {"grouped": Attention, "latent": LatentAttention, "delta": DeltaNet}

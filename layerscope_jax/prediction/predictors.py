@@ -75,7 +75,7 @@ class NextGate(PredictorBase):
 
     def bind(self, model: Model) -> list[RoutersAhead]:
         """Returns the model's own arrays, without copies; only one number for each layer is new."""
-        routers = model.routers()
+        routers, score = model.routers(), model.config.routing.score
         counts = [jax.device_put(np.int32(count), model.device) for count in range(self.look_ahead + 1)]
         params = []
         for number, router in enumerate(routers):
@@ -88,6 +88,10 @@ class NextGate(PredictorBase):
                     scales=tuple(each.scale for each in filled),
                     weights=tuple(each.weight for each in filled),
                     known=counts[len(ahead)],
+                    biases=None if router.bias is None else tuple(each.bias for each in filled),
+                    selection=None
+                    if router.selection_bias is None
+                    else Selection(tuple(each.selection_bias for each in filled), score),
                 )
             )
         return params
@@ -102,7 +106,14 @@ class NextGate(PredictorBase):
             matmul(plain * scale.astype(jnp.float32)[None], weight.astype(jnp.float32))
             for scale, weight in zip(params.scales, params.weights, strict=True)
         ]
-        shares = router_shares(jnp.stack(logits), experts.shape[1])
+        stacked = jnp.stack(logits)  # [W, T, E]
+        if params.biases is not None:
+            stacked += jnp.stack(params.biases).astype(jnp.float32)[:, None]
+        if params.selection is not None:
+            stacked = choosing_logits(
+                stacked, jnp.stack(params.selection.biases)[:, None], params.selection.score
+            )
+        shares = router_shares(stacked, experts.shape[1])
         known = jnp.arange(self.look_ahead, dtype=jnp.int32) < params.known
         return jnp.where(known[:, None, None], shares, 0.0)
 
@@ -118,6 +129,40 @@ def router_shares(logits: jax.Array, choices: int) -> jax.Array:
     return jnp.minimum(1.0, choices * jax.nn.softmax(logits, -1))
 
 
+def choosing_logits(logits: jax.Array, bias: jax.Array, score: str) -> jax.Array:
+    """Returns logits in the order in which a router with a bias for choosing chooses.
+
+    Without a bias they are the logits of sigmoid scores as they were.
+
+    Args:
+        logits: [..., E] of the router.
+        bias: broadcast to them, what is added to the scores for choosing alone.
+        score: as in `RoutingRule.score`.
+
+    >>> choosing_logits(jnp.array([0.0, 1.0]), jnp.array([0.25, 0.0]), "sigmoid").round(2).tolist()
+    [1.1, 1.0]
+    """
+    scores = jax.nn.sigmoid(logits) if score == "sigmoid" else jax.nn.softmax(logits, -1)
+    ranked = jnp.clip(scores + bias, 1e-6, 1 - 1e-6)
+    return jnp.log(ranked) - jnp.log1p(-ranked)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Biases for choosing, of W routers; a pytree.
+
+    Attributes:
+        biases: W arrays [E].
+        score: as in `RoutingRule.score`; not an array.
+    """
+
+    biases: tuple[jax.Array, ...]
+    score: str
+
+
+jax.tree_util.register_dataclass(Selection, ["biases"], ["score"])
+
+
 class RoutersAhead(NamedTuple):
     """Parameters of `NextGate` in one layer.
 
@@ -125,12 +170,16 @@ class RoutersAhead(NamedTuple):
         own: [D] scale of the norm before the layer's own router.
         scales, weights: W arrays [D] and [E, D] of the next layers.
         known: [] number of next layers that exist; the rest of the W are substitutes.
+        biases: W arrays [E] that are added to the logits; None where routers have none.
+        selection: what is added to scores for choosing; None where routers have none.
     """
 
     own: jax.Array
     scales: tuple[jax.Array, ...]
     weights: tuple[jax.Array, ...]
     known: jax.Array
+    biases: tuple[jax.Array, ...] | None = None
+    selection: Selection | None = None
 
 
 def routers_ahead(weight: np.ndarray, scale: np.ndarray, layer: int, look_ahead: int) -> np.ndarray:

@@ -14,6 +14,7 @@ the M likeliest experts of each forecast:
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,17 @@ def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     Raises:
         ValueError: if it cannot be written.
     """
-    write_file(path, {"header": np.array(json.dumps(header)), **arrays})
+    write_file(path, lambda file: _pack(file, {"header": np.array(json.dumps(header)), **arrays}))
+
+
+def _pack(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as `np.load` reads them, packed by LZMA: two thirds of `np.savez_compressed`'s bytes."""
+    with zipfile.ZipFile(file, "w") as packed:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy")  # of a fixed date, so that equal arrays make equal files
+            entry.compress_type = zipfile.ZIP_LZMA
+            with packed.open(entry, "w") as opened:
+                np.lib.format.write_array(opened, array, allow_pickle=False)
 
 
 def check(header: Any, arrays: Mapping[str, np.ndarray]) -> RoutedExperts:

@@ -77,3 +77,5 @@ def test_prefetch_by_hand():
     wasted, covered = metrics.prefetch(metrics.BatchSums(expected, np.zeros_like(expected), counts))
     np.testing.assert_allclose(wasted, [[0, 1 / 2, 2 / 3, 2 / 4]])
     np.testing.assert_allclose(covered, [[3 / 4, 3 / 4, 3 / 4, 1]])
+    # Two had a token; of the two with most expected tokens one did, with three of the four.
+    np.testing.assert_allclose(metrics.batch_recall(covered, counts), [3 / 4])

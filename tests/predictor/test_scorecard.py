@@ -72,8 +72,8 @@ def test_the_truth_has_full_marks_everywhere(card):
         for wraps in (False, True)
     }
     for row in found:
-        full = ("recall", "relaxed_recall", "presence_precision", "presence_recall")
-        assert [row[name] for name in full] == [1.0] * 4
+        full = ("recall", "relaxed_recall", "batch_recall", "presence_precision", "presence_recall")
+        assert [row[name] for name in full] == [1.0] * 5
         assert row["count_error"] == row["count_error_relative"] == 0.0
     for row in chosen(card, "layers", predictor="oracle"):
         assert row["recall"] == [1.0] * LAYERS
@@ -85,6 +85,11 @@ def test_the_truth_has_full_marks_everywhere(card):
         assert row["covered"] == [0.5] + [1.0] * (EXPERTS - 1)
     for row in chosen(card, "waste", predictor="oracle", batch=4):
         assert row["wasted"][:2] == [0.0, 0.0]
+
+
+def test_recall_of_a_batch_of_one_token_is_the_exact_recall(card):
+    for row in chosen(card, predictor="linear", batch=1, phase="decode", wraps=False):
+        assert row["batch_recall"] == pytest.approx(row["recall"], abs=1e-4)
 
 
 def test_predictors_that_see_more_do_better(card):

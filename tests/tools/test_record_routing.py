@@ -12,7 +12,7 @@ from tools.record_routing import Packing, pack
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-PACKING = Packing(requests=8, steps=4, prompt=(3, 8), kept=5, gate_look_ahead=1)
+PACKING = Packing(requests=8, steps=4, prompt=(3, 8), kept=5, levels=51, gate_look_ahead=1)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def test_forecasts_are_of_the_decoded_tokens(trace, packed):
         for horizon in range(2):
             true = np.sort(probabilities[horizon])[::-1][:5]
             np.testing.assert_allclose(probabilities[horizon, experts[horizon]], true, atol=1e-6)
-            np.testing.assert_allclose(kept[horizon] / 255, true, atol=0.51 / 255)
+            np.testing.assert_allclose(kept[horizon] / 255, true, atol=0.51 / 51)
+            assert (kept[horizon] % (255 // 51) == 0).all()
 
 
 def test_the_gate_says_nothing_of_the_next_step(packed):
@@ -76,7 +77,9 @@ def test_recall_is_of_each_horizon(packed):
 def test_too_few_passages_are_said(trace):
     with pytest.raises(ValueError, match="expected 64 held-out passages of 12 tokens or more, got 12"):
         pack(trace, untrained(trace), Packing(steps=4, prompt=(3, 8)), progress=False)
-    with pytest.raises(ValueError, match="expected held-out passages of 80 tokens or more, got none"):
+    with pytest.raises(ValueError, match="expected held-out passages of 128 tokens or more, got none"):
         pack(trace, untrained(trace), Packing(), progress=False)
+    with pytest.raises(ValueError, match="levels must be a divisor of 255, such as 15, 51 or 255, got 20"):
+        pack(trace, untrained(trace), Packing(levels=20), progress=False)
     with pytest.raises(ValueError, match="prompt must be two lengths, the smaller one first, got 8 and 3"):
         pack(trace, untrained(trace), Packing(prompt=(8, 3)), progress=False)

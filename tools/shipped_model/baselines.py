@@ -37,6 +37,12 @@ class Bigram:
         self.followers = (self.pairs > 0).sum(1)
         self.total = self.pairs.sum(1)
 
+    def log_probabilities(self) -> np.ndarray:
+        """The logarithms of all p(b | a), [V, V]."""
+        total = np.maximum(self.total, 1)[:, None]
+        left = np.where(self.total > 0, self.DISCOUNT * self.followers / np.maximum(self.total, 1), 1.0)
+        return np.log(np.maximum(self.pairs - self.DISCOUNT, 0) / total + left[:, None] * self.continuation)
+
     def loss(self, tokens: np.ndarray) -> tuple[float, float]:
         """Mean nats per token after the first, by the unigram and by the bigram model."""
         first, second = np.asarray(tokens[:-1], np.int64), np.asarray(tokens[1:], np.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,11 @@ class PackedTokens:
     domains: dict[str, np.ndarray]
 
     @classmethod
-    def open(cls, folder: Path) -> PackedTokens:
-        """Maps every domain of a split's folder.
+    def open(cls, folder: Path, *, without: Sequence[str] = ()) -> PackedTokens:
+        """Maps every domain of a split's folder, but for some.
 
         Raises:
-            ValueError: if the folder holds no domain.
+            ValueError: if the folder holds no other domain, or lacks one of `without`.
         """
         files = sorted(path for path in folder.glob("*.npy") if not path.name.endswith(".offsets.npy"))
         domains = {path.stem: np.load(path, mmap_mode="r") for path in files}
@@ -34,7 +34,13 @@ class PackedTokens:
                 f"expected token arrays (*.npy) in {folder}, found none; "
                 "make them with `python -m tools.shipped_model.tokenizer`"
             )
-        return cls(domains)
+        left = {name: tokens for name, tokens in domains.items() if name not in without}
+        if not left or not domains.keys() >= {*without}:
+            raise ValueError(
+                f"expected `without` to name some of the domains in {folder} ({', '.join(domains)}), and not "
+                f"all, got {', '.join(without)}"
+            )
+        return cls(left)
 
     def batch(self, rows: int, length: int, *, seed: int, step: int) -> np.ndarray:
         """Random windows, domains in proportion to their sizes: [rows, length] int32."""

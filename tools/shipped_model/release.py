@@ -23,6 +23,7 @@ from layerscope_jax.support import exits
 from layerscope_jax.support.files import read_json, replace_files
 from tools.shipped_model.baselines import Bigram
 from tools.shipped_model.data import PackedTokens
+from tools.shipped_model.geometries import GEOMETRIES
 from tools.shipped_model.train import TrainConfig, held_out, make_steps, optimizer
 
 WINDOWS = 128  # held-out windows a domain that the card's losses are measured on
@@ -37,12 +38,14 @@ class Release:
         tokens: the tokens it was trained on.
         corpus: the text they were made from, for its licences.
         out: folder to write: config.json, model.safetensors in bfloat16, tokenizer files, README.md.
+        step: of a checkpoint that the run kept; None for the latest.
     """
 
     run: Path
     tokens: Path
     corpus: Path
     out: Path
+    step: int | None = None
 
 
 def run_config(run: Path, tokens: Path) -> TrainConfig:
@@ -56,8 +59,8 @@ def run_config(run: Path, tokens: Path) -> TrainConfig:
     return TrainConfig(tokens=tokens, out=run, **{key: settings[key] for key in settings if key in known})
 
 
-def trained(config: TrainConfig) -> tuple[Decoder, int]:
-    """The decoder of a run's last checkpoint, and its step.
+def trained(config: TrainConfig, step: int | None = None) -> tuple[Decoder, int]:
+    """The decoder of a checkpoint of a run, by default of the last one, and its step.
 
     Raises:
         ValueError: if there is none.
@@ -66,12 +69,17 @@ def trained(config: TrainConfig) -> tuple[Decoder, int]:
     graphdef, variables = nnx.split(Decoder(config.model_config(vocab_size), rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(variables)
     with ocp.training.Checkpointer(config.out.absolute() / "checkpoints") as checkpointer:
-        latest = checkpointer.latest
-        if latest is None:
-            raise ValueError(f"expected Orbax checkpoints in {config.out / 'checkpoints'}, found none")
+        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+        if not steps or (step is not None and step not in steps):
+            wanted = "" if step is None else f" of step {step}"
+            there = ", ".join(map(str, steps)) or "none"
+            raise ValueError(
+                f"expected Orbax checkpoints{wanted} in {config.out / 'checkpoints'}, found {there}"
+            )
+        step = max(steps) if step is None else step
         state = optimizer(config).init(params)
-        params = checkpointer.load(latest, {"params": params, "state": state})["params"]
-    return nnx.merge(graphdef, params), latest.step
+        params = checkpointer.load(step, {"params": params, "state": state})["params"]
+    return nnx.merge(graphdef, params), step
 
 
 def measure(config: TrainConfig, folder: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -80,7 +88,7 @@ def measure(config: TrainConfig, folder: Path) -> tuple[list[dict[str, Any]], np
     Returns:
         One row a domain, and token counts [domains, L, E].
     """
-    train = PackedTokens.open(config.tokens / "train")
+    train = PackedTokens.open(config.tokens / "train", without=config.without)
     heldout = PackedTokens.open(config.tokens / "heldout")
     model = load(folder, dtype="float32")
     graphdef, variables = nnx.split(model.whole())
@@ -110,10 +118,18 @@ def card(
     config: TrainConfig, steps: int, rows: list[dict[str, Any]], loads: np.ndarray, sources: dict[str, Any]
 ) -> str:
     """The model card."""
+    shape = config.model_config(vocab_size=1)
     names = [row["domain"] for row in rows]
     trained = [row["trained"] for row in rows]
-    shares = loads[trained].sum(0) / loads[trained].sum((0, 2))[:, None] * config.experts  # [L, E], 1 is even
+    shares = (
+        loads[trained].sum(0) / loads[trained].sum((0, 2))[:, None] * shape.num_experts
+    )  # [L, E], 1 is even
     by_domain = loads / loads.sum(2, keepdims=True)  # [domains, L, E]
+    options = ""
+    if config.geometry is not None:
+        without = " ".join(config.without)
+        options = f" --geometry {config.geometry} --rows {config.rows} --length {config.length}"
+        options += f" --learning-rate {config.learning_rate}" + (f" --without {without}" if without else "")
     lines = [
         "---",
         "license: apache-2.0",
@@ -122,8 +138,9 @@ def card(
         "---",
         "# A small mixture-of-experts language model",
         "",
-        f"{config.layers} layers, {config.experts} experts a layer, {config.top_k} a token, as OLMoE routes; "
-        f"hidden size {config.hidden}, expert size {config.moe_intermediate_size}. It is small enough "
+        f"{shape.num_moe_layers} layers, {shape.num_experts} experts a layer, {shape.experts_per_token} a "
+        f"token, as {GEOMETRIES[config.geometry].name if config.geometry else 'OLMoE'} routes; "
+        f"hidden size {shape.hidden_size}, expert size {shape.moe_intermediate_size}. It is small enough "
         "to ship and to run anywhere, and real: its routing was learned from real text, which is what it is "
         "for. Do not expect sense from it.",
         "",
@@ -134,7 +151,8 @@ def card(
         "pip install '.[train]'",
         "python -m tools.shipped_model.corpus --out build/corpus",
         "python -m tools.shipped_model.tokenizer --corpus build/corpus --out build/tokens",
-        f"python -m tools.shipped_model.train --tokens build/tokens --out build/model --steps {steps}",
+        "python -m tools.shipped_model.train --tokens build/tokens --out build/model"
+        f"{options} --steps {steps}",
         "python -m tools.shipped_model.release --run build/model --tokens build/tokens "
         "--corpus build/corpus --out layerscope_jax/shipped",
         "```",
@@ -198,7 +216,7 @@ def card(
 def release(options: Release) -> str:
     """Writes the folder; returns the card."""
     config = run_config(options.run, options.tokens)
-    decoder, steps = trained(config)
+    decoder, steps = trained(config, options.step)
     save(decoder, options.out, dtype="bfloat16")
     copied = ("tokenizer.json", "tokenizer_config.json")
     rows, loads = measure(config, options.out)

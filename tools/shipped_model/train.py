@@ -1,6 +1,7 @@
 """Trains a small mixture-of-experts model: `python -m tools.shipped_model.train --tokens DIR --out DIR`.
 
-The defaults made the shipped model. A killed run goes on from its last Orbax checkpoint when started again.
+The defaults made the shipped model; `--geometry` makes one of a published model's family, layers and experts.
+A killed run goes on from its last Orbax checkpoint when started again.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.files import read_json, write_file
 from layerscope_jax.support.jax_settings import random_key
 from layerscope_jax.support.locks import locked_folder
+from tools.shipped_model.all_experts import run_whole
 from tools.shipped_model.data import PackedTokens
+from tools.shipped_model.geometries import GEOMETRIES, GeometryName
+from tools.shipped_model.starts import started
 
 Params = dict[str, Any]
 
@@ -45,18 +49,24 @@ class TrainConfig:
     Attributes:
         tokens: folder made by `tools.shipped_model.tokenizer`.
         out: folder for checkpoints and `log.jsonl`.
-        layers, experts, top_k, hidden, moe_intermediate_size, heads: shape of the model (OLMoE family).
+        geometry: a name of `tools.shipped_model.geometries`; None for a model of the OLMoE family.
+        layers, experts, top_k, hidden, moe_intermediate_size, heads: shape of that model of the OLMoE family.
+        without: domains that are not trained on.
         steps: optimizer steps; the learning rate falls linearly to a tenth over the last `decay` of them.
         rows, length: sequences in a batch and tokens in each.
         learning_rate: peak of AdamW's.
         decay: share of the steps with a falling learning rate.
-        balance: weight of the load-balancing loss.
+        balance: weight of the load-balancing loss, for routers without a bias for choosing.
+        bias_rate: what that bias changes by in a step, where there is one (arXiv 2408.15664).
         save_every, evaluate_every: in steps.
+        keep: steps whose checkpoints are kept, beside the latest two.
         seed: of weights and batches.
     """
 
     tokens: Path
     out: Path
+    geometry: GeometryName | None = None
+    without: tuple[str, ...] = ()
     layers: int = 16
     experts: int = 64
     top_k: int = 8
@@ -69,11 +79,15 @@ class TrainConfig:
     learning_rate: float = 3e-3
     decay: float = 0.25
     balance: float = 0.01
+    bias_rate: float = 1e-3
     save_every: int = 100
     evaluate_every: int = 200
+    keep: tuple[int, ...] = ()
     seed: int = 0
 
     def model_config(self, vocab_size: int) -> ModelConfig:
+        if self.geometry is not None:
+            return GEOMETRIES[self.geometry].model_config(vocab_size, self.length)
         return ModelConfig(
             family="olmoe",
             vocab_size=vocab_size,
@@ -125,28 +139,60 @@ def make_steps(
     config: TrainConfig, graphdef: nnx.GraphDef, update: optax.GradientTransformation
 ) -> tuple[Callable, Callable]:
     """The jitted `train(params, state, batch)` and `evaluate(params, batch)`; batches are [B, S + 1]."""
+    run = Decoder.__call__ if config.geometry is None else run_whole
 
     def losses(params: Params, batch: jax.Array):
-        logits, routings = nnx.merge(graphdef, params)(batch[:, :-1])
+        logits, routings = run(nnx.merge(graphdef, params), batch[:, :-1])
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
         return cross_entropy, routings
 
     def objective(params: Params, batch: jax.Array):
         cross_entropy, routings = losses(params, batch)
-        balance = balance_loss(routings, config.experts)
-        return cross_entropy.mean() + config.balance * balance, (cross_entropy.mean(), balance)
+        balance = balance_loss(routings, routings[0].logits.shape[-1])
+        weight = 0.0 if has_selection_bias(params) else config.balance
+        return cross_entropy.mean() + weight * balance, (cross_entropy.mean(), balance, loads(routings))
 
     def train(params: Params, state: optax.OptState, batch: jax.Array):
-        (_, measured), grads = jax.value_and_grad(objective, has_aux=True)(params, batch)
+        (_, (loss, balance, load)), grads = jax.value_and_grad(objective, has_aux=True)(params, batch)
         updates, state = update.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, measured
+        params = optax.apply_updates(params, updates)
+        return move_biases(params, load, config.bias_rate), state, (loss, balance)
 
     def evaluate(params: Params, batch: jax.Array):
         cross_entropy, routings = losses(params, batch)
-        counts = [jnp.bincount(r.experts.reshape(-1), length=config.experts) for r in routings]
-        return cross_entropy.sum(), jnp.stack(counts)
+        return cross_entropy.sum(), loads(routings)
 
     return jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate)
+
+
+def loads(routings: list[Routing]) -> jax.Array:
+    """Choices of each expert, [L, E]."""
+    return jnp.stack([jnp.bincount(r.experts.reshape(-1), length=r.logits.shape[-1]) for r in routings])
+
+
+def has_selection_bias(params: Params) -> bool:
+    return any("selection_bias" in layer.get("router", {}) for layer in params["layers"].values())
+
+
+def move_biases(params: Params, load: jax.Array, rate: float) -> Params:
+    """Parameters with the routers' biases for choosing moved towards an even load, where there are any.
+
+    They have no gradient: a bias rises by `rate` where an expert got fewer tokens than the layer's mean, and
+    falls where it got more (arXiv 2408.15664).
+
+    Args:
+        params: of a decoder, a pure dict.
+        load: [L, E] choices of each expert, by MoE layer.
+        rate: of a step.
+    """
+    layers, number = dict(params["layers"]), 0
+    for index, layer in sorted(layers.items()):
+        router = layer.get("router", {})
+        if "selection_bias" in router:
+            moved = router["selection_bias"] + rate * jnp.sign(load[number].mean() - load[number])
+            layers[index] = {**layer, "router": {**router, "selection_bias": moved}}
+        number += "router" in layer
+    return {**params, "layers": layers}
 
 
 def held_out(
@@ -173,7 +219,7 @@ def train(config: TrainConfig) -> Params:
         ValueError: if the tokens are missing, the checkpoints were made with another shape or seed, or
             another run is at them.
     """
-    train_tokens = PackedTokens.open(config.tokens / "train")
+    train_tokens = PackedTokens.open(config.tokens / "train", without=config.without)
     heldout_tokens = PackedTokens.open(config.tokens / "heldout")
     vocab_size = len(read_json(config.tokens / "tokenizer.json")["model"]["vocab"])
     with locked_folder(config.out):
@@ -192,16 +238,22 @@ def _train(
     train_step, evaluate = make_steps(config, graphdef, update)
 
     log_file = config.out / "log.jsonl"
+    policies = ocp.training.preservation_policies
     with ocp.training.Checkpointer(
         config.out.absolute() / "checkpoints",
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(config.save_every),
-        preservation_policy=ocp.training.preservation_policies.LatestN(2),
+        preservation_policy=policies.AnyPreservationPolicy(
+            [policies.LatestN(2), policies.CustomSteps(config.keep)]
+        ),
     ) as checkpointer:
         start = 0
         if checkpointer.latest is not None:
             start = checkpointer.latest.step
             restored = checkpointer.load(checkpointer.latest, {"params": params, "state": state})
             params, state = restored["params"], restored["state"]
+        elif config.geometry is not None:
+            layers = model.config.num_layers
+            params = started(params, train_tokens.domains.values(), layers, config.seed)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress, log_file.open("a") as log:
             bar = progress.add_task("training", total=config.steps, completed=start)
@@ -220,8 +272,8 @@ def _train(
                 if done % config.evaluate_every == 0 or done == config.steps:
                     measured, _ = held_out(evaluate, params, heldout_tokens, config.rows, config.length, 32)
                     print(json.dumps({"step": done, "heldout": measured}), file=log, flush=True)
-                last = done == config.steps
-                checkpointer.save(done, {"params": params, "state": state}, force=last)
+                forced = done == config.steps or done in config.keep
+                checkpointer.save(done, {"params": params, "state": state}, force=forced)
     return params
 
 
@@ -231,11 +283,14 @@ def check_same_run(config: TrainConfig) -> None:
     Raises:
         ValueError: with every setting that differs.
     """
+    free = ("tokens", "out", "steps", "decay", "save_every", "evaluate_every", "keep")
+    later = {"geometry": None, "without": (), "bias_rate": 1e-3}  # settings that earlier runs do not have
     settings = {
         key: value
         for key, value in asdict(config).items()
-        if key not in ("tokens", "out", "steps", "decay", "save_every", "evaluate_every")
+        if key not in free and not (key in later and value == later[key])
     }
+    settings = json.loads(json.dumps(settings))
     file = config.out / "run.json"
     if file.exists():
         earlier = read_json(file, "remove it")

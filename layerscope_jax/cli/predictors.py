@@ -1,0 +1,156 @@
+"""The command `layerscope predictor`: makes a model's own predictor, step by step or all at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import OmitSubcommandPrefixes, arg, subcommand
+
+from layerscope_jax.cli.options import (
+    Checkpoint,
+    DenseFormat,
+    DeviceBudget,
+    Dtype,
+    ExpertFormat,
+    HostBudget,
+    Revision,
+    folder_of,
+    open_model,
+    own_predictor,
+)
+from layerscope_jax.cli.trace import Record, Text
+from layerscope_jax.config import AUTO, OffloadConfig
+from layerscope_jax.support import exits, interrupts
+from layerscope_jax.support.exits import say
+
+if TYPE_CHECKING:
+    from predictor.verdict import Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Make a model's own predictor: record text, train, and measure whether it beats the routers' forecast.
+
+    What is better is written beside it. Commands that run the model with policy 'auto' and no --predictor use
+    that, if the predictor lies in the model's folder.
+    """
+
+    checkpoint: Checkpoint
+    text: Text
+    out: Annotated[
+        Path | None,
+        arg(
+            metavar="FOLDER",
+            help="Folder for the predictor; an interrupted run is continued. By default `predictor` in the "
+            "model's folder.",
+        ),
+    ] = None
+    heldout_domains: Annotated[
+        tuple[str, ...],
+        arg(metavar="DOMAIN ...", help="Domains that the predictor is only measured on, never trained on."),
+    ] = ()
+    tokens: Annotated[int, arg(help="Most tokens to train on.")] = 65_536
+    start_from: Annotated[
+        Path | None,
+        arg(metavar="FOLDER", help="A predictor to begin with, of this model or another."),
+    ] = None
+    device_budget: DeviceBudget = AUTO
+    host_budget: HostBudget = None
+    dtype: Dtype = None
+    expert_format: ExpertFormat = None
+    dense_format: DenseFormat = None
+    revision: Revision = None
+    seed: Annotated[int, arg(help="Seed of the choice of passages and of the training.")] = 0
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        from predictor.recipe import Recipe, make
+
+        folder = folder_of(self.checkpoint, self.revision)
+        out = own_predictor(folder) if self.out is None else self.out
+        recipe = Recipe(
+            text=self.text,
+            out=out,
+            heldout_domains=self.heldout_domains,
+            tokens=self.tokens,
+            start_from=self.start_from,
+            offload=OffloadConfig(
+                device_budget=self.device_budget, host_budget=self.host_budget, policy="lru"
+            ),
+            seed=self.seed,
+        )
+        model = open_model(
+            str(folder), self.dtype, None, self.expert_format, self.dense_format, self.host_budget
+        )
+        interrupts.promise(f"interrupted; the same command continues {out}")
+        for line in told(make(model, recipe), out, used=out == own_predictor(folder)):
+            say(line)
+        return 0
+
+
+def told(verdict: Verdict, out: Path, used: bool) -> list[str]:
+    """Sentences on a verdict: what was measured, what will be used, and what would help.
+
+    Args:
+        verdict: of the predictor.
+        out: its folder.
+        used: whether commands find it by themselves.
+    """
+    lines = [
+        f"{name}: recall {', '.join(f'{100 * value:.1f}' for value in recall)} % "
+        f"{', '.join(map(str, verdict.horizons))} layers ahead"
+        for name, recall in verdict.recall.items()
+    ]
+    difference = f"{100 * verdict.lead:+.1f} points ({2 * 100 * verdict.error:.1f} is chance)"
+    lines.append(
+        f"trained on {verdict.trained_tokens:,} tokens, measured on {verdict.heldout_tokens:,} held-out: "
+        f"llapor leads gate by {difference}"
+    )
+    if verdict.forecast == "llapor":
+        way = "policy 'auto' uses it" if used else f"use it with --predictor {out}"
+        return [*lines, f"{out} holds the predictor; {way}"]
+    if verdict.more_tokens:
+        more = f"about {verdict.more_tokens:,} tokens more to train on would put it ahead"
+    else:
+        more = "more text is not seen to help"
+    return [*lines, f"it does not beat the routers' forecast, 'gate', which 'auto' keeps to; {more}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorecard:
+    """Score predictors and everything they are compared with on a trace's held-out passages."""
+
+    traces: Annotated[Path, arg(metavar="FOLDER", help="Trace; its held-out passages are scored.")]
+    predictor: Annotated[
+        tuple[Path, ...],
+        arg(metavar="FOLDER ...", help="Predictors; several, trained from other seeds, give the spread."),
+    ]
+    json: Annotated[Path | None, arg(metavar="FILE", help="Also write all figures there.")] = None
+    plots: Annotated[Path | None, arg(metavar="FOLDER", help="Also draw them there.")] = None
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        from predictor.scorecard import ScoreConfig, score_and_show
+
+        exits.need_output()
+        score_and_show(
+            ScoreConfig(traces=self.traces, predictor=self.predictor, json=self.json, plots=self.plots)
+        )
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictors:
+    """Make and score predictors of the experts of coming layers (predictor/README.md)."""
+
+    command: OmitSubcommandPrefixes[
+        Annotated[Train, subcommand("train")]
+        | Annotated[Record, subcommand("trace")]
+        | Annotated[Scorecard, subcommand("scorecard")]
+    ]
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        return self.command.run()
