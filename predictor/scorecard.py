@@ -66,7 +66,8 @@ class ScoreConfig:
         predictor: folders made by `predictor.train`; several, trained from other seeds, give the spread.
         shipped: score the shipped predictor on the shipped held-out rows, instead of `traces` and
             `predictor`.
-        json: also write all figures to this file.
+        out: also write all figures to this file, as JSON.
+        json: print all figures as one JSON document instead of tables.
         plots: also draw them into this folder.
         tokens: maximum number of held-out rows.
         fit_tokens: maximum number of training rows that popularity and the linear map are fitted to. The
@@ -77,7 +78,8 @@ class ScoreConfig:
     traces: Path | None = None
     predictor: tuple[Path, ...] = ()
     shipped: bool = False
-    json: Path | None = None
+    out: Path | None = None
+    json: bool = False
     plots: Path | None = None
     tokens: int = 131_072
     fit_tokens: int = 196_608
@@ -227,10 +229,14 @@ def score_and_show(config: ScoreConfig) -> None:
     exits.need_output()
     if config.plots is not None:
         need_matplotlib()  # before the work, not after it
-    with nullcontext() if config.json is None else writing("--json", config.json):
+    with nullcontext() if config.out is None else writing("--out", config.out):
         result = scorecard(config)
-        show(result, Console(width=None if sys.stdout.isatty() else 120))
-        if config.json is not None:
-            write_file(config.json, json.dumps(result, allow_nan=False) + "\n")
+        figures = json.dumps(result, allow_nan=False)
+        if config.json:
+            print(figures)
+        else:
+            show(result, Console(width=None if sys.stdout.isatty() else 120))
+        if config.out is not None:
+            write_file(config.out, figures + "\n")
     if config.plots is not None:
         draw(result, config.plots)

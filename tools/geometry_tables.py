@@ -1,7 +1,7 @@
 """Prints the tables of `predictor/README.md` on small published geometries, from their scorecards.
 
 `python -m tools.geometry_tables --folder build/geometry`, where each geometry's folder has `scorecard.json`
-(`python -m predictor.scorecard --json`), and `third/scorecard.json` of the model after a third of its steps.
+(`python -m predictor.scorecard --out`), and `third/scorecard.json` of the model after a third of its steps.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def tables(folder: Path) -> str:
     if not results:
         raise ValueError(
             f"expected scorecard.json in a folder of {folder} named {', '.join(GEOMETRIES)}, found none; "
-            "`python -m predictor.scorecard --json` writes one"
+            "`python -m predictor.scorecard --out` writes one"
         )
     thirds = {name: third for name, third in thirds.items() if name in results}
     parts = [by_horizon(results), by_batch(results)]

@@ -11,6 +11,7 @@ import numpy as np
 from tyro.conf import UseAppendAction, arg
 
 from layerscope_jax.cli.engine_options import EngineOptions
+from layerscope_jax.cli.options import Json
 from layerscope_jax.engine import Engine
 from layerscope_jax.evaluation.perplexity import (
     Perplexity,
@@ -29,6 +30,10 @@ class PerplexityOf(EngineOptions):
 
     A window slides over each text, and every token is scored once. Texts are tokenised as they are, behind
     the token that begins texts, or else the one that ends them.
+
+    Examples:
+        layerscope perplexity shipped --text LICENSE
+        layerscope perplexity path/to/checkpoint --text one.txt --text two.txt --context 1024 --json
     """
 
     text: Annotated[
@@ -46,7 +51,7 @@ class PerplexityOf(EngineOptions):
             help="Tokens that a window scores; the others are its context. By default half of --context.",
         ),
     ] = None
-    json: Annotated[bool, arg(help="Print one JSON object instead.")] = False
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""

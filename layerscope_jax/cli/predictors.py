@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitSubcommandPrefixes, arg, subcommand
 
+from layerscope_jax.cli.commands import told as help_of
 from layerscope_jax.cli.options import (
     Checkpoint,
     DenseFormat,
@@ -15,6 +17,7 @@ from layerscope_jax.cli.options import (
     Dtype,
     ExpertFormat,
     HostBudget,
+    Json,
     Revision,
     folder_of,
     open_model,
@@ -35,6 +38,10 @@ class Train:
 
     What is better is written beside it. Commands that run the model with policy 'auto' and no --predictor use
     that, if the predictor lies in the model's folder.
+
+    Examples:
+        layerscope predictor train path/to/checkpoint --text prose.jsonl code.jsonl
+        layerscope predictor train path/to/checkpoint --text notes/ --start-from other/predictor
     """
 
     checkpoint: Checkpoint
@@ -63,11 +70,13 @@ class Train:
     dense_format: DenseFormat = None
     revision: Revision = None
     seed: Annotated[int, arg(help="Seed of the choice of passages and of the training.")] = 0
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""
         from predictor.recipe import Recipe, make
 
+        exits.need_output()
         folder = folder_of(self.checkpoint, self.revision)
         out = own_predictor(folder) if self.out is None else self.out
         recipe = Recipe(
@@ -85,8 +94,12 @@ class Train:
             str(folder), self.dtype, None, self.expert_format, self.dense_format, self.host_budget
         )
         interrupts.promise(f"interrupted; the same command continues {out}")
-        for line in told(make(model, recipe), out, used=out == own_predictor(folder)):
-            say(line)
+        verdict = make(model, recipe)
+        if self.json:
+            print(json.dumps({"predictor": str(out), **asdict(verdict)}))
+        else:
+            for line in told(verdict, out, used=out == own_predictor(folder)):
+                say(line)
         return 0
 
 
@@ -120,15 +133,21 @@ def told(verdict: Verdict, out: Path, used: bool) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Scorecard:
-    """Score predictors and everything they are compared with on a trace's held-out passages."""
+    """Score predictors and everything they are compared with on a trace's held-out passages.
+
+    Examples:
+        layerscope predictor scorecard --traces build/trace --predictor build/predictor
+        layerscope predictor scorecard --traces build/trace --predictor seeds/0 seeds/1 --out card.json
+    """
 
     traces: Annotated[Path, arg(metavar="FOLDER", help="Trace; its held-out passages are scored.")]
     predictor: Annotated[
         tuple[Path, ...],
         arg(metavar="FOLDER ...", help="Predictors; several, trained from other seeds, give the spread."),
     ]
-    json: Annotated[Path | None, arg(metavar="FILE", help="Also write all figures there.")] = None
+    out: Annotated[Path | None, arg(metavar="FILE", help="Also write all figures there.")] = None
     plots: Annotated[Path | None, arg(metavar="FOLDER", help="Also draw them there.")] = None
+    json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""
@@ -136,9 +155,24 @@ class Scorecard:
 
         exits.need_output()
         score_and_show(
-            ScoreConfig(traces=self.traces, predictor=self.predictor, json=self.json, plots=self.plots)
+            ScoreConfig(
+                traces=self.traces,
+                predictor=self.predictor,
+                out=self.out,
+                json=self.json,
+                plots=self.plots,
+            )
         )
         return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace(Record):
+    """Record a model's choices of experts on real text, which predictors are trained on.
+
+    Examples:
+        layerscope predictor trace path/to/checkpoint --text prose.jsonl code.jsonl --out build/trace
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +180,9 @@ class Predictors:
     """Make and score predictors of the experts of coming layers (predictor/README.md)."""
 
     command: OmitSubcommandPrefixes[
-        Annotated[Train, subcommand("train")]
-        | Annotated[Record, subcommand("trace")]
-        | Annotated[Scorecard, subcommand("scorecard")]
+        Annotated[Train, subcommand("train", description=help_of(Train))]
+        | Annotated[Trace, subcommand("trace", description=help_of(Trace))]
+        | Annotated[Scorecard, subcommand("scorecard", description=help_of(Scorecard))]
     ]
 
     def run(self) -> int:

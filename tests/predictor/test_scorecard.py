@@ -246,7 +246,7 @@ def test_input_that_does_not_serve_is_refused(folder, tmp_path):
 
 def test_command_line(folder, tmp_path, monkeypatch, capsys):
     arguments = ["--traces", str(folder / "trace"), "--predictor", *[str(folder / "predictor")] * 2]
-    monkeypatch.setattr(sys, "argv", ["scorecard", *arguments, "--json", str(tmp_path / "card.json")])
+    monkeypatch.setattr(sys, "argv", ["scorecard", *arguments, "--out", str(tmp_path / "card.json")])
     with optax_rules():
         scorecard.main()
     printed = capsys.readouterr().out
