@@ -66,11 +66,15 @@ def test_the_error_of_the_simulator():
     assert numbers(figure_of("the simulator's error")) == [round(100 * error)]
 
 
-def test_quality_and_bytes_of_int4():
-    found = result("quantised")
+@pytest.mark.parametrize(
+    ("row", "file"),
+    [("experts in int4", "quantised"), ("the same of a language model", "quantised_smollm2")],
+)
+def test_quality_and_bytes_of_int4(row, file):
+    found = result(file)
     loss = 100 * (found["quality"]["int4"]["loss_to_plain"] - 1)
     share = found["expert_bytes"]["int4"] / found["expert_bytes"]["bfloat16"]
-    assert numbers(figure_of("experts in int4")) == [round(loss, 2), round(share, 2)]
+    assert numbers(figure_of(row)) == [round(loss, 2), round(share, 2)]
 
 
 def test_serving():
