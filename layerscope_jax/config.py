@@ -141,7 +141,7 @@ class OffloadConfig:
         check(check_dense_format, self.dense_format)
         chunk = self.prefill_chunk_size
         expect("prefill_chunk_size", is_integer(chunk) and chunk >= 16, "16 tokens or more")
-        if numerics == "exact" and is_integer(chunk) and chunk % EXACT_CHUNK:
+        if is_known and numerics == "exact" and is_integer(chunk) and chunk % EXACT_CHUNK:
             problems.add(
                 f"prefill_chunk_size must be a multiple of {EXACT_CHUNK} with numerics='exact', got {chunk}"
             )

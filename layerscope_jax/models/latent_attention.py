@@ -15,7 +15,7 @@ from layerscope_jax.models.attention import attend, attended
 from layerscope_jax.models.cache import CacheArray
 from layerscope_jax.models.config import LatentSizes, ModelConfig
 from layerscope_jax.models.experts import products_of_rows
-from layerscope_jax.models.invariance import in_blocks, is_invariant, lengthened
+from layerscope_jax.models.invariance import WHOLE, in_blocks, is_invariant, lengthened
 from layerscope_jax.models.layers import Linear, RMSNorm, normal
 from layerscope_jax.models.rotary import rotate
 
@@ -184,8 +184,10 @@ class LatentAttention(nnx.Module):
         query = jnp.concatenate([absorbed, query[..., sizes.nope :]], axis=-1)
         attending, mixed = _attending.get(), None
         if cached and attending is not None:
-            if query.shape[1] > 1 and is_invariant():
-                mixed = attending(lengthened(query, 3), lengthened(rows, 1, 2), positions, sizes.rank, scale)
+            if query.shape[1] > 1 and is_invariant():  # zeros add nothing, and more is mixed than is used
+                rank = sizes.rank + -sizes.rank % WHOLE
+                mixed = attending(lengthened(query, 3), lengthened(rows, 1, 2), positions, rank, scale)
+                mixed = None if mixed is None else mixed[..., : sizes.rank]
             else:
                 mixed = attending(query, rows, positions, sizes.rank, scale)
         if mixed is None:

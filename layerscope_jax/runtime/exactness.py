@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.inside import Inside
-from layerscope_jax.models.invariance import WHOLE
 from layerscope_jax.support.checks import Problems
 
 OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -32,13 +31,11 @@ def check_exact(model: Model, inside: Inside | None) -> None:
     Raises:
         ValueError: naming everything that stands against it.
     """
-    problems, config, platform = Problems(), model.config, model.device.platform
+    problems, platform = Problems(), model.device.platform
     problems.expect(platform == "cpu", "the device", "a CPU", platform)
     if options() is None:
         problems.add(f"JAX {jax.__version__} does not have XLA's options {', '.join(OPTIONS)}")
     if platform == "cpu" and (inside is None or inside.target is None):
         form, dtype = model.bank.format.name, model.bank.dtype.name
         problems.add(f"experts in {form} with activations in {dtype} are not computed by our own loops here")
-    if config.latent is not None and config.latent.rank % WHOLE:
-        problems.add(f"the rank of latent attention must be a multiple of {WHOLE}, got {config.latent.rank}")
     problems.raise_any("numerics='exact'", "leave numerics at 'auto'")

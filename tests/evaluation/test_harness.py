@@ -1,6 +1,7 @@
 """What lm-eval asks of a model: the methods themselves, which need no lm-eval."""
 
-import json
+import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ from test_scoring import after, spelling
 from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.evaluation.harness import Harness, engine_of
 from layerscope_jax.evaluation.perplexity import windows
+
+TASK = Path(__file__).parents[2] / "examples" / "evaluation" / "endings.py"
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -112,31 +115,33 @@ def test_arguments_that_mean_nothing_are_refused():
         engine_of(str(SHIPPED), batchsize=3)
 
 
-def choices():
-    """A task of shipped text: which of four endings is a prompt's own."""
-    lines = (SHIPPED / "prompts.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["prompt"] for line in lines]
-    halves = [(text[:40], text[40:60]) for text in texts if len(text) >= 60]
-    return [
-        (begin, halves[(index + shift) % len(halves)][1])
-        for index, (begin, _) in enumerate(halves)
-        for shift in range(4)
-    ]
+def passages():
+    """Of the task in `examples/`, made of shipped text."""
+    spec = importlib.util.spec_from_file_location("endings", TASK)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.passages()
+
+
+def test_the_task_has_endings_of_which_one_is_right():
+    found = passages()
+    assert len(found) == 8
+    assert {each["own"] for each in found} == {0, 1, 2, 3}
+    for each in found:
+        assert each["begin"] + each["endings"][each["own"]] == each["text"]
+        assert len(set(each["endings"])) == 4
 
 
 def test_resident_and_offloaded_runs_have_the_same_scores():
     """To the last bit: a task of shipped text, with all experts resident and under budgets."""
-    model, found = spelling(), []
-    for slots, policy in ((None, "auto"), (9, "lru"), (0, "host-only"), (10, "fiddler")):
+    model, found = spelling(512), []
+    chosen = sorted(passages(), key=lambda each: len(each["text"]))[:2]
+    pairs = [(each["begin"], ending) for each in chosen for ending in each["endings"]]
+    for slots, policy in ((None, "auto"), (9, "lru"), (0, "host-only")):
         budget = None if slots is None else slots * model.bank.expert_bytes
-        config = OffloadConfig(device_budget=budget, policy=policy, prefill_chunk_size=512)
-        with Engine(model, config) as engine:
+        with Engine(model, OffloadConfig(device_budget=budget, policy=policy)) as engine:
             harness = Harness(engine)
-            found.append(
-                (
-                    harness.loglikelihood(asked(*choices())),
-                    harness.loglikelihood_rolling(asked(*[(text,) for text, _ in choices()[::4]])),
-                )
-            )
-    assert len(found[0][0]) >= 16
+            scores = harness.loglikelihood(asked(*pairs))
+            found.append((scores, harness.loglikelihood_rolling(asked((chosen[0]["text"],)))))
+    assert len(found[0][0]) == 8
     assert all(each == found[0] for each in found)

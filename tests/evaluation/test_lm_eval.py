@@ -29,7 +29,9 @@ def _offline(monkeypatch):
 
 def evaluated(model, tasks=("layerscope_endings", "layerscope_texts"), **arguments):
     """Metrics of tasks, and the log-likelihoods of every choice."""
-    manager = lm_eval.tasks.TaskManager(include_path=str(TASKS), include_defaults=False)
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     found = lm_eval.simple_evaluate(
         model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **arguments
     )
@@ -38,7 +40,7 @@ def evaluated(model, tasks=("layerscope_endings", "layerscope_texts"), **argumen
 
 
 def test_resident_and_offloaded_runs_have_the_same_scores():
-    model = spelling()
+    model = spelling(512)
     limited = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
     results = []
     for config in (OffloadConfig(), limited):
@@ -50,22 +52,25 @@ def test_resident_and_offloaded_runs_have_the_same_scores():
 
 
 def test_the_command_line_knows_the_model():
+    from lm_eval.api.model import LM
     from lm_eval.api.registry import get_model
 
     assert get_model("layerscope") is LayerscopeLM
-    assert issubclass(LayerscopeLM, lm_eval.api.model.LM)
+    assert issubclass(LayerscopeLM, LM)
 
 
 def test_a_server_gets_the_scores_of_its_engine(tmp_path):
     """By lm-eval's `local-completions`, which has prompts echoed with their log-probabilities."""
-    pytest.importorskip("transformers")
+    # What registers models, what reads a tokenizer, and what asks again: of `lm-eval[api]`.
+    for name in ("lm_eval.models", "transformers", "tenacity"):
+        pytest.importorskip(name)
     from layerscope_jax.serving.server import Server
     from layerscope_jax.serving.settings import ServerConfig
 
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with Engine(spelling()) as engine:
+    with Engine(spelling(512)) as engine:
         _, expected = evaluated(LayerscopeLM(engine), ["layerscope_endings"])
         with Server(engine, ServerConfig(port=0, served_model_name="tiny")) as server:
             arguments = {

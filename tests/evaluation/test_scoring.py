@@ -19,8 +19,9 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @lru_cache
-def spelling():
-    model = random_model(vocab_size=280, num_layers=2, seed=4, stop_token_ids=(EOS,))
+def spelling(context=96):
+    sizes = {"vocab_size": 280, "num_layers": 2, "max_position_embeddings": context}
+    model = random_model(seed=4, stop_token_ids=(EOS,), **sizes)
     return replace(model, tokenizer=byte_tokenizer())
 
 

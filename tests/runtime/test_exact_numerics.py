@@ -18,7 +18,7 @@ from layerscope_jax.generation.row_settings import RowSettings
 from layerscope_jax.models.config import DeltaSizes, LatentSizes
 from layerscope_jax.models.experts import ExpertBody
 
-BASE = replace(TINY, num_layers=2, max_position_embeddings=256)
+BASE = replace(TINY, num_layers=1, max_position_embeddings=128)
 
 KINDS = {
     "float32, grouped attention with a rest": {"qk_norm": "all", "tie_embeddings": True},
@@ -31,13 +31,14 @@ KINDS = {
     },
     "float32, latent attention, a shared expert": {
         "attention": "latent",
-        "latent": LatentSizes(query_rank=None, rank=32, rope=8, nope=16, value=12),
+        "latent": LatentSizes(query_rank=None, rank=24, rope=8, nope=16, value=12),
         "rotary_dim": 8,
         "num_kv_heads": 4,
         "qk_norm": "none",
         "shared_intermediate_size": 24,
     },
     "bfloat16, gated DeltaNet before gated attention": {
+        "num_layers": 2,
         "delta": DeltaSizes(key_heads=2, value_heads=4, key=8, value=8, taps=4),
         "full_attention_layers": (1,),
         "attention_gate": True,
@@ -46,6 +47,10 @@ KINDS = {
         "shared_gate": True,
     },
 }
+
+RESTS = "float32, grouped attention with a rest"
+LENGTHS = dict(zip(KINDS, (13, 13, 70, 70), strict=True))
+"""Of the prompt that is looked at: some are prefilled in two steps."""
 
 NEW = 4
 """New tokens of the request that is looked at."""
@@ -85,7 +90,13 @@ def run(model, request, before=(), late=(), **config):
 
     def companions(lengths):
         return [
-            engine.submit(prompt_of(length, seed), max_new_tokens=1 + length % 7, stop_token_ids=[])
+            engine.submit(
+                prompt_of(length, seed),
+                max_new_tokens=1 + length % 7,
+                stop_token_ids=[],
+                temperature=float(seed % 2),
+                logprobs=1 if length == 3 else None,  # then another program picks all tokens of the batch
+            )
             for seed, length in enumerate(lengths, 1)
         ]
 
@@ -108,47 +119,50 @@ def alone(kind, length):
 
 @lru_cache
 def computed(kind, length, quickly):
-    """Of programs that were compiled in one of the ways of `quick_compiling`."""
-    return run(made(kind), request_of(length))
+    """Of programs that were compiled in one of the ways of `quick_compiling`; as of the model in one jit."""
+    model, request = made(kind), request_of(length)
+    tokens, logits = run(model, request)
+    padded = np.zeros((1, 80), np.int32)
+    padded[0, :length] = request.prompt
+    whole = jax.jit(lambda tokens: model.whole()(tokens)[0])(padded)[0, length - 1]
+    tolerance = 1e-4 if kind.startswith("float32") else 0.1
+    np.testing.assert_allclose(logits[0].view(np.float32), whole, rtol=0, atol=tolerance)
+    return tokens, logits
 
 
-lengths = st.lists(st.sampled_from([3, 30, 90]), max_size=3)
+lengths = st.lists(st.sampled_from([3, 30]), min_size=1, max_size=2)
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != RESTS])
 @given(
     before=lengths,
     late=lengths,
-    length=st.sampled_from([13, 100]),
-    most=st.sampled_from([2, 8]),
-    chunk=st.sampled_from([64, 128]),
     offloaded=st.booleans(),
 )
-@settings(deadline=None, max_examples=3)
-def test_companions_change_no_bit(kind, before, late, length, most, chunk, offloaded):
+@settings(deadline=None, max_examples=2)
+def test_companions_change_no_bit(kind, before, late, offloaded):
     model = made(kind)
     budget = 9 * model.bank.expert_bytes if offloaded else None
     tokens, logits = run(
         model,
-        request_of(length),
+        request_of(LENGTHS[kind]),
         before,
         late,
-        max_num_seqs=most,
-        prefill_chunk_size=chunk,
+        max_num_seqs=4,
+        prefill_chunk_size=64,
         device_budget=budget,
         policy="lru" if offloaded else "auto",
     )
-    expected, expected_logits = alone(kind, length)
+    expected, expected_logits = alone(kind, LENGTHS[kind])
     np.testing.assert_array_equal(logits, expected_logits)
     assert tokens == expected
 
 
 def test_nor_do_they_in_programs_that_xla_optimises():
     """Where XLA would give sums over few or many rows to different loops, were it not told otherwise."""
-    kind = "float32, grouped attention with a rest"
-    expected, expected_logits = alone(kind, 13)
-    tokens, logits = run(made(kind), request_of(13), before=[16, 3], late=[30])
+    expected, expected_logits = alone(RESTS, 13)
+    tokens, logits = run(made(RESTS), request_of(13), before=[30])
     np.testing.assert_array_equal(logits, expected_logits)
     assert tokens == expected
 
