@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from layerscope_jax.generation.detokenize import is_special
+from layerscope_jax.generation.structured import WHITESPACE
 
 
 class ToolCall(NamedTuple):
@@ -301,9 +302,10 @@ def grammar_of_call(form: ToolFormat, schemas: Mapping[str, Any], tokenizer: Tok
             parts.append(json.dumps(part, ensure_ascii=False) if token is None else f"<[{token}]>")
         return " ".join(parts)
 
+    options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
     rules = ["start: " + " | ".join([f"call_{number}" for number in range(len(schemas))])]
     for number, (name, schema) in enumerate(schemas.items()):
         before, after = (quoted(part.replace("NAME", name)) for part in (form.before, form.after))
         rules += [f"call_{number}: {before} arguments_{number} {after}"]
-        rules += [f"arguments_{number}: %json {json.dumps(schema)}"]
+        rules += [f"arguments_{number}: %json {json.dumps(options | dict(schema))}"]
     return "\n".join(rules)
