@@ -225,7 +225,7 @@ def choose(
 def divided(documents: Sequence[Document]) -> Sequence[Document]:
     """Returns documents, those of a domain that has too few to hold any out cut at blank lines.
 
-    >>> book = Document(id="book", text="\n\n".join(["a line of a book " * 150] * 4))
+    >>> book = Document(id="book", text=(chr(10) * 2).join(["a line of a book " * 150] * 4))
     >>> [piece.id for piece in divided([book])]
     ['book/000', 'book/001', 'book/002', 'book/003']
     """

@@ -41,9 +41,9 @@ from predictor.routers import Routers
 from predictor.settings import FORMAT
 from predictor.step import Batch, first_params, input_scale, make_steps, optimizer, priors, stacks
 
-VALIDATION_ROWS, VALIDATION_SHARE = 8192, 16
+VALIDATION_ROWS, VALIDATION_SHARE, VALIDATION_LEAST = 8192, 16, 512
 """Maximum number of validation rows, and their maximum share of the training rows (one in 16), so that short
-runs do not spend their time on validation."""
+runs do not spend their time on validation; but no fewer than this, so that a passage fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
         return load_rows(trace, keep, most=most, what=what)
 
     rows = rows_of(for_training, config.tokens, "passages to train on")
-    most = max(config.batch, min(VALIDATION_ROWS, config.tokens // VALIDATION_SHARE))
+    most = max(config.batch, VALIDATION_LEAST, min(VALIDATION_ROWS, config.tokens // VALIDATION_SHARE))
     validation = rows_of(for_validation, most, "passages to validate with")
     if len(rows) < config.batch:
         raise ValueError(f"expected {config.batch} training rows or more (one batch), got {len(rows)}")

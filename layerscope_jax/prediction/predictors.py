@@ -139,7 +139,8 @@ def choosing_logits(logits: jax.Array, bias: jax.Array, score: str) -> jax.Array
         bias: broadcast to them, what is added to the scores for choosing alone.
         score: as in `RoutingRule.score`.
 
-    >>> choosing_logits(jnp.array([0.0, 1.0]), jnp.array([0.25, 0.0]), "sigmoid").round(2).tolist()
+    >>> found = choosing_logits(jnp.array([0.0, 1.0]), jnp.array([0.25, 0.0]), "sigmoid")
+    >>> [round(float(logit), 2) for logit in found]
     [1.1, 1.0]
     """
     scores = jax.nn.sigmoid(logits) if score == "sigmoid" else jax.nn.softmax(logits, -1)

@@ -47,6 +47,7 @@ def test_one_command_makes_it_and_the_others_use_what_was_better(tiny, tmp_path,
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     monkeypatch.setattr(recipe, "FEWEST", 512)
     monkeypatch.setattr(recipe, "SHOWN", 1024)
+    monkeypatch.setattr(recipe, "needed", lambda *_: 1234)
     short = ["--text", documents(tmp_path, "notes", 6, 30)]
     assert main(["predictor", "train", str(folder), *short, "--tokens", "1024"]) == 2
     said = capsys.readouterr().err
@@ -61,6 +62,7 @@ def test_one_command_makes_it_and_the_others_use_what_was_better(tiny, tmp_path,
     assert record["forecast"] in ("llapor", "gate")
     assert re.search(r"llapor: recall \d+\.\d % 1 layers ahead", said)
     assert ("policy 'auto' uses it" in said) == (record["forecast"] == "llapor")
+    assert ("about 1,234 tokens more" in said) == (record["forecast"] == "gate")
     assert record["trained_tokens"] >= 512
 
     model = load(folder)

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from helpers import once
 from safetensors.numpy import load_file, save_file
-from synthetic import CHOICES, EXPERTS, LAYERS, MODEL, SMALL, WIDTH, write_trace
+from synthetic import CHOICES, EXPERTS, LAYERS, MODEL, SMALL, WIDTH, untrained, write_trace
 
 from layerscope_jax.prediction.traces import Trace
 from predictor import train as module
 from predictor.dataset import expert_weights, for_training, for_validation, load_rows
 from predictor.llapor import LLaPor
+from predictor.recipe import needed
 from predictor.step import Batch, targets
 from predictor.train import TrainConfig, by_horizon, train, validate
+from predictor.verdict import judge
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -267,3 +269,14 @@ def test_a_damaged_predictor_is_refused(finished, run, tmp_path):
     with pytest.raises(ValueError, match="not finite in float16"):
         replace(trained, network=broken).save(tmp_path / "nan")
     assert not (tmp_path / "nan").exists()
+
+
+def test_a_trained_predictor_is_chosen_and_an_untrained_one_told_what_it_lacks(trace, finished, tmp_path):
+    assert judge(trace, finished[1], 1024).forecast == "llapor"
+    behind = judge(trace, untrained(trace), 1024)
+    assert behind.forecast == "gate"
+    assert behind.recall["llapor"] == pytest.approx(behind.recall["gate"], abs=0.05)
+    settings = config(trace, tmp_path / "run", tokens=1024)
+    ahead = replace(behind, recall={"llapor": [0.9, 0.9], "gate": [0.95, 0.95]})
+    assert (needed(trace, settings, ahead, False) or 1) > 0
+    assert not list(settings.out.iterdir())

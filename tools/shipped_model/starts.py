@@ -49,7 +49,7 @@ def bigram_ends(bigram: Bigram, width: int) -> tuple[np.ndarray, np.ndarray]:
     They are the best of that rank where pairs are weighed by their tokens' frequencies.
 
     >>> text = np.arange(300) % 7
-    >>> embedding, head = bigram_ends(Bigram([text], 8), 4)
+    >>> embedding, head = bigram_ends(Bigram([text], 8), 7)
     >>> scaled = embedding / np.sqrt((embedding**2).mean(1, keepdims=True))
     >>> (scaled @ head.T).argmax(1)[:7].tolist()
     [1, 2, 3, 4, 5, 6, 0]
