@@ -37,7 +37,7 @@ class Marked:
 
     >>> stream = Marked(FORMATS["hermes"], {})
     >>> stream.add("Well.\\n<tool")
-    Told(content='Well.', calls=(), reasoning='')
+    Told(content='Well.', calls=[], reasoning='')
     >>> stream.add('_call>{"name": "f", "arguments": {"x": 1}}</tool_call>').calls
     [ToolCall(name='f', arguments='{"x": 1}', id=None)]
     """
