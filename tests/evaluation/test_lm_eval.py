@@ -64,6 +64,7 @@ def test_a_server_gets_the_scores_of_its_engine(tmp_path):
     # What registers models, what reads a tokenizer, and what asks again: of `lm-eval[api]`.
     for name in ("lm_eval.models", "transformers", "tenacity"):
         pytest.importorskip(name)
+    pytest.importorskip("lm_eval.tasks")
     from layerscope_jax.serving.server import Server
     from layerscope_jax.serving.settings import ServerConfig
 
