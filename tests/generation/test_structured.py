@@ -193,7 +193,7 @@ def test_a_model_without_stop_tokens_ends_with_the_text():
         ({"grammar": 5}, "grammar must be a text or None"),
         ({"grammar": 'start: "a"', "json_schema": {}}, "either a json_schema or a grammar, got both"),
     ],
-    ids=str,
+    ids=["no type", "a list", "no JSON", "a keyword", "too long", "no grammar", "a number", "both"],
 )
 def test_what_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
