@@ -36,6 +36,12 @@ def exact_recall(place: jax.Array) -> jax.Array:
     return (place < place.shape[-1]).mean(-1)
 
 
+@jax.jit
+def ranked_recall(ranking: jax.Array, experts: jax.Array) -> jax.Array:
+    """Returns the exact recall [...] of a ranking [..., E] for the true experts [..., K]."""
+    return exact_recall(places(ranking, experts))
+
+
 def relaxed_recall(place: jax.Array) -> jax.Array:
     """Returns the paper's metric: the share of the 2K/3 (rounded up) likeliest that are true experts.
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +18,7 @@ from layerscope_jax.support.files import read_json, write_file
 from predictor.baselines import Candidate, Gate, Learned, Popularity, truth
 from predictor.dataset import Rows, load_rows
 from predictor.llapor import LLaPor
-from predictor.metrics import exact_recall, places
+from predictor.metrics import ranked_recall
 from predictor.pca import Basis
 from predictor.routers import Routers
 
@@ -136,14 +135,9 @@ def recall_of_rows(candidate: Candidate, rows: Rows, horizons: tuple[int, ...]) 
         inside = np.array([layer + horizon < layers for horizon in horizons])
         true = truth(rows, layer, horizons).experts.astype(np.int32)
         ranking = candidate.forecast(rows, layer).ranking
-        total += np.asarray(_recall(jnp.asarray(ranking), jnp.asarray(true))) * inside
+        total += np.asarray(ranked_recall(jnp.asarray(ranking), jnp.asarray(true))) * inside
         counted += inside
     return total / counted
-
-
-@jax.jit
-def _recall(ranking: jax.Array, experts: jax.Array) -> jax.Array:
-    return exact_recall(places(ranking, experts))
 
 
 def more_tokens(tokens: int, wrong: float, wrong_at_quarter: float, gate_wrong: float) -> int | None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -27,7 +26,7 @@ from layerscope_jax.support.files import read_json
 from predictor.baselines import Candidate, Gate, Learned, Popularity, PreviousToken, truth
 from predictor.dataset import load_rows
 from predictor.llapor import LLaPor
-from predictor.metrics import exact_recall, places
+from predictor.metrics import ranked_recall
 from predictor.pca import Basis
 from predictor.routers import Routers
 from predictor.train import by_horizon
@@ -128,7 +127,7 @@ def pack(trace: Trace, llapor: LLaPor, packing: Packing, *, progress: bool = Tru
         for candidate in candidates:
             found = candidate.forecast(rows, layer)
             right = np.asarray(
-                _recall(jnp.asarray(found.ranking), jnp.asarray(true.experts.astype(np.int32)))
+                ranked_recall(jnp.asarray(found.ranking), jnp.asarray(true.experts.astype(np.int32)))
             )
             recall[candidate.name].append((right * known).sum(0) / known.sum(0))
             if candidate.name in looked:
@@ -186,12 +185,6 @@ def likeliest(probabilities: np.ndarray, kept: int, levels: int = 255) -> Stored
     order = np.argsort(-probabilities, -1, kind="stable")[..., :kept]
     found = np.rint(levels * np.take_along_axis(probabilities, order, -1)) * (255 // levels)
     return StoredForecast(order.astype(np.uint8), found.astype(np.uint8))
-
-
-@jax.jit
-def _recall(ranking: jax.Array, experts: jax.Array) -> jax.Array:
-    """[N, W] exact top-k recall of a ranking [N, W, E]."""
-    return exact_recall(places(ranking, experts))
 
 
 def means_of(recall: np.ndarray, name: str) -> dict[str, list[float]]:
