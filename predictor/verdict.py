@@ -26,6 +26,9 @@ FILE = "verdict.json"
 HORIZONS = (1, 2, 4, 8)
 FORECASTS = (LLaPor.name, NextGate.name)
 AGAIN = "measure it again with `layerscope predictor train`"
+MOST_ROWS = 32_768
+"""Held-out tokens that are measured on, at most; passages are in random order."""
+
 SURE = 2.0
 """Standard errors by which a lead must exceed zero."""
 
@@ -87,7 +90,7 @@ def judge(trace: Trace, llapor: LLaPor, trained_tokens: int) -> Verdict:
     Raises:
         ValueError: if the trace has too few held-out passages.
     """
-    rows = load_rows(trace, is_heldout, what="held-out passages")
+    rows = load_rows(trace, is_heldout, most=MOST_ROWS, what="held-out passages")
     basis, routers, model = Basis.load(trace.folder), Routers.load(trace.folder), trace.header.model
     horizons = tuple(h for h in HORIZONS if h <= min(llapor.look_ahead, model.num_layers - 1))
     nothing = Popularity(np.zeros((model.num_layers, model.num_experts), np.float32), horizons)
