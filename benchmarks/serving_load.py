@@ -38,7 +38,7 @@ def warm(engine: Engine, requests: Sequence[dict[str, Any]], longest: int) -> No
     prompt = max([len(request["prompt"]) for request in requests])
     for power in range(engine.config.max_num_seqs.bit_length()):
         count = min(2**power, engine.config.max_num_seqs)
-        for tokens in (8, prompt):
+        for tokens in (min(8, prompt), prompt):
             engine.warmup(
                 prompt_tokens=tokens, max_num_seqs=count, new_tokens=longest - tokens, temperature=1.0
             )

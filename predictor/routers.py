@@ -73,6 +73,8 @@ class Routers:
                 arrays.get(selecting),
                 selecting.removeprefix(SELECTION),
             )
+            if unknown := arrays.keys() - {"weight", "scale", "bias", selecting}:
+                raise ValueError(f"unknown arrays {', '.join(sorted(unknown))}")
             layers, experts, hidden = routers.weight.shape
             biases = [array for array in (routers.bias, routers.selection_bias) if array is not None]
             if routers.scale.shape != (layers, hidden) or any(b.shape != (layers, experts) for b in biases):

@@ -20,6 +20,8 @@ ELSEWHERE = {
     "calibrate": "tests/profiling/test_calibration.py",
     "demo": "tests/cli/test_demo.py",
     "doctor": "tests/cli/test_doctor.py",
+    "perplexity": "tests/cli/test_perplexity.py",
+    "predictor": "tests/cli/test_predictors.py",
     "serve": "tests/examples/test_examples.py",
     "simulate": "tests/simulation/test_comparison.py",
     "trace": "tests/cli/test_trace.py",

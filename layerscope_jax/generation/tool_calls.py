@@ -73,7 +73,12 @@ class Marked:
     def end(self) -> Told:
         """Returns what is left at the end of the answer."""
         calls: list[ToolCall] = []
-        rest = self._read(self._text, "", calls) if self._inside else self._text
+        if not self._inside:
+            rest = self._text
+        elif self._form.end and not self._form.before:  # not JSON, whose end can be seen: it may be cut off
+            rest = self._form.begin + self._text
+        else:
+            rest = self._read(self._text, "", calls)
         told = self._without_space(rest, calls)
         return told if self._called else told._replace(content=told.content + self._space)
 

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+import quick_compiling
 from small_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -61,11 +63,11 @@ def test_a_predictor_is_trained(tmp_path, capsys):
     assert "of the experts were forecast" in capsys.readouterr().out
 
 
-def test_the_openai_client():
+def test_the_openai_client(checkpoint):
     """As a process of its own: it starts the server as another."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "openai_client.py")], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, str(EXAMPLES / "openai_client.py"), checkpoint]
+    known = os.environ | quick_compiling.ENVIRONMENT
+    done = subprocess.run(command, env=known, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "['small']" in done.stdout
     assert "completion_tokens=4" in done.stdout

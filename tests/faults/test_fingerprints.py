@@ -1,7 +1,6 @@
 """Checkpoints that compute something else have another fingerprint; those that lie otherwise do not."""
 
 import json
-import os
 from dataclasses import replace
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 import safetensors.numpy
 from helpers import TINY, byte_tokenizer, random_model
 
+from layerscope_jax.checkpoints import fingerprint as fingerprints
 from layerscope_jax.checkpoints.fingerprint import SAMPLE_BYTES, SAMPLES, WHOLE, fingerprint
 from layerscope_jax.checkpoints.identity import ModelIdentity, weights_digest
 from layerscope_jax.offload.bank import ExpertBank
@@ -115,13 +115,13 @@ def test_a_tokenizer_of_several_files_counts(tensors, tmp_path, name):
 
 
 def test_of_a_large_tensor_little_is_read(tensors, tmp_path, monkeypatch):
-    folder, pread, read = write(tmp_path / "a", tensors), os.pread, []
+    folder, pread, read = write(tmp_path / "a", tensors), fingerprints.pread, []
 
     def counted(opened, size, start):
         read.append(size)
         return pread(opened, size, start)
 
-    monkeypatch.setattr(os, "pread", counted)
+    monkeypatch.setattr(fingerprints, "pread", counted)
     fingerprint(folder)
     small = [array.nbytes for array in tensors.values() if array.nbytes <= WHOLE]
     assert sorted(read) == sorted(small + [SAMPLE_BYTES] * SAMPLES * 64)

@@ -35,11 +35,16 @@ def built(model, policy, budget, measure=unasked, **options):
     [
         ("auto", {}, False, ("resident", {"decode", "layers"})),
         ("auto", {}, True, ("resident", {"decode", "layers"})),
-        ("auto", {"fast": True}, True, ("resident", {"whole"})),
-        ("resident", {"fast": True}, False, ("resident", {"decode", "layers"})),
-        ("host-only", {"fast": True}, True, ("host-only", {"layers"})),
-        (LRU(), {"policy_is_obeyed": True, "fast": True}, True, ("lru", {"layers"})),
-        (POLICIES["resident"](), {"policy_is_obeyed": True, "fast": True}, True, ("resident", {"whole"})),
+        ("auto", {"numerics": "fast"}, True, ("resident", {"whole"})),
+        ("resident", {"numerics": "fast"}, False, ("resident", {"decode", "layers"})),
+        ("host-only", {"numerics": "fast"}, True, ("host-only", {"layers"})),
+        (LRU(), {"policy_is_obeyed": True, "numerics": "fast"}, True, ("lru", {"layers"})),
+        (
+            POLICIES["resident"](),
+            {"policy_is_obeyed": True, "numerics": "fast"},
+            True,
+            ("resident", {"whole"}),
+        ),
     ],
 )
 def test_where_everything_fits_there_is_nothing_to_decide_but_for_who_insists(

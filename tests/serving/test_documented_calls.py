@@ -14,7 +14,7 @@ from layerscope_jax.serving.settings import ServerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-PAGES = [ROOT / "README.md", ROOT / "docs" / "serving.md"]
+PAGES = [ROOT / "docs" / "serving.md"]
 ADDRESS = "http://127.0.0.1:8000"
 TEMPLATE = "{{ messages[0].content }}"
 
@@ -31,7 +31,7 @@ def texts(language):
 
 def test_curl(served):
     calls = [shlex.split(line) for text in texts("bash") for line in text.splitlines() if "curl" in line]
-    assert len(calls) == 3
+    assert len(calls) == 2
     for curl, url, *options in calls:
         assert curl == "curl"
         assert url.startswith(ADDRESS)

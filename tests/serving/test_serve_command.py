@@ -100,6 +100,7 @@ def test_what_runs_too_long_is_aborted(engine, monkeypatch):
             whole = threads.submit(post, server, LONG)
             until(lambda: metric(server, "vllm:num_requests_waiting") == 2)
         until(lambda: metric(server, "vllm:num_requests_running") == 2)
+        until(lambda: len(steps) > 5)  # what is to be aborted waits behind a step
         server.drain()
         closed = threads.submit(server.close)
         until(lambda: not server._service._stepper._inbox.empty())
