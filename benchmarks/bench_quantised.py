@@ -36,6 +36,7 @@ from layerscope_jax.support.machine import cores
 from predictor import SHIPPED
 from predictor.documents import read_documents
 
+SHIPPED_MODEL = Path(layerscope_jax.__file__).parent / "shipped"
 PLAIN, DENSE = "bfloat16", " + dense int8"
 
 SCORED = 1024
@@ -46,10 +47,10 @@ SCORED = 1024
 class Options(harness.Common):
     """What to compare."""
 
-    model: Path = Path(layerscope_jax.__file__).parent / "shipped"
+    model: Path = SHIPPED_MODEL
     text: tuple[Path, ...] = ()
     """Files of held-out documents, lines of {"id": ..., "text": ...}: passages of each in turns. Without any,
-    those that are shipped with the shipped model's predictor."""
+    those shipped with the shipped model's predictor; other models have other tokens, and need text."""
     passages: int = 96
     length: int = 128
     """Tokens of a passage of `text`."""
@@ -223,6 +224,8 @@ def step_times(options: Options, models: dict[str, Model], passages: np.ndarray)
 
 
 def main(options: Options) -> dict[str, Any]:
+    if options.model != SHIPPED_MODEL and not options.text:
+        raise SystemExit("error: --model needs --text: the passages without are tokens of the shipped model")
     if options.quick:
         options = replace(
             options, width=64, hidden=96, experts=2, tokens=(1,), batch=1, new_tokens=2, rounds=1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
+from layerscope_jax.models.delta_net import CHUNK
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.registry import make_policy
 from layerscope_jax.support.checks import Problems
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from layerscope_jax.prediction.predictors import History, Predictor
     from layerscope_jax.profiling.machine_profile import MachineProfile
     from layerscope_jax.scheduling.plan import Policy
-
-EXACT_CHUNK = 64
-"""Long prompts are cut at multiples of this if their numbers may not depend on where (`delta_net.CHUNK`)."""
 
 AUTO = "auto"
 """Device budget that is chosen when an engine is made: as many experts as fit."""
@@ -141,9 +139,9 @@ class OffloadConfig:
         check(check_dense_format, self.dense_format)
         chunk = self.prefill_chunk_size
         expect("prefill_chunk_size", is_integer(chunk) and chunk >= 16, "16 tokens or more")
-        if is_known and numerics == "exact" and is_integer(chunk) and chunk % EXACT_CHUNK:
+        if is_known and numerics == "exact" and is_integer(chunk) and chunk % CHUNK:
             problems.add(
-                f"prefill_chunk_size must be a multiple of {EXACT_CHUNK} with numerics='exact', got {chunk}"
+                f"prefill_chunk_size must be a multiple of {CHUNK} with numerics='exact', got {chunk}"
             )
         most = self.max_num_seqs
         expect("max_num_seqs", is_integer(most) and most >= 1, "1 or more")

@@ -345,6 +345,11 @@ def test_bench_quantised(tmp_path, capsys):
     assert "held-out loss" in capsys.readouterr().out
 
 
+def test_another_model_is_scored_on_its_own_tokens(tmp_path):
+    with pytest.raises(SystemExit, match="--model needs --text"):
+        bench_quantised.main(bench_quantised.Options(quick=True, model=tmp_path))
+
+
 @pytest.mark.parametrize("bench", [bench_recall, bench_planning])
 def test_simulations_name_the_profiles_there_are(bench):
     with pytest.raises(SystemExit, match="mixtral-8x7b@pcie4-x16"):
