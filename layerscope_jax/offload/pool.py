@@ -39,7 +39,8 @@ class DiskStats:
 
     Attributes:
         busy_s: time in which at least one read was under way.
-        wait_s: time in which a computation or the engine waited for reads.
+        host_wait_s, link_wait_s: time in which the host's experts, and the engine for its loads, waited for
+            reads.
         demand_bytes, ahead_bytes: bytes read for a layer that waited, and ahead of time.
         hits, misses: experts that a layer needed from the pool, and whether they were there.
         useful, wasted: experts read ahead and then used, or evicted unused.
@@ -47,7 +48,8 @@ class DiskStats:
     """
 
     busy_s: float = 0.0
-    wait_s: float = 0.0
+    host_wait_s: float = 0.0
+    link_wait_s: float = 0.0
     demand_bytes: int = 0
     ahead_bytes: int = 0
     hits: int = 0
@@ -55,6 +57,11 @@ class DiskStats:
     useful: int = 0
     wasted: int = 0
     failed: int = 0
+
+    @property
+    def wait_s(self) -> float:
+        """Time (s) in which a layer waited for reads."""
+        return self.host_wait_s + self.link_wait_s
 
 
 class Slot:
@@ -221,7 +228,6 @@ class HostPool:
         Raises:
             ReadError: if one of them could not be read, or no read ends.
         """
-        began = time.perf_counter()
         with self._changed:
             while not (ready := [expert for expert in experts if self.is_ready(expert)]):
                 for expert in experts:
@@ -240,7 +246,6 @@ class HostPool:
                         f"{file}: no read has ended for {STANDSTILL_S:g} s; check that the disk still answers"
                     )
                 self._changed.wait(left)
-        self.stats.wait_s += time.perf_counter() - began
         return ready
 
     def slot(self, expert: ExpertId) -> Slot:

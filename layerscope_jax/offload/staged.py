@@ -60,7 +60,7 @@ class StagedTransfers(Transfers):
         began = time.perf_counter()
         super().wait(experts, count)
         if on_disk:
-            pool.stats.wait_s += time.perf_counter() - began
+            pool.stats.link_wait_s += time.perf_counter() - began
 
     def cancel(self) -> None:
         super().cancel()
@@ -108,7 +108,9 @@ class StagedHost(HostExperts):
         left = [ExpertId(layer, expert) for expert in experts]
         self.pool.hold("host", left, urgent=True)
         while left:
+            began = time.perf_counter()
             ready = self.pool.wait(left)
+            self.pool.stats.host_wait_s += time.perf_counter() - began
             super().compute(outputs, layer, inputs, rows, [expert.expert for expert in ready])
             self.pool.let_go("host", ready)
             left = [expert for expert in left if expert not in ready]

@@ -141,7 +141,7 @@ def line(sizes: Sequence[int], expert_bytes: int, times: Sequence[float]) -> dic
     """
     sent = [size * expert_bytes for size in sizes]
     latency_ms = bytes_per_s = None
-    if len(sizes) > 1:
+    if len(sizes) > 1 and min(times) > 0:
         slope, start = np.polyfit(sent, times, 1, w=1 / np.array(times))  # noise grows with the time
         if slope > 0:
             latency_ms, bytes_per_s = float(f"{max(0.0, start):.4g}"), float(f"{1e3 / slope:.4g}")

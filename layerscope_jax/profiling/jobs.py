@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ class Jobs:
             inputs, rows = routed[round // self._turns % len(routed)]
             layer, experts = round % self._turns, list(rows.demand)
             return self._read(
-                layer, experts, lambda: self._on_host(host_rows, layer, inputs, rows, experts), "timed host"
+                layer, experts, lambda: self._on_host(host_rows, layer, inputs, rows, experts), "host"
             )
 
         return job
@@ -136,7 +136,7 @@ class Jobs:
                 self._weights = []
             layer = round % self._turns
             copies = {ExpertId(layer, expert) for expert in range(experts)}
-            return self._read(layer, range(experts), lambda: copy(copies), "timed link")
+            return self._read(layer, range(experts), lambda: copy(copies), "link")
 
         return job
 
@@ -168,9 +168,9 @@ class Jobs:
         def seconds(layers: int) -> float:
             """Returns the time (s) of a step of this many layers, without its experts."""
             nonlocal caches
-            began, apart = time.perf_counter(), self._host.stats.arithmetic_s + self._waited_s
+            began, apart = time.perf_counter(), self._host.stats.arithmetic_s + self._waited_s("host")
             *_, caches[:layers] = runner.step(tokens, positions, last, caches[:layers], None)
-            apart = self._host.stats.arithmetic_s + self._waited_s - apart
+            apart = self._host.stats.arithmetic_s + self._waited_s("host") - apart
             return max(0.0, time.perf_counter() - began - apart)
 
         def job(round: int) -> float:
@@ -181,27 +181,29 @@ class Jobs:
         return job
 
     def _read(
-        self, layer: int, experts: Iterable[int], work: Callable[[], None], holder: str
+        self, layer: int, experts: Iterable[int], work: Callable[[], None], part: Literal["host", "link"]
     ) -> float | None:
-        """Does some work on experts; reads those on the disk first, and returns the time (s) after that."""
+        """Does a part's work on experts; reads those on the disk first, returns the time (s) after that."""
         if not isinstance(self._host, StagedHost):
             work()
             return None
         pool, left = self._host.pool, [ExpertId(layer, expert) for expert in experts]
+        holder = f"timed {part}"
         pool.hold(holder, left, urgent=True)
         while left:
             ready = pool.wait(left)
             pool.let_go(holder, ready)  # kept for long enough, unless the pool is very small
             left = [expert for expert in left if expert not in ready]
-        began, waited = time.perf_counter(), self._waited_s
+        began, waited = time.perf_counter(), self._waited_s(part)
         work()
-        # Other threads may have waited meanwhile too: what is left is never less than nothing.
-        return max(0.0, time.perf_counter() - began - (self._waited_s - waited))
+        return time.perf_counter() - began - (self._waited_s(part) - waited)
 
-    @property
-    def _waited_s(self) -> float:
-        """Time (s) waited for the disk so far."""
-        return self._host.pool.stats.wait_s if isinstance(self._host, StagedHost) else 0.0
+    def _waited_s(self, part: Literal["host", "link"]) -> float:
+        """Time (s) in which a part has waited for the disk so far; others may do so meanwhile."""
+        if not isinstance(self._host, StagedHost):
+            return 0.0
+        stats = self._host.pool.stats
+        return stats.host_wait_s if part == "host" else stats.link_wait_s
 
     def _on_host(
         self, host_rows: Any, layer: int, inputs: jax.Array, rows: Assignments, experts: Sequence[int]

@@ -212,7 +212,7 @@ class _Run:
             if self.disk is not None and not any(
                 (self.disk.ready_at(copy) or arrival) <= device_end for copy in missing
             ):
-                self.disk.stats.wait_s += arrival - device_end
+                self.disk.stats.link_wait_s += arrival - device_end
             if drawn is not None:
                 drawn.add("scheduler", "wait for link", device_end, arrival, seen.layer)
             device_end = arrival
@@ -251,7 +251,7 @@ class _Run:
             ready = [expert for expert in left if (when := disk.ready_at(expert)) is not None and when <= now]
             if not ready:
                 came = link.next_ready(left)
-                disk.stats.wait_s += max(0.0, came - now)
+                disk.stats.host_wait_s += max(0.0, came - now)
                 now = max(now, came)
                 continue
             began, now = now, now + pace * sum(times[expert] for expert in ready)

@@ -16,6 +16,7 @@ from layerscope_jax.cli import calibrate as calibrate_cli
 from layerscope_jax.cli import main as cli
 from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts
 from layerscope_jax.offload.link import Transfers
+from layerscope_jax.offload.staged import host_parts
 from layerscope_jax.profiling import calibrate as profiling
 from layerscope_jax.profiling import disk_costs, jobs
 from layerscope_jax.profiling import measure as calibration
@@ -189,6 +190,26 @@ def test_experts_do_not_count_as_the_rest_of_a_layer(small, monkeypatch):
         assert 0 < job(1) < 900
         monkeypatch.setattr(HostExperts, "compute", early)
         assert 900 < job(2) < 1100
+
+
+def test_what_others_wait_for_the_disk_does_not_count(small, tmp_path, monkeypatch):
+    stored = on_disk(small, tmp_path)
+    pool, host, transfers = host_parts(stored.bank, jax.devices()[0], jax.devices()[1], 2, host_bytes=10**6)
+    wait = transfers.wait
+
+    def long_waits(*arguments):
+        pool.stats.host_wait_s += 1000.0
+        wait(*arguments)
+
+    try:
+        job = Jobs(stored, host, transfers, 4).link(2)
+        job(0)
+        monkeypatch.setattr(transfers, "wait", long_waits)
+        assert 0 < job(1) < 900
+    finally:
+        transfers.close()
+        host.close()
+        pool.close()
 
 
 def test_others_work_while_one_is_timed():
