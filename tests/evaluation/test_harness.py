@@ -111,7 +111,7 @@ def test_settings_that_mean_nothing_are_refused(engine, settings, message):
 
 
 def test_arguments_that_mean_nothing_are_refused():
-    with pytest.raises(ValueError, match="'batchsize' is no argument of a model: dtype, format"):
+    with pytest.raises(ValueError, match="'batchsize' must be one of the arguments of a model: dtype"):
         engine_of(str(SHIPPED), batchsize=3)
 
 
