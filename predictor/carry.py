@@ -19,10 +19,11 @@ def carried(
 ) -> Params:
     """Initial parameters with those of another predictor in their place, as far as they fit.
 
-    A layer takes after the layer of the same group that lies as deep. The weight of the routers' forecast
-    goes over to any model, as a mean over the experts where their numbers differ; so do the blocks. What is
-    of single experts goes over where there are as many, and what is of hidden states where they are as wide:
-    through both PCAs, so that a component that both have means the same.
+    A layer starts from the layer at the same relative depth in the same group of the other predictor. The
+    weight of the routers' forecast is carried over to any model, as a mean over the experts if their numbers
+    differ, and so are the blocks. Parameters of single experts are carried over if there are as many
+    experts, those of hidden states if these are as wide: through both PCAs, so that a component means the
+    same before and after.
 
     Args:
         params: initial parameters.
@@ -114,7 +115,7 @@ def pick(tree: Any, index: int) -> Any:
 
 
 def stack_up(layers: list[Any]) -> Any:
-    """The reverse, of all layers of a group."""
+    """Returns stacked parameters from those of each layer of a group; the reverse of `pick`."""
     first = layers[0]
     if isinstance(first, Mapping):
         return {key: stack_up([layer[key] for layer in layers]) for key in first}

@@ -60,7 +60,7 @@ def load_rows(
     """
     if not trace.header.hidden:
         raise ValueError(
-            f"{trace.folder}: expected hidden states, but the trace was recorded without; record it anew"
+            f"{trace.folder}: expected hidden states, but the trace was recorded without them; record it anew"
         )
     passages: list[Passage] = []
     parts: dict[str, list[np.ndarray]] = {"hidden": [], "experts": [], "weights": []}
@@ -86,7 +86,8 @@ def load_rows(
     finite = np.isfinite(arrays["hidden"]).all((0, 2))
     if not finite.all():
         raise ValueError(
-            f"{trace.folder}: hidden states of layers {np.flatnonzero(~finite).tolist()} are not finite"
+            f"{trace.folder}: hidden states of layers {np.flatnonzero(~finite).tolist()} are not finite; "
+            "record it anew"
         )
     following = np.arange(1, rows + 1)
     following[np.cumsum([passage.tokens for passage in passages]) - 1] = -1

@@ -128,7 +128,7 @@ def training(trace: Trace, recipe: Recipe, look_ahead: int) -> TrainConfig:
 
 
 def epochs_of(tokens: int) -> int:
-    """Passes over so many tokens.
+    """Returns how many times a training passes over this many tokens: more often over few.
 
     >>> [epochs_of(tokens) for tokens in (8_192, 32_768, 640_000)]
     [8, 4, 2]

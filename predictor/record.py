@@ -143,7 +143,7 @@ def passages_of(
         ValueError: for text that cannot be read, or a model without a tokenizer.
     """
     if model.tokenizer is None:
-        raise ValueError("recording from text needs a tokenizer.json beside the model's weights, found none")
+        raise ValueError("recording from text needs a tokenizer; add the tokenizer files of the checkpoint")
     domains = read_domains(config.text) if domains is None else domains
     missing = set(config.heldout_domains) - domains.keys()
     if missing:

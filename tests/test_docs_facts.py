@@ -68,7 +68,7 @@ def test_the_error_of_the_simulator():
 
 @pytest.mark.parametrize(
     ("row", "file"),
-    [("experts in int4", "quantised"), ("the same of a language model", "quantised_smollm2")],
+    [("experts in int4", "quantised"), ("the same for SmolLM2-135M", "quantised_smollm2")],
 )
 def test_quality_and_bytes_of_int4(row, file):
     found = result(file)
@@ -80,7 +80,7 @@ def test_quality_and_bytes_of_int4(row, file):
 def test_serving():
     [row] = result("serving")["rows"]
     assert row["clients"] == 16
-    assert numbers(figure_of("16 streaming")) == [round(row["throughput_to_generate"]["median"], 2)]
+    assert numbers(figure_of("tokens/s served to 16")) == [round(row["throughput_to_generate"]["median"], 2)]
 
 
 def test_loading_on_a_gpu():

@@ -28,19 +28,19 @@ KIMI = "|".join(
         r"\s+",
     ]
 )
-"""How Moonlight's and Kimi's own code parts a text (tokenization_moonshot.py)."""
+"""How Moonlight's and Kimi's own code splits a text (tokenization_moonshot.py)."""
 
 RESERVED = 258
 """Tokens after those of a `tiktoken.model`; the same code names those that have no name."""
 
 
 class ByteLevel(NamedTuple):
-    """How a class of transformers parts a text before byte pairs are joined.
+    """How a tokenizer class of transformers splits a text before byte pairs are merged.
 
     Attributes:
-        pattern: None for that of GPT-2.
-        composes: whether accents are joined with their letters first (NFC).
-        roles: special tokens, where `tokenizer_config.json` names no others.
+        pattern: regular expression by which it splits; None for GPT-2's.
+        composes: whether letters are composed with their accents first (NFC).
+        roles: role -> special token, where `tokenizer_config.json` names no other.
     """
 
     pattern: str | None
@@ -83,7 +83,7 @@ def read_merges(folder: Path, kind: ByteLevel, add_prefix_space: bool) -> Tokeni
         left, _, right = line.partition(" ")
         if not vocabulary.keys() >= {left, right, left + right}:
             raise ValueError(
-                f"{file}: expected pairs of tokens of vocab.json whose union is one, got {line[:60]!r}; take "
+                f"{file}: expected pairs whose joined token is in vocab.json too, got {line[:60]!r}; take "
                 "both files from one model"
             )
         merges.append((left, right))

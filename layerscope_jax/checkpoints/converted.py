@@ -174,7 +174,7 @@ def reading(shards: Shards, advance: Callable[[int], None]) -> Read:
 
     Args:
         shards: opens and reads their files.
-        advance: is told how many bytes were read.
+        advance: called with the number of bytes that were read.
     """
     memory = Memory()
 

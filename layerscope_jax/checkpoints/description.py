@@ -38,10 +38,10 @@ class Stored:
     """The tensors of a checkpoint.
 
     Attributes:
-        tensors, bytes: of each dtype, by safetensors' name of it.
-        bytes_by_part: of the tensors that generation needs.
-        formats_by_part: names of the formats that these are in: dtypes, and encodings of packed matrices.
-        ignored: tensors that it does not need, by what they are.
+        tensors, bytes: dtype, by its name in safetensors -> number of its tensors, and their bytes.
+        bytes_by_part: part of the model -> bytes of the tensors that generation needs.
+        formats_by_part: part -> names of the formats of these: dtypes, and encodings of packed matrices.
+        ignored: kind of tensors that generation does not need -> their number.
     """
 
     tensors: dict[str, int]
@@ -56,20 +56,20 @@ class Description:
     """A checkpoint, as its configs and the headers of its files describe it.
 
     Attributes:
-        folder: of the checkpoint.
-        family, architecture: what it belongs to.
+        folder: the checkpoint's folder.
+        family, architecture: those that it belongs to.
         layers, dense_layers, moe_layers: numbers of decoder layers, and of those without and with experts.
         window_layers: decoder layers that attend within a window.
-        experts, experts_per_token: of a MoE layer.
-        attention: its kind, and its heads.
-        cache_bytes: of one sequence of 1,000 positions, in `dtype`.
-        dtype: of the weights once they are loaded.
+        experts, experts_per_token: number of experts of a MoE layer, and how many a token chooses.
+        attention: kind of attention, and its heads.
+        cache_bytes: bytes of the cache of one sequence of 1,000 positions, in `dtype`.
+        dtype: dtype of the weights once they are loaded.
         quantization: how the stored weights are packed, as config.json says; None if they are not.
         expert_format: format of the experts once they are loaded.
-        expert_bytes: of one expert once it is loaded.
+        expert_bytes: bytes of one expert once it is loaded.
         dense_format: format of the matrices of dense layers once they are loaded.
-        parameters: by part.
-        active_parameters: those that a token needs: all but the experts that it does not choose.
+        parameters: part of the model -> number of its parameters.
+        active_parameters: number that a token needs: all but those of experts that it does not choose.
         context: the longest sequence.
         rope: the rotary embedding.
         stop_token_ids: ids that end a generation.
@@ -104,7 +104,7 @@ class Description:
     stored: Stored | None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as an object for JSON."""
+        """Returns the description as an object for JSON."""
         return asdict(self)
 
 

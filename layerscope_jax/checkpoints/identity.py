@@ -35,7 +35,7 @@ class ModelIdentity(RoutedExperts):
 
     @classmethod
     def of(cls, model: Model) -> ModelIdentity:
-        """Identity of a loaded model; reads the routers back from the device."""
+        """Returns the identity of a loaded model, whose routers are read back from the device."""
         routed, digest = model.geometry(0), hashlib.blake2b(digest_size=8)
         for router in model.routers():
             # As [D, E]: what was recorded or trained knows models by this.

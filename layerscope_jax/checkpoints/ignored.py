@@ -43,9 +43,9 @@ class Ignored:
     family: Family
 
     def why(self, name: str) -> str | None:
-        """Returns what a tensor that the model has no place for is; None if it is not known.
+        """Returns what a tensor that has no place in the model is part of; None if it is not known.
 
-        Layers behind the last one predict further tokens ahead (`num_nextn_predict_layers`).
+        Layers after the last one predict further tokens ahead (`num_nextn_predict_layers`).
         """
         layer = EXTRA_LAYER.match(name)
         if layer is not None and self.family.extra_layers and int(layer[1]) >= self.config.num_layers:

@@ -52,7 +52,7 @@ class Manifest:
         return of_record(cls, record, str(file))
 
     def write(self, folder: Path) -> None:
-        """Writes it into a folder."""
+        """Writes the manifest into a folder."""
         (folder / MANIFEST).write_text(readable(asdict(self)) + "\n", encoding="utf-8")
 
 

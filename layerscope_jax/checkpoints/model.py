@@ -99,7 +99,7 @@ class Model:
         return next(iter(jax.tree.leaves(self.dense)[0].devices()))
 
     def geometry(self, slots: int) -> Geometry:
-        """What a policy must know of the model, within a budget with room for so many experts."""
+        """Returns what a policy must know of the model, with room for `slots` experts on the device."""
         config = self.config
         return Geometry(
             num_layers=config.num_moe_layers,
@@ -119,7 +119,7 @@ class Model:
         """The same model with its experts in another format; the experts of both are in memory meanwhile.
 
         Raises:
-            ValueError: if the format does not have what these experts compute, or does not fit their sizes.
+            ValueError: if the format does not support the kind of these experts, or their sizes.
         """
         form = format_named(format) if isinstance(format, str) else format
         if form.for_body(self.config.expert_body) == self.bank.format:

@@ -64,14 +64,14 @@ class StoredTensor:
         return replace(self, shape=self.shape[1:], start=self.start + index * size, size=size)
 
     def array(self, buffer: np.ndarray) -> np.ndarray:
-        """Returns its values, in its own dtype, one of `DTYPES` or `BYTES`, as a view of its bytes."""
+        """Returns the values as a view of the tensor's bytes, in its dtype (see `DTYPES` and `BYTES`)."""
         return buffer.view((DTYPES | BYTES)[self.dtype]).reshape(self.shape)
 
     def read(self) -> np.ndarray:
-        """Returns its values, in new memory.
+        """Reads the tensor's values into new memory.
 
         Raises:
-            ValueError: if the file cannot be read, or is no longer the one that its header was read of.
+            ValueError: if the file cannot be read, or has changed since its header was read.
         """
         buffer = np.empty(self.size, np.uint8)
         self.read_into(buffer)
@@ -105,14 +105,14 @@ class StoredTensor:
             raise ValueError(f"{self.file} was cut off while it was read; load it again once it is complete")
 
     def is_changed(self, opened: int) -> bool:
-        """Whether its file, given by a file descriptor, is another than the header was read of."""
+        """Whether the tensor's file, given by a file descriptor, has changed since its header was read."""
         return state_of(opened) != self.state
 
     def check(self, opened: int) -> None:
-        """Checks that its file, given by a file descriptor, is the one that the header was read of.
+        """Checks that the tensor's file, given by a file descriptor, is as it was when its header was read.
 
         Raises:
-            ValueError: if it was changed since.
+            ValueError: if it has changed.
         """
         if self.is_changed(opened):
             raise ValueError(f"{self.file} was changed while it was read; load it again once it is complete")

@@ -28,7 +28,7 @@ class TensorReader:
         dtype: of the arrays, but for those that `naming` has as float32.
         mapped: maps the files that experts lie in, so that those which nothing happens to are not read; None
             to read all.
-        advance: is told how many bytes were read.
+        advance: called with the number of bytes that were read.
         packed: whether the matrices of experts that are packed stay so.
     """
 

@@ -86,12 +86,12 @@ class Naming:
 
     @classmethod
     def of(cls, config: ModelConfig, stored: Collection[str] = ()) -> Naming:
-        """Derived from the decoder itself, without making any array.
+        """Returns the names for a model, derived from its decoder without making any array.
 
         Args:
             config: of the model.
-            stored: names of the tensors that a checkpoint holds, which tell in which of several ways it names
-                them; without any, the first way.
+            stored: names of the tensors that a checkpoint holds, which decide between several ways of naming
+                them; if empty, the first way is taken.
 
         Raises:
             ValueError: if the family is not known, or has no name for a parameter of the model.
@@ -227,9 +227,9 @@ def chosen_rows(family: Family, config: ModelConfig, stored: Collection[str] = (
 
 
 def check_sizes(config: ModelConfig, folder: Path, stored: Mapping[str, StoredTensor | PackedTensor]) -> None:
-    """Holds a config's sizes against a few tensors, before a decoder of those sizes is made of it.
+    """Compares a config's sizes with a few tensors, before a decoder of those sizes is made.
 
-    `Naming.of` takes as long as there are layers and experts, be they a million.
+    `Naming.of` takes time for every layer and expert, and a wrong config may give a million of them.
 
     Raises:
         ValueError: naming each size that the tensors do not have.

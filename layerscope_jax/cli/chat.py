@@ -83,7 +83,7 @@ class Talk(RequestOptions, EngineOptions):
                 raise ValueError(f"{self.checkpoint}: {error} (--chat-template FILE)") from None
             model = self.open_model()
             if model.tokenizer is None:
-                raise ValueError(f"{self.checkpoint} has no tokenizer, which a conversation needs")
+                raise ValueError(f"{self.checkpoint} has no tokenizer; add its files to hold a conversation")
             with Engine(
                 model, self.measured(config, model), generation_config=self.generation_config
             ) as engine:

@@ -129,7 +129,7 @@ class FitReport:
         return self.chosen.experts_lie != "nowhere"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as an object for JSON."""
+        """Returns the report as an object for JSON."""
         totals = {"total": self.needs.total, "workspace": self.needs.workspace}
         return asdict(self) | {"runs": self.runs, "needs": asdict(self.needs) | totals}
 

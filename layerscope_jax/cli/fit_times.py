@@ -96,12 +96,12 @@ def expected(
             f"the profile {profile.name!r} is of another model: {theirs[0]} layers of {theirs[1]} experts, "
             f"{theirs[2]} a token, {held[0]} x {held[1]} in {model.dtype}, and this one has {sizes[0]} of "
             f"{sizes[1]}, {sizes[2]} a token, {widths[0]} x {widths[1]} in {format}; run `layerscope "
-            "calibrate` with this one on the machine"
+            "calibrate` with this model on that machine"
         )
     if routing is None and profile.routing is None:
         raise ValueError(
-            f"the profile {profile.name!r} names no recorded routing, without which nobody knows which "
-            "experts are needed when; give one with --trace (tools/record_routing.py records it)"
+            f"the profile {profile.name!r} names no recorded routing, which would tell which experts "
+            "are needed when; give one with --trace (tools/record_routing.py records it)"
         )
     name = profile.routing if routing is None else "--trace"
     routing = routing or Routing.shipped(str(profile.routing))

@@ -59,7 +59,7 @@ class PerplexityOf(EngineOptions):
         config, texts = self.engine_config(), {str(file): read_text(file) for file in self.text}
         model = self.open_model()
         if model.tokenizer is None:
-            raise ValueError(f"{self.checkpoint} has no tokenizer, which a text needs")
+            raise ValueError(f"{self.checkpoint} has no tokenizer, which a text needs; add its files")
         context = default_context(model) if self.context is None else self.context
         stride = max(1, context // 2) if self.stride is None else self.stride
         check_sizes(context, stride, model.config.max_position_embeddings - 2)

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 class Train:
     """Make a model's own predictor: record text, train, and measure whether it beats the routers' forecast.
 
-    What is better is written beside it. Commands that run the model with policy 'auto' and no --predictor use
-    that, if the predictor lies in the model's folder.
+    The folder also records which of the two is better. If the predictor lies in the model's folder, commands
+    that run the model with policy 'auto' and no --predictor use the better one.
 
     Examples:
         layerscope predictor train path/to/checkpoint --text prose.jsonl code.jsonl
@@ -116,7 +116,7 @@ def told(verdict: Verdict, out: Path, used: bool) -> list[str]:
         f"{', '.join(map(str, verdict.horizons))} layers ahead"
         for name, recall in verdict.recall.items()
     ]
-    difference = f"{100 * verdict.lead:+.1f} points ({2 * 100 * verdict.error:.1f} is chance)"
+    difference = f"{100 * verdict.lead:+.1f} points (less than {2 * 100 * verdict.error:.1f} may be chance)"
     lines.append(
         f"trained on {verdict.trained_tokens:,} tokens, measured on {verdict.heldout_tokens:,} held-out: "
         f"llapor leads gate by {difference}"

@@ -54,7 +54,9 @@ class Harness:
     def __init__(self, engine: Engine, max_length: int | None = None):
         model = engine.model
         if model.tokenizer is None:
-            raise ValueError("the model has no tokenizer, which tasks need: their texts are no token ids")
+            raise ValueError(
+                "the model has no tokenizer, which the texts of tasks need; use a checkpoint that has one"
+            )
         most = most_tokens(engine) - 1
         if not 1 <= (max_length or most) <= most:
             raise ValueError(f"max_length must be 1 to {most}, the model's context, got {max_length}")
@@ -141,7 +143,10 @@ class Harness:
         count = int(counts[0]) if counts else MAX_NEW_TOKENS
         room = self._engine.model.config.max_position_embeddings - count
         if room < 1:
-            raise ValueError(f"a task wants {count} new tokens, and the model's context has {room + count}")
+            raise ValueError(
+                f"a task asks for {count} new tokens, but the model's context holds {room + count}; lower "
+                f"its {LENGTHS[0]}"
+            )
         tokens = self.encode(prompt) or [self._prefix]
         if len(tokens) > room:
             logger.warning("a prompt of %d tokens is cut on the left, to %d", len(tokens), room)
@@ -176,7 +181,7 @@ def engine_of(pretrained: str, revision: str | None = None, **arguments: Any) ->
 
     Args:
         pretrained: a checkpoint's folder or name on the hub.
-        revision: of a checkpoint on the hub.
+        revision: branch, tag or commit of a checkpoint on the hub.
         **arguments: those of `OF_LOADING`, and of `OffloadConfig`.
 
     Raises:
@@ -185,7 +190,7 @@ def engine_of(pretrained: str, revision: str | None = None, **arguments: Any) ->
     of_loading = {name: arguments.pop(name) for name in OF_LOADING if name in arguments}
     known, problems = OffloadConfig.__dataclass_fields__, Problems()
     for name in arguments.keys() - known.keys():
-        problems.add(f"{name!r} is no argument of a model: {', '.join((*OF_LOADING, *known))}")
+        problems.add(f"{name!r} must be one of the arguments of a model: {', '.join((*OF_LOADING, *known))}")
     problems.raise_any()
     config = OffloadConfig(**arguments)
     if config.host_budget is not None:

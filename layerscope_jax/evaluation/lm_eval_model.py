@@ -20,10 +20,10 @@ class LayerscopeLM(Harness, LM):
 
     Args:
         pretrained: a checkpoint's folder or name on the hub, or an engine.
-        max_length: as of `Harness`.
+        max_length: as in `Harness`.
         batch_size, max_batch_size, device: what lm-eval gives every model; not used, because an engine forms
             its own batches (`max_num_seqs`, `prefill_chunk_size`) on the device of its model.
-        **arguments: as of `engine_of`.
+        **arguments: as in `engine_of`.
     """
 
     def __init__(

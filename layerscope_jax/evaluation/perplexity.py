@@ -35,8 +35,8 @@ class Window(NamedTuple):
 def windows(length: int, context: int, stride: int) -> list[Window]:
     """Returns the windows over a sequence, which score each of its tokens but the first once.
 
-    A window reads at most `context` tokens and scores what follows each; all but the first window score the
-    last `stride` alone, so that these have at least `context - stride` tokens before them.
+    A window reads at most `context` tokens and predicts the token after each. The first window scores all of
+    these, every later one only the last `stride`, which have at least `context - stride` tokens before them.
 
     Args:
         length: number of tokens, a prefix included.
@@ -104,7 +104,7 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits of all tokens over bytes of the text, which models of different tokenizers can share."""
+        """Bits of all tokens over bytes of the text: compares models that have different tokenizers."""
         return self._bits(self.nats)
 
     @property
@@ -117,9 +117,9 @@ class Perplexity:
 
 
 def prefix_token(model: Model) -> int:
-    """Returns the token that stands before a text, so that its first token follows something.
+    """Returns the token to put before a text, so that the first token of the text can be scored too.
 
-    It is the one that begins texts, or else the one that ends them.
+    It is the token that begins texts, or else one that ends them.
 
     Raises:
         ValueError: if the checkpoint names neither.
@@ -133,7 +133,10 @@ def prefix_token(model: Model) -> int:
                 return token
     if model.config.stop_token_ids:
         return model.config.stop_token_ids[0]
-    raise ValueError("the checkpoint names no token that begins or ends a text; one is needed before each")
+    raise ValueError(
+        "expected the checkpoint to name a token that begins or ends a text, because one is put before each "
+        "text, got none; name a bos_token or an eos_token in tokenizer_config.json"
+    )
 
 
 def token_logprobs(
@@ -150,7 +153,7 @@ def token_logprobs(
     Args:
         engine: scores them.
         tokens: token ids of the text.
-        prefix: token that stands before the text.
+        prefix: token that is put before the text.
         context, stride: as of `windows`.
         advance: as of `score`.
 
@@ -175,5 +178,5 @@ def token_logprobs(
 
 
 def default_context(model: Model) -> int:
-    """Returns the tokens that a window reads, unless told otherwise."""
+    """Returns the default number of tokens that a window reads."""
     return min(CONTEXT, model.config.max_position_embeddings - 2)

@@ -42,13 +42,13 @@ def score(
     similar length share steps; the logits of a few tokens at a time are in memory.
 
     Args:
-        engine: does it.
+        engine: runs the steps.
         pairs: contexts, of a token at least, and continuations, as token ids.
-        advance: is told after each batch how many tokens it had.
+        advance: called after each batch with its number of tokens.
 
     Raises:
-        ValueError: if a context is empty, or a pair longer than `most_tokens`; if the model's logits are no
-            numbers.
+        ValueError: if a context is empty, or a pair longer than `most_tokens`; if the model's logits are
+            NaN or infinite.
     """
     most = most_tokens(engine)
     for index, (context, continuation) in enumerate(pairs):

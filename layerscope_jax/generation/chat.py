@@ -60,7 +60,7 @@ class Chat:
             try:
                 line = json.dumps({"template": template, "variables": variables})
             except (TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"messages must hold what JSON has alone; {error}") from None
+                raise ValueError(f"messages must hold only values that JSON can express; {error}") from None
             answer = self._asked(line)
         if "error" in answer:
             raise ValueError(f"the chat template gives no prompt: {answer['error'][:300]}")

@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 class Prefixes:
-    """The tokens in the caches of slots, and when each slot was last of use.
+    """The tokens in the caches of slots, and when each slot was last used.
 
     Args:
         least: fewest shared tokens that count.
@@ -56,11 +56,11 @@ class Prefixes:
         self._uses = 0
 
     def fit(self, length: int, whole: bool) -> None:
-        """Notes what slots are like.
+        """Sets what slots are like.
 
         Args:
             length: positions of each.
-            whole: whether a cache can only be gone on with from its end, because a layer's state holds all of
+            whole: whether a cache can only be continued from its end, because a layer's state holds all of
                 its tokens together.
         """
         self._least = max(self._least, length // POSITIONS_PER_TOKEN)
@@ -81,17 +81,20 @@ class Prefixes:
         self.use(row)
 
     def drop(self, row: int) -> None:
-        """Notes that the cache of a slot holds nothing of use."""
+        """Notes that the cache of a slot holds nothing that can be reused."""
         self._held.pop(row, None)
         self._used.pop(row, None)
 
     def use(self, row: int) -> None:
-        """Notes that a slot was of use."""
+        """Notes that a slot was used just now."""
         self._uses += 1
         self._used[row] = self._uses
 
     def keep(self, count: int, rows: int) -> list[int]:
-        """Returns which of `rows` slots were of use last, and has them numbered in this order.
+        """Keeps the `count` most recently used of `rows` slots, renumbered in this order.
+
+        Returns:
+            Their old numbers.
 
         >>> prefixes = Prefixes(least=1)
         >>> for row in (0, 1, 2):
@@ -118,8 +121,8 @@ class Prefixes:
     def place(self, prompts: Sequence[Sequence[int]], free: Sequence[int]) -> list[int]:
         """Returns a free slot for each prompt.
 
-        A slot that holds little else than what the prompt begins with is used on. Otherwise an unused one is
-        taken, and where there is none, the one that was not of use for longest.
+        If most of what a slot holds is the beginning of the prompt, the prompt takes that slot. Otherwise it
+        takes an unused slot or, if there is none, the least recently used one.
         """
         left = sorted(free, key=lambda row: (self._used.get(row, 0), row))
         rows = []

@@ -250,7 +250,7 @@ class Run:
             del self._states[state.id]
 
     def _free(self, row: int, state: RequestState) -> None:
-        """Frees the row of a request that has ended; what it holds may be of use to others."""
+        """Frees the row of a request that has ended; other requests may reuse what it holds."""
         self._slots.free(row)
         if (prefixes := self._slots.prefixes) is None:
             return
@@ -262,7 +262,7 @@ class Run:
             prefixes.hold(row, [*state.prompt, *state.tokens][:-1])
 
     def _place(self, requests: Sequence[int], free: Sequence[int]) -> Sequence[int]:
-        """Returns a free row for each request, so that as much as possible stays of use."""
+        """Returns a free row for each request, so that as much as possible stays reusable."""
         assert self._slots.prefixes is not None
         states = [self._states[request] for request in requests]
         return self._slots.prefixes.place([[*state.prompt, *state.tokens] for state in states], free)

@@ -62,7 +62,7 @@ class Slots:
         self.positions = np.pad(self.positions, ((0, more), (0, 0)), constant_values=PAD_POSITION)
 
     def shrink(self, requests: int) -> None:
-        """Keeps rows for so many requests and a few more, those that were of use last; all must be free."""
+        """Keeps the most recently used rows, enough for so many requests and a few more; all must be free."""
         rows = batch_rows(max(IDLE_ROWS, requests))
         if self.prefixes is None or rows >= self.rows:
             return

@@ -1,4 +1,4 @@
-"""Structured output: which tokens keep a text within a JSON schema or a grammar, as llguidance says.
+"""Structured output: which tokens keep a text within a JSON schema or a grammar, computed by llguidance.
 
 llguidance is optional (the extra `structured`). A grammar is compiled once for all requests that have it;
 each sample then has a state of its own, which its tokens advance.
@@ -52,14 +52,16 @@ def grammar_of(schema: Mapping[str, Any]) -> str:
     """Returns the grammar of the JSON texts that a schema describes.
 
     Raises:
-        ValueError: if the schema is too long or holds what JSON has not, or llguidance is not installed.
+        ValueError: if the schema is too long, holds what JSON cannot express, or llguidance is missing.
     """
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"json_schema must hold what JSON has alone; {error}") from None
+        raise ValueError(f"json_schema must hold only values that JSON can express; {error}") from None
     if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"json_schema must have at most {MOST_CHARACTERS:,} characters, got {len(text):,}")
+        raise ValueError(
+            f"json_schema must have at most {MOST_CHARACTERS:,} characters, got {len(text):,}; shorten it"
+        )
     matcher = library().LLMatcher
     return matcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
 
@@ -74,8 +76,8 @@ def problem_of(grammar: str) -> str | None:
 class Guide:
     """Where a sample is in its grammar.
 
-    Its state follows the sample's tokens; given other tokens than before, as after a failed step, it begins
-    anew.
+    The state follows the sample's tokens. Given tokens that do not continue those before, as after a failed
+    step, it starts over from the beginning.
 
     Args:
         compiled: the compiled grammar, at its beginning.

@@ -112,11 +112,11 @@ class HostPool:
     """Holds as many experts in host memory as a budget allows, and reads others from the disk in their place.
 
     Readers serve, in this order: experts that a layer waits for, experts that the link will copy ahead of
-    time, and experts that are only expected (`read_ahead`); for these, one reader fewer, so that a layer's
-    read begins at once. They begin as soon as a slot is free or has an expert that nobody holds; which one
-    makes way for another, `scheduling.reads.Uses` says, and those that are expected come last. An expert that
-    somebody holds stays until it is let go. A holder lets go of each expert as soon as it has used it and
-    never waits for one expert while it needs none of those it has, so a single slot is enough to go on.
+    time, and experts that are only expected (`read_ahead`). One reader fewer may read the last kind, so that
+    a layer's read begins at once. A read begins as soon as a slot is free or has an expert that nobody holds;
+    `scheduling.reads.Uses` chooses which of these is evicted, and expected experts are evicted last. A held
+    expert stays until it is let go. A holder uses whichever of its experts is ready and lets go of each as
+    soon as it has used it, so a single slot is enough to go on.
 
     The engine's thread, which an interrupt may reach between any two lines, changes what is held and expected
     only by single steps that can be repeated; slots are given and taken by readers alone.
@@ -214,7 +214,7 @@ class HostPool:
         return slot is not None and slot.ready
 
     def failure(self, expert: ExpertId) -> ReadError | None:
-        """Returns why an expert could not be read, until it is held again."""
+        """Returns why an expert could not be read; None if it could, or if it was held again since."""
         return self._failed.get(expert)
 
     @property
@@ -236,7 +236,9 @@ class HostPool:
                 if not any(expert in held for held in self._held.values() for expert in experts):
                     raise RuntimeError(f"{sorted(experts)} are waited for, but nobody holds them")
                 if self._closed:
-                    raise ReadError("the threads that read were closed with their engine; make a new Engine")
+                    raise ReadError(
+                        "the threads that read experts ended with their engine; make a new Engine"
+                    )
                 if self._broken is not None:
                     raise RuntimeError(f"a thread that reads has ended: {self._broken!r}") from self._broken
                 left = self._news + STANDSTILL_S - time.perf_counter()

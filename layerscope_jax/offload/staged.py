@@ -176,7 +176,7 @@ def host_slots(bank: DiskBank, host_bytes: int | None) -> int:
     slots = (bank.total_bytes if host_bytes is None else host_bytes) // bank.expert_bytes
     if slots < 1:
         raise ValueError(
-            f"host_budget must hold one expert of {bank.expert_bytes:,} bytes, got {host_bytes:,}; raise it, "
-            "the more the fewer experts are read again"
+            f"host_budget must hold one expert of {bank.expert_bytes:,} bytes, got {host_bytes:,}; raise it; "
+            "with more memory, fewer experts are read again"
         )
     return slots

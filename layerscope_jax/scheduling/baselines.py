@@ -9,7 +9,7 @@ from layerscope_jax.scheduling.policy import PolicyBase
 
 
 class Resident(PolicyBase):
-    """Keeps every expert in device memory and moves nothing: the oracle of the other policies."""
+    """Keeps every expert in device memory and moves nothing: the reference for the other policies."""
 
     name = "resident"
     uses_forecasts = False

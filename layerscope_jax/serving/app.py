@@ -33,7 +33,7 @@ class Completions:
     Args:
         service: answers.
         url: path of the endpoint.
-        timeout_s: time (s) within which a body must have come in whole.
+        timeout_s: time (s) within which all of a body must have come.
     """
 
     def __init__(self, service: Service, url: str, timeout_s: float):
@@ -54,7 +54,7 @@ class NeedsKey:
     Args:
         app: gets the other requests.
         key: what clients must send.
-        timeout_s: time (s) within which a body must have come in whole.
+        timeout_s: time (s) within which all of a body must have come.
     """
 
     def __init__(self, app: Any, key: str, timeout_s: float):

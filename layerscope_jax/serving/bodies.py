@@ -31,7 +31,7 @@ class Asked:
         include_usage: whether a stream ends with the counts of tokens.
         tools: how calls of tools in the answers are read; None if they are to stay text.
         echoed: texts of the prompts, with which the answers begin; empty if they do not.
-        without_new: whether the answers end there: new tokens are not told of.
+        without_new: whether the answers end after the prompts, so that new tokens are left out.
     """
 
     chat: bool
@@ -60,7 +60,7 @@ class Reader:
         model: the model that answers.
         name: what clients call it.
         chat: makes prompts of conversations.
-        defaults: settings of requests that a body does not give, in the place of OpenAI's own.
+        defaults: settings for what a body leaves out, used instead of OpenAI's defaults.
         max_model_len: most tokens of a prompt and its answer; None for the model's context.
         most_samples: most samples of a body.
         structures: compiles the grammars of requests, which may take a while.

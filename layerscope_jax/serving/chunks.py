@@ -67,7 +67,7 @@ class Answer:
         return json.dumps(body | {"usage": counts}).encode()
 
     def _with_prompt(self, output: Output, choice: int, request: Request) -> Output:
-        """Returns what is told of a choice that begins with its prompt."""
+        """Returns the parts of a choice that begins with its prompt."""
         told, new = [*(output.prompt_logprobs or ()), *(output.logprobs or ())], output.token_ids
         text, prompt = (
             self._asked.echoed[self._prompt_of[choice]],

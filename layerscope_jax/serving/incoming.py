@@ -21,8 +21,8 @@ class Incoming:
     """The body of a request that comes in.
 
     Args:
-        receive: as of ASGI.
-        timeout_s: time (s) within which it must have come in whole.
+        receive: ASGI's `receive`.
+        timeout_s: time (s) within which all of it must have come.
     """
 
     def __init__(self, receive: Receive, timeout_s: float):
@@ -46,7 +46,7 @@ class Incoming:
             self._is_over = True
             raise Refusal(
                 408,
-                f"the request did not arrive in whole within {self._timeout_s:g} s",
+                f"the request did not arrive completely within {self._timeout_s:g} s",
                 headers={"connection": "close"},
             ) from None
         return bytes(body)

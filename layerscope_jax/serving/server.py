@@ -85,7 +85,7 @@ class Server:
         self._http.answering.wait()
         if not self._http.started:
             self.close()
-            raise RuntimeError("the server of HTTP did not start; its log says why")
+            raise RuntimeError("the HTTP server did not start; its log says why")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,7 +116,7 @@ class Server:
         try:
             self._http.run(sockets=[self._socket])
         except BaseException:
-            logger.exception("the server of HTTP has failed")
+            logger.exception("the HTTP server has failed")
         finally:
             self._http.answering.set()
 

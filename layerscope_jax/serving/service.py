@@ -39,7 +39,7 @@ class Service:
     Args:
         engine: generates.
         chat: makes prompts of conversations.
-        config: what is taken at most.
+        config: limits of what is admitted.
 
     Attributes:
         metrics: counts.
@@ -115,7 +115,7 @@ class Service:
             url: `CHAT_URL` or `TEXT_URL`.
             headers: of the request, by name in lower case.
             incoming: its body.
-            send: as of ASGI.
+            send: ASGI's `send`.
 
         Raises:
             Refusal: if it is not answered; nothing was sent then.

@@ -23,7 +23,7 @@ class ServerConfig:
         max_model_len: most tokens of a prompt and its answer together; None for the model's context. The
             caches of all slots become as long as the longest request, so this bounds their memory.
         max_body_bytes: most bytes of a request's body; larger ones get status 413.
-        timeout_s: time (s) within which a request must have arrived in whole, and within which a client must
+        timeout_s: time (s) within which all of a request must have arrived, and within which a client must
             take what it is sent.
         drain_s: time (s) that running requests have to end when the server is told to stop.
 

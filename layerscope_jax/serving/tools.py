@@ -62,7 +62,7 @@ def tools_of(
         problems.add(str(error))
         return None
     if "tools" not in template:
-        problems.add("tools must be left out: the chat template of this model knows none")
+        problems.add("tools must be left out: the chat template of this model does not support them")
         return None
     form = format_of(template)
     named, grammar = called(choice), None
@@ -75,7 +75,8 @@ def tools_of(
         wanted = schemas if named is None else {named: schemas[named]}
         if form is None:
             problems.add(
-                "the calls that the chat template of this model writes are not known: none can be required"
+                'tool_choice must be "auto" or "none": the chat template of this model does not show in '
+                "which format it writes calls, so none can be required"
             )
         elif tokenizer is not None:
             try:
@@ -104,10 +105,10 @@ def types_of(schemas: Mapping[str, Any]) -> Types:
 
 
 class Calls:
-    """The calls in one answer, which is parted into content and calls as its text comes.
+    """Splits one answer into content and calls as its text comes.
 
     Attributes:
-        number: of the calls so far.
+        number: number of calls so far.
     """
 
     def __init__(self, tools: Tools):
@@ -115,7 +116,7 @@ class Calls:
         self.number = 0
 
     def delta(self, text: str, ended: bool) -> dict[str, Any]:
-        """Returns what more text of the answer adds to it, as a stream says it; empty for nothing.
+        """Returns the `delta` of a stream for more text of the answer; empty if nothing can be sent yet.
 
         Args:
             text: the text.

@@ -118,7 +118,7 @@ class Helpers:
         if self._job is not None:
             self.rest()
         if self._closed:
-            raise ValueError("the threads that compute were closed with their engine; make a new Engine")
+            raise ValueError("the threads that compute experts ended with their engine; make a new Engine")
         job = Job(call, numbers)
         self._job = job  # set before any helper has it, so that an interrupt cannot lose it
         for number in job.numbers:

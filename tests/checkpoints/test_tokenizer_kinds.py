@@ -138,7 +138,7 @@ def test_a_tokenizer_of_an_unknown_class_is_not_guessed(tmp_path, case, name, wo
         ("qwen2", "vocab.json", b'{"a": "b"}', "expected an id for each token"),
         ("qwen2", "vocab.json", b"[", "expected JSON, got"),
         ("qwen2", "merges.txt", b"#version: 0.2\na b c\n", "got 'a b c'; take both files from one model"),
-        ("qwen2", "merges.txt", "\u4e00 \u4e01".encode(), "expected pairs of tokens of vocab.json"),
+        ("qwen2", "merges.txt", "\u4e00 \u4e01".encode(), "expected pairs whose joined token is"),
         ("qwen2", "merges.txt", b"\xff", "expected UTF-8, got"),
         ("unigram", "added_tokens.json", b'{"<x>": "1"}', "expected ids of tokens, got '1' for '<x>'"),
         ("unigram", "added_tokens.json", b'{"ISH": 9}', "expected 'ISH' to have the id 9, got 5 from tok"),

@@ -72,4 +72,4 @@ def test_what_cannot_be_scored_is_refused(tiny, tmp_path, capsys):
     for arguments, message in cases:
         assert message in refusal(capsys, "perplexity", tiny, *arguments)
     text = f"--text={tiny / 'config.json'}"
-    assert "names no token that begins or ends a text" in refusal(capsys, "perplexity", tiny, text)
+    assert "name a token that begins or ends a text" in refusal(capsys, "perplexity", tiny, text)

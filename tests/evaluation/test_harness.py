@@ -101,7 +101,7 @@ def test_prompts_leave_room_for_what_is_generated(engine):
     ("settings", "message"),
     [
         ({"num_beams": 4}, "a task's settings must be among until, do_sample, .*, got num_beams"),
-        ({"max_gen_toks": 96}, "wants 96 new tokens, and the model's context has 96"),
+        ({"max_gen_toks": 96}, "asks for 96 new tokens, but the model's context holds 96"),
         ({"top_p": 3.0, "max_gen_toks": 2}, "top_p must be"),
     ],
 )
@@ -111,7 +111,7 @@ def test_settings_that_mean_nothing_are_refused(engine, settings, message):
 
 
 def test_arguments_that_mean_nothing_are_refused():
-    with pytest.raises(ValueError, match="'batchsize' is no argument of a model: dtype, format"):
+    with pytest.raises(ValueError, match="'batchsize' must be one of the arguments of a model: dtype"):
         engine_of(str(SHIPPED), batchsize=3)
 
 

@@ -113,5 +113,5 @@ def test_figures_of_independent_tokens_have_the_error_of_independent_tokens():
 
 
 def test_a_prefix_is_needed():
-    with pytest.raises(ValueError, match="names no token that begins or ends a text"):
+    with pytest.raises(ValueError, match="name a token that begins or ends a text"):
         prefix_token(random_model(num_layers=1))

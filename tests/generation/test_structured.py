@@ -183,7 +183,7 @@ def test_a_model_without_stop_tokens_ends_with_the_text():
             r"json_schema must be one that llguidance takes \(Invalid type: frog",
         ),
         ({"json_schema": ["a"]}, "json_schema must be a JSON schema that is an object, or None"),
-        ({"json_schema": {"const": object()}}, "json_schema must hold what JSON has alone"),
+        ({"json_schema": {"const": object()}}, "json_schema must hold only values that JSON can express"),
         ({"json_schema": {"type": "object", "if": {}}}, "Unimplemented keys"),
         (
             {"json_schema": {"enum": ["x" * 70_000]}},

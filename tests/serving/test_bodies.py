@@ -137,7 +137,7 @@ def test_tools(called):
 def test_tools_that_are_refused(called, reader, body, message):
     with pytest.raises(ValueError, match=message):
         chosen(called, **body)
-    with pytest.raises(ValueError, match="the chat template of this model knows none"):
+    with pytest.raises(ValueError, match="the chat template of this model does not support them"):
         chosen(reader, tools=TOOLS)
 
 

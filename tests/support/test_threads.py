@@ -173,7 +173,7 @@ def test_closed_helpers_say_so():
     helpers = Helpers(1)
     helpers.close()
     helpers.close()
-    with pytest.raises(ValueError, match="closed with their engine; make a new Engine"):
+    with pytest.raises(ValueError, match="ended with their engine; make a new Engine"):
         in_time(lambda: helpers.run(lambda number: None, 2))
     assert helpers.rest() is None
 
