@@ -70,7 +70,7 @@ def checkup() -> list[Finding]:
     try:
         device = jax.devices()[0]
     except RuntimeError as error:
-        mend = "install the JAX of this accelerator (pip install 'jax[cuda12]'), or set JAX_PLATFORMS=cpu"
+        mend = "install the JAX of this accelerator (pip install 'jax[cuda13]'), or set JAX_PLATFORMS=cpu"
         return [*findings, Finding(name="devices", state="broken", told=first_line(error), mend=mend)]
     for check in CHECKS:
         try:
@@ -86,7 +86,7 @@ def devices(device: jax.Device) -> Iterator[Finding]:
     """Checks which backends and devices JAX has."""
     kinds = ", ".join(f"{each.platform} {each.device_kind}" for each in jax.devices())
     if device.platform == "cpu" and NVIDIA.exists():
-        mend = "install JAX for it (pip install 'jax[cuda12]'), and leave JAX_PLATFORMS unset"
+        mend = "install JAX for it (pip install 'jax[cuda13]'), and leave JAX_PLATFORMS unset"
         told = f"{kinds}: this machine has an NVIDIA GPU that JAX does not use"
         yield Finding(name="devices", state="slow", told=told, mend=mend)
     else:

@@ -85,7 +85,7 @@ def test_a_gpu_that_jax_does_not_use_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(checkup, "NVIDIA", tmp_path)
     found = by_name(checkup.devices(jax.devices()[0]))
     assert found["devices"].state == "slow"
-    assert "jax[cuda12]" in found["devices"].mend
+    assert "jax[cuda13]" in found["devices"].mend
 
 
 def test_without_a_cpu_backend_there_is_no_host(monkeypatch):
