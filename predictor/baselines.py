@@ -17,13 +17,13 @@ import numpy as np
 
 from layerscope_jax.prediction import history
 from layerscope_jax.prediction.history import turn_ahead
-from layerscope_jax.prediction.predictors import NextGate, choosing_logits, router_shares
+from layerscope_jax.prediction.predictors import NextGate, router_shares
 from layerscope_jax.scheduling.geometry import RoutedExperts
 from predictor.dataset import Rows
 from predictor.linear import LinearParams, linear_logits
 from predictor.llapor import LLaPor
 from predictor.pca import Basis
-from predictor.routers import Routers
+from predictor.routers import Prior, Routers
 
 PIECE = 8192  # rows that are computed at once
 
@@ -179,18 +179,8 @@ class Gate:
 
     def forecast(self, rows: Rows, layer: int) -> Forecast:
         horizons = self.popularity.horizons
-        matrix, offset = self.routers.reduced(self.basis, layer, max(horizons), self.basis.width)
-        experts = self.routers.weight.shape[1]
-
-        def picked(array: np.ndarray) -> jax.Array:
-            ahead = array.reshape(*array.shape[:-1], max(horizons), experts)
-            return jnp.asarray(ahead[..., np.array(horizons) - 1, :])
-
-        bias = None
-        if (biases := self.routers.selection_bias) is not None:
-            bias = jnp.asarray(self.routers.of_next(biases, layer, max(horizons))[np.array(horizons) - 1])
-        how = {"choices": self.choices, "score": self.routers.score}
-        run = partial(_gate, picked(matrix), picked(offset), bias, **how)
+        prior = self.routers.prior(self.basis, [layer], horizons, self.basis.width)
+        run = partial(_gate, jax.tree.map(lambda part: jnp.asarray(part[0]), prior), choices=self.choices)
         parts = in_pieces(run, rows.hidden[:, layer])
         layers = len(self.basis.mean)
         beyond = [place for place, horizon in enumerate(horizons) if turn_ahead(layer, horizon, layers)[0]]
@@ -199,19 +189,9 @@ class Gate:
         return Forecast(*parts)
 
 
-@partial(jax.jit, static_argnames=("choices", "score"))
-def _gate(
-    matrix: jax.Array,
-    offset: jax.Array,
-    bias: jax.Array | None,
-    hidden: jax.Array,
-    *,
-    choices: int,
-    score: str,
-) -> tuple[jax.Array, ...]:
-    logits = jnp.einsum("np,phe->nhe", hidden.astype(jnp.float32), matrix) + offset[None]
-    if bias is not None:
-        logits = choosing_logits(logits, bias[None], score)
+@partial(jax.jit, static_argnames="choices")
+def _gate(prior: Prior, hidden: jax.Array, *, choices: int) -> tuple[jax.Array, ...]:
+    logits = prior.logits(hidden.astype(jnp.float32))
     return router_shares(logits, choices), logits
 
 

@@ -76,7 +76,7 @@ def load_or_fit(
             if arrays["share"].shape != (model.num_layers, model.num_experts):
                 raise ValueError(f"{folder / FILE}: share has shape {arrays['share'].shape}; delete it")
             linear = first_linear(model, basis, routers, horizons, arrays["share"])
-            learned = {name: arrays[name].astype(np.float32) for name in LEARNED}
+            learned: dict[str, Any] = {name: arrays[name].astype(np.float32) for name in LEARNED}
             wrong = [name for name in LEARNED if learned[name].shape != getattr(linear, name).shape]
             if wrong:
                 raise ValueError(f"{folder / FILE}: {', '.join(wrong)} of other shapes; delete it")

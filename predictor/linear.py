@@ -14,7 +14,7 @@ from layerscope_jax.checkpoints.identity import ModelIdentity
 from predictor.dataset import Rows
 from predictor.network import router_margin, spread
 from predictor.pca import Basis
-from predictor.routers import Routers
+from predictor.routers import Prior, Routers
 from predictor.step import Batch, input_scale, loss, targets
 from predictor.train import bar, batch_of
 
@@ -29,15 +29,14 @@ class LinearParams:
         weight: [L, P + E, H, E] weights of the scaled hidden state and the chosen experts.
         bias: [L, H, E].
         gain: [L, H, E] weight of the routers' forecast.
-        matrix, offset: [L, P, H, E] and [L, H, E], from which the routers' forecast is computed; not learned.
+        prior: the routers' forecast; not learned.
         scale: [L] scale of the hidden state; not learned.
     """
 
     weight: Any
     bias: Any
     gain: Any
-    matrix: Any
-    offset: Any
+    prior: Prior
     scale: Any
 
 
@@ -49,11 +48,10 @@ def linear_logits(
 ) -> jax.Array:
     """Returns a layer's logits [T, H, E] from reduced hidden states [T, P] and router choices [T, K]."""
     hidden = hidden.astype(jnp.float32)
-    ahead = jnp.einsum("tp,phe->the", hidden, params.matrix) + params.offset[None]
     chosen = spread(experts, weights, params.weight.shape[-1])
     inputs = jnp.concatenate([hidden * params.scale, chosen], -1)
     logits = jnp.einsum("ti,ihe->the", inputs, params.weight) + params.bias[None]
-    return logits + params.gain[None] * router_margin(ahead, experts.shape[-1])
+    return logits + params.gain[None] * router_margin(params.prior.logits(hidden), experts.shape[-1])
 
 
 def first_linear(
@@ -64,20 +62,13 @@ def first_linear(
     Args:
         share: [L, E] share of the training rows that choose each expert.
     """
-    layers, experts, furthest = model.num_layers, model.num_experts, max(horizons)
-    picked = np.array(horizons) - 1
-    pairs = [routers.reduced(basis, layer, furthest, basis.width) for layer in range(layers)]
-    matrix, offset = (
-        np.stack(parts).reshape(layers, *shape, furthest, experts)[..., picked, :].astype(np.float32)
-        for parts, shape in zip(zip(*pairs, strict=True), ((basis.width,), ()), strict=True)
-    )
+    layers, experts = model.num_layers, model.num_experts
     popular = share[(np.arange(layers)[:, None] + np.array(horizons)[None]) % layers].clip(1e-3, 1 - 1e-3)
     return LinearParams(
         weight=np.zeros((layers, basis.width + experts, len(horizons), experts), np.float32),
         bias=np.log(popular / (1 - popular)).astype(np.float32),
         gain=np.full((layers, len(horizons), experts), 2.0, np.float32),
-        matrix=matrix,
-        offset=offset,
+        prior=routers.prior(basis, range(layers), horizons, basis.width),
         scale=input_scale(basis),
     )
 
@@ -98,14 +89,14 @@ def fit(
         progress: whether to show a progress bar.
     """
     learned = {name: jnp.asarray(getattr(params, name)) for name in ("weight", "bias", "gain")}
-    fixed = {name: jnp.asarray(getattr(params, name)) for name in ("matrix", "offset", "scale")}
+    fixed = jax.tree.map(jnp.asarray, {"prior": params.prior, "scale": params.scale})
     size = min(BATCH, len(rows))
     total = EPOCHS * (len(rows) // size)
     update = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, total, 0.01))
     picked = np.array(horizons) - 1
     num_experts = params.bias.shape[-1]
 
-    def objective(learned: dict[str, jax.Array], batch: Batch) -> jax.Array:
+    def objective(learned: dict[str, Any], batch: Batch) -> jax.Array:
         truth, known = targets(batch, max(horizons), num_experts)
         truth, known = truth[:, :, picked], known[..., picked].astype(jnp.float32)
         hidden, experts, weights = (
@@ -133,4 +124,4 @@ def fit(
                 if done % 10 == 0:
                     advance(done, f"linear map, loss {float(value) / len(params.scale):.3f}")
     arrays = {name: np.asarray(array) for name, array in learned.items()}
-    return LinearParams(**arrays, matrix=params.matrix, offset=params.offset, scale=params.scale)
+    return LinearParams(**arrays, prior=params.prior, scale=params.scale)

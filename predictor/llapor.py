@@ -25,7 +25,7 @@ from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import read_json, replace_files
 from predictor.packing import Matrix, packed, unpacked, widened
 from predictor.pca import Basis
-from predictor.routers import Routers
+from predictor.routers import Prior, Routers
 from predictor.settings import Settings, checksums
 from predictor.step import Params, Stack, first_params, input_scale, layer_logits, priors, stacks
 
@@ -39,7 +39,7 @@ class LayerParams:
     Attributes:
         mean, components: [D] mean and [D, P] components of the PCA, the latter in 8 bits.
         scale: [] scale of the reduced hidden state.
-        prior: matrix and offset of the routers' forecast; see `predictor.routers.Routers.reduced`.
+        prior: the routers' forecast.
         network: pure dict of the layer's `LayerNetwork`, with matrices in 8 bits as on disk, because its
             memory is taken off the budget of the experts.
         group: name of the layer's group; not an array.
@@ -48,7 +48,7 @@ class LayerParams:
     mean: jax.Array
     components: Matrix
     scale: jax.Array
-    prior: tuple[jax.Array, jax.Array]
+    prior: Prior
     network: Any
     group: str
 
@@ -151,12 +151,11 @@ class LLaPor(PredictorBase):
         for name, stack in self.stacks.items():
             network = jax.tree.map(small, self.network[name])
             for index, layer in enumerate(stack.layers):
-                matrix, offset = (put(part[index]) for part in prior[name])
                 yield LayerParams(
                     mean=put(self.basis.mean[layer]),
                     components=Matrix(*(put(part[layer, :, : stack.components]) for part in components)),
                     scale=put(scale[layer]),
-                    prior=(matrix, offset),
+                    prior=jax.tree.map(lambda part, i=index: put(part[i]), prior[name]),
                     network=jax.tree.map(lambda leaf, i=index: put(leaf[i]), network),
                     group=name,
                 )

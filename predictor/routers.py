@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save
 
 from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.prediction.predictors import routers_ahead
+from layerscope_jax.prediction.predictors import choosing_logits, routers_ahead
 from layerscope_jax.support.files import write_file
 from predictor.pca import Basis
 
@@ -85,21 +87,60 @@ class Routers:
         except Exception as error:  # safetensors raises nothing narrower
             raise ValueError(f"{folder / FILE}: expected routers, got {error}; record it anew") from None
 
-    def ahead(self, layer: int, look_ahead: int) -> np.ndarray:
-        """Returns routers [W, E, D] of the next W layers for this layer's normed hidden state."""
-        return routers_ahead(self.weight, self.scale, layer, look_ahead)
+    def prior(self, basis: Basis, layers: Sequence[int], horizons: Sequence[int], width: int) -> Prior:
+        """Returns the forecasts, in some layers, of the routers H layers ahead; zeros past the last layer.
 
-    def reduced(self, basis: Basis, layer: int, look_ahead: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `ahead` for hidden states reduced by `basis`: matrix [width, W * E] and offset [W * E]."""
-        ahead = self.ahead(layer, look_ahead).reshape(-1, self.weight.shape[2]).T  # [D, W * E]
-        offset = basis.mean[layer] @ ahead
+        Args:
+            basis: PCA of the hidden states.
+            layers: layers in which forecasts are made, the leading axis of the prior's arrays.
+            horizons: H numbers of layers ahead, from 1.
+            width: P, components of the reduced hidden states.
+        """
+        furthest, picked = max(horizons), np.array(horizons) - 1
+        matrices, offsets = [], []
+        for layer in layers:
+            ahead = routers_ahead(self.weight, self.scale, layer, furthest)[picked]  # [H, E, D]
+            matrices.append(np.einsum("dp,hed->phe", basis.components[layer, :, :width], ahead))
+            offsets.append(ahead @ basis.mean[layer])
+        offset = np.stack(offsets)
         if self.bias is not None:
-            offset = offset + self.of_next(self.bias, layer, look_ahead).reshape(-1)
-        return basis.components[layer, :, :width].T @ ahead, offset
+            offset = offset + _ahead(self.bias, layers, horizons)
+        selection = None
+        if self.selection_bias is not None:
+            selection = _ahead(self.selection_bias, layers, horizons)
+        return Prior(np.stack(matrices), offset, selection, self.score)
 
-    def of_next(self, biases: np.ndarray, layer: int, look_ahead: int) -> np.ndarray:
-        """Returns biases [W, E] of the next W layers, of [L, E]; zeros past the last layer."""
-        ahead = np.zeros((look_ahead, biases.shape[1]), np.float32)
-        next_ones = biases[layer + 1 : layer + 1 + look_ahead]
-        ahead[: len(next_ones)] = next_ones
-        return ahead
+
+def _ahead(biases: np.ndarray, layers: Sequence[int], horizons: Sequence[int]) -> np.ndarray:
+    """Returns biases [len(layers), H, E] of the layers ahead, of [L, E]; zeros past the last layer.
+
+    >>> _ahead(np.array([[1.0], [2.0], [3.0]]), [0, 1], [1, 2])[..., 0].tolist()
+    [[2.0, 3.0], [3.0, 0.0]]
+    """
+    target = np.array(layers)[:, None] + np.array(horizons)[None]
+    inside = target < len(biases)
+    return np.where(inside[..., None], biases[np.where(inside, target, 0)], 0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """The routers' forecast of H later layers, as a function of reduced hidden states; a pytree.
+
+    Attributes:
+        matrix, offset: [P, H, E] and [H, E], which give the routers' logits.
+        selection: [H, E] biases added to the scores for choosing alone; None where routers have none.
+        score: of the selection biases, as in `RoutingRule.score`; not an array.
+    """
+
+    matrix: Any
+    offset: Any
+    selection: Any = None
+    score: str = "sigmoid"
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns logits [T, H, E] of reduced hidden states [T, P], in the order in which routers choose."""
+        ahead = jnp.einsum("tp,phe->the", hidden, self.matrix) + self.offset[None]
+        return ahead if self.selection is None else choosing_logits(ahead, self.selection[None], self.score)
+
+
+jax.tree_util.register_dataclass(Prior, ["matrix", "offset", "selection"], ["score"])

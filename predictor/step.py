@@ -24,7 +24,7 @@ from predictor.network import (
     spread,
 )
 from predictor.pca import Basis
-from predictor.routers import Routers
+from predictor.routers import Prior, Routers
 
 Params = dict[str, Any]
 """Group -> pure dict of a `LayerNetwork`'s parameters, stacked over the group's layers."""
@@ -79,16 +79,13 @@ def first_params(model: ModelIdentity, stacked: Mapping[str, Stack], look_ahead:
     }
 
 
-def priors(
-    routers: Routers, basis: Basis, stacked: Mapping[str, Stack], look_ahead: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns matrices [Lg, P, W * E] and offsets [Lg, W * E] of each group's router forecasts."""
-    result = {}
-    for name, stack in stacked.items():
-        pairs = [routers.reduced(basis, layer, look_ahead, stack.components) for layer in stack.layers]
-        matrices, offsets = zip(*pairs, strict=True)
-        result[name] = (np.stack(matrices), np.stack(offsets))
-    return result
+def priors(routers: Routers, basis: Basis, stacked: Mapping[str, Stack], look_ahead: int) -> dict[str, Prior]:
+    """Returns each group's router forecasts of the next W layers."""
+    horizons = range(1, look_ahead + 1)
+    return {
+        name: routers.prior(basis, stack.layers, horizons, stack.components)
+        for name, stack in stacked.items()
+    }
 
 
 def input_scale(basis: Basis) -> np.ndarray:
@@ -101,7 +98,7 @@ def layer_logits(
     hidden: jax.Array,
     experts: jax.Array,
     weights: jax.Array,
-    prior: tuple[jax.Array, jax.Array],
+    prior: Prior,
     scale: jax.Array,
     noise: jax.Array | None = None,
     key: jax.Array | None = None,
@@ -112,15 +109,13 @@ def layer_logits(
         network: network of the layer.
         hidden: [T, P] reduced hidden states.
         experts, weights: [T, K] choices of the router.
-        prior: matrix [P, W * E] and offset [W * E] of the routers' forecast.
+        prior: the routers' forecast.
         scale: [] scale of the hidden state.
         noise: [T, P] noise that is added to the scaled hidden state, in training.
         key: random key of dropout, in training.
     """
-    look_ahead, num_experts = network.gain.shape
-    matrix, offset = prior
-    ahead = (hidden @ matrix + offset[None]).reshape(-1, look_ahead, num_experts)
-    prior_logits = router_margin(ahead, experts.shape[-1])
+    num_experts = network.gain.shape[1]
+    prior_logits = router_margin(prior.logits(hidden), experts.shape[-1])
     inputs = hidden * scale
     if noise is not None:
         inputs += noise
@@ -201,7 +196,7 @@ def optimizer(stacked: Mapping[str, Stack], steps: int, clip: float) -> optax.Gr
 
 def make_steps(
     stacked: Mapping[str, Stack],
-    prior: Mapping[str, tuple[jax.Array, jax.Array]],
+    prior: Mapping[str, Prior],
     scale: jax.Array,
     class_weights: jax.Array,
     look_ahead: int,
@@ -231,7 +226,7 @@ def make_steps(
             def one_layer(params, *rest, graphdef=stack.graphdef):
                 return layer_logits(nnx.merge(graphdef, params), *rest)
 
-            axes = (0, 0, 0, 0, (0, 0), 0, None if noise is None else 0, None if keys is None else 0)
+            axes = (0, 0, 0, 0, 0, 0, None if noise is None else 0, None if keys is None else 0)
             run = jax.vmap(one_layer, in_axes=axes)
             parts.append(
                 run(
