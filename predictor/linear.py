@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from layerscope_jax.checkpoints.identity import ModelIdentity
+from layerscope_jax.support.jax_settings import with_promotion
 from predictor.dataset import Rows
 from predictor.network import router_margin, spread
 from predictor.pca import Basis
@@ -113,7 +114,7 @@ def fit(
         return optax.apply_updates(learned, updates), state, value
 
     state, done = update.init(learned), 0
-    with bar(total, progress) as advance:
+    with with_promotion(), bar(total, progress) as advance:
         advance(0, "linear map")
         for epoch in range(EPOCHS):
             order = np.random.default_rng(epoch).permutation(len(rows))

@@ -171,7 +171,7 @@ def loss(logits: jax.Array, truth: jax.Array, weights: jax.Array, focal: float) 
 def top_recall(logits: jax.Array, truth: jax.Array, choices: int) -> jax.Array:
     """Returns exact top-k recall [...]: the share of the K true experts [..., E] among the K likeliest."""
     threshold = jax.lax.top_k(logits, choices)[0][..., -1:]
-    return ((logits >= threshold) * truth).sum(-1) / choices
+    return jnp.where(logits >= threshold, truth, 0.0).sum(-1) / choices
 
 
 def optimizer(stacked: Mapping[str, Stack], steps: int, clip: float) -> optax.GradientTransformation:
@@ -250,7 +250,8 @@ def make_steps(
         logits = logits_of(params, batch, key)
         each = loss(logits, truth, jnp.broadcast_to(weights_ahead, logits.shape), focal)
         # Layers learn independently: the sum over layers of the mean over each layer's known targets.
-        return ((each * known).sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)).sum()
+        counted = jnp.maximum(known.sum((1, 2), dtype=jnp.float32), 1.0)
+        return (jnp.where(known, each, 0.0).sum((1, 2)) / counted).sum()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train(params: Params, state: optax.OptState, batch: Batch, key: jax.Array):
@@ -262,6 +263,6 @@ def make_steps(
     def evaluate(params: Params, batch: Batch):
         truth, known = targets(batch, look_ahead, num_experts)
         recall = top_recall(logits_of(params, batch, None), truth, batch.experts.shape[-1])
-        return (recall * known).sum(1), known.sum(1)
+        return jnp.where(known, recall, 0.0).sum(1), known.sum(1)
 
     return train, evaluate

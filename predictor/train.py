@@ -30,7 +30,7 @@ from layerscope_jax.prediction.traces import Passage, Trace
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import read_json, write_file
-from layerscope_jax.support.jax_settings import random_key
+from layerscope_jax.support.jax_settings import random_key, with_promotion
 from layerscope_jax.support.locks import locked_folder
 from predictor.carry import carried
 from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
@@ -125,7 +125,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> LLaPor:
         raise ValueError(
             f"leave_out must name domains of {config.traces} ({', '.join(sorted(known))}), got {unknown}"
         )
-    with locked_folder(config.out):
+    with locked_folder(config.out), with_promotion():
         check_same_run(config, trace)
         return _train(config, trace, progress)
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from layerscope_jax.support.checks import Problems
-from layerscope_jax.support.jax_settings import random_key
+from layerscope_jax.support.jax_settings import random_key, with_promotion
 from predictor.llapor import LLaPor
 from predictor.routers import Routers
 from predictor.step import Batch, input_scale, make_steps, priors
@@ -144,8 +144,7 @@ class Tuner:
         for start in range(0, whole, CHECK_EVERY):
             self._blocks.append(part(rows, slice(start, start + CHECK_EVERY)))
             self._seen += CHECK_EVERY
-            # Optax needs promotion of dtypes and ranks, which the program may have forbidden.
-            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            with with_promotion():
                 self._look()
         return self.llapor is not before
 

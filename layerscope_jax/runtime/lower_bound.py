@@ -39,6 +39,7 @@ import optax
 
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, Geometry
+from layerscope_jax.support.jax_settings import with_promotion
 
 ROUNDS = 1000
 
@@ -94,11 +95,7 @@ def lower_bound_ms(
         "present": present,
     }
     # Double precision: rounding must not lift a bound above the truth.
-    with (
-        jax.enable_x64(True),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with jax.enable_x64(True), with_promotion():
         arrays = {name: jnp.asarray(part) for name, part in problem.items()}
         return unit * float(_best(arrays, rounds, experts <= FEW))
 

@@ -57,6 +57,11 @@ def random_key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl=PRNG)
 
 
+def with_promotion() -> AbstractContextManager:
+    """Allows promotion of dtypes and ranks within the `with` block, for Optax; a program may forbid it."""
+    return _all_of([lambda: jax.numpy_dtype_promotion("standard"), lambda: jax.numpy_rank_promotion("allow")])
+
+
 def without_mesh() -> AbstractContextManager:
     context: Any = jax.set_mesh(None)  # type: ignore[arg-type]
     return context

@@ -7,7 +7,6 @@ import textwrap
 import threading
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import quick_compiling
@@ -19,13 +18,6 @@ from layerscope_jax import Engine
 from predictor.online import BACKLOG, LearningError, Online
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
-@pytest.fixture(autouse=True)
-def optax_rules():
-    """Optax mixes dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")

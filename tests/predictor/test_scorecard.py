@@ -1,12 +1,10 @@
 """The scorecard: full marks for the truth alone, nothing learned from nothing, batches that could run."""
 
-import contextlib
 import io
 import json
 import sys
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,15 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def score(traces, *predictor, **changes):
-    with optax_rules():
-        return scorecard.scorecard(ScoreConfig(traces=traces, predictor=predictor, **changes), progress=False)
-
-
-@contextlib.contextmanager
-def optax_rules():
-    """Optax mixes dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+    return scorecard.scorecard(ScoreConfig(traces=traces, predictor=predictor, **changes), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +111,7 @@ def test_shuffled_labels_train_to_no_better_than_popularity(tmp_path):
     shuffled = (2, 3)
     trace = write_trace(tmp_path / "trace", documents=80, heldout=40, tokens=64, prompt=32, shuffled=shuffled)
     config = TrainConfig(traces=trace.folder, out=tmp_path / "out", look_ahead=1, epochs=4, batch=64, **SMALL)
-    with optax_rules():
-        llapor = train(config, progress=False)
+    llapor = train(config, progress=False)
     fit = load_rows(trace, fitted.for_training)
     rows = load_rows(trace, lambda passage: passage.split == "heldout")
     popularity = Popularity(Popularity.count(fit.experts, EXPERTS), (1,))
@@ -247,8 +236,7 @@ def test_input_that_does_not_serve_is_refused(folder, tmp_path):
 def test_command_line(folder, tmp_path, monkeypatch, capsys):
     arguments = ["--traces", str(folder / "trace"), "--predictor", *[str(folder / "predictor")] * 2]
     monkeypatch.setattr(sys, "argv", ["scorecard", *arguments, "--out", str(tmp_path / "card.json")])
-    with optax_rules():
-        scorecard.main()
+    scorecard.main()
     printed = capsys.readouterr().out
     assert "letters *" in printed
     assert "LLaPor's lead over the gate" in printed

@@ -21,13 +21,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 CONFIG = TuningConfig(window=1024, threshold=0.1, steps=24, batch=64, learning_rate=1e-2)
 
 
-@pytest.fixture(autouse=True)
-def optax_rules():
-    """Optax mixes dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     return write_trace(tmp_path_factory.mktemp("tuning") / "trace", documents=60, tokens=32)
