@@ -20,10 +20,9 @@ def carried(
     """Initial parameters with those of another predictor in their place, as far as they fit.
 
     A layer starts from the layer at the same relative depth in the same group of the other predictor. The
-    weight of the routers' forecast is carried over to any model, as a mean over the experts if their numbers
-    differ, and so are the blocks. Parameters of single experts are carried over if there are as many
-    experts, those of hidden states if these are as wide: through both PCAs, so that a component means the
-    same before and after.
+    blocks are carried over to any model. Parameters of single experts are carried over if there are as many
+    experts, the weight of the routers' forecast among them; those of hidden states if these are as wide:
+    through both PCAs, so that a component means the same before and after.
 
     Args:
         params: initial parameters.
@@ -78,17 +77,16 @@ def merged(ours: Any, theirs: Any, turn: np.ndarray | None, look_ahead: int) -> 
         bias = theirs["input"]["bias"]
     if same_experts:
         first[-experts:] = theirs["input"]["weight"][-experts:]
-    gain = theirs["gain"][:look_ahead]
-    if not same_experts:
-        gain = np.repeat(gain.mean(1, keepdims=True), experts, 1)
-    known = gain.size
-    gain = np.concatenate([gain, np.repeat(gain[-1:], look_ahead - len(gain), 0)])
-    result = {**ours, "input": {"weight": first, "bias": bias}, "gain": gain}
+    result = {**ours, "input": {"weight": first, "bias": bias}}
     if "blocks" in ours:
         result["blocks"] = theirs["blocks"]
     if same_experts:
+        ahead = min(look_ahead, len(theirs["gain"]))
+        result["gain"] = np.concatenate([theirs["gain"][:ahead], ours["gain"][ahead:]])
         result["output"] = {
-            part: np.concatenate([theirs["output"][part][..., :known], array[..., known:]], -1)
+            part: np.concatenate(
+                [theirs["output"][part][..., : ahead * experts], array[..., ahead * experts :]], -1
+            )
             for part, array in ours["output"].items()
         }
     return result

@@ -12,6 +12,7 @@ import optax
 
 from layerscope_jax.checkpoints.identity import ModelIdentity
 from layerscope_jax.support.jax_settings import with_promotion
+from predictor.calibration import ROWS, weights_and_biases
 from predictor.dataset import Rows
 from predictor.network import router_margin, spread
 from predictor.pca import Basis
@@ -81,7 +82,9 @@ def fit(
     *,
     progress: bool = True,
 ) -> LinearParams:
-    """Trains all layers at once with LLaPor's loss and rows, with cosine decay; the loss is convex.
+    """Trains all layers at once with LLaPor's loss, rows and weight of the routers' forecast to begin with.
+
+    The rate falls as a cosine; the loss is convex.
 
     Args:
         params: initial parameters, from `first_linear`.
@@ -96,6 +99,12 @@ def fit(
     update = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, total, 0.01))
     picked = np.array(horizons) - 1
     num_experts = params.bias.shape[-1]
+    first = batch_of(rows, np.arange(min(ROWS, len(rows))))
+    truth, known = targets(first, max(horizons), num_experts)
+    pairs = weights_and_biases(
+        fixed["prior"], first, range(len(params.bias)), truth[:, :, picked], known[..., picked]
+    )
+    learned["gain"] = jnp.repeat(pairs[0][..., None], num_experts, -1)
 
     def objective(learned: dict[str, Any], batch: Batch) -> jax.Array:
         truth, known = targets(batch, max(horizons), num_experts)

@@ -32,6 +32,7 @@ from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.files import read_json, write_file
 from layerscope_jax.support.jax_settings import random_key, with_promotion
 from layerscope_jax.support.locks import locked_folder
+from predictor.calibration import ROWS, calibrated
 from predictor.carry import carried
 from predictor.dataset import Rows, expert_weights, for_training, for_validation, load_rows
 from predictor.llapor import LLaPor
@@ -176,6 +177,7 @@ def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
         update,
     )
     params = first_params(model, stacked, config.look_ahead, config.seed)
+    params = calibrated(params, stacked, prior, batch_of(rows, np.arange(min(ROWS, len(rows)))))
     if config.start_from is not None:
         params = carried(params, stacked, basis, config.look_ahead, LLaPor.load(config.start_from))
     state = update.init(params)
