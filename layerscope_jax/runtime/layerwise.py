@@ -95,6 +95,11 @@ class LayerByLayer:
         """The model's geometry, with the slots that the budget leaves for experts."""
         return self.model.geometry(self.residency.slots)
 
+    @property
+    def resident_experts(self) -> int:
+        """Number of experts on the device now."""
+        return len(self.residency.resident)
+
     def step(
         self,
         tokens: np.ndarray,

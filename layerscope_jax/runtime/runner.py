@@ -59,6 +59,7 @@ class Runner(Protocol):
         policy: the policy that plans each layer; `Resident` if there is nothing to decide.
         costs: costs of the machine, used by the policy and for `RunnerStats.least_decode_s`; None if they are
             not known.
+        resident_experts: number of experts on the device now; any thread may ask.
     """
 
     @property
@@ -66,6 +67,9 @@ class Runner(Protocol):
 
     @property
     def costs(self) -> HardwareProfile | None: ...
+
+    @property
+    def resident_experts(self) -> int: ...
 
     def step(
         self,

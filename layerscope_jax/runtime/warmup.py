@@ -39,6 +39,11 @@ class Rehearsal:
         self.runner, self.policy, self.costs = runner, runner.policy, runner.costs
         self._device_experts = device_experts
 
+    @property
+    def resident_experts(self) -> int:
+        """Number of experts on the device now; see `Runner`."""
+        return self.runner.resident_experts
+
     def step(
         self,
         tokens: np.ndarray,

@@ -41,6 +41,11 @@ class WholeModel:
         self.params = nnx.to_pure_dict(variables)
         self.run, self._scoring = program(graphdef), scoring_program(graphdef)
 
+    @property
+    def resident_experts(self) -> int:
+        """Number of experts on the device: all of them."""
+        return self.model.config.num_moe_layers * self.model.config.num_experts
+
     @staticmethod
     def is_faster_on(device: jax.Device) -> bool:
         """Whether this is faster than layer by layer on a device; false for CPUs.

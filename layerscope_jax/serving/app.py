@@ -107,7 +107,8 @@ def make_app(service: Service, config: ServerConfig, context: int) -> Starlette:
 
     async def health(request: Request) -> Response:
         healthy = service.is_healthy
-        return json_of({"status": "ok" if healthy else "ending"}, 200 if healthy else 503)
+        state = {"status": "ok" if healthy else "ending"} | service.load()
+        return json_of(state, 200 if healthy else 503)
 
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type=PROMETHEUS)

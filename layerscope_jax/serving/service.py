@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 from layerscope_jax.engine import Engine
 from layerscope_jax.generation.chat import Chat
@@ -82,6 +83,22 @@ class Service:
     def is_idle(self) -> bool:
         """Whether no request is being answered."""
         return not self._taken
+
+    def load(self) -> dict[str, Any]:
+        """Returns how busy the server is, and how many experts are on the device, as an object for JSON.
+
+        A balancer may send requests to the server with most places free.
+        """
+        running, waiting = self._requests()
+        totals, model = self._stepper.tally.totals, self._engine.model
+        return {
+            "requests_running": running,
+            "requests_waiting": waiting,
+            "requests_free": self._most - self._taken,
+            "experts": model.config.num_moe_layers * model.config.num_experts,
+            "experts_resident": self._engine.runner.resident_experts,
+            "hit_rate": totals.expert_hits / totals.experts if totals.experts else None,
+        }
 
     def close(self, timeout: float) -> None:
         """Aborts all requests, and ends the service's threads."""
