@@ -34,7 +34,7 @@ KINDS = ("deepseek_v3", "gemma4", "gpt_oss", "qwen3_moe", "qwen3_next")
 DeltaNet."""
 
 ROUNDED = (*KINDS, "ernie4_5_moe", "granitemoe", "minimax_m2", "phimoe", "qwen2_moe")
-"""With them a case of each arithmetic that is a family's own: routers' scores, factors, norms, shared experts."""
+"""With them a case of each arithmetic that is a family's own: routers, factors, norms, shared experts."""
 
 
 def prompts(case):
