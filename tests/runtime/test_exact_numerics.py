@@ -121,20 +121,17 @@ def alone(kind):
     return model, request, tokens, logits
 
 
-COMPANIONS = [([30], [3], False), ([3, 30], [30], True)]
-"""Lengths of those before it and of those that come late, and whether experts come and go meanwhile."""
-
-
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != RESTS])
 def test_companions_change_no_bit(kind):
+    """Neither where everything is resident nor where experts come and go."""
     model, request, expected, expected_logits = alone(kind)
-    for before, late, offloaded in COMPANIONS:
+    for offloaded in (False, True):
         tokens, logits = run(
             model,
             request,
-            before,
-            late,
+            before=[3, 30],
+            late=[3],
             max_num_seqs=4,
             prefill_chunk_size=64,
             device_budget=9 * model.bank.expert_bytes if offloaded else None,
