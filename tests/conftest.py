@@ -194,6 +194,6 @@ def pytest_runtest_call(item: pytest.Item):
 def quick_compiles() -> None:
     """For tests that compare numbers to a tolerance, or one program with itself: XLA optimises little.
 
-    That takes less than half of the time. Tests that compare the bits of several programs let XLA do as
-    it does for users, and go without this.
+    That takes less than half of the time. Where XLA's optimisations could change the bits of one program
+    and not of another, tests let it do as it does for users, and go without this.
     """
