@@ -3,6 +3,7 @@
 JAX reads the settings below when it first makes an array, so they are set as this is imported.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -142,10 +143,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item):
     """Called for doctests of the package as well: hooks of a phase are called for tests below this folder."""
+    if item.path != LAST.get("file"):
+        LAST["file"] = item.path
+        forget()
     item.stash[BEFORE] = len(compiled)
     if not item.get_closest_marker("core"):  # which compiles nothing
         compile_quickly(compiles_quickly(item))
     return (yield)
+
+
+LAST: dict[str, Path] = {}
+"""The file of the last test."""
+
+
+def forget() -> None:
+    """Drops what files of before left in cycles, and has Python look no more through all that they keep.
+
+    A process that has traced and compiled for a while holds a million objects, and looking through them
+    again and again took a tenth of the tests' time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def compiles_quickly(item: pytest.Item) -> bool:
@@ -176,6 +194,6 @@ def pytest_runtest_call(item: pytest.Item):
 def quick_compiles() -> None:
     """For tests that compare numbers to a tolerance, or one program with itself: XLA optimises little.
 
-    That takes less than half of the time. Tests that compare the bits of several programs let XLA do as
-    it does for users, and go without this.
+    That takes less than half of the time. Where XLA's optimisations could change the bits of one program
+    and not of another, tests let it do as it does for users, and go without this.
     """

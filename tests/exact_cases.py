@@ -17,6 +17,18 @@ SHIPPED = Path(layerscope_jax.__file__).parent / "shipped"
 SENTENCES = ["Once upon a time there was", "def main():"]
 
 
+EVEN = {
+    "hidden_size": 64,
+    "head_dim": 32,
+    "vocab_size": 96,
+    "moe_intermediate_size": 32,
+    "qk_norm": "none",
+    "attention_bias": True,
+    "sliding_window": 5,
+}
+"""A shape of whole vectors, with no rest."""
+
+
 class RandomPolicy:
     """Valid plans, good and absurd ones alike: drops what it needs next, fetches what it has just dropped.
 
@@ -81,11 +93,18 @@ def prompts(rng, vocabulary, *sizes):
 def case(name):
     rng = np.random.default_rng(5)
     if name == "float32":  # many experts: all sizes of dispatches
-        model = random_model(num_experts=20, experts_per_token=4, num_layers=2, tie_embeddings=True)
+        model = random_model(
+            num_experts=20,
+            experts_per_token=4,
+            num_layers=2,
+            tie_embeddings=True,
+            qk_norm="all",
+            qkv_clip=0.5,
+        )
         batches = [prompts(rng, 61, 1, 6, 3, 4, 2), prompts(rng, 61, 2, 4, 1, 3, 8, 5, 2, 1)]
         return Case(model, batches, 5)
     if name == "bfloat16":
-        model = random_model(dtype=jnp.bfloat16, seed=1, attention_bias=False)
+        model = random_model(dtype=jnp.bfloat16, seed=1, **EVEN)
         return Case(model, [prompts(rng, 61, 3, 11), prompts(rng, 61, 16, 1)], 6)
     if name == "shipped":
         model = load(SHIPPED)

@@ -54,9 +54,9 @@ class Babbling(Arithmetic):
         return jitted(logits, positions[np.arange(len(tokens)), last] + 1, sampling), logits, caches
 
 
-def babbler(most=3):
+def babbler():
     made, runner = looped(
-        most, runner=Babbling(), tokenizer=byte_tokenizer(), stop_token_ids=(EOS,), vocab_size=VOCABULARY
+        runner=Babbling(), tokenizer=byte_tokenizer(), stop_token_ids=(EOS,), vocab_size=VOCABULARY
     )
     made._model.config.max_position_embeddings = 600
     return made, runner
@@ -84,16 +84,15 @@ requests = st.builds(
     temperature=st.sampled_from([0.0, 0.7, 3.0]),
     seed=st.integers(0, 9),
     top_k=st.sampled_from([0, 5]),
-    logprobs=st.sampled_from([None, 1]),
     frequency_penalty=st.sampled_from([0.0, 1.5]),
 )
 
 
-@given(st.lists(requests, min_size=1, max_size=4), st.integers(1, 3), st.sets(st.integers(1, 30), max_size=2))
-@settings(deadline=None, max_examples=8)
-def test_outputs_are_what_their_schemas_describe(wanted, most, fails):
+@given(st.lists(requests, min_size=1, max_size=4), st.sets(st.integers(1, 30), max_size=2))
+@settings(deadline=None, max_examples=6)
+def test_outputs_are_what_their_schemas_describe(wanted, fails):
     """Also beside requests without, and where steps fail; and each is that of the request alone."""
-    made, runner = babbler(most)
+    made, runner = babbler()
     handles, step = [submitted(made, request) for request in wanted], runner.step
 
     def failing(*inputs):

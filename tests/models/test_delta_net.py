@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from layerscope_jax.models import delta_net
 from layerscope_jax.models.config import DeltaSizes
 from layerscope_jax.models.delta_net import DeltaCache, DeltaNet
+from layerscope_jax.models.layers import abstract
 from layerscope_jax.models.rotary import PAD_POSITION
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -25,14 +26,14 @@ LENGTH, CHUNK = 11, 4  # two whole chunks and a part of one
 
 @cache
 def layer():
-    """A layer, and its jitted call."""
+    """A layer, and its jitted call, which gives arrays of NumPy."""
     rng = np.random.default_rng(3)
-    graphdef, state = nnx.split(DeltaNet(CONFIG, rngs=nnx.Rngs(0), dtype=np.float32))
+    graphdef, state = nnx.split(abstract(lambda rngs: DeltaNet(CONFIG, rngs=rngs, dtype=np.float32)))
     params = jax.tree.map(
         lambda array: rng.standard_normal(array.shape).astype(np.float32) / 2, nnx.to_pure_dict(state)
     )
     call = jax.jit(lambda *inputs: nnx.merge(graphdef, params)(*inputs))
-    return params, call
+    return params, lambda *inputs: jax.tree.map(np.asarray, call(*inputs))
 
 
 @pytest.fixture(autouse=True)

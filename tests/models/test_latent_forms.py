@@ -27,16 +27,16 @@ def test_both_forms_compute_the_same(monkeypatch, cached):
         value = part.weight if hasattr(part, "weight") else part
         value[...] = 20 * value[...]
     rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.standard_normal((2, 7, config.hidden_size)), jnp.float32)
+    hidden = rng.standard_normal((2, 7, config.hidden_size)).astype(np.float32)
     starts = np.array([[2], [0]]) * cached
     positions = starts + np.arange(7)[None]
     positions[1, 5:] = PAD_POSITION
-    cache = LatentCache(jnp.asarray(rng.standard_normal((2, 12, 20)), jnp.float32)) if cached else None
+    cache = LatentCache(rng.standard_normal((2, 12, 20)).astype(np.float32)) if cached else None
     results = []
     for pays in (False, True):
         monkeypatch.setattr(latent_attention, "expanding_pays", lambda *_, pays=pays: pays)
         computed = jax.jit(lambda *inputs: layer(*inputs))  # one program instead of one an operation
-        results.append(computed(hidden, jnp.asarray(positions, jnp.int32), cache))
+        results.append(jax.tree.map(np.asarray, computed(hidden, positions.astype(np.int32), cache)))
     (absorbed, kept), (expanded, kept_too) = results
     there = positions != PAD_POSITION
     assert np.abs(absorbed[there]).max() > 0.1

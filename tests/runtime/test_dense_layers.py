@@ -12,6 +12,8 @@ from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.runtime.layerwise import LayerByLayer
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # test_exactness.py optimises such a layer
+
 SHAPE = {"num_layers": 6, "dense_layers": (0, 2, 3, 5), "intermediate_size": 40, "num_experts": 6}
 STEPS = 3
 BATCHES = [prompts(np.random.default_rng(3), 61, 5, 1, 9)]
@@ -70,7 +72,6 @@ def test_a_warm_engine_compiles_nothing_more():
     assert result.token_ids == resident()[0][0]
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_whole_model_in_one_program_gives_the_same_tokens():
     with one_jit(), Engine(model(), OffloadConfig(numerics="fast")) as engine:
         assert engine.runner.mode == "whole"
@@ -81,7 +82,6 @@ def test_the_whole_model_in_one_program_gives_the_same_tokens():
         np.testing.assert_allclose(here, there, rtol=0, atol=1e-4)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_with_fewer_caches_a_step_goes_no_further_than_they_reach():
     held, seen = model(), []
     with Engine(held, OffloadConfig(policy="host-only")) as engine:

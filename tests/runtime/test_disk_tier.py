@@ -40,11 +40,11 @@ def stored(tmp_path_factory):
     return of
 
 
-@given(data=st.data(), name=st.sampled_from(["float32", "bfloat16"]))
-@settings(deadline=None, max_examples=10)
-def test_any_plan_and_budget_give_the_same_bits(stored, data, name):
-    _, batches, steps = case(name)
-    model = stored(name)
+@given(data=st.data())
+@settings(deadline=None, max_examples=6)
+def test_any_plan_and_budget_give_the_same_bits(stored, data):
+    _, batches, steps = case("bfloat16")
+    model = stored("bfloat16")
     total, size = len(list(model.bank)), model.bank.expert_bytes
     host, device = data.draw(st.integers(1, total)), data.draw(st.integers(0, total - 1))
     config = OffloadConfig(
@@ -53,7 +53,7 @@ def test_any_plan_and_budget_give_the_same_bits(stored, data, name):
         policy=RandomPolicy(data.draw(st.integers(0, 99))),
     )
     with Engine(model, config) as engine:
-        agree(in_time(lambda: run(engine, batches, steps)), oracle(name))
+        agree(in_time(lambda: run(engine, batches, steps)), oracle("bfloat16"))
         assert engine.runner.pool.slots == host
         assert len(engine.runner.pool._made) <= host
 
@@ -101,11 +101,11 @@ def test_experts_that_all_fit_an_accelerator_are_read_once(stored, monkeypatch):
 
 
 def test_without_an_accelerator_the_pool_alone_holds_experts(stored):
-    model = stored("float32")
-    _, batches, steps = case("float32")
+    model = stored("bfloat16")
+    _, batches, steps = case("bfloat16")
     with Engine(model) as engine:
         assert (engine.policy.name, engine.runner.mode, engine.budget_bytes) == ("host-only", "layers", 0)
-        agree(run(engine, batches, steps), oracle("float32"))
+        agree(run(engine, batches, steps), oracle("bfloat16"))
         pool = engine.runner.pool
         assert pool.slots == len(list(model.bank))
         before = pool.stats.demand_bytes + pool.stats.ahead_bytes
@@ -116,8 +116,8 @@ def test_without_an_accelerator_the_pool_alone_holds_experts(stored):
 
 
 def test_the_plan_says_what_is_read(stored):
-    model = stored("float32")
-    _, batches, _ = case("float32")
+    model = stored("bfloat16")
+    _, batches, _ = case("bfloat16")
     config = OffloadConfig(policy="host-only", host_budget=15 * model.bank.expert_bytes)
     with Engine(model, config) as engine:
         result = engine.generate(batches[0], max_new_tokens=4, record_plans=True)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 RNG = np.random.default_rng(7)
 REQUESTS = [
     Request(prompt=RNG.integers(0, 64, size).tolist(), max_new_tokens=count, stop_token_ids=())
-    for size, count in zip((20, 17, 5, 12, 24, 3, 18, 23), (5, 2, 3, 4, 2, 3, 4, 2), strict=True)
+    for size, count in zip((20, 17, 5, 12, 24, 3, 18), (5, 2, 3, 4, 2, 3, 2), strict=True)
 ]
 """More than there are slots, and of different lengths: newcomers are prefilled while others hold theirs."""
 
@@ -28,7 +28,7 @@ REQUESTS = [
 def model():
     """Experts are 98% of it, as in the models that the library is for: 5% are less than one layer's."""
     return random_model(
-        hidden_size=128, moe_intermediate_size=384, num_layers=4, num_experts=12, vocab_size=64
+        hidden_size=128, moe_intermediate_size=384, num_layers=3, num_experts=12, vocab_size=64
     )
 
 
@@ -36,6 +36,7 @@ def model():
 def freed():
     yield
     model.cache_clear()
+    compiled.cache_clear()
 
 
 def watched(config, hold=lambda: None, whole=False):
@@ -52,10 +53,15 @@ def watched(config, hold=lambda: None, whole=False):
         return held
 
     with one_jit(whole):
-        with Engine(model(), config) as first:
-            call(first)  # compiles
-        del first
-        return watch(model(), config, call), stats[1]
+        compiled(config)
+        return watch(model(), config, call), stats[0]
+
+
+@lru_cache
+def compiled(config):
+    """Has an engine do what will be counted: what is allocated to compile would be counted too."""
+    with Engine(model(), config) as engine:
+        engine.generate(REQUESTS)
 
 
 def config(policy, eighths, **settings):
@@ -64,7 +70,7 @@ def config(policy, eighths, **settings):
 
 
 MOVING = [
-    ("lru", 2, {}),
+    ("lru", 3, {}),
     ("presched", 1, {"predictor": "gate"}),
 ]
 
@@ -77,7 +83,7 @@ def test_the_device_holds_what_was_named_and_ram_the_experts_once(policy, eighth
     assert budget / 2 - each < taken.experts <= budget
     assert taken.joined >= 2
     assert taken.named["newcomers"] > 0
-    assert taken.counted >= 4 * (taken.joined + 4)  # at every layer of every step
+    assert taken.counted >= 3 * (taken.joined + 4)  # at every layer of every step
     for phase in ("prefill", "decode"):
         assert taken.experts / 2 + taken.named["dense"] < taken.device[phase] <= taken.limit(phase)
     assert taken.bank <= taken.ram <= taken.ram_limit
@@ -137,7 +143,7 @@ def test_a_second_copy_in_ram_is_found(kind):
 
 
 def test_one_layer_too_much_on_the_device_is_found():
-    taken, _ = watched(config("lru", 2), lambda: on_device(model().bank.layers[0]))
+    taken, _ = watched(config("lru", 3), lambda: on_device(model().bank.layers[0]))
     for phase in ("prefill", "decode"):
         assert taken.device[phase] > taken.limit(phase)
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 @example(seed=0, slots=8, policy="lru", at=0)
 @example(seed=0, slots=23, policy="lru", at=4)
 @example(seed=0, slots=23, policy="on-demand", at=4)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 def test_an_engine_recovers_from_a_link_that_broke(seed, slots, policy, at):
     """In the middle of a call, a copy fails for good: an error, and the next call is right again."""
     model, batches, steps = case("bfloat16")

@@ -25,7 +25,7 @@ def watch(*layer):
 
 def requests():
     """Some end before the others, and others join; the last two are sampled."""
-    sizes = [(3, 7), (1, 2), (7, 5), (2, 8), (4, 1), (20, 4)]
+    sizes = [(3, 7), (1, 2), (7, 5), (2, 8), (4, 1), (12, 4)]
     return [
         Request(
             prompt=[(7 * n + row) % 61 for n in range(size)],
@@ -43,7 +43,7 @@ def requests():
 def test_it_gives_the_tokens_of_layers_and_counts_their_experts(name):
     found, counted = [], []
     for by_layers in (True, False):
-        with Engine(model(name), OffloadConfig(max_num_seqs=3)) as engine:
+        with Engine(model(name), OffloadConfig(max_num_seqs=4)) as engine:
             assert engine.runner.mode == "decode"
             engine.runner.tap = watch if by_layers else None
             found.append(engine.generate(requests()))
@@ -62,7 +62,7 @@ def test_it_gives_the_tokens_of_layers_and_counts_their_experts(name):
 
 def test_plans_and_a_tap_go_by_layers():
     layers = model().config.num_layers
-    with Engine(model(), OffloadConfig(max_num_seqs=3)) as engine:
+    with Engine(model(), OffloadConfig(max_num_seqs=4)) as engine:
         assert isinstance(engine.runner, ResidentOnCpu)
         plain = engine.generate(requests())
         planned = engine.generate(requests(), record_plans=True)

@@ -71,7 +71,7 @@ def test_sigterm(folder, capsys, monkeypatch):
     monkeypatch.setattr(serve, "server_class", lambda: Known)
     with ThreadPoolExecutor(1) as threads:
         used = threads.submit(use)
-        options = ["--port=0", "--served-model-name=m", "--max-num-seqs=2", "--warmup-tokens=32"]
+        options = ["--port=0", "--served-model-name=m", "--max-num-seqs=2", "--warmup-tokens=16"]
         code = cli.main(["serve", str(folder), *options])
         stream, *refusal = used.result()
     assert code == 0
