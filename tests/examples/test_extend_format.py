@@ -37,7 +37,7 @@ def example():
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def plain(request):
-    return random_model(dtype=jnp.dtype(request.param))
+    return random_model(dtype=jnp.dtype(request.param), num_layers=2)
 
 
 @pytest.fixture(scope="module")
