@@ -12,7 +12,7 @@ from tools.shipped_model.tokenizer import train_tokenizer
 
 
 def write_checkpoint(folder: Path, **changes: Any) -> Path:
-    """Writes a checkpoint of two layers, with other settings than usual, into a folder; returns the folder."""
+    """Writes a checkpoint of two layers, or with other settings, into a folder, and returns the folder."""
     tokenizer = train_tokenizer([row["prompt"] for row in demo.read_demo_prompts()], vocabulary=600)
     config = replace(TINY, vocab_size=600, num_layers=2, max_position_embeddings=256, qk_norm="all")
     config = replace(config, **changes)

@@ -63,7 +63,7 @@ def test_a_predictor_is_trained(tmp_path, capsys):
 
 
 def test_the_openai_client(tmp_path, monkeypatch, capsys):
-    """Starts the server as a process, which compiles for all requests that fit in the context: a short one."""
+    """Starts the server as a process, which compiles for all requests that fit in a context: a short one."""
     checkpoint = str(write_checkpoint(tmp_path / "checkpoint", max_position_embeddings=32))
     for name, value in quick_compiling.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

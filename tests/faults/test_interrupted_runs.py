@@ -23,6 +23,7 @@ ROWS = 16
 LIMIT_S = 20
 """For a machine that has a lot else to do; it is 2 s on one that has not."""
 
+
 def has_loaded_jax(process, file):
     try:
         with open(f"/proc/{process.pid}/maps") as maps:

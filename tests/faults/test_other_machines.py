@@ -82,7 +82,7 @@ assert not wide_codes.able()
 
 
 def test_for_any_cpu_loops_are_compiled():
-    """In bfloat16, which asks most of LLVM there, of packed weights, whose kernel has all that plain ones have.
+    """In bfloat16, which asks most of LLVM there, of packed weights, whose kernel has all of a plain one.
 
     Attention and dense products by XLA, to compile less.
     """
