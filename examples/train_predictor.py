@@ -43,7 +43,7 @@ def main(checkpoint: str = "shipped", folder: str | None = None) -> None:
         text=tuple(write_docstrings(name, work / "texts" / f"{name}.jsonl") for name in DOMAINS),
         out=work / "trace",
         heldout_domains=DOMAINS[1:],
-        train_tokens=1024,
+        train_tokens=2048,
         heldout_tokens=64,
         length=32,
         hidden=32,

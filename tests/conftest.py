@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import pytest
 from quick_compiling import compile_quickly
 
+from layerscope_jax.profiling import disk_costs, measure
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share one GPU
 
 # What one process of this run compiles, the others read, those that tests start too. No other run has a part
@@ -28,6 +30,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+# No test asks how long something takes, and many make engines that measure.
+measure.ROUNDS = measure.MOST_ROUNDS = 3
+measure.ROUNDS_S = disk_costs.READS_S = 0.01
 
 collect_ignore_glob = ["*conftest.py"]  # has no doctests, and there are several of that name
 

@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 from docs_pages import LINK, NAMED_FILE, OPTION, PAGES, ROOT, anchors, blocks, commands, prose
+from small_checkpoint import write_checkpoint
 
 import layerscope_jax
-from layerscope_jax.cli import demo
 from layerscope_jax.cli.main import COMMANDS, parsed
 from layerscope_jax.models import FAMILIES
 from layerscope_jax.scheduling.registry import FORECASTING, POLICIES
@@ -65,10 +65,16 @@ def _registries():
     FORECASTING.update(names[1])
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny one in place of the reader's; its programs are those of tests of commands."""
+    return str(write_checkpoint(tmp_path_factory.mktemp("docs") / "tiny"))
+
+
 @pytest.mark.usefixtures("_registries")
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=shown)
-def test_python_runs(page, tmp_path, monkeypatch, capsys):
-    """On the shipped model; where a page names a policy, within a budget that leaves something to decide."""
+def test_python_runs(page, checkpoint, tmp_path, monkeypatch, capsys):
+    """On a tiny model; where a page names a policy, within a budget that leaves something to decide."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     monkeypatch.setattr(layerscope_jax, "use_compilation_cache", lambda: None)  # a setting of the process
@@ -76,8 +82,9 @@ def test_python_runs(page, tmp_path, monkeypatch, capsys):
     try:
         for block in blocks(page):
             if block.language == "python" and block.run:
-                code = block.text.replace("path/to/checkpoint", str(demo.SHIPPED))
-                code = code.replace('"2GiB", policy', '"6MB", policy').replace("batches=[4]", "batches=[1]")
+                code = block.text.replace("path/to/checkpoint", checkpoint)
+                code = code.replace('"2GiB", policy', '"70KB", policy').replace('"3MB"', '"30KB"')
+                code = code.replace("batches=[4]", "batches=[1]")
                 code = re.sub(r"max_new_tokens=\d+", "max_new_tokens=3", code)
                 exec(compile(code, shown(page), "exec"), names)
     finally:

@@ -92,4 +92,4 @@ def given(words, folder):
 def test_what_is_run_elsewhere_is():
     for command, test in ELSEWHERE.items():
         text = (ROOT / test).read_text()
-        assert re.search(rf'"{command}"|"openai_client.py"', text), (command, test)
+        assert re.search(rf'"{command}"|"openai_client"', text), (command, test)

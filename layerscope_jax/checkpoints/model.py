@@ -59,12 +59,9 @@ class Model:
         generation_defaults: settings of requests that the checkpoint recommends, by the names of `Request`.
         mapped: the files that its experts are mapped from; None if all is in memory.
 
-    >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=1, num_heads=2,
-    ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
-    ...     normalize_top_k=True, qk_norm="all")
-    >>> model = Model.from_decoder(Decoder(config, rngs=nnx.Rngs(0)))
+    >>> model = load("shipped")
     >>> sorted(model.dense), model.bank.total_bytes
-    (['embedding', 'head', 'layers', 'norm'], 1536)
+    (['embedding', 'head', 'layers', 'norm'], 18874368)
     """
 
     config: ModelConfig

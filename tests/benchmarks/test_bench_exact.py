@@ -11,10 +11,10 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 def test_it_compares_both_ways(tmp_path, capsys):
     file = tmp_path / "exact.json"
-    bench_exact.main(bench_exact.Options(quick=True, shapes=("latent",), dtypes=("float32",), json=file))
+    bench_exact.main(bench_exact.Options(quick=True, shapes=("grouped",), dtypes=("float32",), json=file))
     result = json.loads(file.read_text())
     [row] = result["rows"]
-    assert (row["shape"], row["dtype"], row["batch"]) == ("latent", "float32", 1)
+    assert (row["shape"], row["dtype"], row["batch"]) == ("grouped", "float32", 1)
     assert set(row["exact/auto"]) == {"prefill", "decode"}
     assert all(
         row["tokens_per_s"][way][part] > 0 for way in ("auto", "exact") for part in ("prefill", "decode")

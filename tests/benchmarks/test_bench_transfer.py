@@ -4,9 +4,11 @@ import json
 
 import jax
 import pytest
+from helpers import once
 from synthetic import MODEL, WIDTH, write_trace
 
 from benchmarks import bench_transfer
+from predictor import train as module
 from predictor.llapor import LLaPor
 from predictor.pca import Basis
 from predictor.step import first_params, stacks
@@ -15,7 +17,8 @@ from predictor.train import TrainConfig
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def test_bench_transfer(tmp_path, capsys):
+def test_bench_transfer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "make_steps", once(module.make_steps))  # both trainings take the same steps
     trace = write_trace(tmp_path / "trace", documents=60, tokens=32)
     groups = TrainConfig(traces=trace.folder, out=tmp_path).groups
     stacked = stacks(MODEL, WIDTH, 2, groups)

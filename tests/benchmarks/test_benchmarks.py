@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from helpers import MACHINE, PROFILE
+from small_checkpoint import write_checkpoint
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -328,8 +329,13 @@ def test_bench_host_experts(tmp_path, capsys):
 
 
 def test_bench_quantised(tmp_path, capsys):
-    file = tmp_path / "quantised.json"
-    bench_quantised.main(bench_quantised.Options(quick=True, json=file))
+    """Of a small model and a text of its own, as the shipped one takes long."""
+    file, text = tmp_path / "quantised.json", tmp_path / "text.jsonl"
+    folder = write_checkpoint(tmp_path / "checkpoint", num_layers=4)  # a quarter holds a layer
+    rows = ({"id": str(n), "text": f"The {n}th house by the old road. " * 12} for n in range(4))
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = bench_quantised.Options(quick=True, model=folder, text=(text,), length=32, json=file)
+    bench_quantised.main(options)
     result = json.loads(file.read_text())
     assert result["machine"].keys() == MACHINE
     plain, *others = result["quality"].values()
@@ -346,6 +352,8 @@ def test_bench_quantised(tmp_path, capsys):
 
 
 def test_another_model_is_scored_on_its_own_tokens(tmp_path):
+    options = bench_quantised.Options()
+    assert bench_quantised.passages_of(options, None).shape == (options.passages, 32)  # of the shipped one
     with pytest.raises(SystemExit, match="--model needs --text"):
         bench_quantised.main(bench_quantised.Options(quick=True, model=tmp_path))
 

@@ -1,5 +1,6 @@
 """What `benchmarks/gpu.sh` runs goes through on a CPU too, in its smallest sizes. No time is checked."""
 
+import inspect
 import json
 import os
 import re
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import PROFILE
 
 from benchmarks import bench_gpu_facts, bench_hf_offload, bench_real_sizes
 from benchmarks.random_models import PUBLISHED, published, random_model
 from layerscope_jax import MachineProfile
+from layerscope_jax.profiling.calibrate import calibrate
+from layerscope_jax.profiling.machine_profile import ModelShape
+from layerscope_jax.support import machine
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -56,6 +61,18 @@ def test_bench_real_sizes_says_what_does_not_fit(capsys):
 
 
 def test_a_measurement_that_fails_loses_no_other(monkeypatch, tmp_path):
+    def calibrated(model, **settings):  # measuring has tests of its own, and takes long
+        inspect.signature(calibrate).bind(model, **settings)
+        return MachineProfile(
+            name="made up",
+            costs=PROFILE,
+            model=ModelShape.of(model),
+            machine=machine.describe(model.device),
+            emulated_link_bandwidth=None,
+            details={},
+        )
+
+    monkeypatch.setattr(bench_real_sizes, "calibrate", calibrated)
     whole = bench_real_sizes.measured
 
     def measured(engine, work, options):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from helpers import SMALLEST, random_decoder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -19,7 +21,6 @@ from layerscope_jax.checkpoints.model import Model, load
 from layerscope_jax.checkpoints.saving import save
 from layerscope_jax.checkpoints.weight_names import plain_names
 from layerscope_jax.models import Decoder
-from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.scheduling.plan import ExpertId
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -30,25 +31,12 @@ DTYPES = ["float32", "bfloat16", "float16"]
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
 
 
+TINY = replace(SMALLEST, num_kv_heads=2, head_dim=8)
+
+
 def tiny(dtype=jnp.float32, **changes):
-    """A random model as the training code makes them."""
-    settings = {
-        "family": "olmoe",
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "num_layers": 2,
-        "num_heads": 2,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "num_experts": 4,
-        "experts_per_token": 2,
-        "moe_intermediate_size": 24,
-        "normalize_top_k": True,
-        "qk_norm": "all",
-        "max_position_embeddings": 64,
-        "stop_token_ids": (0,),
-    }
-    return Decoder(ModelConfig(**settings | changes), rngs=nnx.Rngs(0), dtype=dtype)
+    """A random model, for which nothing is compiled."""
+    return random_decoder(replace(TINY, **changes), dtype=dtype)
 
 
 def bits(tree):
@@ -117,12 +105,13 @@ def test_converts_to_another_dtype(tmp_path, dtype, stage):
     assert all_of(loaded.whole()) == bits(expected)
 
 
-def test_a_model_of_a_decoder_computes_the_same(folder):
-    decoder = tiny()
+def test_a_model_of_a_decoder_computes_the_same(tmp_path):
+    decoder = Decoder(TINY, rngs=nnx.Rngs(0))  # as the training code makes them
+    save(decoder, tmp_path)
     tokens = jnp.arange(10).reshape(2, 5)
     compute = nnx.jit(lambda decoder: decoder(tokens)[0])
     expected = compute(decoder)
-    for model in (Model.from_decoder(decoder), load(folder)):
+    for model in (Model.from_decoder(decoder), load(tmp_path)):
         np.testing.assert_array_equal(compute(model.whole()), expected)
 
 

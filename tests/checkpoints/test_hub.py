@@ -14,6 +14,7 @@ from hub_server import BRANCH, COMMIT, NAME, Hub, serving
 from layerscope_jax.checkpoints.description import describe
 from layerscope_jax.checkpoints.hub import folder_of, is_hub_name
 from layerscope_jax.checkpoints.model import load
+from layerscope_jax.cli import main as cli
 from layerscope_jax.support import interrupts
 
 ROOT = Path(__file__).parents[2]
@@ -264,24 +265,26 @@ def test_a_checkpoint_without_safetensors_is_named_for_what_it_is(files, words):
     assert words in message
 
 
-def test_the_command_line_takes_names_and_revisions(tmp_path):
-    """In a process of its own, which reads the environment as users set it."""
+def test_the_command_line_takes_names_and_revisions(tmp_path, monkeypatch, capsys):
+    """In a process of its own, which reads the environment as users set it; then in this one, offline."""
     with serving(Hub(OLMOE, {"v1": COMMIT, COMMIT: COMMIT}, token="hf_secret")) as hub:
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "layerscope_jax.cli", "generate", NAME]
-        text = ["--prompt", "Call me Ishmael."]
-
-        def run(*options, **more):
-            environment = {**os.environ, **settings, **more}
-            done = subprocess.run(
-                [*command, *options, *text], capture_output=True, text=True, env=environment
-            )
-            return done.returncode, done.stderr.strip().splitlines()[-1]
-
-        code, line = run("--revision", "v1", HF_TOKEN="hf_secret")
-        assert (code, line.partition(";")[0]) == (
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
+        command = ["generate", NAME, "--revision", "v1", "--prompt", "Call me Ishmael."]
+        done = subprocess.run(
+            [sys.executable, "-m", "layerscope_jax.cli", *command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **settings, "PYTHONPATH": str(ROOT)},
+        )
+        line = done.stderr.strip().splitlines()[-1]
+        assert (done.returncode, line.partition(";")[0]) == (
             2,
             "error: --prompt 'Call me Ishmael.': the prompt is text, but the model has no tokenizer",
         )
         assert hub.fetched() == OLMOE.keys()
-        assert run("--revision", "v1", HF_TOKEN="hf_secret", HF_HUB_OFFLINE="1")[1] == line
+        asked = len(hub.requests)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1] == line
+        assert len(hub.requests) == asked

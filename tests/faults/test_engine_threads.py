@@ -4,7 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import PROMPTS, in_time, one_jit, spelling_model
+from helpers import PROFILE, PROMPTS, in_time, one_jit, spelling_model
 
 from layerscope_jax import POLICIES, Engine, OffloadConfig, Replay, Request
 
@@ -20,7 +20,7 @@ def config_of(kind, model):
         "whole": {},
         "host-only": {"policy": "host-only"},
         "lru": {"policy": "lru", "device_budget": budget},
-        "auto": {"device_budget": budget},
+        "auto": {"device_budget": budget, "profile": PROFILE},  # measuring would take seconds
     }[kind]
     return OffloadConfig(max_num_seqs=4, **settings)  # few shapes to compile
 

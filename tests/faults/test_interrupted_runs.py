@@ -12,19 +12,16 @@ import quick_compiling
 from helpers import not_ignored, random_model
 
 from layerscope_jax import save
+from layerscope_jax.cli import main as cli
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals as POSIX has them")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="sends signals as POSIX has them"),
+    pytest.mark.usefixtures("quick_compiles"),
+]
 
 ROWS = 16
 LIMIT_S = 20
 """For a machine that has a lot else to do; it is 2 s on one that has not."""
-
-ALL = """
-import json, sys
-from layerscope_jax.cli import main as cli
-for command in json.loads(sys.argv[1]):
-    assert cli.main(command) == 0
-"""
 
 
 def has_loaded_jax(process, file):
@@ -42,7 +39,6 @@ def has_written(rows):
 MOMENTS = {
     "imports": (has_loaded_jax, (signal.SIGINT,), 130),
     "first": (has_written(1), (signal.SIGINT,), 130),
-    "twice": (has_written(3), (signal.SIGINT, signal.SIGINT), 130),
     "terminated": (has_written(ROWS // 2), (signal.SIGTERM,), -signal.SIGTERM),
 }
 """What a process that listens has come to, what it gets then, and its exit code."""
@@ -87,12 +83,10 @@ class Runs:
         return process.returncode, said, time.perf_counter() - began
 
     def go_on(self, contents):
-        """What each of some files is after the command was run again; one process does them all."""
-        commands = []
+        """What each of some files is after the command was run again, in this process."""
         for number, content in enumerate(contents):
             (self.folder / f"again{number}").write_bytes(content)
-            commands.append(self.command(f"again{number}"))
-        subprocess.run([sys.executable, "-c", ALL, json.dumps(commands)], env=self.env, check=True)
+            assert cli.main(self.command(f"again{number}")) == 0
         return [self.content(f"again{number}") for number in range(len(contents))]
 
 

@@ -29,8 +29,8 @@ print(silu(np.float32(1)), silu(1.5), *lowest(np.array([3.0, 1.0, 2.0]), 2))
 
 
 def python(code, root=PACKAGE.parent, **environment):
-    """What a process prints; it may say nothing else, and no warning."""
-    known = os.environ | {"PYTHONPATH": str(root)} | environment
+    """What a process prints, which may say nothing else; its LLVM optimises nothing, to save time."""
+    known = os.environ | {"PYTHONPATH": str(root), "NUMBA_OPT": "0"} | environment
     command = [sys.executable, "-W", "error", "-c", code]
     done = in_time(lambda: subprocess.run(command, env=known, cwd=root, capture_output=True, text=True), 300)
     assert done.returncode == 0, done.stderr

@@ -40,16 +40,16 @@ with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     for name in {names}:
         model = random_model(num_layers=2, hidden_size=64, moe_intermediate_size=32, dtype=jnp.dtype(name))
-        with Engine(model, OffloadConfig({config})) as engine:
+        with Engine(model{form}, OffloadConfig({config})) as engine:
             result = engine.generate([[1, 2, 3], [9] * 30], max_new_tokens=4)
         found.append([result.token_ids, result.stats.kernels])
 print(json.dumps([found, [str(one.message) for one in said if one.category is RuntimeWarning]]))
 """
 
 
-def generated(names, config="", before="", **environment):
+def generated(names, config="", before="", form="", **environment):
     """Tokens and kernels of small models in a process that is told of another machine; and its warnings."""
-    code = GENERATE.format(names=names, config=config, before=before)
+    code = GENERATE.format(names=names, config=config, before=before, form=form)
     known = (
         os.environ
         | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
@@ -63,9 +63,9 @@ def generated(names, config="", before="", **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def expected(name, config):
+def expected(name, config, form=None):
     model = random_model(num_layers=2, hidden_size=64, moe_intermediate_size=32, dtype=jnp.dtype(name))
-    with Engine(model, config) as engine:
+    with Engine(model.with_format(format_named(form)) if form else model, config) as engine:
         return engine.generate([[1, 2, 3], [9] * 30], max_new_tokens=4).token_ids
 
 
@@ -74,23 +74,22 @@ ON_HOST = OffloadConfig(device_budget=0, policy="host-only")
 
 FEWER_BITS = """
 from layerscope_jax.formats import format_named
-from layerscope_jax.kernels import host_kernels, wide_codes
+from layerscope_jax.kernels import wide_codes
 from layerscope_jax.kernels.inside import Inside
 Inside.is_possible = lambda *_: False
-kernel = host_kernels.kernel_of(format_named("int4"), np.dtype(jnp.bfloat16), 64, 32)
-assert kernel.encoded and kernel.name == "loops" and not wide_codes.able()
+assert not wide_codes.able()
 """
 
 
 def test_for_any_cpu_loops_are_compiled():
-    """In bfloat16, which asks most of LLVM there; attention and dense products by XLA, to compile less.
+    """In bfloat16, which asks most of LLVM there, of packed weights, whose kernel has all of a plain one.
 
-    `tests/kernels/test_decoding.py` says whether those of packed weights are right.
+    Attention and dense products by XLA, to compile less.
     """
-    config = "device_budget=0, policy='host-only'"
-    found, said = generated(["bfloat16"], config, FEWER_BITS, NUMBA_CPU_NAME="generic")
+    config, form = "device_budget=0, policy='host-only'", ".with_format(format_named('int4'))"
+    found, said = generated(["bfloat16"], config, FEWER_BITS, form, NUMBA_CPU_NAME="generic")
     assert said == []
-    assert found == [[expected("bfloat16", ON_HOST), {"loops": 1.0, "xla": 0.0}]]
+    assert found == [[expected("bfloat16", ON_HOST, "int4"), {"loops": 1.0, "xla": 0.0}]]
 
 
 def test_where_nothing_can_be_compiled_xla_computes():

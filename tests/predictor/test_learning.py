@@ -31,10 +31,18 @@ def trace(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(trace, tmp_path_factory):
+def steps():
+    """In place of `make_steps`: all runs with the settings of `config` take the same steps."""
+    return once(module.make_steps)
+
+
+@pytest.fixture(scope="module")
+def finished(trace, steps, tmp_path_factory):
     """A finished run: its folder and its predictor."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, train(config(trace, folder), progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_steps", steps)
+        return folder, train(config(trace, folder), progress=False)
 
 
 @pytest.fixture
@@ -64,10 +72,10 @@ def test_it_learns(finished):
     assert log(finished[0], "next_step")[-1][0] < share + 0.3  # the next token is another draw
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(trace, finished, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_goes_on_to_the_same_weights(trace, finished, steps, tmp_path, monkeypatch, capsys):
     """In the middle of an epoch, some steps after its last checkpoint; and once more, by a full disk."""
     batch_of, calls = module.batch_of, []
-    monkeypatch.setattr(module, "make_steps", once(module.make_steps))  # all its runs take the same steps
+    monkeypatch.setattr(module, "make_steps", steps)
 
     def dies(rows, picked):
         if len(picked) == 64:

@@ -174,10 +174,12 @@ def test_a_program_that_closes_nothing_ends_well():
         import sys
         sys.path[:0] = ["tests", "tests/predictor"]
         from helpers import random_model
+        from quick_compiling import compile_quickly
         from synthetic import llapor_of
         from test_device_bytes import PROMPTS, config
         from layerscope_jax import Engine
         from predictor.online import Online
+        compile_quickly(True)  # in the way of this process, which has compiled much of it
         model = random_model()
         online = Online(llapor_of(model))
         engine = Engine(model, config(model.bank.total_bytes * 3 // 4, online))
