@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from helpers import TINY, random_model
@@ -19,7 +18,7 @@ from predictor import recipe
 from predictor.llapor import LLaPor
 from predictor.verdict import Verdict, more_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "optax_rules")
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 WORDS = "call me ishmael some years ago never mind how long precisely having little or no money"
 
@@ -34,13 +33,6 @@ def documents(folder, domain, count, words):
     file = folder / f"{domain}.jsonl"
     file.write_text("\n".join(lines) + "\n")
     return str(file)
-
-
-@pytest.fixture
-def optax_rules():
-    """Optax mixes dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def test_one_command_makes_it_and_the_others_use_what_was_better(tiny, tmp_path, capsys, monkeypatch):
