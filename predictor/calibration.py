@@ -26,7 +26,7 @@ def calibrated(
 ) -> Params:
     """Returns initial parameters whose forecast is that of the routers, as probabilities.
 
-    Networks begin with outputs of zero (`LayerNetwork`). Adam takes thousands of steps to move a weight of 2
+    Networks begin with outputs near zero (`LayerNetwork`). Adam takes thousands of steps to move a weight of 2
     to the 10 to 20 that routers with small logits need, and until then corrections that are too large for
     the nearest layers cost more than they gain.
 

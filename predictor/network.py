@@ -107,8 +107,8 @@ class LayerNetwork(nnx.Module):
     def __init__(self, components: int, experts: int, look_ahead: int, group: GroupConfig, rngs: nnx.Rngs):
         self.input = Dense(components + experts, group.width, rngs)
         self.blocks = nnx.List([Block(group, rngs) for _ in range(group.blocks)])
-        # The initial forecast is that of the routers, whose weight `predictor.calibration` measures.
-        self.output = Dense(group.width, look_ahead * experts, rngs, gain=0.0)
+        # The initial forecast is about that of the routers, whose weight `predictor.calibration` measures.
+        self.output = Dense(group.width, look_ahead * experts, rngs, gain=0.01)
         self.gain = nnx.Param(jnp.full((look_ahead, experts), 2.0, jnp.float32))
 
     def __call__(

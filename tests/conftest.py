@@ -149,8 +149,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item):
     """Called for doctests of the package as well: hooks of a phase are called for tests below this folder."""
-    if item.path != LAST.get("file"):
-        LAST["file"] = item.path
+    if not FILES or FILES[-1] != item.path:
+        FILES.append(item.path)
         forget()
     item.stash[BEFORE] = len(compiled)
     if not item.get_closest_marker("core"):  # which compiles nothing
@@ -158,16 +158,18 @@ def pytest_runtest_protocol(item: pytest.Item):
     return (yield)
 
 
-LAST: dict[str, Path] = {}
-"""The file of the last test."""
+FILES: list[Path] = []
+"""Files whose tests have been run in this process, in order."""
 
 
 def forget() -> None:
     """Drops what files of before left in cycles, and has Python look no more through all that they keep.
 
     A process that has traced and compiled for a while holds a million objects, and looking through them
-    again and again took a tenth of the tests' time.
+    again and again took a tenth of the tests' time. What became garbage since is found at every 25th file.
     """
+    if len(FILES) % 25 == 0:
+        gc.unfreeze()
     gc.collect()
     gc.freeze()
 
