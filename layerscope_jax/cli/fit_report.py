@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ HOST_MARGIN = 2**30
 
 IN_FLOAT32 = 4
 """Bytes of a number in caches on a CPU (`layerscope_jax.models.cache`)."""
+
+LARGER = 1.1
+"""Factor by which a device's memory grows until a model fits."""
 
 LITTLE = 0.01
 """Shares of experts that differ by less are not worth advice."""
@@ -270,6 +274,16 @@ def _advice(
         missing = now.total_bytes + HOST_MARGIN if memory.device else now.total_bytes + made.needs.total
         more = replace(memory, host_bytes=missing)
         changes[f"host memory for all experts, {missing / 2**30:.1f} GiB free"] = fit(more, asked)
+    if now.experts_lie == "nowhere" and memory.device_bytes is not None:
+        enough = replace(memory, host_bytes=max(memory.host_bytes, now.total_bytes + HOST_MARGIN))
+        while fit(enough, asked).experts_lie == "nowhere":
+            enough = replace(enough, device_bytes=int((enough.device_bytes or 1) * LARGER))
+        device, host = (
+            math.ceil(size / 2**30 * 10) / 10
+            for size in ((enough.device_bytes or 0) / (memory.taken or 1), enough.host_bytes)
+        )
+        label = f"a device with {device:.1f} GiB, and {host:.1f} GiB of free host memory"
+        changes[label] = fit(enough, asked)
     better = [
         (ORDER[other.experts_lie], Advice(change=change, share=other.share))
         for change, other in changes.items()

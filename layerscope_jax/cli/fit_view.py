@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from layerscope_jax.cli.comparison_view import percent
-from layerscope_jax.cli.fit_report import FitReport, FormatFit
+from layerscope_jax.cli.fit_report import HOST_MARGIN, FitReport, FormatFit
 from layerscope_jax.cli.fit_times import Expected
 from layerscope_jax.cli.profile_view import table
 from layerscope_jax.support.units import gib
@@ -60,7 +60,10 @@ def verdict(report: FitReport) -> str:
                 f"It does not fit: weights, caches and steps take {gib(report.needs.total)} beside the "
                 "experts, more than there is."
             )
-        return f"It does not fit: the experts take {gib(fit.total_bytes)} of host memory, more than there is."
+        return (
+            f"It does not fit: the experts take {gib(fit.total_bytes)} of host memory, more than there is, "
+            f"because {gib(HOST_MARGIN)} of it is left free for Python, JAX and the system."
+        )
     if fit.experts_lie == "disk":
         return f"It runs from the disk: there is {left}, {fit.share:.0%} of them; give --host-budget."
     if device is None:

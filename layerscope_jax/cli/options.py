@@ -168,6 +168,11 @@ def open_predictor(predictor: str | None) -> Predictor | str | None:
     import predictor as trained  # imported late, because it imports Optax
 
     with option("--predictor"):
+        if predictor != SHIPPED and not Path(predictor).is_dir():
+            raise ValueError(
+                f"{predictor}: expected a trained predictor's folder, or one of "
+                f"{', '.join(sorted(PREDICTORS))}, {SHIPPED}; found no such folder"
+            )
         return trained.shipped() if predictor == SHIPPED else trained.load(predictor)
 
 

@@ -111,6 +111,7 @@ class Serve(EngineOptions):
         )
         if serving.api_key is None and serving.host not in LOCAL:
             say(f"warning: whoever reaches {serving.host} may use the model; --api-key asks for a key")
+        check_address(serving)
         model = self.open_model()
         context = min(self.max_model_len or model.config.max_position_embeddings, self.warmup_tokens)
         config = replace(config, slot_tokens=context)
@@ -148,6 +149,17 @@ def server_class() -> Callable[..., Server]:
             f"serving needs {package}, which is not installed: pip install 'layerscope-jax[serve]'"
         ) from None
     return Server
+
+
+def check_address(serving: ServerConfig) -> None:
+    """Checks that the server's address is free before a model is loaded, which can take minutes.
+
+    Raises:
+        ValueError: if it cannot be listened on.
+    """
+    from layerscope_jax.serving.server import listening
+
+    listening(serving.host, serving.port).close()
 
 
 def told_to_end(server: Server) -> bool:

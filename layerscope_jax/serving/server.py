@@ -144,6 +144,5 @@ def listening(host: str, port: int) -> socket.socket:
         [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return socket.create_server(address[:2], family=family, backlog=512)
     except OSError as error:
-        raise ValueError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another host or port"
-        ) from None
+        why = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address there
+        raise ValueError(f"cannot listen on {host} port {port}: {why}; choose another host or port") from None

@@ -1,6 +1,7 @@
 """`layerscope fit`: what fits where, without reading a weight."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -98,6 +99,19 @@ def test_where_experts_lie(device, host, where, code, qwen, capsys):
         "nowhere": "It does not fit: weights, caches and steps take",
     }
     assert expected[where] in said
+
+
+def test_where_device_and_host_are_both_too_small_it_says_what_would_do(qwen, capsys):
+    found = fitted(capsys, qwen, "--device-memory=4GiB", "--host-memory=1GiB", code=1)
+    [change] = [each["change"] for each in found["advice"]]
+    sizes = re.fullmatch(r"a device with (\S+) GiB, and (\S+) GiB of free host memory", change)
+    enough = [f"--device-memory={sizes[1]}GiB", f"--host-memory={sizes[2]}GiB"]
+    assert fitted(capsys, qwen, *enough)["runs"]
+
+
+def test_host_memory_that_is_left_free_is_told(tiny, capsys):
+    assert cli.main(["fit", str(tiny), "--device-memory=8GiB", "--host-memory=1GiB"]) == 1
+    assert "because 1.00 GiB of it is left free" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_cpu_alone_has_all_experts_in_its_memory(tiny, capsys):

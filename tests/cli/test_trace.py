@@ -29,7 +29,13 @@ def test_a_trace_is_recorded_and_gone_on_with(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "nowhere: expected a trained predictor"), ("gate", "")],
+    [
+        (
+            "nowhere",
+            "nowhere: expected a trained predictor's folder, or one of gate, popularity",
+        ),
+        ("gate", ""),
+    ],
 )
 def test_predictors_have_names_or_folders(tiny, name, message, capsys):
     command = ["generate", str(tiny), "--prompt", "Once", "--max-new-tokens", "2", "--predictor", name]

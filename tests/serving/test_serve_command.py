@@ -126,6 +126,13 @@ def test_what_is_refused(folder, port, capsys, monkeypatch):
 
 
 def test_an_address_in_use(engine, port):
-    message = rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use"
+    message = rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use; choose"
     with socket.create_server(("127.0.0.1", port)), pytest.raises(ValueError, match=message):
         Server(engine, ServerConfig(port=port))
+
+
+def test_an_address_in_use_is_told_before_the_model_is_loaded(folder, port, capsys, monkeypatch):
+    monkeypatch.setattr(serve.Serve, "open_model", lambda self: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", port)):
+        assert cli.main(["serve", str(folder), f"--port={port}"]) == 2
+    assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
