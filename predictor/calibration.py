@@ -26,9 +26,9 @@ def calibrated(
 ) -> Params:
     """Returns initial parameters whose forecast is that of the routers, as probabilities.
 
-    Networks begin with outputs near zero (`LayerNetwork`). Adam takes thousands of steps to move a weight of 2
-    to the 10 to 20 that routers with small logits need, and until then corrections that are too large for
-    the nearest layers cost more than they gain.
+    Networks begin with outputs near zero (`LayerNetwork`). From a weight of 2, Adam would take thousands of
+    steps to the 10 to 20 that routers with small logits need, and until then the networks' corrections would
+    outweigh the routers where these know best, one layer ahead.
 
     Args:
         params: initial parameters.
