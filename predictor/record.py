@@ -204,7 +204,10 @@ def choose(
             try:
                 heldout = heldout_ids(ids)
             except ValueError as error:
-                raise ValueError(f"domain {domain}: {error}, or hold the domain out as a whole") from None
+                raise ValueError(
+                    f"domain {domain}: {error} (each line of a .jsonl file is one; a plain text is cut at "
+                    f"blank lines into some of {PIECE_CHARS:,} characters), or hold the domain out as a whole"
+                ) from None
         room = {"train": config.train_tokens, "heldout": config.heldout_tokens}
         # Not the hash that splits, by which the held-out documents come first.
         for document in sorted(documents, key=lambda document: stable_hash(f"{config.seed}/{document.id}")):

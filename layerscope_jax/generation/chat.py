@@ -163,7 +163,7 @@ def chosen(templates: Mapping[str, str], tools: bool) -> str:
     got = f"only {', '.join(map(repr, sorted(templates)))}" if templates else "none"
     raise ValueError(
         f"expected the checkpoint to have a chat template, found {got}; "
-        "give a prompt instead of messages, or a chat template"
+        "give a prompt instead of messages, or a chat template (--chat-template FILE)"
     )
 
 

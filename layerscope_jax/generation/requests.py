@@ -159,7 +159,7 @@ class Request:
             problems.expect(fits, "prompt", "text or a list of token ids", prompt)
         elif prompt is not None:
             problems.add("expected either a prompt or messages, got both; leave one out")
-        elif not (are_objects(messages) and messages and all("role" in message for message in messages)):
+        elif not (are_objects(messages) and messages and all(map(is_message, messages))):
             problems.expect(False, "messages", 'a list of {"role": ..., "content": ...}, not empty', messages)
         for name in ("tools", "documents"):
             value = getattr(self, name)
@@ -252,6 +252,15 @@ def are_stops(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value)
     return value is None or (is_list(value) and all(isinstance(text, str) and text for text in value))
+
+
+def is_message(message: Mapping[str, Any]) -> bool:
+    """Whether an object is a message: it has a role, and content or calls of tools.
+
+    >>> is_message({"role": "user", "content": "Call me"}), is_message({"role": "user"})
+    (True, False)
+    """
+    return "role" in message and ("content" in message or bool(message.get("tool_calls")))
 
 
 def are_objects(value: Any) -> bool:

@@ -81,7 +81,11 @@ def test_a_schema_that_is_none(tiny, tmp_path, capsys):
         ('{"prompt": "x", "qqq": 2}\n', ":1: unknown key 'qqq'; known keys are id, prompt, messages, "),
         ('{"prompt": "x", "messages": []}\n', ":1: expected either a prompt or messages, got both"),
         ('{"messages": "x"}\n', ":1: messages must be a list of"),
-        ('{"messages": [{"role": "user"}]}\n', ":1: the prompt: expected the checkpoint to have a chat"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}]}\n',
+            ":1: the prompt: expected the checkpoint to have",
+        ),
+        ('{"messages": [{"role": "user"}]}\n', ":1: messages must be a list of"),
         ('{"prompt": "x", "logit_bias": {"a": 1}}\n', ":1: logit_bias must be token ids with numbers in"),
         (
             '{"prompt": "x", "logit_bias": {"600": 1}}\n',
