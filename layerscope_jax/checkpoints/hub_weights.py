@@ -1,9 +1,10 @@
 """Weights on the hub, downloaded so that another process continues what one began.
 
 `huggingface_hub` continues a file within one process only: it gives an incomplete file a random name and
-removes it when the download ends. So the weights are downloaded before it is asked for them, over HTTP, into its
-cache, under its names and its locks: as `blobs/<etag>.incomplete` until they are complete, then as
-`blobs/<etag>`, where it finds them. Its older versions use the same name, so what they began is continued too.
+removes it when the download ends. So the weights are downloaded before it is asked for them, over HTTP, into
+its cache, under its names and its locks: as `blobs/<etag>.incomplete` until they are complete, then as
+`blobs/<etag>`, where it finds them. Its older versions use the same name, so what they began is continued
+too.
 
 This applies to files in Git LFS, whose etag is their SHA-256. The name therefore tells which contents a
 partial file belongs to, and a file takes its place only after its digest has been compared.
