@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -28,8 +29,13 @@ class Hub:
         token: what a reader must send; None if anybody may read.
         answers: status and error code to answer with instead of a file.
         api_answers: the same, for questions about the checkpoint.
+        ranges_served: whether parts of a file can be had.
+        wrong: files that come with other bytes than are listed.
+        lfs: whether weights are in Git LFS, with their SHA-256 as etag.
+        pauses: of a file, after how many bytes the server waits for `go`.
         cuts: of a file, after how many bytes the connection breaks off: for each request the next one.
         requests: method, path and range of all that came.
+        sent: bytes of its contents, by the file's name.
     """
 
     files: Mapping[str, bytes]
@@ -37,9 +43,19 @@ class Hub:
     token: str | None = None
     answers: tuple[int, str] | None = None
     api_answers: tuple[int, str] | None = None
+    ranges_served: bool = True
+    wrong: Set[str] = frozenset()
+    lfs: bool = True
+    pauses: dict[str, int] = field(default_factory=dict)
+    go: threading.Event = field(default_factory=threading.Event)
     cuts: dict[str, list[int]] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
     url: str = ""
+
+    def ranges(self, name: str) -> list[str | None]:
+        """What was asked for of a file, each time: a range, or None for all of it."""
+        return [part for method, path, part in self.requests if method == "GET" and path.endswith("/" + name)]
 
     def fetched(self) -> set[str]:
         """Names of the files whose contents somebody asked for."""
@@ -65,6 +81,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
             )
             yield hub
     finally:
+        hub.go.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -105,9 +122,18 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in self.hub.files]
         return self._json({"id": NAME, "sha": commit, "private": False, "siblings": siblings})
 
-    @staticmethod
-    def _entry(name: str, content: bytes) -> dict[str, Any]:
-        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    def _entry(self, name: str, content: bytes) -> dict[str, Any]:
+        entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        if self._in_lfs(name):
+            entry["lfs"] = {"oid": self._etag(name, content), "size": len(content), "pointerSize": 130}
+        return entry
+
+    def _in_lfs(self, name: str) -> bool:
+        return self.hub.lfs and name.endswith(".safetensors")
+
+    def _etag(self, name: str, content: bytes) -> str:
+        digest = hashlib.sha256 if self._in_lfs(name) else hashlib.sha1
+        return digest(content).hexdigest()
 
     def _file(self, revision: str, name: str) -> None:
         if self.hub.answers:
@@ -115,9 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
         commit, content = self.hub.revisions.get(revision), self.hub.files.get(name)
         if commit is None or content is None:
             return self._refuse(404, "RevisionNotFound" if commit is None else "EntryNotFound")
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        asked = self.headers.get("Range") if self.hub.ranges_served else None
+        start = int((asked or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Linked-ETag" if self._in_lfs(name) else "ETag", f'"{self._etag(name, content)}"')
         self.send_header("X-Repo-Commit", commit)
         self.send_header("Content-Length", str(len(content) - start))
         if start:
@@ -125,12 +152,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return None
+        if name in self.hub.wrong:
+            content = content[::-1]
         cuts = self.hub.cuts.get(name)
-        if cuts:
-            self.wfile.write(content[start : start + cuts.pop(0)])
-            self.close_connection = True
-        else:
-            self.wfile.write(content[start:])
+        end = start + cuts.pop(0) if cuts else len(content)
+        self.close_connection = end < len(content)
+        parts = [content[start:end]]
+        if start < (pause := self.hub.pauses.get(name, 0)) < end:
+            parts = [content[start:pause], content[pause:end]]
+        with suppress(ConnectionError):  # of a reader who was killed
+            for number, part in enumerate(parts):
+                if number:
+                    self.hub.go.wait(60)
+                self.wfile.write(part)
+                self.hub.sent[name] += len(part)
         return None
 
     def _json(self, value: Any) -> None:

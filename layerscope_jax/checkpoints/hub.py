@@ -1,10 +1,8 @@
 """Checkpoints by their name on the Hugging Face hub, such as "allenai/OLMoE-1B-7B-0924".
 
 `huggingface_hub` downloads them into its own cache, which other programs share, and obeys its own environment
-variables: HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE. A file is continued if a connection
-breaks off; a file that is complete is not fetched again. What another process began is not continued: since
-version 2, `huggingface_hub` gives an incomplete file a random name and removes it when the download ends, and
-has no setting for that.
+variables: HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE. A complete file is not fetched again;
+incomplete weights are continued, also by another process (`layerscope_jax.checkpoints.hub_weights`).
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from layerscope_jax.checkpoints.hub_weights import Download, network_error
 from layerscope_jax.checkpoints.other_formats import ADAPTER, other_format
 from layerscope_jax.support import interrupts
 from layerscope_jax.support.checks import Problems
@@ -105,23 +104,25 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
-        """A progress bar by which a download notices Ctrl-C, and removes what it will not continue."""
+        """A progress bar by which a download notices Ctrl-C."""
 
         def update(self, n: float | None = 1) -> bool | None:
             interrupts.check()
             return super().update(n)
 
-    # Of the HTTP library that this version uses; its errors of the network are of no other kind.
-    network: type[Exception] = next(
-        kind for kind in errors.HfHubHTTPError.__mro__[1:] if kind.__name__ == "HTTPError"
-    )
-    taken = [pattern for pattern in TAKEN if weights or pattern != WEIGHTS]
-    try:
-        folder = Path(
+    def snapshot(revision: str | None, taken: list[str]) -> Path:
+        return Path(
             huggingface_hub.snapshot_download(
                 name, revision=revision, allow_patterns=taken, ignore_patterns=LEFT, tqdm_class=Bar
             )
         )
+
+    network = network_error()
+    try:
+        folder = snapshot(revision, [pattern for pattern in TAKEN if pattern != WEIGHTS])
+        if weights:
+            Download(name, commit := folder.name, Bar).run([WEIGHTS], LEFT)
+            snapshot(commit, [WEIGHTS])  # gives them their names, and fetches those not in Git LFS
         if weights and not any(folder.glob(WEIGHTS)):
             names = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
             what = other_format(names) or f"expected safetensors files, found none among {len(names)} files"
@@ -155,7 +156,7 @@ def _explained(error: BaseException, name: str, revision: str | None) -> str:
         causes.append(cause)
     responses = [response for cause in causes if (response := getattr(cause, "response", None)) is not None]
     status = responses[-1].status_code if responses else None
-    kept = "the files that are complete are kept"
+    kept = "what has been downloaded is kept"
     if constants.HF_HUB_OFFLINE:
         return (
             f"is not complete in the cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids a download; "

@@ -17,7 +17,7 @@ from numba import carray, types
 from layerscope_jax.kernels import crew
 from layerscope_jax.kernels.host_kernels import WORDS
 from layerscope_jax.kernels.inside import pool_at
-from layerscope_jax.kernels.numbers import pointer, round_row, taken, weigh, widened
+from layerscope_jax.kernels.numbers import pointer, round_row, taken, widened
 from layerscope_jax.kernels.prefill_attention import (
     BOUNDS,
     GROUPS,
@@ -30,6 +30,7 @@ from layerscope_jax.kernels.prefill_attention import (
     compute_attention_of_many,
 )
 from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
+from layerscope_jax.kernels.softmax import weigh
 from layerscope_jax.kernels.vectors import COLUMNS
 from layerscope_jax.kernels.weighted_sums import BLOCK, STRIDE, add_product
 from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches, within

@@ -72,7 +72,7 @@ def weights_at(builder: Any, kind: Any, address: Any) -> Any:
     return read(builder, address, NUMBERS, 4)
 
 
-def tile(inputs: int, ahead: bool) -> Callable:
+def tile(inputs: int, asking: int = 0) -> Callable:
     """A function that adds the products of `HIGH` rows with so many inputs to what lies where they go.
 
     It takes addresses and distances in bytes: of the first row, and from one to the next one; of the first
@@ -82,7 +82,7 @@ def tile(inputs: int, ahead: bool) -> Callable:
 
     Args:
         inputs: of a tile.
-        ahead: whether anything is asked for.
+        asking: tiles that ask for what comes next, each for its part of it; 0 to ask for nothing.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -97,9 +97,10 @@ def tile(inputs: int, ahead: bool) -> Callable:
 
         def step(turn: Any, totals: list[Any]) -> list[Any]:
             at, x_at = builder.mul(turn, LONG(size)), builder.mul(turn, LONG(4 * LANES))
-            if ahead:
-                line = builder.add(coming, builder.mul(turn, LONG(HIGH * size)))
-                for number in range(max(1, HIGH * size // LINE)):
+            if asking:
+                part = HIGH * size // asking
+                line = builder.add(coming, builder.mul(turn, LONG(part)))
+                for number in range(max(1, part // LINE)):
                     fetch(builder, builder.add(line, LONG(LINE * number)))
             numbers = [weights_at(builder, kind, builder.add(begin, at)) for begin in rows_at]
             results = []
@@ -126,8 +127,9 @@ def tile(inputs: int, ahead: bool) -> Callable:
 MOST = 6 if WIDE else 2
 """Inputs of the largest tile: as many as keep their sums, and a step of the rows, in registers."""
 
-tile1, tile2, tile4, tile6 = (tile(min(inputs, MOST), ahead=False) for inputs in (1, 2, 4, 6))
-first1, first2, first4, first6 = (tile(min(inputs, MOST), ahead=True) for inputs in (1, 2, 4, 6))
+tile1, tile2, tile4, tile6 = (tile(min(inputs, MOST)) for inputs in (1, 2, 4, 6))
+first1, first2, first4, first6 = (tile(min(inputs, MOST), asking=1) for inputs in (1, 2, 4, 6))
+half6, quarter6 = (tile(MOST, asking) for asking in (2, 4))
 
 
 def four_sums(builder: Any, registers: list[Any]) -> Any:
@@ -161,11 +163,24 @@ def picked(builder: Any, first: Any, second: Any, order: list[int]) -> Any:
 def add_tiles(rows, row, x, steps, outputs, coming, kind):
     """Adds the products of `HIGH` rows of weights, from an address on, with all inputs `x [M, ...]`.
 
+    What is read next is asked for by as many tiles as there are, up to four: a core has few places for lines
+    that are on the way, and waits where more are asked for.
+
     Args:
         outputs: [M, ...] of each input, the products with these rows first.
         coming: address of what is read next; 0 to ask for nothing.
     """
     depth, far, m = x.strides[0], outputs.strides[0], 0
+    if MOST == 6 and coming and len(x) >= 12:
+        asking = 4 if len(x) >= 24 else 2
+        part = HIGH * steps * step_of(kind) * kind.itemsize // asking
+        for number in range(asking):
+            begin, to = x.ctypes.data + depth * m, outputs.ctypes.data + far * m
+            if asking == 4:
+                quarter6(rows, row, begin, depth, steps, to, far, coming + part * number, kind)
+            else:
+                half6(rows, row, begin, depth, steps, to, far, coming + part * number, kind)
+            m += 6
     while m < len(x):
         begin, to, left = x.ctypes.data + depth * m, outputs.ctypes.data + far * m, len(x) - m
         if left >= 6 and MOST == 6:

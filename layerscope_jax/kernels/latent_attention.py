@@ -21,8 +21,9 @@ from layerscope_jax.kernels.attention import attend_by_loops, attention_target, 
 from layerscope_jax.kernels.dots import dot_products
 from layerscope_jax.kernels.host_kernels import WORDS
 from layerscope_jax.kernels.inside import pool_at
-from layerscope_jax.kernels.numbers import exp, pointer, raised, rounded, taken, widened
+from layerscope_jax.kernels.numbers import exp, pointer, rounded, taken, widened
 from layerscope_jax.kernels.registry import Kernel, Work, built_in, choose
+from layerscope_jax.kernels.softmax import raised
 from layerscope_jax.kernels.vectors import COLUMNS, ROWS
 from layerscope_jax.kernels.weighted_sums import BLOCK, STRIDE, add_product
 from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, layout, long_at, matches, within

@@ -1,4 +1,4 @@
-"""Arithmetic of compiled loops: addresses, bfloat16 and its rounding, `exp`, `silu` and softmax.
+"""Arithmetic of compiled loops: addresses, bfloat16 and its rounding, `exp` and `silu`.
 
 bfloat16 comes as its 16 bits: of activations as uint16; of weights as uint16, or as int16 where they are
 multiplied in pairs (`dots.py`).
@@ -154,48 +154,3 @@ def _room(tokens, width, weights):
         return memory[first : first + count].reshape(tokens, width + line)
 
     return allocate
-
-
-LANES = 16
-"""Numbers that a sum or maximum of a row is spread over, so that the compiler makes vectors of it."""
-
-
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-def weigh(scores, sink, kind):
-    """Scores to their softmax, rounded to the type of `kind`.
-
-    Args:
-        sink: a score more that takes its share; minus infinity where there is none.
-    """
-    high, total = raised(scores, sink)
-    total += exp(sink - high)  # of minus infinity less than changes a sum of 1 or more
-    for index in range(np.uint64(len(scores))):
-        scores[index] = widened(rounded(scores[index] / total, kind))
-
-
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-def raised(scores, high):
-    """Scores to `e^(score - highest)`; the highest, no lower than `high`, and the sum of all."""
-    count, part = np.uint64(len(scores)), np.empty(LANES, np.float32)
-    whole = count - count % np.uint64(LANES)
-    high = max(scores[0], high)
-    for index in range(whole, count):
-        high = max(high, scores[index])
-    part[:] = high
-    for start in range(np.uint64(0), whole, np.uint64(LANES)):
-        for lane in range(np.uint64(LANES)):
-            part[lane] = max(part[lane], scores[start + lane])
-    for lane in range(LANES):
-        high = max(high, part[lane])
-    for index in range(count):
-        scores[index] = exp(scores[index] - high)
-    total = np.float32(0)
-    for index in range(whole, count):
-        total += scores[index]
-    part[:] = 0
-    for start in range(np.uint64(0), whole, np.uint64(LANES)):
-        for lane in range(np.uint64(LANES)):
-            part[lane] += scores[start + lane]
-    for lane in range(LANES):
-        total += part[lane]
-    return high, total

@@ -88,7 +88,7 @@ def add_panel(inputs, ends, panel, after, current, spare, sums):
         panel: as `panel_of`, its first steps laid out.
         after: the next one, whose first steps will be laid out; without strips if there is none.
         current, spare: addresses of room for what is laid out, and for what will be.
-        sums: [M, APART] are begun anew.
+        sums: [M, APART] of which the panel's columns are begun anew.
 
     Returns:
         where the next panel's first steps are, and where there is room.
@@ -96,7 +96,8 @@ def add_panel(inputs, ends, panel, after, current, spare, sums):
     begin, row, depth, strips = panel
     groups = len(ends) - 1
     at, calls = inputs.ctypes.data, strips * groups
-    sums.fill(0)
+    for m in range(len(sums)):
+        sums[m, : strips * COLUMNS] = 0
     for k in range(0, depth, DEEP):
         steps = min(DEEP, depth - k)
         left = depth - k - steps

@@ -14,8 +14,9 @@ from numba import carray, types
 
 from layerscope_jax.kernels import crew
 from layerscope_jax.kernels.inside import pool_at
-from layerscope_jax.kernels.numbers import pointer, round_row, taken, weigh, widened
+from layerscope_jax.kernels.numbers import pointer, round_row, taken, widened
 from layerscope_jax.kernels.panels import WIDE, add_panel, lay_first, packed, panel_of, shared_out, two_rooms
+from layerscope_jax.kernels.softmax import weigh
 from layerscope_jax.kernels.strips import APART, COLUMNS, MANY
 from layerscope_jax.kernels.xla_calls import ARGUMENTS, RESULTS, buffer, long_at
 from layerscope_jax.support.njit import cfunc, njit

@@ -148,21 +148,39 @@ def test_a_connection_that_breaks_once_is_no_trouble(cache):
 
 def test_after_a_failure_only_what_is_missing_is_fetched(cache):
     with serving(Hub(OLMOE, cuts={WEIGHTS: [100_000] + [0] * 20})):
-        assert "could not be downloaded whole" in refusal()
+        assert "could not be downloaded whole" in (message := refusal())
+        assert "try again: what has been downloaded is kept" in message
     assert not left_over(cache)
     with serving(Hub(OLMOE)) as hub:
         assert (folder_of(NAME) / WEIGHTS).read_bytes() == OLMOE[WEIGHTS]
         assert hub.fetched() == {WEIGHTS}
+        assert hub.ranges(WEIGHTS) == ["bytes=100000-"]
 
 
-def test_an_interrupt_leaves_nothing_unfinished(cache, monkeypatch):
-    with serving(Hub(OLMOE)):
+def test_an_interrupt_loses_nothing(cache, monkeypatch):
+    with serving(Hub(OLMOE)) as hub:
+
+        def check():
+            if any(file.stat().st_size for file in cache.rglob("*.incomplete")) and hub.fetched() >= {
+                WEIGHTS
+            }:
+                raise KeyboardInterrupt
+
         with monkeypatch.context() as patch:
-            patch.setattr(interrupts, "_noted", True)  # as a command notes Ctrl-C
+            patch.setattr(interrupts, "check", check)  # as after Ctrl-C
             with pytest.raises(KeyboardInterrupt):
                 folder_of(NAME)
-        assert not list(cache.rglob("*.incomplete"))
+        (begun,) = cache.rglob("*.incomplete")
+        size = begun.stat().st_size
+        assert 0 < size < len(OLMOE[WEIGHTS])
         assert (folder_of(NAME) / WEIGHTS).read_bytes() == OLMOE[WEIGHTS]
+        assert hub.ranges(WEIGHTS) == [None, f"bytes={size}-"]
+
+
+def test_weights_that_are_not_in_git_lfs(cache):
+    with serving(Hub(OLMOE, lfs=False)):
+        assert (folder_of(NAME) / WEIGHTS).read_bytes() == OLMOE[WEIGHTS]
+    assert not left_over(cache)
 
 
 def test_the_cache_is_enough_without_a_network(monkeypatch):
@@ -202,7 +220,7 @@ def unreachable():
         ({"api_answers": (503, "")}, "the server answered 503; try again later"),
         (
             {"answers": (500, "")},
-            "the server answered 500; try again later; the files that are complete are kept",
+            "the server answered 500; try again later; what has been downloaded is kept",
         ),
     ],
 )
