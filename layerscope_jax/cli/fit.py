@@ -121,6 +121,13 @@ class Fit:
 
     def _opened(self) -> tuple[MachineProfile | None, Routing | None]:
         profile = routing = None
+        alone = [
+            name for name, value in (("--link", self.link), ("--trace", self.trace)) if value is not None
+        ]
+        if self.profile is None and alone:
+            raise ValueError(
+                f"{' and '.join(alone)} changes expected times, which need costs of a machine; add --profile"
+            )
         if self.profile is not None:
             with option("--profile"):
                 profile = MachineProfile.load(self.profile)

@@ -164,6 +164,7 @@ def test_a_format_that_the_experts_cannot_have_is_told(tmp_path, capsys):
         (["--device-memory=much"], "--device-memory must be a size such as"),
         (["--host-memory=0"], "--host-memory must be more than 0 bytes, got '0'"),
         (["--link=fast"], "--link must be a size such as '8GiB'"),
+        (["--link=2GB/s"], "--link changes expected times, which need costs of a machine; add --profile"),
         (["--context=0"], "context must be 1 or more positions, or None, got 0"),
         (["--context=9999999"], "--context must be at most 40,960 positions"),
         (["--max-num-seqs=0"], "max_num_seqs must be 1 or more, got 0"),
