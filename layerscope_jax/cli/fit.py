@@ -121,6 +121,12 @@ class Fit:
 
     def _opened(self) -> tuple[MachineProfile | None, Routing | None]:
         profile = routing = None
+        if self.profile is not None:
+            with option("--profile"):
+                profile = MachineProfile.load(self.profile)
+        if self.trace is not None:
+            with option("--trace"):
+                routing = Routing.load(self.trace)
         alone = [
             name for name, value in (("--link", self.link), ("--trace", self.trace)) if value is not None
         ]
@@ -128,12 +134,6 @@ class Fit:
             raise ValueError(
                 f"{' and '.join(alone)} changes expected times, which need costs of a machine; add --profile"
             )
-        if self.profile is not None:
-            with option("--profile"):
-                profile = MachineProfile.load(self.profile)
-        if self.trace is not None:
-            with option("--trace"):
-                routing = Routing.load(self.trace)
         return profile, routing
 
 
