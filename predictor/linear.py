@@ -59,7 +59,7 @@ def linear_logits(
 def first_linear(
     model: ModelIdentity, basis: Basis, routers: Routers, horizons: tuple[int, ...], share: np.ndarray
 ) -> LinearParams:
-    """Returns initial parameters: the experts' popularity, and the routers' forecast weighted as in LLaPor.
+    """Returns initial parameters: the experts' popularity, and the routers' forecast, which `fit` weighs.
 
     Args:
         share: [L, E] share of the training rows that choose each expert.

@@ -277,7 +277,7 @@ def _advice(
     if now.experts_lie == "nowhere" and memory.device_bytes is not None:
         enough = replace(memory, host_bytes=max(memory.host_bytes, now.total_bytes + HOST_MARGIN))
         while fit(enough, asked).experts_lie == "nowhere":
-            enough = replace(enough, device_bytes=int((enough.device_bytes or 1) * LARGER))
+            enough = replace(enough, device_bytes=max(2**20, int((enough.device_bytes or 0) * LARGER)))
         device, host = (
             math.ceil(size / 2**30 * 10) / 10
             for size in ((enough.device_bytes or 0) / (memory.taken or 1), enough.host_bytes)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_lines import refusal
+from helpers import in_time
 
 from layerscope_jax import Engine, OffloadConfig, load
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor
@@ -101,8 +102,9 @@ def test_where_experts_lie(device, host, where, code, qwen, capsys):
     assert expected[where] in said
 
 
-def test_where_device_and_host_are_both_too_small_it_says_what_would_do(qwen, capsys):
-    found = fitted(capsys, qwen, "--device-memory=4GiB", "--host-memory=1GiB", code=1)
+@pytest.mark.parametrize("device", ["4GiB", "5"])
+def test_where_device_and_host_are_both_too_small_it_says_what_would_do(qwen, capsys, device):
+    found = in_time(lambda: fitted(capsys, qwen, f"--device-memory={device}", "--host-memory=1GiB", code=1))
     [change] = [each["change"] for each in found["advice"]]
     sizes = re.fullmatch(r"a device with (\S+) GiB, and (\S+) GiB of free host memory", change)
     enough = [f"--device-memory={sizes[1]}GiB", f"--host-memory={sizes[2]}GiB"]

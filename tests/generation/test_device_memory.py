@@ -72,6 +72,7 @@ def test_needs_grow_with_what_is_asked_for(seqs, context, chunk, more, free):
     # A prompt that no longer takes several steps needs no cache of its own, in which it is as long as a slot.
     spared = ["newcomers"] if more == "prefill_chunk_size" else []
     assert all(size <= asdict(larger)[part] for part, size in asdict(needs).items() if part not in spared)
+    assert larger.newcomers >= cache_bytes(TINY, 1, context, 2)
     assert needs.caches >= cache_bytes(TINY, seqs, context, 2)
     assert needs.newcomers >= cache_bytes(TINY, 1, context, 2)
     assert needs.margin >= LEAST_MARGIN
