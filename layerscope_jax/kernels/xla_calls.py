@@ -24,7 +24,15 @@ MAKES_ERROR = 48
 KIND, METADATA, VERSION = 8, 24, 24
 ASKS_VERSION = 1
 IS_BUFFER, INVALID_ARGUMENT = 1, 3
-FLAG, INT8, INT32, UINT32, FLOAT32, BFLOAT16 = 1, 2, 4, 8, 11, 16
+FLAG, INT8, INT32, UINT8, UINT32, FLOAT16, FLOAT32, BFLOAT16 = 1, 2, 4, 6, 8, 10, 11, 16
+TYPES = {
+    "int8": INT8,
+    "uint8": UINT8,
+    "float16": FLOAT16,
+    "float32": FLOAT32,
+    "bfloat16": BFLOAT16,
+}
+"""Types of numbers that a function's first argument may have, by the names of their dtypes."""
 
 TABLE = 2
 """Fewest numbers of a table, the last argument of every call: an address of 64 bits (`Inside.table`)."""

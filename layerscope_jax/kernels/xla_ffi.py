@@ -17,11 +17,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from layerscope_jax.kernels.xla_calls import (
-    BFLOAT16,
-    FLOAT32,
     INTERFACE,
     INVALID_ARGUMENT,
     MAKES_ERROR,
+    TYPES,
     asks_version,
     fits,
     long_at,
@@ -109,7 +108,7 @@ def register(
     Args:
         compute: compiled: of a call, the address of a function and the bytes of a number.
         share: makes that function, of a thread's share of a job.
-        dtype: of the first argument and of results, float32 or bfloat16.
+        dtype: of the first argument and of results, one of `TYPES`.
         accepts: compiled: whether a call that `fits` has the arguments that `compute` reads. XLA gets an
             error for one that does not.
 
@@ -154,7 +153,7 @@ def announce(
     text = ctypes.create_string_buffer(
         f"{name}: arguments of other types, ranks or sizes than it takes".encode()
     )
-    message, kind, size = ctypes.addressof(text), FLOAT32 if dtype == np.float32 else BFLOAT16, dtype.itemsize
+    message, kind, size = ctypes.addressof(text), TYPES[dtype.name], dtype.itemsize
     told = version[0] << 32 | version[1]
     try:
         enter = entry(compute, accepts).address

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Literal
@@ -12,8 +14,10 @@ import jax
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.formats import PlainFormat
 from layerscope_jax.kernels.cpu import default_threads
+from layerscope_jax.kernels.xla_ffi import Unavailable
 from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.offload.executors import HostExperts
+from layerscope_jax.offload.fills import fill_for
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.offload.residency import Residency
@@ -21,12 +25,14 @@ from layerscope_jax.offload.staged import host_parts
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import History, Predictor, make_predictor
 from layerscope_jax.runtime.exactness import check_exact
+from layerscope_jax.runtime.in_step import InStepCache
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.resident import ResidentOnCpu
 from layerscope_jax.runtime.runner import Runner
 from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.baselines import HostOnly, Resident
 from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.in_step import InStep, slots_beside
 from layerscope_jax.scheduling.plan import Policy
 from layerscope_jax.scheduling.policy import PolicyBase, completed
 from layerscope_jax.support.machine import cpu_device
@@ -134,12 +140,37 @@ def _layer_by_layer(
 ) -> LayerByLayer:
     """Builds a layer-by-layer runner from its parts, and divides the device's memory among them."""
     # The predictor's memory is taken off the budget first; experts get the rest.
-    residency = Residency(forecasts.beside(budget_bytes), model.bank.expert_bytes)
+    left, size, make = forecasts.beside(budget_bytes), model.bank.expert_bytes, None
+    if isinstance(policy, InStep) and pool is None and not exact:
+        make, slots = in_step(model, left)
+        left -= slots * model.config.num_moe_layers * size
+    residency = Residency(left, size)
     geometry = model.geometry(residency.slots)
     if costs is None and policy.uses_costs:
         costs = measure(model, host, link, residency.slots)
     state = forecasts.explained(budget_bytes, lambda: policy.init(geometry, costs))
     in_memory = pool is None and isinstance(policy, Resident)
     resident = in_memory and host.inside is not None and host.inside.target is not None
-    runner = ResidentOnCpu if resident else LayerByLayer
+    runner = make or (ResidentOnCpu if resident else LayerByLayer)
     return runner(model, policy, state, residency, link, host, forecasts, costs, pool, exact=exact)
+
+
+def in_step(model: Model, budget_bytes: int) -> tuple[Callable[..., LayerByLayer] | None, int]:
+    """Returns what makes a runner with the cache inside the step, and the slots of a layer.
+
+    They are None and 0, with a warning, where nothing fills slots inside a step.
+
+    Raises:
+        ValueError: if the budget holds too few experts.
+    """
+    slots = slots_beside(model.geometry(budget_bytes // model.bank.expert_bytes))
+    try:
+        fill = fill_for(model.device)
+    except Unavailable as error:
+        warnings.warn(
+            f"policy 'in-step' plans decode steps layer by layer, as it cannot keep its cache inside them: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, 0
+    return functools.partial(InStepCache, slots, fill), slots

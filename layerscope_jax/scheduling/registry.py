@@ -10,6 +10,7 @@ from layerscope_jax.scheduling.baselines import HostOnly, OnDemand, Resident
 from layerscope_jax.scheduling.caching import ARC, LFU, LRU, LeastStale
 from layerscope_jax.scheduling.guard import Guard
 from layerscope_jax.scheduling.hybrid import BandwidthSplit, Fiddler
+from layerscope_jax.scheduling.in_step import InStep
 from layerscope_jax.scheduling.plan import Policy
 from layerscope_jax.scheduling.policy import PolicyBase
 from layerscope_jax.scheduling.prefetching import Fate, Klotski, ProMoE
@@ -33,6 +34,7 @@ POLICIES: dict[str, type[PolicyBase]] = {
         LFU,
         ARC,
         LeastStale,
+        InStep,
         HostOnly,
         Fiddler,
         BandwidthSplit,

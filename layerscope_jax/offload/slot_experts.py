@@ -1,0 +1,81 @@
+"""Computes experts from slots, inside a jitted step: their weights are read where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layerscope_jax.models.experts import block_rows
+
+FEW = 16
+"""Rows up to which each is a product of its own: more read an expert's weights again for each of its rows."""
+
+
+def rows_of_slots(
+    inputs: jax.Array, slots: jax.Array, pool: Any, product: Callable, num_experts: int
+) -> jax.Array:
+    """Computes the rows of experts that are in slots.
+
+    A row has the same bits whatever slot its expert is in and whatever other rows there are: the shapes of
+    all products depend on T, K and E alone.
+
+    Args:
+        inputs: [T, D].
+        slots: [T, K] int32; S for a row that is not computed.
+        pool: an expert's arrays with a leading axis S.
+        product: `ExpertFormat.ffn`, of [M, D] and one expert's arrays.
+        num_experts: E, which sets the size of blocks.
+
+    Returns:
+        [T * K, D]; zeros where nothing is computed.
+    """
+    count = slots.size
+    return (one_by_one if count <= FEW else in_blocks)(inputs, slots, pool, product, num_experts)
+
+
+def expert_at(pool: Any, slot: jax.Array) -> Any:
+    """Returns the expert in a slot; XLA reads it in the product, without a copy, where it can."""
+    return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, slot, keepdims=False), pool)
+
+
+def one_by_one(
+    inputs: jax.Array, slots: jax.Array, pool: Any, product: Callable, num_experts: int
+) -> jax.Array:
+    """`rows_of_slots` as one product a row. A row is there twice: one alone is slow on CPUs."""
+    available = jax.tree.leaves(pool)[0].shape[0]
+    rows = []
+    for token in range(slots.shape[0]):
+        pair = jnp.repeat(inputs[token : token + 1], 2, 0)
+        for choice in range(slots.shape[1]):
+            slot = slots[token, choice]
+            row = product(pair, expert_at(pool, jnp.minimum(slot, available - 1)))[0]
+            rows.append(jnp.where(slot < available, row, jnp.zeros_like(row)))
+    return jnp.stack(rows)
+
+
+def in_blocks(
+    inputs: jax.Array, slots: jax.Array, pool: Any, product: Callable, num_experts: int
+) -> jax.Array:
+    """`rows_of_slots` in blocks of rows of one expert, each one product, as many as there are."""
+    available, count, choices = jax.tree.leaves(pool)[0].shape[0], slots.size, slots.shape[1]
+    size = block_rows(count, num_experts)
+    flat = slots.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    counts = jnp.bincount(flat, length=available).astype(jnp.int32)  # S is beyond the last slot
+    blocks = (counts + (size - 1)) // size
+    last_block, first_row = jnp.cumsum(blocks, dtype=jnp.int32), jnp.cumsum(counts, dtype=jnp.int32) - counts
+    within = jnp.arange(size, dtype=jnp.int32)
+
+    def block(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        number, outputs = state
+        slot = jnp.searchsorted(last_block, number, side="right").astype(jnp.int32)
+        ranks = (number - (last_block[slot] - blocks[slot])) * size + within
+        rows = order[jnp.minimum(first_row[slot] + ranks, count - 1)]
+        result = product(inputs[rows // choices], expert_at(pool, slot))
+        return number + 1, outputs.at[jnp.where(ranks < counts[slot], rows, count)].set(result, mode="drop")
+
+    nothing = jnp.zeros((count, inputs.shape[1]), inputs.dtype)
+    return jax.lax.while_loop(lambda state: state[0] < last_block[-1], block, (jnp.int32(0), nothing))[1]
