@@ -61,6 +61,20 @@ def fit_fill(call):
 
 
 @njit(cache=True, nogil=True)
+def copy(source, target, count):
+    """Copies bytes from one address to another, eight at a time."""
+    words = count // 8
+    given, kept = carray(pointer(source), words, np.int64), carray(pointer(target), words, np.int64)
+    for word in range(words):
+        kept[word] = given[word]
+    rest = count - 8 * words
+    given_rest = carray(pointer(source + 8 * words), rest, np.uint8)
+    kept_rest = carray(pointer(target + 8 * words), rest, np.uint8)
+    for byte in range(rest):
+        kept_rest[byte] = given_rest[byte]
+
+
+@njit(cache=True, nogil=True)
 def fill_slots(call, do, size):
     """Copies experts' arrays, whose addresses a table [E] has, into slots of a pool [S, ...].
 
@@ -75,9 +89,8 @@ def fill_slots(call, do, size):
     slots, count = long_at(sizes), size
     for axis in range(1, long_at(description(call, ARGUMENTS, POOL) + RANK)):
         count *= long_at(sizes + 8 * axis)
-    into = carray(pointer(kept), (slots, count), np.uint8)
     if kept != given:
-        into[:] = carray(pointer(given), (slots, count), np.uint8)
+        copy(given, kept, slots * count)
     sources_at, sizes = buffer(call, ARGUMENTS, SOURCES)
     moves = long_at(sizes)
     sources = carray(pointer(sources_at), moves, np.int32)
@@ -86,7 +99,7 @@ def fill_slots(call, do, size):
     table = carray(pointer(table_at), long_at(sizes) // 2, np.int64)
     for move in range(moves):
         if sources[move] >= 0:
-            into[targets[move]] = carray(pointer(table[sources[move]]), count, np.uint8)
+            copy(table[sources[move]], kept + count * targets[move], count)
 
 
 def target_of(dtype: np.dtype) -> str:

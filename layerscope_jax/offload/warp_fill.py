@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import warp as wp
 
-wp.config.quiet = True  # otherwise it prints to stdout when it compiles
+wp.config.log_level = wp.LOG_WARNING  # below that it prints to stdout
 
 THREADS = wp.constant(2048)
 """Threads that copy one array of one expert."""
@@ -42,7 +42,7 @@ def kernel_of(dtype: str, step: int) -> Any:
         words: int,
         pool: wp.array(dtype=TYPES[dtype], ndim=2),  # type: ignore[valid-type]
     ):
-        move, thread = wp.tid()
+        move, thread = wp.tid()  # type: ignore[misc]
         source = sources[move]
         if source < 0:
             return

@@ -168,7 +168,8 @@ def in_step(model: Model, budget_bytes: int) -> tuple[Callable[..., LayerByLayer
         fill = fill_for(model.device)
     except Unavailable as error:
         warnings.warn(
-            f"policy 'in-step' plans decode steps layer by layer, as it cannot keep its cache inside them: {error}",
+            "policy 'in-step' plans decode steps layer by layer, as it cannot keep its cache inside them: "
+            f"{error}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -85,7 +85,7 @@ class StepRehearsal(Rehearsal):
 
 
 class InStepCache(LayerByLayer):
-    """Runs decode steps as one jitted function that keeps a cache of experts; prefills as `LayerByLayer` does.
+    """Runs decode steps as one jitted function with a cache of experts; prefills as `LayerByLayer` does.
 
     The device's memory is divided: room for one layer's experts, through which prefills stream, and slots
     for each layer, which the step fills.

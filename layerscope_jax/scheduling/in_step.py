@@ -61,9 +61,9 @@ def slots_beside(geometry: Geometry) -> int:
     if result < 1:
         least = streamed + geometry.num_layers
         raise ValueError(
-            f"device_budget is too small for policy 'in-step': it keeps {streamed} slots for the layer that a "
-            f"prefill streams and at least one for each of {geometry.num_layers} layers, {least} together "
-            f"({least * geometry.expert_bytes:,} bytes), but the budget holds {geometry.slots} experts; raise "
-            "it, or use policy 'fiddler' or 'host-only'"
+            f"device_budget is too small for policy 'in-step': it keeps {streamed} slots for the layer that "
+            f"a prefill streams and at least one for each of {geometry.num_layers} layers, {least} together "
+            f"({least * geometry.expert_bytes:,} bytes), but the budget holds {geometry.slots} experts; "
+            "raise it, or use policy 'fiddler' or 'host-only'"
         )
     return min(result, geometry.num_experts)

@@ -1,7 +1,5 @@
 """Books of slots that a jitted step keeps, against a cache written in plain Python."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -13,7 +13,7 @@ from layerscope_jax import POLICIES, ExpertId, Observation
 from layerscope_jax.scheduling.plan import check_plan
 from layerscope_jax.scheduling.registry import FORECASTING
 
-DEVICE_ONLY = {"on-demand", "lru", "lfu", "arc", "least-stale", "promoe", "klotski", "resident"}
+DEVICE_ONLY = {"on-demand", "lru", "lfu", "arc", "least-stale", "in-step", "promoe", "klotski", "resident"}
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
