@@ -49,8 +49,16 @@ class Options(harness.Common):
     """What to measure."""
 
     models: tuple[str, ...] = tuple(PUBLISHED)
-    policies: tuple[str, ...] = ("on-demand", "host-only", "fiddler", "hybrimoe", "presched", "auto")
-    batches: tuple[int, ...] = (4, 16, 64)
+    policies: tuple[str, ...] = (
+        "on-demand",
+        "host-only",
+        "fiddler",
+        "hybrimoe",
+        "presched",
+        "in-step",
+        "auto",
+    )
+    batches: tuple[int, ...] = (1, 4, 16, 64)
     """Requests that are decoded together."""
     prompt_tokens: int = 16
     new_tokens: int = 9
@@ -105,14 +113,15 @@ def run(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[harn
         if event.request == 0:  # the first of each step
             times.append(time.perf_counter())
 
+    plans = engine.policy.name != "in-step"  # whose steps are not made of plans
     began = time.perf_counter()
     result = engine.generate(
         prompts,
         max_new_tokens=new_tokens,
         stop_token_ids=(),
         on_token=note,
-        record_plans=True,
-        bound=new_tokens > 1,
+        record_plans=plans,
+        bound=plans and new_tokens > 1,
     )
     return {"first": times[0] - began, "step": np.diff(times).tolist()}, result
 
@@ -136,7 +145,7 @@ def measured(engine: Engine, work: Work, options: Options) -> dict[str, Any]:
     return {
         "ttft_ms": harness.spread(1e3 * s for s in samples.parts["first"]),
         "tpot_ms": harness.spread(1e3 * s for s in steps) if steps else None,
-        "active_experts_a_layer": float(np.mean(active)),
+        "active_experts_a_layer": float(np.mean(active)) if active else None,
         "stats": result.stats.to_json(),
         "warm_ups": samples.warm_ups,
         "compiled_while_timed": samples.compiled,
@@ -231,7 +240,7 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
                 row["policy"],
                 f"{row['ttft_ms']['median']:.1f}",
                 "-" if step is None else f"{step['median']:.2f} ({step['p90']:.2f})",
-                f"{row['active_experts_a_layer']:.1f}",
+                "-" if row["active_experts_a_layer"] is None else f"{row['active_experts_a_layer']:.1f}",
                 f"{stats['hit_rate']:.2f}",
                 f"{stats['bytes_moved'] / 1e6:.1f}",
                 " / ".join(f"{share:.2f}" for share in shares),

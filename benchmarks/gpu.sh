@@ -13,7 +13,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-parts=(tests facts link real-deepseek real-qwen3 real-mixtral calibrate host-experts overhead simulator policies
+parts=(step-fill facts tests link real-deepseek real-qwen3 real-mixtral calibrate host-experts overhead simulator policies
     resident hf-offload)
 quick=()
 if [ "${1:-}" = --quick ]; then
@@ -56,6 +56,7 @@ has() { "$hf_python" -c "import $1" 2>/dev/null; }
 run() { # PART
     case $1 in
     tests) limited "$python" -m pytest -n 0 -p no:benchmark -rs -m gpu tests/runtime/test_gpu.py ;;
+    step-fill) bench benchmarks.bench_step_fill step_fill ;;
     facts) bench benchmarks.bench_gpu_facts facts --pinned-limit "${XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB}GiB" ;;
     link) bench benchmarks.bench_link link --links 5GB unpaced ;;
     real-deepseek) bench benchmarks.bench_real_sizes real_deepseek --models deepseek-v2-lite ;;

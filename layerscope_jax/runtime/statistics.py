@@ -89,8 +89,9 @@ class RunStats(Outcome):
     decode steps only.
 
     Attributes:
-        mode: "whole" (each step is one jitted function), "layers" (layer by layer) or "decode" (all experts
-            resident on a CPU: each decode step is one jitted function).
+        mode: "whole" (each step is one jitted function), "layers" (layer by layer), "decode" (all experts
+            resident on a CPU: each decode step is one jitted function) or "in-step" (each decode step is one
+            jitted function, which copies what is missing).
         predictor_bytes: device memory (bytes) of the predictor, taken off the budget before any expert.
         prompts, prompt_tokens, new_tokens: number of prompts, of their tokens, and of generated tokens.
         cached_tokens: prompt tokens that a prefix cache held, and that were not computed.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import PROFILE
 
-from benchmarks import bench_gpu_facts, bench_hf_offload, bench_real_sizes
+from benchmarks import bench_gpu_facts, bench_hf_offload, bench_real_sizes, bench_step_fill
 from benchmarks.random_models import PUBLISHED, published, random_model
 from layerscope_jax import MachineProfile
 from layerscope_jax.profiling.calibrate import calibrate
@@ -48,6 +48,19 @@ def test_bench_gpu_facts(tmp_path, capsys):
     assert result["pinned_memory"]["bytes"] == 64 * 2**20
     assert result["pinned_memory"]["stopped_by"] == "the limit"
     assert "overlaps a kernel" in capsys.readouterr().out
+
+
+def test_bench_step_fill(tmp_path, capsys):
+    file = tmp_path / "fill.json"
+    bench_step_fill.main(bench_step_fill.Options(quick=True, json=file))
+    ways = json.loads(file.read_text())["ways"]
+    assert list(ways) == ["Python", "warp", "loops", "xla"]
+    for way in ways.values():
+        assert way["works"]
+        assert way.get("right", True)
+        assert way.get("pool_stays", True)
+        assert min(speed["median"] for speed in way["gb_per_s"].values()) > 0
+    assert "bytes right" in capsys.readouterr().out
 
 
 def test_bench_real_sizes_says_what_does_not_fit(capsys):
@@ -190,7 +203,7 @@ def test_gpu_sh_goes_on_after_a_failure(tmp_path):
     done = script("--quick", python=failing, folder=tmp_path)
     assert done.returncode == 1
     calls = [line for line in done.stdout.splitlines() if line.startswith("-m benchmarks")]
-    assert len(calls) == 10
+    assert len(calls) == 11
     assert all("--quick --json" in call for call in calls)
     states = dict(re.findall(r"^(\S+) +\d+ s  (.+)$", done.stdout, re.MULTILINE))
     assert states.pop("overhead") == "failed"
