@@ -1,10 +1,10 @@
 """Which way of filling slots works inside a step on this machine, and at how many bytes a second?
 
-Experts of a real size lie in pinned host memory, one array after the other; a pool on the device has slots for
-some. One jitted program is told which experts to copy into which slots, by arrays that are on the device. Each
-way is asked whether it runs, whether the bytes are right, whether the pool stays in its place, and how fast it
-is for one expert and for several. Beside them: what `jax.device_put` of the same arrays takes, begun from
-Python, which has to be told which experts.
+Experts of a real size lie in pinned host memory, one array after the other; a pool on the device has slots
+for some. One jitted program is told which experts to copy into which slots, by arrays that are on the device.
+Each way is asked whether it runs, whether the bytes are right, whether the pool stays in its place, and how
+fast it is for one expert and for several. Beside them: what `jax.device_put` of the same arrays takes, begun
+from Python, which has to be told which experts.
 
 Ways: `warp`, this package's kernel for GPUs, which reads host memory by its address; `loops`, that for CPUs;
 `xla`, a slice of a stack in pinned memory, moved to the device by XLA, which on GPUs may compute it on the
