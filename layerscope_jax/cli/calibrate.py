@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
-from tyro.conf import arg
 
 from layerscope_jax.cli import profile_view
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.options import (
     Checkpoint,
     DenseFormat,

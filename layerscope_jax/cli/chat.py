@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from rich.console import Console
-from tyro.conf import Suppress, arg
+from tyro.conf import Suppress
 
 from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.complete import summary
 from layerscope_jax.cli.engine_options import EngineOptions
 from layerscope_jax.cli.options import PrefixCache

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional
 
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.commands import union
 from layerscope_jax.cli.options import Json
 from layerscope_jax.support import exits

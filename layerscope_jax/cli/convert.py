@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
-
 from layerscope_jax.checkpoints.convert import convert
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.options import Checkpoint, Dtype, Json, Revision, folder_of
 from layerscope_jax.support import exits
 from layerscope_jax.support.locks import made

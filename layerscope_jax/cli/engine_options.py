@@ -7,9 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
-
 from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.options import (
     PREDICTOR_HELP,
     Checkpoint,

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import jax
 from rich.console import Console
-from tyro.conf import arg
 
 from layerscope_jax.checkpoints.description import describe
 from layerscope_jax.checkpoints.headers import read_configs
 from layerscope_jax.cli import fit_view
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.fit_report import Asked, FitReport, Memory, report
 from layerscope_jax.cli.fit_times import expected
 from layerscope_jax.cli.options import Checkpoint, Json, Revision, folder_of

@@ -13,11 +13,12 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 from rich.console import Console
-from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
+from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 from layerscope_jax.checkpoints.fingerprint import fingerprint
 from layerscope_jax.checkpoints.generation_defaults import read_generation_defaults
 from layerscope_jax.cli import demo, demo_view
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.calibrate import Calibrate
 from layerscope_jax.cli.chat import Talk
 from layerscope_jax.cli.commands import Command, union, with_added

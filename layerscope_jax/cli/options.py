@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from layerscope_jax.checkpoints import hub
 from layerscope_jax.checkpoints.identity import ModelIdentity
 from layerscope_jax.checkpoints.model import Model, load
 from layerscope_jax.cli import demo
+from layerscope_jax.cli.args import arg
 from layerscope_jax.formats import format_named
 from layerscope_jax.prediction.predictors import PREDICTORS, Predictor
 from layerscope_jax.profiling.machine_profile import MachineProfile
@@ -209,3 +210,12 @@ def open_profile(profile: str | None) -> MachineProfile | None:
         return None
     with option("--profile"):
         return MachineProfile.load(profile)
+
+
+def files(given: tuple[tuple[Path, ...], ...]) -> tuple[Path, ...]:
+    """Returns the files of an option that takes several and may be repeated.
+
+    >>> [str(file) for file in files(((Path("a"), Path("b")), (Path("c"),)))]
+    ['a', 'b', 'c']
+    """
+    return tuple(file for some in given for file in some)

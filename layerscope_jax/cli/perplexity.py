@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import UseAppendAction
 
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.engine_options import EngineOptions
-from layerscope_jax.cli.options import Json
+from layerscope_jax.cli.options import Json, files
 from layerscope_jax.engine import Engine
 from layerscope_jax.evaluation.perplexity import (
     Perplexity,
@@ -33,12 +34,12 @@ class PerplexityOf(EngineOptions):
 
     Examples:
         layerscope perplexity shipped --text LICENSE
-        layerscope perplexity path/to/checkpoint --text one.txt --text two.txt --context 1024 --json
+        layerscope perplexity path/to/checkpoint --text one.txt two.txt --context 1024 --json
     """
 
     text: Annotated[
-        UseAppendAction[tuple[Path, ...]],
-        arg(metavar="FILE", help="A text in UTF-8; can be given several times."),
+        UseAppendAction[tuple[tuple[Path, ...], ...]],
+        arg(metavar="FILE ...", help="Texts in UTF-8."),
     ]
     context: Annotated[
         int | None,
@@ -56,7 +57,11 @@ class PerplexityOf(EngineOptions):
     def run(self) -> int:
         """Returns the exit code."""
         exits.need_output()
-        config, texts = self.engine_config(), {str(file): read_text(file) for file in self.text}
+        config = self.engine_config()
+        named = files(self.text)
+        if not named:
+            raise ValueError("--text must name one text or more, got none")
+        texts = {str(file): read_text(file) for file in named}
         model = self.open_model()
         if model.tokenizer is None:
             raise ValueError(f"{self.checkpoint} has no tokenizer, which a text needs; add its files")
@@ -78,8 +83,8 @@ class PerplexityOf(EngineOptions):
             every = [logprobs for logprobs, _ in found.values()]
             results["all"] = Perplexity.of(every, sum(size for _, size in found.values()))
         if self.json:
-            files = [{"file": name, **record(result)} for name, result in results.items()]
-            print(json.dumps({"context": context, "stride": stride, "prefix": prefix, "texts": files}))
+            records = [{"file": name, **record(result)} for name, result in results.items()]
+            print(json.dumps({"context": context, "stride": stride, "prefix": prefix, "texts": records}))
         else:
             show(results)
         return exits.DONE

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import OmitSubcommandPrefixes, arg, subcommand
+from tyro.conf import OmitSubcommandPrefixes, subcommand
 
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.commands import told as help_of
 from layerscope_jax.cli.options import (
     Checkpoint,
@@ -19,6 +20,7 @@ from layerscope_jax.cli.options import (
     HostBudget,
     Json,
     Revision,
+    files,
     folder_of,
     open_model,
     own_predictor,
@@ -80,7 +82,7 @@ class Train:
         folder = folder_of(self.checkpoint, self.revision)
         out = own_predictor(folder) if self.out is None else self.out
         recipe = Recipe(
-            text=self.text,
+            text=files(self.text),
             out=out,
             heldout_domains=self.heldout_domains,
             tokens=self.tokens,

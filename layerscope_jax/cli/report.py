@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from layerscope_jax.cli import report_page
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.options import Json
 from layerscope_jax.cli.report_lanes import lanes_svg
 from layerscope_jax.cli.report_runs import Run, runs_of

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import UseAppendAction
 
+from layerscope_jax.cli.args import arg
 from layerscope_jax.generation.prompt_files import said_by_user
 from layerscope_jax.generation.requests import SETTINGS, Request
 from layerscope_jax.support.files import read_json

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import arg
-
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.engine_options import EngineOptions
 from layerscope_jax.cli.options import PrefixCache
 from layerscope_jax.engine import Engine

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
-from tyro.conf import arg
 
 from layerscope_jax.cli import comparison_view
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.options import Json, TimelineFile
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.simulation.comparison import simulate_profile

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import arg
+from tyro.conf import UseAppendAction
 
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.options import (
     Checkpoint,
     DenseFormat,
@@ -19,6 +20,7 @@ from layerscope_jax.cli.options import (
     Json,
     PolicyName,
     Revision,
+    files,
     open_model,
 )
 from layerscope_jax.config import AUTO, OffloadConfig
@@ -27,7 +29,7 @@ from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.exits import say
 
 Text = Annotated[
-    tuple[Path, ...],
+    UseAppendAction[tuple[tuple[Path, ...], ...]],
     arg(
         metavar="FILE ...",
         help='JSON lines {"id", "text"}, whose domain is the name of the file, or plain texts, each a '
@@ -78,7 +80,7 @@ class Record:
         exits.need_output()
         make_policy(self.policy)
         config = RecordConfig(
-            text=self.text,
+            text=files(self.text),
             out=self.out,
             heldout_domains=self.heldout_domains,
             train_tokens=self.train_tokens,

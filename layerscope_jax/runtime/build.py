@@ -100,6 +100,12 @@ def build(
         chosen, predictor = Resident(), None
     elif predictor is None and chosen.predictor is not None:
         predictor = make_predictor(chosen.predictor)
+    if 0 < budget_bytes < model.bank.expert_bytes:
+        logger.warning(
+            "device_budget is %s bytes, and one expert takes %s: none will be on the device",
+            f"{budget_bytes:,}",
+            f"{model.bank.expert_bytes:,}",
+        )
     with ExitStack() as stack:
         pool, host, link = host_parts(
             model.bank,

@@ -33,8 +33,7 @@ def files(tmp_path):
 
 def test_figures_are_those_of_the_library_by_file_and_together(ended, files, capsys):
     options = ["--context=64", "--stride=40", "--policy=host-only", "--device-budget=0"]
-    texts = [f"--text={file}" for file in files]
-    assert cli.main(["perplexity", str(ended), *options, "--json", *texts]) == 0
+    assert cli.main(["perplexity", str(ended), *options, "--json", "--text", *files]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [each["file"] for each in told["texts"]] == [*files, "all"]
     model, expected = load(ended), []
@@ -52,7 +51,7 @@ def test_figures_are_those_of_the_library_by_file_and_together(ended, files, cap
             close = expected_value is None or pytest.approx(expected_value, rel=1e-5)
             assert each[name] == (None if expected_value is None else close)
     assert told["texts"][1]["nats_error"] is None
-    assert cli.main(["perplexity", str(ended), texts[1]]) == 0
+    assert cli.main(["perplexity", str(ended), "--text", files[1], "--text", files[1]]) == 0
     out = capsys.readouterr().out
     assert f"{results[1].nats:.4f}" in out
     assert "±" not in out
@@ -63,6 +62,7 @@ def test_what_cannot_be_scored_is_refused(tiny, tmp_path, capsys):
     empty.write_bytes(b"")
     wrong.write_bytes(b"abc\xff")
     cases = [
+        ([], "--text must name one text or more, got none"),
         ([f"--text={empty}"], f"--text: {empty} must hold a text, got an empty file"),
         ([f"--text={wrong}"], f"--text: {wrong} must be UTF-8, got other bytes at 3; convert it"),
         ([f"--text={tmp_path / 'none'}"], "No such file or directory"),

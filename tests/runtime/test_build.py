@@ -109,3 +109,17 @@ def test_a_call_that_goes_on_where_nobody_else_was_finds_the_books_as_they_were(
     runner.reset(first)
     assert second.peak_bytes == second.wasted_bytes == 0
     assert runner.stats(first).peak_expert_bytes == model.bank.expert_bytes
+
+
+def test_a_budget_for_less_than_one_expert_is_told(model, caplog):
+    build(
+        model,
+        make_policy("fiddler"),
+        budget_bytes=model.bank.expert_bytes - 1,
+        measure=unasked,
+        costs=PROFILE,
+    ).close()
+    assert "one expert takes 7,680: none will be on the device" in caplog.text
+    caplog.clear()
+    built(model, "host-only", 0)
+    assert not caplog.text
