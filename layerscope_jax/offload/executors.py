@@ -89,9 +89,32 @@ class DeviceExperts:
         self._outputs: dict[int, jax.Array] = {}
         self._host_rows: dict[int, np.ndarray] = {}
 
-    def keep(self, weights: Any) -> Any:
+    def reserve(self, bank: ExpertBank, slots: int) -> None:
+        """Allocates what experts are kept in; nothing here, where each keeps its own arrays."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether the experts that are kept have been lost, so that all are to be copied again."""
+        return False
+
+    def keep(self, weights: Any, expert: ExpertId | None = None) -> Any:
         """Returns an expert's copied arrays in the form that `run` takes."""
         return weights
+
+    def release(self, kept: Any) -> None:
+        """Lets go of what `keep` returned."""
+
+    def begin(
+        self,
+        outputs: jax.Array,
+        inputs: jax.Array,
+        chosen: jax.Array,
+        positions: jax.Array,
+        layer: int,
+        always: bool = False,
+    ) -> jax.Array:
+        """Dispatches what needs no plan; nothing here."""
+        return outputs
 
     def nothing(self, total: int, width: int, dtype: np.dtype) -> jax.Array:
         """Returns the rows [total + 1, width] that the first layer adds: zeros."""
@@ -131,6 +154,29 @@ class DeviceExperts:
             outputs, done = grouped_ffn(outputs, inputs, group.slots, arrays, rows.choices, product)
         return outputs, done
 
+    def rehearse(
+        self,
+        outputs: jax.Array,
+        inputs: jax.Array,
+        groups: Iterable[tuple[int, int]],
+        weights: Any,
+        choices: int,
+    ) -> jax.Array:
+        """Runs every program of `run`, with rows that nobody reads.
+
+        Args:
+            outputs, inputs: as of `run`.
+            groups: shapes (row bucket, experts) of dispatches (`possible_groups`).
+            weights: arrays of any expert on the device.
+            choices: K.
+        """
+        format = self._format or plain_of(weights)
+        _, product = product_of(format, weights, inputs.dtype, self._device)
+        for bucket, size in groups:
+            places = np.full((size, bucket), len(outputs) - 1, np.int32)
+            outputs, _ = grouped_ffn(outputs, inputs, places, (weights,) * size, choices, product)
+        return outputs
+
     def host_rows(self, outputs: jax.Array) -> np.ndarray:
         """Returns the array [T * K + 1, D] in host memory to which the host writes its rows in each layer."""
         if len(outputs) not in self._host_rows:
@@ -168,8 +214,27 @@ class SharedExperts:
         self._cpu = cpu
         self._arrays: dict[tuple[int, bool], np.ndarray] = {}
 
-    def keep(self, weights: Any) -> InMemory:
+    lost = False
+
+    def reserve(self, bank: ExpertBank, slots: int) -> None:
+        pass
+
+    def keep(self, weights: Any, expert: ExpertId | None = None) -> InMemory:
         return InMemory.of(weights, self._cpu.format)
+
+    def release(self, kept: InMemory) -> None:
+        pass
+
+    def begin(
+        self,
+        outputs: np.ndarray,
+        inputs: jax.Array,
+        chosen: jax.Array,
+        positions: jax.Array,
+        layer: int,
+        always: bool = False,
+    ) -> np.ndarray:
+        return outputs
 
     def nothing(self, total: int, width: int, dtype: np.dtype) -> np.ndarray:
         return self._array(total, width, dtype, False)
@@ -214,7 +279,11 @@ class SharedExperts:
 
 def device_experts(device: jax.Device, cpu: CpuExperts) -> DeviceExperts | SharedExperts:
     """Returns the executor of resident experts for a device."""
-    return SharedExperts(cpu) if device.platform == "cpu" else DeviceExperts(device, cpu.format)
+    if device.platform == "cpu":
+        return SharedExperts(cpu)
+    from layerscope_jax.offload.slotted import SlottedExperts  # which is made of what is above
+
+    return SlottedExperts(device, cpu.format)
 
 
 def forget_oldest(arrays: dict[Any, Any], most: int) -> None:

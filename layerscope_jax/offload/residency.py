@@ -19,6 +19,7 @@ class Residency:
         expert_bytes: size (bytes) of one expert.
 
     Attributes:
+        let_go: is called with the weights of an expert that is evicted.
         idle_prefetches: experts that were prefetched, or are in flight as a prefetch, and not used yet.
 
     >>> books = Residency(budget_bytes=250, expert_bytes=100)
@@ -35,6 +36,7 @@ class Residency:
         self.peak_bytes = 0
         self.wasted_bytes = 0
         self.idle_prefetches: set[ExpertId] = set()
+        self.let_go: Callable[[Any], None] = lambda weights: None
         self._held: dict[tuple[int, int], Any] = {}
         self._coming: dict[ExpertId, None] = {}  # in the order of their requests
 
@@ -79,7 +81,7 @@ class Residency:
         """Changes an expert from resident to absent."""
         if expert not in self._held:
             raise RuntimeError(f"{expert} was evicted, but is not resident")
-        del self._held[expert]
+        self.let_go(self._held.pop(expert))
         if expert in self.idle_prefetches:
             self.idle_prefetches.remove(expert)
             self.wasted_bytes += self.expert_bytes

@@ -19,14 +19,14 @@ class DeviceTier:
         keep: converts an expert's copied arrays into the form from which it is computed.
     """
 
-    def __init__(self, residency: Residency, transfers: Transfers, keep: Callable[[Any], Any]):
+    def __init__(self, residency: Residency, transfers: Transfers, keep: Callable[[Any, ExpertId], Any]):
         self.residency, self.transfers, self._keep = residency, transfers, keep
 
     def absorb(self) -> None:
         """Updates the residency with the copies that have arrived or failed since the last call."""
         arrived, lost = self.transfers.arrivals()
         for expert, weights in arrived.items():
-            self.residency.arrive(expert, self._keep(weights))
+            self.residency.arrive(expert, self._keep(weights, expert))
         for expert in lost:
             self.residency.release(expert)
 
@@ -58,6 +58,11 @@ class DeviceTier:
         self.absorb()
         for expert in list(self.residency.coming):
             self.residency.release(expert)
+
+    def lose(self) -> None:
+        """Evicts every expert, because the device's memory of them was lost."""
+        for expert in list(self.residency.resident):
+            self.residency.evict(expert)
 
     def hold(self, expert: ExpertId, weights: Any) -> None:
         """Makes an expert resident at once, without the link."""

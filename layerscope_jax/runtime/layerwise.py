@@ -80,6 +80,8 @@ class LayerByLayer:
         self.host_experts = host_experts
         self.device_experts = device_experts(model.device, host_experts.cpu)
         self.dense = DenseParts(model, forecasts, host_experts.inside, exact)
+        self.device_experts.reserve(model.bank, residency.slots)
+        residency.let_go = self.device_experts.release
         self.tier = DeviceTier(residency, transfers, self.device_experts.keep)
         reads = None if pool is None else Reads(pool, model.geometry(0))
         self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank, reads)
@@ -153,6 +155,8 @@ class LayerByLayer:
         hidden, inputs, experts, weights, caches, expected = self.dense.attend(
             layer, step, state, caches, looks_ahead
         )
+        outputs = device.take(experts.size, hidden.shape[-1], hidden.dtype)
+        outputs = device.begin(outputs, inputs, experts, step.positions, layer)
         for array in (experts, expected, None if device.waits else inputs):
             if array is not None:  # starts all copies at once; the host's experts read the inputs
                 array.copy_to_host_async()
@@ -169,7 +173,6 @@ class LayerByLayer:
         seen, plan = self._decide(layer, step.phase, rows, expected)
         if timeline is not None:
             timeline.add("scheduler", "plan", now, time.perf_counter(), layer)
-        outputs = device.take(rows.total, hidden.shape[-1], hidden.dtype)
         outputs, since, host = self.experts.begin(outputs, inputs, rows, plan, meter)
         self.forecasts.learn(seen, inputs, chosen, weights, step.active)
         if host is not None:
@@ -219,6 +222,9 @@ class LayerByLayer:
         if self.device_experts.waits:
             finish_all(self.transfers.sharding)  # programs may be running our kernels in memory that we own
         self.device_experts.clear()
+        if self.device_experts.lost:
+            self.tier.lose()
+            self.device_experts.reserve(self.model.bank, self.residency.slots)
         self.tier.settle()
         if self.pool is not None:
             self.pool.settle()
@@ -239,7 +245,7 @@ class LayerByLayer:
                 self.tier.hold(expert, self.host_experts.weights(expert))
             else:
                 copied = jax.device_put(self.model.bank[expert], self.transfers.sharding)
-                self.tier.hold(expert, jax.block_until_ready(copied))
+                self.tier.hold(expert, self.device_experts.keep(jax.block_until_ready(copied), expert))
 
     def reset(self, account: Account | None) -> None:
         """Starts to count and record for a call; see `Runner.reset`."""
@@ -298,3 +304,4 @@ class LayerByLayer:
         close_all(parts if self.pool is None else [*parts, self.pool])
         self.residency.clear()
         self.device_experts.clear()
+        self.device_experts.reserve(self.model.bank, 0)

@@ -11,7 +11,7 @@ import numpy as np
 from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, possible_groups
 from layerscope_jax.models.decoder import Between
-from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, grouped_ffn, place_rows, product_of
+from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, place_rows
 from layerscope_jax.runtime.dense import StepInputs
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
@@ -108,6 +108,9 @@ class Rehearsal:
         )
         outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
         if layer == 0:
+            outputs = runner.device_experts.begin(
+                outputs, inputs, experts, step.positions, layer, always=True
+            )
             chosen, expected = jax.device_get((experts, expected))
             self._ask(step.phase, Assignments(chosen, step.active), expected)
             outputs = self._experts(outputs, inputs, chosen, int(step.active.sum()))
@@ -149,11 +152,8 @@ class Rehearsal:
                 kept: Any = self._device_experts.keep(weights)
                 self._on_cpu(inputs, chosen, tokens, kept)
             else:
-                model = runner.model
-                _, product = product_of(model.bank.format, weights, inputs.dtype, model.device)
-                for bucket, size in possible_groups(tokens, choices, model.config.num_experts):
-                    places = np.full((size, bucket), total, np.int32)
-                    outputs, _ = grouped_ffn(outputs, inputs, places, (weights,) * size, choices, product)
+                groups = possible_groups(tokens, choices, runner.model.config.num_experts)
+                outputs = runner.device_experts.rehearse(outputs, inputs, groups, weights, choices)
         return outputs
 
     def _on_cpu(self, inputs: jax.Array, chosen: np.ndarray, tokens: int, weights: InMemory) -> None:
