@@ -35,7 +35,7 @@ from layerscope_jax.checkpoints.convert import convert
 from layerscope_jax.kernels.cpu import InMemory, default_threads, layout_of
 from layerscope_jax.kernels.loops import ARRAYS
 from layerscope_jax.offload.disk import BLOCK, DiskBank, File
-from layerscope_jax.offload.executors import HostExperts
+from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts

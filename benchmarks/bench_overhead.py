@@ -127,6 +127,8 @@ def timed_parts(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         (runner.transfers, "drop", "transfers.drop"),
         (runner.transfers, "submit", "transfers.submit"),
         (runner.transfers, "wait", "waiting for copies"),
+        (layerwise, "read", "reading back"),
+        (device, "begin", "experts before the routing is read"),
         (device, "run", "around the experts"),
         (device, "take", "rows of the device"),
         (device, "place", "rows of the device"),

@@ -157,7 +157,7 @@ def place(engine, experts):
     for expert in experts[: residency.slots]:
         residency.reserve(expert, prefetched=False)
         copied = jax.device_put(engine.model.bank[expert], transfers.sharding)
-        residency.arrive(expert, engine.runner.device_experts.keep(copied))
+        residency.arrive(expert, engine.runner.device_experts.keep(copied, expert))
 
 
 def agree(found, expected):

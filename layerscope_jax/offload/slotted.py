@@ -120,7 +120,7 @@ class SlottedExperts(DeviceExperts):
             slots: S.
         """
         self._bank, self._slots = bank, slots
-        self._chosen = product_of(bank.format, bank.layers[0][0], bank.dtype, self._device)
+        self._chosen = product_of(bank.format, bank.sizes, bank.dtype, self._device)
         self._free = list(range(slots))[::-1]
         self._owner: list[ExpertId | None] = [None] * slots  # as the table says, of free slots too
         self._slot_of: dict[ExpertId, int] = {}

@@ -16,7 +16,7 @@ from layerscope_jax.kernels.cpu import InMemory
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.offload.bank import ExpertBank
 from layerscope_jax.offload.disk import DiskBank
-from layerscope_jax.offload.executors import HostExperts
+from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import Transfers, _Chunk
 from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.scheduling.plan import ExpertId

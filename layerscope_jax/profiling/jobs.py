@@ -14,7 +14,8 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.cpu import CpuExperts
 from layerscope_jax.kernels.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.models.cache import new_caches
-from layerscope_jax.offload.executors import HostExperts, device_experts
+from layerscope_jax.offload.executors import device_experts
+from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import LinkStats, Transfers
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.offload.staged import StagedHost

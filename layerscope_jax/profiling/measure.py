@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.offload.executors import HostExperts
+from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.profiling.disk_costs import with_disk

@@ -16,8 +16,8 @@ from layerscope_jax.formats import PlainFormat
 from layerscope_jax.kernels.cpu import default_threads
 from layerscope_jax.kernels.xla_ffi import Unavailable
 from layerscope_jax.offload.disk import DiskBank
-from layerscope_jax.offload.executors import HostExperts
 from layerscope_jax.offload.fills import fill_for
+from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.offload.residency import Residency

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from layerscope_jax.kernels.grouping import GROUP_SIZES, Assignments
-from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts
+from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
+from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.statistics import Meter
 from layerscope_jax.runtime.timeline import Timeline
@@ -53,7 +54,7 @@ class BothSides:
         self._device, self._host, self._tier = device, host, tier
 
     def begin(
-        self, outputs: Any, inputs: jax.Array, rows: Assignments, plan: LayerPlan, meter: Meter
+        self, outputs: Any, inputs: jax.Array, held: Any, rows: Assignments, plan: LayerPlan, meter: Meter
     ) -> tuple[Any, float, HostPart | None]:
         """Starts the host's experts and computes the device's, those in flight as they arrive.
 
@@ -63,6 +64,7 @@ class BothSides:
         Args:
             outputs: [T * K + 1, D] array to write rows to.
             inputs: [T, D] inputs of the experts.
+            held: the same where the host has read them already; None if it has not.
             rows: rows of each expert.
             plan: the layer's plan.
             meter: counts the busy time of the device.
@@ -78,10 +80,11 @@ class BothSides:
         job: Job | None = None
         done: jax.Array | None = None
         missing: Sequence[int] = ()
+        given = inputs if held is None else held
         if plan.host:
             host_rows = device.host_rows(outputs)
             if plan.device and not device.waits:
-                job = self._host.start(host_rows, layer, inputs, rows, plan.host)
+                job = self._host.start(host_rows, layer, given, rows, plan.host)
         since = time.perf_counter()
         if plan.device:
             missing = tier.missing(layer, plan.device)
@@ -89,7 +92,7 @@ class BothSides:
             outputs, done, since = self._run(outputs, inputs, layer, rows, ready, since, meter)
         if plan.host and job is None:
             self._await_device(done, since, layer, meter)
-            self._host.compute(host_rows, layer, inputs, rows, plan.host)
+            self._host.compute(host_rows, layer, given, rows, plan.host)
             since = time.perf_counter()
             outputs = device.place(outputs, host_rows, rows, plan.host)
         while missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,8 @@ class DenseParts:
         table: table of addresses that `inside` needs; None without it.
         programs: programs with the forecast.
         attend_alone: program of a layer without the forecast.
+        reads: what the host reads of a layer in one array: "routing", or the "inputs" of its experts too;
+            None where it reads each array where it lies.
     """
 
     def __init__(self, model: Model, forecasts: Forecasts, inside: Inside | None, exact: bool = False):
@@ -75,6 +77,7 @@ class DenseParts:
         self.table = None if inside is None else jax.device_put(inside.table, model.device)
         self.programs = programs(config, dtype, forecasts.in_layer, exact)
         self.attend_alone = programs(config, dtype, None, exact).attend_and_route
+        self.reads: Literal["routing", "inputs"] | None = None
         self._forecasts = forecasts
         self._sharding = device_sharding(model.device)
         self._choices = config.experts_per_token
@@ -150,10 +153,12 @@ class DenseParts:
 
         Returns:
             hidden [B, S, D] without experts, inputs [T, D] of the experts, the chosen experts [T, K], their
-            weights [T, K], the caches, and the expected tokens [W, E] (None without a forecast).
+            weights [T, K], the caches, the expected tokens [W, E] (None without a forecast), and what the
+            host reads in one array (see `reads`).
         """
         if looks_ahead:
             part, forecast = self.programs.attend_and_route, (*self._forecasts.inputs(layer), step.counted)
         else:
             part, forecast = self.attend_alone, (None, None, None)
-        return part(self.layers[layer], state, step.positions, caches, *forecast, self.table)
+        places = step.positions
+        return part(self.layers[layer], state, places, caches, *forecast, self.table, self.reads)

@@ -14,7 +14,8 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.dense import dense_kernels
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.models.decoder import Between
-from layerscope_jax.offload.executors import HostExperts, device_experts
+from layerscope_jax.offload.executors import device_experts
+from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.offload.residency import Residency
@@ -25,6 +26,7 @@ from layerscope_jax.runtime.decisions import Decisions, Reads
 from layerscope_jax.runtime.dense import DenseParts, StepInputs
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.lower_bound import least_decode_s
+from layerscope_jax.runtime.reading_back import read
 from layerscope_jax.runtime.resources import Closable, close_all
 from layerscope_jax.runtime.runner import RunnerStats, Scored, Stepped
 from layerscope_jax.runtime.sampling import Sampling
@@ -82,6 +84,8 @@ class LayerByLayer:
         self.dense = DenseParts(model, forecasts, host_experts.inside, exact)
         self.device_experts.reserve(model.bank, residency.slots)
         residency.let_go = self.device_experts.release
+        if not self.device_experts.waits:
+            self.dense.reads = "inputs" if policy.uses_host else "routing"
         self.tier = DeviceTier(residency, transfers, self.device_experts.keep)
         reads = None if pool is None else Reads(pool, model.geometry(0))
         self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank, reads)
@@ -152,17 +156,23 @@ class LayerByLayer:
         meter, device, timeline = self.account.meter, self.device_experts, self.account.timeline
         began = 0.0 if timeline is None else time.perf_counter()
         looks_ahead = step.counted is not None and self.policy.wants_forecast(self.decisions.state)
-        hidden, inputs, experts, weights, caches, expected = self.dense.attend(
+        hidden, inputs, experts, weights, caches, expected, words = self.dense.attend(
             layer, step, state, caches, looks_ahead
         )
-        outputs = device.take(experts.size, hidden.shape[-1], hidden.dtype)
+        if words is not None:
+            words.copy_to_host_async()
+        outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
         outputs = device.begin(outputs, inputs, experts, step.positions, layer)
-        for array in (experts, expected, None if device.waits else inputs):
-            if array is not None:  # starts all copies at once; the host's experts read the inputs
-                array.copy_to_host_async()
-        # The only read-back of the layer; `jax.device_get` does the same but handles pytrees, which takes
-        # longer.
-        chosen, expected = np.asarray(experts), None if expected is None else np.asarray(expected)
+        # The only read-back of the layer.
+        if words is None:
+            chosen, expected, held = (
+                np.asarray(experts),
+                None if expected is None else np.asarray(expected),
+                inputs,
+            )
+        else:
+            with_inputs = inputs if self.dense.reads == "inputs" else None
+            chosen, expected, held = read(words, experts, expected, with_inputs)
         now = time.perf_counter()
         meter.device_busy_s += now - self._since
         if timeline is not None:
@@ -173,7 +183,7 @@ class LayerByLayer:
         seen, plan = self._decide(layer, step.phase, rows, expected)
         if timeline is not None:
             timeline.add("scheduler", "plan", now, time.perf_counter(), layer)
-        outputs, since, host = self.experts.begin(outputs, inputs, rows, plan, meter)
+        outputs, since, host = self.experts.begin(outputs, inputs, held, rows, plan, meter)
         self.forecasts.learn(seen, inputs, chosen, weights, step.active)
         if host is not None:
             outputs, since = self.experts.end(outputs, since, host, rows, plan, meter)

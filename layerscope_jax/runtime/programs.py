@@ -23,6 +23,7 @@ from layerscope_jax.models.layers import abstract
 from layerscope_jax.prediction.forecasts import expected_tokens
 from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.runtime.exactness import options
+from layerscope_jax.runtime.reading_back import packed
 from layerscope_jax.runtime.sampling import sample
 from layerscope_jax.runtime.scoring import scores_of
 
@@ -99,8 +100,10 @@ def programs(
         # The other inputs of all layers pass through: a separate copy to the device would take as long.
         return ends_of(ends).embed(tokens), *others
 
-    @functools.partial(jit, donate_argnames="caches")
-    def attend_and_route(span, state, positions, caches, forecast_params, number, counted, table=None):
+    @functools.partial(jit, donate_argnames="caches", static_argnames="reads")
+    def attend_and_route(
+        span, state, positions, caches, forecast_params, number, counted, table=None, reads=None
+    ):
         with our_loops(table), invariant(exact):
             hidden, inputs, routing, caches = to_experts(
                 layers_of(span), state, positions, caches, add_rows(table)
@@ -113,7 +116,10 @@ def programs(
                 known = jax.lax.optimization_barrier((inputs, routing.experts, routing.weights))
                 probabilities = predictor.predict(forecast_params, *known)
                 expected = expected_tokens(probabilities, counted, number, config.num_moe_layers)
-        return hidden, inputs, routing.experts, routing.weights, caches, expected
+        words = None
+        if reads is not None:
+            words = packed(routing.experts, expected, inputs if reads == "inputs" else None)
+        return hidden, inputs, routing.experts, routing.weights, caches, expected, words
 
     @functools.partial(jit, donate_argnames="caches")
     def finish(ends, state, positions, last, sampling, tail, caches, table=None):

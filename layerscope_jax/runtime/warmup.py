@@ -102,8 +102,8 @@ class Rehearsal:
         runner, device = self.runner, self._device_experts
         looks_ahead = runner.forecasts.in_layer is not None
         if looks_ahead and runner.policy.spares_forecasts:
-            *_, caches, _ = runner.dense.attend(layer, step, state, caches, False)
-        hidden, inputs, experts, weights, caches, expected = runner.dense.attend(
+            *_, caches, _, _ = runner.dense.attend(layer, step, state, caches, False)
+        hidden, inputs, experts, weights, caches, expected, _ = runner.dense.attend(
             layer, step, state, caches, looks_ahead
         )
         outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
@@ -153,7 +153,8 @@ class Rehearsal:
                 self._on_cpu(inputs, chosen, tokens, kept)
             else:
                 groups = possible_groups(tokens, choices, runner.model.config.num_experts)
-                outputs = runner.device_experts.rehearse(outputs, inputs, groups, weights, choices)
+                device: Any = runner.device_experts
+                outputs = device.rehearse(outputs, inputs, groups, weights, choices)
         return outputs
 
     def _on_cpu(self, inputs: jax.Array, chosen: np.ndarray, tokens: int, weights: InMemory) -> None:

@@ -16,8 +16,8 @@ from helpers import copying_by, in_time
 
 from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
 from layerscope_jax.kernels import cpu
-from layerscope_jax.offload.executors import DeviceExperts
-from layerscope_jax.runtime import layerwise
+from layerscope_jax.offload.slotted import SlottedExperts
+from layerscope_jax.runtime import layerwise, reading_back
 from layerscope_jax.support import threads
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -144,7 +144,7 @@ def traps(engine, trap, monkeypatch):
             "policy": ["plan"],
             "transfers": ["submit", "wait", "drop", "arrivals", "cancel"],
             "host_experts": ["compute", "start"],
-            "device_experts": ["run", "take", "place", "clear"],
+            "device_experts": ["begin", "keep", "run", "take", "place", "clear"],
             "residency": ["follow", "arrive", "use"],
             "forecasts": ["read", "learn"],
             "pool": ["hold", "wait", "let_go", "is_ready", "slot", "read_ahead", "settle"],
@@ -163,7 +163,8 @@ def traps(engine, trap, monkeypatch):
             patch.setattr(owner, name, trap.around(getattr(owner, name)))
             yield where
     with monkeypatch.context() as patch:
-        patch.setattr(layerwise, "np", Without(np, "asarray", trap.around(np.asarray)))
+        for module in (layerwise, reading_back):  # on a CPU, and from an accelerator
+            patch.setattr(module, "np", Without(np, "asarray", trap.around(np.asarray)))
         yield "reading back"
     for name in ("embed", "attend_and_route", "finish"):
         with monkeypatch.context() as patch:
@@ -253,7 +254,7 @@ def test_wherever_a_step_is_interrupted_the_next_one_is_right(what, at, accelera
     """On this CPU alone; and as beside an accelerator, with the host's experts on a thread of their own."""
     model, batches, _ = case("bfloat16")
     if accelerator:
-        monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+        monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
     policy = Split() if accelerator else RandomPolicy(3)
     budget = 9 * model.bank.expert_bytes
     config = OffloadConfig(device_budget=budget, policy=policy, numerics="auto", host_threads=2)
@@ -275,7 +276,7 @@ def test_the_same_holds_while_experts_are_read_from_the_disk(what, at, accelerat
     model, batches, _ = case("bfloat16")
     model = on_disk(model, tmp_path)
     if accelerator:
-        monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+        monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
     size = model.bank.expert_bytes
     config = OffloadConfig(
         device_budget=9 * size,
@@ -321,7 +322,7 @@ def test_an_interrupted_wait_for_helpers_leaves_no_completion_behind(monkeypatch
 def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypatch):
     """The link breaks while the host computes beside the device: the host is waited for, both are told."""
     model, batches, _ = case("bfloat16")
-    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
     begun, told, broken, ended = threading.Event(), threading.Event(), [True], []
 
     def copy(array, sharding):

@@ -9,7 +9,8 @@ from helpers import random_model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
 from layerscope_jax.kernels.cpu import CpuExperts
-from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts
+from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
+from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.profiling import measure as calibration
 from layerscope_jax.profiling.jobs import NoCopies

@@ -8,7 +8,7 @@ from helpers import TINY, random_decoder, random_model
 
 from layerscope_jax import ExpertBank, ExpertId, Model
 from layerscope_jax.offload.bank import device_sharding, host_sharding
-from layerscope_jax.offload.executors import HostExperts
+from layerscope_jax.offload.host_experts import HostExperts
 
 
 @pytest.fixture(scope="module", params=[np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])

@@ -13,7 +13,8 @@ from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.host_kernels import LOOPS
 from layerscope_jax.models.experts import ExpertBody, ExpertWeights
 from layerscope_jax.offload.bank import device_sharding
-from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts, aligned_zeros
+from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, aligned_zeros
+from layerscope_jax.offload.host_experts import HostExperts
 
 # XLA adds up products with 32 rows and with 64 rows in different orders here: a bucket too large would show.
 WIDE = ModelConfig(

@@ -14,7 +14,8 @@ import layerscope_jax
 from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.cli import calibrate as calibrate_cli
 from layerscope_jax.cli import main as cli
-from layerscope_jax.offload.executors import DeviceExperts, HostExperts, SharedExperts
+from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
+from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.staged import host_parts
 from layerscope_jax.profiling import calibrate as profiling

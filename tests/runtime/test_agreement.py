@@ -4,7 +4,7 @@ import pytest
 from helpers import PROFILE, random_model
 
 from layerscope_jax import Engine, OffloadConfig
-from layerscope_jax.offload.executors import DeviceExperts
+from layerscope_jax.offload.slotted import SlottedExperts
 from layerscope_jax.runtime import layerwise
 
 
@@ -16,8 +16,8 @@ def test_what_an_accelerator_runs_gives_the_same_tokens(monkeypatch, policy):
     prompts = [[1, 2, 3], list(range(16))]
     with Engine(model) as engine:
         expected = engine.generate(prompts, max_new_tokens=9).token_ids
-    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
     budget = model.bank.num_experts * model.bank.expert_bytes
     with Engine(model, OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)) as engine:
-        assert isinstance(engine.runner.device_experts, DeviceExperts)
+        assert isinstance(engine.runner.device_experts, SlottedExperts)
         assert engine.generate(prompts, max_new_tokens=9).token_ids == expected

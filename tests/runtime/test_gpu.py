@@ -13,7 +13,8 @@ from helpers import Copies, compiled, copying_by, in_time, random_model
 from layerscope_jax import Engine, ExpertId, OffloadConfig, TransferError
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.offload.bank import device_sharding
-from layerscope_jax.offload.executors import DeviceExperts, HostExperts
+from layerscope_jax.offload.executors import DeviceExperts
+from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.registry import FORECASTING
@@ -124,13 +125,15 @@ def test_experts_lie_where_they_should(gpu, model):
     with Engine(model, config) as engine:
         engine.generate(PROMPTS, max_new_tokens=2)
         residency = engine.runner.residency
-        held = {ExpertId(*e): residency.use(e[0], [e[1]])[0] for e in list(residency.resident)}
-        assert len(held) == 15
-        for expert, weights in held.items():
-            for array, view in zip(weights, model.bank.views(expert), strict=True):
-                assert array.sharding.memory_kind == "device"
-                assert array.devices() == {gpu}
-                np.testing.assert_array_equal(np.asarray(array), view)
+        slot_of = {ExpertId(*e): residency.use(e[0], [e[1]])[0] for e in list(residency.resident)}
+        assert len(slot_of) == 15
+        pool = engine.runner.device_experts._pool
+        for array in pool:
+            assert array.sharding.memory_kind == "device"
+            assert array.devices() == {gpu}
+        for expert, slot in slot_of.items():
+            for array, view in zip(pool, model.bank.views(expert), strict=True):
+                np.testing.assert_array_equal(np.asarray(array[slot]), view)
 
 
 @pytest.mark.parametrize("tokens", [30, 600])  # few and many rows an expert: loops, and XLA's products

@@ -12,7 +12,7 @@ from helpers import PROFILE, one_jit, random_model
 from benchmarks.live_bytes import CountedCopies, live_bytes, watch
 from layerscope_jax import Engine, OffloadConfig, Request
 from layerscope_jax.offload.bank import device_sharding, host_sharding
-from layerscope_jax.offload.executors import share_memory
+from layerscope_jax.offload.host_experts import share_memory
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
