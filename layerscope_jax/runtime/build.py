@@ -147,7 +147,7 @@ def _layer_by_layer(
     """Builds a layer-by-layer runner from its parts, and divides the device's memory among them."""
     # The predictor's memory is taken off the budget first; experts get the rest.
     left, size, make = forecasts.beside(budget_bytes), model.bank.expert_bytes, None
-    if isinstance(policy, InStep) and pool is None and not exact:
+    if isinstance(policy, InStep) and pool is None and not exact and InStepCache.is_faster_on(model.device):
         make, slots = in_step(model, left)
         left -= slots * model.config.num_moe_layers * size
     residency = Residency(left, size)

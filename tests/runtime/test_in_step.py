@@ -18,6 +18,14 @@ from layerscope_jax.runtime import in_step
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 PROMPTS = [[1, 2, 3], list(range(16)), [9], [4, 5]]
+
+
+@pytest.fixture(autouse=True)
+def _accelerator(monkeypatch):
+    """What is for accelerators alone, on a CPU."""
+    monkeypatch.setattr(in_step.InStepCache, "is_faster_on", staticmethod(lambda device: True))
+
+
 STREAMED = TINY.num_experts
 """Slots of the room through which prefills stream."""
 
@@ -210,3 +218,12 @@ def test_the_gpus_fill_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(building, "fill_for", lambda device: by_warp())
     in_step.decode_program.cache_clear()
     assert logprobs(3)[0] == expected
+
+
+def test_on_a_cpu_steps_are_planned_layer_by_layer(monkeypatch):
+    """With the bits of every other policy there, and within budgets for less than a slot a layer."""
+    monkeypatch.undo()
+    config = OffloadConfig(device_budget=STREAMED * model().bank.expert_bytes, policy="in-step")
+    with Engine(model(), config) as engine:
+        result = engine.generate(PROMPTS, max_new_tokens=12)
+    assert (result.stats.mode, result.token_ids) == ("layers", answers())
