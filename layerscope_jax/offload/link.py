@@ -91,6 +91,8 @@ class Transfers:
         queue: copies that wait, are on the link or have arrived; read and changed only under one lock.
         copy: function that starts every copy.
         within: whether copies are made within main memory at full speed, by the CPU that also computes.
+        most_staged: most experts that are on the link, or have arrived and were not taken; None for any
+            number. Where experts are written into slots, they take memory of their own until then.
         ahead, prefetch_ahead: bytes on the link below which the next demand or prefetch chunk begins.
         sharding: sharding of the copies.
     """
@@ -111,6 +113,7 @@ class Transfers:
         self.copy = copy or start_copy
         self.sharding = device_sharding(device)
         self.queue = CopyQueue(lambda expert: chunks, ready)
+        self.most_staged: int | None = None
         self._changed = threading.Condition()
         self._enough = 1  # number of arrivals at which the engine is woken
         self._closed = False
@@ -160,6 +163,8 @@ class Transfers:
             return {}, []  # what arrives at this moment is returned by the next call
         with self._changed:
             arrived, lost = queue.take()
+            if self.most_staged is not None:
+                self._changed.notify_all()  # the link may have waited for this
             return {expert: self._expert(*arrays) for expert, arrays in arrived.items()}, lost
 
     def wait(self, experts: Collection[ExpertId], count: int = 1) -> None:
@@ -262,7 +267,7 @@ class Transfers:
         rested = True  # whether the link was idle since the last chunk began
         while True:
             with self._changed:
-                while not (self._closed or on_link or self.queue.waiting):
+                while not (self._closed or on_link or (self.queue.waiting and self._may_begin())):
                     rested = True
                     self._changed.wait()
                 if self._closed and not on_link:
@@ -293,8 +298,16 @@ class Transfers:
         copy = self.queue.begin(
             demand=on_link < 2 or carried < self.ahead,
             prefetch=on_link == 0 or carried < self.prefetch_ahead,
+            another=self._has_room(),
         )
         return None if copy is None else (copy, self._arrays(copy.expert)[copy.begun - 1])
+
+    def _has_room(self) -> bool:
+        """Whether the copy of another expert may begin."""
+        return self.most_staged is None or self.queue.staged < self.most_staged
+
+    def _may_begin(self) -> bool:
+        return self._has_room() or self.queue.part_way
 
     def _arrays(self, expert: ExpertId) -> Sequence[jax.Array]:
         """Returns the arrays to copy."""

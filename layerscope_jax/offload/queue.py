@@ -106,15 +106,28 @@ class CopyQueue:
             self.prefetch.remove(copy)
         return [copy.expert for copy in gone]
 
-    def begin(self, *, demand: bool, prefetch: bool) -> Copy | None:
+    @property
+    def staged(self) -> int:
+        """Number of experts whose copy has begun, or has arrived and was not taken."""
+        return len(self.begun) + len(self.arrived)
+
+    @property
+    def part_way(self) -> bool:
+        """Whether a copy has chunks on the link or behind it, and others still to begin."""
+        return any(copy.begun for queue in (self.demand, self.prefetch) for copy in queue)
+
+    def begin(self, *, demand: bool, prefetch: bool, another: bool = True) -> Copy | None:
         """Begins the next chunk and returns its copy (chunk `begun - 1`); None if none may begin now.
 
         While a demand waits, no prefetch begins, unless the demand is not in host memory yet.
 
         Args:
             demand, prefetch: whether the link has room for a chunk of this kind.
+            another: whether there is room for one more expert; otherwise only copies that have begun go on.
         """
         first = _first if self._ready is None else self._first_ready
+        if not another:
+            first = _first_begun
         copy = first(self.demand)
         queue, room = (self.demand, demand) if copy is not None else (self.prefetch, prefetch)
         if not room or (copy := copy or first(self.prefetch)) is None:
@@ -196,3 +209,7 @@ class CopyQueue:
 
 def _first(queue: deque[Copy]) -> Copy | None:
     return queue[0] if queue else None
+
+
+def _first_begun(queue: deque[Copy]) -> Copy | None:
+    return next((copy for copy in queue if copy.begun), None)

@@ -240,6 +240,7 @@ class NoCopies:
     """Stands in for the link of an engine that copies nothing, while another job uses the real link."""
 
     within = True
+    most_staged: int | None = None
 
     def __init__(self, sharding: jax.sharding.Sharding):
         self.sharding = sharding

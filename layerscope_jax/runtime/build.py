@@ -18,7 +18,7 @@ from layerscope_jax.kernels.xla_ffi import Unavailable
 from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.offload.fills import fill_for
 from layerscope_jax.offload.host_experts import HostExperts
-from layerscope_jax.offload.link import Transfers
+from layerscope_jax.offload.link import AHEAD_BYTES, Transfers
 from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.offload.staged import host_parts
@@ -38,6 +38,9 @@ from layerscope_jax.scheduling.policy import PolicyBase, completed
 from layerscope_jax.support.machine import cpu_device
 
 logger = logging.getLogger(__name__)
+
+MOST_STAGED = 8
+"""Most experts that are set aside for copies on the way to their slots, however small they are."""
 
 Measure = Callable[[Model, HostExperts, Transfers, int], HardwareProfile]
 """Function that measures the machine's costs: `(model, host executor, link, slots)`; both must be idle."""
@@ -146,7 +149,11 @@ def _layer_by_layer(
 ) -> LayerByLayer:
     """Builds a layer-by-layer runner from its parts, and divides the device's memory among them."""
     # The predictor's memory is taken off the budget first; experts get the rest.
-    left, size, make = forecasts.beside(budget_bytes), model.bank.expert_bytes, None
+    left, size, make, staged = forecasts.beside(budget_bytes), model.bank.expert_bytes, None, 0
+    if model.device.platform != "cpu" and not isinstance(policy, Resident):
+        # Experts are copied beside the slots, and then written into them.
+        staged = staged_beside(left // size, size)
+        left -= staged * size
     if isinstance(policy, InStep) and pool is None and not exact and InStepCache.is_faster_on(model.device):
         make, slots = in_step(model, left)
         left -= slots * model.config.num_moe_layers * size
@@ -155,10 +162,21 @@ def _layer_by_layer(
     if costs is None and policy.uses_costs:
         costs = measure(model, host, link, residency.slots)
     state = forecasts.explained(budget_bytes, lambda: policy.init(geometry, costs))
+    link.most_staged = staged or None  # from now on: what measures the link takes more at once
     in_memory = pool is None and isinstance(policy, Resident)
     resident = in_memory and host.inside is not None and host.inside.target is not None
     runner = make or (ResidentOnCpu if resident else LayerByLayer)
     return runner(model, policy, state, residency, link, host, forecasts, costs, pool, exact=exact)
+
+
+def staged_beside(slots: int, expert_bytes: int) -> int:
+    """Returns how many of a budget's experts are set aside for copies that are not in slots yet.
+
+    >>> staged_beside(2500, 9 * 2**20), staged_beside(60, 336 * 2**20), staged_beside(3, 2**20)
+    (4, 2, 0)
+    """
+    wanted = min(MOST_STAGED, max(2, -(-2 * AHEAD_BYTES // expert_bytes)))
+    return min(wanted, slots // 4)
 
 
 def in_step(model: Model, budget_bytes: int) -> tuple[Callable[..., LayerByLayer] | None, int]:

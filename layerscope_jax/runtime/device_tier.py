@@ -45,6 +45,9 @@ class DeviceTier:
         Raises:
             TransferError: if one of them could not be copied.
         """
+        most = self.transfers.most_staged
+        if most is not None:
+            count = min(count, most)
         self.transfers.wait([ExpertId(layer, expert) for expert in missing], count)
         self.absorb()
 

@@ -202,3 +202,32 @@ def test_an_expert_that_does_not_exist_is_refused_at_once(bank, start, nowhere):
     assert transfers.arrivals() == ({}, [])
     transfers.submit([A], [])
     assert collect(transfers, [A]).keys() == {A}
+
+
+def test_only_so_many_experts_are_beside_their_slots(bank, start):
+    """On the link, or arrived and not taken: the next begins when one is taken."""
+    link = Link(bank)
+    transfers = start(link)
+    transfers.most_staged = 2
+    transfers.submit([A, B], [C, D])
+    for taken in ({A, B}, {C, D}):
+        in_time(lambda: transfers.wait([], 2))
+        assert transfers.queue.staged == 2
+        assert len(link.begun) == (2 if A in taken else 4) * MATRICES
+        assert transfers.arrivals()[0].keys() == taken
+
+
+def test_a_demand_is_not_kept_back_for_ever_by_what_is_beside(bank, start):
+    """A prefetch that has begun goes on, arrives and is taken, although a demand waits for its place."""
+    link = Link(bank, gated=True)
+    transfers = start(link)
+    transfers.most_staged = 2
+    transfers.submit([], [A, B])
+    link.until_begun(1)  # of A
+    transfers.submit([C, D], [])
+    link.allow(100)
+    arrived = set()
+    while D not in arrived:
+        in_time(lambda: transfers.wait([D], 1))
+        arrived |= transfers.arrivals()[0].keys()
+    assert C in arrived

@@ -45,6 +45,7 @@ def test_tokens_are_those_of_the_resident_model(model, answers, policy, slots):
     chosen = RandomPolicy() if policy == "random" else policy
     with Engine(model, config_of(model, slots, chosen)) as engine:
         assert isinstance(engine.runner.device_experts, SlottedExperts)
+        engine.runner.transfers.most_staged = 2  # as beside slots that fill the rest of a budget
         for _ in range(2):
             assert engine.generate(PROMPTS, max_new_tokens=12).token_ids == answers
         held, experts = engine.runner.residency, engine.runner.device_experts
