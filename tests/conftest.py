@@ -35,6 +35,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+gc.set_threshold(10_000, 20, 20)  # what is traced and compiled is many objects, and little of it garbage
+
 # No test asks how long something takes, and many make engines that measure.
 measure.ROUNDS = measure.MOST_ROUNDS = 3
 measure.ROUNDS_S = disk_costs.READS_S = 0.01
