@@ -5,6 +5,7 @@ JAX reads the settings below when it first makes an array, so they are set as th
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -34,6 +35,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+# Python's own compiled files stay as well, wherever it is told to write none: else every process reads all
+# sources anew, and every worker rewrites the assertions of all tests, which takes it ten seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 gc.set_threshold(10_000, 20, 20)  # what is traced and compiled is many objects, and little of it garbage
 
