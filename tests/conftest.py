@@ -25,9 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several proce
 PROGRAMS = ROOT / ".cache" / "programs" / compile_cache.default_folder().name
 # Before 0.10.2 XLA says two lines for each program that it reads: there processes share none.
 READS_QUIETLY = jax.__version_info__ >= (0, 10, 2)
-if (
-    READS_QUIETLY and "PYTEST_XDIST_WORKER" not in os.environ
-):  # which gets them from the process that began it
+if READS_QUIETLY and "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what its parent set
     PROGRAMS.mkdir(parents=True, exist_ok=True)
     compile_cache.prune([PROGRAMS], 512 * 2**20)
     compile_cache.discard_damaged(PROGRAMS)  # of a run that was killed
