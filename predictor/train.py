@@ -198,6 +198,8 @@ def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
             restored = checkpointer.load(checkpointer.latest, kept)
             params, state, best = restored["params"], restored["state"], restored["best"]
             at = Progressed(**{name: np.asarray(value).item() for name, value in restored["at"].items()})
+        # Committed to the device, as what was restored is: the steps are compiled once for both.
+        params, state = jax.device_put((params, state), jax.devices()[0])
         advance(at.step, "resumed" if at.step else "compiling")
 
         def save() -> None:
@@ -242,13 +244,14 @@ def _train(config: TrainConfig, trace: Trace, progress: bool) -> LLaPor:
 def batch_of(rows: Rows, picked: np.ndarray) -> Batch:
     """Returns a batch of the picked rows, on the device."""
     following = rows.following[picked]
-    return Batch(
-        hidden=jnp.asarray(rows.hidden[picked]),
-        experts=jnp.asarray(rows.experts[picked], jnp.int32),
-        weights=jnp.asarray(rows.weights[picked]),
-        following=jnp.asarray(rows.experts[following], jnp.int32),
-        has_next=jnp.asarray(following >= 0),
+    batch: Any = Batch(
+        hidden=rows.hidden[picked],
+        experts=rows.experts[picked].astype(np.int32),
+        weights=rows.weights[picked],
+        following=rows.experts[following].astype(np.int32),
+        has_next=following >= 0,
     )
+    return jax.device_put(batch)  # which compiles nothing
 
 
 def validate(evaluate: Any, params: Any, rows: Rows, size: int = 1024) -> np.ndarray:

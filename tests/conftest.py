@@ -5,8 +5,7 @@ JAX reads the settings below when it first makes an array, so they are set as th
 
 import gc
 import os
-import shutil
-import tempfile
+import sys
 from pathlib import Path
 
 import jax
@@ -15,29 +14,43 @@ import pytest
 from quick_compiling import compile_quickly
 
 from layerscope_jax.profiling import disk_costs, measure
+from layerscope_jax.support import compile_cache
+
+ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share one GPU
 
-# What one process of this run compiles, the others read, those that tests start too. No other run has a part
-# in it: workers get the folder from the process that began them, which removes it at the end.
-BEGAN_THE_RUN = "PYTEST_XDIST_WORKER" not in os.environ
-if BEGAN_THE_RUN:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="layerscope_tests_")
+# What one process compiles, the others read, those that tests start and those of the next run too: as the
+# compiled kernels, it stays in the checkout. JAX compiles again what a changed line makes another program.
+PROGRAMS = ROOT / ".cache" / "programs" / compile_cache.default_folder().name
+# Before 0.10.2 XLA says two lines for each program that it reads: there processes share none.
+READS_QUIETLY = jax.__version_info__ >= (0, 10, 2)
+if READS_QUIETLY and "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what its parent set
+    PROGRAMS.mkdir(parents=True, exist_ok=True)
+    compile_cache.prune([PROGRAMS], 512 * 2**20)
+    compile_cache.discard_damaged(PROGRAMS)  # of a run that was killed
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(PROGRAMS)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 jax.config.update("jax_num_cpu_devices", 2)  # the second stands for the host beside an accelerator
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+if READS_QUIETLY:
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+# Python's own compiled files stay as well, wherever it is told to write none: else every process reads all
+# sources anew, and every worker rewrites the assertions of all tests, which takes it ten seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+gc.set_threshold(10_000, 20, 20)  # what is traced and compiled is many objects, and little of it garbage
 
 # No test asks how long something takes, and many make engines that measure.
 measure.ROUNDS = measure.MOST_ROUNDS = 3
 measure.ROUNDS_S = disk_costs.READS_S = 0.01
 
 collect_ignore_glob = ["*conftest.py"]  # has no doctests, and there are several of that name
-
-ROOT = Path(__file__).parents[1]
 
 CORE = (
     # what is decided
@@ -113,12 +126,6 @@ def takes_long(program: str) -> bool:
 def lies_in(test: str, places: tuple[str, ...]) -> bool:
     """Whether a test, by its id, is in one of some folders, files and functions."""
     return any(test == place or test.startswith((f"{place}/", f"{place}::", f"{place}[")) for place in places)
-
-
-def pytest_unconfigure() -> None:
-    """Removes the compiled programs of this run."""
-    if BEGAN_THE_RUN:
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

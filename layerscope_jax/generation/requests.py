@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -282,7 +282,9 @@ def are_ids(value: Any) -> bool:
 
 def is_list(value: Any) -> bool:
     """Returns whether a value is an ordered collection that can be read more than once; a text is not."""
-    return isinstance(value, Collection) and not isinstance(value, str | bytes | bytearray | Mapping | Set)
+    if isinstance(value, str | bytes | bytearray | Mapping | Set):
+        return False
+    return isinstance(value, Sized) and isinstance(value, Iterable)  # an array of JAX 0.9 is no Collection
 
 
 def is_text(value: str) -> bool:

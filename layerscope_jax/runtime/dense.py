@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
@@ -73,13 +72,16 @@ class DenseParts:
         self.layers = [Layers.of(model, span) for span in config.spans]
         self.tail = Layers.of(model, config.tail)
         self._num_layers, self._behind = config.num_layers, slice(config.tail.start, config.tail.stop)
-        self.ends = {key: value for key, value in model.dense.items() if key != "layers"}
+        self._sharding = device_sharding(model.device)
+        ends = {key: value for key, value in model.dense.items() if key != "layers"}
+        # Committed to the device, without a copy, as all that a layer gets from the one before: otherwise the
+        # first layer's program would be compiled apart from that of the others.
+        self.ends = jax.device_put(ends, self._sharding)
         self.table = None if inside is None else jax.device_put(inside.table, model.device)
         self.programs = programs(config, dtype, forecasts.in_layer, exact)
         self.attend_alone = programs(config, dtype, None, exact).attend_and_route
         self.reads: Literal["routing", "inputs"] | None = None
         self._forecasts = forecasts
-        self._sharding = device_sharding(model.device)
         self._choices = config.experts_per_token
         self._no_weights: dict[int, jax.Array] = {}
 
@@ -130,8 +132,8 @@ class DenseParts:
         total = tokens.size * self._choices
         outputs = experts.nothing(total, hidden.shape[-1], hidden.dtype)
         if total not in self._no_weights:
-            zeros = jnp.zeros((tokens.size, self._choices), jnp.float32, device=self._sharding)
-            self._no_weights = {total: zeros}
+            zeros = np.zeros((tokens.size, self._choices), np.float32)
+            self._no_weights = {total: jax.device_put(zeros, self._sharding)}
         return Between(hidden, outputs, self._no_weights[total]), *others
 
     def attend(

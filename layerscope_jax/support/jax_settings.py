@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any
 
 import jax
+import numpy as np
 
 PRNG = "threefry2x32"
 """JAX's name of the random number generator of every key of an engine."""
@@ -63,7 +64,8 @@ def with_promotion() -> AbstractContextManager:
 
 
 def without_mesh() -> AbstractContextManager:
-    context: Any = jax.set_mesh(None)  # type: ignore[arg-type]
+    # An empty one: JAX 0.9 does not take None.
+    context: Any = jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
     return context
 
 

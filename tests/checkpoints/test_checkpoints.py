@@ -197,9 +197,12 @@ def test_only_one_tensor_is_in_memory_beside_the_model(folder, monkeypatch):
         return array
 
     monkeypatch.setattr(safetensors_io.StoredTensor, "array", counted)
-    load(folder)
+    bank = load(folder).bank
     assert len(counts) == 2 * 4 * 3
-    assert max(counts) <= 2  # JAX may let go of the last one a moment late
+    views = [np.asarray(view) for expert in bank for view in bank.views(expert)]
+    # JAX 0.9 keeps the memory that was read into: then it is the model's own.
+    own = sum(any(np.shares_memory(array, view) for view in views) for array in alive.values())
+    assert max(counts) <= own + 2  # JAX may let go of the last one a moment late
 
 
 # What can be wrong with a folder

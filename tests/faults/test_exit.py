@@ -17,7 +17,10 @@ import atexit, os, sys, threading
 sys.path[:0] = [{tests!r}, {root!r}]
 from helpers import random_model
 import layerscope_jax as ls
+from layerscope_jax.profiling import disk_costs, measure
 
+measure.ROUNDS = measure.MOST_ROUNDS = 3
+measure.ROUNDS_S = disk_costs.READS_S = 0.01
 model = random_model(num_layers=2)
 resident = ls.OffloadConfig()
 within = ls.OffloadConfig(device_budget=8 * model.bank.expert_bytes, policy="lru", host_threads=2)

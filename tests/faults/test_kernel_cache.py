@@ -24,7 +24,7 @@ COMPUTE = """
 import numpy as np
 from layerscope_jax.kernels.numbers import silu
 from layerscope_jax.scheduling.lowest import lowest
-print(silu(np.float32(1)), silu(1.5), *lowest(np.array([3.0, 1.0, 2.0]), 2))
+print(silu(np.float32(1)), *lowest(np.array([3.0, 1.0, 2.0]), 2))
 """
 
 
@@ -79,7 +79,7 @@ def files_in(folder):
 def test_a_damaged_cache_is_made_anew_by_the_next_process(tmp_path):
     expected = python(COMPUTE, NUMBA_CACHE_DIR=str(tmp_path))
     whole = files_in(tmp_path)
-    assert len(whole) >= 4
+    assert len(whole) >= 3
     for number, file in enumerate(whole):
         DAMAGES[number % len(DAMAGES)](file)
     assert python(COMPUTE, NUMBA_CACHE_DIR=str(tmp_path)) == expected

@@ -105,22 +105,24 @@ def test_all_other_policies_give_the_same_bits(policy, data, rate):
 def test_by_default_the_budget_changes_no_bit():
     """Everything resident goes by one program a step, every smaller budget by programs of layers.
 
-    With gated DeltaNet before gated attention, and a layer without experts.
+    With gated DeltaNet, in a layer without experts, before gated attention.
     """
     model = random_model(
         dtype=jnp.bfloat16,
         seed=7,
         delta=DeltaSizes(key_heads=2, value_heads=4, key=8, value=8, taps=4),
-        full_attention_layers=(1, 2),
+        num_layers=2,
+        full_attention_layers=(1,),
         attention_gate=True,
         norm="rms_offset",
-        dense_layers=(1,),
+        dense_layers=(0,),
         intermediate_size=40,
     )
     requests = [[5, 20, 7], [17], list(range(30, 58)), [9, 9, 9, 50, 3]]
     found = []
-    for budget in (None, 9 * model.bank.expert_bytes):
-        with Engine(model, OffloadConfig(device_budget=budget, policy="lru")) as engine:
+    for budget in (None, 5 * model.bank.expert_bytes):
+        config = OffloadConfig(device_budget=budget, policy="fiddler", profile=PROFILE)
+        with Engine(model, config) as engine:
             assert engine.runner.mode == ("decode" if budget is None else "layers")
             found.append(run(engine, [requests], 4))
     agree(*found)

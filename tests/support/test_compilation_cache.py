@@ -55,7 +55,10 @@ def python(code, **environment):
         300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    said = done.stderr.splitlines()
+    if jax.__version_info__ < (0, 10, 2):  # whose XLA says two lines for each program that it reads
+        said = [line for line in said if "cpu_aot_loader.cc" not in line and "pjrt_executable.cc" not in line]
+    assert said == []
     return done.stdout
 
 
