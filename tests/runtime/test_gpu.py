@@ -177,3 +177,15 @@ def test_after_a_warm_up_nothing_is_compiled(policy, width):
             batch = prompts(rng, 61, 20, *rng.integers(1, 20, 2))
             engine.generate(batch, max_new_tokens=6, stop_token_ids=())
         assert len(compiled) == before
+
+
+def test_the_cache_inside_the_step_gives_the_tokens_of_the_resident_model(model, resident):
+    """With slots for a few experts of each layer, filled by a kernel that reads the host's memory."""
+    pytest.importorskip("warp")
+    layers, experts = model.config.num_moe_layers, model.config.num_experts
+    slots = -(-4 * (experts + 3 * layers) // 3)  # a quarter at most is set aside for copies on the way
+    config = OffloadConfig(device_budget=slots * model.bank.expert_bytes, policy="in-step")
+    with Engine(model, config) as engine:
+        result = engine.generate(PROMPTS, max_new_tokens=STEPS, stop_token_ids=())
+    assert result.stats.mode == "in-step"
+    assert result.token_ids == resident[0]
