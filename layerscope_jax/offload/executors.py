@@ -75,6 +75,9 @@ class DeviceExperts:
     waits = False
     """Whether `run` waits until the experts are computed."""
 
+    passes_rows_on = False
+    """Whether a decode step's rows of the host go into the next layer's program, in a form of their own."""
+
     def __init__(self, device: jax.Device, format: ExpertFormat | None = None):
         self.stats = WorkStats()
         self._device = device
@@ -203,6 +206,7 @@ class SharedExperts:
     """
 
     waits = True
+    passes_rows_on = False
 
     def __init__(self, cpu: CpuExperts):
         self.stats = WorkStats()

@@ -16,6 +16,7 @@ from layerscope_jax.kernels.registry import REFERENCE
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.offload.bank import ExpertBank
 from layerscope_jax.offload.executors import DeviceExperts, product_of
+from layerscope_jax.offload.host_rows import HostRows
 from layerscope_jax.offload.slot_experts import expert_at, rows_of_slots
 from layerscope_jax.scheduling.plan import ExpertId
 
@@ -106,11 +107,14 @@ class SlottedExperts(DeviceExperts):
     is written to. So it may be computed in vain, which changes nothing: the host's rows go on top.
     """
 
+    passes_rows_on = True
+
     def __init__(self, device: jax.Device, format: Any = None):
         super().__init__(device, format)
         self._pool: Any = None
         self._computed: frozenset[int] = frozenset()  # of this layer, by `begin`
         self._done: jax.Array | None = None
+        self._decoding = False
 
     def reserve(self, bank: ExpertBank, slots: int) -> None:
         """Allocates slots for experts of a bank; all are free.
@@ -201,8 +205,8 @@ class SlottedExperts(DeviceExperts):
             layer: number of the layer.
             always: whether to run the program whatever is in slots, so that it is compiled.
         """
-        self._computed, self._done = frozenset(), None
-        if self._pool is None or positions.shape[1] > 1 or not (self._listed[layer] or always):
+        self._computed, self._done, self._decoding = frozenset(), None, positions.shape[1] == 1
+        if self._pool is None or not self._decoding or not (self._listed[layer] or always):
             return outputs
         self._computed = frozenset(self._listed[layer])
         outputs, self._done = resident_rows(
@@ -249,6 +253,15 @@ class SlottedExperts(DeviceExperts):
             places = np.concatenate([group.slots, slots[:, None]], axis=1)
             outputs, done = grouped_slots(outputs, inputs, places, self._pool, rows.choices, self._chosen[1])
         return outputs, done
+
+    def place(self, outputs: jax.Array, result: np.ndarray, rows: Assignments, experts: Sequence[int]) -> Any:
+        """Returns the outputs with the host's rows of `experts`, in a decode step as `HostRows`."""
+        if not self._decoding:
+            return super().place(outputs, result, rows, experts)
+        return HostRows.of(outputs, result, np.concatenate([rows.slots(expert) for expert in experts]))
+
+    def give_back(self, outputs: Any) -> None:
+        super().give_back(outputs.outputs if isinstance(outputs, HostRows) else outputs)
 
     def _count_kernel(self, experts: Iterable[int]) -> None:
         if self._chosen[0] != REFERENCE:

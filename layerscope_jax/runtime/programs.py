@@ -20,6 +20,7 @@ from layerscope_jax.models.decoder import Add, Decoder, to_end, to_experts
 from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.models.invariance import invariant
 from layerscope_jax.models.layers import abstract
+from layerscope_jax.offload.host_rows import merged
 from layerscope_jax.prediction.forecasts import expected_tokens
 from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.runtime.exactness import options
@@ -80,7 +81,7 @@ def dense_parts(
 
 def add_rows(table: jax.Array | None) -> Add:
     """Returns the function that adds the experts' rows to the hidden state; see `add_experts`."""
-    return lambda state: add_experts(state.hidden, state.outputs, state.weights, table)
+    return lambda state: add_experts(state.hidden, merged(state.outputs), state.weights, table)
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,6 +12,7 @@ from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, possible_groups
 from layerscope_jax.models.decoder import Between
 from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, place_rows
+from layerscope_jax.offload.host_rows import HostRows
 from layerscope_jax.runtime.dense import StepInputs
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
@@ -38,6 +39,7 @@ class Rehearsal:
     def __init__(self, runner: LayerByLayer, device_experts: DeviceExperts | SharedExperts):
         self.runner, self.policy, self.costs = runner, runner.policy, runner.costs
         self._device_experts = device_experts
+        self._hosted = False
 
     @property
     def resident_experts(self) -> int:
@@ -70,8 +72,15 @@ class Rehearsal:
 
     def _run(self, *inputs: Any) -> Any:
         self.runner.settle_if_needed()
+        tokens, positions, last, _, *others = inputs
         try:
-            return self.runner.dense.through(self._layer, self._device_experts, *inputs)
+            self._hosted = False
+            found = self.runner.dense.through(self._layer, self._device_experts, *inputs)
+            if tokens.shape[1] == 1 and self.policy.uses_host and self._device_experts.passes_rows_on:
+                self._hosted = True  # programs that get rows of the host are others
+                inputs = (tokens, positions, last, found[0][2], *others)
+                found = self.runner.dense.through(self._layer, self._device_experts, *inputs)
+            return found
         except BaseException:
             self.settle()
             raise
@@ -107,7 +116,8 @@ class Rehearsal:
             layer, step, state, caches, looks_ahead
         )
         outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
-        if layer == 0:
+        hosted = HostRows.none(outputs) if self._hosted else None
+        if layer == 0 and not self._hosted:
             outputs = runner.device_experts.begin(
                 outputs, inputs, experts, step.positions, layer, always=True
             )
@@ -115,7 +125,7 @@ class Rehearsal:
             self._ask(step.phase, Assignments(chosen, step.active), expected)
             outputs = self._experts(outputs, inputs, chosen, int(step.active.sum()))
         device.give_back(outputs)
-        return Between(hidden, outputs, weights), caches
+        return Between(hidden, outputs if hosted is None else hosted, weights), caches
 
     def _ask(self, phase: Phase, rows: Assignments, expected: np.ndarray | None) -> None:
         """Asks the policy for a plan, which compiles its loops, and drops the plan; policies are pure."""

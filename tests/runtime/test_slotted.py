@@ -9,6 +9,7 @@ from helpers import PROFILE, compiled, random_model
 
 from layerscope_jax import Engine, ExpertId, OffloadConfig
 from layerscope_jax.offload import executors, slotted
+from layerscope_jax.offload.executors import place_rows
 from layerscope_jax.offload.slotted import SlottedExperts
 from layerscope_jax.runtime import layerwise
 from layerscope_jax.scheduling.caching import LRU
@@ -83,6 +84,21 @@ def test_a_layer_with_nothing_to_load_is_two_dispatches_and_one_array_to_read(mo
         assert calls.pop("grouped_slots") <= 3 * prefill
         assert calls == {"attend": prefill + decode, "read": prefill + decode, "resident_rows": decode}
         assert result.stats.hit_rate == 1
+
+
+def test_rows_of_the_host_are_one_array_into_the_next_program(model, answers, monkeypatch):
+    """They are no dispatch of their own in a decode step, and how many they are compiles nothing."""
+    placed: list[int] = []
+    monkeypatch.setattr(executors, "place_rows", lambda *some: placed.append(0) or place_rows(*some))
+    with Engine(model, config_of(model, 0, "host-only")) as engine:
+        assert engine.generate(PROMPTS, max_new_tokens=12).token_ids == answers
+    assert len(placed) == 3  # of the prefill
+    with Engine(model, config_of(model, 9, RandomPolicy())) as engine:
+        engine.warmup(prompt_tokens=16, max_num_seqs=2, new_tokens=12)
+        before = len(compiled)
+        for prompts in (PROMPTS, [[7], [8, 9]]):
+            engine.generate(prompts, max_new_tokens=12)
+        assert len(compiled) == before
 
 
 def test_pools_stay_where_they_are_and_a_long_decode_compiles_nothing_more(model, answers):

@@ -11,6 +11,7 @@ from helpers import PROFILE, PROMPTS, compiled, one_jit, random_model, spelling_
 from layerscope_jax import Engine, OffloadConfig, Replay
 from layerscope_jax.kernels.grouping import GROUP_SIZES, possible_groups
 from layerscope_jax.offload.executors import DeviceExperts, grouped_ffn
+from layerscope_jax.offload.slotted import SlottedExperts
 from layerscope_jax.runtime import layerwise
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")  # what is counted is how many, not what they do
@@ -177,7 +178,7 @@ def test_after_a_warm_up_no_layer_compiles_anything(policy, dtype):
 
 def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch):
     """With few experts on the device: in some steps there is none."""
-    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
     model = random_model(num_layers=2, hidden_size=36, dtype=jnp.bfloat16)
     config = OffloadConfig(device_budget=10 * model.bank.expert_bytes, policy=RandomPolicy(device=0.2))
     batch, length = 2, 10
