@@ -28,7 +28,6 @@ from layerscope_jax.cli.doctor import Doctor
 from layerscope_jax.cli.engine_options import EngineOptions
 from layerscope_jax.cli.fit import Fit
 from layerscope_jax.cli.inspect import Inspect
-from layerscope_jax.cli.lines import Lines
 from layerscope_jax.cli.options import (
     POLICY_NAMES,
     PREDICTOR_HELP,
@@ -54,6 +53,7 @@ from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
 from layerscope_jax.generation.batch_files import CompletionFile
 from layerscope_jax.generation.chat import Chat
+from layerscope_jax.generation.lines import Lines
 from layerscope_jax.generation.prompt_files import Row, read_prompts
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.support import exits, interrupts
