@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
-from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation import openai_answers
-from layerscope_jax.generation.batch_files import CompletionFile, completion, openai_line
+from layerscope_jax.generation.batch_files import completion, openai_line
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.completions import Output
 from layerscope_jax.generation.openai_requests import OpenAICall
-from layerscope_jax.generation.prompt_files import Row, encode_row
+from layerscope_jax.generation.prompt_files import Encoding, Row, encode_row
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.support.exits import say
+
+
+class Writes(Protocol):
+    """What takes lines: a `CompletionFile`, or what brings them there."""
+
+    def write(self, line: bytes) -> None: ...
 
 
 class Lines:
@@ -35,14 +40,14 @@ class Lines:
     """
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer | None, file: CompletionFile | None, kept: bool = False
+        self, model: str, tokenizer: Tokenizer | None, file: Writes | None, kept: bool = False
     ):
         self._model, self._tokenizer, self._file = model, tokenizer, file
         self._keeps, self.kept = kept, list[dict[str, Any]]()
         self._prompt_tokens: dict[str | int, int] = {}
         self.refused = 0
 
-    def encode(self, rows: Sequence[Row], model: Model, chat: Chat) -> list[tuple[Row, Request]]:
+    def encode(self, rows: Sequence[Row], model: Encoding, chat: Chat) -> list[tuple[Row, Request]]:
         """Returns the rows with their requests, whose prompts are token ids.
 
         A request of OpenAI's batch API that cannot be encoded gets a line that says why, and is left out.
