@@ -70,7 +70,7 @@ class Ledger:
         return shard.rows
 
     def note(self, worker: Hashable, row: int) -> bool:
-        """Returns whether a row that a worker has completed counts: once, and only of a worker that has it."""
+        """Returns whether a row that a worker completed counts: once, and only of the worker that has it."""
         shard = self.given.get(worker)
         if shard is None or row in self.complete or row not in shard.rows:
             return False

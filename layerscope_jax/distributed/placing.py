@@ -15,12 +15,14 @@ class Node:
         id: Ray's name of it.
         name: the name by which people know it.
         cpus, gpus: how many Ray may use there.
+        names: all its names: Ray's, of the host, and its address.
     """
 
     id: str
     name: str
     cpus: float
     gpus: float = 0
+    names: tuple[str, ...] = ()
 
 
 class Place(NamedTuple):

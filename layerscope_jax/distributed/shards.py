@@ -10,7 +10,7 @@ SHARES = 8
 """Shards for each worker, if there are rows enough: the last one to end is late by an eighth of its time."""
 
 MOST_BATCHES = 8
-"""Rows of a shard at most, in batches of `max_num_seqs`: a lost worker's unfinished rows are computed again."""
+"""Rows of a shard at most, in batches of `max_num_seqs`: what it is given in one message."""
 
 
 def expected_tokens(request: Request, prompt_tokens: int) -> int:

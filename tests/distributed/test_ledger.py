@@ -10,9 +10,7 @@ from layerscope_jax.distributed.shards import MOST_BATCHES, SHARES, shards_of
 from layerscope_jax.support.errors import LostWorkers
 
 
-@given(
-    st.lists(st.integers(1, 5000), min_size=1, max_size=300), st.integers(1, 40), st.integers(1, 16)
-)
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=300), st.integers(1, 40), st.integers(1, 16))
 def test_every_row_is_in_one_shard_beside_its_like(tokens, workers, slots):
     shards = shards_of(tokens, workers, slots)
     rows = [row for shard in shards for row in shard]
@@ -68,7 +66,9 @@ def test_rows_that_lose_every_worker_are_named():
         ledger.note(worker, 0)
         assert ledger.lose(worker, f"{worker} has ended") == 1
     assert ledger.give("c") == (1,)  # before what nobody has begun
-    with pytest.raises(LostWorkers, match="3 workers that had row 1 were lost: a has ended; b .*; c crashed"):
+    with pytest.raises(
+        LostWorkers, match=r"3 workers that had row 1 were lost: a has ended; b .*; c crashed"
+    ):
         ledger.lose("c", "c crashed")
     assert ledger.left == 3
 
