@@ -36,8 +36,8 @@ class RayOptions(EngineOptions):
         arg(
             metavar="ADDRESS",
             help="Complete the prompts on all servers of a Ray cluster: 'auto' for the one that this machine "
-            "is part of, 'host:port' of its head, or 'local' for this machine alone. Needs --out and the extra "
-            "`ray`.",
+            "is part of, 'host:port' of its head, or 'local' for this machine alone. Needs --out, and the "
+            "extra `ray`.",
         ),
     ] = None
     workers: Annotated[
@@ -63,8 +63,8 @@ class RayOptions(EngineOptions):
         Path | None,
         arg(
             metavar="FILE",
-            help='With --ray, a JSON object of servers that differ: {"name": {"device_budget": "40GiB", '
-            '"host_budget": ..., "profile": FILE}}. The others have the options of the command.',
+            help='With --ray, a JSON object for servers that differ: {"name": {"device_budget": "40GiB", '
+            '"host_budget": ..., "profile": FILE}}. Others have the options of the command.',
         ),
     ] = None
     prompt_column: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -191,9 +192,11 @@ def node_of(record: dict[str, Any]) -> Node:
 
 
 def told_by_ray(error: Exception) -> str:
-    r"""Returns what Ray says of a worker's end, in one line without its ids.
+    r"""Returns what Ray says of a worker's end: its last words, or the last line of a traceback.
 
     >>> told_by_ray(Exception("The actor died.\n\tclass_name: Worker\nWorker exit detail: Killed by 9."))
     'Killed by 9.'
     """
-    return " ".join(str(error).split()).rpartition("Worker exit detail: ")[2][:300]
+    text = re.sub(r"\x1b\[\d+m", "", str(error)).strip()  # without colours
+    _, detail, rest = text.partition("Worker exit detail: ")
+    return " ".join((rest if detail else text.splitlines()[-1]).split())[:300]
