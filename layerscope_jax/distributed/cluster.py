@@ -83,15 +83,15 @@ def connected(address: str | None) -> Iterator[ModuleType]:
         ValueError: if Ray is not installed, or no cluster answers.
     """
     ray = ray_itself()
-    if ray.is_initialized():
-        yield ray
-        return
     address = LOCAL if address is None else address
     if address.startswith("ray://"):
         raise ValueError(
             f"{address}: expected the address of a cluster that this machine is part of, such as auto; start "
             "the command on a node of the cluster, for example by `ray job submit`"
         )
+    if ray.is_initialized():
+        yield ray
+        return
     try:
         with warnings.catch_warnings():
             # JAX warns of any fork; Ray's are followed at once by another program.

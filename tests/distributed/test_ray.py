@@ -95,12 +95,12 @@ def test_a_job_whose_own_process_and_then_a_worker_are_killed(address, tmp_path,
     draws = np.random.default_rng(0)
     rows = [
         {"prompt": draws.integers(1, 600, 1 + n % 5).tolist(), "max_new_tokens": int(draws.integers(4, 10))}
-        for n in range(32)
+        for n in range(24)
     ]
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SLOW.items()]
-    options += ["--numerics=exact", "--max-num-seqs=2", "--ignore-eos", "--workers=2", f"--ray={address}"]
+    options += ["--numerics=exact", "--max-num-seqs=2", "--ignore-eos", "--workers=1", f"--ray={address}"]
     command = [sys.executable, "-m", "layerscope_jax.cli", "generate", str(tiny), f"--prompts={prompts}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([*command, f"--out={out}", *options], env=environment) as driver:
@@ -124,12 +124,12 @@ def test_a_job_whose_own_process_and_then_a_worker_are_killed(address, tmp_path,
     config = ls.OffloadConfig(**SLOW, numerics="exact", max_num_seqs=2)
     report = generate(prompts, model=tiny, out=out, config=config, workers=2, ignore_eos=True)
 
-    assert 3 <= report.done_before < 32
+    assert 3 <= report.done_before < 24
     assert killed
     assert [bool(worker.lost) for worker in report.workers].count(True) == 1
-    assert report.done_before + sum(worker.rows for worker in report.workers) == 32
+    assert report.done_before + sum(worker.rows for worker in report.workers) == 24
     found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["id"] for line in found] == list(range(32))
+    assert [line["id"] for line in found] == list(range(24))
     assert [line for line in found if line["id"] in {line["id"] for line in before}] == sorted(
         before, key=lambda line: line["id"]
     )
@@ -139,19 +139,10 @@ def test_a_job_whose_own_process_and_then_a_worker_are_killed(address, tmp_path,
         assert [line["token_ids"] for line in found] == engine.generate(requests).token_ids
 
 
-def test_no_cluster_at_an_address_is_said(tmp_path, capsys):
+def test_what_is_no_cluster_is_said(address, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "a"}\n')
-    code = "import sys; from layerscope_jax.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "generate", "shipped", f"--prompts={prompts}"]
-    command += [f"--out={tmp_path / 'out.jsonl'}", "--ray=ray://127.0.0.1:1"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 2
-    assert (
-        "error: ray://127.0.0.1:1: expected the address of a cluster that this machine is part of"
-        in done.stderr
-    )
-    assert cli.main(["generate", "shipped", f"--prompts={prompts}", "--ray=local"]) == 2
-    assert "error: --ray needs --out FILE" in capsys.readouterr().err
+    prompts.write_text('{"prompt": "Call me"}\n')
+    command = ["generate", "shipped", f"--prompts={prompts}", "--ray=ray://127.0.0.1:1"]
+    assert cli.main([*command, f"--out={tmp_path / 'out.jsonl'}"]) == 2
+    assert "error: ray://127.0.0.1:1: expected the address of a cluster that this" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
