@@ -30,6 +30,9 @@ WAIT_S = 1.0
 NODES_S = 2.0
 """Time (s) between two looks at which nodes there are."""
 
+START_S = 3600.0
+"""Time (s) that a worker has at least to load the model: it has no rows yet that would wait for it."""
+
 Write = Callable[[int, bytes, bool], object]
 """Function that is given the number of a complete row, its line, and whether it ended with an error."""
 
@@ -84,7 +87,7 @@ class Crew:
     Args:
         cluster: where they run.
         workers: how many there are at most; None for one on each accelerator, or on each node without any.
-        timeout_s: time (s) without a new token, or without a loaded model, after which a worker is given up.
+        timeout_s: time (s) without a new token after which a worker is given up.
         retries: how often rows are given to another worker, and how often one is started on a node.
         exact: whether all must compute alike.
         say: is told of what was lost.
@@ -194,9 +197,11 @@ class Crew:
             for worker in self._heard():
                 self._take(worker, ledger, write, told)
             for worker in list(self._at_work.values()):
-                if worker.stream is not None and self._cluster.now() - worker.heard > self._timeout_s:
-                    what = "no new token" if worker.identity else "no model loaded"
-                    self._lose(worker, ledger, f"{what} for {self._timeout_s:g} s")
+                loaded = worker.identity is not None
+                limit_s = self._timeout_s if loaded else max(self._timeout_s, START_S)
+                if worker.stream is not None and self._cluster.now() - worker.heard > limit_s:
+                    what = "no new token" if loaded else "no model loaded"
+                    self._lose(worker, ledger, f"{what} for {limit_s:g} s")
 
     def _send(self, worker: Hired, rows: list[tuple[int, Located]], limits: Limits) -> None:
         worker.heard = self._cluster.now()

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 from layerscope_jax.distributed.cluster import EndedError
 from layerscope_jax.distributed.crew import Crew
 from layerscope_jax.distributed.placing import Node, Place
-from layerscope_jax.distributed.shards import shards_of
 from layerscope_jax.distributed.worker import Beat, Identity, Limits
 
 
@@ -97,7 +96,7 @@ class Outcome:
     makespan_s: float
     ideal: Ideal
     lost: int
-    lost_tokens: int
+    lost_tokens: float
     read_bytes: float
     first_row_s: float
     last_give_s: float
@@ -110,10 +109,18 @@ class Outcome:
 
 @dataclass(eq=False)
 class Told:
-    """A stream of what a worker says, and when."""
+    """A stream of what a worker says.
+
+    Attributes:
+        worker: says it.
+        ready: what it has said.
+        rows: of each row that it completes, if nothing happens to it: when it begins and when it says so, and
+            the time (s) of a token.
+    """
 
     worker: VirtualWorker
     ready: deque[Any] = field(default_factory=deque)
+    rows: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -149,6 +156,7 @@ class VirtualCluster:
 
     Attributes:
         computed: tokens of rows that were completed, whether or not they counted.
+        lost_tokens: tokens of rows that workers had begun when they ended.
         read_bytes: bytes of checkpoints that were read.
         given_s: when (s) rows were last given out.
     """
@@ -165,6 +173,7 @@ class VirtualCluster:
         self._nodes = [Node(f"node{number}", f"node{number}", cpus=1) for number in range(fleet.nodes)]
         self._pace = {node.id: pace for node, pace in zip(self._nodes, paces, strict=True)}
         self.computed: int = 0
+        self.lost_tokens = 0.0
         self.read_bytes = 0.0
         self.given_s = 0.0
 
@@ -209,10 +218,20 @@ class VirtualCluster:
         return item
 
     def kill(self, worker: VirtualWorker) -> None:
+        self._end(worker)
+        if worker.stream is not None:
+            self._ready.pop(worker.stream, None)
+
+    def _end(self, worker: VirtualWorker) -> None:
+        """Ends a worker, with the rows that it had begun."""
+        if worker.has_ended:
+            return
         worker.has_ended = True
         self._loading.pop(worker, None)
         if worker.stream is not None:
-            self._ready.pop(worker.stream, None)
+            for begun, told, token_s in worker.stream.rows:
+                if told > self._clock:
+                    self.lost_tokens += max(0.0, self._clock - begun) / token_s
 
     def _run(self, stream: Told, rows: Sequence[int]) -> None:
         """Lets a worker complete rows in its slots; what it says of them comes with the next beat."""
@@ -229,7 +248,9 @@ class VirtualCluster:
             heapq.heappush(slots, done)
             ended = max(ended, done)
             if count < told:
-                beats.setdefault(math.ceil(done / fleet.beat_s), []).append(row)
+                beat = math.ceil(done / fleet.beat_s)
+                beats.setdefault(beat, []).append(row)
+                stream.rows.append((free, beat * fleet.beat_s, fleet.step_s * worker.pace))
         for beat, complete in beats.items():
             tokens = sum(self._tokens[row] for row in complete)
             lines = tuple((row, b"", False) for row in complete)
@@ -279,17 +300,16 @@ class VirtualCluster:
     def _die(self, worker: VirtualWorker) -> None:
         if worker.has_ended:
             return
-        worker.has_ended = True
-        self._loading.pop(worker, None)
+        self._end(worker)
         if worker.stream is not None:
             self._say(worker.stream, EndedError("it has ended"))
 
 
 @dataclass(frozen=True)
 class VirtualRow:
-    """A row of a simulated job."""
+    """A row of a simulated job, of which nothing need be known."""
 
-    where: str
+    where: str = "a row"
 
 
 def simulate(
@@ -326,13 +346,13 @@ def simulate(
 
     crew = Crew(cluster, workers=None, timeout_s=timeout_s, retries=retries, say=lambda text: None)
     with crew:
-        rows = [VirtualRow(f"row {number}") for number in range(len(tokens))]
+        rows = [VirtualRow()] * len(tokens)
         crew.work(shards, rows, Limits(1, fleet.slots), write)
     return Outcome(
         makespan_s=cluster.now(),
         ideal=ideal(fleet, tokens),
         lost=sum(worker.lost is not None for worker in crew.all),
-        lost_tokens=cluster.computed - sum(tokens),
+        lost_tokens=cluster.lost_tokens + cluster.computed - sum(tokens),
         read_bytes=cluster.read_bytes,
         first_row_s=first[0],
         last_give_s=cluster.given_s,
@@ -348,41 +368,3 @@ def ideal(fleet: Fleet, tokens: Sequence[int]) -> Ideal:
         fleet.load_s,
         max(tokens) * fleet.step_s * (1.0 if slow < fleet.nodes else fleet.slow_factor),
     )
-
-
-def drawn_tokens(rows: int, mean: float, spread: float, most: int, seed: int = 0) -> list[int]:
-    """Returns lengths of rows, drawn from a log-normal distribution.
-
-    Args:
-        rows: how many.
-        mean: of the lengths, before they are cut off.
-        spread: standard deviation of their logarithms; 0 for equal lengths.
-        most: of a length.
-        seed: of the draws.
-
-    >>> drawn_tokens(3, 100, 0.0, 1000)
-    [100, 100, 100]
-    """
-    draws, middle = random.Random(seed), math.log(mean) - spread**2 / 2
-    return [max(1, min(most, round(draws.lognormvariate(middle, spread)))) for _ in range(rows)]
-
-
-def expected(tokens: Sequence[int], error: float, seed: int = 0) -> list[int]:
-    """Returns lengths as they are expected: off by a factor drawn from a log-normal distribution."""
-    draws = random.Random(seed)
-    return [max(1, round(length * draws.lognormvariate(0.0, error))) for length in tokens]
-
-
-def as_they_come(rows: int, workers: int) -> list[tuple[int, ...]]:
-    """Returns one shard for each worker, of as many rows each, in the order in which they come.
-
-    >>> as_they_come(5, 2)
-    [(0, 1, 2), (3, 4)]
-    """
-    size = -(-rows // workers)
-    return [tuple(range(start, min(rows, start + size))) for start in range(0, rows, size)]
-
-
-def by_length(fleet: Fleet, lengths: Sequence[int]) -> list[tuple[int, ...]]:
-    """Returns the shards that a real job on a fleet would have."""
-    return shards_of(lengths, fleet.nodes, fleet.slots)

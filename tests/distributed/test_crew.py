@@ -8,17 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax.distributed.crew import Crew
-from layerscope_jax.distributed.simulated import (
-    END,
-    Fleet,
-    VirtualCluster,
-    VirtualRow,
-    as_they_come,
-    by_length,
-    drawn_tokens,
-    expected,
-    simulate,
-)
+from layerscope_jax.distributed.simulated import END, Fleet, VirtualCluster, VirtualRow, simulate
+from layerscope_jax.distributed.simulated_rows import as_they_come, by_length, drawn_tokens, expected
 from layerscope_jax.distributed.worker import Beat, Failure, Identity, Limits
 from layerscope_jax.support.errors import LostWorkers
 

@@ -46,8 +46,8 @@ def address():
             yield cluster.get_runtime_context().gcs_address
 
 
-TIMEOUT_S = 15
-"""Longer than a worker without a model takes to start on a busy machine."""
+TIMEOUT_S = 5
+"""Longer than a worker without a model takes for a row on a busy machine."""
 
 
 def alive(pid):
@@ -75,7 +75,7 @@ def test_four_workers_of_which_one_ends_and_one_hangs(address, tmp_path):
 
     def work():
         cluster = RayCluster(ray, Job(checkpoint="", config=None), Light)
-        with Crew(cluster, workers=4, timeout_s=TIMEOUT_S, retries=20, say=said.append) as crew:
+        with Crew(cluster, workers=4, timeout_s=TIMEOUT_S, retries=2, say=said.append) as crew:
             crew.work(shards, rows, Limits(1, 4), lambda *row: written.append(row))
             return crew
 
@@ -84,8 +84,7 @@ def test_four_workers_of_which_one_ends_and_one_hangs(address, tmp_path):
     assert [worker.place.number for worker in crew.all[:4]] == [0, 1, 2, 3]
     reasons = [worker.lost for worker in crew.all if worker.lost is not None]
     assert f"no new token for {TIMEOUT_S} s" in reasons
-    assert len([reason for reason in reasons if "no " not in reason]) == 1  # and none but slow starts beside
-    assert len(said) == len(reasons)
+    assert len(reasons) == len(said) == 2
     hung = int((tmp_path / "hung").read_text())
     until(lambda: not alive(hung))  # a stopped process would keep the memory of its engine
 
