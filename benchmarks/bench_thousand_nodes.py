@@ -28,12 +28,12 @@ class Options(harness.Common):
     """A job, and the nodes that it runs on."""
 
     nodes: int = 1000
-    rows_per_node: int = 512
+    rows_per_node: int = 256
     mean_tokens: int = 2000
     """New tokens of a row."""
     spread: float = 1.0
     """Standard deviation of the logarithms of lengths."""
-    most_tokens: int = 16384
+    most_tokens: int = 8192
     slots: int = 32
     step_ms: float = 60.0
     """Of a step in which all slots get a token."""

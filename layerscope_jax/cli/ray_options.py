@@ -52,8 +52,8 @@ class RayOptions(EngineOptions):
         float,
         arg(
             metavar="SECONDS",
-            help="With --ray, a worker that has no new token for so long is given up; it has an hour, or as "
-            "long as this, to load the model.",
+            help="With --ray, a worker that has no new token for so long is given up; it has six hours to "
+            "load the model.",
         ),
     ] = TIMEOUT_S
     worker_retries: Annotated[

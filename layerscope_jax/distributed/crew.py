@@ -30,8 +30,9 @@ WAIT_S = 1.0
 NODES_S = 2.0
 """Time (s) between two looks at which nodes there are."""
 
-START_S = 3600.0
-"""Time (s) that a worker has at least to load the model: it has no rows yet that would wait for it."""
+START_S = 6 * 3600.0
+"""Time (s) that a worker has at least to load the model: it has no rows yet that would wait for it, and a
+thousand workers may read for hours from one storage."""
 
 Write = Callable[[int, bytes, bool], object]
 """Function that is given the number of a complete row, its line, and whether it ended with an error."""

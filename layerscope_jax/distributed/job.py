@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 TIMEOUT_S = 900.0
-"""Time (s) without a new token after which a worker is given up; it has an hour to load the model."""
+"""Time (s) without a new token after which a worker is given up; it has hours to load the model."""
 
 RETRIES = 3
 """How often rows whose worker was lost are given to another."""
@@ -136,8 +136,8 @@ def generate(
         chat_template: Jinja text; None for the checkpoint's own.
         generation_config: "auto" for the sampling settings that the checkpoint recommends.
         dtype, revision: as of `layerscope_jax.load`.
-        timeout_s: time (s) without a new token after which a worker is given up; it has an hour, or as long
-            as this, to load the model.
+        timeout_s: time (s) without a new token after which a worker is given up; it has six hours to load the
+            model.
         retries: how often rows whose worker was lost are given to another.
         progress: whether to show a bar on stderr.
         **settings: fields of `Request` for prompts that do not set them.
@@ -199,7 +199,7 @@ def complete(rows: Sequence[Row], out: Path, job: Job, limit: Limit, kind: type 
         if is_table:
             tables.write_table(out, rows, file.in_order(), digest)
             file.path.unlink()
-        else:
+        elif out.is_file():  # no device, which holds no lines
             put_in_order(file)
     return replace(report, out=out)
 
