@@ -43,9 +43,9 @@ class Options(harness.Common):
 
     checkpoint: Path = SHIPPED
     workers: tuple[int, ...] = (1, 2, 4)
-    rows: int = 48
-    new_tokens: int = 32
-    slots: int = 8
+    rows: int = 64
+    new_tokens: int = 16
+    slots: int = 4
     rounds: int = 5
     lines: int = 100_000
     """Lines that go through one process."""

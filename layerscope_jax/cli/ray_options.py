@@ -13,7 +13,7 @@ from tyro.conf import arg
 from layerscope_jax.cli.engine_options import EngineOptions
 from layerscope_jax.cli.options import open_profile
 from layerscope_jax.config import OffloadConfig
-from layerscope_jax.distributed.job import RETRIES, TIMEOUT_S, Limit, complete
+from layerscope_jax.distributed.job import RETRIES, TIMEOUT_S, ClusterUse, complete
 from layerscope_jax.distributed.tables import ENDING
 from layerscope_jax.distributed.worker import Job
 from layerscope_jax.generation.prompt_files import Row
@@ -105,8 +105,8 @@ class RayOptions(EngineOptions):
             chat_template=template,
             tuned=self.measured,
         )
-        limit = Limit(self.ray, self.workers, self.worker_timeout, self.worker_retries, progress=True)
-        report = complete(rows, out, job, limit)
+        use = ClusterUse(self.ray, self.workers, self.worker_timeout, self.worker_retries, progress=True)
+        report = complete(rows, out, job, use)
         if report.workers:
             say(report.summary())
         if report.failed:

@@ -77,7 +77,7 @@ class Described(NamedTuple):
         return cls(config, read_tokenizer(folder, config.vocab_size, raw.get("model_type")))
 
 
-class Limit(NamedTuple):
+class ClusterUse(NamedTuple):
     """How a job uses a cluster.
 
     Attributes:
@@ -168,16 +168,16 @@ def generate(
         nodes=nodes or {},
         chat_template=chat_template,
     )
-    return complete(rows, Path(out), job, Limit(address, workers, timeout_s, retries, progress))
+    return complete(rows, Path(out), job, ClusterUse(address, workers, timeout_s, retries, progress))
 
 
-def complete(rows: Sequence[Row], out: Path, job: Job, limit: Limit, kind: type = Worker) -> Report:
+def complete(rows: Sequence[Row], out: Path, job: Job, use: ClusterUse, kind: type = Worker) -> Report:
     """Completes rows that are not in `out` yet, by workers of a kind.
 
     Raises:
         ValueError, LostWorkers, OSError: as `generate`.
     """
-    check(job, limit)
+    check(job, use)
     folder = folder_of(job.checkpoint, job.revision)
     templated = any(row.request.messages is not None for row in rows)
     with_template = Chat(folder, job.chat_template) if templated else None
@@ -195,7 +195,7 @@ def complete(rows: Sequence[Row], out: Path, job: Job, limit: Limit, kind: type 
             return complete_already(out, len(rows), digest)
     with CompletionFile(out.with_name(f"{out.name}.jsonl") if is_table else out, rows, name) as file:
         interrupts.promise(f"interrupted; the same command continues {out}")
-        report = _completed(rows, file, job, limit, kind, Described.of(folder), folder)
+        report = _completed(rows, file, job, use, kind, Described.of(folder), folder)
         if is_table:
             tables.write_table(out, rows, file.in_order(), digest)
             file.path.unlink()
@@ -208,7 +208,7 @@ def _completed(
     rows: Sequence[Row],
     file: CompletionFile,
     job: Job,
-    limit: Limit,
+    use: ClusterUse,
     kind: type,
     described: Described,
     folder: Path,
@@ -224,12 +224,12 @@ def _completed(
     failed = 0
     began = time.monotonic()
     with (
-        connected(limit.address) as ray,
+        connected(use.address) as ray,
         Crew(
             cluster := RayCluster(ray, job, kind),
-            workers=limit.workers,
-            timeout_s=limit.timeout_s,
-            retries=limit.retries,
+            workers=use.workers,
+            timeout_s=use.timeout_s,
+            retries=use.retries,
             exact=job.config.numerics == "exact",
         ) as crew,
     ):
@@ -238,7 +238,7 @@ def _completed(
             say(f"no node is called {', '.join(unknown)}; there are {', '.join(sorted(known))[:200]}")
         crew.hire(len(left))  # they load the model meanwhile
         left, limits, tokens = _encoded(left, lines, described, Chat(folder, job.chat_template), job.config)
-        with progress_bar(len(rows), len(rows) - len(left), limit.progress) as advance:
+        with progress_bar(len(rows), len(rows) - len(left), use.progress) as advance:
 
             def write(number: int, line: bytes, has_failed: bool) -> None:
                 nonlocal failed
@@ -287,10 +287,10 @@ def _encoded(
     return kept, Limits(context, min(config.max_num_seqs, samples)), tokens
 
 
-def check(job: Job, limit: Limit) -> None:
+def check(job: Job, use: ClusterUse) -> None:
     """Refuses options that are out of range, or configs of nodes that would change tokens."""
     problems = Problems()
-    workers, retries, timeout = limit.workers, limit.retries, limit.timeout_s
+    workers, retries, timeout = use.workers, use.retries, use.timeout_s
     problems.expect(
         workers is None or (is_integer(workers) and workers >= 1), "workers", "1 or more", workers
     )

@@ -13,7 +13,7 @@ from small_checkpoint import write_checkpoint
 import layerscope_jax as ls
 from layerscope_jax.cli import main as cli
 from layerscope_jax.distributed import tables, worker
-from layerscope_jax.distributed.job import Limit, complete, generate
+from layerscope_jax.distributed.job import ClusterUse, complete, generate
 from layerscope_jax.generation.batch_files import CompletionFile
 from layerscope_jax.support.errors import LostWorkers
 
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_differs_on_a_node_is_named(tiny, prompts, tmp_path, m
     use(monkeypatch)
     job, rows = worker.Job(checkpoint=str(tiny), config=EXACT), tables.read_rows(prompts, {})
     with pytest.raises(ValueError, match=r"node b runs another model than node a: checkpoint \w+, not \w+"):
-        complete(rows, tmp_path / "out.jsonl", job, Limit(), OnItsOwnDisk)
+        complete(rows, tmp_path / "out.jsonl", job, ClusterUse(), OnItsOwnDisk)
 
 
 def test_settings_out_of_range_are_named_together(tiny, prompts, tmp_path):

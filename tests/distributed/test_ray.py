@@ -19,6 +19,7 @@ from layerscope_jax.cli import main as cli
 from layerscope_jax.distributed.cluster import RayCluster, connected
 from layerscope_jax.distributed.crew import Crew
 from layerscope_jax.distributed.job import generate
+from layerscope_jax.distributed.tables import read_rows
 from layerscope_jax.distributed.worker import Job, Limits
 from layerscope_jax.generation.batch_files import CompletionFile
 
@@ -145,3 +146,17 @@ def test_what_is_no_cluster_is_said(address, tmp_path, capsys):
     assert cli.main([*command, f"--out={tmp_path / 'out.jsonl'}"]) == 2
     assert "error: ray://127.0.0.1:1: expected the address of a cluster that this" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray Data warns of its own settings
+def test_a_dataset_has_its_rows_in_order(address):
+    data = pytest.importorskip("ray.data")
+    items = [{"prompt": f"row {number}", "n": None, "seed": number} for number in range(50)]
+    rows = read_rows(data.from_items(items, override_num_blocks=4), {"max_new_tokens": 3})
+    assert [(row.id, row.request.prompt, row.request.seed) for row in rows] == [
+        (number, f"row {number}", number) for number in range(50)
+    ]
+    with pytest.raises(
+        ValueError, match="the dataset: expected a column 'text' of prompts, got 'prompt', 'n'"
+    ):
+        read_rows(data.from_items(items[:1]), {}, column="text")
