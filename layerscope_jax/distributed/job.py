@@ -221,7 +221,7 @@ def _completed(
     if not left:
         return report
     lines = Lines(job.model, described.tokenizer, file)
-    failed = 0
+    failed = written = shown = 0
     began = time.monotonic()
     with (
         connected(use.address) as ray,
@@ -241,14 +241,18 @@ def _completed(
         with progress_bar(len(rows), len(rows) - len(left), use.progress) as advance:
 
             def write(number: int, line: bytes, has_failed: bool) -> None:
-                nonlocal failed
+                nonlocal failed, written
                 file.write(line)
-                failed += has_failed
-                advance(1, 0, 0)
+                failed, written = failed + has_failed, written + 1
+
+            def told(tokens: int, workers: int) -> None:  # once a beat, whatever lines it has
+                nonlocal shown
+                advance(written - shown, tokens, workers)
+                shown = written
 
             if left:
                 shards = shards_of(tokens, max(1, crew.places), limits.max_num_seqs)
-                crew.work(shards, left, limits, write, lambda new, count: advance(0, new, count))
+                crew.work(shards, left, limits, write, told)
         total_s = time.monotonic() - began
         workers = tuple(WorkerReport.of(worker) for worker in crew.all)
     return replace(

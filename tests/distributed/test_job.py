@@ -23,11 +23,6 @@ EXACT = ls.OffloadConfig(numerics="exact", max_num_seqs=2)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     """A file of sixteen prompts."""
     file, draws = tmp_path_factory.mktemp("prompts") / "prompts.jsonl", np.random.default_rng(0)

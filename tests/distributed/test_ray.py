@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from helpers import in_time
 from light_workers import Light
-from small_checkpoint import write_checkpoint
 
 import layerscope_jax as ls
 from layerscope_jax.cli import main as cli
@@ -90,8 +89,7 @@ def test_four_workers_of_which_one_ends_and_one_hangs(address, tmp_path):
     until(lambda: not alive(hung))  # a stopped process would keep the memory of its engine
 
 
-def test_a_job_whose_own_process_and_then_a_worker_are_killed(address, tmp_path, monkeypatch):
-    tiny = write_checkpoint(tmp_path / "tiny")
+def test_a_job_whose_own_process_and_then_a_worker_are_killed(address, tiny, tmp_path, monkeypatch):
     draws = np.random.default_rng(0)
     rows = [
         {"prompt": draws.integers(1, 600, 1 + n % 5).tolist(), "max_new_tokens": int(draws.integers(4, 10))}

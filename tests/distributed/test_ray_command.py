@@ -5,17 +5,11 @@ import json
 import pytest
 from in_process import use
 from recorded import small_profile
-from small_checkpoint import write_checkpoint
 
 from layerscope_jax.cli import main as cli
 from layerscope_jax.distributed import job
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
