@@ -4,7 +4,8 @@ Both complete the same shards with the same class of worker, one thread each. Th
 from a queue that all share, and each writes its lines to a file of its own: the least that anybody would do,
 and nobody notices a process that is lost. Models are loaded and programs compiled before anything is timed.
 Also measured is how many lines a second go through the process that runs a job, from workers that have them
-ready.
+ready. Where other programs run beside, times say little: the CPU time that the cluster and the process of the
+job take beside that of the workers says what Ray costs where all cores are busy.
 """
 
 from __future__ import annotations
@@ -152,8 +153,16 @@ def race(ray: Any, job: Job, options: Options, count: int) -> dict[str, Any]:
         plain = stack.enter_context(Plain(job, places, limits, folder))
         file = stack.enter_context((Path(folder) / "all.jsonl").open("ab", buffering=0))
 
+        shares: list[float] = []
+
         def by_ray() -> None:
+            pids = {worker.identity.pid for worker in crew.all if worker.identity is not None}
+            before = cpu_seconds()
             crew.work(shards, rows, limits, lambda number, line, failed: file.write(line))
+            after = cpu_seconds()
+            took = {pid: after[pid] - before.get(pid, 0.0) for pid in after}
+            own = sum(taken for pid, taken in took.items() if pid in pids)
+            shares.append((sum(took.values()) - own) / own if own else 0.0)
 
         def by_processes() -> None:
             plain.work(shards, rows)
@@ -166,6 +175,7 @@ def race(ray: Any, job: Job, options: Options, count: int) -> dict[str, Any]:
             by_processes()
         names: dict[str, Callable[[], None]] = {"ray": by_ray, "processes": by_processes}
         samples = harness.measure(names, options.rounds, warm_ups=1)
+        shares = shares[-options.rounds :]
     seconds = {name: sample.parts["seconds"] for name, sample in samples.items()}
     return {
         "workers": count,
@@ -174,7 +184,26 @@ def race(ray: Any, job: Job, options: Options, count: int) -> dict[str, Any]:
             name: harness.spread(options.rows / taken for taken in times) for name, times in seconds.items()
         },
         "overhead": harness.ratio(seconds["ray"], seconds["processes"]),
+        "cpu_beside_workers": harness.spread(shares),
     }
+
+
+def cpu_seconds() -> dict[int, float]:
+    """Returns the CPU time (s) of this process and all below it, by process; empty without /proc."""
+    parents: dict[int, int] = {}
+    times: dict[int, float] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        parents[int(stat.parent.name)] = int(fields[1])
+        times[int(stat.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    own, size = {os.getpid()}, 0
+    while len(own) > size:
+        size = len(own)
+        own |= {pid for pid, parent in parents.items() if parent in own}
+    return {pid: times[pid] for pid in own if pid in times}
 
 
 def worker_place(ray: Any, number: int, count: int) -> Place:
@@ -218,7 +247,7 @@ def main(options: Options) -> dict[str, Any]:
         through = lines_per_s(ray, options)
     harness.print_table(
         f"Rows/s, {options.rows} rows of {options.new_tokens} new tokens, medians",
-        ("workers", "shards", "Ray", "processes", "time of Ray to processes", "90th percentile"),
+        ("workers", "shards", "Ray", "processes", "time of Ray to processes", "p90", "CPU beside workers"),
         [
             (
                 row["workers"],
@@ -226,6 +255,7 @@ def main(options: Options) -> dict[str, Any]:
                 *(f"{row['rows_per_s'][name]['median']:.2f}" for name in ("ray", "processes")),
                 f"{row['overhead']['median']:.3f}",
                 f"{row['overhead']['p90']:.3f}",
+                f"{row['cpu_beside_workers']['median']:.1%}",
             )
             for row in rows
         ],

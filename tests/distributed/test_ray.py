@@ -59,7 +59,7 @@ def alive(pid):
     return state not in "ZX"
 
 
-def until(true, seconds=120):
+def until(true, seconds=240):
     """Waits until something is true; the limit is far beyond what it should take."""
     end = time.monotonic() + seconds
     while not true():
