@@ -236,7 +236,7 @@ def main(options: Options) -> dict[str, Any]:
         changes: Any = {"workers": (1,), "rows": 4, "new_tokens": 2, "slots": 2, "rounds": 1, "lines": 512}
         options = replace(options, **changes)
     # Ray lets its workers give way to other programs; beside plain processes they would wait for those.
-    os.environ["RAY_worker_niceness"] = str(os.nice(0) if hasattr(os, "nice") else 0)  # noqa: SIM112
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     record, progress, rows = harness.machine(), Console(stderr=True), []
     config = OffloadConfig(max_num_seqs=options.slots, host_threads=1)
     job = Job(checkpoint=str(options.checkpoint), config=config, model="benchmark")
