@@ -31,7 +31,10 @@ ELSEWHERE = {
 Here their options are parsed (`tests/test_docs.py`), as are those of training and of benchmarks.
 """
 
-NEEDS = {"--profile": "a profile of this machine and model"}
+NEEDS = {
+    "--profile": "a profile of this machine and model",
+    "--ray": "a cluster, which tests/distributed/test_ray.py has",
+}
 """Options with which a command is only parsed, and what it would need."""
 
 MODELS = {"path/to/checkpoint", "shipped", "Qwen/Qwen3-30B-A3B", "allenai/OLMoE-1B-7B-0924"}

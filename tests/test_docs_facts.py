@@ -117,7 +117,7 @@ def test_the_policy_of_the_page_is_that_of_the_example():
 def test_every_page_has_its_place_in_the_site(tmp_path):
     gather(tmp_path)
     pages = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.md")}
-    named = re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    named = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert len(named) == len(set(named))
     assert pages == set(named)
     assert place_of("docs/usage.md") == "usage.md"

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     "cli",
     "predictor",
+    "distributed",
     "evaluation",
     "serving",
     "simulation",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from layerscope_jax.engine import Engine
-from layerscope_jax.generation.completions import Completions, Output, Token, output_of
+from layerscope_jax.generation.completions import Completions, Gathering, Output, Token
 from layerscope_jax.generation.prompt_files import Row
 from layerscope_jax.generation.requests import Request, with_seed
 from layerscope_jax.runtime.statistics import RunStats
@@ -41,19 +40,13 @@ def complete(
         bound, timeline: as of `Engine.generate`.
     """
     requests = [with_seed(request) for request in requests or [row.request for row in rows]]
-    events: dict[tuple[int, int], list[Token]] = defaultdict(list)
-    left = [request.n for request in requests]
+    gathering = Gathering(requests)
 
     def receive(event: Token) -> None:
-        number = event.request
-        events[number, event.index].append(event)
+        outputs = gathering.add(event)
         on_token(event)
-        if event.finish_reason is not None:
-            left[number] -= 1
-            if not left[number]:
-                samples = [events.pop((number, index)) for index in range(requests[number].n)]
-                outputs = [Output(**output_of(sample, requests[number])) for sample in samples]
-                on_row(rows[number], outputs)
+        if outputs is not None:
+            on_row(rows[event.request], outputs)
 
     return engine.generate(requests, progress=progress, on_token=receive, bound=bound, timeline=timeline)
 

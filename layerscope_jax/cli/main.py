@@ -15,7 +15,6 @@ import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
-from layerscope_jax.checkpoints.fingerprint import fingerprint
 from layerscope_jax.checkpoints.generation_defaults import read_generation_defaults
 from layerscope_jax.cli import demo, demo_view
 from layerscope_jax.cli.args import arg
@@ -26,10 +25,8 @@ from layerscope_jax.cli.complete import Live, complete, summary
 from layerscope_jax.cli.completion import Completion
 from layerscope_jax.cli.convert import Convert
 from layerscope_jax.cli.doctor import Doctor
-from layerscope_jax.cli.engine_options import EngineOptions
 from layerscope_jax.cli.fit import Fit
 from layerscope_jax.cli.inspect import Inspect
-from layerscope_jax.cli.lines import Lines
 from layerscope_jax.cli.options import (
     POLICY_NAMES,
     PREDICTOR_HELP,
@@ -46,16 +43,19 @@ from layerscope_jax.cli.options import (
 )
 from layerscope_jax.cli.perplexity import PerplexityOf
 from layerscope_jax.cli.predictors import Predictors
+from layerscope_jax.cli.ray_options import RayOptions
 from layerscope_jax.cli.report import Report
 from layerscope_jax.cli.request_options import RequestOptions
 from layerscope_jax.cli.serve import Serve
 from layerscope_jax.cli.simulate import Simulate
 from layerscope_jax.cli.trace import Record
 from layerscope_jax.config import OffloadConfig
+from layerscope_jax.distributed.tables import read_rows
 from layerscope_jax.engine import Engine
 from layerscope_jax.generation.batch_files import CompletionFile
 from layerscope_jax.generation.chat import Chat
-from layerscope_jax.generation.prompt_files import Row, read_prompts
+from layerscope_jax.generation.lines import Lines, model_name
+from layerscope_jax.generation.prompt_files import Row
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.compile_cache import use_compilation_cache
@@ -132,13 +132,14 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(RequestOptions, EngineOptions):
+class Generate(RequestOptions, RayOptions):
     """Continue prompts, given one by one or in a file.
 
     Examples:
         layerscope generate shipped --prompt "Call me Ishmael."
         layerscope generate path/to/checkpoint --prompts prompts.jsonl --out continuations.jsonl
         layerscope generate shipped --prompt "def main():" --device-budget 8MB --policy fate --json
+        layerscope generate path/to/checkpoint --prompts prompts.parquet --out out.parquet --ray auto
     """
 
     prompt: Annotated[
@@ -151,7 +152,8 @@ class Generate(RequestOptions, EngineOptions):
             help='File of prompts, one JSON object {"prompt": text or [token ids]} or {"messages": [...]} '
             'per line. Optional keys: "id" (default: the row\'s number, from 0), settings for this prompt '
             "(max_new_tokens, temperature, stop, ...), which no option may contradict, and "
-            '"metadata", which is ignored. Lines of OpenAI\'s batch API are answered as there.',
+            '"metadata", which is ignored. Lines of OpenAI\'s batch API are answered as there. Or a Parquet '
+            "file with such columns.",
         ),
     ] = None
     out: Annotated[
@@ -182,6 +184,7 @@ class Generate(RequestOptions, EngineOptions):
         """Returns the exit code."""
         if self.json:
             exits.need_output()
+        self.check_many(self.out, prompt=self.prompt, bound=self.bound, timeline=self.timeline)
         config = self.engine_config()
         template = self.template()
         rows = self._rows({})
@@ -189,6 +192,8 @@ class Generate(RequestOptions, EngineOptions):
             rows = self._rows(defaults)
             said = ", ".join(f"{name} {value}" for name, value in defaults.items())
             say(f"{self.checkpoint} recommends {said}; --generation-config none turns that off")
+        if self.ray is not None and self.out is not None:
+            return self.complete_by_many(rows, self.out, config, template, self.json)
         with nullcontext() if self.timeline is None else writing("--timeline", self.timeline):
             return self._run(rows, config, template)
 
@@ -221,14 +226,9 @@ class Generate(RequestOptions, EngineOptions):
     def _model(self, rows: Sequence[Row], template: str | None) -> str:
         """Returns the model's name in the lines of completions: its fingerprint, dtype, format of experts and
         chat template."""
-        name = fingerprint(self.folder) + (f" as {self.dtype}" if self.dtype else "")
-        if self.expert_format is not None:
-            name += f" with experts in {known_format(self.expert_format)}"
-        if self.dense_format is not None:
-            name += f" with dense layers in {self.dense_format}"
-        if any(row.request.messages is not None for row in rows):
-            name += f" with chat template {Chat(self.folder, template).digest()}"
-        return name
+        is_chat = any(row.request.messages is not None for row in rows)
+        chat = Chat(self.folder, template) if is_chat else None
+        return model_name(self.folder, self.dtype, known_format(self.expert_format), self.dense_format, chat)
 
     def _rows(self, defaults: dict[str, Any]) -> list[Row]:
         if bool(self.prompt) == (self.prompts is not None):
@@ -243,7 +243,9 @@ class Generate(RequestOptions, EngineOptions):
         if self.out is not None and self.out.resolve() == self.prompts.resolve():
             raise ValueError(f"--out is the file of prompts, {self.prompts}; choose another file")
         with option("--prompts"):
-            rows = read_prompts(self.prompts, settings, self.chat, defaults)
+            rows = read_rows(
+                self.prompts, settings, column=self.prompt_column, chat=self.chat, defaults=defaults
+            )
         named = {row.call.model for row in rows if row.call is not None and row.call.model is not None}
         if named and (others := named - {self.checkpoint, self.folder.name}):
             say(f"{self.checkpoint} answers the requests for {', '.join(sorted(others))[:200]} too")

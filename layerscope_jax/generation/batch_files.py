@@ -6,9 +6,10 @@ last line, which a killed run may leave, is removed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,14 @@ def _head(row: Row, model: str) -> bytes:
     return json.dumps(head, ensure_ascii=False, default=_plain).encode()[:-1]
 
 
+def digest_of(rows: Iterable[Row], model: str) -> str:
+    """Returns hexadecimal digits for prompts with their settings, and for what generates."""
+    digest = hashlib.blake2b(model.encode(), digest_size=8)
+    for row in rows:
+        digest.update(_head(row, model) + json.dumps(_settings(row.request), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def shown(line: bytes) -> str:
     """Returns the beginning of a line, for messages."""
     return repr(line[:60].decode(errors="replace"))
@@ -138,8 +147,9 @@ class CompletionFile:
                     "may write to"
                 ) from None
             stack.callback(self._drop_if_unused)
+            self._rows = {row.id: row for row in rows}
             if file.is_file():  # otherwise a device, which holds no earlier lines
-                self._resume({row.id: row for row in rows})
+                self._resume(self._rows)
             self._open = stack.pop_all()
 
     def __enter__(self) -> CompletionFile:
@@ -163,6 +173,19 @@ class CompletionFile:
             with suppress(OSError):  # a device cannot be cut; the next run cuts off what is left of a line
                 self._file.truncate(before)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def in_order(self) -> Iterator[bytes]:
+        """Yields the lines in the order of the rows; those of rows that are not complete are left out."""
+        spans: dict[str | int, tuple[int, int]] = {}
+        with self.path.open("rb") as lines:
+            start = 0
+            for line in lines:
+                spans[self._known(json.loads(line), self._rows)[0].id] = start, len(line)
+                start += len(line)
+            for name in self._rows:
+                if name in spans:
+                    lines.seek(spans[name][0])
+                    yield lines.read(spans[name][1])
 
     def _drop_if_unused(self) -> None:
         if self._made and not os.fstat(self._file.fileno()).st_size:

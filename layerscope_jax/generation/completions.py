@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,6 +128,31 @@ def output_of(events: Sequence[Token], request: Request) -> dict[str, Any]:
         "logprobs": [event.logprobs for event in events if event.logprobs is not None] if told else None,
         "prompt_logprobs": events[0].prompt_logprobs,
     }
+
+
+class Gathering:
+    """Puts the tokens of a call's requests together as they come.
+
+    Args:
+        requests: the requests of the call, with seeds.
+    """
+
+    def __init__(self, requests: Sequence[Request]):
+        self._requests = requests
+        self._events: dict[tuple[int, int], list[Token]] = defaultdict(list)
+        self._left = [request.n for request in requests]
+
+    def add(self, event: Token) -> list[Output] | None:
+        """Returns all samples of a request, if the token is the last of them; None otherwise."""
+        number, requests = event.request, self._requests
+        self._events[number, event.index].append(event)
+        if event.finish_reason is None:
+            return None
+        self._left[number] -= 1
+        if self._left[number]:
+            return None
+        samples = [self._events.pop((number, index)) for index in range(requests[number].n)]
+        return [Output(**output_of(sample, requests[number])) for sample in samples]
 
 
 class Completions(list[Completion]):

@@ -8,17 +8,19 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from layerscope_jax.checkpoints.model import Model
+from tokenizers import Tokenizer
+
 from layerscope_jax.generation.arguments import NO_SETTINGS
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.encoding import encode_prompts
 from layerscope_jax.generation.openai_requests import OpenAICall, is_openai, translated
 from layerscope_jax.generation.requests import CHAT, DEFAULTS, SETTINGS, Request, is_text
+from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.support.units import is_integer
 
 NOTES = "metadata"
@@ -74,22 +76,52 @@ def read_prompts(
     lines = content.split(b"\n")  # not splitlines(): a text may hold U+2028 and its like
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in lines[0]:
         raise ValueError(f"{file}:1: expected text in UTF-8, got UTF-16 or binary; save the file as UTF-8")
+
+    def records() -> Iterator[tuple[str, Any]]:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{file}:{number}"
+                try:
+                    yield where, parsed(line)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+
+    rows = rows_of(records(), options, chat, defaults)
+    if not rows:
+        raise ValueError(f'{file}: expected lines {{"prompt": ...}}, got none; add a prompt')
+    return rows
+
+
+def rows_of(
+    records: Iterable[tuple[str, Any]],
+    options: dict[str, Any],
+    chat: bool = False,
+    defaults: Mapping[str, Any] = NO_SETTINGS,
+) -> list[Row]:
+    """Returns the rows of some records, each with where it comes from, for messages.
+
+    Args:
+        records: JSON objects as lines of a file of prompts hold them.
+        options, chat, defaults: as of `read_prompts`.
+
+    Raises:
+        ValueError: as `read_prompts`.
+
+    >>> rows_of([("a.jsonl:1", {"prompt": "Call me"}), ("a.jsonl:2", {"prompt": "x", "id": 0})], {})
+    Traceback (most recent call last):
+    ValueError: a.jsonl:2: id 0 is used by a.jsonl:1 already; make the ids differ
+    """
     rows: list[Row] = []
     seen: dict[str | int, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
+    for where, content in records:
         try:
-            row = _row(parsed(line), len(rows), options, where, chat, defaults)
+            row = _row(content, len(rows), options, where, chat, defaults)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if row.id in seen:
             raise ValueError(f"{where}: id {row.id!r} is used by {seen[row.id]} already; make the ids differ")
         seen[row.id] = where
         rows.append(row)
-    if not rows:
-        raise ValueError(f'{file}: expected lines {{"prompt": ...}}, got none; add a prompt')
     return rows
 
 
@@ -214,7 +246,17 @@ def shortened(value: Any) -> str:
     return repr(value)[:60]
 
 
-def encode_row(row: Row, model: Model, chat: Chat) -> Request:
+class Encoding(Protocol):
+    """What a model's prompts are encoded by: a `Model` has it, and so has a checkpoint that is not loaded."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+
+def encode_row(row: Row, model: Encoding, chat: Chat) -> Request:
     """Returns a row's request with the token ids of its prompt.
 
     Raises:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from layerscope_jax.support import interrupts
-from layerscope_jax.support.errors import TransferError
+from layerscope_jax.support.errors import LostWorkers, TransferError
 from layerscope_jax.support.plugins import LOADED
 
 DONE, FAILED, REFUSED = 0, 1, 2
@@ -118,7 +118,7 @@ def code_of(error: Exception) -> int:
 
 def is_fault(error: Exception) -> bool:
     """Whether an error is a bug of this package or a plugin, not bad input or a failure of the machine."""
-    if isinstance(error, (OSError, MemoryError, TransferError)) or code_of(error) == REFUSED:
+    if isinstance(error, (OSError, MemoryError, TransferError, LostWorkers)) or code_of(error) == REFUSED:
         return False
     jax_says = ("RESOURCE_EXHAUSTED", "Unable to initialize backend")
     return not (isinstance(error, RuntimeError) and any(sign in str(error) for sign in jax_says))

@@ -9,9 +9,15 @@ PACKAGES = ("layerscope_jax", "predictor")
 
 def test_nothing_heavy_comes_along():
     program = (
-        f"import sys, {', '.join(PACKAGES)}\n"
-        "print(sorted({'jax', 'numpy', 'numba', 'tyro'} & sys.modules.keys()))"
+        f"import sys, {', '.join(PACKAGES)}, layerscope_jax.distributed\n"
+        "print(sorted({'jax', 'numpy', 'numba', 'tyro', 'ray', 'pyarrow'} & sys.modules.keys()))"
     )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_command_line_imports_no_cluster():
+    program = "import sys, layerscope_jax.cli.main; print(sorted({'ray', 'pyarrow'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

@@ -5,19 +5,49 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
-from layerscope_jax.checkpoints.model import Model
+from layerscope_jax.checkpoints.fingerprint import fingerprint
+from layerscope_jax.formats import format_named
 from layerscope_jax.generation import openai_answers
-from layerscope_jax.generation.batch_files import CompletionFile, completion, openai_line
+from layerscope_jax.generation.batch_files import completion, openai_line
 from layerscope_jax.generation.chat import Chat
 from layerscope_jax.generation.completions import Output
 from layerscope_jax.generation.openai_requests import OpenAICall
-from layerscope_jax.generation.prompt_files import Row, encode_row
+from layerscope_jax.generation.prompt_files import Encoding, Row, encode_row
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.support.exits import say
+
+
+def model_name(
+    folder: Path,
+    dtype: str | None,
+    expert_format: str | None,
+    dense_format: str | None,
+    template: Chat | None,
+) -> str:
+    """Returns what generates, for lines: a checkpoint's fingerprint, what it is converted to, its template.
+
+    Args:
+        folder: the checkpoint.
+        dtype, expert_format, dense_format: as of `load`; None for the checkpoint's own.
+        template: makes prompts of conversations; None if there are none.
+    """
+    name = fingerprint(folder) + (f" as {dtype}" if dtype else "")
+    if expert_format is not None:
+        name += f" with experts in {format_named(expert_format).name}"
+    if dense_format is not None:
+        name += f" with dense layers in {dense_format}"
+    return name if template is None else f"{name} with chat template {template.digest()}"
+
+
+class Writes(Protocol):
+    """What takes lines: a `CompletionFile`, or what brings them there."""
+
+    def write(self, line: bytes) -> None: ...
 
 
 class Lines:
@@ -34,15 +64,13 @@ class Lines:
         refused: number of requests of OpenAI's batch API that were refused.
     """
 
-    def __init__(
-        self, model: str, tokenizer: Tokenizer | None, file: CompletionFile | None, kept: bool = False
-    ):
+    def __init__(self, model: str, tokenizer: Tokenizer | None, file: Writes | None, kept: bool = False):
         self._model, self._tokenizer, self._file = model, tokenizer, file
         self._keeps, self.kept = kept, list[dict[str, Any]]()
         self._prompt_tokens: dict[str | int, int] = {}
         self.refused = 0
 
-    def encode(self, rows: Sequence[Row], model: Model, chat: Chat) -> list[tuple[Row, Request]]:
+    def encode(self, rows: Sequence[Row], model: Encoding, chat: Chat) -> list[tuple[Row, Request]]:
         """Returns the rows with their requests, whose prompts are token ids.
 
         A request of OpenAI's batch API that cannot be encoded gets a line that says why, and is left out.
