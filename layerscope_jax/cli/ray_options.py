@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import arg
-
+from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.engine_options import EngineOptions
 from layerscope_jax.cli.options import open_profile
 from layerscope_jax.config import OffloadConfig
