@@ -103,12 +103,6 @@ def build(
         chosen, predictor = Resident(), None
     elif predictor is None and chosen.predictor is not None:
         predictor = make_predictor(chosen.predictor)
-    if 0 < budget_bytes < model.bank.expert_bytes:
-        logger.warning(
-            "device_budget is %s bytes, and one expert takes %s: none will be on the device",
-            f"{budget_bytes:,}",
-            f"{model.bank.expert_bytes:,}",
-        )
     with ExitStack() as stack:
         pool, host, link = host_parts(
             model.bank,
@@ -162,6 +156,12 @@ def _layer_by_layer(
     if costs is None and policy.uses_costs:
         costs = measure(model, host, link, residency.slots)
     state = forecasts.explained(budget_bytes, lambda: policy.init(geometry, costs))
+    if 0 < budget_bytes < model.bank.expert_bytes:
+        logger.warning(
+            "device_budget is %s bytes, and one expert takes %s: none will be on the device",
+            f"{budget_bytes:,}",
+            f"{model.bank.expert_bytes:,}",
+        )
     link.most_staged = staged or None  # from now on: what measures the link takes more at once
     in_memory = pool is None and isinstance(policy, Resident)
     resident = in_memory and host.inside is not None and host.inside.target is not None
