@@ -32,6 +32,7 @@ from layerscope_jax.kernels.encodings import (
 )
 from layerscope_jax.kernels.numbers import float_of, pointer, rounded
 from layerscope_jax.kernels.scales import prepare_rows
+from layerscope_jax.kernels.tiles import ask
 from layerscope_jax.support.njit import njit
 
 
@@ -114,7 +115,7 @@ def scale_of(matrix, row, index):
 
 
 @njit(cache=True, nogil=True)
-def decode_anywhere(matrix, first, rows, k, chunks, scales, to, far, apart, kind):
+def decode_anywhere(matrix, first, rows, k, chunks, scales, to, far, apart, ahead, beyond, kind):
     """Writes what chunks of some rows of a matrix stand for, from column `k` on.
 
     Args:
@@ -124,6 +125,8 @@ def decode_anywhere(matrix, first, rows, k, chunks, scales, to, far, apart, kind
         to: address of the first number.
         far: bytes from one row to the next.
         apart: bytes from one chunk to the next.
+        ahead: address of what is to be asked for meanwhile, as many bytes for each row as it has.
+        beyond: bytes from one row's to the next one's.
         kind: an array of the type that is written: float32, or bfloat16 as its bits.
     """
     code, begin, half = matrix[CODE], k // CHUNK, np.uint64(CHUNK // 2)
@@ -131,6 +134,8 @@ def decode_anywhere(matrix, first, rows, k, chunks, scales, to, far, apart, kind
     wide = CHUNK * size // matrix[DEPTH]  # bytes of a chunk
     where, along, shared, _ = scales
     for row in range(rows):
+        for byte in range(0, wide * chunks, 64):
+            ask(ahead + beyond * row + byte)
         for chunk in range(chunks):
             codes = carray(pointer(at + size * row + wide * (begin + chunk)), CHUNK, np.uint8)
             out = carray(pointer(to + far * row + apart * chunk), CHUNK, kind.dtype)

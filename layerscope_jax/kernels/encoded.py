@@ -28,7 +28,7 @@ from layerscope_jax.kernels.encodings import (
     row_of,
 )
 from layerscope_jax.kernels.numbers import pointer
-from layerscope_jax.kernels.tiles import TILE, add_few, ask, clear, store_few
+from layerscope_jax.kernels.tiles import TILE, add_few, clear, store_few
 from layerscope_jax.kernels.wide_decoding import HIGH as TALL
 from layerscope_jax.kernels.wide_decoding import PART, SLOT, STEP, add_steps
 from layerscope_jax.support.njit import njit
@@ -88,13 +88,10 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
         spare[:] = 0
         for k in range(0, depth, DEEP):
             part = min(DEEP, depth - k)
-            for row in range(high):
-                begin, line = row_of(matrix, depth, first + p + row + HIGH)
-                for byte in range(line * k // depth, line * (k + part) // depth, 64):
-                    ask(begin + byte)
-            chunks = part // CHUNK
+            begin, line = row_of(matrix, depth, first + p + HIGH)
+            chunks, coming = part // CHUNK, begin + line * k // depth
             scales = prepare(matrix, first + p, high, k, chunks, room + ROOM, kind)
-            decode(matrix, first + p, high, k, chunks, scales, at, stride, CHUNK * size, kind)
+            decode(matrix, first + p, high, k, chunks, scales, at, stride, CHUNK * size, coming, line, kind)
             if high == HIGH:
                 add_tiles(at, stride, x[:, k:], part // step_of(kind), outputs[:, p:], 0, kind)
             else:  # one row after the other, as all of a tile
@@ -113,8 +110,8 @@ def stage(matrix, depth, first, rows, begin, steps, to, kind):
     room = to + tile_products.STAGED_WEIGHTS + ROOM
     for row in range(0, rows, TILE):
         scales = prepare(matrix, first + row, TILE, begin, steps, room, kind)
-        tile = to + row // TILE * (steps * 1024)
-        decode(matrix, first + row, TILE, begin, steps, scales, tile, 2 * CHUNK, 1024, kind)
+        tile, here = to + row // TILE * (steps * 1024), row_of(matrix, depth, first + row)[0]
+        decode(matrix, first + row, TILE, begin, steps, scales, tile, 2 * CHUNK, 1024, here, 0, kind)
 
 
 @njit(cache=True, nogil=True)
@@ -140,15 +137,18 @@ def product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahe
             scales = prepare(matrix, start, TALL, k, chunks, room, kind)
             count, x = chunks // STEP, inputs + wide * (k // 2)
             done = STEP * count
+            # What the same columns of the rows to come take is asked for in the order in which it lies.
+            coming, step = line + TALL * row * k // depth, row * STEP * CHUNK // depth
             if count > 0:
-                decode(matrix, start, TALL, k, STEP, scales, staged, 2 * CHUNK, PART, kind)
+                at = coming + TALL * step * (count - 1)
+                decode(matrix, start, TALL, k, STEP, scales, staged, 2 * CHUNK, PART, at, step, kind)
                 if count > 1:
-                    coming = line + TALL * row * k // depth
                     add_steps(matrix, start, k, count, scales, staged, x, wide, coming, more)
                 add_chunks(x, wide, staged + (count - 1) % 2 * SLOT, done - STEP, done)
             if done < chunks:
-                to, at = staged + count % 2 * SLOT, k + CHUNK * done
-                decode(matrix, start, TALL, at, chunks - done, scales, to, 2 * CHUNK, PART, kind)
+                to, left, begin = staged + count % 2 * SLOT, chunks - done, k + CHUNK * done
+                at, step = coming + TALL * step * count, row * left * CHUNK // depth
+                decode(matrix, start, TALL, begin, left, scales, to, 2 * CHUNK, PART, at, step, kind)
                 add_chunks(x, wide, to, done, chunks)
         store_few(sums + wide * (start - first), wide, 2)
 

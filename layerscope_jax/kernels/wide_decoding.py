@@ -60,20 +60,23 @@ def block(codes_of: Codes) -> Any:
     """A function that writes chunks of some rows.
 
     It takes the rows (`Rows`); how many, the first chunk and how many; where to write, and bytes from one row
-    to the next, and from one chunk to the next. At last, an array of the type that is written: float32, or
-    bfloat16 as its bits.
+    to the next, and from one chunk to the next; what is to be asked for meanwhile, as many bytes for each row
+    as it has, and bytes from one row's to the next one's. At last, an array of the type that is written:
+    float32, or bfloat16 as its bits.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        *places, count, begin, chunks, to, far, apart, _ = arguments
+        *places, count, begin, chunks, to, far, apart, ahead, beyond, _ = arguments
         words, rows = signature.args[-1].dtype is not types.float32, Rows(*places)
 
         def of_row(number: Any, _: list[Any]) -> list[Any]:
             row = rows.row(builder, number, codes_of.width)
             to_at = builder.add(to, builder.mul(number, far))
+            asked = builder.add(ahead, builder.mul(number, beyond))
 
             def of_chunk(turn: Any, _: list[Any]) -> list[Any]:
                 chunk = builder.mul(turn, LONG(codes_of.together))
+                fetch(builder, builder.add(asked, builder.mul(chunk, LONG(codes_of.bytes))))
                 place = builder.add(to_at, builder.mul(chunk, apart))
                 registers = codes_of.decoded(builder, row, builder.add(begin, chunk), words)
                 size = len(registers) // codes_of.together  # registers of a chunk
@@ -87,8 +90,8 @@ def block(codes_of: Codes) -> Any:
         repeat(builder, count, [], of_row)
         return context.get_dummy_value()
 
-    def typed(typing, a, b, c, d, e, f, g, count, begin, chunks, to, far, apart, kind):
-        return types.void(*[types.int64] * 13, kind), build
+    def typed(typing, a, b, c, d, e, f, g, count, begin, chunks, to, far, apart, ahead, beyond, kind):
+        return types.void(*[types.int64] * 15, kind), build
 
     return intrinsic(typed)
 
@@ -298,9 +301,9 @@ call_block, call_steps = by_code(block), by_code(steps)
 
 
 @njit(cache=True, nogil=True)
-def decode(matrix, first, rows, k, chunks, scales, to, far, apart, kind):
+def decode(matrix, first, rows, k, chunks, scales, to, far, apart, ahead, beyond, kind):
     """As `decoding.decode_anywhere`."""
-    call_block(matrix, first, scales, (rows, k // CHUNK, chunks, to, far, apart, kind))
+    call_block(matrix, first, scales, (rows, k // CHUNK, chunks, to, far, apart, ahead, beyond, kind))
 
 
 @njit(cache=True, nogil=True)

@@ -51,7 +51,7 @@ def decoded(by, name, dtype, first, rows, begin, chunks):
     prepare_matrix(matrix, room.ctypes.data, kind)
     k, to = CHUNK * begin, result.ctypes.data
     scales = WAYS[by](matrix, first, rows, k, chunks, room.ctypes.data + ROOM, kind)
-    by(matrix, first, rows, k, chunks, scales, to, *result.strides[:2], kind)
+    by(matrix, first, rows, k, chunks, scales, to, *result.strides[:2], to, 0, kind)
     return result.reshape(rows, -1)
 
 
@@ -95,7 +95,7 @@ def test_every_code_and_scale_is_what_the_encoding_says(by, name, dtype):
         chunks = COLUMNS // CHUNK
         scales = WAYS[by](matrix, 0, ROWS, 0, chunks, room.ctypes.data + ROOM, kind)
         apart = result.strides[0] // chunks
-        by(matrix, 0, ROWS, 0, chunks, scales, result.ctypes.data, result.strides[0], apart, kind)
+        by(matrix, 0, ROWS, 0, chunks, scales, result.ctypes.data, result.strides[0], apart, 0, 0, kind)
         result = result.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else result
         expected = expected.astype(result.dtype)
     nothing = np.isnan(expected.astype(np.float32))
