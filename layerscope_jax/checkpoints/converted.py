@@ -25,7 +25,6 @@ from layerscope_jax.checkpoints.dense_weights import check_dense_format, on_devi
 from layerscope_jax.checkpoints.headers import read_configs
 from layerscope_jax.checkpoints.manifest import MANIFEST, Manifest
 from layerscope_jax.checkpoints.mapped import IN_PLACE, MappedFiles
-from layerscope_jax.checkpoints.memory import Memory
 from layerscope_jax.checkpoints.safetensors_io import dtype_named
 from layerscope_jax.checkpoints.shards import Shards
 from layerscope_jax.checkpoints.stored_arrays import StoredArray, stored_array
@@ -34,8 +33,9 @@ from layerscope_jax.formats import Buffer, ExpertFormat, QuantisedFormat, format
 from layerscope_jax.formats.int8 import Int8
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.matrices import Int8Matrix
-from layerscope_jax.offload.bank import ALIGNED, ExpertBank, device_sharding, host_sharding, putting
+from layerscope_jax.offload.bank import ExpertBank, device_sharding, host_sharding, putting
 from layerscope_jax.offload.disk import DiskBank
+from layerscope_jax.offload.memory import ALIGNED, Memory
 
 DENSE, EXPERTS = "dense", "experts"
 

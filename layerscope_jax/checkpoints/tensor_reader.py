@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from layerscope_jax.checkpoints.mapped import MappedFiles
-from layerscope_jax.checkpoints.memory import Memory
 from layerscope_jax.checkpoints.packed_tensors import PackedMatrix, PackedTensor
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor, cast
 from layerscope_jax.checkpoints.shards import Shards
 from layerscope_jax.checkpoints.weight_names import Naming, Source
+from layerscope_jax.offload.memory import Memory
 
 
 class TensorReader:

@@ -14,10 +14,8 @@ from layerscope_jax.formats.small_floats import E2M1_VALUES, E4M3_VALUES
 from layerscope_jax.kernels import wide_codes, wide_decoding
 from layerscope_jax.kernels.encodings import (
     ALONG,
-    APART,
     CHUNK,
     CODE,
-    COLUMNS,
     DEPTH,
     ENTRIES,
     FP8,
@@ -26,16 +24,28 @@ from layerscope_jax.kernels.encodings import (
     INT8,
     MXFP4,
     NVFP4,
-    ROWS,
     SCALES,
     SHARED,
-    SPAN,
     TABLE,
     THIRD,
     row_of,
 )
 from layerscope_jax.kernels.numbers import float_of, pointer, rounded
+from layerscope_jax.kernels.scales import prepare_rows
+from layerscope_jax.kernels.tiles import ask
 from layerscope_jax.support.njit import njit
+
+
+@njit(cache=True, nogil=True)
+def write_tables_anywhere(scales, to):
+    """Writes `ENTRIES` bfloat16 for each of some scales, which the codes of 4 bits stand for."""
+    words = carray(pointer(to), ENTRIES * len(scales), np.uint16)
+    for code in range(len(scales)):
+        for index in range(ENTRIES):
+            words[ENTRIES * code + index] = rounded(E2M1_VALUES[index] * scales[code], words)
+
+
+write_tables: Any = wide_decoding.write_tables if wide_codes.able() else write_tables_anywhere
 
 
 @njit(cache=True, nogil=True)
@@ -44,41 +54,12 @@ def prepare_matrix(matrix, room, kind):
     if matrix[CODE] != NVFP4:
         return
     whole = carray(pointer(matrix[THIRD]), 1, np.float32)[0]
-    scales, words = carray(pointer(room), 256, np.float32), carray(pointer(room), 256 * ENTRIES, np.uint16)
-    for code in range(256):
-        scale = E4M3_VALUES[code] * whole
-        if kind.itemsize == 4:
-            scales[code] = scale
-        else:
-            for index in range(ENTRIES):
-                words[ENTRIES * code + index] = rounded(E2M1_VALUES[index] * scale, words)
+    scales = carray(pointer(room), 256, np.float32) if kind.itemsize == 4 else np.empty(256, np.float32)
+    for code in range(np.uint64(256)):
+        scales[code] = E4M3_VALUES[code] * whole
+    if kind.itemsize == 2:
+        write_tables(scales, room)
     matrix[TABLE] = room
-
-
-@njit(cache=True, nogil=True)
-def prepare_rows(matrix, first, rows, k, chunks, room):
-    """Writes the scales of 8-bit chunks of some rows, from column `k` on.
-
-    Returns:
-        where the scale of the first row's first column would be: what `decode` takes.
-    """
-    if matrix[CODE] not in (INT8, FP8):
-        return room
-    along, shared = matrix[ALONG], matrix[COLUMNS] // CHUNK  # chunks that share a scale
-    for row in range(rows):
-        at = matrix[SCALES] + 4 * along * ((first + row) // matrix[ROWS])
-        scales = carray(pointer(at), along, np.float32)
-        line = carray(pointer(room + APART * row), SPAN, np.float32)
-        if along == 1:
-            line[:chunks] = scales[0]
-            continue
-        begin = k // CHUNK
-        index, done, end = begin // shared, 0, shared - begin % shared
-        while done < chunks:
-            for chunk in range(np.uint64(done), np.uint64(min(end, chunks))):
-                line[chunk] = scales[index]
-            index, done, end = index + 1, end, end + shared
-    return room - 4 * (k // CHUNK)
 
 
 @njit(cache=True, nogil=True)
@@ -134,33 +115,38 @@ def scale_of(matrix, row, index):
 
 
 @njit(cache=True, nogil=True)
-def decode_anywhere(matrix, first, rows, k, chunks, scales, to, far, apart, kind):
+def decode_anywhere(matrix, first, rows, k, chunks, scales, to, far, apart, ahead, beyond, kind):
     """Writes what chunks of some rows of a matrix stand for, from column `k` on.
 
     Args:
         matrix: [MATRIX] of it (`prepare_matrix`).
         chunks: at most `SPAN`.
-        scales: as `prepare_rows` says.
+        scales: as `prepare_rows` returns them.
         to: address of the first number.
         far: bytes from one row to the next.
         apart: bytes from one chunk to the next.
+        ahead: address of what is to be asked for meanwhile, as many bytes for each row as it has.
+        beyond: bytes from one row's to the next one's.
         kind: an array of the type that is written: float32, or bfloat16 as its bits.
     """
     code, begin, half = matrix[CODE], k // CHUNK, np.uint64(CHUNK // 2)
     at, size = row_of(matrix, matrix[DEPTH], first)
     wide = CHUNK * size // matrix[DEPTH]  # bytes of a chunk
+    where, along, shared, _ = scales
     for row in range(rows):
-        line = carray(pointer(scales + APART * row + 4 * begin), SPAN, np.float32)
+        for byte in range(0, wide * chunks, 64):
+            ask(ahead + beyond * row + byte)
         for chunk in range(chunks):
             codes = carray(pointer(at + size * row + wide * (begin + chunk)), CHUNK, np.uint8)
             out = carray(pointer(to + far * row + apart * chunk), CHUNK, kind.dtype)
+            if code in (INT8, FP8):
+                place = where + along * row + 4 * ((begin + chunk) >> shared)
+                scale = carray(pointer(place), 1, np.float32)[0]
             if code == INT8:
-                scale = line[chunk]
                 for index in range(np.uint64(CHUNK)):
                     out[index] = rounded(np.float32(np.int8(codes[index])) * scale, kind)
                 continue
             if code == FP8:
-                scale = line[chunk]
                 for index in range(np.uint64(CHUNK)):
                     out[index] = rounded(of_e4m3(np.uint32(codes[index])) * scale, kind)
                 continue
@@ -190,4 +176,5 @@ def decode_anywhere(matrix, first, rows, k, chunks, scales, to, far, apart, kind
                 out[2 * index + np.uint64(1)] = rounded(high * factor, kind)
 
 
+prepare: Any = wide_decoding.prepare if wide_codes.able() else prepare_rows
 decode: Any = wide_decoding.decode if wide_codes.able() else decode_anywhere

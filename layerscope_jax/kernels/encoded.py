@@ -14,10 +14,9 @@ from numba import carray
 
 from layerscope_jax.formats.quantised import QuantisedFormat
 from layerscope_jax.kernels import amx, loops, tile_products
-from layerscope_jax.kernels.decoding import decode, prepare_matrix, prepare_rows
+from layerscope_jax.kernels.decoding import decode, prepare, prepare_matrix
 from layerscope_jax.kernels.dots import DEEP, HIGH, add_tiles, step_of
 from layerscope_jax.kernels.encodings import (
-    APART,
     CHUNK,
     CODE,
     CODES,
@@ -29,7 +28,7 @@ from layerscope_jax.kernels.encodings import (
     row_of,
 )
 from layerscope_jax.kernels.numbers import pointer
-from layerscope_jax.kernels.tiles import TILE, add_few, ask, clear, store_few
+from layerscope_jax.kernels.tiles import TILE, add_few, clear, store_few
 from layerscope_jax.kernels.wide_decoding import HIGH as TALL
 from layerscope_jax.kernels.wide_decoding import PART, SLOT, STEP, add_steps
 from layerscope_jax.support.njit import njit
@@ -79,7 +78,7 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
     """As `dots.dot_products`, with rows of a matrix written out as numbers of the type of `kind`."""
     depth, count, size = matrix[DEPTH], last - first, kind.itemsize
     rows, spare = np.empty((HIGH, DEEP + CHUNK), kind.dtype), np.empty((len(x), HIGH), np.float32)
-    memory = np.empty(ROOM + APART * HIGH, np.uint8)
+    memory = np.empty(2 * ROOM, np.uint8)
     room = memory.ctypes.data
     prepare_matrix(matrix, room, kind)
     at, stride = rows.ctypes.data, rows.strides[0]
@@ -89,13 +88,10 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
         spare[:] = 0
         for k in range(0, depth, DEEP):
             part = min(DEEP, depth - k)
-            for row in range(high):
-                begin, line = row_of(matrix, depth, first + p + row + HIGH)
-                for byte in range(line * k // depth, line * (k + part) // depth, 64):
-                    ask(begin + byte)
-            chunks = part // CHUNK
-            scales = prepare_rows(matrix, first + p, high, k, chunks, room + ROOM)
-            decode(matrix, first + p, high, k, chunks, scales, at, stride, CHUNK * size, kind)
+            begin, line = row_of(matrix, depth, first + p + HIGH)
+            chunks, coming = part // CHUNK, begin + line * k // depth
+            scales = prepare(matrix, first + p, high, k, chunks, room + ROOM, kind)
+            decode(matrix, first + p, high, k, chunks, scales, at, stride, CHUNK * size, coming, line, kind)
             if high == HIGH:
                 add_tiles(at, stride, x[:, k:], part // step_of(kind), outputs[:, p:], 0, kind)
             else:  # one row after the other, as all of a tile
@@ -111,10 +107,11 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
 @njit(cache=True, nogil=True)
 def stage(matrix, depth, first, rows, begin, steps, to, kind):
     """As `tile_products.stage`, of encoded rows; their scales behind them."""
-    scales = prepare_rows(matrix, first, rows, begin, steps, to + tile_products.STAGED_WEIGHTS + ROOM)
+    room = to + tile_products.STAGED_WEIGHTS + ROOM
     for row in range(0, rows, TILE):
-        tile, of_rows = to + row // TILE * (steps * 1024), scales + APART * row
-        decode(matrix, first + row, TILE, begin, steps, of_rows, tile, 2 * CHUNK, 1024, kind)
+        scales = prepare(matrix, first + row, TILE, begin, steps, room, kind)
+        tile, here = to + row // TILE * (steps * 1024), row_of(matrix, depth, first + row)[0]
+        decode(matrix, first + row, TILE, begin, steps, scales, tile, 2 * CHUNK, 1024, here, 0, kind)
 
 
 @njit(cache=True, nogil=True)
@@ -131,26 +128,27 @@ def product_of_few(inputs, depth, matrix, first, last, tokens, sums, staged, ahe
     wide, room = 4 * tokens, staged + tile_products.STAGED_WEIGHTS + ROOM
     for start in range(first, last, TALL):
         line, row = row_of(matrix, depth, start + TALL)
-        if start + TALL >= last:
+        more = np.int64(start + TALL < last)
+        if not more:
             line = ahead
         clear()
         for k in range(0, depth, SPAN * CHUNK):
             chunks = min(SPAN, (depth - k) // CHUNK)
-            scales = prepare_rows(matrix, start, TALL, k, chunks, room)
+            scales = prepare(matrix, start, TALL, k, chunks, room, kind)
             count, x = chunks // STEP, inputs + wide * (k // 2)
             done = STEP * count
+            # What the same columns of the rows to come take is asked for in the order in which it lies.
+            coming, step = line + TALL * row * k // depth, row * STEP * CHUNK // depth
             if count > 0:
-                decode(matrix, start, TALL, k, STEP, scales, staged, 2 * CHUNK, PART, kind)
+                at = coming + TALL * step * (count - 1)
+                decode(matrix, start, TALL, k, STEP, scales, staged, 2 * CHUNK, PART, at, step, kind)
                 if count > 1:
-                    add_steps(
-                        matrix, start, k, count, scales, staged, x, wide, line + TALL * row * k // depth
-                    )
+                    add_steps(matrix, start, k, count, scales, staged, x, wide, coming, more)
                 add_chunks(x, wide, staged + (count - 1) % 2 * SLOT, done - STEP, done)
             if done < chunks:
-                to = staged + count % 2 * SLOT
-                decode(
-                    matrix, start, TALL, k + CHUNK * done, chunks - done, scales, to, 2 * CHUNK, PART, kind
-                )
+                to, left, begin = staged + count % 2 * SLOT, chunks - done, k + CHUNK * done
+                at, step = coming + TALL * step * count, row * left * CHUNK // depth
+                decode(matrix, start, TALL, begin, left, scales, to, 2 * CHUNK, PART, at, step, kind)
                 add_chunks(x, wide, to, done, chunks)
         store_few(sums + wide * (start - first), wide, 2)
 

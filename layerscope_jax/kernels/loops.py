@@ -33,20 +33,29 @@ APART = BLOCK + 16 * 17
 take sums of two tokens for one another, and let one's reading wait for the other's writing."""
 
 
-@njit(cache=True, nogil=True)
-def multiply(x, weights, outputs, first, last):
-    """`x [M, K]` times `weights [N, K]`, into columns `first` to `last` of `outputs`, of the type of `x`."""
-    for start in range(0, len(x), PIECE):
-        piece = room(min(PIECE, len(x) - start), x.shape[1], weights)
-        for m in range(len(piece)):
-            for k in range(np.uint64(x.shape[1])):
-                piece[m, k] = as_input(x[start + m, k], weights)
-        sums = np.empty((len(piece), APART), np.float32)
-        for begin in range(first, last, BLOCK):
-            end = min(begin + BLOCK, last)
-            dot_products(piece, weights, begin, end, sums)
+def products_by(dots: Any) -> Any:
+    """A compiled function of products, however the matrix is stored.
+
+    Args:
+        dots: compiled, as `plain_dots`, of such matrices.
+    """
+
+    @njit(cache=True, nogil=True)
+    def multiply(x, matrix, outputs, first, last, kind):
+        """`x [M, K]` times `matrix [N, K]`, into columns `first` to `last` of `outputs`, of its type."""
+        for start in range(0, len(x), PIECE):
+            piece = room(min(PIECE, len(x) - start), x.shape[1], kind)
             for m in range(len(piece)):
-                round_row(sums[m], outputs[start + m, begin:end])
+                for k in range(np.uint64(x.shape[1])):
+                    piece[m, k] = as_input(x[start + m, k], kind)
+            sums = np.empty((len(piece), APART), np.float32)
+            for begin in range(first, last, BLOCK):
+                end = min(begin + BLOCK, last)
+                dots(piece, matrix, begin, end, sums, kind)
+                for m in range(len(piece)):
+                    round_row(sums[m], outputs[start + m, begin:end])
+
+    return multiply
 
 
 @njit(cache=True, nogil=True)
@@ -146,3 +155,10 @@ def plain_dots(x, matrix, first, last, outputs, kind):
 
 
 run_experts = experts_by(plain_matrix, plain_bias, plain_dots)
+by_plain_dots = products_by(plain_dots)
+
+
+@njit(cache=True, nogil=True)
+def multiply(x, weights, outputs, first, last):
+    """As that of `products_by`, of a matrix [N, K] of the type that it is read as."""
+    by_plain_dots(x, weights, outputs, first, last, weights)

@@ -14,10 +14,9 @@ from numba import carray, types
 
 from layerscope_jax.formats import quantised
 from layerscope_jax.formats.int8 import Int8
-from layerscope_jax.kernels import amx, crew, encoded, encodings, products
+from layerscope_jax.kernels import amx, crew, encoded, encodings, loops, products
 from layerscope_jax.kernels.host_kernels import WORDS
-from layerscope_jax.kernels.loops import APART, BLOCK, PIECE
-from layerscope_jax.kernels.numbers import as_input, pointer, room, round_row, taken
+from layerscope_jax.kernels.numbers import pointer, taken
 from layerscope_jax.kernels.products import share_products
 from layerscope_jax.kernels.registry import Kernel, Work, built_in
 from layerscope_jax.kernels.xla_calls import (
@@ -94,20 +93,7 @@ def matrix_of(codes, scales, depth):
     return matrix
 
 
-@njit(cache=True, nogil=True)
-def by_dots(x, matrix, outputs, first, last, kind):
-    """As `loops.multiply`, of an encoded matrix that is written out as numbers of the type of `kind`."""
-    for start in range(0, len(x), PIECE):
-        piece = room(min(PIECE, len(x) - start), x.shape[1], kind)
-        for m in range(len(piece)):
-            for k in range(np.uint64(x.shape[1])):
-                piece[m, k] = as_input(x[start + m, k], kind)
-        sums = np.empty((len(piece), APART), np.float32)
-        for begin in range(first, last, BLOCK):
-            end = min(begin + BLOCK, last)
-            encoded.encoded_dots(piece, matrix, begin, end, sums, kind)
-            for m in range(len(piece)):
-                round_row(sums[m], outputs[start + m, begin:end])
+by_dots = loops.products_by(encoded.encoded_dots)
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -120,7 +106,7 @@ of_tiles = amx.products_by(as_it_is, encoded.row_of, encoded.product)
 
 @njit(cache=True, nogil=True)
 def by_tiles(x, matrix, outputs, first, last, kind):
-    """The same by AMX."""
+    """As `by_dots`, by AMX."""
     of_tiles(x, matrix, outputs, first, last)
 
 
@@ -152,7 +138,7 @@ class Way(NamedTuple):
 
     Attributes:
         plain: the way of the plain weights that they stand for.
-        multiply: compiled, as `by_dots`.
+        multiply: compiled, as that of `loops.products_by`.
     """
 
     plain: products.Way

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from layerscope_jax.formats.small_floats import E2M1_VALUES
+from layerscope_jax.formats.small_floats import E2M1_VALUES, E4M3_VALUES
 from layerscope_jax.kernels.encodings import CHUNK, ENTRIES, MOST_POINT
 from layerscope_jax.kernels.vectors import BYTE, INT, LONG, WIDE, WORD, external, read
 from layerscope_jax.support.target import features
@@ -21,12 +21,23 @@ from layerscope_jax.support.target import features
 FLOAT = ir.FloatType()
 LANES = 16
 NUMBERS, INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
-WORDS = ir.VectorType(WORD, 2 * LANES)
+WORDS, LINE = ir.VectorType(WORD, 2 * LANES), ir.VectorType(BYTE, 4 * LANES)
+
+MAGNITUDES = 128
+"""8-bit numbers without their signs."""
+
+BYTES = 2 * MAGNITUDES
+"""Of a table of them, in bfloat16."""
 
 
 def able() -> bool:
     """Whether numba may compile for this CPU what is used here."""
     return WIDE and {"avx512bw", "avx512vl"} <= features()
+
+
+def tables() -> bool:
+    """Whether 8-bit numbers can be looked up."""
+    return able() and "avx512vbmi" in features()
 
 
 def picked(builder: Any, first: Any, second: Any, order: Sequence[int]) -> Any:
@@ -75,7 +86,7 @@ class Rows(NamedTuple):
     Attributes:
         codes, scales, points: addresses of the first row's; zero points are 0 where there are none.
         size: bytes from one row's codes to the next one's.
-        along: scales of a row; of 8 bits, bytes from one row's scales to the next one's.
+        along: scales of a row; of 8 bits, bytes from one row's scales, or tables, to the next one's.
         shared: chunks that share a scale, as a power of two.
         table: address of the matrix's table.
     """
@@ -105,10 +116,11 @@ class Codes:
     Attributes:
         entries: what the 16 codes of 4 bits stand for, unscaled; none of 8 bits.
         scale: of which kind scales are: "float16", "bfloat16", "e8m0", "table" (of float32, for float32), or
-            "" of 8 bits, whose are written out.
+            "" of 8 bits, float32.
         parts: scales of a chunk.
         zeros: whether there are zero points, which are taken off the entries.
         small_float: whether 8 bits are E4M3, not integers.
+        looked_up: whether 8 bits are looked up in tables of what they stand for (`wide_decoding.prepare`).
     """
 
     entries: tuple[float, ...] = ()
@@ -116,6 +128,12 @@ class Codes:
     parts: int = 1
     zeros: bool = False
     small_float: bool = False
+    looked_up: bool = False
+
+    @property
+    def together(self) -> int:
+        """Chunks that are decoded at once."""
+        return 2 if self.looked_up else 1
 
     @property
     def bytes(self) -> int:
@@ -128,14 +146,18 @@ class Codes:
         return {"float16": 2, "bfloat16": 2}.get(self.scale, 1)
 
     def decoded(self, builder: Any, row: Rows, chunk: Any, words: bool) -> list[Any]:
-        """Returns the 32 numbers of a chunk of a row, as registers.
+        """Returns the 32 numbers of a chunk of a row, or of as many as are decoded `together`, as registers.
 
         Args:
             words: whether they are to be bfloat16, not float32.
         """
         codes = builder.add(row.codes, builder.mul(chunk, LONG(self.bytes)))
+        if self.looked_up:
+            table = builder.mul(self._place(builder, row, chunk, 0), LONG(BYTES))
+            return looked_up(builder, codes, builder.add(row.scales, table))
         if not self.entries:
-            factor = spread(builder, read_at(builder, row.scales, chunk, FLOAT, 4))
+            place = self._place(builder, row, chunk, 0)
+            factor = spread(builder, read_at(builder, row.scales, place, FLOAT, 4))
             numbers = self._of_bytes(builder, codes, factor)
             return [bfloat16s(builder, *numbers)] if words else numbers
         if not words:
@@ -223,6 +245,46 @@ class Codes:
         return numbers
 
 
+def write_table(builder: Any, scale: Any, to: Any) -> None:
+    """Writes what E4M3 numbers without a sign stand for with a scale: the low bytes, and the high ones."""
+    factor, words = spread(builder, scale), []
+    values = E4M3_VALUES[:MAGNITUDES].tolist()
+    for first in range(0, MAGNITUDES, 2 * LANES):
+        halves = [NUMBERS(values[at : at + LANES]) for at in (first, first + LANES)]
+        both = bfloat16s(builder, *(builder.fmul(half, factor) for half in halves))
+        words.append(builder.bitcast(both, LINE))
+    for high in range(2):
+        for pair in range(0, len(words), 2):
+            some = picked(builder, words[pair], words[pair + 1], range(high, 4 * CHUNK, 2))
+            write(builder, some, builder.add(to, LONG(MAGNITUDES * high + CHUNK * pair)))
+
+
+def looked_up(builder: Any, codes: Any, table: Any) -> list[Any]:
+    """64 E4M3 numbers as bfloat16, given the address of what `write_table` wrote."""
+    # In the order in which bytes are woven below: 8 of each half in turns.
+    eights = read(builder, codes, ir.VectorType(LONG, 8), 1)
+    signed = builder.bitcast(picked(builder, eights, eights, [0, 4, 1, 5, 2, 6, 3, 7]), LINE)
+    function = external(builder, "llvm.x86.avx512.vpermi2var.qi.512", LINE, [LINE] * 3)
+    low, high = (
+        builder.call(
+            function,
+            [
+                read(builder, builder.add(table, LONG(MAGNITUDES * part)), LINE, 1),
+                signed,  # of which the highest bit does not count
+                read(builder, builder.add(table, LONG(MAGNITUDES * part + 64)), LINE, 1),
+            ],
+        )
+        for part in range(2)
+    )
+    high = builder.xor(high, builder.and_(signed, LINE([0x80] * 64)))
+    begins = (0, 16, 32, 48)
+    orders = [
+        [begin + at + which for begin in begins for at in range(first, first + 8) for which in (0, 64)]
+        for first in (0, 8)
+    ]
+    return [builder.bitcast(picked(builder, low, high, order), WORDS) for order in orders]
+
+
 EVEN, WHOLE = tuple(map(float, range(-8, 8))), tuple(map(float, range(16)))
 KINDS = (
     Codes(),
@@ -233,5 +295,7 @@ KINDS = (
     Codes(WHOLE, "bfloat16", zeros=True),
     Codes(tuple(E2M1_VALUES.tolist()), "e8m0"),
     Codes(tuple(E2M1_VALUES.tolist()), "table", parts=2),
+    Codes(small_float=True, looked_up=tables()),
 )
-"""Of int8, fp8, int4 with scales in float16 and bfloat16, the same two with zero points, mxfp4 and nvfp4."""
+"""Of int8, fp8, int4 with scales in float16 and bfloat16, the same two with zero points, mxfp4 and nvfp4; fp8
+by tables."""

@@ -13,28 +13,46 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from layerscope_jax.formats.small_floats import E2M1_VALUES
 from layerscope_jax.kernels.encodings import (
     ALONG,
-    APART,
     CHUNK,
     CODE,
+    COLUMNS,
     DEPTH,
+    ENTRIES,
     FP8,
     INT4_BFLOAT16,
     INT4_FLOAT16,
     INT8,
     MXFP4,
     NVFP4,
+    ROWS,
     SCALES,
     SHARED,
     TABLE,
     THIRD,
     row_of,
 )
+from layerscope_jax.kernels.scales import ALL, prepare_rows
 from layerscope_jax.kernels.strips import repeat
 from layerscope_jax.kernels.tiles import TILE, emit
-from layerscope_jax.kernels.vectors import LONG, fetch
-from layerscope_jax.kernels.wide_codes import KINDS, Codes, Rows, write
+from layerscope_jax.kernels.vectors import LONG, fetch, read
+from layerscope_jax.kernels.wide_codes import (
+    BYTES,
+    FLOAT,
+    KINDS,
+    NUMBERS,
+    Codes,
+    Rows,
+    bfloat16s,
+    picked,
+    read_at,
+    spread,
+    tables,
+    write,
+    write_table,
+)
 from layerscope_jax.support.njit import njit
 
 
@@ -42,32 +60,38 @@ def block(codes_of: Codes) -> Any:
     """A function that writes chunks of some rows.
 
     It takes the rows (`Rows`); how many, the first chunk and how many; where to write, and bytes from one row
-    to the next, and from one chunk to the next. At last, an array of the type that is written: float32, or
-    bfloat16 as its bits.
+    to the next, and from one chunk to the next; what is to be asked for meanwhile, as many bytes for each row
+    as it has, and bytes from one row's to the next one's. At last, an array of the type that is written:
+    float32, or bfloat16 as its bits.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        *places, count, begin, chunks, to, far, apart, _ = arguments
+        *places, count, begin, chunks, to, far, apart, ahead, beyond, _ = arguments
         words, rows = signature.args[-1].dtype is not types.float32, Rows(*places)
 
         def of_row(number: Any, _: list[Any]) -> list[Any]:
             row = rows.row(builder, number, codes_of.width)
             to_at = builder.add(to, builder.mul(number, far))
+            asked = builder.add(ahead, builder.mul(number, beyond))
 
             def of_chunk(turn: Any, _: list[Any]) -> list[Any]:
-                place = builder.add(to_at, builder.mul(turn, apart))
-                registers = codes_of.decoded(builder, row, builder.add(begin, turn), words)
+                chunk = builder.mul(turn, LONG(codes_of.together))
+                fetch(builder, builder.add(asked, builder.mul(chunk, LONG(codes_of.bytes))))
+                place = builder.add(to_at, builder.mul(chunk, apart))
+                registers = codes_of.decoded(builder, row, builder.add(begin, chunk), words)
+                size = len(registers) // codes_of.together  # registers of a chunk
                 for index, register in enumerate(registers):
-                    write(builder, register, builder.add(place, LONG(64 * index)))
+                    distance = builder.add(builder.mul(apart, LONG(index // size)), LONG(64 * (index % size)))
+                    write(builder, register, builder.add(place, distance))
                 return []
 
-            return repeat(builder, chunks, [], of_chunk)
+            return repeat(builder, builder.sdiv(chunks, LONG(codes_of.together)), [], of_chunk)
 
         repeat(builder, count, [], of_row)
         return context.get_dummy_value()
 
-    def typed(typing, a, b, c, d, e, f, g, count, begin, chunks, to, far, apart, kind):
-        return types.void(*[types.int64] * 13, kind), build
+    def typed(typing, a, b, c, d, e, f, g, count, begin, chunks, to, far, apart, ahead, beyond, kind):
+        return types.void(*[types.int64] * 15, kind), build
 
     return intrinsic(typed)
 
@@ -93,13 +117,22 @@ def steps(codes_of: Codes) -> Any:
 
     It takes the rows (`Rows`); the first chunk; steps, at least two; the address of two slots, the first of
     them full; of the inputs (`tiles.add_few`), and bytes from one pair to the next; of what is to be asked
-    for meanwhile.
+    for meanwhile, and 1 if the scales behind these are to be, else 0.
     """
-    asked = STEP * TURN * codes_of.bytes // 64
+    lines = STEP * codes_of.bytes // 64
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        *places, begin, count, slots, inputs, wide, ahead = arguments
+        *places, begin, count, slots, inputs, wide, ahead, more = arguments
         add, mul, rows = builder.add, builder.mul, Rows(*places)
+        beside = []  # of scales and points: address of what is to come, and bytes of it for each chunk
+        if codes_of.entries:
+            scales = mul(rows.along, LONG(HIGH))
+            each = builder.sdiv(mul(scales, LONG(codes_of.bytes)), rows.size)
+            behind = mul(scales, more)
+            width = LONG(codes_of.width)
+            beside.append((add(rows.scales, mul(behind, width)), mul(each, width)))
+            if codes_of.zeros:
+                beside.append((add(rows.points, behind), each))
 
         def step(before: Any, _: list[Any]) -> list[Any]:
             number = add(before, LONG(1))
@@ -109,16 +142,28 @@ def steps(codes_of: Codes) -> Any:
 
             def turn(multiplied: Any, _: list[Any]) -> list[Any]:
                 index = add(mul(before, LONG(STEP)), multiplied)
-                for line in range(asked):
-                    fetch(builder, add(ahead, add(mul(index, LONG(64 * asked)), LONG(64 * line))))
+                for address, size in beside:
+                    fetch(builder, add(address, mul(add(begin, index), size)))
                 first = mul(multiplied, LONG(TURN))
-                for of_turn in range(TURN):
-                    number = add(first, LONG(of_turn))
-                    row = rows.row(builder, number, codes_of.width)
-                    place = add(empty, mul(number, LONG(2 * CHUNK)))
-                    for part in range(STEP):
-                        (register,) = codes_of.decoded(builder, row, add(chunk, LONG(part)), True)
-                        write(builder, register, add(place, LONG(PART * part)))
+                start = rows.row(builder, first, codes_of.width)
+
+                # A line is asked for with each row, not many at once: there are few places for them.
+                def of_row(_: Any, state: list[Any]) -> list[Any]:
+                    codes, scales, points, to, asked = state
+                    row = start._replace(codes=codes, scales=scales, points=points)
+                    for line in range(lines):
+                        fetch(builder, add(asked, LONG(64 * line)))
+                    for part in range(0, STEP, codes_of.together):
+                        registers = codes_of.decoded(builder, row, add(chunk, LONG(part)), True)
+                        for number, register in enumerate(registers, part):
+                            write(builder, register, add(to, LONG(PART * number)))
+                    below = row.row(builder, LONG(1), codes_of.width)
+                    following = add(to, LONG(2 * CHUNK)), add(asked, LONG(64 * lines))
+                    return [below.codes, below.scales, below.points, *following]
+
+                to, asked = add(empty, mul(first, LONG(2 * CHUNK))), mul(index, LONG(64 * lines * TURN))
+                state = [start.codes, start.scales, start.points, to, add(ahead, asked)]
+                repeat(builder, LONG(TURN), state, of_row)
                 x = add(inputs, mul(mul(index, LONG(CHUNK // 2)), wide))
                 weights = add(full, mul(multiplied, LONG(PART)))
                 emit(builder, "tileloadd64", [7], [x, wide])
@@ -128,37 +173,112 @@ def steps(codes_of: Codes) -> Any:
                     emit(builder, "tdpbf16ps", [tile, 4 + tile, 7])
                 return []
 
-            return repeat(builder, LONG(STEP), [], turn)
+            repeat(builder, LONG(STEP), [], turn)
+            return []
 
         repeat(builder, builder.sub(count, LONG(1)), [], step)
         return context.get_dummy_value()
 
-    def typed(typing, a, b, c, d, e, f, g, begin, count, slots, inputs, wide, ahead):
-        return types.void(*[types.int64] * 13), build
+    def typed(typing, a, b, c, d, e, f, g, begin, count, slots, inputs, wide, ahead, more):
+        return types.void(*[types.int64] * 14), build
 
     return intrinsic(typed)
+
+
+@intrinsic
+def tabled(typing: Any, scale: Any, to: Any) -> Any:
+    """Writes a table for `wide_codes.looked_up`, given the addresses of a scale and of the table."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        scale, to = arguments
+        write_table(builder, read(builder, scale, FLOAT, 4), to)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 2), build
+
+
+@intrinsic
+def tabled_codes(typing: Any, scales: Any, count: Any, to: Any) -> Any:
+    """Writes `ENTRIES` bfloat16 for each of some scales, given addresses: of E2M1 numbers in turn."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        scales, count, to = arguments
+
+        def of_scale(turn: Any, _: list[Any]) -> list[Any]:
+            scale = spread(builder, read_at(builder, scales, turn, FLOAT, 4))
+            numbers = builder.fmul(NUMBERS(E2M1_VALUES.tolist()), scale)
+            words = bfloat16s(builder, numbers, numbers)
+            half = picked(builder, words, words, range(ENTRIES))
+            write(builder, half, builder.add(to, builder.mul(turn, LONG(2 * ENTRIES))))
+            return []
+
+        repeat(builder, count, [], of_scale)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), build
+
+
+@njit(cache=True, nogil=True)
+def write_tables(scales, to):
+    """As `decoding.write_tables_anywhere`."""
+    tabled_codes(scales.ctypes.data, len(scales), to)
+    scales[0] = scales[0]  # kept until here
+
+
+TABLES = tables()
+
+
+@njit(cache=True, nogil=True)
+def prepare(matrix, first, rows, k, chunks, room, kind):
+    """As `scales.prepare_rows`; of FP8 that becomes bfloat16 it writes tables, if so few are needed.
+
+    Args:
+        room: also for as many tables as `SPAN` chunks, or `rows`, can need.
+
+    Returns:
+        the same of tables, and 1.
+    """
+    scales = prepare_rows(matrix, first, rows, k, chunks, room, kind)
+    begin = k // CHUNK
+    if not TABLES or kind.itemsize == 4 or matrix[CODE] != FP8 or (begin | chunks) % 2:
+        return scales
+    where, along, shared, _ = scales
+    if shared == ALL:
+        for row in range(rows if along else 1):
+            tabled(where + along * row, room + BYTES * row)
+        return room, np.int64(BYTES if along else 0), shared, np.int64(1)
+    power = np.int64(0)
+    while CHUNK << power < matrix[COLUMNS]:
+        power += 1
+    if along or power == 0 or CHUNK << power != matrix[COLUMNS]:
+        return scales
+    at = matrix[SCALES] + 4 * matrix[ALONG] * (first // matrix[ROWS])
+    for block in range(begin >> power, ((begin + chunks - 1) >> power) + 1):
+        tabled(at + 4 * block, room + BYTES * (block - (begin >> power)))
+    return room - BYTES * (begin >> power), np.int64(0), power, np.int64(1)
 
 
 def by_code(made: Callable[[Codes], Any]) -> Any:
     """A compiled function that calls that which was made for a matrix's encoding.
 
-    It takes the matrix, the first row, the address of scales that were written out (`decoding.prepare_rows`),
-    and a tuple of the others' arguments.
+    It takes the matrix, the first row, its scales as `prepare` returns them, and a tuple of the others'
+    arguments.
     """
-    int8, fp8, float16, bfloat16, float16_zeros, bfloat16_zeros, mxfp4, nvfp4 = map(made, KINDS)
+    int8, fp8, float16, bfloat16, float16_zeros, bfloat16_zeros, mxfp4, nvfp4, fp8_tables = map(made, KINDS)
 
     @njit(cache=True, nogil=True)
-    def call(matrix, first, written, others):
+    def call(matrix, first, prepared, others):
         code, along, points = matrix[CODE], matrix[ALONG], matrix[THIRD]
         at, size = row_of(matrix, matrix[DEPTH], first)
         width = 2 if code in (INT4_FLOAT16, INT4_BFLOAT16) else 1
+        scales, shared, looked_up = matrix[SCALES] + width * along * first, matrix[SHARED], np.int64(0)
         if code in (INT8, FP8):
-            scales, along = written, np.int64(APART)
-        else:
-            scales = matrix[SCALES] + width * along * first
-        places = (at, scales, points + along * first, size, along, matrix[SHARED], matrix[TABLE])
+            scales, along, shared, looked_up = prepared
+        places = (at, scales, points + along * first, size, along, shared, matrix[TABLE])
         if code == INT8:
             int8(*places, *others)
+        elif code == FP8 and looked_up:
+            fp8_tables(*places, *others)
         elif code == FP8:
             fp8(*places, *others)
         elif code == MXFP4:
@@ -181,20 +301,21 @@ call_block, call_steps = by_code(block), by_code(steps)
 
 
 @njit(cache=True, nogil=True)
-def decode(matrix, first, rows, k, chunks, scales, to, far, apart, kind):
+def decode(matrix, first, rows, k, chunks, scales, to, far, apart, ahead, beyond, kind):
     """As `decoding.decode_anywhere`."""
-    call_block(matrix, first, scales, (rows, k // CHUNK, chunks, to, far, apart, kind))
+    call_block(matrix, first, scales, (rows, k // CHUNK, chunks, to, far, apart, ahead, beyond, kind))
 
 
 @njit(cache=True, nogil=True)
-def add_steps(matrix, first, k, count, scales, slots, inputs, wide, ahead):
+def add_steps(matrix, first, k, count, scales, slots, inputs, wide, ahead, more):
     """Decodes and multiplies steps of `HIGH` rows from column `k` on; the last is still to be multiplied.
 
     Args:
         count: steps, at least two, the first of them decoded in the first slot.
-        scales: as `decoding.prepare_rows` says.
+        scales: as `prepare` returns them.
         slots: address of two.
         inputs: address of up to 16 tokens' inputs for column `k` on, `wide` bytes from one pair to the next.
         ahead: address of what is read next.
+        more: 1 if that is of the same matrix, behind these rows, else 0.
     """
-    call_steps(matrix, first, scales, (k // CHUNK, count, slots, inputs, wide, ahead))
+    call_steps(matrix, first, scales, (k // CHUNK, count, slots, inputs, wide, ahead, more))

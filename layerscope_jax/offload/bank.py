@@ -12,6 +12,7 @@ import numpy as np
 from layerscope_jax.formats import ExpertFormat, PlainFormat, plain_of
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.experts import BiasedWeights, weights_type
+from layerscope_jax.offload.memory import ALIGNED, Memory
 from layerscope_jax.scheduling.plan import ExpertId
 
 
@@ -23,10 +24,6 @@ def host_sharding(device: jax.Device | None = None) -> jax.sharding.Sharding:
 def device_sharding(device: jax.Device | None = None) -> jax.sharding.Sharding:
     """Returns the sharding of a device's memory (the default device's if None)."""
     return jax.sharding.SingleDeviceSharding(device or jax.devices()[0], memory_kind="device")
-
-
-ALIGNED = 64
-"""What the address of an array must be a multiple of (bytes), so that JAX's CPU backend takes it as it is."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,7 @@ class ExpertBank:
                 already: objects with their `arrays`. None where they are to be packed.
         """
         put, shapes = putting(host_sharding(device), in_place), config.expert_shapes()
+        put_packs = in_blocks(put)
         dtype: np.dtype | None = None
         weights = weights_type(config.expert_body)
         form = None if format is None else format.for_body(config.expert_body)
@@ -113,7 +111,7 @@ class ExpertBank:
             # Copies, because a reader may reuse its memory for the next matrix.
             copies: Any = [np.array(read(expert, name, shape)) for name, shape in shapes.items()]
             dtype = np.dtype(copies[0].dtype)
-            return packed(form, put, weights(*copies))
+            return packed(form, put_packs, weights(*copies))
 
         layers = tuple(
             tuple(build(ExpertId(layer, expert)) for expert in range(config.num_experts))
@@ -134,9 +132,7 @@ class ExpertBank:
         first, format = self.layers[0][0][0], format.for_body(self.format.body)
         sharding = first.sharding if isinstance(first, jax.Array) else host_sharding(jax.devices("cpu")[0])
 
-        def put(array: np.ndarray) -> jax.Array:
-            return jax.block_until_ready(jax.device_put(array, sharding))
-
+        put = in_blocks(putting(sharding))
         layers = tuple(
             tuple(packed(format, put, self.unpacked(ExpertId(layer, index))) for index in range(len(experts)))
             for layer, experts in enumerate(self.layers)
@@ -216,6 +212,21 @@ def putting(
         return jax.block_until_ready(jax.device_put(array, sharding))
 
     return put
+
+
+def in_blocks(put: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], Any]:
+    """Returns what passes copies of arrays through `put`, in memory that is taken in large blocks.
+
+    Processors read large pages faster, which few packed arrays are large enough for.
+    """
+    memory = Memory()
+
+    def put_copy(array: np.ndarray) -> Any:
+        copy = memory.take(array.nbytes).view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        return put(copy)
+
+    return put_copy
 
 
 def packed(format: ExpertFormat, put: Callable[[np.ndarray], Any], matrices: Any) -> Any:

@@ -11,12 +11,12 @@ import safetensors.numpy
 
 from layerscope_jax.checkpoints import shards as shards_module
 from layerscope_jax.checkpoints.headers import read_configs
-from layerscope_jax.checkpoints.memory import BLOCK_BYTES, Memory
 from layerscope_jax.checkpoints.safetensors_io import stored_tensors
 from layerscope_jax.checkpoints.shards import Shards
 from layerscope_jax.checkpoints.tensor_reader import TensorReader
 from layerscope_jax.checkpoints.weight_names import Naming
 from layerscope_jax.offload.bank import ALIGNED, host_sharding
+from layerscope_jax.offload.memory import BLOCK_BYTES, Memory
 from layerscope_jax.scheduling.plan import ExpertId
 
 OLMOE = Path(__file__).parents[1] / "golden" / "olmoe"

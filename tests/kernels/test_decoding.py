@@ -11,12 +11,16 @@ from hypothesis import strategies as st
 
 from layerscope_jax.formats import format_named
 from layerscope_jax.kernels import decoding
-from layerscope_jax.kernels.decoding import decode_anywhere, prepare_matrix, prepare_rows
+from layerscope_jax.kernels.decoding import decode_anywhere, prepare_matrix
 from layerscope_jax.kernels.encodings import APART, CHUNK, CODE, DEPTH, MATRIX, ROOM, SPAN, facts_of
+from layerscope_jax.kernels.scales import prepare_rows
 
 FORMATS = ["int8", "int4", "int4-g128-bfloat16", "int4-g64-float16-zeros", "int4-g32-bfloat16-zeros"]
-FORMATS += ["mxfp4", "nvfp4", "fp8", "fp8-channel", "fp8-tensor", "fp8-24x96"]
+FORMATS += ["mxfp4", "nvfp4", "fp8", "fp8-channel", "fp8-tensor", "fp8-24x96", "fp8-64x64"]
 ROWS, COLUMNS = 130, 384
+WAYS = {decode_anywhere: prepare_rows, decoding.decode: decoding.prepare}
+"""How weights are written out, and their scales found before."""
+
 KINDS = {"float32": np.zeros(1, np.float32), "bfloat16": np.zeros(1, np.uint16)}
 """An array of the type that is written: one of another rank would be compiled for anew."""
 
@@ -41,17 +45,17 @@ def matrix_of(name):
 
 
 def decoded(by, name, dtype, first, rows, begin, chunks):
-    matrix, room = matrix_of(name), np.zeros(ROOM + APART * rows, np.uint8)
+    matrix, room = matrix_of(name), np.zeros(2 * ROOM + APART * rows, np.uint8)
     kind = KINDS[dtype]
     result = np.zeros((rows, chunks, CHUNK), kind.dtype)
     prepare_matrix(matrix, room.ctypes.data, kind)
     k, to = CHUNK * begin, result.ctypes.data
-    scales = prepare_rows(matrix, first, rows, k, chunks, room.ctypes.data + ROOM)
-    by(matrix, first, rows, k, chunks, scales, to, *result.strides[:2], kind)
+    scales = WAYS[by](matrix, first, rows, k, chunks, room.ctypes.data + ROOM, kind)
+    by(matrix, first, rows, k, chunks, scales, to, *result.strides[:2], to, 0, kind)
     return result.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("by", {decoding.decode, decode_anywhere}, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("by", WAYS, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("name", FORMATS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=15)
@@ -68,7 +72,7 @@ def test_any_part_of_a_matrix_is_what_its_encoding_says(by, name, data):
     np.testing.assert_array_equal(bits(result), bits(np.ascontiguousarray(part)))
 
 
-@pytest.mark.parametrize("by", {decoding.decode, decode_anywhere}, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("by", WAYS, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("name", ["fp8-tensor", "mxfp4", "nvfp4", "int4"])
 def test_every_code_and_scale_is_what_the_encoding_says(by, name, dtype):
@@ -85,13 +89,13 @@ def test_every_code_and_scale_is_what_the_encoding_says(by, name, dtype):
         expected = np.asarray(encoding.values(arrays))
         matrix = matrix_of(name)
         matrix[: len(arrays)] = [array.ctypes.data for array in arrays]
-        kind, room = KINDS[dtype], np.zeros(ROOM + APART * ROWS, np.uint8)
+        kind, room = KINDS[dtype], np.zeros(2 * ROOM + APART * ROWS, np.uint8)
         result = np.zeros((ROWS, COLUMNS), kind.dtype)
         prepare_matrix(matrix, room.ctypes.data, kind)
         chunks = COLUMNS // CHUNK
-        scales = prepare_rows(matrix, 0, ROWS, 0, chunks, room.ctypes.data + ROOM)
+        scales = WAYS[by](matrix, 0, ROWS, 0, chunks, room.ctypes.data + ROOM, kind)
         apart = result.strides[0] // chunks
-        by(matrix, 0, ROWS, 0, chunks, scales, result.ctypes.data, result.strides[0], apart, kind)
+        by(matrix, 0, ROWS, 0, chunks, scales, result.ctypes.data, result.strides[0], apart, 0, 0, kind)
         result = result.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else result
         expected = expected.astype(result.dtype)
     nothing = np.isnan(expected.astype(np.float32))

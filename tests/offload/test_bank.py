@@ -1,5 +1,7 @@
 """One copy of every expert, in pinned host memory, never written."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 from helpers import TINY, random_decoder, random_model
 
 from layerscope_jax import ExpertBank, ExpertId, Model
+from layerscope_jax.formats import format_named
 from layerscope_jax.offload.bank import device_sharding, host_sharding
 from layerscope_jax.offload.host_experts import HostExperts
+from layerscope_jax.offload.memory import ALIGNED
 
 
 @pytest.fixture(scope="module", params=[np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -91,3 +95,15 @@ def test_nobody_writes_into_it(bank):
             view.flags.writeable = True
     with pytest.raises(AttributeError):
         bank.layers = ()
+
+
+def test_packed_experts_lie_side_by_side_in_large_blocks():
+    wide = dataclasses.replace(TINY, hidden_size=64, moe_intermediate_size=32)
+    bank = ExpertBank.build(
+        wide, lambda _, name, shape: np.ones(shape, np.float32), format=format_named("int4")
+    )
+    for some in (bank, bank.converted(format_named("int8"))):
+        arrays = [array for expert in some for array in some.views(expert)]
+        begins = sorted(array.ctypes.data for array in arrays)
+        assert begins[-1] - begins[0] < some.total_bytes + ALIGNED * len(begins)
+        assert not any(begin % ALIGNED for begin in begins)

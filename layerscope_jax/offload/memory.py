@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 
-from layerscope_jax.offload.bank import ALIGNED
+ALIGNED = 64
+"""What the address of an array must be a multiple of (bytes), so that JAX's CPU backend takes it as it is."""
 
 BLOCK_BYTES = 64 << 20
 """Size (bytes) of the blocks that memory is taken in. Within a large block the system hands out pages of
