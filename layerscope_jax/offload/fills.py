@@ -22,7 +22,7 @@ class Fill:
     """One way to fill slots.
 
     Attributes:
-        name: in statistics and tables.
+        name: what it is called.
         array: fills one array: (pool [S, ...], sources [N], targets [N], addresses) -> pool, in its place.
             `addresses` is [E, 2] uint32, an address of 64 bits in two words.
     """

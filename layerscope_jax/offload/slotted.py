@@ -123,7 +123,7 @@ class SlottedExperts(DeviceExperts):
             bank: the experts, of which copies will be kept.
             slots: S.
         """
-        self._bank, self._slots = bank, slots
+        self._bank = bank
         self._chosen = product_of(bank.format, bank.sizes, bank.dtype, self._device)
         self._free = list(range(slots))[::-1]
         self._owner: list[ExpertId | None] = [None] * slots  # as the table says, of free slots too

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
-from layerscope_jax.formats import ExpertFormat
 from layerscope_jax.kernels.dense import our_loops
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.decoder import Between, through
+from layerscope_jax.models.decoder import through
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.models.router import Routing
+from layerscope_jax.offload.executors import product_of
 from layerscope_jax.offload.fills import Fill, addresses_of
 from layerscope_jax.offload.slot_experts import rows_of_slots
 from layerscope_jax.offload.slots import Books, make_room
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.layerwise import LayerByLayer
-from layerscope_jax.runtime.programs import Layers, add_rows, dense_parts
+from layerscope_jax.runtime.programs import Layers, add_rows, before_layers, dense_parts
 from layerscope_jax.runtime.runner import RunnerStats, Stepped
 from layerscope_jax.runtime.sampling import Sampling, sample
 from layerscope_jax.runtime.warmup import Rehearsal
@@ -110,13 +110,15 @@ class InStepCache(LayerByLayer):
 
     def __init__(self, slots: int, fill: Fill, model: Model, *others: Any, exact: bool = False):
         super().__init__(model, *others, exact=exact)
-        self.slots, self.fill = slots, fill
+        self.slots = slots
         self._layers = Layers.of(model, range(model.config.num_layers))
         # The bank owns the memory that these addresses lead to, and outlives the runner.
         self._tables = [jax.device_put(addresses_of(layer), model.device) for layer in model.bank.layers]
         self.cache: Cache | None = Cache.empty(model, slots)
         self._resident, self._steps = 0, 0
-        self._decode = decode_program(model.config, model.bank.dtype, model.bank.format, fill)
+        bank = model.bank
+        _, product = product_of(bank.format, bank.sizes, bank.dtype, model.device)
+        self._decode = decode_program(model.config, bank.dtype, product, fill)
 
     @property
     def resident_experts(self) -> int:
@@ -136,9 +138,7 @@ class InStepCache(LayerByLayer):
         sampling: Sampling | None,
     ) -> Stepped:
         check()
-        account, config = self.account, self.model.config
-        whole = len(caches) == config.num_layers and self.tap is None
-        if tokens.shape[1] > 1 or account.records or not whole:
+        if not self.is_whole_decode(tokens, caches):
             return super().step(tokens, positions, last, caches, sampling)
         with self.settled_after():
             began = time.perf_counter()
@@ -204,8 +204,8 @@ class InStepCache(LayerByLayer):
 
 
 @functools.lru_cache(maxsize=16)
-def decode_program(config: ModelConfig, dtype: np.dtype, format: ExpertFormat, fill: Fill) -> Callable:
-    """Returns the jitted step, which engines of models of one shape share."""
+def decode_program(config: ModelConfig, dtype: np.dtype, product: Callable, fill: Fill) -> Callable:
+    """Returns the jitted step, shared by models of one shape; see `rows_of_slots` on `product`."""
     layers_of, ends_of = dense_parts(config, dtype)
 
     @functools.partial(jax.jit, donate_argnames=("cache", "caches"))
@@ -222,16 +222,13 @@ def decode_program(config: ModelConfig, dtype: np.dtype, format: ExpertFormat, f
         caches: list[Any],
         sampling: Sampling | None,
     ) -> tuple[jax.Array, jax.Array, list[Any], Cache, jax.Array]:
-        decoder = ends_of(ends)
-        hidden, active = decoder.embed(tokens), (positions != PAD_POSITION).reshape(-1)
-        choices = (len(tokens), config.experts_per_token)
-        rows = jnp.zeros((choices[0] * choices[1], hidden.shape[-1]), hidden.dtype)
-        state = Between(hidden, rows, jnp.zeros(choices, jnp.float32))
+        decoder, active = ends_of(ends), (positions != PAD_POSITION).reshape(-1)
+        state = before_layers(config, decoder.embed(tokens))
         pools, books, counted = [], [], []
 
         def experts(number: int, inputs: jax.Array, routing: Routing) -> jax.Array:
             held = jax.tree.map(lambda array: array[number], cache.books)
-            part = Part(inputs, routing, active, step, tables[number], format, fill)
+            part = Part(inputs, routing, active, step, tables[number], product, fill)
             outputs, pool, held, counts = part.computed(cache.pools[number], held)
             pools.append(pool)
             books.append(held)
@@ -260,7 +257,7 @@ class Part(NamedTuple):
     active: jax.Array  # [T] bool
     step: jax.Array  # []
     tables: jax.Array  # [A, E, 2]
-    format: ExpertFormat
+    product: Callable
     fill: Fill
 
     def computed(self, pool: Any, books: Books) -> tuple[jax.Array, Any, Books, jax.Array]:
@@ -283,7 +280,7 @@ class Part(NamedTuple):
             books, moves, ready = make_room(books, pending, self.step, likely, most)
             pool = self.fill(pool, moves, self.tables)
             slot = jnp.where(jnp.append(ready, False)[places], books.table[chosen], slots)
-            some = rows_of_slots(self.inputs, slot, pool, self.format.ffn, experts)
+            some = rows_of_slots(self.inputs, slot, pool, self.product, experts)
             if rows is not None:
                 some = jnp.where((slot < slots).reshape(-1, 1), some, rows)
             return pending & ~ready, pool, books, some

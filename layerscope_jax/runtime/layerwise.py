@@ -132,6 +132,11 @@ class LayerByLayer:
         assert scores is not None
         return stepped, scores
 
+    def is_whole_decode(self, tokens: np.ndarray, caches: list[Any]) -> bool:
+        """Whether a step is a decode step through all layers, of none of which anything is recorded."""
+        whole = len(caches) == self.model.config.num_layers and self.tap is None
+        return tokens.shape[1] == 1 and whole and not self.account.records
+
     def _run(self, tokens: np.ndarray, *others: Any) -> tuple[Stepped, Scores | None]:
         """Runs and counts one forward pass; the arguments are those of `DenseParts.through`."""
         timeline = self.account.timeline

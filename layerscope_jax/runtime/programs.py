@@ -16,7 +16,7 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.combining import add_experts
 from layerscope_jax.kernels.dense import our_loops
 from layerscope_jax.models.config import LayerKind, ModelConfig
-from layerscope_jax.models.decoder import Add, Decoder, to_end, to_experts
+from layerscope_jax.models.decoder import Add, Between, Decoder, to_end, to_experts
 from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.models.invariance import invariant
 from layerscope_jax.models.layers import abstract
@@ -77,6 +77,18 @@ def dense_parts(
     ends_graph, ends_state = nnx.split(hollow)
     empty: dict[str, Any] = {key: {} for key in ("layers", "experts") if key in nnx.to_pure_dict(ends_state)}
     return layers_of, lambda params: nnx.merge(ends_graph, params | empty)
+
+
+def before_layers(config: ModelConfig, hidden: jax.Array) -> Between:
+    """Returns what comes into the first layer of a decode step, in which there are no experts' rows yet.
+
+    Args:
+        config: of the model.
+        hidden: [B, 1, D] embeddings.
+    """
+    choices = (len(hidden), config.experts_per_token)
+    rows = jnp.zeros((choices[0] * choices[1], hidden.shape[-1]), hidden.dtype)
+    return Between(hidden, rows, jnp.zeros(choices, jnp.float32))
 
 
 def add_rows(table: jax.Array | None) -> Add:

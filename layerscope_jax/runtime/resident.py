@@ -8,20 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels import inside
 from layerscope_jax.kernels.dense import our_loops
 from layerscope_jax.models.config import ModelConfig
-from layerscope_jax.models.decoder import Between, through
+from layerscope_jax.models.decoder import through
 from layerscope_jax.models.invariance import invariant
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.models.router import Routing
 from layerscope_jax.runtime.exactness import options
 from layerscope_jax.runtime.layerwise import LayerByLayer
-from layerscope_jax.runtime.programs import Layers, add_rows, dense_parts
+from layerscope_jax.runtime.programs import Layers, add_rows, before_layers, dense_parts
 from layerscope_jax.runtime.runner import Stepped
 from layerscope_jax.runtime.sampling import Sampling, sample
 from layerscope_jax.runtime.warmup import Rehearsal
@@ -87,8 +86,7 @@ class ResidentOnCpu(LayerByLayer):
         self.inside.check_open()
         check()
         account, config = self.account, self.model.config
-        whole = len(caches) == config.num_layers and self.tap is None
-        if tokens.shape[1] > 1 or account.records or not whole:
+        if not self.is_whole_decode(tokens, caches):
             return super().step(tokens, positions, last, caches, sampling)
         with self.settled_after():
             began = time.perf_counter()
@@ -149,12 +147,8 @@ def decode_program(config: ModelConfig, dtype: np.dtype, target: str, exact: boo
         caches: list[Any],
         sampling: Sampling | None,
     ) -> tuple[jax.Array, jax.Array, list[Any]]:
-        decoder = ends_of(ends)
-        hidden, active = decoder.embed(tokens), (positions != PAD_POSITION).reshape(-1)
-        choices = (len(tokens), config.experts_per_token)
-        # Begins as a program of one layer does: there are no experts' rows yet.
-        rows = jnp.zeros((choices[0] * choices[1], hidden.shape[-1]), hidden.dtype)
-        state = Between(hidden, rows, jnp.zeros(choices, jnp.float32))
+        decoder, active = ends_of(ends), (positions != PAD_POSITION).reshape(-1)
+        state = before_layers(config, decoder.embed(tokens))
 
         def experts(number: int, inputs: jax.Array, routing: Routing) -> jax.Array:
             return inside.rows(target, inputs, routing.experts, active, tables[number])
