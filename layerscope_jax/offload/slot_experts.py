@@ -9,9 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from layerscope_jax.models.experts import block_rows
+from layerscope_jax.offload.bank import ExpertBank
 
 FEW = 16
 """Rows up to which each is a product of its own: more read an expert's weights again for each of its rows."""
+
+
+def empty_pool(bank: ExpertBank, slots: int, device: jax.Device) -> Any:
+    """Returns slots for experts of a bank: an expert's arrays with a leading axis S, all zeros."""
+    buffers = bank.format.buffers(*bank.sizes).values()
+    arrays = (jnp.zeros((slots, *buffer.shape), buffer.dtype, device=device) for buffer in buffers)
+    return bank.format.Expert(*arrays)
 
 
 def rows_of_slots(

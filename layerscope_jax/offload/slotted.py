@@ -17,7 +17,7 @@ from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.offload.bank import ExpertBank
 from layerscope_jax.offload.executors import DeviceExperts, product_of
 from layerscope_jax.offload.host_rows import HostRows
-from layerscope_jax.offload.slot_experts import expert_at, rows_of_slots
+from layerscope_jax.offload.slot_experts import empty_pool, expert_at, rows_of_slots
 from layerscope_jax.scheduling.plan import ExpertId
 
 
@@ -133,11 +133,9 @@ class SlottedExperts(DeviceExperts):
         self._pool = None  # before its successor takes as much memory
         if not slots:
             return
-        buffers = bank.format.buffers(*bank.sizes).values()
         size = len(bank.layers) * bank.num_experts
         self._table = jnp.full(size, slots, jnp.int32, device=self._device)
-        pool = (jnp.zeros((slots, *b.shape), b.dtype, device=self._device) for b in buffers)
-        self._pool = bank.format.Expert(*pool)
+        self._pool = empty_pool(bank, slots, self._device)
 
     @property
     def lost(self) -> bool:

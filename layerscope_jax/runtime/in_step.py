@@ -20,7 +20,7 @@ from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.models.router import Routing
 from layerscope_jax.offload.executors import product_of
 from layerscope_jax.offload.fills import Fill, addresses_of
-from layerscope_jax.offload.slot_experts import rows_of_slots
+from layerscope_jax.offload.slot_experts import empty_pool, rows_of_slots
 from layerscope_jax.offload.slots import Books, make_room
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.layerwise import LayerByLayer
@@ -40,14 +40,8 @@ class Cache(NamedTuple):
     @classmethod
     def empty(cls, model: Model, slots: int) -> Cache:
         """Returns a cache in which nothing is resident."""
-        bank, config, device = model.bank, model.config, model.device
-        buffers = bank.format.buffers(*bank.sizes).values()
-
-        def pool() -> Any:
-            arrays = (jnp.zeros((slots, *b.shape), b.dtype, device=device) for b in buffers)
-            return bank.format.Expert(*arrays)
-
-        pools = tuple(pool() for _ in range(config.num_moe_layers))
+        config, device = model.config, model.device
+        pools = tuple(empty_pool(model.bank, slots, device) for _ in range(config.num_moe_layers))
         return cls(pools, Books.empty(config.num_moe_layers, config.num_experts, slots, device))
 
 
