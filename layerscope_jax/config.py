@@ -172,3 +172,8 @@ def check_engine(
     ):
         problems.expect(is_right, name, expected, value)
     problems.raise_any()
+    if device not in (None, model.device):
+        raise ValueError(
+            f"device must be the model's own, {model.device}, got {device}; load the model with device= for "
+            "another"
+        )

@@ -38,6 +38,7 @@ from layerscope_jax.profiling import measure as calibration
 from layerscope_jax.profiling.machine_profile import costs_of
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.build import build
+from layerscope_jax.runtime.processes import agree_on_engine, agree_on_prompts, need_one_process
 from layerscope_jax.runtime.resources import Resources
 from layerscope_jax.runtime.runner import Runner
 from layerscope_jax.runtime.timeline_files import check_place, of_call, write_timeline
@@ -109,14 +110,10 @@ class Engine:
         resources = self._resources = Resources(self, self._turns)
         self._chat = resources.add(Chat(model.path, chat_template))
         self.config = config or OffloadConfig()
-        self.device = device or model.device
-        if self.device != model.device:
-            raise ValueError(
-                f"device must be the model's own, {model.device}, got {self.device}; "
-                "load the model with device= for another"
-            )
+        self.device = model.device
         self.model = model = model.prepared(self.config.expert_format, self.config.dense_format)
         self.structures = Structures.of(model)
+        agree_on_engine(model, self.config)
         with self._turns.turn():
             self._build(host_device)
         self._loop = resources.add(
@@ -125,7 +122,7 @@ class Engine:
                 self.runner,
                 self._turns,
                 lambda: resources.closed,
-                lambda rows, length: new_caches(model.config, rows, length, model.bank.dtype, model.device),
+                lambda rows, length: new_caches(model.config, rows, length, model.bank.dtype, model.place),
                 Limits.of(self.config),
                 self.budget_bytes,
                 self.structures,
@@ -137,7 +134,7 @@ class Engine:
         """Makes the runner that the config asks for."""
         config, model, bank = self.config, self.model, self.model.bank  # `make` must not hold the engine
         budget, pace, predictor = config.device_budget, config.emulated_link_bandwidth, config.predictor
-        room, size = None, bank.total_bytes
+        room, size = None, model.own_bytes
         if budget == AUTO:
             room = room_on(
                 self.device,
@@ -244,6 +241,7 @@ class Engine:
                 "does not hold every expert"
             )
         call = self._call(requests, record_plans=record_plans, bound=bound, timeline=timeline is not None)
+        agree_on_prompts(self.model.partition, requests)
         if not progress and on_token is None:
             result = self._loop.complete(call)
         else:
@@ -270,6 +268,7 @@ class Engine:
         its requests.
         """
         self._turns.check()
+        need_one_process(self.model.partition, "stream")
         return self._stream(self._call(make_requests(prompts, settings, defaults=self.defaults)))
 
     def _stream(self, call: Call) -> Iterator[Token]:
@@ -299,6 +298,7 @@ class Engine:
             handle.result().finish_reason
         """
         self._turns.check()
+        need_one_process(self.model.partition, "submit")
         request = make_request(prompt, settings, self.defaults)
         try:
             call = self._call([request])
@@ -394,6 +394,5 @@ class Engine:
 
     def text(self, tokens: list[int], finish: str, prompt: Sequence[int] = ()) -> str:
         """Returns the text of new tokens that follow a prompt's, without the stop token that ended it."""
-        if self.model.tokenizer is None:
-            return ""
-        return continuation(self.model.tokenizer, tokens, finish, prompt)
+        tokenizer = self.model.tokenizer
+        return "" if tokenizer is None else continuation(tokenizer, tokens, finish, prompt)

@@ -32,7 +32,7 @@ if READS_QUIETLY and "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has wh
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(PROGRAMS)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-jax.config.update("jax_num_cpu_devices", 2)  # the second stands for the host beside an accelerator
+jax.config.update("jax_num_cpu_devices", 4)  # the last one stands for the host beside an accelerator
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if READS_QUIETLY:

@@ -33,9 +33,10 @@ from layerscope_jax.formats import Buffer, ExpertFormat, QuantisedFormat, format
 from layerscope_jax.formats.int8 import Int8
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.matrices import Int8Matrix
-from layerscope_jax.offload.bank import ExpertBank, device_sharding, host_sharding, putting
+from layerscope_jax.offload.bank import ExpertBank, device_sharding, putting_each
 from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.offload.memory import ALIGNED, Memory
+from layerscope_jax.offload.partition import Partition
 
 DENSE, EXPERTS = "dense", "experts"
 
@@ -137,21 +138,23 @@ class Converted:
             weights[path] = on_device(whole, sharding)
         return unflatten_dict(weights)
 
-    def bank(self, read: Read, device: jax.Device | None, in_place: bool) -> ExpertBank:
+    def bank(
+        self, read: Read, device: jax.Device | None, in_place: bool, partition: Partition | None = None
+    ) -> ExpertBank:
         """Returns the experts in host memory.
 
         Args:
             read: gives an array.
             device: device that experts are copied to; None for the default device.
             in_place: whether arrays stay where they are, on a CPU.
+            partition: devices that they are copied to, each to its owner, instead.
         """
-        put = putting(host_sharding(device), in_place)
+        puts = putting_each(self.config, device, partition, in_place)
 
         def layer(stacks: tuple[StoredArray, ...]) -> tuple[Any, ...]:
             arrays = [read(stack) for stack in stacks]
             return tuple(
-                self.format.Expert(*(put(array[expert]) for array in arrays))
-                for expert in range(self.config.num_experts)
+                self.format.Expert(*(put(array[expert]) for array in arrays)) for expert, put in puts.items()
             )
 
         return ExpertBank(tuple(map(layer, self.experts)), self.format, self.dtype)

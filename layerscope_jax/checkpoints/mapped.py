@@ -5,11 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from layerscope_jax.checkpoints.safetensors_io import StoredTensor, errors_of
+from layerscope_jax.checkpoints.headers import Tensor
+from layerscope_jax.checkpoints.safetensors_io import DTYPES, StoredTensor, errors_of
+from layerscope_jax.checkpoints.weight_names import Naming
 from layerscope_jax.support.files import READ_ONLY
 
 IN_PLACE = ("float32", "bfloat16")
@@ -70,3 +73,12 @@ class MappedFiles:
 def _close(opened: dict[Path, tuple[int, np.ndarray, StoredTensor]]) -> None:
     for number, *_ in opened.values():
         os.close(number)
+
+
+def are_as_stored(naming: Naming, stored: Mapping[str, Tensor], dtype: np.dtype) -> bool:
+    """Whether experts of a dtype are those of a checkpoint's tensors, and can be computed where they lie.
+
+    Our own loops read experts wherever they lie; XLA, which computes the others, would copy them each time.
+    """
+    names = {name for source in naming.experts.values() for name, _ in source.tensors}
+    return dtype.name in IN_PLACE and all(DTYPES.get(stored[name].dtype) == dtype for name in names)

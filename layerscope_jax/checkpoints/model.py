@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
 from tokenizers import Tokenizer
 
 from layerscope_jax.checkpoints.converted import Converted, mapping, reading
@@ -23,13 +24,12 @@ from layerscope_jax.checkpoints.dense_weights import (
     on_device,
     packed,
 )
-from layerscope_jax.checkpoints.headers import Tensor, read_headers
+from layerscope_jax.checkpoints.headers import read_headers
 from layerscope_jax.checkpoints.hub import folder_of
 from layerscope_jax.checkpoints.manifest import is_converted
-from layerscope_jax.checkpoints.mapped import IN_PLACE, MappedFiles
+from layerscope_jax.checkpoints.mapped import MappedFiles, are_as_stored
 from layerscope_jax.checkpoints.progress import loading
 from layerscope_jax.checkpoints.ranges import disk_bank
-from layerscope_jax.checkpoints.safetensors_io import DTYPES
 from layerscope_jax.checkpoints.shards import Shards
 from layerscope_jax.checkpoints.tensor_reader import TensorReader
 from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
@@ -38,7 +38,8 @@ from layerscope_jax.formats import ExpertFormat, format_named
 from layerscope_jax.models import Decoder, ExpertParam
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.decoder_layers import RouterWeights, layer_type
-from layerscope_jax.offload.bank import ExpertBank, device_sharding
+from layerscope_jax.offload.bank import ExpertBank, device_sharding, held_experts
+from layerscope_jax.offload.partition import Partition, of_device
 from layerscope_jax.scheduling.plan import Geometry
 from layerscope_jax.support.pinned_memory import need_pinned
 
@@ -58,6 +59,7 @@ class Model:
         path: the folder it came from, if any.
         generation_defaults: settings of requests that the checkpoint recommends, by the names of `Request`.
         mapped: the files that its experts are mapped from; None if all is in memory.
+        partition: which of several devices owns which experts; None for one device.
 
     >>> model = load("shipped")
     >>> sorted(model.dense), model.bank.total_bytes
@@ -72,6 +74,7 @@ class Model:
     path: Path | None = None
     generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mapped: MappedFiles | None = None
+    partition: Partition | None = None
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, tokenizer: Tokenizer | None = None) -> Model:
@@ -92,8 +95,57 @@ class Model:
 
     @property
     def device(self) -> jax.Device:
-        """Where the dense parameters are."""
+        """Where the dense parameters are; of several devices this process's first one."""
+        if self.partition is not None:
+            return self.partition.first
         return next(iter(jax.tree.leaves(self.dense)[0].devices()))
+
+    @property
+    def place(self) -> jax.Device | NamedSharding:
+        """Where arrays lie that are computed with the dense parameters: their device, or all of them."""
+        return self.device if self.partition is None else self.partition.replicated
+
+    def put(self, tree: Any) -> Any:
+        """Returns arrays, the same in every process, at the model's `place`."""
+        if self.partition is not None:
+            return self.partition.replicate(tree)
+        return jax.device_put(tree, device_sharding(self.device))
+
+    @property
+    def own_bytes(self) -> int:
+        """Size (bytes) of the experts that one device owns: of all, unless several devices share them."""
+        return self.bank.total_bytes // (1 if self.partition is None else len(self.partition.local))
+
+    def over(self, devices: int | Sequence[jax.Device]) -> Model:
+        """The same model with its experts parted among devices of this process, and the rest on each.
+
+        A checkpoint is better loaded so (`load(devices=)`): then each expert is in the pinned memory of its
+        own device from the start.
+
+        Raises:
+            ValueError: as of `Partition`.
+        """
+        partition = Partition.over(devices, self.config.num_experts)
+        if len(partition.local) < len(partition.devices):
+            raise ValueError("devices of several processes: load the model in each, with load(devices=)")
+        return self._replicated(partition)
+
+    def _replicated(self, partition: Partition) -> Model:
+        dense = partition.replicate(self.dense)
+        return dataclasses.replace(self, dense=dense, partition=partition)
+
+    def on_one(self) -> Model:
+        """The same model as its first device has it, with all experts; for timing and tests.
+
+        Where this process does not hold all of them, those that it holds stand for the others too.
+        """
+        if self.partition is None:
+            return self
+        dense = jax.tree.map(lambda array: of_device(array, self.device), self.dense)
+        bank, times = self.bank, self.config.num_experts // self.bank.num_experts
+        if times > 1:
+            bank = ExpertBank(tuple(times * layer for layer in bank.layers), bank.format, bank.dtype)
+        return dataclasses.replace(self, dense=dense, bank=bank, partition=None)
 
     def geometry(self, slots: int) -> Geometry:
         """Returns what a policy must know of the model, with room for `slots` experts on the device."""
@@ -159,15 +211,16 @@ class Model:
             path: on_device(packed(numbers(weights), self.bank.dtype), sharding)
             if path in matrices
             else weights
-            for path, weights in flatten_dict(self.dense).items()
+            for path, weights in flatten_dict(self.on_one().dense).items()
         }
-        return dataclasses.replace(self, dense=unflatten_dict(dense))
+        changed = dataclasses.replace(self, dense=unflatten_dict(dense), partition=None)
+        return changed if self.partition is None else changed._replicated(self.partition)
 
     def whole(self) -> Decoder:
         """The decoder with every expert on the device, unpacked: the oracle of the engine's tests."""
         layers = range(self.config.num_moe_layers)
         experts = {"experts": {layer: self.bank.stacked(layer, self.device)._asdict() for layer in layers}}
-        return nnx.merge(self.graphdef, self.dense | experts)
+        return nnx.merge(self.graphdef, self.on_one().dense | experts)
 
 
 def load(
@@ -175,6 +228,7 @@ def load(
     *,
     dtype: str | None = None,
     device: jax.Device | None = None,
+    devices: int | Sequence[jax.Device] | None = None,
     format: str | ExpertFormat | None = None,
     dense_format: str | None = None,
     revision: str | None = None,
@@ -198,6 +252,9 @@ def load(
         dtype: "float32", "bfloat16" or "float16" to convert to; None keeps the checkpoint's dtype.
         device: device that holds the dense parameters, and whose pinned host memory holds the experts; None
             for the default device.
+        devices: several devices instead, or how many of `jax.devices()`: each owns as many experts of every
+            layer, and holds all the rest (`layerscope_jax.offload.partition`). Each of several processes
+            (`jax.distributed`) reads the experts of its own devices alone.
         format: format in which the experts are stored (`layerscope_jax.formats`), or its name; None keeps
             those that the checkpoint holds quantised as they are, and others in the dtype of the other
             weights. Other quantised weights are converted to that dtype while they are read.
@@ -238,19 +295,25 @@ def load(
             f"{form.name!r}; leave out format=, or convert the checkpoint once (layerscope convert "
             f"--expert-format {form.name})"
         )
-    folder = folder_of(folder, revision)
     on_disk = experts == "disk"
+    if devices is not None and (device is not None or on_disk):
+        other = "device" if device is not None else "experts='disk'"
+        raise ValueError(f"devices cannot be given together with {other}; leave one of them out")
+    folder = folder_of(folder, revision)
     if is_converted(folder):
-        return _load_converted(folder, dtype, device, form, dense_format, mmap, on_disk)
+        return _load_converted(folder, dtype, device, devices, form, dense_format, mmap, on_disk)
     config, raw, generation, naming, stored, target, form, as_stored = read_headers(folder, dtype, form)
     if on_disk and form is not None:
         raise ValueError(
             f"{folder} holds its experts in the format {form.name!r}, and experts='disk' takes those of one "
             "float type, or of what layerscope convert wrote: convert it, or load it with experts='memory'"
         )
+    partition = None if devices is None else Partition.over(devices, config.num_experts)
+    device = device if partition is None else partition.first
     if not on_disk:
-        size = packed_bytes(config, form, target)
-        need_pinned(config.num_moe_layers * config.num_experts * size, device)
+        kind = (form or format_named(target.name)).for_body(config.expert_body)
+        size = kind.expert_bytes(config.hidden_size, config.moe_intermediate_size)
+        need_pinned(config.num_moe_layers * len(held_experts(config, partition)) * size, device)
     in_place = mmap and not on_disk and form is None and on_cpu(device)
     in_place = in_place and are_as_stored(naming, stored, target)
     mapped = MappedFiles() if in_place else None
@@ -274,32 +337,11 @@ def load(
             form,
             in_place,
             target if as_stored else None,
+            partition,
         )
-    return Model(
-        config,
-        naming.graphdef,
-        unflatten_dict(dense),
-        bank,
-        read_tokenizer(folder, config.vocab_size, raw.get("model_type")),
-        folder,
-        generation,
-        mapped,
-    )
-
-
-def packed_bytes(config: ModelConfig, form: ExpertFormat | None, dtype: np.dtype) -> int:
-    """Returns the size (bytes) of an expert in a format, or as matrices of a dtype."""
-    form = (form or format_named(dtype.name)).for_body(config.expert_body)
-    return form.expert_bytes(config.hidden_size, config.moe_intermediate_size)
-
-
-def are_as_stored(naming: Naming, stored: Mapping[str, Tensor], dtype: np.dtype) -> bool:
-    """Whether experts of a dtype are those of a checkpoint's tensors, and can be computed where they lie.
-
-    Our own loops read experts wherever they lie; XLA, which computes the others, would copy them each time.
-    """
-    names = {name for source in naming.experts.values() for name, _ in source.tensors}
-    return dtype.name in IN_PLACE and all(DTYPES.get(stored[name].dtype) == dtype for name in names)
+    tokenizer = read_tokenizer(folder, config.vocab_size, raw.get("model_type"))
+    model = Model(config, naming.graphdef, unflatten_dict(dense), bank, tokenizer, folder, generation, mapped)
+    return model if partition is None else model._replicated(partition)
 
 
 def on_cpu(device: jax.Device | None) -> bool:
@@ -311,6 +353,7 @@ def _load_converted(
     folder: Path,
     dtype: str | None,
     device: jax.Device | None,
+    devices: int | Sequence[jax.Device] | None,
     form: ExpertFormat | None,
     dense_format: str | None,
     mmap: bool,
@@ -326,9 +369,12 @@ def _load_converted(
             f"other weights in {manifest.dtype}; leave dtype, format and dense_format out, or convert the "
             "original checkpoint to what you need"
         )
+    partition = None if devices is None else Partition.over(devices, held.config.num_experts)
+    device = device if partition is None else partition.first
     in_memory = not on_disk
     if in_memory:
-        need_pinned(held.expert_bytes, device)
+        share = len(held_experts(held.config, partition)) / held.config.num_experts
+        need_pinned(int(share * held.expert_bytes), device)
     in_place = mmap and in_memory and on_cpu(device) and held.can_be_mapped
     mapped = MappedFiles() if in_place else None
     total = held.dense_bytes() + (held.expert_bytes if in_memory and mapped is None else 0)
@@ -339,6 +385,7 @@ def _load_converted(
         if on_disk:
             bank = held.disk_bank(device)
         else:
-            bank = held.bank(read if mapped is None else mapping(mapped), device, in_place)
+            bank = held.bank(read if mapped is None else mapping(mapped), device, in_place, partition)
     tokenizer = read_tokenizer(folder, held.config.vocab_size, held.raw.get("model_type"))
-    return Model(held.config, held.naming.graphdef, dense, bank, tokenizer, folder, held.generation, mapped)
+    model = Model(held.config, held.naming.graphdef, dense, bank, tokenizer, folder, held.generation, mapped)
+    return model if partition is None else model._replicated(partition)

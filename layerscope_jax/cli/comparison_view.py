@@ -39,6 +39,8 @@ def show(comparison: Comparison, console: Console) -> None:
         f"Routing {comparison.routing}; the device has room for {budget}, "
         f"{comparison.budget_experts * comparison.expert_bytes / 1e9:.3g} GB"
     )
+    if comparison.devices > 1:
+        console.print(f"{comparison.devices} devices share the experts; the room is that of each of them")
     if comparison.host_experts is not None:
         console.print(
             f"Host memory has room for {comparison.host_experts} experts, "

@@ -75,6 +75,14 @@ class EngineOptions:
     expert_format: ExpertFormat = None
     dense_format: DenseFormat = None
     revision: Revision = None
+    devices: Annotated[
+        int | None,
+        arg(
+            metavar="INT",
+            help="How many accelerators share the experts, each with the device budget "
+            "(docs/many-devices.md); without it, the first one has all.",
+        ),
+    ] = None
     numerics: Annotated[
         Literal["auto", "exact", "fast"],
         arg(
@@ -136,4 +144,5 @@ class EngineOptions:
             expert_format=self.expert_format,
             dense_format=self.dense_format,
             host_budget=self.host_budget,
+            devices=self.devices,
         )

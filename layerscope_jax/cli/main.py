@@ -184,7 +184,8 @@ class Generate(RequestOptions, RayOptions):
         """Returns the exit code."""
         if self.json:
             exits.need_output()
-        self.check_many(self.out, prompt=self.prompt, bound=self.bound, timeline=self.timeline)
+        others = {"prompt": self.prompt, "bound": self.bound, "timeline": self.timeline}
+        self.check_many(self.out, **others, devices=self.devices)
         config = self.engine_config()
         template = self.template()
         rows = self._rows({})

@@ -119,8 +119,11 @@ def open_model(
     expert_format: str | None = None,
     dense_format: str | None = None,
     host_budget: str | None = None,
+    devices: int | None = None,
 ) -> Model:
     """Loads a checkpoint, or the shipped model; within a host budget its experts stay on the disk."""
+    if devices is not None and host_budget is not None:
+        raise ValueError("--devices cannot be given together with --host-budget; leave one of them out")
     experts: Literal["memory", "disk"] = "memory" if host_budget is None else "disk"
     return load(
         folder_of(checkpoint, revision),
@@ -128,6 +131,7 @@ def open_model(
         format=known_format(expert_format),
         dense_format=dense_format,
         experts=experts,
+        devices=devices,
     )
 
 

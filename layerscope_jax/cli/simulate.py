@@ -72,6 +72,21 @@ class Simulate:
             "disk, whose costs the profile must have; by default host memory holds all.",
         ),
     ] = None
+    devices: Annotated[
+        int,
+        arg(
+            metavar="INT",
+            help="How many devices share the experts, each with a link and the budget of its own.",
+        ),
+    ] = 1
+    root_link: Annotated[
+        str | None,
+        arg(
+            metavar="BYTES/S",
+            help="Rate of what the links of several devices share, such as '25GB/s' of one root complex; by "
+            "default each link is as fast as alone.",
+        ),
+    ] = None
     policy: Annotated[
         tuple[str, ...],
         arg(metavar="POLICY ...", help=f"Some of {', '.join(SIMULATED)}, or {ALL}."),
@@ -124,6 +139,10 @@ class Simulate:
             host_slots=None
             if self.host_budget is None
             else experts_of(self.host_budget, profile.model.expert_bytes, "host_budget"),
+            devices=self.devices,
+            root_bandwidth=None
+            if self.root_link is None
+            else parse_bytes(self.root_link.removesuffix("/s"), "root_link"),
             progress=True,
             timeline=self.timeline,
         )

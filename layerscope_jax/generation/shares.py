@@ -95,12 +95,14 @@ def leave(call: Call, account: Account, decode_s: StepTimes, now: float) -> None
     """
     assert call.joined is not None
     before = call.joined
+    counts = {name: difference(getattr(account, name), before.counts[name]) for name in COUNTS}
     call.counted = Account(
         plans=(account.plans or [])[before.plans :] if call.record_plans else None,
         decoded=(account.decoded or [])[before.decoded :] if call.bound else None,
-        peak_bytes=account.peak_bytes,
-        wasted_bytes=max(0, account.wasted_bytes - before.wasted_bytes),
-        **{name: difference(getattr(account, name), before.counts[name]) for name in COUNTS},
+        peaks=[account.peak_bytes],
+        wasted=[max(0, account.wasted_bytes - before.wasted_bytes)],
+        links=[counts.pop("link")],
+        **counts,
     )
     if call.timeline and account.timeline is not None:
         lost = account.timeline.left_out - before.left_out

@@ -25,6 +25,7 @@ from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel, RowsKernel
 from layerscope_jax.kernels.loops import no_scratch
 from layerscope_jax.kernels.registry import Work
 from layerscope_jax.models.experts import SWIGLU
+from layerscope_jax.support import numa
 from layerscope_jax.support.machine import cores
 from layerscope_jax.support.threads import Helpers
 
@@ -166,7 +167,7 @@ class CpuExperts:
         self._body = facts_of(SWIGLU)  # of these experts
         self._kind = np.empty(1)  # an array of the type that loops of our own take weights for
         self._kept = [np.empty(0, np.uint8)] * threads
-        self._helpers = Helpers(threads - 1)
+        self._helpers = Helpers(threads - 1, began=numa.join_node)
 
     def rest(self) -> None:
         """Waits until nothing is computed any more, whatever interrupted `compute`."""
@@ -204,7 +205,7 @@ class CpuExperts:
         check(outputs, inputs, rows, held)
         index = np.array(chosen)
         firsts, lasts = rows.starts[index], rows.ends[index]
-        tokens = len(rows.order)
+        tokens = rows.assigned
         if len(chosen) < len(rows.demand):
             tokens = sum([rows.demand[expert] for expert in chosen])
         stats.count(experts=len(chosen), tokens=tokens, rows=tokens)
@@ -212,7 +213,7 @@ class CpuExperts:
         if isinstance(self.kernel, RowsKernel):
             call, parts = self._rows(self.kernel, outputs, inputs, rows, held, firsts, lasts), len(held)
         else:
-            call, parts = self._loops(self.kernel, outputs, inputs, rows, held, firsts, lasts, tokens)
+            call, parts = self._loops(self.kernel, outputs, inputs, rows, chosen, held, firsts, lasts, tokens)
         shares = min(self.threads, parts, max(1, held[0].layout.nbytes * len(held) // SHARE_BYTES))
         began = time.perf_counter()
         self._helpers.run(call, shares)
@@ -246,6 +247,7 @@ class CpuExperts:
         outputs: np.ndarray,
         inputs: jax.Array | np.ndarray,
         rows: Assignments,
+        chosen: Sequence[int],
         held: Sequence[InMemory],
         firsts: np.ndarray,
         lasts: np.ndarray,
@@ -259,31 +261,40 @@ class CpuExperts:
         words = outputs.view(WORDS[outputs.dtype.name])
         addresses = np.frombuffer(bytearray().join([expert.addresses for expert in held]), np.int64)
         addresses = addresses.reshape(len(held), -1)
-        if tokens > kernel.piece:
-            addresses, firsts, lasts = pieces(addresses, firsts, lasts, kernel.piece)
-        counter, begins = np.zeros(1, np.int64), address(inputs)
-        size = 0
-        if kernel.scratch_bytes is not no_scratch:
-            size = kernel.scratch_bytes(firsts, lasts, layout.width, layout.hidden)
+        begins, size = address(inputs), 0
+        works: list[
+            tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+        ] = []  # the last counts what is taken
+        for some in numa.by_node(chosen):
+            part = addresses[some], firsts[some], lasts[some]
+            if tokens > kernel.piece:
+                part = pieces(*part, kernel.piece)
+            works.append((*part, np.zeros(1, np.int64)))
+            if kernel.scratch_bytes is not no_scratch and len(part[1]):
+                size = max(size, kernel.scratch_bytes(*part[1:], layout.width, layout.hidden))
 
         def share(number: int) -> None:
-            kernel.run(
-                addresses,
-                firsts,
-                lasts,
-                rows.order,
-                rows.choices,
-                begins,
-                layout.hidden,
-                activation,
-                limit,
-                words,
-                self._kind,
-                address(counter),
-                self._scratch(number, size) if size else 0,
-            )
+            for node in numa.own_first(len(works)):
+                addresses, firsts, lasts, counter = works[node]
+                if not len(firsts):
+                    continue
+                kernel.run(
+                    addresses,
+                    firsts,
+                    lasts,
+                    rows.order,
+                    rows.choices,
+                    begins,
+                    layout.hidden,
+                    activation,
+                    limit,
+                    words,
+                    self._kind,
+                    address(counter),
+                    self._scratch(number, size) if size else 0,
+                )
 
-        return share, len(firsts)
+        return share, sum(len(firsts) for _, firsts, _, _ in works)
 
     def _take(self, kernel: AddressKernel, layout: Layout, dtype: np.dtype) -> None:
         """Makes sure that loops of our own can read such experts, and such rows.

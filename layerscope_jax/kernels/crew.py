@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from layerscope_jax.kernels.numbers import float_of, pointer, taken
 from layerscope_jax.kernels.vectors import BYTE, INT, LONG, external
+from layerscope_jax.support import numa
 from layerscope_jax.support.njit import cfunc, njit
 
 # Of all jobs: the address of a thread's share of it (`products`, `experts`), how many parts there
@@ -241,9 +242,12 @@ class Crew:
         for place in self._semaphores:
             ctypes.CDLL(None).sem_init(ctypes.c_void_p(place), 0, 0)
 
+        def help_out(number: int) -> None:
+            numa.join_node(number + 1)  # whoever has the job is the first
+            serve(self.pool, number)
+
         self._threads = [
-            Thread(target=serve, args=(self.pool, n), name=f"layerscope-crew_{n}", daemon=True)
-            for n in range(count)
+            Thread(target=help_out, args=(n,), name=f"layerscope-crew_{n}", daemon=True) for n in range(count)
         ]
         for thread in self._threads:
             thread.start()

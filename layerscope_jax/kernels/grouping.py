@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -82,7 +83,9 @@ class Assignments:
         choices: K.
         total: T * K.
         demand: expert -> tokens, of those that have any, in order.
-        order: [A] int32 output rows `token * K + choice`, expert after expert, in token order.
+        assigned: A, number of rows of all these experts.
+        order: [A] int32 output rows `token * K + choice`, expert after expert, in token order; of a part's
+            experts some of them.
         starts, ends: [E] where each expert's begin and end in `order`.
 
     >>> assignments = Assignments(np.array([[3, 1], [3, 0]]))
@@ -100,10 +103,24 @@ class Assignments:
             active = np.ones(len(experts), np.bool_)
         self.order, (self.starts, self.ends), (demanded, tokens) = by_expert(chosen, active, self.choices)
         self.demand = dict(zip(demanded.tolist(), tokens.tolist(), strict=True))
+        self.assigned = len(self.order)
 
     def slots(self, expert: int) -> np.ndarray:
         """Output rows of an expert, in token order."""
         return self.order[self.starts[expert] : self.ends[expert]]
+
+    def part(self, experts: range) -> Assignments:
+        """Returns the assignments of some experts that follow each other, numbered from 0.
+
+        >>> Assignments(np.array([[3, 1], [3, 0]])).part(range(2, 4)).demand
+        {1: 2}
+        """
+        part = copy.copy(self)
+        part.starts = self.starts[experts.start : experts.stop]
+        part.ends = self.ends[experts.start : experts.stop]
+        part.demand = {e - experts.start: n for e, n in self.demand.items() if e in experts}
+        part.assigned = sum(part.demand.values())
+        return part
 
     def groups(self, experts: Iterable[int]) -> list[Group]:
         """Parts `experts` into dispatches.

@@ -58,7 +58,7 @@ def new_caches(
     rows: int,
     length: int,
     dtype: np.dtype,
-    device: jax.Device,
+    device: jax.Device | jax.sharding.Sharding,
     layers: int | None = None,
 ) -> list[Any]:
     """Empty caches for `rows` sequences of up to `length` positions, one for each decoder layer.
@@ -70,7 +70,7 @@ def new_caches(
         config: of the model.
         rows, length: B, P.
         dtype: of the model's weights.
-        device: where they lie.
+        device: where they lie: a device, or several by their sharding.
         layers: for the first so many decoder layers alone; None for all.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=3, num_heads=2,
@@ -80,23 +80,27 @@ def new_caches(
     >>> len(caches), caches[0].key.shape, caches[0].key.dtype.name
     (3, (2, 1, 4, 16), 'float32')
     """
-    kind = np.dtype(np.float32) if device.platform == "cpu" else np.dtype(dtype)
+    place = device
+    if isinstance(device, jax.Device):
+        place = jax.sharding.SingleDeviceSharding(device)
+    platform = next(iter(place.device_set)).platform
+    kind = np.dtype(np.float32) if platform == "cpu" else np.dtype(dtype)
     count = config.num_layers if layers is None else layers
     shapes = [config.cache_shapes(layer, rows, length) for layer in range(count)]
     types: list[Any] = list(map(type, shapes))  # of other types, the same arrays are another cache
-    return [_empty(*each, kind, device)() for each in zip(types, map(tuple, shapes), strict=True)]
+    return [_empty(*each, kind, place)() for each in zip(types, map(tuple, shapes), strict=True)]
 
 
 @functools.cache
 def _empty(
-    kind: Callable[..., Any], arrays: tuple[CacheArray, ...], dtype: np.dtype, device: jax.Device
+    kind: Callable[..., Any], arrays: tuple[CacheArray, ...], dtype: np.dtype, place: jax.sharding.Sharding
 ) -> Callable[[], Any]:
     """Makes the cache of one layer; jitted, so that each size is one program."""
 
     def empty() -> Any:
         return kind(*(jnp.zeros(array.shape, array.dtype or dtype) for array in arrays))
 
-    return jax.jit(empty, out_shardings=jax.sharding.SingleDeviceSharding(device))
+    return jax.jit(empty, out_shardings=place)
 
 
 def cache_bytes(config: ModelConfig, rows: int, length: int, itemsize: int) -> int:

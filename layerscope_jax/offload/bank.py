@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,9 @@ from layerscope_jax.formats import ExpertFormat, PlainFormat, plain_of
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.experts import BiasedWeights, weights_type
 from layerscope_jax.offload.memory import ALIGNED, Memory
+from layerscope_jax.offload.partition import Partition
 from layerscope_jax.scheduling.plan import ExpertId
+from layerscope_jax.support import numa
 
 
 def host_sharding(device: jax.Device | None = None) -> jax.sharding.Sharding:
@@ -79,6 +82,7 @@ class ExpertBank:
         format: ExpertFormat | None = None,
         in_place: bool = False,
         packed_for: np.dtype | None = None,
+        partition: Partition | None = None,
     ) -> ExpertBank:
         """Makes a bank, array by array, from `read(expert, "gate" | "up" | "down" | "bias", shape)`.
 
@@ -94,15 +98,24 @@ class ExpertBank:
                 on a CPU only, which computes from them all the same.
             packed_for: dtype of activations, where `read` returns matrices that are packed in `format`
                 already: objects with their `arrays`. None where they are to be packed.
+            partition: devices that the experts are copied to, each to its owner, instead; the bank is of
+                those that this process holds, numbered from 0.
         """
-        put, shapes = putting(host_sharding(device), in_place), config.expert_shapes()
-        put_packs = in_blocks(put)
+        puts, shapes = putting_each(config, device, partition, in_place), config.expert_shapes()
+        put_packs = {put: in_blocks(put) for put in puts.values()}
         dtype: np.dtype | None = None
         weights = weights_type(config.expert_body)
         form = None if format is None else format.for_body(config.expert_body)
 
         def build(expert: ExpertId) -> Any:
+            built = made(expert)
+            if not in_place:
+                keep_near(expert.expert, built)
+            return built
+
+        def made(expert: ExpertId) -> Any:
             nonlocal dtype
+            put = puts[expert.expert]
             if form is None:
                 return weights(*[put(read(expert, name, shape)) for name, shape in shapes.items()])
             if packed_for is not None:
@@ -111,11 +124,10 @@ class ExpertBank:
             # Copies, because a reader may reuse its memory for the next matrix.
             copies: Any = [np.array(read(expert, name, shape)) for name, shape in shapes.items()]
             dtype = np.dtype(copies[0].dtype)
-            return packed(form, put_packs, weights(*copies))
+            return packed(form, put_packs[put], weights(*copies))
 
         layers = tuple(
-            tuple(build(ExpertId(layer, expert)) for expert in range(config.num_experts))
-            for layer in range(config.num_moe_layers)
+            tuple(build(ExpertId(layer, expert)) for expert in puts) for layer in range(config.num_moe_layers)
         )
         if form is None:
             form = plain_of(layers[0][0]).for_body(config.expert_body)
@@ -129,15 +141,30 @@ class ExpertBank:
         Raises:
             ValueError: if the format does not have what these experts compute.
         """
-        first, format = self.layers[0][0][0], format.for_body(self.format.body)
-        sharding = first.sharding if isinstance(first, jax.Array) else host_sharding(jax.devices("cpu")[0])
+        format = format.for_body(self.format.body)
 
-        put = in_blocks(putting(sharding))
+        @functools.cache
+        def put_at(sharding: jax.sharding.Sharding) -> Callable[[np.ndarray], Any]:
+            return in_blocks(putting(sharding))
+
+        def put_beside(expert: Any) -> Callable[[np.ndarray], Any]:
+            first = expert[0]
+            mapped = not isinstance(first, jax.Array)
+            return put_at(host_sharding(jax.devices("cpu")[0]) if mapped else first.sharding)
+
         layers = tuple(
-            tuple(packed(format, put, self.unpacked(ExpertId(layer, index))) for index in range(len(experts)))
+            tuple(
+                packed(format, put_beside(expert), self.unpacked(ExpertId(layer, index)))
+                for index, expert in enumerate(experts)
+            )
             for layer, experts in enumerate(self.layers)
         )
         return ExpertBank(layers, format, self.dtype)
+
+    def part(self, experts: range) -> ExpertBank:
+        """Returns a bank of some experts of each layer, numbered from 0, in the same memory."""
+        layers = tuple(layer[experts.start : experts.stop] for layer in self.layers)
+        return ExpertBank(layers, self.format, self.dtype)
 
     def __getitem__(self, expert: ExpertId) -> Any:
         return self.layers[expert.layer][expert.expert]
@@ -195,6 +222,27 @@ class ExpertBank:
         return self.expert_bytes * sum(len(experts) for experts in self.layers)
 
 
+def held_experts(config: ModelConfig, partition: Partition | None) -> range:
+    """Returns the experts of a layer that this process holds."""
+    return range(config.num_experts) if partition is None else partition.held
+
+
+def putting_each(
+    config: ModelConfig, device: jax.Device | None, partition: Partition | None, in_place: bool
+) -> dict[int, Callable[[np.ndarray], jax.Array | np.ndarray]]:
+    """Returns what puts arrays into host memory, for each expert of a layer that this process holds.
+
+    Args:
+        config: of the model.
+        device: device that all experts are copied to.
+        partition: devices that each is copied to by its owner, instead.
+        in_place: as of `putting`.
+    """
+    owners = {e: device if partition is None else partition.owner(e) for e in held_experts(config, partition)}
+    puts = {owner: putting(host_sharding(owner), in_place) for owner in set(owners.values())}
+    return {expert: puts[owner] for expert, owner in owners.items()}
+
+
 def putting(
     sharding: jax.sharding.Sharding, in_place: bool = False
 ) -> Callable[[np.ndarray], jax.Array | np.ndarray]:
@@ -212,6 +260,18 @@ def putting(
         return jax.block_until_ready(jax.device_put(array, sharding))
 
     return put
+
+
+def keep_near(expert: int, arrays: Iterable[jax.Array | np.ndarray]) -> None:
+    """Moves an expert to the NUMA node whose threads compute it, where that is possible.
+
+    Neither files that are mapped are moved, which other processes share, nor what an accelerator's driver
+    has pinned.
+    """
+    if numa.nodes():
+        ours = [array for array in arrays if isinstance(array, jax.Array)]
+        views = [_view(array) for array in ours if next(iter(array.devices())).platform == "cpu"]
+        numa.keep_near(expert, views)
 
 
 def in_blocks(put: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], Any]:

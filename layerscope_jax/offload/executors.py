@@ -78,6 +78,9 @@ class DeviceExperts:
     passes_rows_on = False
     """Whether a decode step's rows of the host go into the next layer's program, in a form of their own."""
 
+    first = 0
+    """Number of the device's first expert in a layer, where several devices share them."""
+
     def __init__(self, device: jax.Device, format: ExpertFormat | None = None):
         self.stats = WorkStats()
         self._device = device
@@ -207,6 +210,7 @@ class SharedExperts:
 
     waits = True
     passes_rows_on = False
+    first = 0
 
     def __init__(self, cpu: CpuExperts):
         self.stats = WorkStats()

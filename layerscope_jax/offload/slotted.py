@@ -52,6 +52,7 @@ def resident_rows(
     pool: Any,
     table: jax.Array,
     layer: jax.Array,
+    first: jax.Array,
     product: Callable,
     num_experts: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +65,8 @@ def resident_rows(
         positions: [B, S] int32, T = B * S.
         pool, table: as of `put`.
         layer: [] int32.
-        product, num_experts: as of `rows_of_slots`.
+        first: [] int32, the device's first expert in a layer, where several devices share them.
+        product, num_experts: as of `rows_of_slots`; the device's number of experts.
 
     Returns:
         The outputs with these rows, and an element that is ready when they are.
@@ -72,7 +74,9 @@ def resident_rows(
     slots = jax.tree.leaves(pool)[0].shape[0]
     row = jax.lax.dynamic_slice_in_dim(table, layer * num_experts, num_experts)
     active = (positions != PAD_POSITION).reshape(-1, 1)
-    slot = jnp.where(active, row[chosen], slots)
+    own = chosen - first
+    owned = active & (own >= 0) & (own < num_experts)
+    slot = jnp.where(owned, row[jnp.clip(own, 0, num_experts - 1)], slots)
     rows = rows_of_slots(inputs, slot, pool, product, num_experts)
     computed = (slot < slots).reshape(-1, 1)
     outputs = outputs.at[:-1].set(jnp.where(computed, rows, outputs[:-1]))
@@ -215,6 +219,7 @@ class SlottedExperts(DeviceExperts):
             self._pool,
             self._table,
             self._scalar(layer),
+            self._scalar(self.first),
             self._chosen[1],
             self._bank.num_experts,
         )
@@ -254,7 +259,7 @@ class SlottedExperts(DeviceExperts):
 
     def place(self, outputs: jax.Array, result: np.ndarray, rows: Assignments, experts: Sequence[int]) -> Any:
         """Returns the outputs with the host's rows of `experts`, in a decode step as `HostRows`."""
-        if not self._decoding:
+        if not (self._decoding and self.passes_rows_on):
             return super().place(outputs, result, rows, experts)
         return HostRows.of(outputs, result, np.concatenate([rows.slots(expert) for expert in experts]))
 

@@ -49,6 +49,14 @@ class Forecasts:
             whole = completed(cast(Predictor, predictor))
             self.in_layer = cast(Predictor, whole.architecture)
             self._learner = whole.attach(model)
+            if model.partition is not None:
+                if self._learner.learns:
+                    self.close()
+                    raise ValueError(
+                        f"predictor {self.name!r} learns while it runs, which it cannot on several devices; "
+                        "pass the predictor that it began with"
+                    )
+                self._learner = Learner(model.put(list(self._learner.params)))
             try:
                 check_forecasts(self.in_layer, str(self.name), self._learner.params, model)
             except BaseException:
@@ -58,9 +66,7 @@ class Forecasts:
             kept = [kept_bytes(some, model) for some in (params, *params)]
             # While a learner replaces its parameters, those of one layer exist twice.
             self.kept_bytes = kept[0] + (max(kept[1:]) if self._learner.learns else 0)
-            self._numbers = [
-                jax.device_put(np.int32(layer), model.device) for layer in range(geometry.num_layers)
-            ]
+            self._numbers = [model.put(np.int32(layer)) for layer in range(geometry.num_layers)]
         elif predictor is not None:
             self._history = cast(History, predictor)
             self._state = self._history.init(geometry)

@@ -19,7 +19,7 @@ from layerscope_jax.kernels.host_kernels import KERNELS, kernel_of
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.kernels.registry import REFERENCE, fallbacks
 from layerscope_jax.profiling.copies import measured_copies
-from layerscope_jax.support import machine, target
+from layerscope_jax.support import machine, numa, target
 from layerscope_jax.support.pinned_memory import BESIDE_GIB, LIMIT, pinned_limit_gib
 from layerscope_jax.support.units import gib
 
@@ -115,6 +115,8 @@ def memory(device: jax.Device) -> Iterator[Finding]:
     rate = machine.read_bytes_per_s()
     told = f"{gib(free)}{of_total} free, read at {rate / 1e9:.3g} GB/s by all cores"
     yield Finding(name="host memory", state="ok", told=told)
+    if said := numa.plan(machine.cores()):
+        yield Finding(name="NUMA", state="ok", told=said)
     room = machine.device_free_bytes(device)
     if room is None:
         yield Finding(name="device memory", state="ok", told="the host's: nothing is copied, none is limited")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence, Set
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 
@@ -28,9 +28,10 @@ class Account:
         decoded: the demand of each layer of each decode step, for the lower bound; None if it is not
             recorded.
         timeline: what ran when; None if it is not recorded.
-        meter, link, host, device, disk: counts by part.
+        meter, host, device, disk: counts by part.
+        links: counts of the link to each device.
         steps: number of steps so far.
-        peak_bytes, wasted_bytes: counts of the residency when it last stopped counting for this account.
+        peaks, wasted: bytes of each device's residency when it last stopped counting for this account.
         opened: whether anything was ever counted for this account.
     """
 
@@ -38,13 +39,13 @@ class Account:
     decoded: list[dict[int, int]] | None = None
     timeline: Timeline | None = None
     meter: Meter = field(default_factory=Meter)
-    link: LinkStats = field(default_factory=LinkStats)
+    links: list[LinkStats] = field(default_factory=lambda: [LinkStats()])
     host: WorkStats = field(default_factory=WorkStats)
     device: WorkStats = field(default_factory=WorkStats)
     disk: DiskStats = field(default_factory=DiskStats)
     steps: int = 0
-    peak_bytes: int = 0
-    wasted_bytes: int = 0
+    peaks: list[int] = field(default_factory=list)
+    wasted: list[int] = field(default_factory=list)
     opened: bool = False
 
     def enter(self, seen: Observation, plan: LayerPlan, idle_prefetches: Set[ExpertId]) -> None:
@@ -57,6 +58,21 @@ class Account:
         if self.plans is not None:
             self.plans.append(plan)
 
+    def link_to(self, number: int) -> LinkStats:
+        """Returns the counts of the link to one of this process's devices."""
+        while len(self.links) <= number:
+            self.links.append(LinkStats())
+        return self.links[number]
+
+    @property
+    def link(self) -> LinkStats:
+        """Counts of all links together, and the mean of the times in which they were busy."""
+        if len(self.links) == 1:
+            return self.links[0]
+        names = [field.name for field in fields(LinkStats)]
+        whole = LinkStats(*(sum(getattr(link, name) for link in self.links) for name in names))
+        return replace(whole, busy_s=whole.busy_s / len(self.links))
+
     @property
     def records(self) -> bool:
         """Whether single layers are recorded, so that each has to be run by itself."""
@@ -64,19 +80,31 @@ class Account:
 
     def after(self) -> Account:
         """Returns an account of no call, which shares only the counts of copies still in flight."""
-        return Account(link=self.link, host=self.host, device=self.device, disk=self.disk)
+        return Account(links=self.links, host=self.host, device=self.device, disk=self.disk)
 
-    def leave_books(self, books: Residency) -> None:
-        """Saves the counts of the residency before it counts for another account."""
-        self.peak_bytes, self.wasted_bytes = books.peak_bytes, books.unused_prefetch_bytes()
+    def leave_books(self, books: Sequence[Residency]) -> None:
+        """Saves the counts of each device's residency before it counts for another account."""
+        self.peaks = [each.peak_bytes for each in books]
+        self.wasted = [each.unused_prefetch_bytes() for each in books]
 
-    def take_books(self, books: Residency) -> None:
-        """Restores the counts of the residency, which continues to count for this account."""
-        books.reset()
-        if self.opened:
-            books.peak_bytes = max(books.peak_bytes, self.peak_bytes)
-            books.wasted_bytes = self.wasted_bytes
+    def take_books(self, books: Sequence[Residency]) -> None:
+        """Restores the counts of the residencies, which continue to count for this account."""
+        for number, each in enumerate(books):
+            each.reset()
+            if self.peaks:
+                each.peak_bytes = max(each.peak_bytes, self.peaks[number])
+                each.wasted_bytes = self.wasted[number]
         self.opened = True
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of experts on each device, together, when they last stopped counting for this."""
+        return sum(self.peaks)
+
+    @property
+    def wasted_bytes(self) -> int:
+        """Bytes of prefetches that were never used, as of then."""
+        return sum(self.wasted)
 
 
 def run_stats(
@@ -128,6 +156,7 @@ def run_stats(
         **read(account.disk, runner.expert_bytes, total_s),
         share_of_bound=None if least_s is None else least_s / sum(times.decode_s),
         padding=1 - (host.tokens + device.tokens) / rows if rows else 0.0,
+        bytes_exchanged=meter.exchanged_bytes,
         dispatches=host.dispatches + device.dispatches,
         kernels=kernels | {REFERENCE: 1 - sum(kernels.values())} if experts else None,
         kernel_fallbacks=fallbacks(),

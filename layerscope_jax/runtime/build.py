@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import Literal
 
@@ -15,23 +15,27 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.formats import PlainFormat
 from layerscope_jax.kernels.cpu import default_threads
 from layerscope_jax.kernels.xla_ffi import Unavailable
+from layerscope_jax.offload.bank import ExpertBank
 from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.offload.fills import fill_for
 from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import AHEAD_BYTES, Transfers
+from layerscope_jax.offload.partition import Partition
 from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.offload.staged import host_parts
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import History, Predictor, make_predictor
 from layerscope_jax.runtime.exactness import check_exact
+from layerscope_jax.runtime.expert_parallel import ExpertParallel
 from layerscope_jax.runtime.in_step import InStepCache
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.resident import ResidentOnCpu
 from layerscope_jax.runtime.runner import Runner
 from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.baselines import HostOnly, Resident
-from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.costs import HardwareProfile, sharing_host
+from layerscope_jax.scheduling.geometry import of_part
 from layerscope_jax.scheduling.in_step import InStep, slots_beside
 from layerscope_jax.scheduling.plan import Policy
 from layerscope_jax.scheduling.policy import PolicyBase, completed
@@ -82,12 +86,12 @@ def build(
             for another model.
     """
     chosen = completed(policy)
-    nothing_to_decide = budget_bytes >= model.bank.total_bytes and (
+    nothing_to_decide = budget_bytes >= model.own_bytes and (
         isinstance(policy, Resident) or (chosen.uses_device and not policy_is_obeyed)
     )
     # A whole model has plain experts; packed ones are computed from their packed form.
     plain = isinstance(model.bank.format, PlainFormat)
-    if nothing_to_decide and plain and WholeModel.is_faster_on(model.device):
+    if nothing_to_decide and plain and model.partition is None and WholeModel.is_faster_on(model.device):
         if numerics == "fast":
             return WholeModel(model)
         logger.warning(
@@ -105,7 +109,7 @@ def build(
         predictor = make_predictor(chosen.predictor)
     with ExitStack() as stack:
         pool, host, link = host_parts(
-            model.bank,
+            model.on_one().bank,  # of a part of the experts, costs could not be measured
             model.device,
             host_device or cpu_device(),
             threads or default_threads(model.device),
@@ -143,18 +147,24 @@ def _layer_by_layer(
 ) -> LayerByLayer:
     """Builds a layer-by-layer runner from its parts, and divides the device's memory among them."""
     # The predictor's memory is taken off the budget first; experts get the rest.
-    left, size, make, staged = forecasts.beside(budget_bytes), model.bank.expert_bytes, None, 0
+    make: Callable[..., LayerByLayer] | None = None
+    left, size, staged = forecasts.beside(budget_bytes), model.bank.expert_bytes, 0
     if model.device.platform != "cpu" and not isinstance(policy, Resident):
         # Experts are copied beside the slots, and then written into them.
         staged = staged_beside(left // size, size)
         left -= staged * size
-    if isinstance(policy, InStep) and pool is None and not exact and InStepCache.is_faster_on(model.device):
+    alone, partition = model.partition is None, model.partition
+    in_a_step = isinstance(policy, InStep) and alone and pool is None and not exact
+    if in_a_step and InStepCache.is_faster_on(model.device):
         make, slots = in_step(model, left)
         left -= slots * model.config.num_moe_layers * size
     residency = Residency(left, size)
     geometry = model.geometry(residency.slots)
     if costs is None and policy.uses_costs:
-        costs = measure(model, host, link, residency.slots)
+        costs = measure(model.on_one(), host, link, residency.slots)
+    if partition is not None:
+        geometry = of_part(geometry, partition.each)
+        costs = None if costs is None else sharing_host(costs, len(partition.local))
     state = forecasts.explained(budget_bytes, lambda: policy.init(geometry, costs))
     if 0 < budget_bytes < model.bank.expert_bytes:
         logger.warning(
@@ -163,10 +173,26 @@ def _layer_by_layer(
             f"{model.bank.expert_bytes:,}",
         )
     link.most_staged = staged or None  # from now on: what measures the link takes more at once
+    if partition is not None:
+        others = [
+            (state, Residency(left, size), part) for part in links_to(partition, model.bank, link, staged)
+        ]
+        make = functools.partial(ExpertParallel, others)
     in_memory = pool is None and isinstance(policy, Resident)
-    resident = in_memory and host.inside is not None and host.inside.target is not None
+    resident = partition is None and in_memory and host.inside is not None and host.inside.target is not None
     runner = make or (ResidentOnCpu if resident else LayerByLayer)
     return runner(model, policy, state, residency, link, host, forecasts, costs, pool, exact=exact)
+
+
+def links_to(partition: Partition, bank: ExpertBank, first: Transfers, staged: int) -> Iterator[Transfers]:
+    """Makes the links to this process's other devices, like that to its first one."""
+    held = partition.held.start
+    for position in partition.local[1:]:
+        own = partition.part(position)
+        part = bank.part(range(own.start - held, own.stop - held))
+        link = Transfers(part, partition.devices[position], first.bandwidth)
+        link.most_staged = staged or None
+        yield link
 
 
 def staged_beside(slots: int, expert_bytes: int) -> int:

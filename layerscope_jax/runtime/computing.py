@@ -76,25 +76,54 @@ class BothSides:
         Raises:
             TransferError: if an expert could not be copied.
         """
-        layer, device, tier = plan.layer, self._device, self._tier
+        layer, device = plan.layer, self._device
         job: Job | None = None
-        done: jax.Array | None = None
-        missing: Sequence[int] = ()
         given = inputs if held is None else held
         if plan.host:
             host_rows = device.host_rows(outputs)
             if plan.device and not device.waits:
                 job = self._host.start(host_rows, layer, given, rows, plan.host)
-        since = time.perf_counter()
-        if plan.device:
-            missing = tier.missing(layer, plan.device)
-            ready = [e for e in plan.device if e not in missing] if missing else plan.device
-            outputs, done, since = self._run(outputs, inputs, layer, rows, ready, since, meter)
+        outputs, done, since, missing = self.ready(outputs, inputs, rows, plan, meter)
         if plan.host and job is None:
             self._await_device(done, since, layer, meter)
             self._host.compute(host_rows, layer, given, rows, plan.host)
             since = time.perf_counter()
             outputs = device.place(outputs, host_rows, rows, plan.host)
+        outputs, done, since = self.arriving(outputs, inputs, rows, layer, missing, done, since, meter)
+        return outputs, since, None if job is None else HostPart(job, host_rows, done)
+
+    def ready(
+        self, outputs: Any, inputs: jax.Array, rows: Assignments, plan: LayerPlan, meter: Meter
+    ) -> tuple[Any, jax.Array | None, float, Sequence[int]]:
+        """Has the device compute those of its experts that are resident.
+
+        Returns:
+            The outputs, an array that is ready when they are, the time at which the device got its current
+            work, and the experts that are not resident yet.
+        """
+        since, tier = time.perf_counter(), self._tier
+        missing = tier.missing(plan.layer, plan.device)
+        ready = [e for e in plan.device if e not in missing] if missing else plan.device
+        outputs, done, since = self._run(outputs, inputs, plan.layer, rows, ready, since, meter)
+        return outputs, done, since, missing
+
+    def arriving(
+        self,
+        outputs: Any,
+        inputs: jax.Array,
+        rows: Assignments,
+        layer: int,
+        missing: Sequence[int],
+        done: jax.Array | None,
+        since: float,
+        meter: Meter,
+    ) -> tuple[Any, jax.Array | None, float]:
+        """Has the device compute experts as they arrive; takes what `ready` returned.
+
+        Raises:
+            TransferError: if an expert could not be copied.
+        """
+        tier = self._tier
         while missing:
             self._await_device(done, since, layer, meter)
             # A few at a time: the last ones wait a little for each other, but there are fewer dispatches. If
@@ -109,7 +138,7 @@ class BothSides:
             ready = [e for e in missing if e not in still]
             outputs, done, since = self._run(outputs, inputs, layer, rows, ready, since, meter)
             missing = still
-        return outputs, since, None if job is None else HostPart(job, host_rows, done)
+        return outputs, done, since
 
     def end(
         self, outputs: Any, since: float, host: HostPart, rows: Assignments, plan: LayerPlan, meter: Meter

@@ -6,12 +6,9 @@ import time
 from collections.abc import Callable, Container, Mapping, Set
 from typing import Any, Protocol
 
-import numpy as np
-
 from layerscope_jax.offload.residency import Residency
-from layerscope_jax.prediction.forecasts import Forecasts
+from layerscope_jax.prediction.forecasts import Forecast
 from layerscope_jax.prediction.history import History, Popularity
-from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.scheduling.geometry import RoutedExperts
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase, ask, check_plan
@@ -107,7 +104,6 @@ class Decisions:
         policy: the policy.
         state: its initial state.
         tier: experts in device memory.
-        forecasts: forecasts of the coming layers.
         known: experts of the model.
         reads: adds what plans need from the disk; None if every expert is in host memory.
 
@@ -120,30 +116,29 @@ class Decisions:
         policy: PolicyBase,
         state: Any,
         tier: DeviceTier,
-        forecasts: Forecasts,
         known: Container[ExpertId],
         reads: Reads | None = None,
     ):
         self.reads = reads
         self.policy, self.state = policy, state
-        self._tier, self._forecasts, self._known = tier, forecasts, known
+        self._tier, self._known = tier, known
         self._planned_at: float | None = None  # when the previous layer of the step was planned
         self._last_ms = 0.0  # from the plan of the step's last layer to its end
 
     def plan(
         self,
-        account: Account,
+        step: int,
         layer: int,
         phase: Phase,
         demand: Mapping[int, int],
-        expected: np.ndarray | None,
+        forecast: Forecast,
+        enter: Enter,
     ) -> tuple[Observation, LayerPlan]:
         """Returns the observation and the plan of one layer.
 
         Args:
-            account: account of the call, which counts the plan.
-            layer, phase, demand: see `Observation`.
-            expected: [W, E] forecast that the layer's program computed; None without one.
+            step, layer, phase, demand, forecast: see `Observation`.
+            enter: counts and records the plan.
 
         Raises:
             ValueError: if the plan is invalid (see `check_plan`). Exceptions of the policy pass through.
@@ -151,21 +146,19 @@ class Decisions:
         tier, residency = self._tier, self._tier.residency
         tier.absorb()
         seen = Observation(
-            step=account.steps,
+            step=step,
             layer=layer,
             phase=phase,
             demand=demand,
             resident=residency.resident,
             in_flight=residency.coming,
-            forecast=self._forecasts.read(layer, expected, sum(demand.values())),
+            forecast=forecast,
             elapsed_ms=self._elapsed_ms(),
         )
         if seen.in_flight and self.policy.awaits_link(self.state, seen):
             tier.transfers.rest()
             tier.absorb()
-        self.state, plan = decide(
-            self.policy, self.state, seen, residency, self._known, account.enter, self.reads
-        )
+        self.state, plan = decide(self.policy, self.state, seen, residency, self._known, enter, self.reads)
         return seen, plan
 
     def end_step(self) -> None:

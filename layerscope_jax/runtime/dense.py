@@ -12,8 +12,6 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.inside import Inside
 from layerscope_jax.models.decoder import Between
 from layerscope_jax.models.rotary import PAD_POSITION
-from layerscope_jax.offload.bank import device_sharding
-from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
 from layerscope_jax.prediction.forecasts import Forecasts, counted_rows
 from layerscope_jax.runtime.programs import Layers, programs
 from layerscope_jax.runtime.runner import Stepped
@@ -72,23 +70,23 @@ class DenseParts:
         self.layers = [Layers.of(model, span) for span in config.spans]
         self.tail = Layers.of(model, config.tail)
         self._num_layers, self._behind = config.num_layers, slice(config.tail.start, config.tail.stop)
-        self._sharding = device_sharding(model.device)
+        mesh = None if model.partition is None else model.partition.mesh
         ends = {key: value for key, value in model.dense.items() if key != "layers"}
         # Committed to the device, without a copy, as all that a layer gets from the one before: otherwise the
         # first layer's program would be compiled apart from that of the others.
-        self.ends = jax.device_put(ends, self._sharding)
-        self.table = None if inside is None else jax.device_put(inside.table, model.device)
-        self.programs = programs(config, dtype, forecasts.in_layer, exact)
-        self.attend_alone = programs(config, dtype, None, exact).attend_and_route
+        self.ends = model.put(ends)
+        self.table = None if inside is None else model.put(inside.table)
+        self.programs = programs(config, dtype, forecasts.in_layer, exact, mesh)
+        self.attend_alone = programs(config, dtype, None, exact, mesh).attend_and_route
         self.reads: Literal["routing", "inputs"] | None = None
-        self._forecasts = forecasts
+        self._forecasts, self._put = forecasts, model.put
         self._choices = config.experts_per_token
         self._no_weights: dict[int, jax.Array] = {}
 
     def through(
         self,
         layer: Layer,
-        experts: DeviceExperts | SharedExperts,
+        nothing: Callable[[int, int, np.dtype], Any],
         tokens: np.ndarray,
         positions: np.ndarray,
         last: np.ndarray,
@@ -100,14 +98,14 @@ class DenseParts:
 
         Args:
             layer: function called for each MoE layer that has caches; see `attend`.
-            experts: executor that provides the experts' rows before the first layer.
+            nothing: returns the experts' rows before the first layer; see `DeviceExperts.nothing`.
             tokens, positions, last, caches, sampling: as in `Runner.step`.
             scored: targets and number of likeliest tokens, as in `Runner.score`; None to score nothing.
         """
         active, counted = (positions != PAD_POSITION).reshape(-1), None
         if self._forecasts.in_layer is not None:
             counted = counted_rows(active, last, tokens.shape[1])
-        state, places, counted = self._begin(experts, tokens, positions, counted)
+        state, places, counted = self._begin(nothing, tokens, positions, counted)
         step = StepInputs("decode" if tokens.shape[1] == 1 else "prefill", active, places, counted)
         caches = list(caches)
         for number, span in enumerate(self.spans):
@@ -126,14 +124,14 @@ class DenseParts:
         next_tokens.block_until_ready()
         return (next_tokens, logits, caches), scores
 
-    def _begin(self, experts: DeviceExperts | SharedExperts, tokens: Any, *others: Any) -> tuple[Any, ...]:
+    def _begin(self, nothing: Callable, tokens: Any, *others: Any) -> tuple[Any, ...]:
         """Returns the first layer's input, embeddings without experts' rows, and `others` on the device."""
         hidden, *others = self.programs.embed(self.ends, tokens, *others)
         total = tokens.size * self._choices
-        outputs = experts.nothing(total, hidden.shape[-1], hidden.dtype)
+        outputs = nothing(total, hidden.shape[-1], hidden.dtype)
         if total not in self._no_weights:
             zeros = np.zeros((tokens.size, self._choices), np.float32)
-            self._no_weights = {total: jax.device_put(zeros, self._sharding)}
+            self._no_weights = {total: self._put(zeros)}
         return Between(hidden, outputs, self._no_weights[total]), *others
 
     def attend(

@@ -14,7 +14,6 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.dense import dense_kernels
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.models.decoder import Between
-from layerscope_jax.offload.executors import device_experts
 from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.pool import HostPool
@@ -22,9 +21,9 @@ from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.computing import BothSides
-from layerscope_jax.runtime.decisions import Decisions, Reads
+from layerscope_jax.runtime.decisions import Reads
 from layerscope_jax.runtime.dense import DenseParts, StepInputs
-from layerscope_jax.runtime.device_tier import DeviceTier
+from layerscope_jax.runtime.device_side import DeviceSide
 from layerscope_jax.runtime.lower_bound import least_decode_s
 from layerscope_jax.runtime.reading_back import read
 from layerscope_jax.runtime.resources import Closable, close_all
@@ -35,7 +34,6 @@ from layerscope_jax.runtime.warmup import Rehearsal
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation, Phase
 from layerscope_jax.scheduling.policy import PolicyBase
-from layerscope_jax.support.devices import finish_all
 from layerscope_jax.support.errors import TransferError
 
 
@@ -55,6 +53,8 @@ class LayerByLayer:
     Attributes:
         account: account of the call that is counted for; at first of no call.
         dense, decisions, tier, experts: parts that attend and route, plan, move and compute.
+        sides: parts of each of this process's devices; of one device also `residency`, `transfers`, `tier`,
+            `device_experts` and `decisions`.
         tap: function that receives each MoE layer's number, the inputs [T, D] of its experts, the chosen
             experts [T, K] and their weights [T, K]; None for no function.
     """
@@ -78,23 +78,40 @@ class LayerByLayer:
     ):
         self.pool = pool
         self.model, self.policy, self.costs = model, policy, costs
-        self.residency, self.transfers, self.forecasts = residency, transfers, forecasts
-        self.host_experts = host_experts
-        self.device_experts = device_experts(model.device, host_experts.cpu)
+        self.forecasts, self.host_experts = forecasts, host_experts
         self.dense = DenseParts(model, forecasts, host_experts.inside, exact)
-        self.device_experts.reserve(model.bank, residency.slots)
-        residency.let_go = self.device_experts.release
+        reads = None if pool is None else Reads(pool, model.geometry(0))
+        side = self._side(0, state, residency, transfers, reads)
+        self.sides = [side]
+        self.residency, self.transfers, self.tier = residency, transfers, side.tier
+        self.device_experts, self.decisions = side.experts, side.decisions
         if not self.device_experts.waits:
             self.dense.reads = "inputs" if policy.uses_host else "routing"
-        self.tier = DeviceTier(residency, transfers, self.device_experts.keep)
-        reads = None if pool is None else Reads(pool, model.geometry(0))
-        self.decisions = Decisions(policy, state, self.tier, forecasts, model.bank, reads)
         self.experts = BothSides(self.device_experts, host_experts, self.tier)
         self.account = Account()
         self._books_of: Account | None = None  # the account that the residency last counted for
         self.tap: Callable[[int, jax.Array, np.ndarray, jax.Array], None] | None = None
         self._since = 0.0  # when the device got its current work
+        self._read_at = 0.0  # when the routing of the layer was read
         self._settled = True  # whether all threads are idle and the residency agrees with the link
+
+    def _side(
+        self,
+        position: int,
+        state: Any,
+        residency: Residency,
+        transfers: Transfers,
+        reads: Reads | None = None,
+    ) -> DeviceSide:
+        """Returns the side of the model's device, or of one of this process's devices that share it."""
+        bank, device, partition = self.model.bank, self.model.device, self.model.partition
+        own, first = range(bank.num_experts), 0
+        if partition is not None:
+            device, first = partition.devices[partition.local[position]], partition.held.start
+            own = partition.part(partition.local[position])
+        return DeviceSide(
+            bank, device, own, first, self.host_experts, self.policy, state, residency, transfers, reads
+        )
 
     @property
     def geometry(self) -> Geometry:
@@ -104,7 +121,7 @@ class LayerByLayer:
     @property
     def resident_experts(self) -> int:
         """Number of experts on the device now."""
-        return len(self.residency.resident)
+        return sum(len(side.residency.resident) for side in self.sides)
 
     def step(
         self,
@@ -144,8 +161,9 @@ class LayerByLayer:
             timeline.step = self.account.steps
         with self.settled_after():
             began = self._since = time.perf_counter()
-            outcome = self.dense.through(self._layer, self.device_experts, tokens, *others)
-        self.decisions.end_step()
+            outcome = self.dense.through(self._layer, self._nothing, tokens, *others)
+        for side in self.sides:
+            side.decisions.end_step()
         now = time.perf_counter()
         self.account.meter.device_busy_s += now - self._since
         if timeline is not None:
@@ -154,40 +172,26 @@ class LayerByLayer:
         self.account.steps += 1
         return outcome
 
+    def _nothing(self, total: int, width: int, dtype: np.dtype) -> Any:
+        """Returns the rows that the first layer adds: zeros."""
+        return self.device_experts.nothing(total, width, dtype)
+
     def _layer(
         self, layer: int, step: StepInputs, state: Between, caches: list[Any]
     ) -> tuple[Between, list[Any]]:
         """Runs one MoE layer and the dense layers before it."""
         meter, device, timeline = self.account.meter, self.device_experts, self.account.timeline
         began = 0.0 if timeline is None else time.perf_counter()
-        looks_ahead = step.counted is not None and self.policy.wants_forecast(self.decisions.state)
         hidden, inputs, experts, weights, caches, expected, words = self.dense.attend(
-            layer, step, state, caches, looks_ahead
+            layer, step, state, caches, self._looks_ahead(step)
         )
         if words is not None:
             words.copy_to_host_async()
         outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
         outputs = device.begin(outputs, inputs, experts, step.positions, layer)
-        # The only read-back of the layer.
-        if words is None:
-            chosen, expected, held = (
-                np.asarray(experts),
-                None if expected is None else np.asarray(expected),
-                inputs,
-            )
-        else:
-            with_inputs = inputs if self.dense.reads == "inputs" else None
-            chosen, expected, held = read(words, experts, expected, with_inputs)
-        now = time.perf_counter()
-        meter.device_busy_s += now - self._since
-        if timeline is not None:
-            timeline.device(self._since, now, layer, "attention")
+        chosen, expected, held = self._read_back(layer, experts, expected, inputs, weights, words)
         rows = Assignments(chosen, step.active)
-        if self.tap is not None:
-            self.tap(layer, inputs, chosen, weights)
         seen, plan = self._decide(layer, step.phase, rows, expected)
-        if timeline is not None:
-            timeline.add("scheduler", "plan", now, time.perf_counter(), layer)
         outputs, since, host = self.experts.begin(outputs, inputs, held, rows, plan, meter)
         self.forecasts.learn(seen, inputs, chosen, weights, step.active)
         if host is not None:
@@ -198,16 +202,53 @@ class LayerByLayer:
             timeline.end_layer(layer, began, time.perf_counter())
         return Between(hidden, outputs, weights), caches
 
+    def _looks_ahead(self, step: StepInputs) -> bool:
+        """Whether the layer's program is to make a forecast."""
+        return step.counted is not None and any(
+            self.policy.wants_forecast(side.decisions.state) for side in self.sides
+        )
+
+    def _read_back(
+        self,
+        layer: int,
+        experts: jax.Array,
+        expected: jax.Array | None,
+        inputs: jax.Array,
+        weights: jax.Array,
+        words: jax.Array | None,
+    ) -> tuple[np.ndarray, np.ndarray | None, Any]:
+        """Waits for a layer's routing: chosen experts, forecast, and inputs where the host has them."""
+        # The only read-back of the layer.
+        chosen: np.ndarray
+        if words is None:
+            chosen = np.asarray(experts)
+            forecast, held = None if expected is None else np.asarray(expected), inputs
+        else:
+            with_inputs = inputs if self.dense.reads == "inputs" else None
+            chosen, forecast, held = read(words, experts, expected, with_inputs)  # type: ignore[assignment]
+        now = time.perf_counter()
+        self.account.meter.device_busy_s += now - self._since
+        self._read_at = now
+        if self.account.timeline is not None:
+            self.account.timeline.device(self._since, now, layer, "attention")
+        if self.tap is not None:
+            self.tap(layer, inputs, chosen, weights)
+        return chosen, forecast, held
+
     def _decide(
         self, layer: int, phase: Phase, rows: Assignments, expected: np.ndarray | None
     ) -> tuple[Observation, LayerPlan]:
         """Asks the policy for a plan, counts it, and carries out its evictions and copies."""
-        seen, plan = self.decisions.plan(self.account, layer, phase, rows.demand, expected)
+        forecast = self.forecasts.read(layer, expected, sum(rows.demand.values()))
+        account = self.account
+        seen, plan = self.decisions.plan(account.steps, layer, phase, rows.demand, forecast, account.enter)
         self.tier.follow(plan)
         if self.pool is not None:
             # Before anything is read ahead, which would take turns with these.
             self.pool.hold("host", [ExpertId(layer, expert) for expert in plan.host], urgent=True)
             self.pool.read_ahead(plan.read_ahead)
+        if account.timeline is not None:
+            account.timeline.add("scheduler", "plan", self._read_at, time.perf_counter(), layer)
         return seen, plan
 
     @contextmanager
@@ -219,7 +260,8 @@ class LayerByLayer:
         try:
             yield
         except BaseException as error:
-            self.decisions.abandon_step()
+            for side in self.sides:
+                side.decisions.abandon_step()
             with suppress(TransferError):  # then the next step tries again
                 if (other := self.host_experts.rest()) not in (None, error):
                     error.add_note(f"meanwhile the host's experts failed: {other!r}")
@@ -234,13 +276,8 @@ class LayerByLayer:
             TransferError: if a copy does not end; its room stays reserved.
         """
         self.host_experts.rest()
-        if self.device_experts.waits:
-            finish_all(self.transfers.sharding)  # programs may be running our kernels in memory that we own
-        self.device_experts.clear()
-        if self.device_experts.lost:
-            self.tier.lose()
-            self.device_experts.reserve(self.model.bank, self.residency.slots)
-        self.tier.settle()
+        for side in self.sides:
+            side.settle()
         if self.pool is not None:
             self.pool.settle()
         self._settled = True
@@ -255,12 +292,8 @@ class LayerByLayer:
 
         If the device is this machine's CPU, nothing is copied.
         """
-        for expert in self.model.bank:
-            if self.device_experts.waits:
-                self.tier.hold(expert, self.host_experts.weights(expert))
-            else:
-                copied = jax.device_put(self.model.bank[expert], self.transfers.sharding)
-                self.tier.hold(expert, self.device_experts.keep(jax.block_until_ready(copied), expert))
+        for side in self.sides:
+            side.preload()
 
     def reset(self, account: Account | None) -> None:
         """Starts to count and record for a call; see `Runner.reset`."""
@@ -269,22 +302,26 @@ class LayerByLayer:
         if account is not None and not account.opened:
             self.forecasts.check()
         if self._books_of is not None:
-            self._books_of.leave_books(self.residency)
+            self._leave_books(self._books_of)
         self.account = account or self.account.after()
         timeline = self.experts.timeline = self.account.timeline
-        self.transfers.spans = self.host_experts.spans = timeline
-        self.transfers.stats = self.account.link
-        self.host_experts.stats, self.device_experts.stats = self.account.host, self.account.device
+        self.host_experts.spans, self.host_experts.stats = timeline, self.account.host
+        for number, side in enumerate(self.sides):
+            side.transfers.spans, side.transfers.stats = timeline, self.account.link_to(number)
+            side.experts.stats = self.account.device
         if self.pool is not None:
             self.pool.stats, self.pool.spans = self.account.disk, timeline
         if account not in (None, self._books_of):  # otherwise the counts still hold
             self._books_of = account
-            self.account.take_books(self.residency)
+            self.account.take_books([side.residency for side in self.sides])
+
+    def _leave_books(self, account: Account) -> None:
+        account.leave_books([side.residency for side in self.sides])
 
     def stats(self, account: Account) -> RunnerStats:
         """Returns the statistics of a call; see `Runner.stats`."""
         if account is self._books_of:
-            account.leave_books(self.residency)
+            self._leave_books(account)
         least_s = None
         if account.decoded and self.costs is not None:
             least_s = least_decode_s(account.decoded, self.geometry, self.costs)
@@ -311,12 +348,12 @@ class LayerByLayer:
 
     def rehearsal(self) -> Rehearsal:
         """Returns a runner that compiles the programs of this one; see `Runner.rehearsal`."""
-        return self.rehearsed_by(self, device_experts(self.model.device, self.host_experts.cpu))
+        return self.rehearsed_by(self, self.sides[0].another())
 
     def close(self) -> None:
         """Ends the runner's threads and lets go of the device's memory; see `Runner.close`."""
-        parts: list[Closable] = [self.host_experts, self.transfers, self.forecasts]
+        links = [side.transfers for side in self.sides]
+        parts: list[Closable] = [self.host_experts, *links, self.forecasts]
         close_all(parts if self.pool is None else [*parts, self.pool])
-        self.residency.clear()
-        self.device_experts.clear()
-        self.device_experts.reserve(self.model.bank, 0)
+        for side in self.sides:
+            side.close()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.combining import add_experts
@@ -21,8 +22,10 @@ from layerscope_jax.models.decoder_layers import new_layer
 from layerscope_jax.models.invariance import invariant
 from layerscope_jax.models.layers import abstract
 from layerscope_jax.offload.host_rows import merged
+from layerscope_jax.offload.split_rows import SplitRows, exchanged
 from layerscope_jax.prediction.forecasts import expected_tokens
 from layerscope_jax.prediction.predictors import Predictor
+from layerscope_jax.runtime.alike import alike
 from layerscope_jax.runtime.exactness import options
 from layerscope_jax.runtime.reading_back import packed
 from layerscope_jax.runtime.sampling import sample
@@ -93,27 +96,44 @@ def before_layers(config: ModelConfig, hidden: jax.Array) -> Between:
 
 def add_rows(table: jax.Array | None) -> Add:
     """Returns the function that adds the experts' rows to the hidden state; see `add_experts`."""
-    return lambda state: add_experts(state.hidden, merged(state.outputs), state.weights, table)
+
+    def add(state: Between) -> jax.Array:
+        rows = exchanged(state.outputs) if isinstance(state.outputs, SplitRows) else merged(state.outputs)
+        return add_experts(state.hidden, rows, state.weights, table)
+
+    return add
 
 
 @functools.lru_cache(maxsize=16)
 def programs(
-    config: ModelConfig, dtype: np.dtype, predictor: Predictor | None, exact: bool = False
+    config: ModelConfig,
+    dtype: np.dtype,
+    predictor: Predictor | None,
+    exact: bool = False,
+    mesh: Mesh | None = None,
 ) -> Programs:
     """Returns the programs for models of one shape, with a predictor's forecast.
 
     MoE layers with the same dense layers before them share a program, and so do all engines of models of one
     shape: another policy or budget compiles nothing. If they are to be `exact`, no row depends on another.
+    With a mesh, each of its devices runs them (`alike`).
     """
     layers_of, ends_of = dense_parts(config, dtype)
-    jit = functools.partial(jax.jit, compiler_options=options() if exact else None)
+
+    def jit(function: Callable, static: str = "", **others: Any) -> Callable:
+        return jax.jit(
+            alike(function, mesh, static),
+            compiler_options=options() if exact else None,
+            static_argnames=static or None,
+            **others,
+        )
 
     @jit
     def embed(ends, tokens, *others):
         # The other inputs of all layers pass through: a separate copy to the device would take as long.
         return ends_of(ends).embed(tokens), *others
 
-    @functools.partial(jit, donate_argnames="caches", static_argnames="reads")
+    @functools.partial(jit, donate_argnames="caches", static="reads")
     def attend_and_route(
         span, state, positions, caches, forecast_params, number, counted, table=None, reads=None
     ):
@@ -142,7 +162,7 @@ def programs(
             logits = ends_of(ends).next_logits(hidden, last)
         return sample(logits, positions[rows, last] + 1, sampling), logits, caches
 
-    @functools.partial(jit, donate_argnames="caches", static_argnames="top")
+    @functools.partial(jit, donate_argnames="caches", static="top")
     def score(ends, state, positions, last, sampling, tail, caches, table, targets, top):
         with our_loops(table), invariant(exact):
             hidden, caches = to_end(layers_of(tail), state, positions, caches, add_rows(table))

@@ -26,6 +26,7 @@ class Meter:
     foreseeable: int = 0
     on_time: int = 0
     late: int = 0
+    exchanged_bytes: int = 0
     forecast: Sequence[float] = ()
 
     def count(self, seen: Observation, idle_prefetches: Set[ExpertId]) -> None:
@@ -90,11 +91,14 @@ class RunStats(Outcome):
 
     Attributes:
         mode: "whole" (each step is one jitted function), "layers" (layer by layer), "decode" (all experts
-            resident on a CPU: each decode step is one jitted function) or "in-step" (each decode step is one
-            jitted function, which copies what is missing).
+            resident on a CPU: each decode step is one jitted function), "in-step" (each decode step is one
+            jitted function, which copies what is missing) or "expert-parallel" (layer by layer, on devices
+            that share the experts).
         predictor_bytes: device memory (bytes) of the predictor, taken off the budget before any expert.
         prompts, prompt_tokens, new_tokens: number of prompts, of their tokens, and of generated tokens.
         cached_tokens: prompt tokens that a prefix cache held, and that were not computed.
+        bytes_exchanged: bytes that devices that share the experts sent each other, all together, as a ring
+            would (`layerscope_jax.offload.split_rows`); 0 for one device.
         tokens_per_s: new tokens per second of total time.
         ways: for policy "auto", the fraction of layers run in each of its ways, by phase; None for other
             policies.
@@ -130,3 +134,4 @@ class RunStats(Outcome):
     dense_kernels: dict[str, str]
     kernel_fallbacks: tuple[str, ...]
     cached_tokens: int = 0
+    bytes_exchanged: int = 0

@@ -75,11 +75,11 @@ class Rehearsal:
         tokens, positions, last, _, *others = inputs
         try:
             self._hosted = False
-            found = self.runner.dense.through(self._layer, self._device_experts, *inputs)
+            found = self.runner.dense.through(self._layer, self._device_experts.nothing, *inputs)
             if tokens.shape[1] == 1 and self.policy.uses_host and self._device_experts.passes_rows_on:
                 self._hosted = True  # programs that get rows of the host are others
                 inputs = (tokens, positions, last, found[0][2], *others)
-                found = self.runner.dense.through(self._layer, self._device_experts, *inputs)
+                found = self.runner.dense.through(self._layer, self._device_experts.nothing, *inputs)
             return found
         except BaseException:
             self.settle()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -189,3 +189,19 @@ class HardwareProfile:
     @cached_property
     def curves(self) -> Curves:
         return Curves(self.host_ms.curve, self.device_ms.curve)
+
+
+def sharing_host(costs: HardwareProfile, devices: int) -> HardwareProfile:
+    """Returns a machine's costs as each of several devices has them: their plans share the host.
+
+    >>> table = TimeTable((1,), (2.0,))
+    >>> costs = HardwareProfile(host_ms=table, device_ms=table, transfer_ms=1.0, source="made up")
+    >>> sharing_host(costs, 4).host_ms(1)
+    8.0
+    """
+
+    def slower(table: TimeTable) -> TimeTable:
+        return TimeTable(table.tokens, tuple(devices * ms for ms in table.ms))
+
+    alone = None if costs.alone is None else sharing_host(costs.alone, devices)
+    return replace(costs, host_ms=slower(costs.host_ms), alone=alone)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from layerscope_jax.support.checks import Problems
@@ -94,3 +94,9 @@ class Geometry(RoutedExperts):
     expert_bytes: int
     slots: int
     arrays_per_expert: int = 3
+
+
+def of_part(geometry: Geometry, experts: int) -> Geometry:
+    """Returns the geometry of a device that owns some of each layer's experts."""
+    choices = min(geometry.experts_per_token, experts)
+    return replace(geometry, num_experts=experts, experts_per_token=choices)

@@ -23,10 +23,14 @@ from layerscope_jax.scheduling.geometry import Geometry, RoutedExperts
 from layerscope_jax.scheduling.plan import Phase
 from layerscope_jax.scheduling.presched import PreSched
 from layerscope_jax.scheduling.registry import is_policy
+from layerscope_jax.simulation.devices import Server, server_bound_ms
 from layerscope_jax.simulation.policies import BATCHES, SIMULATED, refusals, run, workloads
 from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.simulation.simulator import Simulated, Workload
 from layerscope_jax.support.spans import MOST_BYTES
+
+ROW_BYTES = 2
+"""Bytes of a number of the rows that devices exchange: bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,7 @@ class Comparison:
         refused: policy -> why it cannot run within this budget.
         rows: by batch, then by policy, prefill before decode.
         host_experts: number of experts that host memory holds; None for all.
+        devices: number of devices that share the experts; the budget is each one's.
     """
 
     profile: str
@@ -85,6 +90,7 @@ class Comparison:
     refused: dict[str, str]
     rows: tuple[Row, ...]
     host_experts: int | None = None
+    devices: int = 1
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,6 +105,8 @@ def simulate_profile(
     policies: Sequence[str] = SIMULATED,
     predictor: str = "llapor",
     host_slots: int | None = None,
+    devices: int = 1,
+    root_bandwidth: int | None = None,
     progress: bool = False,
     timeline: str | Path | None = None,
 ) -> Comparison:
@@ -117,6 +125,9 @@ def simulate_profile(
         predictor: a predictor of the routing, for policies that use forecasts; prefills have none.
         host_slots: number of experts that host memory holds, if the others are on a disk; None for all. The
             bound takes all experts to be in host memory.
+        devices: number of devices that share the experts (`layerscope_jax.simulation.devices`); the budget is
+            each one's.
+        root_bandwidth: bytes/s of what the links of several devices share; None if each is as fast as alone.
         progress: whether to show a progress bar on stderr, if that is a terminal.
         timeline: file for a timeline of every run (docs/timeline.md); together they take up to 128 MiB of
             memory, and of longer runs cover the ends. None for none.
@@ -141,10 +152,17 @@ def simulate_profile(
         )
     routing, named = _routing(profile, routing)
     geometry = _geometry(profile, routing, slots)
+    server, own = None, geometry
+    if devices != 1 or root_bandwidth is not None:
+        if host_slots is not None or timeline is not None:
+            raise ValueError("several devices are simulated without host_slots and timeline; leave them out")
+        row_bytes = ROW_BYTES * profile.model.hidden_size
+        server = Server.of(devices, geometry, profile.costs, row_bytes, root_bandwidth)
+        own = server.part(geometry)
     demand = {batch: workloads(routing, batch, predictor) for batch in batches}
     if not demand:
         raise ValueError("batches must hold at least one batch size, got none")
-    refused = refusals(policies, geometry, profile.costs)
+    refused = refusals(policies, own, profile.costs)
     left = [name for name in policies if name not in refused]
     rows: list[Row] = []
     console = Console(stderr=True)
@@ -162,9 +180,9 @@ def simulate_profile(
     limits: dict[int, list[tuple[float, float]]] = {}
     for batch, name in runs:
         if batch not in limits:
-            limits[batch] = [_limits(workload, geometry, profile.costs) for workload in demand[batch]]
+            limits[batch] = [_limits(workload, geometry, profile.costs, server) for workload in demand[batch]]
         spans = None if timeline is None else Timeline(most_bytes)
-        results = run(name, demand[batch], geometry, profile.costs, host_slots, spans)
+        results = run(name, demand[batch], geometry, profile.costs, host_slots, spans, server)
         made = [_row(profile.name, batch, *pair) for pair in zip(results, limits[batch], strict=True)]
         rows += made
         if spans is not None:
@@ -181,6 +199,7 @@ def simulate_profile(
         refused=refused,
         rows=_with_ratios(rows),
         host_experts=host_slots,
+        devices=devices,
     )
 
 
@@ -221,12 +240,22 @@ def _sizes(model: RoutedExperts) -> str:
     return f"{layers} layers, {experts} experts and {choices} choices a token"
 
 
-def _limits(workload: Workload, geometry: Geometry, costs: HardwareProfile) -> tuple[float, float]:
+def _limits(
+    workload: Workload, geometry: Geometry, costs: HardwareProfile, server: Server | None = None
+) -> tuple[float, float]:
     """Returns a lower bound on the time of a step (ms) and the highest hit rate of any policy.
 
     The policy decides what is resident when decode begins, so the best choice is assumed.
     """
     counts, decode = workload.counts, workload.phase == "decode"
+    if server is not None:
+        bound = server_bound_ms(workload, geometry, costs, server, from_empty=not decode)
+        own, needed, found = server.part(geometry), 0, 0.0
+        for part in server.parts(counts):
+            start = own.every_expert() if decode else ()
+            active = int((part > 0).sum())
+            needed, found = needed + active, found + active * belady_hit_rate(part, own.slots, resident=start)
+        return bound / len(counts), found / needed
     bound = lower_bound_ms(counts, workload.tokens, geometry, costs, resident=None if decode else ())
     hits = belady_hit_rate(counts, geometry.slots, resident=geometry.every_expert() if decode else ())
     return bound / len(counts), hits

@@ -11,6 +11,7 @@ from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.oracle import Oracle
 from layerscope_jax.scheduling.plan import Geometry
 from layerscope_jax.scheduling.registry import FORECASTING, POLICIES
+from layerscope_jax.simulation.devices import Server, simulate_server
 from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.simulation.simulator import Simulated, Workload, simulate
 
@@ -54,10 +55,21 @@ def run(
     costs: HardwareProfile,
     host_slots: int | None = None,
     timeline: Timeline | None = None,
+    server: Server | None = None,
 ) -> list[Simulated]:
-    """Simulates one of `SIMULATED` from an empty device; only policies that use forecasts get them."""
+    """Simulates one of `SIMULATED` from an empty device; only policies that use forecasts get them.
+
+    Args:
+        policy: its name.
+        workloads, geometry, costs, host_slots, timeline: as of `simulate`.
+        server: several devices instead, without a disk or a timeline; None for one.
+    """
     if policy not in FORECASTING:
         workloads = [replace(part, forecasts=None, predictor=None) for part in workloads]
+    if server is not None:
+        demand = zip(*(server.parts(part.counts) for part in workloads), strict=True)
+        own = [Oracle(counts) if policy == Oracle.name else POLICIES[policy]() for counts in demand]
+        return simulate_server(own, workloads, geometry, costs, server)
     made = Oracle([part.counts for part in workloads]) if policy == Oracle.name else POLICIES[policy]()
     return simulate(made, workloads, geometry, costs, host_slots=host_slots, timeline=timeline)
 

@@ -145,10 +145,7 @@ class _Run:
 
     def workload(self, workload: Workload) -> Simulated:
         """Runs all steps of a workload; resets the counts and keeps the residency."""
-        self.meter = Meter()
-        self.books.reset()
-        self.link.reset(self.now)
-        self.device_ms = self.host_ms = 0.0
+        self.begin(self.now)
         if self.disk is not None:
             self.disk.stats = DiskStats()
         forecasts = None if workload.forecasts is None else workload.forecasts.tolist()
@@ -177,6 +174,13 @@ class _Run:
             ends.append(self.now)
         return self.result(workload, ends)
 
+    def begin(self, now: float) -> None:
+        """Begins to count for a workload."""
+        self.meter = Meter()
+        self.books.reset()
+        self.link.reset(now)
+        self.device_ms = self.host_ms = 0.0
+
     def layer(self, seen: Observation, other_ms: float) -> None:
         """Runs one layer as `layerscope_jax.runtime.layerwise.LayerByLayer` does.
 
@@ -189,24 +193,43 @@ class _Run:
         self.device_ms += other_ms
         if drawn is not None:
             drawn.add("device", "attention", began, self.now, seen.layer)
-        plan = self._decide(seen)
+        plan = self.decide(seen)
         demand = seen.demand
         host_ms, pace = side_by_side(self.costs, plan, demand, copying=not self.link.idle(self.now))
-        device_end, host_end = self.now, self.now + host_ms
+        host_end = self.now + host_ms
         if self.disk is not None and plan.host:
             host_end = self._from_disk(plan, demand, host_ms)
-        resident = self.books.resident
+        if drawn is not None and plan.host and self.disk is None:
+            drawn.add("host", "experts", self.now, host_end, seen.layer, plan.host)
+        device_end = self.on_device(plan, demand, pace)
+        self.host_ms += host_ms
+        self.now = max(device_end, host_end)
+        if drawn is not None:
+            if host_end > device_end and plan.device:
+                drawn.add("scheduler", "wait for host", device_end, host_end, seen.layer)
+            drawn.timeline.end_layer(seen.layer, 1e-3 * began, 1e-3 * self.now)
+
+    def on_device(self, plan: LayerPlan, demand: Mapping[int, int], pace: float) -> float:
+        """Computes a layer's experts on the device, those that are missing as they arrive.
+
+        Args:
+            plan: plan of the layer.
+            demand: expert -> tokens.
+            pace: factor on the device's times.
+
+        Returns:
+            When the device has done so (ms).
+        """
+        drawn, resident, device_end = self.drawn, self.books.resident, self.now
         missing = set()
         for expert in plan.device:
-            copy = ExpertId(seen.layer, expert)
+            copy = ExpertId(plan.layer, expert)
             if copy in resident:
                 device_end += self._compute(copy, pace * self.costs.device_ms(demand[expert]))
             else:
                 missing.add(copy)
         if drawn is not None:
-            if plan.host and self.disk is None:
-                drawn.add("host", "experts", self.now, host_end, seen.layer, plan.host)
-            drawn.experts(seen.layer, plan.device, missing, self.now, device_end)
+            drawn.experts(plan.layer, plan.device, missing, self.now, device_end)
         while missing:
             arrival = max(device_end, self.link.next_arrival(missing))
             if self.disk is not None and not any(
@@ -214,7 +237,7 @@ class _Run:
             ):
                 self.disk.stats.link_wait_s += arrival - device_end
             if drawn is not None:
-                drawn.add("scheduler", "wait for link", device_end, arrival, seen.layer)
+                drawn.add("scheduler", "wait for link", device_end, arrival, plan.layer)
             device_end = arrival
             self._absorb(device_end)
             arrived = missing & resident
@@ -222,13 +245,8 @@ class _Run:
                 device_end += self._compute(copy, pace * self.costs.device_ms(demand[copy.expert]))
             missing -= arrived
             if drawn is not None:
-                drawn.experts(seen.layer, [copy.expert for copy in arrived], (), arrival, device_end)
-        self.host_ms += host_ms
-        self.now = max(device_end, host_end)
-        if drawn is not None:
-            if host_end > device_end and plan.device:
-                drawn.add("scheduler", "wait for host", device_end, host_end, seen.layer)
-            drawn.timeline.end_layer(seen.layer, 1e-3 * began, 1e-3 * self.now)
+                drawn.experts(plan.layer, [copy.expert for copy in arrived], (), arrival, device_end)
+        return device_end
 
     def _from_disk(self, plan: LayerPlan, demand: Mapping[int, int], host_ms: float) -> float:
         """Returns when the host has computed its experts (ms), each as soon as it has been read.
@@ -274,7 +292,7 @@ class _Run:
         self.device_ms += took_ms
         return took_ms
 
-    def _decide(self, seen: Observation) -> LayerPlan:
+    def decide(self, seen: Observation) -> LayerPlan:
         """Plans the layer, and carries out the plan's evictions and copies."""
         books, link = self.books, self.link
         self._absorb(self.now)

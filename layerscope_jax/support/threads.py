@@ -71,14 +71,16 @@ class Helpers:
     Args:
         count: number of threads beside the caller's.
         name: prefix of the threads' names.
+        began: called in each thread when it begins, with its number from 1; None to call nothing.
     """
 
-    def __init__(self, count: int, name: str = "layerscope-cpu"):
+    def __init__(self, count: int, name: str = "layerscope-cpu", began: Callable[[int], None] | None = None):
         self._calls: SimpleQueue[tuple[Job, int] | None] = SimpleQueue()
         self._job: Job | None = None  # may still be running
         self._closed = False
         self._threads = [
-            Thread(target=self._serve, name=f"{name}_{number}", daemon=True) for number in range(count)
+            Thread(target=self._serve, args=(began, number + 1), name=f"{name}_{number}", daemon=True)
+            for number in range(count)
         ]
         for thread in self._threads:
             thread.start()
@@ -145,8 +147,10 @@ class Helpers:
             if thread is not current_thread():  # garbage collection may run on a helper
                 thread.join()
 
-    def _serve(self) -> None:
+    def _serve(self, began: Callable[[int], None] | None, number: int) -> None:
         settle_thread()
+        if began is not None:
+            began(number)
         while (part := self._calls.get()) is not None:
             part[0].do(part[1])
             del part  # frees its arrays: a waiting thread must not be their last owner at exit

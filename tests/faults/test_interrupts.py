@@ -17,7 +17,7 @@ from helpers import copying_by, in_time
 from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError
 from layerscope_jax.kernels import cpu
 from layerscope_jax.offload.slotted import SlottedExperts
-from layerscope_jax.runtime import layerwise, reading_back
+from layerscope_jax.runtime import device_side, layerwise, reading_back
 from layerscope_jax.support import threads
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -254,7 +254,7 @@ def test_wherever_a_step_is_interrupted_the_next_one_is_right(what, at, accelera
     """On this CPU alone; and as beside an accelerator, with the host's experts on a thread of their own."""
     model, batches, _ = case("bfloat16")
     if accelerator:
-        monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
+        monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device))
     policy = Split() if accelerator else RandomPolicy(3)
     budget = 9 * model.bank.expert_bytes
     config = OffloadConfig(device_budget=budget, policy=policy, numerics="auto", host_threads=2)
@@ -276,7 +276,7 @@ def test_the_same_holds_while_experts_are_read_from_the_disk(what, at, accelerat
     model, batches, _ = case("bfloat16")
     model = on_disk(model, tmp_path)
     if accelerator:
-        monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
+        monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device))
     size = model.bank.expert_bytes
     config = OffloadConfig(
         device_budget=9 * size,
@@ -322,7 +322,7 @@ def test_an_interrupted_wait_for_helpers_leaves_no_completion_behind(monkeypatch
 def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypatch):
     """The link breaks while the host computes beside the device: the host is waited for, both are told."""
     model, batches, _ = case("bfloat16")
-    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
+    monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device))
     begun, told, broken, ended = threading.Event(), threading.Event(), [True], []
 
     def copy(array, sharding):

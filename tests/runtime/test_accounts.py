@@ -22,27 +22,27 @@ def come(books, *experts):
 
 def test_peaks_and_waste_are_of_the_own_steps():
     books, first, second = Residency(400, 100), Account(), Account()
-    first.take_books(books)
+    first.take_books([books])
     come(books, A, B, C)
     books.evict(A)  # in vain
     books.evict(B)
-    first.leave_books(books)
+    first.leave_books([books])
     assert (first.peak_bytes, first.wasted_bytes) == (300, 300)  # the third was not used either
-    second.take_books(books)
+    second.take_books([books])
     come(books, D)
     books.use(0, [C.expert, D.expert])
-    second.leave_books(books)
+    second.leave_books([books])
     assert (second.peak_bytes, second.wasted_bytes) == (200, 0)
-    first.take_books(books)
+    first.take_books([books])
     books.evict(D)
-    first.leave_books(books)
+    first.leave_books([books])
     assert (first.peak_bytes, first.wasted_bytes) == (300, 300)
 
 
 def test_what_is_still_on_its_way_is_counted_for_who_began_it():
     account = Account(plans=[], decoded=[])
     nobody = account.after()
-    assert nobody.link is account.link
+    assert nobody.links is account.links
     assert nobody.host is account.host
     assert nobody.device is account.device
     assert nobody.meter is not account.meter

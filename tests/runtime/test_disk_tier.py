@@ -15,7 +15,7 @@ from layerscope_jax import POLICIES, Engine, LayerPlan, OffloadConfig, ReadError
 from layerscope_jax.offload import disk
 from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.offload.slotted import SlottedExperts
-from layerscope_jax.runtime import layerwise
+from layerscope_jax.runtime import device_side
 from layerscope_jax.scheduling.costs import HardwareProfile, TimeTable
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -61,7 +61,7 @@ def test_any_plan_and_budget_give_the_same_bits(stored, data):
 def test_beside_an_accelerator_the_bits_are_those_of_experts_in_memory(stored, monkeypatch):
     """There the host computes on a thread of its own, and rows of the device are XLA's."""
     memory, batches, _ = case("bfloat16")
-    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
+    monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device))
     size, found = memory.bank.expert_bytes, []
     for model, host in ((memory, None), (stored("bfloat16"), size), (stored("bfloat16"), 7 * size)):
         config = OffloadConfig(
@@ -92,7 +92,7 @@ def test_experts_that_all_fit_an_accelerator_are_read_once(stored, monkeypatch):
     model = stored("float32")
     _, batches, steps = case("float32")
     expected, _ = oracle("float32")  # before anything is replaced: other tests use it too
-    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
+    monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device))
     with one_jit(), Engine(model, OffloadConfig(host_budget=model.bank.expert_bytes)) as engine:
         assert engine.policy.name == "resident"
         tokens, _ = run(engine, batches, steps)

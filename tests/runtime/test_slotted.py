@@ -11,7 +11,7 @@ from layerscope_jax import Engine, ExpertId, OffloadConfig
 from layerscope_jax.offload import executors, slotted
 from layerscope_jax.offload.executors import place_rows
 from layerscope_jax.offload.slotted import SlottedExperts
-from layerscope_jax.runtime import layerwise
+from layerscope_jax.runtime import device_side, layerwise
 from layerscope_jax.scheduling.caching import LRU
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -21,7 +21,7 @@ PROMPTS = [[1, 2, 3], list(range(16))]
 
 @pytest.fixture(autouse=True)
 def _accelerator(monkeypatch):
-    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device, cpu.format))
+    monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device, cpu.format))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from helpers import PROFILE, in_time, random_model
 
 from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.offload.executors import DeviceExperts
-from layerscope_jax.runtime import layerwise
+from layerscope_jax.runtime import device_side
 from layerscope_jax.runtime.timeline_figures import figures_of, lane_and_kind
 from layerscope_jax.runtime.timeline_files import join_timelines, read_timeline
 
@@ -60,7 +60,7 @@ def agrees_with_statistics(events, stats):
 def test_lanes_add_up_to_the_statistics(model, tmp_path, monkeypatch, policy, accelerator):
     if accelerator:  # computes beside Python, which does not wait for it
         monkeypatch.setattr(
-            layerwise, "device_experts", lambda device, cpu: DeviceExperts(device, cpu.format)
+            device_side, "device_experts", lambda device, cpu: DeviceExperts(device, cpu.format)
         )
     path = tmp_path / "run.json"
     result = run(model, path, policy=policy)

@@ -12,7 +12,7 @@ from layerscope_jax import Engine, OffloadConfig, Replay
 from layerscope_jax.kernels.grouping import GROUP_SIZES, possible_groups
 from layerscope_jax.offload.executors import DeviceExperts, grouped_ffn
 from layerscope_jax.offload.slotted import SlottedExperts
-from layerscope_jax.runtime import layerwise
+from layerscope_jax.runtime import device_side
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")  # what is counted is how many, not what they do
 
@@ -60,7 +60,7 @@ def test_another_engine_of_the_model_compiles_nothing(model, config):
 
 def test_a_long_decode_compiles_few_programs(monkeypatch):
     """On an accelerator, however experts arrive: one for each row bucket, dispatch size and phase."""
-    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: DeviceExperts(device))
+    monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: DeviceExperts(device))
     model = random_model(num_layers=2, hidden_size=24, head_dim=6, seed=9)  # a shape of its own
     config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
     prefill_buckets, decode_buckets = 5, 1  # 2 to 32 rows for 2 x 16 tokens, and 2 for 2
@@ -178,7 +178,7 @@ def test_after_a_warm_up_no_layer_compiles_anything(policy, dtype):
 
 def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch):
     """With few experts on the device: in some steps there is none."""
-    monkeypatch.setattr(layerwise, "device_experts", lambda device, cpu: SlottedExperts(device))
+    monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device))
     model = random_model(num_layers=2, hidden_size=36, dtype=jnp.bfloat16)
     config = OffloadConfig(device_budget=10 * model.bank.expert_bytes, policy=RandomPolicy(device=0.2))
     batch, length = 2, 10
