@@ -17,6 +17,7 @@ from layerscope_jax.generation.fitting import Fitting
 from layerscope_jax.models.cache import cache_bytes, new_caches
 from layerscope_jax.models.decoder import Between
 from layerscope_jax.runtime import build
+from layerscope_jax.runtime.in_step import InStepCache
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.programs import Layers, programs
 from layerscope_jax.support import machine
@@ -223,6 +224,37 @@ def test_a_step_that_found_no_memory_is_repeated_with_fewer_experts(where, at, m
     said = [record.message for record in caplog.records]
     assert len(said) == 1
     assert "the device's memory ran out: experts may now take" in said[0]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_step_in_one_program_is_repeated_with_fewer_slots(lost, model, expected, fits, monkeypatch, caplog):
+    """Memory runs out before the program has taken the slots, or when they are its own already."""
+    monkeypatch.setattr(InStepCache, "is_faster_on", staticmethod(lambda device: True))
+    slots, layers = 3, model.config.num_moe_layers
+    fits(model, model.config.num_experts + slots * layers)
+    full, decode, seen = Full([3]), InStepCache.decode, []
+
+    def failing(runner, *arguments):
+        seen.append(runner.slots)
+        try:
+            full.check()
+        except jax.errors.JaxRuntimeError:
+            if lost:
+                jax.tree.map(lambda array: array.delete(), runner.cache)
+            raise
+        return decode(runner, *arguments)
+
+    monkeypatch.setattr(InStepCache, "decode", failing)
+    config = OffloadConfig(policy="in-step", **SETTINGS)
+    with caplog.at_level(logging.WARNING), Engine(model, config) as engine:
+        result = engine.generate(PROMPTS, max_new_tokens=6)
+        assert result.token_ids == expected
+        assert result.stats.mode == "in-step"
+        assert result.stats.budget_cuts == 1
+        assert result.stats.peak_expert_bytes <= engine.budget_bytes
+    # What was running is prefilled again, which gives the token of the step that failed.
+    assert seen == [slots] * 4 + [slots - 1]
+    assert "the device's memory ran out: experts may now take" in caplog.text
 
 
 def test_nothing_holds_the_experts_that_made_room(model, fits, monkeypatch):
