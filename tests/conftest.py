@@ -99,6 +99,8 @@ COMPILES = (
     "tests/offload/test_slots.py",
     "tests/simulation/test_comparison.py",
     "tests/simulation/test_contention.py::test_no_bound_counts_on_parts_hindering_each_other",
+    "tests/simulation/test_devices.py::test_no_policy_is_faster_than_the_bound",
+    "tests/simulation/test_devices.py::test_profiles_are_compared_on_several_devices",
     "tests/simulation/test_simulated_runs.py::test_the_engine_and_its_simulation_decide_alike",
 )
 """Files and tests among them that compile programs, and so are not of the core."""

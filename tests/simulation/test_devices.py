@@ -34,25 +34,21 @@ def workload(seed=0, steps=6, tokens=4):
     return Workload(phase="decode", tokens=tokens, counts=counts, forecasts=forecasts, predictor="random")
 
 
-def made(policy, devices, work, **others):
-    server = Server(devices=devices, **others)
-    return run(policy, [work], SHAPE, COSTS, server=server)[0], server
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_device_is_what_the_simulator_says_of_it(policy):
     work = workload()
     alone = run(policy, [work], SHAPE, COSTS)[0]
-    assert made(policy, 1, work)[0] == alone
+    assert run(policy, [work], SHAPE, COSTS, server=Server(devices=1))[0] == alone
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_no_policy_is_faster_than_the_bound(policy, devices):
-    for seed in range(3):
-        work = workload(seed)
-        result, server = made(policy, devices, work, exchange_ms_per_token=0.01)
-        assert result.total_ms >= server_bound_ms(work, SHAPE, COSTS, server, from_empty=True) * (1 - 1e-6)
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_policy_is_faster_than_the_bound(devices, seed):
+    work, server = workload(seed), Server(devices=devices, exchange_ms_per_token=0.01)
+    bound = server_bound_ms(work, SHAPE, COSTS, server, from_empty=True)
+    for policy in POLICIES:
+        result = run(policy, [work], SHAPE, COSTS, server=server)[0]
+        assert bound * (1 - 1e-6) <= result.total_ms < 20 * bound
 
 
 def test_devices_help_in_proportion_where_only_copies_take_time():
