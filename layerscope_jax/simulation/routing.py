@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,6 +104,13 @@ class Routing:
     @property
     def requests(self) -> int:
         return self.decode_experts.shape[1]
+
+    def shortened(self, steps: int) -> Routing:
+        """Returns the routing with at most so many decode steps of each request."""
+        cut = {
+            name: StoredForecast(*(array[:steps] for array in part)) for name, part in self.forecasts.items()
+        }
+        return replace(self, decode_experts=self.decode_experts[:steps], forecasts=cut)
 
     @property
     def domains(self) -> tuple[str, ...]:
