@@ -95,6 +95,7 @@ COMPILES = (
     "tests/offload/test_executors.py",
     "tests/offload/test_fills.py",
     "tests/offload/test_link_thread.py::test_an_engine_whose_links_thread_has_ended_says_so",
+    "tests/offload/test_parcels.py",
     "tests/offload/test_slot_experts.py",
     "tests/offload/test_slots.py",
     "tests/simulation/test_comparison.py",

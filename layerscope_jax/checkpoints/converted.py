@@ -33,9 +33,16 @@ from layerscope_jax.formats import Buffer, ExpertFormat, QuantisedFormat, format
 from layerscope_jax.formats.int8 import Int8
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.matrices import Int8Matrix
-from layerscope_jax.offload.bank import ExpertBank, device_sharding, putting_each
+from layerscope_jax.offload.bank import (
+    ExpertBank,
+    device_sharding,
+    keep_near,
+    putting_each,
+    suits_parcels,
+)
 from layerscope_jax.offload.disk import DiskBank
 from layerscope_jax.offload.memory import ALIGNED, Memory
+from layerscope_jax.offload.parcels import in_parcel
 from layerscope_jax.offload.partition import Partition
 
 DENSE, EXPERTS = "dense", "experts"
@@ -150,14 +157,25 @@ class Converted:
             partition: devices that they are copied to, each to its owner, instead.
         """
         puts = putting_each(self.config, device, partition, in_place)
+        size = self.format.expert_bytes(self.config.hidden_size, self.config.moe_intermediate_size)
+        as_parcels = suits_parcels(device if partition is None else partition.first, size)
+        parcels: list[tuple[jax.Array, ...]] = []
 
         def layer(stacks: tuple[StoredArray, ...]) -> tuple[Any, ...]:
             arrays = [read(stack) for stack in stacks]
-            return tuple(
-                self.format.Expert(*(put(array[expert]) for array in arrays)) for expert, put in puts.items()
-            )
+            found = {expert: self.format.Expert(*(array[expert] for array in arrays)) for expert in puts}
+            if as_parcels:
+                both = [in_parcel(found[expert], put) for expert, put in puts.items()]
+                parcels.append(tuple(parcel for _, parcel in both))
+                return tuple(built for built, _ in both)
+            experts = tuple(self.format.Expert(*map(put, found[expert])) for expert, put in puts.items())
+            if not in_place:
+                for number, expert in zip(puts, experts, strict=True):
+                    keep_near(number, expert)
+            return experts
 
-        return ExpertBank(tuple(map(layer, self.experts)), self.format, self.dtype)
+        layers = tuple(map(layer, self.experts))
+        return ExpertBank(layers, self.format, self.dtype, tuple(parcels) or None)
 
     def disk_bank(self, device: jax.Device | None) -> DiskBank:
         """Returns the experts where they are on the disk; none is read."""

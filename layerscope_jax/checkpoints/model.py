@@ -144,7 +144,7 @@ class Model:
         dense = jax.tree.map(lambda array: of_device(array, self.device), self.dense)
         bank, times = self.bank, self.config.num_experts // self.bank.num_experts
         if times > 1:
-            bank = ExpertBank(tuple(times * layer for layer in bank.layers), bank.format, bank.dtype)
+            bank = bank.repeated(times)
         return dataclasses.replace(self, dense=dense, bank=bank, partition=None)
 
     def geometry(self, slots: int) -> Geometry:
@@ -155,7 +155,7 @@ class Model:
             num_experts=config.num_experts,
             experts_per_token=config.experts_per_token,
             expert_bytes=self.bank.expert_bytes,
-            arrays_per_expert=len(self.bank.format.buffers(*self.bank.sizes)),
+            arrays_per_expert=self.bank.arrays_per_expert,
             slots=slots,
         )
 

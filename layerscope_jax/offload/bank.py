@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from layerscope_jax.formats import ExpertFormat, PlainFormat, plain_of
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.models.experts import BiasedWeights, weights_type
 from layerscope_jax.offload.memory import ALIGNED, Memory
+from layerscope_jax.offload.parcels import MOST_BYTES, in_parcel
 from layerscope_jax.offload.partition import Partition
 from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support import numa
@@ -42,6 +43,8 @@ class ExpertBank:
             where a file is mapped.
         format: format of the experts; by default the plain format of the first expert's matrices.
         dtype: dtype of the inputs and outputs of experts; by default that of the plain format.
+        parcels: `[L][E]` each expert in one array of bytes, of which its arrays are views
+            (`layerscope_jax.offload.parcels`); None where each array is copied by itself.
 
     >>> config = ModelConfig(family="olmoe", vocab_size=32, hidden_size=8, num_layers=2, num_heads=2,
     ...     num_kv_heads=1, head_dim=4, num_experts=4, experts_per_token=2, moe_intermediate_size=4,
@@ -56,6 +59,7 @@ class ExpertBank:
     layers: tuple[tuple[Any, ...], ...]
     format: ExpertFormat = None  # type: ignore[assignment]
     dtype: np.dtype = None  # type: ignore[assignment]
+    parcels: tuple[tuple[jax.Array, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.format is None:
@@ -83,6 +87,7 @@ class ExpertBank:
         in_place: bool = False,
         packed_for: np.dtype | None = None,
         partition: Partition | None = None,
+        as_parcels: bool | None = None,
     ) -> ExpertBank:
         """Makes a bank, array by array, from `read(expert, "gate" | "up" | "down" | "bias", shape)`.
 
@@ -100,6 +105,7 @@ class ExpertBank:
                 already: objects with their `arrays`. None where they are to be packed.
             partition: devices that the experts are copied to, each to its owner, instead; the bank is of
                 those that this process holds, numbered from 0.
+            as_parcels: whether each expert is as a parcel; None for what suits the device and their size.
         """
         puts, shapes = putting_each(config, device, partition, in_place), config.expert_shapes()
         put_packs = {put: in_blocks(put) for put in puts.values()}
@@ -107,31 +113,44 @@ class ExpertBank:
         weights = weights_type(config.expert_body)
         form = None if format is None else format.for_body(config.expert_body)
 
+        if as_parcels is None:
+            size = (
+                config.expert_bytes(2)
+                if form is None
+                else form.expert_bytes(config.hidden_size, config.moe_intermediate_size)
+            )
+            as_parcels = suits_parcels(device if partition is None else partition.first, size)
+        parcels: dict[ExpertId, jax.Array] = {}
+
         def build(expert: ExpertId) -> Any:
-            built = made(expert)
+            put = puts[expert.expert]
+            if as_parcels:
+                # Copies, because a reader may reuse its memory for the next matrix.
+                built, parcels[expert] = in_parcel(made(expert, np.array, np.array), put)
+                return built
+            built = made(expert, put, put_packs[put])
             if not in_place:
                 keep_near(expert.expert, built)
             return built
 
-        def made(expert: ExpertId) -> Any:
+        def made(expert: ExpertId, put: Put, put_pack: Put) -> Any:
             nonlocal dtype
-            put = puts[expert.expert]
             if form is None:
                 return weights(*[put(read(expert, name, shape)) for name, shape in shapes.items()])
             if packed_for is not None:
                 parts = [read(expert, name, shape) for name, shape in shapes.items()]
                 return put_packed(form, put, parts)
-            # Copies, because a reader may reuse its memory for the next matrix.
             copies: Any = [np.array(read(expert, name, shape)) for name, shape in shapes.items()]
             dtype = np.dtype(copies[0].dtype)
-            return packed(form, put_packs[put], weights(*copies))
+            return packed(form, put_pack, weights(*copies))
 
         layers = tuple(
             tuple(build(ExpertId(layer, expert)) for expert in puts) for layer in range(config.num_moe_layers)
         )
+        whole = by_layer(parcels, config.num_moe_layers, puts) if parcels else None
         if form is None:
             form = plain_of(layers[0][0]).for_body(config.expert_body)
-        return cls(layers, form, dtype if packed_for is None else packed_for)  # type: ignore[arg-type]
+        return cls(layers, form, dtype if packed_for is None else packed_for, whole)  # type: ignore[arg-type]
 
     def converted(self, format: ExpertFormat) -> ExpertBank:
         """Returns a bank of the same experts in another format, for activations of the same dtype.
@@ -142,29 +161,62 @@ class ExpertBank:
             ValueError: if the format does not have what these experts compute.
         """
         format = format.for_body(self.format.body)
+        sizes = self.sizes
 
         @functools.cache
-        def put_at(sharding: jax.sharding.Sharding) -> Callable[[np.ndarray], Any]:
-            return in_blocks(putting(sharding))
+        def put_at(sharding: jax.sharding.Sharding) -> tuple[Put, Put]:
+            put = putting(sharding)
+            return put, in_blocks(put)
 
-        def put_beside(expert: Any) -> Callable[[np.ndarray], Any]:
-            first = expert[0]
-            mapped = not isinstance(first, jax.Array)
-            return put_at(host_sharding(jax.devices("cpu")[0]) if mapped else first.sharding)
+        parcels: dict[ExpertId, jax.Array] = {}
 
+        def build(expert: ExpertId) -> Any:
+            sharding = self._sharding_of(expert)
+            put, put_pack = put_at(sharding)
+            if not suits_parcels(next(iter(sharding.device_set)), format.expert_bytes(*sizes)):
+                return packed(format, put_pack, self.unpacked(expert))
+            built, parcels[expert] = in_parcel(packed(format, np.asarray, self.unpacked(expert)), put)
+            return built
+
+        numbers = range(self.num_experts)
         layers = tuple(
-            tuple(
-                packed(format, put_beside(expert), self.unpacked(ExpertId(layer, index)))
-                for index, expert in enumerate(experts)
-            )
-            for layer, experts in enumerate(self.layers)
+            tuple(build(ExpertId(layer, index)) for index in numbers) for layer in range(len(self.layers))
         )
-        return ExpertBank(layers, format, self.dtype)
+        whole = by_layer(parcels, len(layers), numbers) if parcels else None
+        return ExpertBank(layers, format, self.dtype, whole)
+
+    def _sharding_of(self, expert: ExpertId) -> jax.sharding.Sharding:
+        """Returns where an expert's arrays are, or are to be if they are mapped from a file."""
+        first = self[expert][0] if self.parcels is None else self.parcels[expert.layer][expert.expert]
+        return first.sharding if isinstance(first, jax.Array) else host_sharding(jax.devices("cpu")[0])
+
+    def in_parcels(self) -> ExpertBank:
+        """Returns a bank of the same experts, each copied as a parcel; both are in memory meanwhile."""
+        found = {e: in_parcel(self[e], putting(self._sharding_of(e))) for e in self}
+        count, numbers = len(self.layers), range(self.num_experts)
+        layers = by_layer({expert: built for expert, (built, _) in found.items()}, count, numbers)
+        parcels = by_layer({expert: parcel for expert, (_, parcel) in found.items()}, count, numbers)
+        return ExpertBank(layers, self.format, self.dtype, parcels)
+
+    @property
+    def arrays_per_expert(self) -> int:
+        """Number of arrays of an expert that are copied one by one."""
+        return 1 if self.parcels is not None else len(self.format.buffers(*self.sizes))
+
+    def parcel(self, expert: ExpertId) -> Any:
+        """Returns an expert as it is copied to the device: its parcel, or its arrays."""
+        return self[expert] if self.parcels is None else self.parcels[expert.layer][expert.expert]
 
     def part(self, experts: range) -> ExpertBank:
         """Returns a bank of some experts of each layer, numbered from 0, in the same memory."""
-        layers = tuple(layer[experts.start : experts.stop] for layer in self.layers)
-        return ExpertBank(layers, self.format, self.dtype)
+        some = slice(experts.start, experts.stop)
+        parcels = None if self.parcels is None else tuple(layer[some] for layer in self.parcels)
+        return ExpertBank(tuple(layer[some] for layer in self.layers), self.format, self.dtype, parcels)
+
+    def repeated(self, times: int) -> ExpertBank:
+        """Returns a bank of as many times the experts, in the same memory: for timing alone."""
+        parcels = None if self.parcels is None else tuple(times * layer for layer in self.parcels)
+        return ExpertBank(tuple(times * layer for layer in self.layers), self.format, self.dtype, parcels)
 
     def __getitem__(self, expert: ExpertId) -> Any:
         return self.layers[expert.layer][expert.expert]
@@ -220,6 +272,21 @@ class ExpertBank:
     @property
     def total_bytes(self) -> int:
         return self.expert_bytes * sum(len(experts) for experts in self.layers)
+
+
+Put = Callable[[np.ndarray], Any]
+"""Puts an array into the memory that experts are kept in."""
+
+
+def by_layer(found: Mapping[ExpertId, Any], layers: int, experts: Iterable[int]) -> tuple[Any, ...]:
+    """Returns what belongs to experts as `[L][E]`."""
+    numbers = list(experts)
+    return tuple(tuple(found[ExpertId(layer, expert)] for expert in numbers) for layer in range(layers))
+
+
+def suits_parcels(device: jax.Device | None, expert_bytes: int) -> bool:
+    """Whether experts go to a device as a parcel: to accelerators, unless they are large."""
+    return (device or jax.devices()[0]).platform != "cpu" and expert_bytes <= MOST_BYTES
 
 
 def held_experts(config: ModelConfig, partition: Partition | None) -> range:

@@ -106,7 +106,7 @@ class Transfers:
         ready: Callable[[ExpertId], bool] | None = None,
     ):
         self.bank = bank
-        self._expert, chunks = bank.format.Expert, len(bank.format.buffers(*bank.sizes))
+        chunks = bank.arrays_per_expert
         self.bandwidth = bandwidth
         self.stats = LinkStats()
         self.spans: Spans | None = None
@@ -165,7 +165,7 @@ class Transfers:
             arrived, lost = queue.take()
             if self.most_staged is not None:
                 self._changed.notify_all()  # the link may have waited for this
-            return {expert: self._expert(*arrays) for expert, arrays in arrived.items()}, lost
+            return {expert: self._assembled(arrays) for expert, arrays in arrived.items()}, lost
 
     def wait(self, experts: Collection[ExpertId], count: int = 1) -> None:
         """Waits until `count` experts have arrived since `arrivals` was last called.
@@ -311,7 +311,11 @@ class Transfers:
 
     def _arrays(self, expert: ExpertId) -> Sequence[jax.Array]:
         """Returns the arrays to copy."""
-        return self.bank[expert]
+        return self.bank[expert] if self.bank.parcels is None else (self.bank.parcel(expert),)
+
+    def _assembled(self, arrays: Sequence[jax.Array]) -> Any:
+        """Returns what has arrived of an expert, as `ExpertBank.parcel`."""
+        return self.bank.format.Expert(*arrays) if self.bank.parcels is None else arrays[0]
 
     def _start(self, matrix: jax.Array | np.ndarray) -> jax.Array | BaseException:
         """Returns a copy that has begun, or the error that kept it from beginning."""

@@ -17,6 +17,7 @@ from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.offload.bank import ExpertBank
 from layerscope_jax.offload.executors import DeviceExperts, product_of
 from layerscope_jax.offload.host_rows import HostRows
+from layerscope_jax.offload.parcels import unpacked
 from layerscope_jax.offload.slot_experts import empty_pool, expert_at, rows_of_slots
 from layerscope_jax.scheduling.plan import ExpertId
 
@@ -30,13 +31,17 @@ def put(
     Args:
         pool: an expert's arrays with a leading axis S; donated.
         table: [L * E] int32, slot of each expert, S for none; donated.
-        expert: arrays of the expert.
+        expert: arrays of the expert, or its parcel [N] uint8.
         slot: [] int32.
         new, old: [] int32, places in the table of this expert and of the one that was in the slot; L * E for
             none.
     """
-    pool = jax.tree.map(
-        lambda array, one: jax.lax.dynamic_update_index_in_dim(array, one, slot, 0), pool, expert
+    arrays = expert if isinstance(expert, type(pool)) else unpacked(expert, pool)
+    pool = type(pool)(
+        *(
+            jax.lax.dynamic_update_index_in_dim(array, one, slot, 0)
+            for array, one in zip(pool, arrays, strict=True)
+        )
     )
     slots = jax.tree.leaves(pool)[0].shape[0]
     table = table.at[old].set(slots, mode="drop").at[new].set(slot, mode="drop")

@@ -87,7 +87,7 @@ class DeviceSide:
                 there = ExpertId(expert.layer, self.within.start + expert.expert)
                 self.tier.hold(expert, self._host.weights(there))
             else:
-                copied = jax.device_put(self.bank[expert], self.transfers.sharding)
+                copied = jax.device_put(self.bank.parcel(expert), self.transfers.sharding)
                 self.tier.hold(expert, self.experts.keep(jax.block_until_ready(copied), expert))
 
     def close(self) -> None:

@@ -157,7 +157,7 @@ class Rehearsal:
                 places = np.full(1 << power, total, np.int32)
                 outputs = place_rows(outputs, places, np.zeros((1 << power, outputs.shape[1]), outputs.dtype))
         if copies:
-            weights = jax.device_put(runner.model.bank[first], runner.transfers.sharding)
+            weights = jax.device_put(runner.model.bank.parcel(first), runner.transfers.sharding)
             if shared:
                 kept: Any = self._device_experts.keep(weights)
                 self._on_cpu(inputs, chosen, tokens, kept)
