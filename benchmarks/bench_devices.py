@@ -1,9 +1,9 @@
 """What do more cards gain, and what does the root complex take back?
 
 Simulated: recorded routing on the machines of the shipped profiles, with 1, 2 and 4 cards that share the
-experts (`layerscope_jax.simulation.devices`). All cards together have as much memory for experts as the one card
-has, so that what is gained is links and arithmetic, and not room; their links are as fast as the one card's, or
-share `--root-link`.
+experts (`layerscope_jax.simulation.devices`). All cards together have as much memory for experts as the one
+card has, so that what is gained is links and arithmetic, and not room; their links are as fast as the one
+card's, or share `--root-link`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.console import Console
 from benchmarks import harness
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.simulation.comparison import simulate_profile
+from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.support.units import parse_bytes
 
 
@@ -29,6 +30,8 @@ class Options(harness.Common):
     root_link: str = "25GB"
     """Bytes a second of what all links share."""
     batches: tuple[int, ...] = (4, 64)
+    steps: int = 16
+    """Decode steps, at most."""
     policies: tuple[str, ...] = ("presched", "fiddler", "hybrimoe", "lru")
 
 
@@ -43,6 +46,7 @@ def main(options: Options) -> dict[str, Any]:
         for count, shared in cases:
             found = simulate_profile(
                 profile,
+                Routing.shipped(str(profile.routing)).shortened(options.steps),
                 batches=options.batches,
                 policies=options.policies,
                 slots=slots // count,

@@ -80,7 +80,7 @@ class Fit:
         arg(
             metavar="FILE",
             help="Recorded routing of the model, an .npz file of tools/record_routing.py; without it, the "
-            "one that the profile names.",
+            "one that the profile names, or one that is shipped for a model with the same numbers.",
         ),
     ] = None
     context: Annotated[

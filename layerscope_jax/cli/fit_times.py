@@ -73,7 +73,7 @@ def expected(
     Args:
         config, format: of the model and of its experts, which must be those of the profile.
         profile: costs of a machine.
-        routing: recorded routing of the model; None for the one that the profile names.
+        routing: recorded routing of the model; None for the one that the profile names, or that is shipped.
         slots: number of experts that fit on the device.
         max_num_seqs: requests at once; at most as many as were recorded are simulated.
         link_bytes_per_s: speed of the link, in place of the profile's; None for the profile's.
@@ -98,13 +98,15 @@ def expected(
             f"{sizes[1]}, {sizes[2]} a token, {widths[0]} x {widths[1]} in {format}; run `layerscope "
             "calibrate` with this model on that machine"
         )
-    if routing is None and profile.routing is None:
+    shipped = profile.routing or Routing.shipped_for(model)
+    if routing is None and shipped is None:
         raise ValueError(
             f"the profile {profile.name!r} names no recorded routing, which would tell which experts "
-            "are needed when; give one with --trace (tools/record_routing.py records it)"
+            "are needed when, and none with this model's numbers is shipped; give one with --trace "
+            "(tools/record_routing.py records it)"
         )
-    name = profile.routing if routing is None else "--trace"
-    routing = routing or Routing.shipped(str(profile.routing))
+    name = shipped if routing is None else "--trace"
+    routing = routing or Routing.shipped(str(shipped))
     if routing.routed != model.routed:
         raise ValueError("the recorded routing is of another model than the profile; use one of this model")
     costs, source = profile.costs, profile.costs.source

@@ -214,12 +214,14 @@ def _routing(profile: MachineProfile, routing: Routing | str | Path | None) -> t
         return routing, str(routing.header.get("name", "given"))
     if routing is not None:
         return Routing.load(routing), str(routing)
-    if profile.routing is None:
+    name = profile.routing or Routing.shipped_for(profile.model)
+    if name is None:
         raise ValueError(
-            f"the profile {profile.name!r} names no recorded routing; pass an .npz file recorded with its "
-            "model (tools/record_routing.py makes one)"
+            f"the profile {profile.name!r} names no recorded routing, and none with its model's numbers of "
+            "layers, experts and choices is shipped; pass an .npz file recorded with its model "
+            "(tools/record_routing.py makes one)"
         )
-    return Routing.shipped(profile.routing), profile.routing
+    return Routing.shipped(name), name
 
 
 def _geometry(profile: MachineProfile, routing: Routing, slots: int | None) -> Geometry:

@@ -17,6 +17,7 @@ from layerscope_jax.prediction.history import Popularity, PreviousToken
 from layerscope_jax.scheduling.geometry import RoutedExperts
 from layerscope_jax.simulation.history_forecasts import foretold, remembered
 from layerscope_jax.simulation.routing_files import check, read, write
+from layerscope_jax.support.files import parse_json
 
 HISTORIES = {kind.name: kind for kind in (PreviousToken, Popularity)}
 
@@ -193,6 +194,22 @@ class Routing:
         if name not in names:
             raise ValueError(f"routing must be one of {', '.join(names) or '(none is there)'}, got {name!r}")
         return cls.load(PROFILES / f"{name}.npz")
+
+    @staticmethod
+    def shipped_for(model: RoutedExperts) -> str | None:
+        """Returns the name of shipped routing with a model's numbers of layers, experts and choices, if any.
+
+        >>> Routing.shipped_for(
+        ...     RoutedExperts(num_layers=24, num_experts=32, experts_per_token=4)
+        ... )
+        'gpt-oss-20b'
+        """
+        for file in sorted(PROFILES.glob("*.npz")):
+            with np.load(file, allow_pickle=False) as opened:
+                header = parse_json(str(opened["header"]).encode())
+            if header["geometry"] == model.routed.counts():
+                return file.stem
+        return None
 
     def save(self, path: str | Path) -> None:
         """Writes one .npz file, completely or not at all.

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from layerscope_jax.scheduling.geometry import RoutedExperts
 from layerscope_jax.simulation.routing import PROFILES, Routing, StoredForecast
 
 S, R, L, E, K, P, W, M = 3, 4, 5, 7, 2, 6, 3, 4
@@ -193,6 +194,23 @@ def test_what_is_shipped_is_whole(path: Path):
         for name in ("llapor", "previous-token")
     }
     assert errors["llapor"] < errors["previous-token"]
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.npz")), ids=lambda path: path.stem)
+def test_shipped_routing_is_found_by_its_numbers(path: Path):
+    assert Routing.shipped_for(Routing.shipped(path.stem).routed) == path.stem
+    assert Routing.shipped_for(RoutedExperts(num_layers=3, num_experts=5, experts_per_token=1)) is None
+
+
+def test_shortened_routing_is_its_beginning(routing):
+    short = routing.shortened(2)
+    assert short.steps == 2
+    for name in ("oracle", "none", *routing.forecasts):
+        whole, part = routing.batch([0, 1], name), short.batch([0, 1], name)
+        np.testing.assert_array_equal(part.counts, whole.counts[:2])
+        if name in routing.forecasts:
+            np.testing.assert_array_equal(part.forecasts, whole.forecasts[:2])
+    assert routing.shortened(1000).steps == routing.steps
 
 
 def header(**changes):
