@@ -129,7 +129,9 @@ class _Server:
         self.server, self.costs = server, costs
         self.own = server.part(geometry)
         self.each = self.own.num_experts
-        shared = sharing_host(costs, server.devices)
+        # What policies plan with: the host is everybody's, and all links may be busy.
+        all_busy_ms = max(costs.transfer_ms, server.devices * server.root_ms)
+        shared = replace(sharing_host(costs, server.devices), transfer_ms=all_busy_ms)
         self.sides = [_Run(completed(policy), self.own, shared, (), None, None) for policy in policies]
         self.now = self.host_ms = 0.0
 
