@@ -162,10 +162,11 @@ def _layer_by_layer(
     geometry = model.geometry(residency.slots)
     if costs is None and policy.uses_costs:
         costs = measure(model.on_one(), host, link, residency.slots)
+    planned = costs
     if partition is not None:
         geometry = of_part(geometry, partition.each)
-        costs = None if costs is None else sharing_host(costs, len(partition.local))
-    state = forecasts.explained(budget_bytes, lambda: policy.init(geometry, costs))
+        planned = None if costs is None else sharing_host(costs, len(partition.local))
+    state = forecasts.explained(budget_bytes, lambda: policy.init(geometry, planned))
     if 0 < budget_bytes < model.bank.expert_bytes:
         logger.warning(
             "device_budget is %s bytes, and one expert takes %s: none will be on the device",

@@ -18,7 +18,10 @@ from layerscope_jax.runtime.computing import BothSides
 from layerscope_jax.runtime.dense import StepInputs
 from layerscope_jax.runtime.device_side import DeviceSide
 from layerscope_jax.runtime.layerwise import LayerByLayer
+from layerscope_jax.runtime.lower_bound import least_decode_s
+from layerscope_jax.runtime.processes import spans_processes
 from layerscope_jax.runtime.warmup import Rehearsal
+from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, LayerPlan, Observation, Phase
 
 
@@ -212,6 +215,11 @@ class ExpertParallel(LayerByLayer):
                 outputs[taken] = host_rows[taken]
             return outputs
         return side.experts.place(outputs, host_rows, rows, plan.host)
+
+    def _least_s(self, decoded: list[dict[int, int]], costs: HardwareProfile) -> float | None:
+        if spans_processes(self.partition):
+            return None  # this one does not know what the others' experts had to compute
+        return least_decode_s(decoded, self.geometry, costs, len(self.partition.devices))
 
     def settle(self) -> None:
         super().settle()

@@ -324,7 +324,7 @@ class LayerByLayer:
             self._leave_books(account)
         least_s = None
         if account.decoded and self.costs is not None:
-            least_s = least_decode_s(account.decoded, self.geometry, self.costs)
+            least_s = self._least_s(account.decoded, self.costs)
         return RunnerStats(
             policy=self.policy.name,
             mode=self.mode,
@@ -345,6 +345,10 @@ class LayerByLayer:
             least_decode_s=least_s,
             expert_bytes=self.model.bank.expert_bytes,
         )
+
+    def _least_s(self, decoded: list[dict[int, int]], costs: HardwareProfile) -> float | None:
+        """Returns the lower bound on the time of decode steps, from their demand."""
+        return least_decode_s(decoded, self.geometry, costs)
 
     def rehearsal(self) -> Rehearsal:
         """Returns a runner that compiles the programs of this one; see `Runner.rehearsal`."""

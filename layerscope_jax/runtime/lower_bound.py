@@ -38,6 +38,7 @@ import numpy as np
 import optax
 
 from layerscope_jax.scheduling.costs import HardwareProfile
+from layerscope_jax.scheduling.geometry import of_part
 from layerscope_jax.scheduling.plan import ExpertId, Geometry
 from layerscope_jax.support.jax_settings import with_promotion
 
@@ -100,20 +101,26 @@ def lower_bound_ms(
         return unit * float(_best(arrays, rounds, experts <= FEW))
 
 
-def least_decode_s(demand: Sequence[dict[int, int]], geometry: Geometry, costs: HardwareProfile) -> float:
+def least_decode_s(
+    demand: Sequence[dict[int, int]], geometry: Geometry, costs: HardwareProfile, devices: int = 1
+) -> float:
     """Returns a lower bound on the time (s) of decode steps under any policy.
 
     Args:
         demand: recorded demand of each layer of each step.
-        geometry: geometry of the model and the budget.
+        geometry: geometry of the model and of the budget of a device.
         costs: of the machine.
+        devices: how many share the experts; together they take no less than the one that, with the whole
+            host for itself, takes longest.
     """
     layers, experts = geometry.num_layers, geometry.num_experts
     counts = np.zeros((len(demand) // layers, layers, experts), int)
     for turn, tokens in enumerate(demand):
         counts[turn // layers, turn % layers, list(tokens)] = list(tokens.values())
     each = counts[:, 0].sum(1) // geometry.experts_per_token
-    return lower_bound_ms(counts, each.tolist(), geometry, costs.alone or costs) / 1e3
+    parts, own = np.split(counts, devices, axis=-1), of_part(geometry, experts // devices)
+    costs = costs.alone or costs
+    return max(lower_bound_ms(part, each.tolist(), own, costs) for part in parts) / 1e3
 
 
 Prices = dict[str, jax.Array]

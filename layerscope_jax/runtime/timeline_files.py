@@ -91,6 +91,18 @@ def check_place(path: str | Path) -> None:
         raise ValueError(f"timeline must be the name of a file, got the folder {str(path)!r}")
 
 
+def check_engines(path: str | Path, model: Model) -> None:
+    """Refuses a timeline of an engine that records none; otherwise as `check_place`.
+
+    Raises:
+        ValueError: if several devices share the model's experts.
+    """
+    check_place(path)
+    if model.partition is not None:
+        count = len(model.partition.devices)
+        raise ValueError(f"a timeline is of one device, and {count} share the experts; leave timeline out")
+
+
 def read_timeline(path: str | Path) -> dict[str, Any]:
     """Returns the content of a file that `write_timeline` or `join_timelines` wrote.
 

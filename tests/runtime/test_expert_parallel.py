@@ -88,6 +88,16 @@ def test_all_experts_resident_are_each_on_their_owner(model, answers):
             assert len(side.residency.resident) == len(list(model.bank)) // 4
 
 
+def test_the_bound_is_that_of_the_device_that_takes_longest(model):
+    found = {}
+    for devices in (1, 2):
+        with Engine(model.over(devices), config_of(model, 8, "lru")) as engine:
+            stats = engine.generate(PROMPTS, max_new_tokens=6, bound=True).stats
+            found[devices] = stats.share_of_bound * stats.tpot_s
+            assert engine.runner.costs == PROFILE
+    assert 0 < found[2] < found[1]  # two devices may be faster than any one
+
+
 def test_plans_and_counts_are_of_the_whole_layer(model):
     with Engine(model.over(2), config_of(model, 8, "lru")) as engine:
         result = engine.generate(PROMPTS, max_new_tokens=3, record_plans=True)
@@ -161,6 +171,11 @@ def test_devices_that_cannot_share_are_refused(model):
         load("shipped", device=device, devices=2)
     with pytest.raises(ValueError, match="together with experts='disk'"):
         load("shipped", experts="disk", devices=2)
+    with (
+        Engine(model.over(2), config_of(model, 8, "lru")) as engine,
+        pytest.raises(ValueError, match="a timeline is of one device, and 2 share the experts"),
+    ):
+        engine.generate(PROMPTS, timeline="run.json")
 
 
 def test_programs_of_one_device_and_of_several_are_apart(model):
