@@ -174,25 +174,26 @@ def _layer_by_layer(
             f"{model.bank.expert_bytes:,}",
         )
     link.most_staged = staged or None  # from now on: what measures the link takes more at once
-    if partition is not None:
-        others = [
-            (state, Residency(left, size), part) for part in links_to(partition, model.bank, link, staged)
-        ]
-        make = functools.partial(ExpertParallel, others)
     in_memory = pool is None and isinstance(policy, Resident)
     resident = partition is None and in_memory and host.inside is not None and host.inside.target is not None
-    runner = make or (ResidentOnCpu if resident else LayerByLayer)
-    return runner(model, policy, state, residency, link, host, forecasts, costs, pool, exact=exact)
+    with ExitStack() as opened:
+        if partition is not None:
+            links = [opened.enter_context(closing(each)) for each in links_to(partition, model.bank, link)]
+            make = functools.partial(ExpertParallel, [(state, Residency(left, size), each) for each in links])
+        runner = make or (ResidentOnCpu if resident else LayerByLayer)
+        made = runner(model, policy, state, residency, link, host, forecasts, costs, pool, exact=exact)
+        opened.pop_all()  # the runner closes them
+        return made
 
 
-def links_to(partition: Partition, bank: ExpertBank, first: Transfers, staged: int) -> Iterator[Transfers]:
+def links_to(partition: Partition, bank: ExpertBank, first: Transfers) -> Iterator[Transfers]:
     """Makes the links to this process's other devices, like that to its first one."""
     held = partition.held.start
     for position in partition.local[1:]:
         own = partition.part(position)
         part = bank.part(range(own.start - held, own.stop - held))
         link = Transfers(part, partition.devices[position], first.bandwidth)
-        link.most_staged = staged or None
+        link.most_staged = first.most_staged
         yield link
 
 

@@ -1,14 +1,15 @@
 """Experts that several devices share: the tokens of one device, each with its own budget, links and plans."""
 
 import re
+import threading
 
 import jax
 import numpy as np
 import pytest
 from exact_cases import RandomPolicy
-from helpers import PROFILE, bits, random_model
+from helpers import PROFILE, bits, copying_by, random_model
 
-from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, load
+from layerscope_jax import Engine, ExpertId, LayerPlan, OffloadConfig, TransferError, load
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.models.decoder import Between
 from layerscope_jax.models.rotary import PAD_POSITION
@@ -86,6 +87,27 @@ def test_all_experts_resident_are_each_on_their_owner(model, answers):
         assert engine.budget_bytes == model.bank.total_bytes // 4
         for side in engine.runner.sides:
             assert len(side.residency.resident) == len(list(model.bank)) // 4
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_link_that_fails_costs_a_step_and_nothing_else(model, answers, monkeypatch):
+    """Of four, one: all sides settle, and the next call gets the same tokens."""
+    monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device, cpu.format))
+    broken, before = [True], set(threading.enumerate())
+
+    def copy(array, sharding):
+        if broken[0] and sharding.device_set == {jax.devices()[2]}:
+            raise OSError("no such device")
+        return jax.device_put(array, sharding)
+
+    with copying_by(copy), Engine(model.over(4), config_of(model, 4, "lru")) as engine:
+        with pytest.raises(TransferError, match="no such device"):
+            engine.generate(PROMPTS, max_new_tokens=4)
+        for side in engine.runner.sides:
+            assert not side.residency.coming
+        broken[0] = False
+        assert engine.generate(PROMPTS, max_new_tokens=12).token_ids == answers.token_ids
+    assert set(threading.enumerate()) <= before
 
 
 def test_the_bound_is_that_of_the_device_that_takes_longest(model):
