@@ -56,7 +56,7 @@ def few(monkeypatch):
 
 @contextmanager
 def rooms(model, bandwidth=None, copy=jax.device_put):
-    device, host_device = jax.devices()
+    device, *_, host_device = jax.devices()
     host = HostExperts(model.bank, host_device, threads=2)
     transfers = Transfers(model.bank, device, bandwidth, copy)
     try:
