@@ -63,7 +63,7 @@ def plain_loop(bank: ExpertBank, device: jax.Device, layers: Sequence[Sequence[E
     sharding = device_sharding(device)
     began = time.perf_counter()
     for layer in layers:
-        copies = [jax.device_put(matrix, sharding) for expert in layer for matrix in bank[expert]]
+        copies = [jax.device_put(matrix, sharding) for expert in layer for matrix in bank.chunks(expert)]
         jax.block_until_ready(copies)
     return time.perf_counter() - began
 
@@ -93,8 +93,8 @@ def overtaking(bank: ExpertBank, bandwidth: int | None, trials: int) -> dict[str
 
     Times are in those of one chunk: as paced, or, if not, as a plain loop takes for one.
     """
-    device, (wanted, *others), chunks_each = jax.devices()[0], bank, len(bank.format.buffers(*bank.sizes))
-    first, random, began = bank[wanted].gate, np.random.default_rng(0), 0.0
+    device, (wanted, *others), chunks_each = jax.devices()[0], bank, bank.arrays_per_expert
+    first, random, began = bank.chunks(wanted)[0], np.random.default_rng(0), 0.0
 
     def copy(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
         nonlocal began

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,6 +206,10 @@ class ExpertBank:
     def parcel(self, expert: ExpertId) -> Any:
         """Returns an expert as it is copied to the device: its parcel, or its arrays."""
         return self[expert] if self.parcels is None else self.parcels[expert.layer][expert.expert]
+
+    def chunks(self, expert: ExpertId) -> Sequence[jax.Array]:
+        """Returns the arrays of an expert that are copied to the device, one by one."""
+        return self[expert] if self.parcels is None else (self.parcel(expert),)
 
     def part(self, experts: range) -> ExpertBank:
         """Returns a bank of some experts of each layer, numbered from 0, in the same memory."""

@@ -311,7 +311,7 @@ class Transfers:
 
     def _arrays(self, expert: ExpertId) -> Sequence[jax.Array]:
         """Returns the arrays to copy."""
-        return self.bank[expert] if self.bank.parcels is None else (self.bank.parcel(expert),)
+        return self.bank.chunks(expert)
 
     def _assembled(self, arrays: Sequence[jax.Array]) -> Any:
         """Returns what has arrived of an expert, as `ExpertBank.parcel`."""

@@ -20,11 +20,11 @@ class Slow:
         self.bank, self.expert = bank, expert
         self.chosen, self.go = threading.Event(), threading.Event()
 
-    def __getitem__(self, expert):
+    def chunks(self, expert):
         if expert == self.expert and threading.current_thread().name == "layerscope-link":
             self.chosen.set()
             assert self.go.wait(60)
-        return self.bank[expert]
+        return self.bank.chunks(expert)
 
     def __contains__(self, expert):
         return expert in self.bank

@@ -119,7 +119,8 @@ def test_a_copy_that_fails_for_good_is_an_error_and_the_next_call_is_right(model
 
 def test_experts_lie_where_they_should(gpu, model):
     """The bank in pinned host memory, read there by the host; residents and all else on the device."""
-    assert {a.sharding.memory_kind for e in model.bank for a in model.bank[e]} == {"pinned_host"}
+    assert {a.sharding.memory_kind for e in model.bank for a in model.bank.chunks(e)} == {"pinned_host"}
+    assert model.bank.arrays_per_expert == 1
     assert {a.sharding.memory_kind for a in jax.tree.leaves(model.dense)} == {"device"}
     config = OffloadConfig(device_budget=15 * model.bank.expert_bytes, policy="lru")
     with Engine(model, config) as engine:
