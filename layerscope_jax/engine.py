@@ -41,7 +41,7 @@ from layerscope_jax.runtime.build import build
 from layerscope_jax.runtime.processes import agree_on_engine, agree_on_prompts, need_one_process
 from layerscope_jax.runtime.resources import Resources
 from layerscope_jax.runtime.runner import Runner
-from layerscope_jax.runtime.timeline_files import check_engines, of_call, write_timeline
+from layerscope_jax.runtime.timeline_files import check_timeline, of_call, write_timeline
 from layerscope_jax.runtime.turns import Turns
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.policy import PolicyBase
@@ -233,7 +233,7 @@ class Engine:
         requests = make_requests(prompts, settings, options, self.defaults)
         check_options(on_token, progress=progress, record_plans=record_plans, bound=bound)
         if timeline is not None:
-            check_engines(timeline, self.model)
+            check_timeline(timeline, self.model)
         if bound and self.runner.costs is None:
             raise ValueError(
                 "a bound needs the costs of this machine: pass the file that `layerscope calibrate` wrote as "

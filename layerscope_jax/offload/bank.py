@@ -174,7 +174,9 @@ class ExpertBank:
             sharding = self._sharding_of(expert)
             put, put_pack = put_at(sharding)
             if not suits_parcels(next(iter(sharding.device_set)), format.expert_bytes(*sizes)):
-                return packed(format, put_pack, self.unpacked(expert))
+                built = packed(format, put_pack, self.unpacked(expert))
+                keep_near(expert.expert, built)
+                return built
             built, parcels[expert] = in_parcel(packed(format, np.asarray, self.unpacked(expert)), put)
             return built
 

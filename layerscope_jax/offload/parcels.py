@@ -55,8 +55,9 @@ def in_parcel(expert: Any, put: Callable[[np.ndarray], Any]) -> tuple[Any, jax.A
 
 
 def memory_of(parcel: jax.Array) -> np.ndarray:
-    """Returns the bytes of an array in host memory, without a copy, for as long as the array is there."""
-    handle = (ctypes.c_uint8 * parcel.nbytes).from_address(parcel.unsafe_buffer_pointer())
+    """Returns the bytes of an array in host memory, without a copy; they keep the array."""
+    handle: Any = (ctypes.c_uint8 * parcel.nbytes).from_address(parcel.unsafe_buffer_pointer())
+    handle.owner = parcel  # whatever is made of the view holds the handle
     view = np.ctypeslib.as_array(handle)
     view.flags.writeable = False
     return view

@@ -77,7 +77,9 @@ class ExpertParallel(LayerByLayer):
         self.sides += [self._side(number, *parts) for number, parts in enumerate(sides, 1)]
         for side in self.sides:
             side.experts.passes_rows_on = False  # rows of all devices are exchanged
-        self._parts = [BothSides(side.experts, self.host_experts, side.tier) for side in self.sides]
+        more = [BothSides(side.experts, self.host_experts, side.tier) for side in self.sides[1:]]
+        self._parts = [self.experts, *more]
+        self._zeros: dict[int, SplitRows] = {}
         self._host_rows: dict[int, np.ndarray] = {}
 
     def joined(self, rows: Sequence[Any], chosen: jax.Array) -> SplitRows:
@@ -85,10 +87,12 @@ class ExpertParallel(LayerByLayer):
         return SplitRows(self.partition.joined(rows), chosen, self.partition.each)
 
     def _nothing(self, total: int, width: int, dtype: np.dtype) -> Any:
-        rows = [side.experts.nothing(total, width, dtype) for side in self.sides]
-        choices = self.model.config.experts_per_token
-        chosen = np.zeros((total // choices, choices), np.int32)
-        return self.joined(rows, self.partition.replicate(chosen))
+        if total not in self._zeros:
+            rows = [side.experts.nothing(total, width, dtype) for side in self.sides]
+            choices = self.model.config.experts_per_token
+            chosen = np.zeros((total // choices, choices), np.int32)
+            self._zeros = {total: self.joined(rows, self.partition.replicate(chosen))}
+        return self._zeros[total]
 
     def _layer(
         self, layer: int, step: StepInputs, state: Between, caches: list[Any]

@@ -91,7 +91,7 @@ def check_place(path: str | Path) -> None:
         raise ValueError(f"timeline must be the name of a file, got the folder {str(path)!r}")
 
 
-def check_engines(path: str | Path, model: Model) -> None:
+def check_timeline(path: str | Path, model: Model) -> None:
     """Refuses a timeline of an engine that records none; otherwise as `check_place`.
 
     Raises:

@@ -14,7 +14,7 @@ from layerscope_jax.scheduling.costs import HardwareProfile, sharing_host
 from layerscope_jax.scheduling.geometry import of_part
 from layerscope_jax.scheduling.plan import Geometry, LayerPlan, Observation, Policy
 from layerscope_jax.scheduling.policy import completed
-from layerscope_jax.simulation.simulator import Simulated, _Run
+from layerscope_jax.simulation.simulator import Simulated, VirtualRun
 from layerscope_jax.simulation.workload import Workload
 
 
@@ -70,9 +70,20 @@ class Server:
         return cls(devices=devices, root_ms=root_ms, exchange_ms_per_token=1e3 * sent / each)
 
     def part(self, geometry: Geometry) -> Geometry:
-        """Returns the geometry of one of the devices."""
+        """Returns the geometry of one of the devices.
+
+        Raises:
+            ValueError: if the experts cannot be shared evenly.
+        """
+        self._check_even(geometry.num_experts)
         own = of_part(geometry, geometry.num_experts // self.devices)
         return replace(own, slots=min(own.slots, own.total_experts))
+
+    def _check_even(self, experts: int) -> None:
+        if experts % self.devices:
+            raise ValueError(
+                f"devices must share the {experts} experts of a layer evenly, got {self.devices}"
+            )
 
     def parts(self, counts: np.ndarray) -> list[np.ndarray]:
         """Returns the counts [..., E / N] of each device's experts from those of all [..., E].
@@ -80,10 +91,7 @@ class Server:
         Raises:
             ValueError: if the experts cannot be shared evenly.
         """
-        if counts.shape[-1] % self.devices:
-            raise ValueError(
-                f"devices must share the {counts.shape[-1]} experts of a layer evenly, got {self.devices}"
-            )
+        self._check_even(counts.shape[-1])
         return np.split(counts, self.devices, axis=-1)
 
 
@@ -132,7 +140,7 @@ class _Server:
         # What policies plan with: the host is everybody's, and all links may be busy.
         all_busy_ms = max(costs.transfer_ms, server.devices * server.root_ms)
         shared = replace(sharing_host(costs, server.devices), transfer_ms=all_busy_ms)
-        self.sides = [_Run(completed(policy), self.own, shared, (), None, None) for policy in policies]
+        self.sides = [VirtualRun(completed(policy), self.own, shared, (), None, None) for policy in policies]
         self.now = self.host_ms = 0.0
 
     def workload(self, workload: Workload) -> Simulated:

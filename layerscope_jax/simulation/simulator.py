@@ -94,13 +94,13 @@ def simulate(
     """
     for workload in workloads:
         workload.check(geometry)
-    run = _Run(completed(policy), geometry, costs, resident, record, host_slots)
+    run = VirtualRun(completed(policy), geometry, costs, resident, record, host_slots)
     if timeline is not None:
         run.draw(timeline)
     return [run.workload(workload) for workload in workloads]
 
 
-class _Run:
+class VirtualRun:
     """State of a simulated run: clock, link, residency and counts."""
 
     def __init__(

@@ -1,5 +1,7 @@
 """Experts as parcels: the same bytes, and one copy an expert."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import jax
@@ -118,4 +120,11 @@ def test_biases_are_in_the_parcel_too():
 
 def test_memory_is_shared_and_kept_by_the_parcel():
     parcel = jax.block_until_ready(jax.device_put(np.arange(64, dtype=np.uint8), banks.host_sharding()))
-    assert memory_of(parcel).tolist() == list(range(64))
+    part, freed = memory_of(parcel)[8:16].view(np.int64), weakref.ref(parcel)
+    del parcel
+    gc.collect()
+    assert freed() is not None  # by the view alone
+    assert part.view(np.uint8).tolist() == list(range(8, 16))
+    del part
+    gc.collect()
+    assert freed() is None

@@ -18,7 +18,6 @@ from layerscope_jax.offload.slotted import SlottedExperts
 from layerscope_jax.offload.split_rows import SplitRows, exchanged_bytes
 from layerscope_jax.runtime import device_side
 from layerscope_jax.runtime.expert_parallel import ExpertParallel
-from layerscope_jax.runtime.programs import Layers, programs
 
 PROMPTS = [[1, 2, 3], list(range(16)), [7]]
 
@@ -32,6 +31,13 @@ def model():
 def answers(model):
     with Engine(model, OffloadConfig(numerics="exact")) as engine:
         return engine.generate(PROMPTS, max_new_tokens=12, logprobs=2)
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    """For tests whose programs XLA optimises little: the bits of `answers` are not theirs."""
+    with Engine(model) as engine:
+        return engine.generate(PROMPTS, max_new_tokens=12).token_ids
 
 
 def config_of(model, slots, policy, **others):
@@ -63,12 +69,12 @@ def test_every_bit_is_that_of_one_device(model, answers, policy, devices):
 
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("policy", ["lru", "fiddler", "random"])
-def test_accelerators_keep_their_experts_in_slots(model, answers, policy, monkeypatch):
+def test_accelerators_keep_their_experts_in_slots(model, tokens, policy, monkeypatch):
     monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device, cpu.format))
     chosen = RandomPolicy() if policy == "random" else policy
     with Engine(model.over(2), config_of(model, 6, chosen)) as engine:
         for _ in range(2):
-            assert engine.generate(PROMPTS, max_new_tokens=12).token_ids == answers.token_ids
+            assert engine.generate(PROMPTS, max_new_tokens=12).token_ids == tokens
         for side in engine.runner.sides:
             held = side.residency
             for expert in list(held.resident):
@@ -90,7 +96,7 @@ def test_all_experts_resident_are_each_on_their_owner(model, answers):
 
 
 @pytest.mark.usefixtures("quick_compiles")
-def test_a_link_that_fails_costs_a_step_and_nothing_else(model, answers, monkeypatch):
+def test_a_link_that_fails_costs_a_step_and_nothing_else(model, tokens, monkeypatch):
     """Of four, one: all sides settle, and the next call gets the same tokens."""
     monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device, cpu.format))
     broken, before = [True], set(threading.enumerate())
@@ -106,7 +112,7 @@ def test_a_link_that_fails_costs_a_step_and_nothing_else(model, answers, monkeyp
         for side in engine.runner.sides:
             assert not side.residency.coming
         broken[0] = False
-        assert engine.generate(PROMPTS, max_new_tokens=12).token_ids == answers.token_ids
+        assert engine.generate(PROMPTS, max_new_tokens=12).token_ids == tokens
     assert set(threading.enumerate()) <= before
 
 
@@ -169,7 +175,7 @@ def test_devices_exchange_as_many_bytes_as_on_paper(model):
         assert f"{other}(" not in text
 
 
-def test_a_checkpoint_is_loaded_to_its_owners(tmp_path):
+def test_a_checkpoint_is_loaded_to_its_owners():
     model = load("shipped", devices=2, format="int8")
     assert model.partition.devices == tuple(jax.devices()[:2])
     for expert in (0, 31, 32, 63):
@@ -198,10 +204,3 @@ def test_devices_that_cannot_share_are_refused(model):
         pytest.raises(ValueError, match="a timeline is of one device, and 2 share the experts"),
     ):
         engine.generate(PROMPTS, timeline="run.json")
-
-
-def test_programs_of_one_device_and_of_several_are_apart(model):
-    one = programs(model.config, model.bank.dtype, None)
-    several = programs(model.config, model.bank.dtype, None, False, model.over(2).partition.mesh)
-    assert one is not several
-    assert Layers.of(model, range(1)).kinds == Layers.of(model.over(2), range(1)).kinds

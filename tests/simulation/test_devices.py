@@ -106,6 +106,8 @@ def test_what_cannot_be_simulated_is_refused():
     work = workload()
     with pytest.raises(ValueError, match="evenly, got 3"):
         run("lru", [work], SHAPE, COSTS, server=Server(devices=3))
+    with pytest.raises(ValueError, match="evenly, got 3"):
+        simulate_server([LRU()] * 3, [work], SHAPE, COSTS, Server(devices=3))
     with pytest.raises(ValueError, match="1 or more"):
         Server(devices=0)
     with pytest.raises(ValueError, match="root_ms must be a time"):
