@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,7 @@ def main(options: Options) -> dict[str, Any]:
         "quick": options.quick,
         "machine": record,
         "base": vars(base),
-        "model": vars(shape(base, options.quick)),
+        "model": asdict(shape(base, options.quick)),
         "rates": vars(rates),
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,

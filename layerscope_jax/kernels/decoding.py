@@ -1,6 +1,6 @@
 """What packed weights stand for, written where products read it, some rows at a time.
 
-By registers of AVX-512 (`wide_decoding.py`), and on other CPUs by loops of which LLVM makes vectors.
+By registers of AVX-512 or AVX2 (`wide_decoding.py`), and on other CPUs by loops of which LLVM makes vectors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from layerscope_jax.kernels.encodings import (
     THIRD,
     row_of,
 )
-from layerscope_jax.kernels.numbers import float_of, pointer, rounded
+from layerscope_jax.kernels.numbers import as_float32, float_of, pointer, rounded
 from layerscope_jax.kernels.scales import prepare_rows
 from layerscope_jax.kernels.tiles import ask
 from layerscope_jax.support.njit import njit
@@ -54,10 +54,10 @@ def prepare_matrix(matrix, room, kind):
     if matrix[CODE] != NVFP4:
         return
     whole = carray(pointer(matrix[THIRD]), 1, np.float32)[0]
-    scales = carray(pointer(room), 256, np.float32) if kind.itemsize == 4 else np.empty(256, np.float32)
+    scales = carray(pointer(room), 256, np.float32) if as_float32(kind) else np.empty(256, np.float32)
     for code in range(np.uint64(256)):
         scales[code] = E4M3_VALUES[code] * whole
-    if kind.itemsize == 2:
+    if not as_float32(kind):
         write_tables(scales, room)
     matrix[TABLE] = room
 
@@ -127,7 +127,8 @@ def decode_anywhere(matrix, first, rows, k, chunks, scales, to, far, apart, ahea
         apart: bytes from one chunk to the next.
         ahead: address of what is to be asked for meanwhile, as many bytes for each row as it has.
         beyond: bytes from one row's to the next one's.
-        kind: an array of the type that is written: float32, or bfloat16 as its bits.
+        kind: an array of the type that is written: float32, bfloat16 as its bits, or of uint32, bfloat16 as
+            the bits of the same float32.
     """
     code, begin, half = matrix[CODE], k // CHUNK, np.uint64(CHUNK // 2)
     at, size = row_of(matrix, matrix[DEPTH], first)

@@ -8,9 +8,12 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numba import carray
+from numba import carray, types
+from numba.extending import overload
+from numba.np.numpy_support import as_dtype
 
 from layerscope_jax.formats.quantised import QuantisedFormat
 from layerscope_jax.kernels import amx, loops, tile_products
@@ -73,15 +76,42 @@ def bias_of(addresses, width, hidden, kind):
     return carray(pointer(addresses[BIAS]), 2 * hidden + width if addresses[BIAS] else 0, np.float32)
 
 
+def scratch(kind: Any) -> Any:
+    """[HIGH, ...] rows for numbers as they are written out, and the same as they are multiplied.
+
+    bfloat16 that is multiplied as float32 is written as such: otherwise it would be widened for every tile.
+    """
+
+
+@overload(scratch)
+def _scratch(kind):
+    if kind.dtype is types.uint16:
+
+        def widened(kind):
+            rows = np.empty((HIGH, DEEP + CHUNK), np.uint32)
+            return rows, rows.view(np.float32)
+
+        return widened
+    dtype = as_dtype(kind.dtype)
+
+    def plain(kind):
+        rows = np.empty((HIGH, DEEP + CHUNK), dtype)
+        return rows, rows
+
+    return plain
+
+
 @njit(cache=True, nogil=True)
 def encoded_dots(x, matrix, first, last, outputs, kind):
     """As `dots.dot_products`, with rows of a matrix written out as numbers of the type of `kind`."""
-    depth, count, size = matrix[DEPTH], last - first, kind.itemsize
-    rows, spare = np.empty((HIGH, DEEP + CHUNK), kind.dtype), np.empty((len(x), HIGH), np.float32)
+    depth, count, spare = matrix[DEPTH], last - first, np.empty((len(x), HIGH), np.float32)
+    rows, numbers = scratch(kind)
     memory = np.empty(2 * ROOM, np.uint8)
     room = memory.ctypes.data
-    prepare_matrix(matrix, room, kind)
-    at, stride = rows.ctypes.data, rows.strides[0]
+    written, multiplied = rows[0], numbers[0]
+    prepare_matrix(matrix, room, written)
+    at, stride, apart = rows.ctypes.data, rows.strides[0], CHUNK * rows.itemsize
+    step = step_of(multiplied)
     outputs[:, :count] = 0
     for p in range(0, count, HIGH):
         high = min(HIGH, count - p)
@@ -90,15 +120,15 @@ def encoded_dots(x, matrix, first, last, outputs, kind):
             part = min(DEEP, depth - k)
             begin, line = row_of(matrix, depth, first + p + HIGH)
             chunks, coming = part // CHUNK, begin + line * k // depth
-            scales = prepare(matrix, first + p, high, k, chunks, room + ROOM, kind)
-            decode(matrix, first + p, high, k, chunks, scales, at, stride, CHUNK * size, coming, line, kind)
+            scales = prepare(matrix, first + p, high, k, chunks, room + ROOM, written)
+            decode(matrix, first + p, high, k, chunks, scales, at, stride, apart, coming, line, written)
             if high == HIGH:
-                add_tiles(at, stride, x[:, k:], part // step_of(kind), outputs[:, p:], 0, kind)
+                add_tiles(at, stride, x[:, k:], part // step, outputs[:, p:], 0, multiplied)
             else:  # one row after the other, as all of a tile
                 for row in range(high):
                     spare[:] = 0
                     begin = at + stride * row
-                    add_tiles(begin, np.int64(0), x[:, k:], part // step_of(kind), spare, 0, kind)
+                    add_tiles(begin, np.int64(0), x[:, k:], part // step, spare, 0, multiplied)
                     for m in range(len(x)):
                         outputs[m, p + row] += spare[m, 0]
     rows[0, 0] = memory[0] = 0  # kept until here

@@ -19,6 +19,7 @@ from layerscope_jax.formats.nvfp4 import Nvfp4
 from layerscope_jax.formats.quantised import QuantisedFormat
 from layerscope_jax.formats.small_floats import E2M1_VALUES, e8m0
 from layerscope_jax.support.njit import njit
+from layerscope_jax.support.target import features
 
 CHUNK = 32
 """Numbers of a row that are decoded at once."""
@@ -48,6 +49,9 @@ LINE = 32
 
 MOST_POINT = 16
 """The largest zero point."""
+
+BYTES_APART = not {"avx512f", "avx512bw", "avx512vl"} <= features()
+"""Whether a table has the low bytes of a scale's entries first, then the high ones, as AVX2 looks them up."""
 
 
 @njit(cache=True, nogil=True)
@@ -99,7 +103,7 @@ def table_of(encoding: Encoding) -> np.ndarray | None:
     Returns:
         [S, ENTRIES] of S possible scales. With zero points [S, 2 * ENTRIES]: the numbers that stand for
         -MOST_POINT and more, without one. None of 8 bits, and of NVFP4, as each of its matrices has another
-        scale beside.
+        scale beside. With `BYTES_APART` the bytes of a row are in that order.
     """
     if isinstance(encoding, Int4):
         kind = np.float16 if encoding.scale == "float16" else ml_dtypes.bfloat16
@@ -112,6 +116,9 @@ def table_of(encoding: Encoding) -> np.ndarray | None:
         return None
     with np.errstate(invalid="ignore", over="ignore"):
         numbers = (values * scales[:, None]).astype(ml_dtypes.bfloat16).view(np.uint16)
+    if BYTES_APART:
+        pairs = numbers.view(np.uint8).reshape(*numbers.shape, 2)
+        numbers = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(len(numbers), -1).view(np.uint16)
     # From where a line of the caches begins, so that none of 16 entries lie in two.
     memory = np.empty(numbers.size + LINE, np.uint16)
     first = -memory.ctypes.data % (2 * LINE) // 2

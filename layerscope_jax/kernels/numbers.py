@@ -83,7 +83,25 @@ def _rounded(number, kind):
             )
 
         return nearest
+    if kind.dtype is types.uint32:
+
+        def widened_again(number, kind):
+            bits = bits_of(number)
+            nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            return nearest & np.uint32(0xFFFF0000)
+
+        return widened_again
     return lambda number, kind: number
+
+
+def as_float32(kind: Any) -> Any:
+    """Whether the array `kind` is of float32, whose numbers are not rounded."""
+
+
+@overload(as_float32)
+def _as_float32(kind):
+    answer = kind.dtype is types.float32
+    return lambda kind: answer
 
 
 # e^x = 2^n e^r with |r| <= ln 2 / 2, and a polynomial for e^r (as in Cephes' expf): the library's function is

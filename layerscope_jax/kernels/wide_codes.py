@@ -1,27 +1,41 @@
-"""Packed weights as registers of AVX-512: 32 numbers of a row at a time, for LLVM.
+"""Packed weights as registers of AVX-512 or AVX2: 32 numbers of a row at a time, for LLVM.
 
 Codes of 4 bits are looked up: 16 values, scaled and rounded as the format is defined
 (`formats.encoding.Encoding`), in a register. For bfloat16 they come from a table of all scales
-(`encodings.table_of`), for float32 they are computed for the numbers that share the scale.
+(`encodings.table_of`), for float32 they are computed for the numbers that share the scale. AVX2 looks up
+bytes: there a table has the low bytes of its entries first, and then the high ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llvmlite import ir
 
 from layerscope_jax.formats.small_floats import E2M1_VALUES, E4M3_VALUES
-from layerscope_jax.kernels.encodings import CHUNK, ENTRIES, MOST_POINT
-from layerscope_jax.kernels.vectors import BYTE, INT, LONG, WIDE, WORD, external, read
+from layerscope_jax.kernels.encodings import BYTES_APART, CHUNK, ENTRIES, MOST_POINT
+from layerscope_jax.kernels.vectors import BYTE, INT, LONG, WORD, external, read
+from layerscope_jax.kernels.wide_registers import (
+    EIGHT,
+    EIGHT_INTEGERS,
+    FLOAT,
+    HALF,
+    HALF_WORDS,
+    INTEGERS,
+    LANES,
+    LINE,
+    NUMBERS,
+    WORDS,
+    bfloat16s,
+    interleaved,
+    nearest,
+    picked,
+    read_at,
+    spread,
+    write,
+)
 from layerscope_jax.support.target import features
-
-FLOAT = ir.FloatType()
-LANES = 16
-NUMBERS, INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
-WORDS, LINE = ir.VectorType(WORD, 2 * LANES), ir.VectorType(BYTE, 4 * LANES)
 
 MAGNITUDES = 128
 """8-bit numbers without their signs."""
@@ -32,52 +46,12 @@ BYTES = 2 * MAGNITUDES
 
 def able() -> bool:
     """Whether numba may compile for this CPU what is used here."""
-    return WIDE and {"avx512bw", "avx512vl"} <= features()
+    return not BYTES_APART or {"avx2", "f16c"} <= features()
 
 
 def tables() -> bool:
     """Whether 8-bit numbers can be looked up."""
-    return able() and "avx512vbmi" in features()
-
-
-def picked(builder: Any, first: Any, second: Any, order: Sequence[int]) -> Any:
-    return builder.shuffle_vector(first, second, ir.VectorType(INT, len(order))(list(order)))
-
-
-def bfloat16s(builder: Any, low: Any, high: Any) -> Any:
-    """Twice 16 float32 as 32 bfloat16, rounded to the nearest, ties to even.
-
-    AVX512_BF16 takes numbers below 2 ** -126 for zero, which no product can tell.
-    """
-    if "avx512bf16" in features():
-        # By its assembler name, as in `vectors.add_pairs`.
-        function = ir.FunctionType(WORDS, [NUMBERS, NUMBERS])
-        return builder.call(ir.InlineAsm(function, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v"), [low, high])
-
-    def rounded(numbers: Any) -> Any:
-        bits, shift = builder.bitcast(numbers, INTEGERS), INTEGERS([16] * LANES)
-        odd = builder.and_(builder.lshr(bits, shift), INTEGERS([1] * LANES))
-        nearest = builder.add(builder.add(bits, INTEGERS([0x7FFF] * LANES)), odd)
-        return builder.trunc(builder.lshr(nearest, shift), ir.VectorType(WORD, LANES))
-
-    first, second = rounded(low), low is high or rounded(high)
-    return picked(builder, first, first if low is high else second, range(2 * LANES))
-
-
-def spread(builder: Any, number: Any) -> Any:
-    """A float32 in 16 lanes."""
-    nothing = ir.Constant(NUMBERS, ir.Undefined)
-    value = builder.insert_element(nothing, number, INT(0))
-    return picked(builder, value, nothing, [0] * LANES)
-
-
-def read_at(builder: Any, address: Any, index: Any, kind: Any, width: int) -> Any:
-    """What lies at an index of an array of numbers of so many bytes."""
-    return read(builder, builder.add(address, builder.mul(index, LONG(width))), kind, 1)
-
-
-def write(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2)
+    return not BYTES_APART and "avx512vbmi" in features()
 
 
 class Rows(NamedTuple):
@@ -151,7 +125,7 @@ class Codes:
         Args:
             words: whether they are to be bfloat16, not float32.
         """
-        codes = builder.add(row.codes, builder.mul(chunk, LONG(self.bytes)))
+        codes = self._codes(builder, row, chunk)
         if self.looked_up:
             table = builder.mul(self._place(builder, row, chunk, 0), LONG(BYTES))
             return looked_up(builder, codes, builder.add(row.scales, table))
@@ -166,6 +140,8 @@ class Codes:
                 self._floats(builder, builder.add(codes, LONG(CHUNK // 4 * half)), tables[half])
                 for half in range(2)
             ]
+        if BYTES_APART:
+            return self._by_bytes(builder, row, chunk)
         packed = read(builder, codes, ir.VectorType(BYTE, CHUNK // 2), 1)
         pairs = picked(builder, packed, packed, [number // 4 for number in range(2 * CHUNK)])
         index = builder.lshr(builder.bitcast(pairs, WORDS), WORDS([0, 4] * LANES))
@@ -183,15 +159,74 @@ class Codes:
             return builder.add(builder.mul(chunk, LONG(self.parts)), LONG(part))
         return builder.lshr(chunk, row.shared)
 
+    def widened(self, builder: Any, row: Rows, chunk: Any) -> list[Any]:
+        """Returns the same numbers rounded to bfloat16, as float32."""
+        if not self.entries and not self.looked_up:
+            factor = spread(
+                builder, read_at(builder, row.scales, self._place(builder, row, chunk, 0), FLOAT, 4)
+            )
+            numbers = self._of_bytes(builder, self._codes(builder, row, chunk), factor)
+            whole = INTEGERS([0xFFFF0000] * LANES)
+            return [builder.bitcast(builder.and_(nearest(builder, some), whole), NUMBERS) for some in numbers]
+        if self.parts == 1 and BYTES_APART:
+            return self._by_bytes(builder, row, chunk, widened=True)
+        results = []
+        for words in self.decoded(builder, row, chunk, words=True):
+            for first in range(0, CHUNK, LANES):
+                some = picked(builder, words, words, range(first, first + LANES))
+                bits = builder.shl(builder.zext(some, INTEGERS), INTEGERS([16] * LANES))
+                results.append(builder.bitcast(bits, NUMBERS))
+        return results
+
+    def _codes(self, builder: Any, row: Rows, chunk: Any) -> Any:
+        """Where a chunk's codes begin."""
+        return builder.add(row.codes, builder.mul(chunk, LONG(self.bytes)))
+
+    def _by_bytes(self, builder: Any, row: Rows, chunk: Any, widened: bool = False) -> list[Any]:
+        """32 codes of 4 bits as bfloat16, whose bytes are looked up one after the other."""
+        packed = read(builder, self._codes(builder, row, chunk), ir.VectorType(BYTE, CHUNK // 2), 1)
+        if widened:  # numbers by fours in turns: each half of a register is woven by itself below
+            order = [4 * four + byte for half in (0, 2) for four in range(4) for byte in (half, half + 1)]
+            packed = picked(builder, packed, packed, order)
+        fifteen, four = packed.type([15] * (CHUNK // 2)), packed.type([4] * (CHUNK // 2))
+        low, high = builder.and_(packed, fifteen), builder.lshr(packed, four)
+        index = picked(builder, low, high, interleaved(range(CHUNK // 2), CHUNK // 2))
+        places = [self._entries(builder, row, chunk, part) for part in range(self.parts)]
+        shuffled, found = external(builder, "llvm.x86.avx2.pshuf.b", HALF, [HALF] * 2), []
+        for byte in range(2):
+            begin = LONG(byte * ENTRIES * (1 + self.zeros))
+            tables = [read(builder, builder.add(at, begin), packed.type, 1) for at in places] * 2
+            table = picked(builder, tables[0], tables[1], range(CHUNK))
+            found.append(builder.call(shuffled, [table, index]))
+        low, high = found
+        if not widened:
+            return [builder.bitcast(picked(builder, low, high, interleaved(range(CHUNK), CHUNK)), WORDS)]
+        results = []
+        for first in (0, 8):
+            eights = [*range(first, first + 8), *range(first + 16, first + 24)]
+            words = builder.bitcast(picked(builder, low, high, interleaved(eights, CHUNK)), HALF_WORDS)
+            nothing = HALF_WORDS([0] * LANES)
+            for start in (0, 4):
+                fours = [*range(start, start + 4), *range(start + 8, start + 12)]
+                numbers = picked(builder, nothing, words, interleaved(fours, LANES))
+                results.append(builder.bitcast(numbers, EIGHT))
+        return results
+
     def _tabled(self, builder: Any, row: Rows, chunk: Any, part: int) -> Any:
         """16 bfloat16 of the matrix's table, which the codes of a part of a chunk stand for."""
+        place = self._entries(builder, row, chunk, part)
+        return read(builder, place, ir.VectorType(WORD, ENTRIES), 2)
+
+    def _entries(self, builder: Any, row: Rows, chunk: Any, part: int) -> Any:
+        """Where the entries of a part of a chunk begin in the matrix's table."""
         place = self._place(builder, row, chunk, part)
         code = read_at(builder, row.scales, place, ir.IntType(8 * self.width), self.width)
         offset = builder.mul(builder.zext(code, LONG), LONG(2 * ENTRIES * (1 + self.zeros)))
         if self.zeros:
             point = builder.zext(read_at(builder, row.points, place, BYTE, 1), LONG)
-            offset = builder.add(offset, builder.mul(builder.sub(LONG(MOST_POINT), point), LONG(2)))
-        return read(builder, builder.add(row.table, offset), ir.VectorType(WORD, ENTRIES), 2)
+            size = LONG(1 if BYTES_APART else 2)
+            offset = builder.add(offset, builder.mul(builder.sub(LONG(MOST_POINT), point), size))
+        return builder.add(row.table, offset)
 
     def _scaled(self, builder: Any, row: Rows, chunk: Any, part: int) -> Any:
         """16 float32, which the codes of a part of a chunk stand for."""
@@ -221,8 +256,19 @@ class Codes:
         packed = read(builder, codes, ir.VectorType(BYTE, LANES // 2), 1)
         pairs = picked(builder, packed, packed, [number // 8 for number in range(4 * LANES)])
         index = builder.lshr(builder.bitcast(pairs, INTEGERS), INTEGERS([0, 4] * (LANES // 2)))
-        function = external(builder, "llvm.x86.avx512.permvar.sf.512", NUMBERS, [NUMBERS, INTEGERS])
-        return builder.call(function, [table, index])
+        if not BYTES_APART:
+            function = external(builder, "llvm.x86.avx512.permvar.sf.512", NUMBERS, [NUMBERS, INTEGERS])
+            return builder.call(function, [table, index])
+        function = external(builder, "llvm.x86.avx2.permps", EIGHT, [EIGHT, EIGHT_INTEGERS])
+        halves = [picked(builder, table, table, range(first, first + 8)) for first in (0, 8)]
+        numbers = []
+        for first in (0, 8):  # of the index, three bits count in a half of the table, the fourth says which
+            some = picked(builder, index, index, range(first, first + 8))
+            low, high = (builder.call(function, [half, some]) for half in halves)
+            eighth = builder.and_(some, EIGHT_INTEGERS([8] * 8))
+            which = builder.icmp_unsigned("==", eighth, EIGHT_INTEGERS([0] * 8))
+            numbers.append(builder.select(which, low, high))
+        return picked(builder, numbers[0], numbers[1], range(LANES))
 
     def _of_bytes(self, builder: Any, codes: Any, factor: Any) -> list[Any]:
         if not self.small_float:
@@ -232,12 +278,13 @@ class Codes:
             return [builder.fmul(number, factor) for number in numbers]
         # As float16 of the same bits, whose exponents are 8 less.
         factor = builder.fmul(factor, NUMBERS([256.0] * LANES))
-        bits = builder.zext(read(builder, codes, ir.VectorType(BYTE, CHUNK), 1), WORDS)
-        sign = builder.and_(builder.shl(bits, WORDS([8] * CHUNK)), WORDS([0x8000] * CHUNK))
-        size = builder.and_(builder.shl(bits, WORDS([7] * CHUNK)), WORDS([0x3F80] * CHUNK))
-        none = builder.icmp_unsigned("==", size, WORDS([0x3F80] * CHUNK))
-        size = builder.select(none, WORDS([0x7F80] * CHUNK), size)  # all bits of the exponent: no number
-        small = builder.bitcast(builder.or_(sign, size), ir.VectorType(ir.HalfType(), CHUNK))
+        bits = builder.sext(read(builder, codes, ir.VectorType(BYTE, CHUNK), 1), WORDS)
+        bits = builder.and_(builder.shl(bits, WORDS([7] * CHUNK)), WORDS([0xBF80] * CHUNK))
+        size = builder.and_(bits, WORDS([0x3F80] * CHUNK))
+        none = builder.sext(builder.icmp_unsigned("==", size, WORDS([0x3F80] * CHUNK)), WORDS)
+        whole = builder.and_(none, WORDS([0x4000] * CHUNK))  # all bits of the exponent: no number
+        bits = builder.or_(bits, whole)
+        small = builder.bitcast(bits, ir.VectorType(ir.HalfType(), CHUNK))
         numbers = []
         for half in range(2):
             some = picked(builder, small, small, range(LANES * half, LANES * half + LANES))

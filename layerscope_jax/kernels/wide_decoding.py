@@ -1,4 +1,4 @@
-"""What packed weights stand for, written by registers of AVX-512 (`wide_codes.py`): for LLVM.
+"""What packed weights stand for, written by registers of AVX-512 or AVX2 (`wide_codes.py`): for LLVM.
 
 Either it is written where products read it, or tiles of AMX (`tiles.py`) multiply what was written just
 before, while the next is decoded.
@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from layerscope_jax.formats.small_floats import E2M1_VALUES
 from layerscope_jax.kernels.encodings import (
     ALONG,
+    BYTES_APART,
     CHUNK,
     CODE,
     COLUMNS,
@@ -34,24 +35,21 @@ from layerscope_jax.kernels.encodings import (
     THIRD,
     row_of,
 )
+from layerscope_jax.kernels.numbers import as_float32
 from layerscope_jax.kernels.scales import ALL, prepare_rows
 from layerscope_jax.kernels.strips import repeat
 from layerscope_jax.kernels.tiles import TILE, emit
 from layerscope_jax.kernels.vectors import LONG, fetch, read
-from layerscope_jax.kernels.wide_codes import (
-    BYTES,
+from layerscope_jax.kernels.wide_codes import BYTES, KINDS, Codes, Rows, tables, write_table
+from layerscope_jax.kernels.wide_registers import (
     FLOAT,
-    KINDS,
+    HALF,
     NUMBERS,
-    Codes,
-    Rows,
     bfloat16s,
     picked,
     read_at,
     spread,
-    tables,
     write,
-    write_table,
 )
 from layerscope_jax.support.njit import njit
 
@@ -61,13 +59,13 @@ def block(codes_of: Codes) -> Any:
 
     It takes the rows (`Rows`); how many, the first chunk and how many; where to write, and bytes from one row
     to the next, and from one chunk to the next; what is to be asked for meanwhile, as many bytes for each row
-    as it has, and bytes from one row's to the next one's. At last, an array of the type that is written:
-    float32, or bfloat16 as its bits.
+    as it has, and bytes from one row's to the next one's. At last, an array of the type that is written
+    (`decoding.decode_anywhere`).
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         *places, count, begin, chunks, to, far, apart, ahead, beyond, _ = arguments
-        words, rows = signature.args[-1].dtype is not types.float32, Rows(*places)
+        kind, rows = signature.args[-1].dtype, Rows(*places)
 
         def of_row(number: Any, _: list[Any]) -> list[Any]:
             row = rows.row(builder, number, codes_of.width)
@@ -78,10 +76,17 @@ def block(codes_of: Codes) -> Any:
                 chunk = builder.mul(turn, LONG(codes_of.together))
                 fetch(builder, builder.add(asked, builder.mul(chunk, LONG(codes_of.bytes))))
                 place = builder.add(to_at, builder.mul(chunk, apart))
-                registers = codes_of.decoded(builder, row, builder.add(begin, chunk), words)
+                number = builder.add(begin, chunk)
+                if kind is types.uint32:
+                    registers = codes_of.widened(builder, row, number)
+                else:
+                    registers = codes_of.decoded(builder, row, number, kind is not types.float32)
                 size = len(registers) // codes_of.together  # registers of a chunk
+                wide = 2 * CHUNK // size if kind.bitwidth == 16 else 4 * CHUNK // size  # bytes of one
                 for index, register in enumerate(registers):
-                    distance = builder.add(builder.mul(apart, LONG(index // size)), LONG(64 * (index % size)))
+                    distance = builder.add(
+                        builder.mul(apart, LONG(index // size)), LONG(wide * (index % size))
+                    )
                     write(builder, register, builder.add(place, distance))
                 return []
 
@@ -209,6 +214,9 @@ def tabled_codes(typing: Any, scales: Any, count: Any, to: Any) -> Any:
             numbers = builder.fmul(NUMBERS(E2M1_VALUES.tolist()), scale)
             words = bfloat16s(builder, numbers, numbers)
             half = picked(builder, words, words, range(ENTRIES))
+            if BYTES_APART:
+                both = builder.bitcast(half, HALF)
+                half = picked(builder, both, both, [*range(0, 2 * ENTRIES, 2), *range(1, 2 * ENTRIES, 2)])
             write(builder, half, builder.add(to, builder.mul(turn, LONG(2 * ENTRIES))))
             return []
 
@@ -240,7 +248,7 @@ def prepare(matrix, first, rows, k, chunks, room, kind):
     """
     scales = prepare_rows(matrix, first, rows, k, chunks, room, kind)
     begin = k // CHUNK
-    if not TABLES or kind.itemsize == 4 or matrix[CODE] != FP8 or (begin | chunks) % 2:
+    if not TABLES or as_float32(kind) or matrix[CODE] != FP8 or (begin | chunks) % 2:
         return scales
     where, along, shared, _ = scales
     if shared == ALL:

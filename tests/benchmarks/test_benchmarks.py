@@ -1,5 +1,6 @@
 """The benchmarks run, in their smallest sizes, and write what they say they write. No time is checked."""
 
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -210,9 +211,11 @@ def test_bench_link(tmp_path, capsys):
 
 
 def test_bench_growth(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     file, plot = tmp_path / "growth.json", tmp_path / "growth.png"
-    options = bench_growth.Options(quick=True, policies=("host-only", "lru"), json=file, plot=plot)
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    options = bench_growth.Options(
+        quick=True, policies=("host-only", "lru"), json=file, plot=plot if drawn else None
+    )
     bench_growth.main(replace(options, axes=("batch", "prompt", "budget")))
     result = json.loads(file.read_text())
     assert result["benchmark"] == "growth"
@@ -235,7 +238,8 @@ def test_bench_growth(tmp_path, capsys):
     for grown in result["growth"]:
         assert (grown["work"] > 1) == (grown["axis"] != "budget") or grown["phase"] == "decode"
     assert "steepest step" in capsys.readouterr().out
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    if drawn:
+        assert plot.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="axes are batch, prompt, experts"):
         bench_growth.main(replace(options, axes=("width",)))
 

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick_compiling
 
 from layerscope_jax import Engine, OffloadConfig, load
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ONE = Path(__file__).with_name("one_of_two.py")
 
@@ -26,7 +29,7 @@ def both(prompt, policy):
     started = [
         subprocess.Popen(
             [sys.executable, str(ONE), address, str(number), prompt, policy],
-            env=os.environ | {"PYTHONPATH": paths},
+            env=os.environ | quick_compiling.ENVIRONMENT | {"PYTHONPATH": paths},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

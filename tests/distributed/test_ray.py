@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick_compiling
 from helpers import in_time
 from light_workers import Light
 
@@ -38,6 +39,7 @@ def address():
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_prestart_worker_first_driver": "0",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        **quick_compiling.ENVIRONMENT,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -89,6 +91,7 @@ def test_four_workers_of_which_one_ends_and_one_hangs(address, tmp_path):
     until(lambda: not alive(hung))  # a stopped process would keep the memory of its engine
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_a_job_whose_own_process_and_then_a_worker_are_killed(address, tiny, tmp_path, monkeypatch):
     draws = np.random.default_rng(0)
     rows = [

@@ -11,7 +11,7 @@ import pytest
 from helpers import PROFILE, random_decoder, random_model
 from small_checkpoint import write_checkpoint
 
-from layerscope_jax import Engine, ExpertBank, ExpertId, Model, OffloadConfig, load, save
+from layerscope_jax import Engine, ExpertBank, ExpertId, Model, OffloadConfig, formats, load, save
 from layerscope_jax.formats import format_named
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
 from layerscope_jax.kernels.grouping import Assignments
@@ -28,12 +28,14 @@ PROMPTS = [[5, 20, 7], [17], list(range(30, 44))]
 
 @pytest.fixture(scope="module")
 def example():
-    """The example as a module; its format stays known, as a program's own does."""
+    """The example as a module, and its format forgotten afterwards."""
     sys.path.insert(0, str(EXTEND))
     try:
         yield __import__("format")
     finally:
         sys.path.remove(str(EXTEND))
+        formats._formats.pop("float8_e4m3", None)
+        sys.modules.pop("format", None)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

@@ -21,8 +21,13 @@ ROWS, COLUMNS = 130, 384
 WAYS = {decode_anywhere: prepare_rows, decoding.decode: decoding.prepare}
 """How weights are written out, and their scales found before."""
 
-KINDS = {"float32": np.zeros(1, np.float32), "bfloat16": np.zeros(1, np.uint16)}
-"""An array of the type that is written: one of another rank would be compiled for anew."""
+KINDS = {
+    "float32": np.zeros(1, np.float32),
+    "bfloat16": np.zeros(1, np.uint16),
+    "widened": np.zeros(1, np.uint32),
+}
+"""An array of the type that is written, where "widened" is bfloat16 as float32: one of another rank would be
+compiled for anew."""
 
 
 @functools.cache
@@ -55,6 +60,16 @@ def decoded(by, name, dtype, first, rows, begin, chunks):
     return result.reshape(rows, -1)
 
 
+def as_written(numbers, result, dtype):
+    """Float32 numbers rounded as they were to be written, and what was written, as numbers too."""
+    if dtype == "float32":
+        return numbers, result
+    numbers = numbers.astype(ml_dtypes.bfloat16)
+    if dtype == "bfloat16":
+        return numbers, result.view(ml_dtypes.bfloat16)
+    return numbers.astype(np.float32), result.view(np.float32)
+
+
 @pytest.mark.parametrize("by", WAYS, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("name", FORMATS)
 @given(data=st.data())
@@ -67,15 +82,18 @@ def test_any_part_of_a_matrix_is_what_its_encoding_says(by, name, data):
     dtype = data.draw(st.sampled_from(sorted(KINDS)))
     part = packed(name)[1][first : first + rows, CHUNK * begin : CHUNK * (begin + chunks)]
     result = decoded(by, name, dtype, first, rows, begin, chunks)
-    if dtype == "bfloat16":
-        part, result = part.astype(ml_dtypes.bfloat16), result.view(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(bits(result), bits(np.ascontiguousarray(part)))
+    part, result = as_written(np.ascontiguousarray(part), result, dtype)
+    np.testing.assert_array_equal(bits(result), bits(part))
 
 
 @pytest.mark.parametrize("by", WAYS, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("name", ["fp8-tensor", "mxfp4", "nvfp4", "int4"])
 def test_every_code_and_scale_is_what_the_encoding_says(by, name, dtype):
+    check_every_code(by, name, dtype)
+
+
+def check_every_code(by, name, dtype):
     """Also those of numbers that are none."""
     rng = np.random.default_rng(2)
     encoding = format_named(name).encoding
@@ -96,8 +114,7 @@ def test_every_code_and_scale_is_what_the_encoding_says(by, name, dtype):
         scales = WAYS[by](matrix, 0, ROWS, 0, chunks, room.ctypes.data + ROOM, kind)
         apart = result.strides[0] // chunks
         by(matrix, 0, ROWS, 0, chunks, scales, result.ctypes.data, result.strides[0], apart, 0, 0, kind)
-        result = result.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else result
-        expected = expected.astype(result.dtype)
+        expected, result = as_written(expected, result, dtype)
     nothing = np.isnan(expected.astype(np.float32))
     np.testing.assert_array_equal(np.isnan(result.astype(np.float32)), nothing)
     np.testing.assert_array_equal(bits(result)[~nothing], bits(expected)[~nothing])
