@@ -132,20 +132,24 @@ def router_shares(logits: jax.Array, choices: int) -> jax.Array:
 def choosing_logits(logits: jax.Array, bias: jax.Array, score: str) -> jax.Array:
     """Returns logits in the order in which a router with a bias for choosing chooses.
 
-    Without a bias they are the logits of sigmoid scores as they were.
+    Scores with biases are mapped to between 0 and 1, whatever the biases, and their logits scaled so that half
+    a score counts as without biases. Equal biases change nothing: sigmoid scores then have their own logits.
 
     Args:
         logits: [..., E] of the router.
         bias: broadcast to them, what is added to the scores for choosing alone.
         score: as in `RoutingRule.score`.
 
-    >>> found = choosing_logits(jnp.array([0.0, 1.0]), jnp.array([0.25, 0.0]), "sigmoid")
+    >>> found = choosing_logits(jnp.array([0.0, 1.0]), jnp.array([7.25, 7.0]), "sigmoid")
     >>> [round(float(logit), 2) for logit in found]
-    [1.1, 1.0]
+    [0.51, 0.43]
     """
     scores = jax.nn.sigmoid(logits) if score == "sigmoid" else jax.nn.softmax(logits, -1)
-    ranked = jnp.clip(scores + bias, 1e-6, 1 - 1e-6)
-    return jnp.log(ranked) - jnp.log1p(-ranked)
+    bias = bias.astype(scores.dtype)
+    least = bias.min(-1, keepdims=True)
+    span = 1 + bias.max(-1, keepdims=True) - least
+    ranked = jnp.clip((scores + (bias - least)) / span, 1e-6, 1 - 1e-6)
+    return span * (jnp.log(ranked) - jnp.log1p(-ranked))
 
 
 @dataclass(frozen=True)
