@@ -132,8 +132,9 @@ def router_shares(logits: jax.Array, choices: int) -> jax.Array:
 def choosing_logits(logits: jax.Array, bias: jax.Array, score: str) -> jax.Array:
     """Returns logits in the order in which a router with a bias for choosing chooses.
 
-    Scores with biases are mapped to between 0 and 1, whatever the biases, and their logits scaled so that half
-    a score counts as without biases. Equal biases change nothing: sigmoid scores then have their own logits.
+    Scores with biases are mapped to between 0 and 1, whatever the biases, and their logits scaled so that a
+    difference of scores counts as without biases. Equal biases change nothing: sigmoid scores then have their
+    own logits.
 
     Args:
         logits: [..., E] of the router.
