@@ -1,10 +1,11 @@
 """Which policy is fastest for models of real size?
 
 Layers of the sizes of DeepSeek-V2-Lite, Qwen3-30B-A3B and Mixtral-8x7B (`random_models.PUBLISHED` says what
-was left out), as many as host memory holds, with random weights in bfloat16. The device has room for the part
-of the experts that a card of 24 GB holds beside everything else (the shipped profiles' slots): what is left
-out are whole layers, each like the others. Requests of a few tokens are decoded in batches, and a long prompt
-is prefilled, under each policy, by the costs that were calibrated before.
+was left out), as many as host memory holds, with random weights in bfloat16, or made from them, in formats of
+fewer bits. The device has room for the part of the bfloat16 experts that a card of 24 GB holds beside
+everything else (the shipped profiles' slots): what is left out are whole layers, each like the others.
+Requests of a few tokens are decoded in batches, and a long prompt is prefilled, under each policy, by the
+costs that were calibrated before.
 
 A random router sends each token to other experts, nearly uniformly: nothing is popular, little is used again
 in the next step, and only the next layers' routers (the predictor here) know anything of what comes. Trained
@@ -49,6 +50,8 @@ class Options(harness.Common):
     """What to measure."""
 
     models: tuple[str, ...] = tuple(PUBLISHED)
+    formats: tuple[str, ...] = ("bfloat16",)
+    """Of the experts; all get the same bytes of the device."""
     policies: tuple[str, ...] = (
         "on-demand",
         "host-only",
@@ -191,32 +194,33 @@ def model_rows(name: str, options: Options, memory: int, models: dict[str, Any])
     model = random_model(config)
     made_s = time.perf_counter() - began
     budget = slots * model.bank.expert_bytes
+    models[name] = {"layers": config.num_layers, "slots": slots, "made_s": made_s, "formats": {}}
     points = Points(
         tokens=(1, 16) if options.quick else (1, 4, 16, 64, 256),
         decode=options.batches,
         prefill=(max(*options.prefill_tokens, options.batches[-1] * options.prompt_tokens),),
         context=options.prompt_tokens + options.new_tokens,
     )
-    profile = calibrate(model, device_budget=budget, points=points, contexts=())
-    models[name] = {
-        "layers": config.num_layers,
-        "slots": slots,
-        "expert_bytes": model.bank.expert_bytes,
-        "made_s": made_s,
-        "profile": profile.to_json(),
-    }
-    for row in rows_of(model, profile, budget, options):
-        yield {"layers": config.num_layers} | row
+    for form in options.formats:
+        made = model.with_format(form)
+        profile = calibrate(made, device_budget=budget, points=points, contexts=())
+        models[name]["formats"][form] = {
+            "expert_bytes": made.bank.expert_bytes,
+            "profile": profile.to_json(),
+        }
+        for row in rows_of(made, profile, budget, options):
+            yield {"layers": config.num_layers, "format": form} | row
+        del made
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """Enters each row's time by the shortest of its work: of a decode step, or of the prefill."""
-    times: dict[tuple[int, ...], list[float]] = {}
+    """Enters each row's time by the shortest of its work and format: of a decode step, or of the prefill."""
+    times: dict[tuple, list[float]] = {}
     timed = [row for row in rows if "ttft_ms" in row]
     for row in timed:
-        times.setdefault(tuple(row["work"].values()), []).append(decisive_ms(row))
+        times.setdefault((row["format"], *row["work"].values()), []).append(decisive_ms(row))
     for row in timed:
-        row["time_to_best"] = decisive_ms(row) / min(times[tuple(row["work"].values())])
+        row["time_to_best"] = decisive_ms(row) / min(times[row["format"], *row["work"].values()])
 
 
 def decisive_ms(row: dict[str, Any]) -> float:
@@ -228,7 +232,7 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
     for row in sorted(rows, key=lambda row: list(row.get("work", {}).values())):
         if "ttft_ms" not in row:
             work, why = row.get("work"), row.get("refused") or "failed: " + row["failed"]
-            named = (Work(**work).name if work else "-", row.get("policy", "-"))
+            named = (Work(**work).name if work else "-", row.get("format", "-"), row.get("policy", "-"))
             lines.append((*named, *[""] * 7, why[:60]))
             continue
         stats, step = row["stats"], row["tpot_ms"]
@@ -237,6 +241,7 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         lines.append(
             (
                 Work(**row["work"]).name,
+                row["format"],
                 row["policy"],
                 f"{row['ttft_ms']['median']:.1f}",
                 "-" if step is None else f"{step['median']:.2f} ({step['p90']:.2f})",
@@ -250,7 +255,7 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         )
     first = rows[0]
     title = f"{first['model']}: {first.get('layers', 0)} of {first['all_layers']} layers, medians"
-    headings = ("work", "policy", "TTFT ms", "TPOT ms (p90)", "active", "hits", "MB moved")
+    headings = ("work", "experts in", "policy", "TTFT ms", "TPOT ms (p90)", "active", "hits", "MB moved")
     more = ("busy: device / host / link", "of bound", "to best")
     harness.print_table(title, (*headings, *more), lines)
 
@@ -285,7 +290,9 @@ def main(options: Options) -> dict[str, Any]:
         for row in model_rows(name, options, memory, result["models"]):
             rows.append({"model": name, "all_layers": PUBLISHED[name].num_layers} | row)
             done = Work(**row["work"]).name if "work" in row else "refused"
-            progress.print(f"measured {name}, {row.get('policy')}: {done}", highlight=False)
+            progress.print(
+                f"measured {name}, {row.get('format')}, {row.get('policy')}: {done}", highlight=False
+            )
             if options.json is not None:  # whoever is cut short keeps what there is
                 harness.write_json(options.json, result | {"rows": result["rows"] + rows})
         add_ratios(rows)

@@ -59,9 +59,11 @@ run() { # PART
     step-fill) bench benchmarks.bench_step_fill step_fill ;;
     facts) bench benchmarks.bench_gpu_facts facts --pinned-limit "${XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB}GiB" ;;
     link) bench benchmarks.bench_link link --links 5GB unpaced ;;
-    real-deepseek) bench benchmarks.bench_real_sizes real_deepseek --models deepseek-v2-lite ;;
-    real-qwen3) bench benchmarks.bench_real_sizes real_qwen3 --models qwen3-30b-a3b ;;
-    real-mixtral) bench benchmarks.bench_real_sizes real_mixtral --models mixtral-8x7b ;;
+    real-deepseek | real-qwen3 | real-mixtral)
+        local -A models=([deepseek]=deepseek-v2-lite [qwen3]=qwen3-30b-a3b [mixtral]=mixtral-8x7b)
+        bench benchmarks.bench_real_sizes "${1/-/_}" --models "${models[${1#real-}]}" --formats bfloat16 int4 \
+            --prefill-tokens 512 4096
+        ;;
     calibrate)
         limited "$python" -m layerscope_jax.cli calibrate shipped --device-budget 4MB --out "$out/profile.json"
         ;;

@@ -95,12 +95,23 @@ def test_a_measurement_that_fails_loses_no_other(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench_real_sizes, "measured", measured)
     options = bench_real_sizes.Options(
-        quick=True, models=("mixtral-8x7b",), policies=("host-only",), json=tmp_path / "real.json"
+        quick=True,
+        models=("mixtral-8x7b",),
+        formats=("bfloat16", "int4"),
+        policies=("host-only",),
+        json=tmp_path / "real.json",
     )
-    with pytest.raises(SystemExit, match="1 of 2 measurements failed"):
+    with pytest.raises(SystemExit, match="2 of 4 measurements failed"):
         bench_real_sizes.main(options)
-    rows = json.loads(options.json.read_text())["rows"]
-    assert [row.get("failed") for row in rows] == [None, "injected"]
+    result = json.loads(options.json.read_text())
+    assert [(row["format"], row.get("failed")) for row in result["rows"]] == [
+        ("bfloat16", None),
+        ("bfloat16", "injected"),
+        ("int4", None),
+        ("int4", "injected"),
+    ]
+    sizes = result["models"]["mixtral-8x7b"]["formats"]
+    assert sizes["int4"]["expert_bytes"] * 3.5 < sizes["bfloat16"]["expert_bytes"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -195,7 +206,8 @@ def test_gpu_sh_names_files_that_there_are():
     for test in re.findall(r"tests/\w+\.py", text):
         assert (ROOT / test).exists(), test
     parts = re.search(r"parts=\(([^)]*)\)", text)[1].split()
-    assert sorted(parts) == sorted(re.findall(r"^    ([a-z][a-z0-9-]*)\)", text, re.MULTILINE))
+    cases = re.findall(r"^    ([a-z0-9-]+(?: \| [a-z0-9-]+)*)\)", text, re.MULTILINE)
+    assert sorted(parts) == sorted(part for case in cases for part in case.split(" | "))
 
 
 def test_gpu_sh_goes_on_after_a_failure(tmp_path):
