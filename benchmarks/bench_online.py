@@ -1,8 +1,8 @@
 """Does tuning on recent tokens help when the traffic changes, and does it do harm when it changes back?
 
-Held-out passages of one domain, then of another, then others of the first, go past a predictor as a stream of
-rows: once with tuning, once without. Errors are of rows before they are learned from. Needs a recorded trace
-(`layerscope trace`).
+Held-out passages of one domain, then of another, then others of the first, then others of the second, go past
+a predictor as a stream of rows: once with tuning, once without. Errors are of rows before they are learned
+from. Needs a recorded trace (`layerscope trace`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from predictor.tuning import CHECK_EVERY, Tuner, TuningConfig, part
 
 TUNING = TuningConfig()
 
+BLOCK = 2 * CHECK_EVERY
+"""Rows of the shortest part of a stream, of which errors are told in halves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(harness.Common):
@@ -38,7 +41,7 @@ class Options(harness.Common):
     domains: tuple[str, str] = ("speeches", "instructions")
     """Before the change and after it."""
     rows: int = 4096
-    """Of the second domain; half as many of the first one before it, and again after it."""
+    """Of the second domain; half as many of the first one before it and after it, and of the second again."""
     threshold: float = TUNING.threshold
     window: int = TUNING.window
 
@@ -52,38 +55,62 @@ def rows_of(trace: Trace, domain: str, most: int) -> Batch:
 
 
 def streams(options: Options, trace: Trace) -> list[Batch]:
-    """The first domain's rows, the second's, and others of the first; whole blocks, as many as there are.
+    """The first domain's rows, the second's, others of the first, others of the second; whole blocks, as many
+    as there are.
 
     Raises:
         ValueError: if a domain has too few.
     """
-    most = 1024 if options.quick else options.rows
-    first, second = (rows_of(trace, domain, most) for domain in options.domains)
-    half, whole = (len(rows.has_next) for rows in (first, second))
-    half, whole = half // 2 // CHECK_EVERY * CHECK_EVERY, whole // CHECK_EVERY * CHECK_EVERY
-    if min(half // 2, whole // 4) < CHECK_EVERY:
+    most, domains = 1024 if options.quick else options.rows, options.domains
+    first, second = (
+        rows_of(trace, domain, most * (2 + number) // 2) for number, domain in enumerate(domains)
+    )
+    half, third = (
+        len(rows.has_next) // (2 + number) // BLOCK * BLOCK for number, rows in enumerate((first, second))
+    )
+    if min(half, third) < BLOCK:
         raise ValueError(
-            f"expected {4 * CHECK_EVERY} held-out rows of {' and of '.join(options.domains)} or more, "
+            f"expected {2 * BLOCK} held-out rows of {domains[0]} and {3 * BLOCK} of {domains[1]} or more, "
             f"got {len(first.has_next)} and {len(second.has_next)}; record more text"
         )
-    return [part(first, slice(half)), part(second, slice(whole)), part(first, slice(half, 2 * half))]
+    return [
+        part(first, slice(half)),
+        part(second, slice(2 * third)),
+        part(first, slice(half, 2 * half)),
+        part(second, slice(2 * third, 3 * third)),
+    ]
 
 
 def spans_of(lengths: list[int]) -> dict[str, tuple[int, int]]:
     """Where in the stream is what: the rows from the first to before the last.
 
-    >>> spans_of([64, 256, 128])
+    >>> spans_of([64, 256, 128, 128])
     {'before': (0, 64), 'just after': (64, 128), 'later': (128, 256), 'at the end': (256, 320), ...
     """
-    change, back = lengths[0], lengths[0] + lengths[1]
-    quarter, half = lengths[1] // 4, lengths[2] // 2
+    change, back, again, end = np.cumsum(lengths).tolist()
+    quarter, half, last = lengths[1] // 4, lengths[2] // 2, lengths[3] // 2
     return {
         "before": (0, change),
         "just after": (change, change + quarter),
         "later": (change + quarter, back - quarter),
         "at the end": (back - quarter, back),
         "just back": (back, back + half),
-        "back": (back + half, back + lengths[2]),
+        "back": (back + half, again),
+        "just again": (again, again + last),
+        "again": (again + last, end),
+    }
+
+
+def most_lost(tuned: dict[str, Any], untuned: dict[str, Any]) -> dict[str, float]:
+    """The most that tuning adds to the error of a span.
+
+    >>> most_lost({"error": {"before": 0.1, "back": 0.13}}, {"error": {"before": 0.1, "back": 0.11}})
+    {'error': 0.02}
+    """
+    return {
+        name: round(max(tuned[name][span] - error for span, error in untuned[name].items()), 6)
+        for name in ("error", "error_ahead")
+        if name in untuned
     }
 
 
@@ -120,7 +147,7 @@ def main(options: Options) -> dict[str, Any]:
     spans = spans_of([len(part.has_next) for part in stream])
     first, second = options.domains
     harness.print_table(
-        f"Error in %, one layer ahead / all horizons: {first}, then {second}, then {first}",
+        f"Error in %, one layer ahead / all horizons: {first}, {second}, {first}, {second}",
         ("", *spans, "tried", "kept", "dropped", "seconds"),
         [
             (
@@ -140,6 +167,7 @@ def main(options: Options) -> dict[str, Any]:
         "domains": options.domains,
         "spans": spans,
         "tuning": asdict(tuning),
+        "most_lost": most_lost(rows[1], rows[0]),
         "rows": rows,
     }
     return harness.finish(options, result)
