@@ -302,7 +302,15 @@ def test_bench_quantised(tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "checkpoint", num_layers=4)  # a quarter holds a layer
     rows = ({"id": str(n), "text": f"The {n}th house by the old road. " * 12} for n in range(4))
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = bench_quantised.Options(quick=True, model=folder, text=(text,), length=32, json=file)
+    options = bench_quantised.Options(
+        quick=True,
+        model=folder,
+        text=(text,),
+        length=32,
+        formats=("int8", "int4"),
+        dense=("int8",),
+        json=file,
+    )
     bench_quantised.main(options)
     result = json.loads(file.read_text())
     assert result["machine"].keys() == MACHINE
