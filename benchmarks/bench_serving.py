@@ -29,6 +29,7 @@ from rich.console import Console
 from benchmarks import harness, serving_load
 from benchmarks.bench_batching import RESIDENT, Setting, config_of
 from benchmarks.bench_policies import read_prompts
+from benchmarks.random_models import random_model, shapes
 from layerscope_jax import Engine, Model, Request, load
 from layerscope_jax.serving.server import Server
 from layerscope_jax.serving.settings import ServerConfig
@@ -45,6 +46,9 @@ class Options(Setting):
     prompt_tokens: int = 16
     """Prompts are cut to so many, so that groups of any of them are prefilled by the same programs."""
     new_tokens: int = 32
+    shape: str | None = None
+    """A random model of one of `random_models.shapes` in the checkpoint's place, with its vocabulary: of a
+    larger one a step takes longer, and so HTTP a smaller share."""
     rounds: int = 5
     seconds: float | None = None
     """For how long the clients send one request after another; once each, in rounds, if left out."""
@@ -213,6 +217,22 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
     harness.print_table("Throughput, medians; times as the clients see them", (*headings, *more), lines)
 
 
+def model_of(options: Options) -> Model:
+    """The checkpoint's model, or a random one with its tokenizer.
+
+    Raises:
+        ValueError: if there is no such checkpoint or shape.
+    """
+    model = load(options.checkpoint)
+    if options.shape is None:
+        return model
+    known = shapes(options.quick)
+    if options.shape not in known:
+        raise ValueError(f"shapes are {', '.join(known)}; got {options.shape}")
+    config = replace(known[options.shape], vocab_size=model.config.vocab_size)
+    return replace(random_model(config), tokenizer=model.tokenizer)
+
+
 def main(options: Options) -> dict[str, Any]:
     if options.quick:
         seconds = None if options.seconds is None else 1.0
@@ -221,7 +241,7 @@ def main(options: Options) -> dict[str, Any]:
     with contextlib.suppress(RuntimeError):  # JAX is in use already: with as many as it has
         jax.config.update("jax_num_cpu_devices", 2)  # without an accelerator, the second is its host
     try:
-        model = load(options.checkpoint)
+        model = model_of(options)
         file = options.prompts or options.checkpoint / "prompts.jsonl"
         known = read_prompts(file, model, options.new_tokens)
     except ValueError as error:
@@ -244,6 +264,7 @@ def main(options: Options) -> dict[str, Any]:
             "benchmark": "serving",
             "quick": options.quick,
             "machine": record,
+            "shape": options.shape,
             "budget_percent": options.budget,
             "link": options.link,
             "prompt_tokens": options.prompt_tokens,

@@ -145,9 +145,11 @@ def test_bench_serving_under_load(checkpoint, tmp_path, capsys):
 def test_bench_serving(checkpoint, tmp_path, capsys):
     file = tmp_path / "serving.json"
     options = bench_serving.Options(quick=True, checkpoint=checkpoint, policies=("resident",), json=file)
-    bench_serving.main(options)
+    bench_serving.main(replace(options, shape="olmoe"))
     result = json.loads(file.read_text())
-    assert result["benchmark"] == "serving"
+    assert (result["benchmark"], result["shape"]) == ("serving", "olmoe")
+    with pytest.raises(SystemExit, match="shapes are mixtral, mixtral-444m, olmoe; got phi"):
+        bench_serving.main(replace(options, shape="phi"))
     assert result["machine"].keys() == MACHINE
     [row] = result["rows"]
     assert (row["policy"], row["clients"], row["same_texts"]) == ("resident", 3, 1)
