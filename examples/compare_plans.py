@@ -40,7 +40,8 @@ def main(checkpoint: str = "shipped") -> None:
             names = ", ".join(str(expert.expert) for expert in sorted(only)) or "none"
             print(f"step {step}, layer {layer}: only {policy} loads {names}")
 
-    comparison = ls.simulate_profile("mixtral-8x7b", batches=[1], policies=[*POLICIES, "fiddler", "presched"])
+    policies = [*POLICIES, "fiddler", "presched"]
+    comparison = ls.simulate_profile("mixtral-8x7b", batches=[1], steps=8, policies=policies)
     for row in comparison.rows:
         if row.phase == "decode":
             print(f"{row.policy:12} {1e3 * row.step_s:7.1f} ms a step, {row.share_of_bound:.0%} of the bound")

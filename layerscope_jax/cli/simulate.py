@@ -55,6 +55,10 @@ class Simulate:
         ),
     ] = None
     batch: Annotated[tuple[int, ...], arg(metavar="INT ...", help="Batch sizes, in requests.")] = BATCHES
+    steps: Annotated[
+        int | None,
+        arg(metavar="INT", help="Decode steps, the first that were recorded; without it, all."),
+    ] = None
     device_budget: Annotated[
         str | None,
         arg(
@@ -131,6 +135,7 @@ class Simulate:
             profile,
             self._routing(),
             batches=self.batch,
+            steps=self.steps,
             slots=None
             if self.device_budget is None
             else experts_of(self.device_budget, profile.model.expert_bytes, "device_budget"),

@@ -28,6 +28,7 @@ from layerscope_jax.simulation.policies import BATCHES, SIMULATED, refusals, run
 from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.simulation.simulator import Simulated, Workload
 from layerscope_jax.support.spans import MOST_BYTES
+from layerscope_jax.support.units import is_integer
 
 ROW_BYTES = 2
 """Bytes of a number of the rows that devices exchange: bfloat16."""
@@ -101,6 +102,7 @@ def simulate_profile(
     routing: Routing | str | Path | None = None,
     *,
     batches: Sequence[int] = BATCHES,
+    steps: int | None = None,
     slots: int | None = None,
     policies: Sequence[str] = SIMULATED,
     predictor: str = "llapor",
@@ -120,6 +122,7 @@ def simulate_profile(
         routing: recorded routing of a model with the numbers of layers, experts and choices of the profile's;
             None for the routing that the profile names.
         batches: batch sizes.
+        steps: decode steps, the first that were recorded; None for all.
         slots: number of experts that the budget holds; None for the profile's number.
         policies: some of `SIMULATED`, or names of registered policies.
         predictor: a predictor of the routing, for policies that use forecasts; prefills have none.
@@ -136,9 +139,9 @@ def simulate_profile(
         ValueError: for unknown names, with those that exist, and for values out of range; if the routing does
             not have the shape of the profile's model.
 
-    >>> comparison = simulate_profile("mixtral-8x7b", batches=[4], policies=["presched", "lru"])
+    >>> comparison = simulate_profile("mixtral-8x7b", batches=[4], steps=8, policies=["presched", "lru"])
     >>> [(row.policy, row.predictor, row.phase, row.steps) for row in comparison.rows][1:3]
-    [('presched', 'llapor', 'decode', 16), ('lru', None, 'prefill', 1)]
+    [('presched', 'llapor', 'decode', 8), ('lru', None, 'prefill', 1)]
     >>> comparison.budget_experts, all(row.share_of_bound <= 1 for row in comparison.rows)
     (62, True)
     """
@@ -150,7 +153,11 @@ def simulate_profile(
         raise ValueError(
             f"policies must be some of {', '.join(SIMULATED)}; got {', '.join(unknown) or 'none'}"
         )
+    if steps is not None and (not is_integer(steps) or steps < 1):
+        raise ValueError(f"steps must be 1 or more, got {steps!r}")
     routing, named = _routing(profile, routing)
+    if steps is not None:
+        routing = routing.shortened(steps)
     geometry = _geometry(profile, routing, slots)
     server, own = None, geometry
     if devices != 1 or root_bandwidth is not None:

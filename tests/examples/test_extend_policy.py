@@ -48,7 +48,16 @@ def test_the_command_line_knows_it(example, capsys):
 
 def test_it_is_simulated_beside_the_others(example, tmp_path):
     rows = tmp_path / "rows.json"
-    command = ["simulate", "--profile=mixtral-8x7b", "--batch=4", f"--out={rows}", "--policy", "fifo", "lru"]
+    command = [
+        "simulate",
+        "--profile=mixtral-8x7b",
+        "--batch=4",
+        "--steps=3",
+        f"--out={rows}",
+        "--policy",
+        "fifo",
+        "lru",
+    ]
     assert cli.main(command) == 0
     found = json.loads(rows.read_text())["rows"]
     assert {(row["policy"], row["predictor"]) for row in found} == {("fifo", None), ("lru", None)}

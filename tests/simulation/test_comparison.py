@@ -108,6 +108,8 @@ def test_a_budget_that_a_policy_refuses_is_no_error():
         ({"batches": []}, "at least one batch size"),
         ({"batches": [2, 6]}, r"1..5, the requests recorded; got 6"),
         ({"batches": [0]}, r"1..5"),
+        ({"steps": 0}, "steps must be 1 or more, got 0"),
+        ({"steps": 1.5}, r"steps must be 1 or more, got 1\.5"),
         ({"slots": -1}, "0 or more experts, got -1"),
         ({"predictor": "nope"}, "one of llapor, previous-token.*'nope'"),
         ({"routing": "nowhere.npz"}, "nowhere.npz: expected a file"),

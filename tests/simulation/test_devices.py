@@ -91,10 +91,9 @@ def test_the_exchange_is_that_of_a_ring():
 
 
 def test_profiles_are_compared_on_several_devices():
-    one = simulate_profile("mixtral-8x7b", batches=[4], policies=["lru", "presched"], slots=62)
-    four = simulate_profile(
-        "mixtral-8x7b", batches=[4], policies=["lru", "presched"], slots=62, devices=4, root_bandwidth=10**11
-    )
+    settings = {"batches": [4], "steps": 6, "policies": ["lru", "presched"], "slots": 62}
+    one = simulate_profile("mixtral-8x7b", **settings)
+    four = simulate_profile("mixtral-8x7b", **settings, devices=4, root_bandwidth=10**11)
     assert four.devices == 4
     for before, after in zip(one.rows, four.rows, strict=True):
         assert after.step_s < before.step_s

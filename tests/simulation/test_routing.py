@@ -198,7 +198,8 @@ def test_what_is_shipped_is_whole(path: Path):
 
 @pytest.mark.parametrize("path", sorted(PROFILES.glob("*.npz")), ids=lambda path: path.stem)
 def test_shipped_routing_is_found_by_its_numbers(path: Path):
-    assert Routing.shipped_for(Routing.shipped(path.stem).routed) == path.stem
+    first = {"moonlight": "deepseek-v2-lite"}.get(path.stem, path.stem)  # the two have the same numbers
+    assert Routing.shipped_for(Routing.shipped(path.stem).routed) == first
     assert Routing.shipped_for(RoutedExperts(num_layers=3, num_experts=5, experts_per_token=1)) is None
 
 
