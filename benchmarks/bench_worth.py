@@ -46,8 +46,12 @@ class Options(harness.Common):
     budgets: tuple[int, ...] = (25, 50, 75)
     """Percent of the experts that the device holds."""
     policy: str = "presched"
-    steps: int = 16
+    steps: int = 8
     """Decode steps, or as many as were recorded."""
+    disk_batches: tuple[int, ...] = (4, 16)
+    disk_budgets: tuple[int, ...] = (50,)
+    disk_steps: int = 4
+    """The same with a disk, which takes long to simulate."""
     plot: Path | None = None
     """Also draws the figure."""
 
@@ -81,17 +85,19 @@ def cells(model: str, link: str, options: Options) -> list[dict[str, Any]]:
         raise ValueError(f"the profile {model} names no recorded routing")
     routing, rows = Routing.shipped(profile.routing), []
     total = profile.model.num_layers * profile.model.num_experts
-    host_slots = total // 2 if link == DISK else None
-    for batch in options.batches:
+    host_slots, steps = (total // 2, options.disk_steps) if link == DISK else (None, options.steps)
+    batches = options.disk_batches if link == DISK else options.batches
+    budgets = options.disk_budgets if link == DISK else options.budgets
+    for batch in batches:
         requests = range(batch)
         tokens = int(routing.prefill_lengths[:batch].sum())
         prefill = Workload(phase="prefill", tokens=tokens, counts=routing.prefill(requests)[None])
-        for budget in options.budgets:
+        for budget in budgets:
             geometry, times = replace(profile.geometry(), slots=total * budget // 100), {}
             for name in (None, *FORECASTS):
                 made = routing.batch(requests, FORECASTS[name] if name else "none")
-                counts = made.counts[: options.steps]
-                forecasts = made.forecasts[: options.steps] if name else None
+                counts = made.counts[:steps]
+                forecasts = made.forecasts[:steps] if name else None
                 decode = Workload(phase="decode", tokens=batch, counts=counts, forecasts=forecasts)
                 times[name or "none"] = step_ms(options, [prefill, decode], geometry, costs, host_slots)
             rows.append(
@@ -110,7 +116,8 @@ def cells(model: str, link: str, options: Options) -> list[dict[str, Any]]:
 def main(options: Options) -> dict[str, Any]:
     if options.quick:
         changes: Any = {"links": ("", DISK), "batches": (1, 4), "budgets": (50,), "steps": 2}
-        options = replace(options, models=options.models[:1], **changes)
+        small: Any = {"disk_batches": (1, 4), "disk_steps": 2}
+        options = replace(options, models=options.models[:1], **small, **changes)
     record, progress, rows = harness.machine(), Console(stderr=True), []
     try:
         for model in options.models:
@@ -125,6 +132,7 @@ def main(options: Options) -> dict[str, Any]:
         "machine": record,
         "policy": options.policy,
         "steps": options.steps,
+        "disk_steps": options.disk_steps,
         "disk_bytes_per_s": DISK_BYTES_PER_S,
         "rows": rows,
     }

@@ -59,10 +59,14 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
                 for row in rows
                 if (row["model"], row["link"]) == (model, link)
             }
-            values = np.array([[saved(found[b, n], "llapor") for n in batches] for b in budgets])
+            values = np.full((len(budgets), len(batches)), np.nan)
+            for at, row in found.items():
+                values[budgets.index(at[0]), batches.index(at[1])] = saved(row, "llapor")
             field.imshow(values, cmap="RdYlGn", vmin=-MOST, vmax=MOST, origin="lower", aspect="auto")
             for y, budget in enumerate(budgets):
                 for x, batch in enumerate(batches):
+                    if (budget, batch) not in found:
+                        continue
                     most = saved(found[budget, batch], "perfect")
                     field.text(x, y, f"{values[y, x]:+.0f} ({most:+.0f})", ha="center", va="center", size=8)
             field.set_xticks(range(len(batches)), batches)
