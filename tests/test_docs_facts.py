@@ -83,6 +83,18 @@ def test_serving():
     assert numbers(figure_of("tokens/s served to 16")) == [round(row["throughput_to_generate"]["median"], 2)]
 
 
+def test_what_forecasts_save():
+    rows = result("worth")["rows"]
+    saved = {
+        batch: [100 * (1 - row["to_none"]["llapor"]) for row in rows if row["batch"] == batch]
+        for batch in (1, 4, 64)
+    }
+    of_batch = [(round(sum(found) / len(found), 1), batch) for batch, found in saved.items()]
+    flat = [number for pair in of_batch for number in pair]
+    most = round(max(number for found in saved.values() for number in found))
+    assert numbers(figure_of("time of a decode step that LLaPor")) == [most, *flat]
+
+
 def test_loading_on_a_gpu():
     stats = [row["stats"] for row in result("h200/real_qwen3")["rows"]]
     rates = [one["bytes_demand"] / (one["link_share"] * one["total_s"]) / 1e9 for one in stats]
