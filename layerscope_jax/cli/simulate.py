@@ -55,7 +55,7 @@ class Simulate:
         ),
     ] = None
     batch: Annotated[tuple[int, ...], arg(metavar="INT ...", help="Batch sizes, in requests.")] = BATCHES
-    steps: Annotated[
+    decode_steps: Annotated[
         int | None,
         arg(metavar="INT", help="Decode steps, the first that were recorded; without it, all."),
     ] = None
@@ -135,7 +135,7 @@ class Simulate:
             profile,
             self._routing(),
             batches=self.batch,
-            steps=self.steps,
+            steps=self.decode_steps,
             slots=None
             if self.device_budget is None
             else experts_of(self.device_budget, profile.model.expert_bytes, "device_budget"),

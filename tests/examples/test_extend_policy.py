@@ -52,7 +52,7 @@ def test_it_is_simulated_beside_the_others(example, tmp_path):
         "simulate",
         "--profile=mixtral-8x7b",
         "--batch=4",
-        "--steps=3",
+        "--decode-steps=3",
         f"--out={rows}",
         "--policy",
         "fifo",
