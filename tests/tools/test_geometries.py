@@ -130,6 +130,8 @@ def test_training_moves_them_and_keeps_the_checkpoints_asked_for(tmp_path, monke
     bias = np.asarray(params["layers"][1]["router"]["selection_bias"])
     assert set(bias * 4) <= {-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0}
     assert bias.any()
+    again = train(replace(config, out=tmp_path / "again"))
+    assert (np.asarray(again["layers"][1]["router"]["selection_bias"]) == bias).all()
     kept = {path.name for path in (config.out / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"1", "2", "4"}
     with pytest.raises(ValueError, match=r"expected `without` to name some of the domains .*counting, verse"):
