@@ -17,6 +17,7 @@ from layerscope_jax.generation.arguments import (
     defaults_of,
     make_request,
     make_requests,
+    need_costs,
 )
 from layerscope_jax.generation.calls import Call
 from layerscope_jax.generation.chat import Chat
@@ -30,6 +31,7 @@ from layerscope_jax.generation.limits import Limits
 from layerscope_jax.generation.loop import Loop
 from layerscope_jax.generation.progress import progress_bar, so_far
 from layerscope_jax.generation.requests import Request
+from layerscope_jax.generation.shared_calls import call_of_all
 from layerscope_jax.generation.structured import Structures
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.offload.disk import DiskBank
@@ -38,7 +40,7 @@ from layerscope_jax.profiling import measure as calibration
 from layerscope_jax.profiling.machine_profile import costs_of
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.build import build
-from layerscope_jax.runtime.processes import agree_on_engine, agree_on_prompts, need_one_process
+from layerscope_jax.runtime.processes import agree_on_engine, need_one_process, spans_processes, together
 from layerscope_jax.runtime.resources import Resources
 from layerscope_jax.runtime.runner import Runner
 from layerscope_jax.runtime.timeline_files import check_timeline, of_call, write_timeline
@@ -113,8 +115,8 @@ class Engine:
         self.device = model.device
         self.model = model = model.prepared(self.config.expert_format, self.config.dense_format)
         self.structures = Structures.of(model)
-        agree_on_engine(model, self.config)
-        with self._turns.turn():
+        agree_on_engine(model, self.config, chat_template)
+        with self._turns.turn(), together(model.partition, "the engine"):
             self._build(host_device)
         self._loop = resources.add(
             Loop(
@@ -172,7 +174,8 @@ class Engine:
             )
 
         with self._resources.opening(), nullcontext() if room is None else room.explained():
-            self._fitting = Fitting(make, self._resources, size, bank.expert_bytes, room is not None)
+            shrinks = room is not None and not spans_processes(model.partition)  # all would have to
+            self._fitting = Fitting(make, self._resources, size, bank.expert_bytes, shrinks)
         if room is None and budget in (None, AUTO) and isinstance(bank, DiskBank):
             self._fitting.budget_bytes = size if self.policy.uses_device else 0
 
@@ -234,14 +237,12 @@ class Engine:
         check_options(on_token, progress=progress, record_plans=record_plans, bound=bound)
         if timeline is not None:
             check_timeline(timeline, self.model)
-        if bound and self.runner.costs is None:
-            raise ValueError(
-                "a bound needs the costs of this machine: pass the file that `layerscope calibrate` wrote as "
-                "OffloadConfig(profile=), or choose a policy that weighs costs; and set a device_budget that "
-                "does not hold every expert"
-            )
-        call = self._call(requests, record_plans=record_plans, bound=bound, timeline=timeline is not None)
-        agree_on_prompts(self.model.partition, requests)
+        if bound:
+            need_costs(self.runner.costs)
+        if on_token is not None:
+            need_one_process(self.model.partition, "on_token")
+        kept = {"record_plans": record_plans, "bound": bound, "timeline": timeline is not None}
+        call = call_of_all(self.model.partition, requests, lambda each: self._call(each, **kept))
         if not progress and on_token is None:
             result = self._loop.complete(call)
         else:
@@ -352,7 +353,7 @@ class Engine:
         requests = batch_of(
             self.model.config, prompt_tokens, max_num_seqs, most, new_tokens, of_requests | settings
         )
-        call = self._call(requests)
+        call = call_of_all(self.model.partition, requests, self._call)
         with self._turns.turn(), counted() as found:
             self._loop.rehearse(call, lambda: self.runner.rehearsal().step)
         return found

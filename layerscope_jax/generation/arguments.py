@@ -14,6 +14,7 @@ import numpy as np
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.generation.requests import SETTINGS, Request, are_ids, are_objects, is_list
 from layerscope_jax.models.config import ModelConfig
+from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.units import is_integer
 
@@ -143,6 +144,20 @@ def _request(index: int, prompt: Any, settings: dict[str, Any]) -> Request:
             )
         )
     return Request(prompt=prompt, **settings)
+
+
+def need_costs(costs: HardwareProfile | None) -> None:
+    """Refuses a bound on the time where a machine's costs are not known.
+
+    Raises:
+        ValueError: if `costs` is None.
+    """
+    if costs is None:
+        raise ValueError(
+            "a bound needs the costs of this machine: pass the file that `layerscope calibrate` wrote as "
+            "OffloadConfig(profile=), or choose a policy that weighs costs; and set a device_budget that "
+            "does not hold every expert"
+        )
 
 
 def batch_of(

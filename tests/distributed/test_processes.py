@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import quick_compiling
+from safetensors.numpy import load_file, save_file
 
+import layerscope_jax
 from layerscope_jax import Engine, OffloadConfig, load
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
+SHIPPED = Path(layerscope_jax.__file__).parent / "shipped"
 ONE = Path(__file__).with_name("one_of_two.py")
 
 
@@ -23,18 +27,18 @@ def free_address():
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def both(prompt, policy):
+def both(policies, other):
     """Runs two processes to their ends; returns what each has printed."""
     address, paths = free_address(), os.pathsep.join([str(ONE.parents[2]), *sys.path])
     started = [
         subprocess.Popen(
-            [sys.executable, str(ONE), address, str(number), prompt, policy],
+            [sys.executable, str(ONE), address, str(number), policy, str(other)],
             env=os.environ | quick_compiling.ENVIRONMENT | {"PYTHONPATH": paths},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(2)
+        for number, policy in enumerate(policies)
     ]
     try:
         ended = [process.communicate(timeout=300) for process in started]
@@ -46,20 +50,52 @@ def both(prompt, policy):
     return [json.loads(output.splitlines()[-1]) for output, _ in ended]
 
 
-def test_two_processes_give_the_tokens_of_one():
-    found = both("Call me Ishmael.", "lru")
+def other_weights(folder):
+    """Makes a checkpoint that differs from the shipped one in one number."""
+    shutil.copytree(SHIPPED, folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if name.endswith("norm.weight"))
+    tensors[name][0] += 1
+    save_file(tensors, file)
+    return folder
+
+
+def test_two_processes_give_the_tokens_of_one(tmp_path):
+    found = both(["lru", "presched"], other_weights(tmp_path / "other"))
     with Engine(load("shipped"), OffloadConfig(numerics="exact")) as engine:
         alone = engine.generate(["Call me Ishmael.", "def main():"], max_new_tokens=6)
+        drawn = [
+            engine.generate([prompt], max_new_tokens=6, temperature=1.0, seed=seed).token_ids[0]
+            for prompt, seed in zip(["Call me Ishmael.", "def main():"], found[0]["drawn"][1], strict=True)
+        ]
     for number, process in enumerate(found):
         assert process["tokens"] == alone.token_ids
+        assert process["drawn"] == [drawn, found[0]["drawn"][1]]
         assert process["held"] == 32
         assert process["exchanged"] > 0
-        assert process["hits"] > 0
-        submit, stream, other_prompt = process["refused"]
-        for text in (submit, stream):
-            assert "must all make the same calls of generate" in text
-        assert "the prompts of a call must be the same in all 2 processes" in other_prompt
-        assert f"this one, {number}, was given another prompt 0 (here" in other_prompt
+        refused = process["refused"]
+        assert refused.keys() == {
+            "weights",
+            "budget",
+            "submit",
+            "stream",
+            "on_token",
+            "other prompt",
+            "other size",
+            "call",
+        }
+        for name in ("submit", "stream", "on_token"):
+            assert "must all make the same calls of generate" in refused[name]
+        assert "the model and the settings of an engine must be the same in all 2" in refused["weights"]
+        assert f"this one, {number}, was given another checkpoint (here" in refused["weights"]
+        for name in ("other prompt", "other size"):
+            assert "the prompts of a call must be the same in all 2 processes" in refused[name]
+        assert f"this one, {number}, was given another prompt 0 (here" in refused["other prompt"]
+        assert ("the engine, in process 0: " in refused["budget"]) == (number == 1)
+        assert ("the call, in process 1: " in refused["call"]) == (number == 0)
+        assert "chat template" in refused["call"]
+    assert found[0]["hits"] > 0
     assert found[0]["own"] + found[1]["own"] == [[0, 16], [16, 32], [32, 48], [48, 64]]
 
 
