@@ -13,10 +13,26 @@ import numpy as np
 from layerscope_jax.checkpoints.headers import Tensor
 from layerscope_jax.checkpoints.safetensors_io import DTYPES, StoredTensor, errors_of
 from layerscope_jax.checkpoints.weight_names import Naming
+from layerscope_jax.support import machine, numa
 from layerscope_jax.support.files import READ_ONLY
 
 IN_PLACE = ("float32", "bfloat16")
 """Plain formats of experts that are mapped: our own loops read them wherever they lie."""
+
+SHARE = 0.8
+"""Share of the free memory that weights may take on a host of several NUMA nodes."""
+
+
+def maps_by_default(folder: Path) -> bool:
+    """Whether experts that could be mapped are, where nothing is said.
+
+    Not on a host of several NUMA nodes with memory for them, which reads each into the memory of the node
+    that computes it: mapped pages stay where the system has put them.
+    """
+    if not numa.nodes():
+        return True
+    size, free = sum(file.stat().st_size for file in folder.glob("*.safetensors")), machine.free_bytes()
+    return free is not None and size > SHARE * free
 
 
 class MappedFiles:

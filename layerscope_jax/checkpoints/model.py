@@ -27,7 +27,7 @@ from layerscope_jax.checkpoints.dense_weights import (
 from layerscope_jax.checkpoints.headers import read_headers
 from layerscope_jax.checkpoints.hub import folder_of
 from layerscope_jax.checkpoints.manifest import is_converted
-from layerscope_jax.checkpoints.mapped import MappedFiles, are_as_stored
+from layerscope_jax.checkpoints.mapped import MappedFiles, are_as_stored, maps_by_default
 from layerscope_jax.checkpoints.progress import loading
 from layerscope_jax.checkpoints.ranges import disk_bank
 from layerscope_jax.checkpoints.shards import Shards
@@ -232,7 +232,7 @@ def load(
     format: str | ExpertFormat | None = None,
     dense_format: str | None = None,
     revision: str | None = None,
-    mmap: bool = True,
+    mmap: bool | None = None,
     experts: Literal["memory", "disk"] = "memory",
 ) -> Model:
     """Loads a Hugging Face checkpoint of one of the families, or of one that was registered.
@@ -264,7 +264,8 @@ def load(
             for the dtype of the other weights.
         revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
         mmap: False to read experts that would be mapped: from a disk that is slow or will be taken away, or
-            files that will be written to.
+            files that will be written to. None maps them, but for a host of several NUMA nodes with memory
+            for them, where each is read to its node.
         experts: "memory" to read the experts now; "disk" to leave them in the checkpoint's files, from which
             an engine reads those that it needs into as much host memory as `OffloadConfig.host_budget` says.
             The files must hold them as they are computed from: safetensors of one float type, none to be
@@ -281,8 +282,8 @@ def load(
         ValueError: if the folder is incomplete, damaged or not supported, naming all wrong tensors; or if a
             checkpoint on the hub cannot be had.
     """
-    if not isinstance(mmap, bool):
-        raise ValueError(f"mmap must be True or False, got {mmap!r}")
+    if not isinstance(mmap, bool | None):
+        raise ValueError(f"mmap must be True, False or None, got {mmap!r}")
     form = format_named(format) if isinstance(format, str) else format
     if not isinstance(form, ExpertFormat | None):
         raise ValueError(f"format must be an ExpertFormat, the name of one or None, got {format!r}")
@@ -300,6 +301,7 @@ def load(
         other = "device" if device is not None else "experts='disk'"
         raise ValueError(f"devices cannot be given together with {other}; leave one of them out")
     folder = folder_of(folder, revision)
+    mmap = maps_by_default(folder) if mmap is None else mmap
     if is_converted(folder):
         return _load_converted(folder, dtype, device, devices, form, dense_format, mmap, on_disk)
     config, raw, generation, naming, stored, target, form, as_stored = read_headers(folder, dtype, form)

@@ -28,13 +28,16 @@ DO, PARTS, TAKEN, INPUTS, WEIGHTS, OUTPUTS, ROWS, DEPTH, WIDTH = range(9)
 # Of products: columns and rows of a part, and how many parts these rows have; WEIGHTS are COUNT times an
 # address of weights, their columns and the address of the outputs.
 COLUMNS, HEIGHT, BESIDE, COUNT = range(9, 13)
-# Of experts: as `loops.run_experts`; WEIGHTS are addresses, DEPTH is F, LIMIT the bits of a float32.
-FIRSTS, LASTS, ORDER, LENGTH, CHOICES, ACTIVATION, LIMIT = range(9, 16)
-SIZE = 17
+# Of experts: as `loops.run_experts`; WEIGHTS are addresses, DEPTH is F, LIMIT the bits of a float32. Parts
+# are sorted by NUMA nodes: STARTS says where those of each begin, COUNTERS how many of each were taken, NEAR
+# which node each core belongs to.
+FIRSTS, LASTS, ORDER, LENGTH, CHOICES, ACTIVATION, LIMIT, NODES, STARTS, COUNTERS, NEAR = range(9, 20)
+SIZE = 21
 
 # What the threads share: how many help, for how many bytes of weights each, whether they are to end, how many
-# have a job, the address of it; counts; then two semaphores for each helper, of 32 bytes.
-HELPERS, WORTH, ENDED, BUSY, JOB, COUNTED, ASSIGNED, SEMAPHORES = range(8)
+# have a job, the address of it; counts; how many NUMA nodes there are, and where it is said which of them
+# each core belongs to; then two semaphores for each helper, of 32 bytes.
+HELPERS, WORTH, ENDED, BUSY, JOB, COUNTED, ASSIGNED, OF_NODES, OF_CORES, SEMAPHORES = range(10)
 SEMAPHORE = 4
 
 WORTH_BYTES = 1 << 18
@@ -57,6 +60,16 @@ def semaphore(name: str) -> Any:
 
 
 post, wait, try_wait = semaphore("sem_post"), semaphore("sem_wait"), semaphore("sem_trywait")
+
+
+@intrinsic
+def core(typing: Any) -> Any:
+    """Number of the core that this thread runs on; negative where the system does not say."""
+
+    def build(context, builder, signature, arguments):
+        return builder.call(external(builder, "sched_getcpu", INT, []), [])
+
+    return types.int32(), build
 
 
 @intrinsic
@@ -98,6 +111,17 @@ def part_of(job, matrices, part):
     return matrix, first, min(first + job[COLUMNS], matrices[matrix, 1]), top, end
 
 
+@njit(cache=True, nogil=True)
+def node_of(job):
+    """The node of the core that this thread runs on, of those that experts belong to; 0 if none is known."""
+    if job[NODES] == 1:
+        return 0
+    number, count = core(), carray(pointer(job[NEAR]), 1, np.int64)[0]
+    if number < 0 or number >= count:
+        return 0
+    return carray(pointer(job[NEAR]), 1 + count, np.int64)[1 + number]
+
+
 @functools.cache
 def products(multiply: Any, rows: Any, weights_of: Any) -> Any:
     """A C function: a thread's share of products, for the address of a job.
@@ -135,22 +159,28 @@ def experts(run_experts: Any, scratch_bytes: Any, arrays: int, rows: Any, weight
         job = carray(pointer(address), SIZE, np.int64)
         firsts = carray(pointer(job[FIRSTS]), job[PARTS], np.int64)
         lasts = carray(pointer(job[LASTS]), job[PARTS], np.int64)
+        addresses = carray(pointer(job[WEIGHTS]), (job[PARTS], arrays), np.int64)
+        starts = carray(pointer(job[STARTS]), job[NODES] + 1, np.int64)
         memory = np.empty(scratch_bytes(firsts, lasts, job[WIDTH], job[DEPTH]) + 64, np.uint8)
-        run_experts(
-            carray(pointer(job[WEIGHTS]), (job[PARTS], arrays), np.int64),
-            firsts,
-            lasts,
-            carray(pointer(job[ORDER]), job[LENGTH], np.int32),
-            job[CHOICES],
-            job[INPUTS],
-            job[DEPTH],
-            job[ACTIVATION],
-            float_of(np.uint32(job[LIMIT])),
-            carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), rows),
-            carray(pointer(job[WEIGHTS]), 1, weights_of),  # of which the type alone counts
-            address + 8 * TAKEN,
-            (memory.ctypes.data + 63) // 64 * 64,
-        )
+        own = node_of(job)
+        for step in range(job[NODES]):  # those of this thread's node, and then what others have left
+            node = (own + step) % job[NODES]
+            first, last = starts[node], starts[node + 1]
+            run_experts(
+                addresses[first:last],
+                firsts[first:last],
+                lasts[first:last],
+                carray(pointer(job[ORDER]), job[LENGTH], np.int32),
+                job[CHOICES],
+                job[INPUTS],
+                job[DEPTH],
+                job[ACTIVATION],
+                float_of(np.uint32(job[LIMIT])),
+                carray(pointer(job[OUTPUTS]), (job[ROWS], job[WIDTH]), rows),
+                carray(pointer(job[WEIGHTS]), 1, weights_of),  # of which the type alone counts
+                job[COUNTERS] + 8 * node,
+                (memory.ctypes.data + 63) // 64 * 64,
+            )
         memory[0] = 0  # Numba gives an array up after its last use
 
     return run
@@ -237,6 +267,8 @@ class Crew:
     def __init__(self, count: int):
         self.pool = np.zeros(SEMAPHORES + 2 * SEMAPHORE * count, np.int64)
         self.pool[[HELPERS, WORTH]] = count, WORTH_BYTES
+        self._cores = numa.by_core()
+        self.pool[[OF_NODES, OF_CORES]] = max(1, len(numa.nodes())), self._cores.ctypes.data
         first = self.pool.ctypes.data + 8 * SEMAPHORES
         self._semaphores = [first + 8 * SEMAPHORE * index for index in range(2 * count)]
         for place in self._semaphores:

@@ -59,23 +59,29 @@ def pool_at(address):
 
 
 @njit(cache=True, nogil=True)
-def pieces(bounds, most):
+def pieces(bounds, most, nodes):
     """Pieces of at most so many slots [N]: whose they are, their first and last slots.
 
     Args:
         bounds: [2, E] where each expert's slots begin and end.
+        nodes: how many NUMA nodes there are; pieces are sorted by those of their experts (`numa.home`).
+
+    Returns:
+        These three, and [nodes + 1] where the pieces of each node begin.
     """
     count = 0
     for expert in range(bounds.shape[1]):
         count += (bounds[1, expert] - bounds[0, expert] + most - 1) // most
     whose, firsts, lasts = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
-    index = 0
-    for expert in range(bounds.shape[1]):
-        for first in range(bounds[0, expert], bounds[1, expert], most):
-            whose[index], firsts[index] = expert, first
-            lasts[index] = min(first + most, bounds[1, expert])
-            index += 1
-    return whose, firsts, lasts
+    starts, index = np.zeros(nodes + 1, np.int64), 0
+    for node in range(nodes):
+        for expert in range(node, bounds.shape[1], nodes):
+            for first in range(bounds[0, expert], bounds[1, expert], most):
+                whose[index], firsts[index] = expert, first
+                lasts[index] = min(first + most, bounds[1, expert])
+                index += 1
+        starts[node + 1] = index
+    return whose, firsts, lasts, starts
 
 
 @njit(cache=True, nogil=True)
@@ -99,7 +105,9 @@ def compute_experts(call, do, size):
     pool, hidden, piece, arrays = pool_at(table[0]), table[1], table[2], table[5]
     active = carray(pointer(flags), tokens, np.uint8)
     order, bounds, _ = by_expert(carray(pointer(chosen), tokens * choices, np.int32), active, choices)
-    whose, firsts, lasts = pieces(bounds, piece)
+    nodes = pool[crew.OF_NODES]
+    whose, firsts, lasts, starts = pieces(bounds, piece, nodes)
+    counters = np.zeros(nodes, np.int64)
     addresses = np.empty((len(whose), arrays), np.int64)
     for index in range(len(whose)):
         for array in range(arrays):
@@ -118,9 +126,11 @@ def compute_experts(call, do, size):
     job[crew.FIRSTS], job[crew.LASTS] = firsts.ctypes.data, lasts.ctypes.data
     job[crew.ORDER], job[crew.LENGTH], job[crew.CHOICES] = order.ctypes.data, len(order), choices
     job[crew.ACTIVATION], job[crew.LIMIT] = table[3], table[4]
+    job[crew.NODES], job[crew.NEAR] = nodes, pool[crew.OF_CORES]
+    job[crew.STARTS], job[crew.COUNTERS] = starts.ctypes.data, counters.ctypes.data
     crew.share_out(pool, job, 3 * width * hidden * size * len(firsts))
     # Numba gives an array up after its last use: this is theirs.
-    job[crew.LENGTH] = addresses.size + firsts.size + lasts.size + order.size
+    job[crew.LENGTH] = addresses.size + firsts.size + lasts.size + order.size + starts.size + counters.size
 
 
 def experts_target(kernel: AddressKernel, format: str, dtype: np.dtype) -> str:

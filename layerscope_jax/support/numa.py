@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from layerscope_jax.support.units import gib
+
 SYSTEM = Path("/sys/devices/system/node")
 MBIND = {"x86_64": 237, "aarch64": 235}
 """Number of the system call, which libc has no function for."""
@@ -101,6 +103,17 @@ def by_node(experts: Sequence[int]) -> list[Any]:
     return [np.flatnonzero(owners == node) for node in range(len(nodes()))]
 
 
+def by_core() -> np.ndarray:
+    """Returns, for compiled code, how many cores there are and each one's place in `nodes`: int64 [1 + C]."""
+    found = nodes()
+    count = 1 + max((cpu for node in found for cpu in node.cpus), default=-1)
+    table = np.zeros(1 + count, np.int64)
+    table[0] = count
+    for place, node in enumerate(found):
+        table[[1 + cpu for cpu in node.cpus]] = place
+    return table
+
+
 def own_first(count: int) -> list[int]:
     """Returns the order in which this thread computes the experts of `count` nodes: its own node's first."""
     first = getattr(_own, "node", 0) % count
@@ -144,11 +157,11 @@ def plan(threads: int) -> str:
         return ""
     shares = [len(range(place, threads, len(found))) for place in range(len(found))]
     parts = [
-        f"node {node.number}: {share} of {threads} threads on cores {ranges(node.cpus)}, experts {place}, "
-        f"{place + len(found)}, {place + 2 * len(found)}, ..."
+        f"node {node.number} ({gib(node.total_bytes)}): {share} of {threads} threads on cores "
+        f"{ranges(node.cpus)}, experts {place}, {place + len(found)}, {place + 2 * len(found)}, ..."
         for place, (node, share) in enumerate(zip(found, shares, strict=True))
     ]
-    return "; ".join(parts)
+    return "; ".join(parts) + "; experts that are mapped from files or pinned lie where the system puts them"
 
 
 def ranges(cpus: Iterable[int]) -> str:

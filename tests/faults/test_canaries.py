@@ -1,6 +1,7 @@
 """Loops that go by addresses write what they are to write, and not one byte beside it."""
 
 import functools
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -149,10 +150,11 @@ def test_sums(words, tokens, choices, width, seed):
     tokens=st.integers(1, 40),
     choices=st.integers(1, 3),
     steps=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    nodes=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=40)
-def test_experts_as_a_job_of_a_program(kernel, body, tokens, choices, steps, seed):
+def test_experts_as_a_job_of_a_program(kernel, body, tokens, choices, steps, nodes, seed):
     """As XLA's call hands them on: pieces of experts, by addresses."""
     kernel, dtype, of_weights, step = kernel
     width, hidden = (max(step, 8) * size for size in steps)
@@ -164,7 +166,10 @@ def test_experts_as_a_job_of_a_program(kernel, body, tokens, choices, steps, see
             expert[-1][...] = numbered
     chosen = np.argsort(rng.random((tokens, 3)), 1)[:, :choices].astype(np.int32)
     order, bounds, demand = by_expert(chosen.reshape(-1), np.ones(tokens, bool), choices)
-    whose, firsts, lasts = pieces(bounds, 7)
+    whose, firsts, lasts, starts = pieces(bounds, 7, nodes)
+    counters = guarded.array((nodes,), np.float64).view(np.int64)
+    counters[...] = 0
+    cores = np.array([3, nodes - 1, 0, nodes - 1])  # this thread may run on a core of which nothing is said
     addresses = np.zeros((len(whose), 4), np.int64)
     for row, one in zip(addresses, whose, strict=True):
         row[: len(held[one])] = [array.ctypes.data for array in held[one]]
@@ -186,11 +191,16 @@ def test_experts_as_a_job_of_a_program(kernel, body, tokens, choices, steps, see
         CHOICES=choices,
         ACTIVATION=activation,
         LIMIT=limit.view(np.uint32),
+        NODES=nodes,
+        STARTS=starts,
+        COUNTERS=counters,
+        NEAR=cores,
     )
     words = [WORDS["float32" if one is np.float32 else "uint16"] for one in (dtype, of_weights)]
     words[1] = np.int16 if kernel is PAIRS else words[1]
     crew.experts(kernel.run, kernel.scratch_bytes, loops.ARRAYS, *words).ctypes(work.ctypes.data)
     guarded.check()
+    assert (counters == np.diff(starts) + 1).all()  # one look in vain each
     assert len(demand[0]) == len(np.unique(chosen))
     assert np.isfinite(outputs.astype(np.float32)).all()
 
@@ -198,15 +208,20 @@ def test_experts_as_a_job_of_a_program(kernel, body, tokens, choices, steps, see
 @given(
     bounds=st.lists(st.integers(0, 40), min_size=1, max_size=9),
     most=st.integers(1, 9),
+    nodes=st.integers(1, 4),
 )
-def test_pieces_are_all_slots_once(bounds, most):
+def test_pieces_are_all_slots_once_node_by_node(bounds, most, nodes):
     ends = np.cumsum(bounds)
-    whose, firsts, lasts = pieces(np.array([ends - bounds, ends]), most)
+    whose, firsts, lasts, starts = pieces(np.array([ends - bounds, ends]), most, nodes)
     assert (lasts - firsts).max(initial=0) <= most
     slots = [
         (expert, slot) for expert, a, b in zip(whose, firsts, lasts, strict=True) for slot in range(a, b)
     ]
-    assert slots == [(e, slot) for e, count in enumerate(bounds) for slot in range(ends[e] - count, ends[e])]
+    order = sorted(range(len(bounds)), key=lambda expert: (expert % nodes, expert))
+    assert slots == [(e, slot) for e in order for slot in range(ends[e] - bounds[e], ends[e])]
+    assert (starts[0], starts[-1]) == (0, len(whose))
+    for node, (first, last) in enumerate(itertools.pairwise(starts)):
+        assert (whose[first:last] % nodes == node).all()
 
 
 def test_a_byte_beside_is_seen():
