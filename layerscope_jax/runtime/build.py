@@ -99,6 +99,8 @@ def build(
             "without Python between layers; its logits agree with those of other budgets to rounding",
             model.device,
         )
+    if model.partition is not None:
+        warn_of_single_programs(chosen, numerics)
     on_disk = isinstance(model.bank, DiskBank)
     if nothing_to_decide and on_disk and not WholeModel.is_faster_on(model.device):
         # The device's memory is the host's, so that the pool alone holds experts.
@@ -184,6 +186,20 @@ def _layer_by_layer(
         made = runner(model, policy, state, residency, link, host, forecasts, costs, pool, exact=exact)
         opened.pop_all()  # the runner closes them
         return made
+
+
+def warn_of_single_programs(policy: PolicyBase, numerics: str) -> None:
+    """Says where devices that share a model do not do what was asked for."""
+    for asked, name in (
+        (isinstance(policy, InStep), "policy='in-step'"),
+        (numerics == "fast", "numerics='fast'"),
+    ):
+        if asked:
+            warnings.warn(
+                f"{name} is for a model on one device: several run it layer by layer, as other settings do",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def links_to(partition: Partition, bank: ExpertBank, first: Transfers) -> Iterator[Transfers]:

@@ -206,3 +206,11 @@ def test_devices_that_cannot_share_are_refused(model):
         pytest.raises(ValueError, match="a timeline is of one device, and 2 share the experts"),
     ):
         engine.generate(PROMPTS, timeline="run.json")
+
+
+@pytest.mark.parametrize("settings", [{"policy": "in-step"}, {"policy": "lru", "numerics": "fast"}])
+def test_steps_in_one_program_are_refused_in_words(model, settings):
+    with pytest.warns(RuntimeWarning, match="is for a model on one device: several run it layer by layer"):
+        engine = Engine(model.over(2), OffloadConfig(device_budget=10 * model.bank.expert_bytes, **settings))
+    with engine:
+        assert isinstance(engine.runner, ExpertParallel)
