@@ -106,7 +106,7 @@ def make_app(service: Service, config: ServerConfig, context: int) -> Starlette:
         return json_of(described())
 
     async def health(request: Request) -> Response:
-        healthy = service.is_healthy
+        healthy, service.asked_s = service.is_healthy, time.monotonic()
         state = {"status": "ok" if healthy else "ending"} | service.load()
         return json_of(state, 200 if healthy else 503)
 

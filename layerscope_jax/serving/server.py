@@ -28,6 +28,11 @@ LAST_WORDS_S = 2
 """Seconds that aborted answers have to be sent."""
 
 
+ASKED_S, NOTICE_S = 10.0, 2.0
+"""A server whose health was asked for within the first of these (seconds) says for the second that it ends,
+and takes requests meanwhile: balancers ask every second or two."""
+
+
 class Server:
     """Serves an engine as OpenAI's API; a context manager, within whose block it answers.
 
@@ -97,9 +102,17 @@ class Server:
         return self._thread.is_alive() and self._service.is_healthy
 
     def drain(self) -> None:
-        """Refuses new requests, and waits for those that are being answered, at most `drain_s` seconds."""
-        self._service.draining = True
-        end = time.monotonic() + self.config.drain_s
+        """Refuses new requests, and waits for those that are being answered, at most `drain_s` seconds.
+
+        Where somebody asks for its health, it first says for two seconds that it ends, and takes requests
+        meanwhile: a balancer sends some until it has asked again.
+        """
+        began, service = time.monotonic(), self._service
+        service.draining = True
+        if began - service.asked_s < ASKED_S:
+            time.sleep(min(NOTICE_S, self.config.drain_s))
+        service.refusing = True
+        end = began + self.config.drain_s
         while not self._service.is_idle and time.monotonic() < end and self._thread.is_alive():
             time.sleep(0.02)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -44,7 +45,9 @@ class Service:
 
     Attributes:
         metrics: counts.
-        draining: whether new requests are refused.
+        draining: whether the server says that it ends.
+        refusing: whether it also refuses new requests.
+        asked_s: when it was last asked for its health, by `time.monotonic`.
     """
 
     def __init__(self, engine: Engine, chat: Chat, config: ServerConfig):
@@ -70,13 +73,14 @@ class Service:
             lambda: self._stepper.tally.totals,
             engine.config.prefix_cache,
         )
-        self.draining = False
+        self.draining = self.refusing = False
+        self.asked_s = -math.inf
 
     # ---- any thread's side -------------------------------------------------------------------------------
 
     @property
     def is_healthy(self) -> bool:
-        """Whether requests are answered."""
+        """Whether a balancer should send requests here."""
         return self._stepper.is_alive and not self.draining
 
     @property
@@ -102,7 +106,7 @@ class Service:
 
     def close(self, timeout: float) -> None:
         """Aborts all requests, and ends the service's threads."""
-        self.draining = True
+        self.draining = self.refusing = True
         self._stepper.close(timeout)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -139,7 +143,7 @@ class Service:
         """
         self._loop = asyncio.get_running_loop()
         came = time.perf_counter()
-        if self.draining:
+        if self.refusing:
             raise Refusal(503, "the server is shutting down", headers={"retry-after": "5"})
         check_head(headers, self._config.max_body_bytes)
         async with self._places(1):

@@ -3,6 +3,7 @@
 import shutil
 import socket
 import subprocess
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,20 @@ def test_health_says_how_busy_a_server_is(server, engine):
     assert told["requests_free"] == 2 + 6  # slots and places in the queue
     assert 0 < told["experts_resident"] == engine.runner.resident_experts <= experts // 2
     assert told["hit_rate"] == pytest.approx(metric(server, "layerscope:hit_rate"))
+
+
+def test_the_configuration_asks_for_health_and_sends_sessions_home():
+    """What can be seen of it where no balancer is installed."""
+    lines = [line.split("  #")[0].strip() for line in CONFIG.read_text().splitlines()]
+    for line in (
+        "option httpchk GET /health",
+        "bind 127.0.0.1:8000",
+        "balance hdr(X-Session-ID)",
+        "balance leastconn",
+    ):
+        assert line in lines
+    servers = [line for line in lines if line.startswith("server ")]
+    assert servers == ["server first 127.0.0.1:8001", "server second 127.0.0.1:8002"] * 2
 
 
 def free_port():
@@ -86,11 +101,15 @@ def test_sessions_stay_and_a_server_that_ends_gets_nothing_new(balanced):
             moved = [now > then for now, then in zip(served(servers), before, strict=True)].index(True)
             assert home.setdefault(session, moved) == moved
     assert set(home.values()) == {0, 1}
-    servers[0]._service.draining = True  # as after SIGTERM, but it goes on to tell its figures
-    assert get(servers[0], "/health")[0] == 503
-    until(lambda: post(balancer, SHORT)[0] == 200)  # until the balancer has noticed
+    ending = threading.Thread(target=servers[0].drain)  # as after SIGTERM, but it goes on to tell its figures
+    ending.start()
+    until(lambda: get(servers[0], "/health")[0] == 503)
+    while ending.is_alive():  # whether or not the balancer has noticed
+        for session in home:
+            assert post(balancer, SHORT, headers=JSON | {"X-Session-ID": session})[0] == 200
+    assert post(servers[0], SHORT)[0] == 503
     before = served(servers)
     for session in home:
-        until(lambda s=session: post(balancer, SHORT, headers=JSON | {"X-Session-ID": s})[0] == 200)
+        assert post(balancer, SHORT, headers=JSON | {"X-Session-ID": session})[0] == 200
     assert served(servers)[0] == before[0]
     assert served(servers)[1] == before[1] + len(home)
