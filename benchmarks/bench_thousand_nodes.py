@@ -16,9 +16,10 @@ import tyro
 from rich.console import Console
 
 from benchmarks import harness
-from layerscope_jax.distributed.job import TIMEOUT_S
+from layerscope_jax.distributed.job import RETRIES, TIMEOUT_S
 from layerscope_jax.distributed.simulated import Fleet, Outcome, simulate
 from layerscope_jax.distributed.simulated_rows import as_they_come, by_length, drawn_tokens, expected
+from layerscope_jax.distributed.worker import BEAT_S
 
 HOUR_S = 3600.0
 
@@ -70,6 +71,7 @@ def fleet_of(options: Options) -> Fleet:
         storage_bytes_per_s=options.storage_gb_per_s * 1e9,
         slots=options.slots,
         step_s=options.step_ms / 1e3,
+        beat_s=BEAT_S,
     )
 
 
@@ -104,8 +106,7 @@ def outcome_of(case: Case, tokens: Sequence[int], seed: int) -> Outcome:
         shards = as_they_come(len(tokens), case.fleet.nodes)
     else:
         shards = by_length(case.fleet, expected(tokens, case.error, seed))
-    # What a real job would give up is counted on: rows may be lost as often as they are.
-    return simulate(case.fleet, tokens, shards, timeout_s=case.timeout_s, retries=1000, seed=seed)
+    return simulate(case.fleet, tokens, shards, timeout_s=case.timeout_s, retries=RETRIES, seed=seed)
 
 
 def main(options: Options) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from layerscope_jax.checkpoints.hub_weights import Download, network_error
 from layerscope_jax.checkpoints.other_formats import ADAPTER, other_format
 from layerscope_jax.support import interrupts
 from layerscope_jax.support.checks import Problems
+from layerscope_jax.support.errors import MachineError
 
 NAME = re.compile(r"[a-zA-Z0-9_][\w.-]*/[a-zA-Z0-9_][\w.-]*", re.ASCII)
 
@@ -86,7 +87,7 @@ def folder_of(checkpoint: str | Path, revision: str | None = None, *, weights: b
     if checkpoint == "shipped" and not folder.exists():
         folder = SHIPPED
     if not folder.is_dir():
-        raise ValueError(
+        raise MachineError(
             f"{folder}: expected a folder with config.json and safetensors files, or a name on the Hugging "
             'Face hub, "organisation/name"; found no such folder; check the path'
         )
@@ -133,7 +134,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
         of_network = isinstance(error, ConnectionError | TimeoutError | RuntimeError | network)
         if isinstance(error, OSError) and error.errno is not None and not of_network:
             raise  # of the disk
-        raise ValueError(f"{_where(name)} {_explained(error, name, revision)}") from error
+        raise MachineError(f"{_where(name)} {_explained(error, name, revision)}") from error
     return folder
 
 

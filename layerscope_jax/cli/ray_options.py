@@ -12,6 +12,7 @@ from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.engine_options import EngineOptions
 from layerscope_jax.cli.options import open_profile
 from layerscope_jax.config import OffloadConfig
+from layerscope_jax.distributed.crew import START_S
 from layerscope_jax.distributed.job import RETRIES, TIMEOUT_S, ClusterUse, complete
 from layerscope_jax.distributed.tables import ENDING
 from layerscope_jax.distributed.worker import Job
@@ -51,12 +52,15 @@ class RayOptions(EngineOptions):
         float,
         arg(
             metavar="SECONDS",
-            help="With --ray, a worker that has no new token for so long is given up; it has six hours to "
-            "load the model.",
+            help="With --ray, a worker that has no new token for so long is given up.",
         ),
     ] = TIMEOUT_S
+    worker_start_timeout: Annotated[
+        float,
+        arg(metavar="SECONDS", help="With --ray, how long a worker may take to load the model."),
+    ] = START_S
     worker_retries: Annotated[
-        int, arg(help="With --ray, how often prompts whose worker was lost are given to another.")
+        int, arg(help="With --ray, how often a prompt whose worker was lost is given to another.")
     ] = RETRIES
     nodes: Annotated[
         Path | None,
@@ -104,7 +108,14 @@ class RayOptions(EngineOptions):
             chat_template=template,
             tuned=self.measured,
         )
-        use = ClusterUse(self.ray, self.workers, self.worker_timeout, self.worker_retries, progress=True)
+        use = ClusterUse(
+            self.ray,
+            self.workers,
+            self.worker_timeout,
+            self.worker_retries,
+            self.worker_start_timeout,
+            progress=True,
+        )
         report = complete(rows, out, job, use)
         if report.workers:
             say(report.summary())

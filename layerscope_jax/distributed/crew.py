@@ -31,8 +31,11 @@ NODES_S = 2.0
 """Time (s) between two looks at which nodes there are."""
 
 START_S = 6 * 3600.0
-"""Time (s) that a worker has at least to load the model: it has no rows yet that would wait for it, and a
+"""Time (s) that a worker has to load the model, by default: it has no rows yet that would wait for it, and a
 thousand workers may read for hours from one storage."""
+
+SILENT_S = 120.0
+"""Time (s) after which people are told that a worker has not loaded the model yet."""
 
 Write = Callable[[int, bytes, bool], object]
 """Function that is given the number of a complete row, its line, and whether it ended with an error."""
@@ -57,6 +60,7 @@ class Hired:
         identity: None until its model is loaded.
         rows, tokens, experts, hits, busy_s: what it has done.
         lost: what became of it, if it was lost.
+        is_late: whether people were told that it has not loaded the model yet.
     """
 
     place: Place
@@ -70,6 +74,7 @@ class Hired:
     hits: int = 0
     busy_s: float = 0.0
     lost: str | None = None
+    is_late: bool = False
 
     @property
     def spot(self) -> tuple[str, int]:
@@ -89,7 +94,8 @@ class Crew:
         cluster: where they run.
         workers: how many there are at most; None for one on each accelerator, or on each node without any.
         timeout_s: time (s) without a new token after which a worker is given up.
-        retries: how often rows are given to another worker, and how often one is started on a node.
+        start_timeout_s: time (s) that a worker has to load the model.
+        retries: how often a row is given to another worker, and how often one is started on a node.
         exact: whether all must compute alike.
         say: is told of what was lost.
 
@@ -104,11 +110,13 @@ class Crew:
         workers: int | None,
         timeout_s: float,
         retries: int,
+        start_timeout_s: float = START_S,
         exact: bool = False,
         say: Callable[[str], object] = say,
     ):
         self._cluster, self._workers, self._say = cluster, workers, say
         self._timeout_s, self._retries, self._exact = timeout_s, retries, exact
+        self._start_timeout_s = start_timeout_s
         self._per_node = engines_per_node(cluster.nodes(), workers)
         self._looked: float | None = None
         self._failed_starts: Counter[str] = Counter()
@@ -198,11 +206,24 @@ class Crew:
             for worker in self._heard():
                 self._take(worker, ledger, write, told)
             for worker in list(self._at_work.values()):
-                loaded = worker.identity is not None
-                limit_s = self._timeout_s if loaded else max(self._timeout_s, START_S)
-                if worker.stream is not None and self._cluster.now() - worker.heard > limit_s:
-                    what = "no new token" if loaded else "no model loaded"
-                    self._lose(worker, ledger, f"{what} for {limit_s:g} s")
+                self._watch(worker, ledger)
+
+    def _watch(self, worker: Hired, ledger: Ledger) -> None:
+        """Gives a worker up that has been silent for too long."""
+        if worker.stream is None:
+            return
+        silent_s = self._cluster.now() - worker.heard
+        if worker.identity is not None:
+            if silent_s > self._timeout_s:
+                self._lose(worker, ledger, f"no new token for {self._timeout_s:g} s")
+        elif silent_s > self._start_timeout_s:
+            self._lose(worker, ledger, f"no model loaded for {self._start_timeout_s:g} s")
+        elif silent_s > SILENT_S and not worker.is_late:
+            worker.is_late = True
+            self._say(
+                f"{worker.name} has not loaded the model for {SILENT_S:g} s: it may still read it, or wait "
+                "for a core or an accelerator that another job of the cluster has"
+            )
 
     def _send(self, worker: Hired, rows: list[tuple[int, Located]], limits: Limits) -> None:
         worker.heard = self._cluster.now()

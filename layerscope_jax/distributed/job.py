@@ -30,7 +30,7 @@ from layerscope_jax.checkpoints.tokenizer_files import read_tokenizer
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.distributed import tables
 from layerscope_jax.distributed.cluster import RayCluster, connected
-from layerscope_jax.distributed.crew import Crew
+from layerscope_jax.distributed.crew import START_S, Crew
 from layerscope_jax.distributed.report import Report, WorkerReport, progress_bar
 from layerscope_jax.distributed.shards import expected_tokens, shards_of
 from layerscope_jax.distributed.worker import Job, Limits, Worker
@@ -84,7 +84,8 @@ class ClusterUse(NamedTuple):
         address: of the cluster, as `layerscope_jax.distributed.cluster.connected` takes it.
         workers: engines at most; None for one on each accelerator, or on each node without any.
         timeout_s: time (s) after which a worker that makes no progress is given up.
-        retries: how often rows are given to another worker.
+        retries: how often a row is given to another worker.
+        start_timeout_s: time (s) that a worker has to load the model.
         progress: whether a bar is shown.
     """
 
@@ -92,6 +93,7 @@ class ClusterUse(NamedTuple):
     workers: int | None = None
     timeout_s: float = TIMEOUT_S
     retries: int = RETRIES
+    start_timeout_s: float = START_S
     progress: bool = False
 
 
@@ -112,6 +114,7 @@ def generate(
     revision: str | None = None,
     timeout_s: float = TIMEOUT_S,
     retries: int = RETRIES,
+    start_timeout_s: float = START_S,
     progress: bool = False,
     **settings: Any,
 ) -> Report:
@@ -136,9 +139,10 @@ def generate(
         chat_template: Jinja text; None for the checkpoint's own.
         generation_config: "auto" for the sampling settings that the checkpoint recommends.
         dtype, revision: as of `layerscope_jax.load`.
-        timeout_s: time (s) without a new token after which a worker is given up; it has six hours to load the
-            model.
-        retries: how often rows whose worker was lost are given to another.
+        timeout_s: time (s) without a new token after which a worker is given up.
+        retries: how often a row is given to another worker, after one that completed none of its rows was
+            lost. Rows that lose several are parted until it is known which of them it is.
+        start_timeout_s: time (s) that a worker has to load the model.
         progress: whether to show a bar on stderr.
         **settings: fields of `Request` for prompts that do not set them.
 
@@ -147,7 +151,7 @@ def generate(
 
     Raises:
         ValueError: for bad input, naming the row, the option or the node; what is complete stays in `out`.
-        LostWorkers: if the same rows lose more than `retries` workers, or no worker is left.
+        LostWorkers: if a row loses more than `retries` workers, or no worker is left.
         OSError: if `out` cannot be written.
 
     Example::
@@ -168,7 +172,9 @@ def generate(
         nodes=nodes or {},
         chat_template=chat_template,
     )
-    return complete(rows, Path(out), job, ClusterUse(address, workers, timeout_s, retries, progress))
+    return complete(
+        rows, Path(out), job, ClusterUse(address, workers, timeout_s, retries, start_timeout_s, progress)
+    )
 
 
 def complete(rows: Sequence[Row], out: Path, job: Job, use: ClusterUse, kind: type = Worker) -> Report:
@@ -230,6 +236,7 @@ def _completed(
             workers=use.workers,
             timeout_s=use.timeout_s,
             retries=use.retries,
+            start_timeout_s=use.start_timeout_s,
             exact=job.config.numerics == "exact",
         ) as crew,
     ):
@@ -294,12 +301,14 @@ def _encoded(
 def check(job: Job, use: ClusterUse) -> None:
     """Refuses options that are out of range, or configs of nodes that would change tokens."""
     problems = Problems()
-    workers, retries, timeout = use.workers, use.retries, use.timeout_s
+    workers, retries = use.workers, use.retries
     problems.expect(
         workers is None or (is_integer(workers) and workers >= 1), "workers", "1 or more", workers
     )
     problems.expect(is_integer(retries) and retries >= 0, "retries", "0 or more", retries)
-    problems.expect(is_number(timeout) and timeout > 0, "timeout_s", "seconds, more than 0", timeout)
+    for name in ("timeout_s", "start_timeout_s"):
+        given = getattr(use, name)
+        problems.expect(is_number(given) and given > 0, name, "seconds, more than 0", given)
     for node, config in job.nodes.items():
         for field in ("numerics", "expert_format", "dense_format"):
             own, common = getattr(config, field), getattr(job.config, field)

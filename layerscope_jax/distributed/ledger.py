@@ -19,7 +19,8 @@ class Shard:
 
     Attributes:
         rows: their numbers.
-        losses: what became of the workers that had them before, a sentence each.
+        losses: what became of the workers that had them since one of them was last completed, a sentence
+            each.
     """
 
     rows: tuple[int, ...]
@@ -31,7 +32,7 @@ class Ledger:
 
     Args:
         shards: the rows, in the order in which they are given out.
-        retries: how often a shard may be given to another worker.
+        retries: how often a row may be given to another worker.
 
     Attributes:
         given: worker -> the shard that it has.
@@ -92,6 +93,9 @@ class Ledger:
     def lose(self, worker: Hashable, why: str) -> int:
         """Puts the unfinished rows of a worker that was lost before all that are waiting.
 
+        Rows that lose two workers in a row, without one of them being completed, are parted in halves, and so
+        on: a row of which every worker dies is soon alone, and the others go on without it.
+
         Args:
             worker: the worker.
             why: what became of it, for the message.
@@ -100,7 +104,8 @@ class Ledger:
             The number of those rows.
 
         Raises:
-            LostWorkers: if those rows have been lost too often.
+            LostWorkers: if a row that is alone has lost more workers than it may, or any row has and may lose
+                none.
         """
         shard = self.given.pop(worker, None)
         if shard is None:
@@ -108,8 +113,10 @@ class Ledger:
         rows = tuple([row for row in shard.rows if row not in self.complete])
         if not rows:
             return 0
-        again = Shard(rows, (*shard.losses, why))
-        self._waiting.appendleft(again)
-        if len(again.losses) > self._retries:
-            raise LostWorkers(rows[0], again.losses)
+        has_progressed = len(rows) < len(shard.rows)
+        losses = () if has_progressed and self._retries else (*shard.losses, why)
+        half = len(rows) // 2 if len(losses) >= 2 else 0
+        self._waiting.extendleft(Shard(part, losses) for part in (rows[half:], rows[:half]) if part)
+        if len(losses) > self._retries and (len(rows) == 1 or not self._retries):
+            raise LostWorkers(rows[0], losses)
         return len(rows)

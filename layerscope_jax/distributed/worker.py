@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from layerscope_jax.distributed.placing import Place
 from layerscope_jax.support import exits
-from layerscope_jax.support.errors import ReadError
+from layerscope_jax.support.errors import MachineError, ReadError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from layerscope_jax.checkpoints.model import Model
     from layerscope_jax.config import OffloadConfig
     from layerscope_jax.generation.prompt_files import Row
@@ -123,7 +125,8 @@ class Failure:
     @classmethod
     def of(cls, error: Exception) -> Failure:
         """Returns what an error says."""
-        refused = exits.code_of(error) == exits.REFUSED and not isinstance(error, (ReadError, OSError))
+        of_here = isinstance(error, (ReadError, OSError, MachineError))
+        refused = exits.code_of(error) == exits.REFUSED and not of_here
         text = exits.described(error)
         text = f"{type(error).__name__}: {text}" if exits.is_fault(error) else text
         return cls(text, refused, "".join(traceback.format_exception(error)))
@@ -139,7 +142,7 @@ class Worker:
 
     def __init__(self, job: Job, place: Place):
         take_cores(place)
-        self._job, self._config = job, job.config_on(place.node.names)
+        self._job, self._config, self._place = job, job.config_on(place.node.names), place
         self._model: Model | None = None
         self._engine: Any = None
 
@@ -169,6 +172,7 @@ class Worker:
             use_compilation_cache()
         job, config = self._job, self._config
         folder = folder_of(job.checkpoint, job.revision)
+        check_copies(folder, config, self._place)
         model = self._model = load(
             folder,
             dtype=job.dtype,
@@ -275,6 +279,29 @@ def check_memory(config: OffloadConfig) -> None:
         f"expected as much memory as the profile {profile.name!r} says, {gib(needed)}, got {gib(memory)}; "
         "give this node a profile of its own, or leave the node out"
     )
+
+
+def check_copies(folder: Path, config: OffloadConfig, place: Place) -> None:
+    """Refuses a node that lacks the memory for the weights of all its engines.
+
+    Beside accelerators each engine has a copy in pinned memory; a machine without any maps the files once.
+
+    Raises:
+        ValueError: saying how many engines there would be, and what they take.
+    """
+    from layerscope_jax.support import machine
+    from layerscope_jax.support.units import gib
+
+    memory = machine.memory_bytes()
+    if int(place.node.gpus) < 2 or memory is None or config.host_budget or config.expert_format:
+        return
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if place.of * size > memory:
+        raise ValueError(
+            f"its {place.of} accelerators would have an engine each, and each a copy of the weights, "
+            f"{gib(size)}, in {gib(memory)} of memory; give a smaller expert_format, a host_budget, or fewer "
+            "accelerators to Ray there"
+        )
 
 
 def computes_by(device: str) -> str:

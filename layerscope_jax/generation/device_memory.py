@@ -15,6 +15,7 @@ from layerscope_jax.kernels.grouping import GROUP_SIZES, MAX_ROWS
 from layerscope_jax.models.cache import cache_bytes
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.support import machine
+from layerscope_jax.support.errors import MachineError
 from layerscope_jax.support.units import gib, next_power
 
 USUAL_CONTEXT = 2048
@@ -165,13 +166,13 @@ class Room:
             ValueError: saying what takes how much, and what to lower.
         """
         if self.free < self.needs.total:
-            raise ValueError(f"device_budget='auto' finds no room for experts: {self._told()}")
+            raise MachineError(f"device_budget='auto' finds no room for experts: {self._told()}")
         try:
             yield
         except ValueError as error:
             if "device_budget" not in str(error):
                 raise
-            raise ValueError(f"{error}; device_budget='auto' found {self._told()}") from error
+            raise MachineError(f"{error}; device_budget='auto' found {self._told()}") from error
 
     def _told(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""Errors of a running engine, or of a job of several, that no input caused."""
+"""Errors of a running engine, of a machine, or of a job of several, beside those of bad input."""
 
 
 class TransferError(RuntimeError):
@@ -7,6 +7,10 @@ class TransferError(RuntimeError):
 
 class ReadError(ValueError):
     """Raised when an expert cannot be read from the checkpoint's files, or no longer is what it was."""
+
+
+class MachineError(ValueError):
+    """Raised when this machine lacks what is asked for, such as files or free memory; another may have it."""
 
 
 class LostWorkers(RuntimeError):

@@ -16,10 +16,10 @@ from layerscope_jax.support.errors import LostWorkers
 FLEET = Fleet(nodes=4, slots=2, step_s=1.0, beat_s=1.0, checkpoint_bytes=100, node_bytes_per_s=10.0)
 
 
-def worked(cluster, shards, *, retries=1000, timeout_s=50.0, exact=False, workers=None):
+def worked(cluster, shards, *, retries=1000, timeout_s=50.0, workers=None, **options):
     """Runs a crew on a cluster; returns the rows that it wrote, and what it said."""
     written, said = [], []
-    crew = Crew(cluster, workers=workers, timeout_s=timeout_s, retries=retries, exact=exact, say=said.append)
+    crew = Crew(cluster, workers=workers, timeout_s=timeout_s, retries=retries, say=said.append, **options)
     with crew:
         rows = [VirtualRow(f"p.jsonl:{1 + number}") for number in range(sum(map(len, shards)))]
         crew.work(shards, rows, Limits(1, 2), lambda number, line, failed: written.append(number))
@@ -178,6 +178,22 @@ def test_a_node_on_which_no_worker_starts_is_left_out():
     assert said[0] == "worker 0 on node node1 was lost (out of memory)"
 
 
+def test_people_hear_of_a_worker_that_does_not_load_and_it_is_given_up_in_time():
+    def script(node, method, *_):
+        return [] if (node, method) == ("node1", "start") else None
+
+    cluster = Scripted(replace(FLEET, nodes=2), [150] * 8, script)
+    written, said, crew = worked(
+        cluster, [(0, 1), (2, 3), (4, 5), (6, 7)], timeout_s=500.0, start_timeout_s=200.0
+    )
+    assert sorted(written) == list(range(8))
+    assert said[0].startswith(
+        "worker 0 on node node1 has not loaded the model for 120 s: it may still read it"
+    )
+    assert said[1] == "worker 0 on node node1 was lost (no model loaded for 200 s)"
+    assert len([worker for worker in crew.all if worker.place.node.name == "node1"]) >= 2
+
+
 def test_a_cluster_on_which_no_worker_starts_ends_the_job():
     cluster = Scripted(replace(FLEET, nodes=2), [9] * 4, lambda *_: [Failure("disk error")])
     with pytest.raises(LostWorkers, match=r"3 workers were lost: node node\d: disk error; .*"):
@@ -191,7 +207,7 @@ def test_rows_that_every_worker_dies_of_are_named():
         return None
 
     cluster = Scripted(replace(FLEET, nodes=3), [1] * 4, script)
-    with pytest.raises(LostWorkers, match=r"2 workers that had p.jsonl:3 were lost: node node\d: XlaRuntime"):
+    with pytest.raises(LostWorkers, match=r"3 workers that had p.jsonl:3 were lost: node node\d: XlaRuntime"):
         worked(cluster, [(0, 1), (2, 3)], retries=1)
 
 

@@ -61,16 +61,47 @@ def test_each_row_counts_once_whoever_is_lost(sizes, events):
 
 def test_rows_that_lose_every_worker_are_named():
     ledger = Ledger([(0, 1), (2, 3)], retries=2)
+    ledger.give("first")
+    ledger.note("first", 0)
+    assert ledger.lose("first", "it had completed one") == 1  # which does not count against the others
     for worker in ("a", "b"):
-        assert ledger.give(worker) == ((0, 1) if worker == "a" else (1,))
-        ledger.note(worker, 0)
+        assert ledger.give(worker) == (1,)  # before what nobody has begun
         assert ledger.lose(worker, f"{worker} has ended") == 1
-    assert ledger.give("c") == (1,)  # before what nobody has begun
+    ledger.give("c")
     with pytest.raises(
         LostWorkers, match=r"3 workers that had row 1 were lost: a has ended; b .*; c crashed"
     ):
         ledger.lose("c", "c crashed")
     assert ledger.left == 3
+
+
+@given(st.integers(2, 256), st.data())
+def test_a_row_of_which_every_worker_dies_is_found_and_the_others_complete(rows, data):
+    deadly, retries = data.draw(st.integers(0, rows - 1)), 3
+    ledger, lost = Ledger([tuple(range(rows))], retries), 0
+    found = None
+    while found is None:
+        given = ledger.give("a")
+        if deadly not in given:
+            for row in given:
+                ledger.note("a", row)
+            ledger.end("a")
+            continue
+        lost += 1
+        try:
+            ledger.lose("a", "it has ended")
+        except LostWorkers as error:
+            found = error.row
+    assert found == deadly
+    assert lost <= 2 + rows.bit_length() + retries
+
+
+def test_without_retries_the_first_loss_ends_a_job():
+    ledger = Ledger([(0, 1, 2)], retries=0)
+    ledger.give("a")
+    ledger.note("a", 0)
+    with pytest.raises(LostWorkers, match="1 worker that had row 1 was lost"):
+        ledger.lose("a", "it has ended")
 
 
 def test_a_worker_that_leaves_rows_out_is_found():
