@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import settings
 from quick_compiling import compile_quickly
 
 from layerscope_jax.profiling import disk_costs, measure
@@ -43,6 +44,8 @@ if READS_QUIETLY:
 # sources anew, and every worker rewrites the assertions of all tests, which takes it ten seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+settings.register_profile("thorough", max_examples=100)  # of tests that otherwise try few: they take long
 
 gc.set_threshold(10_000, 20, 20)  # what is traced and compiled is many objects, and little of it garbage
 

@@ -44,6 +44,21 @@ def test_decode_against_llama_cpp():
     assert numbers(figure_of("decode of one request")) == [round(ratio, 2)]
 
 
+def test_packed_experts_against_llama_cpp():
+    rows = result("peers_packed")["rows"]
+    ratios = {
+        part: [row["to_engine"][part]["llama.cpp"]["median"] for row in rows]
+        for part in ("prefill", "decode")
+    }
+    many = [found for row, found in zip(rows, ratios["decode"], strict=True) if row["batch"] >= 8]
+    page = (ROOT / "benchmarks" / "answers" / "peers.md").read_text()
+    [said] = re.findall(
+        r"engine is ([\d.]+) to ([\d.]+) times as fast in prefill, and ([\d.]+) to ([\d.]+) times", page
+    )
+    expected = [min(ratios["prefill"]), max(ratios["prefill"]), min(many), max(many)]
+    assert [float(number) for number in said] == [round(number, 1) for number in expected]
+
+
 def test_auto_against_the_best():
     ratios = [row["time_to_best"]["median"] for row in result("policies")["rows"] if row["policy"] == "auto"]
     assert len(ratios) == 9

@@ -193,23 +193,13 @@ class CompletionFile:
                 self.path.unlink()
 
     def _resume(self, rows: dict[str | int, Row]) -> None:
-        *lines, torn = self.path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                known, failed = self._known(json.loads(line), rows)
-            except (LookupError, TypeError, AttributeError, RecursionError, *NO_JSON):
-                raise ValueError(
-                    f"{self.path}:{number}: expected a completion of one of these prompts, got "
-                    f"{shown(line)}; the file belongs to other prompts: choose another file"
-                ) from None
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.path}:{number}: expected a completion by this checkpoint with these settings, "
-                    f"got {error}; use those of the file, or choose another file"
-                ) from None
-            self.done.add(known.id)
-            if failed:
-                self.failed.add(known.id)
+        number, torn = 0, b""
+        with self.path.open("rb") as lines:  # one at a time: of a large job they are more than memory
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    torn = line
+                    break
+                self._note(number, line.removesuffix(b"\n"), rows)
         if not torn:
             return
         # The last line is removed only if it may be the beginning of one of these prompts' lines: otherwise
@@ -217,10 +207,32 @@ class CompletionFile:
         heads = [_head(row, self.model) for row in rows.values()]
         if not any(head.startswith(torn) or torn.startswith(head) for head in heads):
             raise ValueError(
-                f"{self.path}:{len(lines) + 1}: expected the beginning of a completion of one of these "
+                f"{self.path}:{number}: expected the beginning of a completion of one of these "
                 f"prompts, got {shown(torn)}; the file belongs to other prompts: choose another file"
             )
         self._file.truncate(self._file.seek(0, os.SEEK_END) - len(torn))
+
+    def _note(self, number: int, line: bytes, rows: dict[str | int, Row]) -> None:
+        """Notes the row that a complete line is of.
+
+        Raises:
+            ValueError: if it is of none, naming the line.
+        """
+        try:
+            known, failed = self._known(json.loads(line), rows)
+        except (LookupError, TypeError, AttributeError, RecursionError, *NO_JSON):
+            raise ValueError(
+                f"{self.path}:{number}: expected a completion of one of these prompts, got {shown(line)}; "
+                "the file belongs to other prompts: choose another file"
+            ) from None
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path}:{number}: expected a completion by this checkpoint with these settings, got "
+                f"{error}; use those of the file, or choose another file"
+            ) from None
+        self.done.add(known.id)
+        if failed:
+            self.failed.add(known.id)
 
     def _known(self, found: dict[str, Any], rows: dict[str | int, Row]) -> tuple[Row, bool]:
         """Returns the row that a line completes, and whether it ended with an error.

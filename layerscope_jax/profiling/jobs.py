@@ -51,6 +51,7 @@ class Jobs:
         host: the host executor.
         transfers: the link, idle.
         slots: number of experts that the budget holds; if it is 0, one expert at a time is on the device.
+        neighbours: devices that share the model's experts with its own, each with a link of its own.
 
     Attributes:
         computed: number of experts of a host job.
@@ -59,8 +60,15 @@ class Jobs:
         roomy: whether device and link jobs may run at the same time.
     """
 
-    def __init__(self, model: Model, host: HostExperts, transfers: Transfers, slots: int):
-        self.model = model
+    def __init__(
+        self,
+        model: Model,
+        host: HostExperts,
+        transfers: Transfers,
+        slots: int,
+        neighbours: Sequence[jax.Device] = (),
+    ):
+        self.model, self._neighbours = model, neighbours
         self._host, self._transfers = host, transfers
         # If the device is this machine's CPU, it gets threads of its own, because its jobs may run beside
         # those of the host and `CpuExperts` takes one caller at a time.
@@ -74,6 +82,21 @@ class Jobs:
         room = slots - self.arriving if self.roomy else 1
         self._held = max(1, min(self._turns, room // self.resident))  # layers with experts on the device
         self._weights: list[list[Any]] = []
+
+    def neighbours(self) -> list[Job]:
+        """Jobs that each copy an expert to one of the other devices, whose links may share a root complex."""
+        experts = self.model.bank.num_experts
+
+        def copying(device: jax.Device) -> Job:
+            sharding = jax.sharding.SingleDeviceSharding(device)
+
+            def job(round: int) -> None:
+                expert = ExpertId(round % self._turns, round // self._turns % experts)
+                jax.block_until_ready(jax.device_put(self.model.bank[expert], sharding))
+
+            return job
+
+        return [copying(device) for device in self._neighbours]
 
     def host(self, tokens: int) -> Job:
         """Computes `computed` experts on the host, `tokens` tokens each."""

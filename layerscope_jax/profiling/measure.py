@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import jax
 import numpy as np
 
 from layerscope_jax.checkpoints.model import Model
@@ -52,7 +53,13 @@ ROUGH = Points(tokens=(1, 4, 16, 64, 256), decode=(1,), prefill=(256,))
 """Points that an engine without a profile measures at."""
 
 
-def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -> HardwareProfile:
+def measure(
+    model: Model,
+    host: HostExperts,
+    transfers: Transfers,
+    slots: int,
+    neighbours: Sequence[jax.Device] = (),
+) -> HardwareProfile:
     """Measures the parts of a layer at a few points, alone and with the others busy, within some seconds.
 
     Never more than `slots` experts are on the device (see `Jobs`), and none afterwards.
@@ -62,8 +69,9 @@ def measure(model: Model, host: HostExperts, transfers: Transfers, slots: int) -
         host: the host executor.
         transfers: the link, idle.
         slots: number of experts that the budget holds.
+        neighbours: devices that share the model's experts, which copy some too while the link is timed.
     """
-    jobs = Jobs(model, host, transfers, slots)
+    jobs = Jobs(model, host, transfers, slots, neighbours)
     try:
         together, alone = costs(jobs, ROUGH, [True, False])
     finally:
@@ -125,12 +133,16 @@ def others(jobs: Jobs, part: str) -> list[Job]:
     for later layers.
     """
     host, device, link = jobs.host(BUSY_TOKENS), jobs.device(BUSY_TOKENS), jobs.link(jobs.arriving)
-    return {
-        "host": [device, link] if jobs.roomy else [link],
-        "device": [host, link] if jobs.roomy else [host],
-        "link": [host, device] if jobs.roomy else [host],
-        "layer": [link],
-    }[part]
+    near = jobs.neighbours() if part == "link" else []
+    return (
+        near
+        + {
+            "host": [device, link] if jobs.roomy else [link],
+            "device": [host, link] if jobs.roomy else [host],
+            "link": [host, device] if jobs.roomy else [host],
+            "layer": [link],
+        }[part]
+    )
 
 
 def tables(jobs: dict[int, Job], besides: Sequence[list[Job]], share: int = 1) -> list[TimeTable]:

@@ -46,8 +46,9 @@ logger = logging.getLogger(__name__)
 MOST_STAGED = 8
 """Most experts that are set aside for copies on the way to their slots, however small they are."""
 
-Measure = Callable[[Model, HostExperts, Transfers, int], HardwareProfile]
-"""Function that measures the machine's costs: `(model, host executor, link, slots)`; both must be idle."""
+Measure = Callable[..., HardwareProfile]
+"""Function that measures the machine's costs: `(model, host executor, link, slots)`, both idle; and, where
+several devices of this process share the model, `neighbours`, the others."""
 
 
 def build(
@@ -163,7 +164,8 @@ def _layer_by_layer(
     residency = Residency(left, size)
     geometry = model.geometry(residency.slots)
     if costs is None and policy.uses_costs:
-        costs = measure(model.on_one(), host, link, residency.slots)
+        near = {} if partition is None or len(partition.local) < 2 else {"neighbours": others_of(partition)}
+        costs = measure(model.on_one(), host, link, residency.slots, **near)
     planned = costs
     if partition is not None:
         geometry = of_part(geometry, partition.each)
@@ -200,6 +202,11 @@ def warn_of_single_programs(policy: PolicyBase, numerics: str) -> None:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def others_of(partition: Partition) -> list[jax.Device]:
+    """Returns this process's devices beside its first one."""
+    return [partition.devices[position] for position in partition.local[1:]]
 
 
 def links_to(partition: Partition, bank: ExpertBank, first: Transfers) -> Iterator[Transfers]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 from layerscope_jax.distributed.worker import Beat, Identity
 
@@ -9,7 +10,8 @@ from layerscope_jax.distributed.worker import Beat, Identity
 class Light:
     """Says that rows are complete, and fails at those whose text says how.
 
-    A row "end once FILE" ends the process, and "hang once FILE" stops it, unless FILE exists.
+    A row "end once FILE" ends the process, and "hang once FILE" stops it, unless FILE exists; a "slow row"
+    takes a while.
     """
 
     def __init__(self, job, place):
@@ -27,4 +29,6 @@ class Light:
                 if deed == "end":
                     os._exit(9)
                 os.kill(os.getpid(), signal.SIGSTOP)
+            if deed.startswith("slow"):
+                time.sleep(0.2)
             yield Beat(((number, f"{row} complete\n".encode(), False),), 1)

@@ -140,6 +140,38 @@ def test_a_job_whose_own_process_and_then_a_worker_are_killed(address, tiny, tmp
         assert [line["token_ids"] for line in found] == engine.generate(requests).token_ids
 
 
+def test_a_server_that_goes_takes_no_row_with_it(address, tmp_path):
+    """Another raylet is another server to Ray; here both are of this machine."""
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    def added(name):
+        before = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        params = RayParams(gcs_address=address, num_cpus=1, node_name=name, include_dashboard=False)
+        node = Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False, connect_only=False)
+        until(lambda: before < {node["NodeID"] for node in ray.nodes() if node["Alive"]})
+        return node
+
+    second = added("second")
+    rows = [f"slow row {number}" for number in range(40)]
+    shards = [tuple(range(start, start + 4)) for start in range(0, 40, 4)]
+    written, said, gone = [], [], []
+
+    def write(number, line, failed):
+        written.append(number)
+        of_second = [worker for worker in crew.all if worker.place.node.name == "second"]
+        if not gone and of_second and of_second[0].rows:
+            gone.append(second)
+            second.kill_all_processes(check_alive=False, allow_graceful=False)
+
+    cluster = RayCluster(ray, Job(checkpoint="", config=None), Light)
+    with Crew(cluster, workers=2, timeout_s=60, retries=2, say=said.append) as crew:
+        in_time(lambda: crew.work(shards, rows, Limits(1, 4), write), 240)
+    assert gone
+    assert sorted(written) == list(range(40))
+    assert {worker.place.node.name for worker in crew.all} > {"second"}
+
+
 def test_what_is_no_cluster_is_said(address, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Call me"}\n')

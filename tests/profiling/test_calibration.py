@@ -11,7 +11,7 @@ from disk_models import on_disk
 from helpers import TINY, copying_by, in_time, random_decoder, random_model
 
 import layerscope_jax
-from layerscope_jax import Engine, OffloadConfig
+from layerscope_jax import Engine, ExpertId, OffloadConfig
 from layerscope_jax.cli import calibrate as calibrate_cli
 from layerscope_jax.cli import main as cli
 from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
@@ -175,6 +175,25 @@ def test_jobs_do_their_work(small):
             job = found.layer(*shape)
             job(0)
             job(1)  # its cache was donated, and came back
+
+
+def test_the_link_is_timed_while_other_devices_copy_too(small, monkeypatch):
+    near, copied, copy = jax.devices()[1], [], jax.device_put
+
+    def counting(tree, to):
+        if getattr(to, "device_set", ()) == {near}:
+            copied.append(tree)
+        return copy(tree, to)
+
+    monkeypatch.setattr(jobs.jax, "device_put", counting)
+    model = small.over([jax.devices()[0], near])
+    with Engine(model, OffloadConfig(device_budget=5 * small.bank.expert_bytes, policy="fiddler")):
+        assert copied
+    copied.clear()
+    with rooms(small) as (host, transfers):
+        (job,) = Jobs(small, host, transfers, 40, [near]).neighbours()
+        job(0), job(13)
+    assert [id(tree) for tree in copied] == [id(small.bank[ExpertId(0, 0)]), id(small.bank[ExpertId(1, 0)])]
 
 
 def test_experts_do_not_count_as_the_rest_of_a_layer(small, monkeypatch):

@@ -48,7 +48,14 @@ KINDS = {
     },
 }
 
+KINDS["float32, experts in int4"] = {"hidden_size": 64, "moe_intermediate_size": 32}
+FORMATS = {"float32, experts in int4": "int4"}
+
 RESTS = "float32, grouped attention with a rest"
+FEW = settings.get_current_profile_name() == "default"
+"""Whether companions are always as many and as long, so that few programs are compiled. Otherwise
+(`--hypothesis-profile thorough`) they are drawn, and each example takes seconds."""
+
 NEW = 4
 """New tokens of the request that is looked at."""
 
@@ -69,7 +76,7 @@ def request_of(length):
     )
 
 
-REQUESTS = {kind: request_of(length) for kind, length in zip(KINDS, (13, 13, 70, 70), strict=True)}
+REQUESTS = {kind: request_of(length) for kind, length in zip(KINDS, (13, 13, 70, 70, 13), strict=True)}
 """What is looked at: some are prefilled in two steps."""
 
 
@@ -113,7 +120,10 @@ def alone(kind):
     """A model, a request, and its tokens and logits alone: what the model computes in one jit."""
     dtype = jnp.dtype(kind.partition(",")[0])
     model, request = random_model(replace(BASE, **KINDS[kind]), seed=5, dtype=dtype), REQUESTS[kind]
+    model = model.prepared(FORMATS.get(kind), None)
     tokens, logits = run(model, request)
+    if kind in FORMATS:
+        return model, request, tokens, logits
     padded = np.zeros((1, 80), np.int32)
     padded[0, : len(request.prompt)] = request.prompt
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -131,22 +141,28 @@ def alone_quickly(kind):
 
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != RESTS])
-@given(seed=st.integers(0, 2**16), offloaded=st.booleans())
-@settings(deadline=None, max_examples=4)
-def test_companions_change_no_bit(kind, seed, offloaded):
-    """Neither where everything is resident nor where experts come and go; of the same lengths, which compile
-    the same programs."""
+@given(
+    seed=st.integers(0, 2**16),
+    before=st.permutations([3, 30]) if FEW else st.lists(st.sampled_from([3, 13, 30]), max_size=3),
+    late=st.just([3]) if FEW else st.lists(st.sampled_from([3, 30]), max_size=2),
+    offloaded=st.booleans(),
+    prefix_cache=st.booleans(),
+)
+@settings(deadline=None, max_examples=4 if FEW else settings().max_examples)
+def test_companions_change_no_bit(kind, seed, before, late, offloaded, prefix_cache):
+    """Neither where everything is resident nor where experts come and go."""
     model, request, expected, expected_logits = alone_quickly(kind)
     tokens, logits = run(
         model,
         request,
-        [3, 30],
-        [3],
+        before,
+        late,
         seed,
         max_num_seqs=4,
         prefill_chunk_size=64,
         device_budget=9 * model.bank.expert_bytes if offloaded else None,
         policy="lru" if offloaded else "auto",
+        prefix_cache=prefix_cache,
     )
     np.testing.assert_array_equal(logits, expected_logits)
     assert tokens == expected
