@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -90,6 +92,31 @@ def test_a_full_disk_ends_a_job_that_is_continued_when_there_is_room(
     assert len(out.read_bytes().splitlines()) == 5
     assert set(out.read_text().splitlines()) <= set(alone)
     assert generate(prompts, model=tiny, out=out, config=EXACT).done_before == 5
+    assert out.read_text().splitlines() == alone
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A folder whose file system has room for two pages: one is taken by the lock, the other by too few lines."""
+    folder = tmp_path / "page"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=8k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(tiny, prompts, alone, page, tmp_path, monkeypatch):
+    use(monkeypatch)
+    with pytest.raises(OSError, match=r"No space left on device: '.*out.jsonl'"):
+        generate(prompts, model=tiny, out=page / "out.jsonl", config=EXACT)
+    lines = (page / "out.jsonl").read_text().splitlines()
+    assert 0 < len(lines) < 16
+    assert set(lines) <= set(alone)
+    out = tmp_path / "out.jsonl"
+    shutil.copy(page / "out.jsonl", out)  # to where there is room
+    assert generate(prompts, model=tiny, out=out, config=EXACT).done_before == len(lines)
     assert out.read_text().splitlines() == alone
 
 
