@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.options import (
     Checkpoint,
     DenseFormat,
+    DeviceBudget,
     Dtype,
     ExpertFormat,
     HostBudget,
@@ -22,9 +24,11 @@ from layerscope_jax.cli.options import (
     Revision,
     open_model,
 )
-from layerscope_jax.config import OffloadConfig
+from layerscope_jax.config import AUTO, OffloadConfig
+from layerscope_jax.generation.device_memory import room_on
 from layerscope_jax.profiling.calibrate import calibrate
 from layerscope_jax.support import exits
+from layerscope_jax.support.errors import MachineError
 from layerscope_jax.support.option_errors import writing
 
 
@@ -32,7 +36,8 @@ from layerscope_jax.support.option_errors import writing
 class Calibrate:
     """Measure what experts, layers and copies cost on this machine, alone and while other parts are busy.
 
-    `layerscope generate --profile` then plans by these times instead of measuring a few each time.
+    `layerscope generate --profile` then plans by these times instead of measuring a few each time. Measuring
+    keeps to the budgets.
 
     Examples:
         layerscope calibrate path/to/checkpoint --out profile.json --device-budget 2GiB
@@ -40,10 +45,7 @@ class Calibrate:
 
     checkpoint: Checkpoint
     out: Annotated[Path, arg(metavar="FILE", help="File for the profile.")] = Path("profile.json")
-    device_budget: Annotated[
-        str | None,
-        arg(metavar="SIZE", help="Device memory for experts, which measuring keeps to as well."),
-    ] = None
+    device_budget: DeviceBudget = AUTO
     host_budget: HostBudget = None
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
@@ -60,7 +62,7 @@ class Calibrate:
             "host_budget": self.host_budget,
             "emulated_link_bandwidth": self.emulated_link_bandwidth,
         }
-        OffloadConfig(**sizes)  # refuses a malformed size before the model is loaded
+        config = OffloadConfig(**sizes)  # refuses a malformed size before the model is loaded
         with writing("--out", self.out):
             model = open_model(
                 self.checkpoint,
@@ -70,8 +72,22 @@ class Calibrate:
                 self.dense_format,
                 self.host_budget,
             )
-            exits.say("measuring; other work on this machine distorts the figures")
-            profile = calibrate(model, **sizes)
+            room = None
+            if self.device_budget == AUTO:
+                room = room_on(
+                    model.device,
+                    model,
+                    max_num_seqs=config.max_num_seqs,
+                    context=config.context,
+                    prefill_chunk_size=config.prefill_chunk_size,
+                )
+                sizes["device_budget"] = None if room is None else min(model.bank.total_bytes, room.left)
+            try:
+                with nullcontext() if room is None else room.explained():
+                    exits.say("measuring; other work on this machine distorts the figures")
+                    profile = calibrate(model, **sizes)
+            except MachineError as error:
+                raise MachineError(f"{error}; or give --device-budget a size") from error
             profile.save(self.out)
         if self.json:
             print(json.dumps(profile.to_json()))

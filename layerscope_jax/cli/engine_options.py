@@ -19,6 +19,7 @@ from layerscope_jax.cli.options import (
     HostBudget,
     LinkBandwidth,
     PolicyName,
+    PrefillChunkSize,
     PrefixCache,
     Revision,
     folder_of,
@@ -69,6 +70,7 @@ class EngineOptions:
             "in bfloat16."
         ),
     ] = 32
+    prefill_chunk_size: PrefillChunkSize = 4096
     prefix_cache: PrefixCache = False
     emulated_link_bandwidth: LinkBandwidth = None
     dtype: Dtype = None
@@ -109,6 +111,7 @@ class EngineOptions:
             predictor=open_predictor(self.predictor),
             profile=open_profile(self.profile),
             max_num_seqs=self.max_num_seqs,
+            prefill_chunk_size=self.prefill_chunk_size,
             prefix_cache=self.prefix_cache,
         )
         make_policy(self.policy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +15,21 @@ from layerscope_jax.checkpoints.description import describe
 from layerscope_jax.checkpoints.headers import read_configs
 from layerscope_jax.cli import fit_view
 from layerscope_jax.cli.args import arg
-from layerscope_jax.cli.fit_report import Asked, FitReport, Memory, report
-from layerscope_jax.cli.fit_times import expected
-from layerscope_jax.cli.options import Checkpoint, Json, Revision, folder_of
+from layerscope_jax.cli.fit_bounds import host_rate
+from layerscope_jax.cli.fit_report import report, timed
+from layerscope_jax.cli.fit_sizes import Asked, Memory
+from layerscope_jax.cli.options import (
+    Checkpoint,
+    DenseFormat,
+    ExpertFormat,
+    Json,
+    PrefillChunkSize,
+    Revision,
+    folder_of,
+    known_format,
+)
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.generation.device_memory import usual_context
-from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.profiling.machine_profile import MachineProfile, names
 from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.support import exits, machine
@@ -44,6 +53,7 @@ class Fit:
     Examples:
         layerscope fit path/to/checkpoint
         layerscope fit Qwen/Qwen3-30B-A3B --device-memory 24GiB --host-memory 64GiB --context 2048
+        layerscope fit path/to/checkpoint --device-memory 24GiB --link 12GB/s --host-bandwidth 60GB/s
     """
 
     checkpoint: Checkpoint
@@ -64,7 +74,16 @@ class Fit:
         str | None,
         arg(
             metavar="SIZE",
-            help="Speed of copies to the device, such as '12GB/s', in place of the profile's.",
+            help="Speed of copies to the device, such as '12GB/s', for times; with --profile, in place of "
+            "the profile's.",
+        ),
+    ] = None
+    host_bandwidth: Annotated[
+        str | None,
+        arg(
+            metavar="SIZE",
+            help="Speed at which the host reads its memory, such as '60GB/s', for times without --profile; "
+            "by default it is measured, unless options describe another machine.",
         ),
     ] = None
     profile: Annotated[
@@ -79,8 +98,8 @@ class Fit:
         Path | None,
         arg(
             metavar="FILE",
-            help="Recorded routing of the model, an .npz file of tools/record_routing.py; without it, the "
-            "one that the profile names, or one that is shipped for a model with the same numbers.",
+            help="Recorded routing of the model, an .npz file; without it, the one that the profile names, "
+            "or one that is shipped for a model with the same numbers.",
         ),
     ] = None
     context: Annotated[
@@ -88,18 +107,27 @@ class Fit:
         arg(metavar="INT", help="Positions of a request, prompt and new tokens; by default 2,048."),
     ] = None
     max_num_seqs: Annotated[int, arg(metavar="INT", help="Requests that run at once.")] = 32
+    prefill_chunk_size: PrefillChunkSize = 4096
+    expert_format: ExpertFormat = None
+    dense_format: DenseFormat = None
     json: Json = False
 
     def run(self) -> int:
         """Returns the exit code."""
         exits.need_output()
-        settings = OffloadConfig(context=self.context, max_num_seqs=self.max_num_seqs)
+        settings = OffloadConfig(
+            context=self.context,
+            max_num_seqs=self.max_num_seqs,
+            prefill_chunk_size=self.prefill_chunk_size,
+        )
+        expert_format = known_format(self.expert_format)
         given = {
             name: None if size is None else above_zero(size.removesuffix("/s"), name)
             for name, size in {
                 "--device-memory": self.device_memory,
                 "--host-memory": self.host_memory,
                 "--link": self.link,
+                "--host-bandwidth": self.host_bandwidth,
             }.items()
         }
         profile, routing = self._opened()
@@ -111,8 +139,29 @@ class Fit:
                 f"takes, got {self.context:,}"
             )
         asked = Asked(settings.max_num_seqs, usual_context(config, self.context), settings.prefill_chunk_size)
-        made = report(description, config, memory_of(given["--device-memory"], given["--host-memory"]), asked)
-        made = timed(made, config, profile, routing, given["--link"])
+        memory = memory_of(given["--device-memory"], given["--host-memory"])
+        if memory.device is None and self.link is not None:
+            raise ValueError(
+                "--link is of copies to an accelerator, and there is none; add --device-memory or leave "
+                "--link out"
+            )
+        made = report(
+            description,
+            config,
+            memory,
+            asked,
+            expert_format=expert_format,
+            dense_format=self.dense_format,
+        )
+        is_here = self.device_memory is None and self.host_memory is None
+        made = timed(
+            made,
+            config,
+            profile,
+            routing,
+            given["--link"],
+            host_rate(given["--host-bandwidth"], profile, is_here=is_here),
+        )
         if self.json:
             print(json.dumps(made.to_json()))
         else:
@@ -127,50 +176,15 @@ class Fit:
         if self.trace is not None:
             with option("--trace"):
                 routing = Routing.load(self.trace)
-        alone = [
-            name for name, value in (("--link", self.link), ("--trace", self.trace)) if value is not None
-        ]
-        if self.profile is None and alone:
+        if self.profile is None and self.trace is not None:
             raise ValueError(
-                f"{' and '.join(alone)} changes expected times, which need costs of a machine; add --profile"
+                "--trace changes expected times, which need costs of a machine; add --profile or leave it out"
+            )
+        if self.profile is not None and self.host_bandwidth is not None:
+            raise ValueError(
+                "--host-bandwidth is for times without --profile, which has costs of its host; leave one out"
             )
         return profile, routing
-
-
-def timed(
-    made: FitReport,
-    config: ModelConfig,
-    profile: MachineProfile | None,
-    routing: Routing | None,
-    link_bytes_per_s: int | None,
-) -> FitReport:
-    """Returns a report with expected times, or why they are left out."""
-    fit = made.chosen
-    if profile is None:
-        reason = (
-            "no measured costs of this model on this machine: run `layerscope calibrate`, and give the file "
-            "with --profile"
-        )
-    elif fit.experts_lie not in ("device", "host"):
-        reason = "simulated are models whose experts fit into host memory"
-    elif made.memory.device is None:
-        # The only memory holds all experts: the device of the profile would be this CPU, with all resident.
-        reason = "simulated are machines with an accelerator: give its memory with --device-memory"
-    else:
-        slots = fit.left_bytes // fit.expert_bytes
-        return replace(
-            made,
-            times=expected(
-                config,
-                fit.format,
-                profile,
-                routing,
-                slots=slots,
-                max_num_seqs=made.max_num_seqs,
-                link_bytes_per_s=link_bytes_per_s,
-            ),
-        )
-    return replace(made, no_times=reason)
 
 
 def memory_of(device_bytes: int | None, host_bytes: int | None) -> Memory:

@@ -54,6 +54,14 @@ HostBudget = Annotated[
         "read when they are needed. By default all are loaded.",
     ),
 ]
+PrefillChunkSize = Annotated[
+    int,
+    arg(
+        metavar="INT",
+        help="Maximum tokens of a prefill step. Fewer take less memory; a longer prompt then takes several "
+        "steps, in each of which experts that are not resident are copied or read again.",
+    ),
+]
 PolicyName = Annotated[
     str,
     arg(

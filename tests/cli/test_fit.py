@@ -2,44 +2,30 @@
 
 import json
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 from command_lines import refusal
+from fitting import GIB, TESTS, fitted, printed, without_weights
 from helpers import in_time
 
 from layerscope_jax import Engine, OffloadConfig, load
-from layerscope_jax.checkpoints.safetensors_io import StoredTensor
-from layerscope_jax.cli import fit, fit_times
+from layerscope_jax.cli import fit
 from layerscope_jax.cli import main as cli
 from layerscope_jax.support import machine
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-TESTS = Path(__file__).parents[1]
-GIB = 2**30
-
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     """Qwen3-30B-A3B without its weights."""
-    folder = tmp_path_factory.mktemp("qwen3")
-    shutil.copy(TESTS / "golden" / "old_style_configs" / "qwen3_moe" / "config.json", folder)
-    return folder
+    return without_weights(tmp_path_factory.mktemp("qwen3"))
 
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch):
     for name in fit.FRACTIONS:
         monkeypatch.delenv(name, raising=False)
-
-
-def fitted(capsys, folder, *options, code=0):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StoredTensor, "fill", lambda *arguments: pytest.fail("a tensor was read"))
-        assert cli.main(["fit", str(folder), *options, "--json"]) == code
-    return json.loads(capsys.readouterr().out)
 
 
 def test_an_accelerator_has_room_for_what_weights_caches_and_steps_leave(qwen, capsys):
@@ -89,17 +75,70 @@ def test_where_experts_lie(device, host, where, code, qwen, capsys):
     advice = [each["change"] for each in found["advice"]]
     assert (advice == []) == (where == "device")
     assert where != "disk" or any("host memory for all experts" in change for change in advice)
-    assert where != "host" or "dense weights in int8 (--dense-format int8)" in advice
-    assert where != "nowhere" or "max_num_seqs 16, context 1,024, prefill_chunk_size 2,048" in advice
-    assert cli.main(["fit", str(qwen), *options]) == code
-    said = " ".join(capsys.readouterr().out.split())
+    assert where != "host" or "--dense-format int8" in advice
+    assert where != "nowhere" or any(
+        change.startswith(
+            "--max-num-seqs 16 --context 1024 --prefill-chunk-size 2048 (serve: --max-model-len "
+        )
+        for change in advice
+    )
+    said = printed(capsys, qwen, *options, code=code)
     expected = {
         "device": "It fits on the device: there is",
         "host": "It runs with experts in host memory: there is",
-        "disk": "It runs from the disk: there is",
+        "disk": "of them. Give --host-budget 19GiB.",  # of 20, one of which is left free
         "nowhere": "It does not fit: weights, caches and steps take",
     }
     assert expected[where] in said
+    now = f"share the others change {found['chosen']['share']:.0%} {where} as it is"
+    assert (now in said) == (where != "device")
+
+
+def test_advice_can_be_followed(qwen, capsys):
+    """Every change that is spelled as options gives the share that was promised, by these options."""
+    machine = ["--device-memory=24GiB", "--host-memory=64GiB"]
+    tried = []
+    for each in fitted(capsys, qwen, *machine)["advice"]:
+        options = re.match(r"((?: ?--[a-z-]+ \w+)*)", each["change"])[1].split()
+        if options:
+            tried.append(options[0])
+            chosen = fitted(capsys, qwen, *machine, *options)["chosen"]
+            assert (chosen["share"], chosen["experts_lie"]) == (each["share"], each["experts_lie"]), options
+    assert set(tried) > {"--expert-format", "--dense-format", "--context", "--prefill-chunk-size"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["generate", "x", "--prompt=y"], ["chat", "x"], ["serve", "x"], ["perplexity", "x", "--text=y"]],
+)
+def test_commands_that_run_a_model_take_the_same_options(command):
+    words = [*command, "--expert-format=int4", "--dense-format=int8", "--prefill-chunk-size=512"]
+    parsed = cli.parsed(words)
+    assert parsed.engine_config().prefill_chunk_size == 512
+    assert (parsed.expert_format, parsed.dense_format) == ("int4", "int8")
+
+
+def test_advice_is_ordered_by_where_experts_would_lie(qwen, capsys):
+    advice = fitted(capsys, qwen, "--device-memory=24GiB", "--host-memory=20GiB")["advice"]
+    places = [each["experts_lie"] for each in advice]
+    assert (places[0], places[-1]) == ("host", "disk")
+    assert places == sorted(places, reverse=True)  # as it happens, by the letter too
+    for place in ("host", "disk"):
+        shares = [each["share"] for each in advice if each["experts_lie"] == place]
+        assert shares == sorted(shares, reverse=True)
+
+
+def test_formats_and_chunks_are_those_that_are_asked_for(qwen, capsys):
+    machine = ["--device-memory=24GiB", "--host-memory=64GiB"]
+    plain = fitted(capsys, qwen, *machine)
+    chosen = fitted(capsys, qwen, *machine, "--expert-format=int4")["chosen"]
+    assert chosen == next(each for each in plain["formats"] if each["format"] == "int4")
+    packed = fitted(capsys, qwen, *machine, "--dense-format=int8")
+    assert (plain["dense_format"], packed["dense_format"]) == (None, "int8")
+    assert packed["needs"]["dense"] < 0.7 * plain["needs"]["dense"]
+    short = fitted(capsys, qwen, *machine, "--prefill-chunk-size=256")
+    assert short["needs"]["workspace"] < plain["needs"]["workspace"]
+    assert "matrices in int8" in printed(capsys, qwen, *machine, "--dense-format=int8")
 
 
 @pytest.mark.parametrize("device", ["4GiB", "5"])
@@ -125,39 +164,13 @@ def test_a_cpu_alone_has_all_experts_in_its_memory(tiny, capsys):
     assert small["chosen"]["experts_lie"] == "nowhere"
 
 
-def test_times_are_the_simulators_for_the_profile_s_model(qwen, capsys):
-    options = ["--device-memory=24GiB", "--host-memory=64GiB", "--profile=qwen3-30b-a3b", "--max-num-seqs=2"]
-    found = fitted(capsys, qwen, *options)["times"]
-    slower = fitted(capsys, qwen, *options, "--link=2GB/s")["times"]
-    assert [each["batch"] for each in found["times"]] == [1, 2]
-    for one, other in zip(found["times"], slower["times"], strict=True):
-        assert 0 < one["ttft_s"] < other["ttft_s"]
-    assert "published by the LayerScope authors" in found["source"]
-    assert slower["source"].endswith("copies at 2 GB/s")
-    assert cli.main(["fit", str(qwen), *options]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "its mean error was 13% for decode steps and 14% for prefills" in said
-
-
-def test_everything_resident_is_simulated_as_such(qwen, capsys):
-    options = ["--device-memory=200GiB", "--host-memory=64GiB", "--profile=qwen3-30b-a3b", "--max-num-seqs=1"]
-    found = fitted(capsys, qwen, *options)["times"]
-    assert (found["policy"], found["experts"]) == ("resident", 48 * 128)
-
-
-def test_the_error_bar_is_what_the_benchmark_found():
-    file = TESTS.parent / "benchmarks" / "results" / "simulator.json"
-    summary = json.loads(file.read_text())["summary"]
-    assert summary["decode_error"]["mean"] == pytest.approx(fit_times.DECODE_ERROR, abs=5e-4)
-    assert summary["prefill_error"] == pytest.approx(fit_times.PREFILL_ERROR, abs=5e-4)
-
-
 def test_a_format_that_the_experts_cannot_have_is_told(tmp_path, capsys):
     """Blocks of 32 numbers do not part 24."""
     config = json.loads((TESTS / "golden" / "qwen3_moe" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 24}))
     found = fitted(capsys, tmp_path)
     assert "32" in found["refused"]["mxfp4"]
+    assert "32" in refusal(capsys, "fit", tmp_path, "--expert-format=mxfp4")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +179,13 @@ def test_a_format_that_the_experts_cannot_have_is_told(tmp_path, capsys):
         (["--device-memory=much"], "--device-memory must be a size such as"),
         (["--host-memory=0"], "--host-memory must be more than 0 bytes, got '0'"),
         (["--link=fast"], "--link must be a size such as '8GiB'"),
-        (["--link=2GB/s"], "--link changes expected times, which need costs of a machine; add --profile"),
+        (["--link=2GB/s"], "--link is of copies to an accelerator, and there is none; add --device-memory"),
+        (
+            ["--host-bandwidth=2GB/s", "--profile=qwen3-30b-a3b"],
+            "--host-bandwidth is for times without --profile",
+        ),
+        (["--expert-format=int5"], "--expert-format: "),
+        (["--prefill-chunk-size=1"], "prefill_chunk_size must be 16 tokens or more, got 1"),
         (["--context=0"], "context must be 1 or more positions, or None, got 0"),
         (["--context=9999999"], "--context must be at most 40,960 positions"),
         (["--max-num-seqs=0"], "max_num_seqs must be 1 or more, got 0"),

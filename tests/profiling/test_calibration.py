@@ -1,14 +1,16 @@
 """Measuring a machine: what is in a profile, that the budget is kept to and that nothing is left behind."""
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import pytest
 from disk_models import on_disk
 from helpers import TINY, copying_by, in_time, random_decoder, random_model
+from recorded import small_profile
 
 import layerscope_jax
 from layerscope_jax import Engine, ExpertId, OffloadConfig
@@ -343,6 +345,40 @@ class TestCommand:
         generate = ["generate", str(checkpoint), "--prompts", str(prompts), "--profile", str(file)]
         assert cli.main([*generate, "--emulated-link-bandwidth", "1MB"]) == 2
         assert "emulated_link_bandwidth None there, 1000000 here" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("left", "options", "budget"),
+        [
+            (None, [], None),  # as on a CPU: all experts
+            (50_000, [], 50_000),
+            (10**9, [], 12 * 12096),
+            (50_000, ["--device-budget=None"], None),
+            (50_000, ["--device-budget=30KB"], "30KB"),
+        ],
+    )
+    def test_the_budget_is_that_of_an_engine(
+        self, left, options, budget, checkpoint, tmp_path, monkeypatch, capsys
+    ):
+        """What weights, caches and steps leave free, unless something else is said."""
+        room = None if left is None else SimpleNamespace(left=left, explained=nullcontext)
+        seen = []
+
+        def calibrate(model, **sizes):
+            seen.append(sizes["device_budget"])
+            return small_profile(machine={})
+
+        monkeypatch.setattr(calibrate_cli, "room_on", lambda *arguments, **asked: room)
+        monkeypatch.setattr(calibrate_cli, "calibrate", calibrate)
+        file = tmp_path / "profile.json"
+        assert cli.main(["calibrate", str(checkpoint), f"--out={file}", "--json", *options]) == 0
+        assert seen == [budget]
+
+    def test_a_device_without_room_is_told(self, checkpoint, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(machine, "device_free_bytes", lambda device: 2**20)
+        assert cli.main(["calibrate", str(checkpoint), f"--out={tmp_path / 'profile.json'}"]) == 2
+        [said] = capsys.readouterr().err.splitlines()
+        assert said.startswith("error: device_budget='auto' finds no room for experts: 1.0 MiB free")
+        assert said.endswith("or give --device-budget a size")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
