@@ -65,7 +65,11 @@ def verdict(report: FitReport) -> str:
             f"because {gib(HOST_MARGIN)} of it is left free for Python, JAX and the system."
         )
     if fit.experts_lie == "disk":
-        return f"It runs from the disk: there is {left}, {fit.share:.0%} of them; give --host-budget."
+        host = fit.left_bytes if device is None else report.memory.host_bytes - HOST_MARGIN
+        return (
+            f"It runs from the disk, with --host-budget {host // 2**20}MiB or less: there is {left}"
+            f"{'' if device is None else ' on the device'}, {fit.share:.0%} of them."
+        )
     if device is None:
         return f"It fits: there is {left} in memory, all of them."
     if fit.experts_lie == "device":

@@ -11,6 +11,9 @@ from tyro.conf import OmitArgPrefixes
 
 from layerscope_jax.cli.args import arg
 
+WITHOUT_PREFIX: Any = OmitArgPrefixes
+"""Options of a group have the names that they would have without it."""
+
 Groups = Mapping[str, tuple[str, ...]]
 """Title of a group -> names of its options; a command has those of them that it knows."""
 
@@ -91,10 +94,8 @@ def grouped(command: type) -> type:
     parts: list[tuple[str, Any]] = []
     for title, names in groups.items():
         if own := [left.pop(name) for name in names if name in left]:
-            part = make_dataclass(title.title().replace(" ", ""), [_same(each, hints) for each in own])
-            parts.append(
-                (title.replace(" ", "_"), Annotated[OmitArgPrefixes[part], arg(name=title, help="")])
-            )
+            part: Any = make_dataclass(title.title().replace(" ", ""), [_same(each, hints) for each in own])
+            parts.append((title.replace(" ", "_"), Annotated[WITHOUT_PREFIX[part], arg(name=title, help="")]))
     return make_dataclass(
         command.__name__,
         [*(_same(each, hints) for each in left.values()), *parts],

@@ -39,7 +39,13 @@ class SoFar(NamedTuple):
 
     def plus(self, other: SoFar) -> SoFar:
         """Returns the sums of both."""
-        return SoFar(*(mine + others for mine, others in zip(self, other, strict=True)))
+        return SoFar(
+            self.experts + other.experts,
+            self.hits + other.hits,
+            self.link_s + other.link_s,
+            self.disk_s + other.disk_s,
+            self.reads + other.reads,
+        )
 
 
 def counted(meter: Meter, link: LinkStats, disk: DiskStats) -> SoFar:
@@ -63,7 +69,13 @@ def so_far(call: Call, account: Account) -> SoFar:
     if joined is None:
         return SoFar()
     now, before = counted_by(account), counted(*(joined.counts[part] for part in ("meter", "link", "disk")))
-    return SoFar(*(max(0, one - other) for one, other in zip(now, before, strict=True)))
+    return SoFar(
+        now.experts - before.experts,
+        now.hits - before.hits,
+        max(0.0, now.link_s - before.link_s),
+        max(0.0, now.disk_s - before.disk_s),
+        now.reads - before.reads,
+    )
 
 
 class Status(ProgressColumn):

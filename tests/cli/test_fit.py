@@ -13,6 +13,7 @@ from layerscope_jax import Engine, OffloadConfig, load
 from layerscope_jax.checkpoints.safetensors_io import StoredTensor
 from layerscope_jax.cli import fit, fit_times
 from layerscope_jax.cli import main as cli
+from layerscope_jax.cli.fit_report import HOST_MARGIN
 from layerscope_jax.support import machine
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -96,7 +97,7 @@ def test_where_experts_lie(device, host, where, code, qwen, capsys):
     expected = {
         "device": "It fits on the device: there is",
         "host": "It runs with experts in host memory: there is",
-        "disk": "It runs from the disk: there is",
+        "disk": f"--host-budget {20 * 1024 - HOST_MARGIN // 2**20}MiB or less: there is",
         "nowhere": "It does not fit: weights, caches and steps take",
     }
     assert expected[where] in said
