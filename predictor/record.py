@@ -11,19 +11,19 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from layerscope_jax.checkpoints.identity import ModelIdentity, weights_digest
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.config import OffloadConfig
 from layerscope_jax.engine import Engine
+from layerscope_jax.generation.progress import Advance, bar, counted_by
 from layerscope_jax.generation.scheduler import batch_rows
 from layerscope_jax.models.cache import new_caches
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.prediction.trace_index import Passage, Split, TraceHeader
 from layerscope_jax.prediction.traces import Trace, TraceWriter
+from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.locks import locked_folder
@@ -274,11 +274,13 @@ class Tap:
 def _record(
     tap: Tap, passages: list[tuple[Passage, list[int]]], config: RecordConfig, writer: TraceWriter
 ) -> None:
-    basis = _basis(tap, passages, config, writer) if writer.header.hidden else None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("recording", total=len(passages), completed=len(writer.done))
-        for chunk in batches(passages[len(writer.done) :], CHUNK_PASSAGES):
+    left, done = passages[len(writer.done) :], len(writer.done)
+    account = Account()
+    tap.runner.reset(account)  # no call counts the steps
+    total = sum(len(tokens) for _, tokens in left)
+    with bar(f"{done} of {len(passages)} passages", total, lambda: counted_by(account)) as advance:
+        basis = _basis(tap, passages, config, writer, advance) if writer.header.hidden else None
+        for chunk in batches(left, CHUNK_PASSAGES):
             parts: dict[str, list[np.ndarray]] = {name: [] for name in ("experts", "weights", "hidden")}
             for batch in batches(chunk, config.batch_size):
                 hidden, experts, weights = tap.run([tokens for _, tokens in batch])
@@ -287,14 +289,19 @@ def _record(
                 if basis is not None:
                     reduced = reduce(hidden, jnp.asarray(basis.mean), jnp.asarray(basis.components))
                     parts["hidden"].append(np.asarray(reduced).astype(np.float16))
-                progress.advance(bar, len(batch))
+                done, tokens = done + len(batch), sum(len(tokens) for _, tokens in batch)
+                advance(tokens, tokens, f"{done} of {len(passages)} passages")
             arrays = {name: np.concatenate(pieces) for name, pieces in parts.items() if pieces}
             arrays["tokens"] = np.concatenate([np.asarray(tokens, np.int32) for _, tokens in chunk])
             writer.write([passage for passage, _ in chunk], arrays)
 
 
 def _basis(
-    tap: Tap, passages: list[tuple[Passage, list[int]]], config: RecordConfig, writer: TraceWriter
+    tap: Tap,
+    passages: list[tuple[Passage, list[int]]],
+    config: RecordConfig,
+    writer: TraceWriter,
+    advance: Advance,
 ) -> Basis:
     """Returns the trace's PCA, fitted to its first training passages, or read if the trace is continued."""
     if writer.done:
@@ -303,6 +310,7 @@ def _basis(
     training = [tokens for passage, tokens in passages if passage.split == "train"]
     for batch in batches(training, config.batch_size):
         hidden = tap.run(batch)[0]
+        advance(0, sum(map(len, batch)), "fitting the PCA")
         moments = (moments or Moments.start(hidden)).add(hidden)
         if moments.rows >= config.pca_tokens:
             break

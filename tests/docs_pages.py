@@ -31,6 +31,10 @@ NAMED_FILE = re.compile(r"(?<![\w/.@-])((?:[\w.-]+/)*[\w-]+\.(?:py|md|toml|sh|np
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]")
 
 
+SETTINGS = re.compile(r"^(?:[A-Z_]+=\S+ )+")
+"""Environment variables before a command."""
+
+
 class Block(NamedTuple):
     """A fenced block of a page."""
 
@@ -49,12 +53,16 @@ def prose(page: Path) -> str:
     return FENCE.sub("", page.read_text())
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """Yields the words of each `layerscope` and `python` command in the blocks without a language."""
+def commands(page: Path, languages: tuple[str, ...] = ("",)) -> Iterator[list[str]]:
+    """Yields the words of each `layerscope` and `python` command in the blocks of some languages.
+
+    By default of those without any: blocks of a shell need what a page cannot bring along, such as a server.
+    """
     for block in blocks(page):
-        if block.language:
+        if block.language not in languages:
             continue
         for line in block.text.replace("\\\n", " ").splitlines():
+            line = SETTINGS.sub("", line).removesuffix("&").rstrip()
             if not re.match(r"(.*&& )?(layerscope|python) ", line):
                 continue
             for command in re.split(r"&&|\|", line):

@@ -94,9 +94,18 @@ def test_python_runs(page, checkpoint, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)
 def test_commands_exist(page):
-    for words in commands(page):
+    for words in commands(page, ("", "bash")):
         problem = problem_of(words)
         assert problem is None, f"{' '.join(words)}: {problem}"
+
+
+def test_commands_of_shells_are_among_them():
+    """Two servers behind a balancer, and lm-eval."""
+    found = [commands(ROOT / "docs" / f"{name}.md", ("bash",)) for name in ("balancing", "evaluation")]
+    assert [[words[:3] for words in each] for each in found] == [
+        [["layerscope", "serve", "path/to/checkpoint"]] * 2,
+        [["python", "-m", "layerscope_jax.evaluation"]],
+    ]
 
 
 def problem_of(words):
@@ -114,6 +123,8 @@ def problem_of(words):
         return None
     if find_spec(module) is None:
         return f"there is no module {module}"
+    if module == "layerscope_jax.evaluation":  # whose options are lm-eval's; tests/evaluation runs it
+        return None
     known = options_of(module)
     return f"unknown {sorted(options - known)}" if options - known else None
 

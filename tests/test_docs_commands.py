@@ -62,12 +62,12 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("page", WHOLE, ids=lambda page: page.name)
 def test_commands_of_a_page_run(page, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Call me", "max_new_tokens": 2}\n')
     small_profile(machine=dict.fromkeys(("cpu", "cores", "device", "memory_bytes"))).save("profile.json")
     small_routing().save("routing.npz")
     for words in commands(page):
         if runs(words):
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))
             args = given(tuple(words[1:]), str(folder))
             if words[1] == "generate":
                 args += ["--max-new-tokens=2"] * ("--max-new-tokens" not in args)
@@ -89,6 +89,7 @@ def runs(words):
 def given(words, folder):
     """Returns the arguments of a command, with the tiny model and small values in their places."""
     args = [folder if word in MODELS else word for word in words]
+    args = [str(ROOT / word) if word.startswith("examples/") else word for word in args]
     return [SMALLER.get(before, word) for before, word in zip([None, *args], args, strict=False)]
 
 

@@ -65,6 +65,12 @@ def test_auto_against_the_best():
     assert numbers(figure_of("`auto` against")) == [round(min(ratios), 2), round(max(ratios), 2)]
 
 
+def figures_in(page, pattern):
+    """The figures that a page of the benchmarks states where a pattern matches, which it does once."""
+    [found] = re.findall(pattern, (ROOT / "benchmarks" / page).read_text())
+    return [float(number) for number in ([found] if isinstance(found, str) else found)]
+
+
 def test_the_share_of_the_bound():
     shares = [
         row["share_of_bound"]
@@ -73,42 +79,48 @@ def test_the_share_of_the_bound():
         if (row["policy"], row["phase"]) == ("presched", "decode")
     ]
     assert len(shares) == 12
-    assert numbers(figure_of("`presched`")) == [round(100 * min(shares)), int(100 * max(shares))]
+    stated = figures_in("README.md", r"`presched` at (\d+) to ([\d.]+)% of the bound")
+    assert stated == [round(100 * min(shares)), round(100 * max(shares), 1)]
 
 
 def test_the_error_of_the_simulator():
     error = result("simulator")["summary"]["decode_error"]["mean"]
-    assert numbers(figure_of("the simulator's error")) == [round(100 * error)]
+    assert figures_in("README.md", r"How far off is the simulator\? \| (\d+)%") == [round(100 * error)]
 
 
-@pytest.mark.parametrize(
-    ("row", "file"),
-    [("experts in int4", "quantised"), ("the same for SmolLM2-135M", "quantised_smollm2")],
-)
-def test_quality_and_bytes_of_int4(row, file):
+def of_int4(file):
+    """The loss that int4 adds (percent), and its bytes as a share of those of bfloat16."""
     found = result(file)
-    loss = 100 * (found["quality"]["int4"]["loss_to_plain"] - 1)
     share = found["expert_bytes"]["int4"] / found["expert_bytes"]["bfloat16"]
-    assert numbers(figure_of(row)) == [round(loss, 2), round(share, 2)]
+    return round(100 * (found["quality"]["int4"]["loss_to_plain"] - 1), 2), round(share, 2)
+
+
+def test_quality_and_bytes_of_int4():
+    loss, share = of_int4("quantised")
+    assert numbers(figure_of("experts in int4")) == [loss, share]
+    loss, share = of_int4("quantised_smollm2")
+    row = r"\| int4 \| bfloat16 \| ([\d.]+) \| [\d.]+ \| \+([\d.]+)%"
+    assert figures_in("answers/quantised.md", row) == [share, loss]
 
 
 def test_serving():
     rows = [result(name)["rows"][0] for name in ("serving_444m", "serving")]
     assert [row["clients"] for row in rows] == [16, 16]
     ratios = [round(row["throughput_to_generate"]["median"], 2) for row in rows]
-    assert numbers(figure_of("tokens/s served to 16")) == ratios
+    pattern = r"16 streaming clients get ([\d.]+) of .* of the small shipped model ([\d.]+),"
+    assert figures_in("README.md", pattern) == ratios
 
 
 def test_what_forecasts_save():
     rows = result("worth")["rows"]
-    saved = {
-        batch: [100 * (1 - row["to_none"]["llapor"]) for row in rows if row["batch"] == batch]
-        for batch in (1, 4, 64)
-    }
-    of_batch = [(round(sum(found) / len(found), 1), batch) for batch, found in saved.items()]
-    flat = [number for pair in of_batch for number in pair]
-    most = round(max(number for found in saved.values() for number in found))
-    assert numbers(figure_of("time of a decode step that LLaPor")) == [most, *flat]
+
+    def saved(*batches):
+        return [100 * (1 - row["to_none"]["llapor"]) for row in rows if row["batch"] in batches]
+
+    many = saved(*{row["batch"] for row in rows if row["batch"] >= 16})
+    pattern = r"up to (\d+)% at batch 4 and (\d+)% at 1; from 16 on ([\d.]+)% in the mean, ([\d.]+)% at most"
+    most = [round(max(saved(batch))) for batch in (4, 1)]
+    assert figures_in("README.md", pattern) == [*most, round(sum(many) / len(many), 1), round(max(many), 1)]
 
 
 def test_loading_on_a_gpu():

@@ -55,6 +55,7 @@ class Talk(RequestOptions, EngineOptions):
     Examples:
         layerscope chat path/to/checkpoint --device-budget 2GiB
         layerscope chat path/to/checkpoint --system "Answer in one sentence." --temperature 0.7
+        layerscope chat shipped --chat-template examples/chat.jinja --stop "user:" --max-new-tokens 32
     """
 
     system: Annotated[
@@ -81,7 +82,7 @@ class Talk(RequestOptions, EngineOptions):
                     Request(messages=[{"role": "user", "content": "."}], chat_template_kwargs=variables)
                 )
             except ValueError as error:
-                raise ValueError(f"{self.checkpoint}: {error} (--chat-template FILE)") from None
+                raise ValueError(f"{self.checkpoint}: {error}; see docs/chat.md") from None
             model = self.open_model()
             if model.tokenizer is None:
                 raise ValueError(f"{self.checkpoint} has no tokenizer; add its files to hold a conversation")

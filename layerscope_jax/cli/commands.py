@@ -9,6 +9,7 @@ from typing import Annotated, Any, Protocol, Union
 
 from tyro.conf import subcommand
 
+from layerscope_jax.cli.groups import grouped
 from layerscope_jax.support.exits import say
 from layerscope_jax.support.plugins import entry_points_of, load
 
@@ -59,7 +60,7 @@ def union(commands: Mapping[str, type], in_full: bool = False) -> Any:
         in_full: whether a command's help is its whole docstring, examples included, or the first paragraph.
     """
     named = (
-        Annotated[command, subcommand(name, description=told(command, in_full))]
+        Annotated[grouped(command), subcommand(name, description=told(command, in_full))]
         for name, command in commands.items()
     )
     return Union[tuple(named)]  # noqa: UP007

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.cli.args import arg
+from layerscope_jax.cli.groups import ENGINE_GROUPS, Groups
 from layerscope_jax.cli.options import (
     PREDICTOR_HELP,
     Checkpoint,
@@ -38,6 +39,8 @@ from layerscope_jax.support.option_errors import option
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """A checkpoint, and how an engine runs it."""
+
+    GROUPS: ClassVar[Groups] = ENGINE_GROUPS
 
     checkpoint: Checkpoint
     chat_template: Annotated[

@@ -26,6 +26,7 @@ from layerscope_jax.cli.completion import Completion
 from layerscope_jax.cli.convert import Convert
 from layerscope_jax.cli.doctor import Doctor
 from layerscope_jax.cli.fit import Fit
+from layerscope_jax.cli.groups import Grouped
 from layerscope_jax.cli.inspect import Inspect
 from layerscope_jax.cli.options import (
     POLICY_NAMES,
@@ -342,6 +343,20 @@ def _run(args: list[str]) -> int | None:
         return command.run()
 
 
+ABOUT = f"""\
+Run mixture-of-experts language models whose experts do not fit on the accelerator.
+
+Examples:
+    layerscope demo
+    layerscope generate shipped --prompt "Call me Ishmael."
+    layerscope generate --help
+
+`layerscope --version` prints the versions; --debug, before or after a command, adds the traceback to errors.
+{exits.EXIT_CODES}
+"""
+"""What `layerscope --help` begins with."""
+
+
 def parsed(args: list[str]) -> Command:
     """Returns the command of a command line, with its options.
 
@@ -349,14 +364,11 @@ def parsed(args: list[str]) -> Command:
         SystemExit: after help was printed, with 0; if the command line is wrong, with 2.
     """
     commands = with_added(COMMANDS, args)
-    return tyro.cli(
+    found: Any = tyro.cli(
         union(commands, in_full=args[:1] != [] and args[0] in commands),
         prog="layerscope",
-        description=(
-            "Run mixture-of-experts language models whose experts do not fit on the accelerator. "
-            "`layerscope --version` prints the versions; --debug, before or after a command, adds the "
-            f"traceback to an error. {exits.EXIT_CODES}"
-        ),
+        description=ABOUT,
         args=args or ["--help"],
         config=(FlagCreatePairsOff,),
     )
+    return found.flat() if isinstance(found, Grouped) else found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,10 @@ from layerscope_jax.evaluation.perplexity import (
     default_context,
     prefix_token,
     token_logprobs,
+    tokens_read,
 )
+from layerscope_jax.generation.progress import SoFar, bar, counted_by
+from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.support import exits, interrupts
 from layerscope_jax.support.checks import Problems
 from layerscope_jax.support.option_errors import option
@@ -71,11 +76,17 @@ class PerplexityOf(EngineOptions):
         prefix = prefix_token(model)
         rows = max(1, config.prefill_chunk_size // (context + 1))
         config = replace(config, context=context + 2, max_num_seqs=min(config.max_num_seqs, rows))
+        tokens = {
+            name: model.tokenizer.encode(text, add_special_tokens=False).ids for name, text in texts.items()
+        }
         found: dict[str, tuple[np.ndarray, int]] = {}
-        with Engine(model, config, generation_config=self.generation_config) as engine:
+        sizes = {"prefix": prefix, "context": context, "stride": stride}
+        with (
+            Engine(model, config, generation_config=self.generation_config) as engine,
+            reading(engine, [len(ids) for ids in tokens.values()], context, stride) as advance,
+        ):
             for name, text in texts.items():
-                tokens = model.tokenizer.encode(text, add_special_tokens=False).ids
-                logprobs = token_logprobs(engine, tokens, prefix=prefix, context=context, stride=stride)
+                logprobs = token_logprobs(engine, tokens[name], **sizes, advance=advance)
                 found[name] = logprobs, len(text.encode())
                 interrupts.check()
         results = {name: Perplexity.of([logprobs], size) for name, (logprobs, size) in found.items()}
@@ -88,6 +99,37 @@ class PerplexityOf(EngineOptions):
         else:
             show(results)
         return exits.DONE
+
+
+@contextmanager
+def reading(
+    engine: Engine, lengths: Sequence[int], context: int, stride: int
+) -> Iterator[Callable[[int], None]]:
+    """Shows a bar over the tokens that are read, if stderr is a terminal; yields its `advance`.
+
+    Args:
+        engine: reads them, a batch a call.
+        lengths: number of tokens of each text.
+        context, stride: as of `windows`.
+    """
+    done: tuple[SoFar, Account | None] = (
+        SoFar(),
+        None,
+    )  # counts of all batches so far, account of the last one
+
+    def so_far() -> SoFar:
+        (before, last), now = done, engine.account
+        return before if now is last else before.plus(counted_by(now))
+
+    total = sum(tokens_read(length, context, stride) for length in lengths)
+    with bar(f"{total:,} tokens", total, so_far) as move:
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done = so_far(), engine.account
+            move(tokens, tokens)
+
+        yield advance
 
 
 def read_text(file: Path) -> str:

@@ -177,6 +177,15 @@ def token_logprobs(
     return np.concatenate([np.zeros(0), *found])
 
 
+def tokens_read(count: int, context: int, stride: int) -> int:
+    """Returns how many tokens the windows over a text of `count` tokens read; some are read by several.
+
+    >>> tokens_read(7, context=4, stride=2)
+    15
+    """
+    return sum(span.end - span.start for span in windows(count + 1, context, stride))
+
+
 def default_context(model: Model) -> int:
     """Returns the default number of tokens that a window reads."""
     return min(CONTEXT, model.config.max_position_embeddings - 2)

@@ -1,33 +1,61 @@
-"""Progress of a long generation: a bar with tokens/s, hit rate, busy share of the link and the time left."""
+"""Progress of long work: a bar with tokens/s, hit rate, busy shares of link and disk, and the time left."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from layerscope_jax.generation.calls import Call
 from layerscope_jax.generation.completions import Token
 from layerscope_jax.generation.requests import Request
+from layerscope_jax.offload.link import LinkStats
+from layerscope_jax.offload.pool import DiskStats
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.sampling import NO_TOKEN
+from layerscope_jax.runtime.statistics import Meter
 
 
 class SoFar(NamedTuple):
-    """What has been counted for a call until now.
+    """What has been counted for some work until now.
 
     Attributes:
-        hit_rate: fraction of active experts that were resident; None before any was counted.
-        link_s: time (s) in which the link was busy.
+        experts, hits: active experts, and those of them that were resident.
+        link_s, disk_s: time (s) in which the link and the disk were busy.
+        reads: experts that were needed in host memory, if it is a cache of the disk; 0 without one.
     """
 
-    hit_rate: float | None
-    link_s: float
+    experts: int = 0
+    hits: int = 0
+    link_s: float = 0.0
+    disk_s: float = 0.0
+    reads: int = 0
+
+    def plus(self, other: SoFar) -> SoFar:
+        """Returns the sums of both."""
+        return SoFar(
+            self.experts + other.experts,
+            self.hits + other.hits,
+            self.link_s + other.link_s,
+            self.disk_s + other.disk_s,
+            self.reads + other.reads,
+        )
+
+
+def counted(meter: Meter, link: LinkStats, disk: DiskStats) -> SoFar:
+    """Returns what some counts hold."""
+    return SoFar(meter.experts, meter.expert_hits, link.busy_s, disk.busy_s, disk.hits + disk.misses)
+
+
+def counted_by(account: Account) -> SoFar:
+    """Returns what an account has counted; does not wait for the steps of its run."""
+    return counted(account.meter, account.link, account.disk)
 
 
 def so_far(call: Call, account: Account) -> SoFar:
@@ -39,27 +67,29 @@ def so_far(call: Call, account: Account) -> SoFar:
     """
     joined = call.joined
     if joined is None:
-        return SoFar(None, 0.0)
-    meter, before = account.meter, joined.counts["meter"]
-    experts = meter.experts - before.experts
+        return SoFar()
+    now, before = counted_by(account), counted(*(joined.counts[part] for part in ("meter", "link", "disk")))
     return SoFar(
-        (meter.expert_hits - before.expert_hits) / experts if experts > 0 else None,
-        max(0.0, account.link.busy_s - joined.counts["link"].busy_s),
+        now.experts - before.experts,
+        now.hits - before.hits,
+        max(0.0, now.link_s - before.link_s),
+        max(0.0, now.disk_s - before.disk_s),
+        now.reads - before.reads,
     )
 
 
 class Status(ProgressColumn):
-    """Shows how a call is doing; computed when the bar is refreshed, so that tokens cost nothing.
+    """Shows how some work is doing; computed when the bar is refreshed, so that tokens cost nothing.
 
     Args:
-        so_far: returns what has been counted for the call.
+        so_far: returns what has been counted for it.
 
     Attributes:
-        tokens: new tokens so far.
+        tokens: its tokens so far.
     """
 
     def __init__(self, so_far: Callable[[], SoFar]):
-        super().__init__()
+        super().__init__(Column(no_wrap=True))  # rather cut off than on two lines
         self._so_far, self._began = so_far, time.perf_counter()
         self.tokens = 0
 
@@ -67,26 +97,68 @@ class Status(ProgressColumn):
         return Text(status(self.tokens, time.perf_counter() - self._began, self._so_far()))
 
 
-def status(tokens: int, elapsed_s: float, counted: SoFar) -> str:
-    """Returns a line on a call that is running, short enough for a terminal of 80 columns.
+def status(tokens: int, elapsed_s: float, found: SoFar) -> str:
+    """Returns a line on work that goes on, short enough for a terminal of 80 columns.
 
     Args:
-        tokens: new tokens so far.
-        elapsed_s: time (s) since the call began.
-        counted: what has been counted for it.
+        tokens: its tokens so far.
+        elapsed_s: time (s) since it began.
+        found: what has been counted for it.
 
-    >>> status(30, 2.0, SoFar(hit_rate=0.914, link_s=0.5))
+    >>> status(30, 2.0, SoFar(experts=1000, hits=914, link_s=0.5))
     '15.0 tokens/s, 91% hits, link 25%'
-    >>> status(0, 0.5, SoFar(hit_rate=None, link_s=0.0))
+    >>> status(480, 2.0, SoFar(experts=1000, hits=914, link_s=0.5, disk_s=1.5, reads=86))
+    '240 tokens/s, 91% hits, link 25%, disk 75%'
+    >>> status(0, 0.5, SoFar())
     ''
     """
     parts = []
     if tokens:
-        parts.append(f"{tokens / elapsed_s:.1f} tokens/s")
-    if counted.hit_rate is not None:
-        parts.append(f"{counted.hit_rate:.0%} hits")
-        parts.append(f"link {min(1.0, counted.link_s / elapsed_s):.0%}")
+        pace = tokens / elapsed_s
+        parts.append(f"{pace:.1f} tokens/s" if pace < 100 else f"{pace:,.0f} tokens/s")
+    if found.experts:
+        parts.append(f"{found.hits / found.experts:.0%} hits")
+        parts.append(f"link {min(1.0, found.link_s / elapsed_s):.0%}")
+    if found.reads:
+        parts.append(f"disk {min(1.0, found.disk_s / elapsed_s):.0%}")
     return ", ".join(parts)
+
+
+class Advance(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, share: int, tokens: int, label: str | None = None) -> None:
+        """Moves it by `share` of its total, and counts tokens; None keeps what stands before it."""
+
+
+@contextmanager
+def bar(label: str, total: int, so_far: Callable[[], SoFar], shown: bool = True) -> Iterator[Advance]:
+    """Shows a bar on stderr, if that is a terminal.
+
+    Args:
+        label: what stands before it.
+        total: what it is over.
+        so_far: returns what has been counted for the work; called by another thread.
+        shown: whether it is shown on a terminal.
+    """
+    line, console = Status(so_far), Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=6),
+        TextColumn("{task.percentage:.0f}%"),
+        line,
+        TimeRemainingColumn(),
+    )
+    shown = shown and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        task = progress.add_task(label, total=total)
+
+        def advance(share: int, tokens: int, label: str | None = None) -> None:
+            line.tokens += tokens
+            told: dict[str, Any] = {} if label is None else {"description": label}
+            progress.update(task, advance=share, **told)
+
+        yield advance
 
 
 @contextmanager
@@ -99,37 +171,22 @@ def progress_bar(
         requests: the requests of a call.
         so_far: returns what has been counted for the call; called by another thread.
     """
-    line = Status(so_far)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=10),
-        TextColumn("{task.percentage:.0f}%"),
-        line,
-        TimeRemainingColumn(),
-    )
     left = {
         (index, sample): request.max_new_tokens
         for index, request in enumerate(requests)
         for sample in range(request.n)
     }
     finished = 0
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"0 of {len(left)} completions", total=sum(left.values()))
+    with bar(f"0 of {len(left)} done", sum(left.values()), so_far) as move:
 
         def advance(event: Token) -> None:
             nonlocal finished
-            own = (event.request, event.index)
+            own, tokens = (event.request, event.index), int(event.token_id != NO_TOKEN)
             left[own] -= 1
-            line.tokens += event.token_id != NO_TOKEN
             if event.finish_reason is None:
-                progress.advance(task)
+                move(1, tokens)
             else:  # it may have come sooner than it had to
                 finished += 1
-                progress.update(
-                    task,
-                    advance=1 + left[own],
-                    description=f"{finished} of {len(left)} completions",
-                )
+                move(1 + left[own], tokens, f"{finished} of {len(left)} done")
 
         yield advance

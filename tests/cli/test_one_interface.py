@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from layerscope_jax.cli import calibrate
 from layerscope_jax.cli import main as cli
 from layerscope_jax.cli.commands import told
 from layerscope_jax.cli.completion import script_of
+from layerscope_jax.cli.groups import ENGINE_GROUPS
 from layerscope_jax.cli.main import COMMANDS
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -58,6 +60,10 @@ DIFFERS = {"out", "json", "policy", "predictor", "profile", "device_budget", "ho
 """Options that name a file or several things in some commands, and something else in others."""
 
 
+HIDDEN = {"chat": {"chat", "n", "logprobs", "prompt_logprobs", "max_num_seqs"}}
+"""Options that a command has set, and does not show."""
+
+
 def printed(capsys, *args, code=0):
     """What a command prints to standard output, as one JSON document."""
     assert cli.main([str(arg) for arg in args]) == code
@@ -69,6 +75,18 @@ def ended(capsys, *args):
     with pytest.raises(SystemExit) as stopped:
         cli.main(list(args))
     return stopped.value.code, *capsys.readouterr()
+
+
+def test_help_begins_with_examples_that_are_command_lines(capsys):
+    code, out, _ = ended(capsys, "--help")
+    assert code == 0
+    _, _, rest = cli.ABOUT.partition("Examples:\n")
+    lines = [line.strip() for line in rest.partition("\n\n")[0].splitlines()]
+    assert len(lines) > 1
+    for line in lines:
+        assert f"    {line}\n" in out  # not wrapped
+        if not line.endswith("--help"):
+            cli.parsed(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,6 +102,34 @@ def test_help_has_examples_that_are_command_lines(name, capsys):
         assert words[: 1 + len(name.split())] == ["layerscope", *name.split()]
         command = cli.parsed(words[1:])
         assert isinstance(getattr(command, "command", command), LEAVES[name])
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "serve", "perplexity"])
+def test_help_shows_options_by_group_and_what_most_people_use_first(name, capsys):
+    _, out, _ = ended(capsys, name, "--help")
+    lines = [line.strip("╭─╮│ ") for line in out.splitlines()]
+    titles = [line.removesuffix(" options") for line in lines if re.fullmatch(r"[a-z ]+ options", line)]
+    assert titles == [title for title in ENGINE_GROUPS if title in titles]
+    assert {"prompt", "memory and policy", "output"} <= set(titles)
+    shown = set(re.findall(r"^--([a-z][a-z-]*)", "\n".join(lines), re.MULTILINE))
+    fields = {field.name for field in dataclasses.fields(LEAVES[name])} - HIDDEN.get(name, set())
+    assert {option.removeprefix("no-") for option in shown} == {
+        field.replace("_", "-") for field in fields - {"checkpoint"}
+    }
+
+
+def test_every_option_of_a_group_is_one():
+    known = {field.name for command in LEAVES.values() for field in dataclasses.fields(command)}
+    grouped = [option for options in ENGINE_GROUPS.values() for option in options]
+    assert len(set(grouped)) == len(grouped)
+    assert set(grouped) <= known
+
+
+def test_options_of_groups_reach_the_command():
+    words = ["generate", "shipped", "--temperature=0.5", "--json", "--ray=auto", "--stop=a", "--prompt=x"]
+    command = cli.parsed(words)
+    assert (command.checkpoint, command.temperature, command.json) == ("shipped", 0.5, True)
+    assert (command.ray, command.stop, command.prompt, command.policy) == ("auto", ("a",), ("x",), "auto")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 """`layerscope perplexity`: figures of files, and refusals."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -31,7 +32,7 @@ def files(tmp_path):
     return [str(tmp_path / name) for name in TEXTS]
 
 
-def test_figures_are_those_of_the_library_by_file_and_together(ended, files, capsys):
+def test_figures_are_those_of_the_library_by_file_and_together(ended, files, monkeypatch, capsys):
     options = ["--context=64", "--stride=40", "--policy=host-only", "--device-budget=0"]
     assert cli.main(["perplexity", str(ended), *options, "--json", "--text", *files]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -51,8 +52,11 @@ def test_figures_are_those_of_the_library_by_file_and_together(ended, files, cap
             close = expected_value is None or pytest.approx(expected_value, rel=1e-5)
             assert each[name] == (None if expected_value is None else close)
     assert told["texts"][1]["nats_error"] is None
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, which shows how far it has come
     assert cli.main(["perplexity", str(ended), "--text", files[1], "--text", files[1]]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"{1 + results[1].tokens} tokens" in err  # with the one before the text
+    assert re.search(r"100%.* tokens/s, 100% hits, link 0%", err)
     assert f"{results[1].nats:.4f}" in out
     assert "±" not in out
 

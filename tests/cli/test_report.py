@@ -11,8 +11,9 @@ import pytest
 from command_lines import refusal
 from recorded import small_profile, small_routing
 
-from layerscope_jax import simulate_profile
+from layerscope_jax import load, simulate_profile
 from layerscope_jax.cli import main as cli
+from layerscope_jax.cli.report_lanes import COLORS
 from layerscope_jax.cli.report_runs import runs_of
 from layerscope_jax.runtime.timeline_figures import lane_and_kind
 from layerscope_jax.runtime.timeline_files import read_timeline
@@ -69,6 +70,16 @@ def measured(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def from_disk(tiny, tmp_path_factory):
+    """A measured run that holds few of its experts in memory, and reads the others from the disk."""
+    path = tmp_path_factory.mktemp("disk") / "run.json"
+    size = load(tiny, experts="disk").bank.expert_bytes
+    command = ["generate", str(tiny), "--prompt=The sea", "--max-new-tokens=3", f"--host-budget={5 * size}"]
+    assert cli.main([*command, "--policy=host-only", f"--timeline={path}"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     path = tmp_path_factory.mktemp("simulated") / "runs.json"
     with pytest.MonkeyPatch.context() as patch:
@@ -80,40 +91,58 @@ def simulated(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reported(measured, simulated, tmp_path_factory):
-    """Page, picture and joined timeline of a measured and two simulated runs."""
+def files(measured, from_disk, simulated):
+    """Timelines of two measured and two simulated runs."""
+    return [measured, from_disk, simulated]
+
+
+@pytest.fixture(scope="module")
+def reported(files, tmp_path_factory):
+    """Their page, picture and joined timeline."""
     folder = tmp_path_factory.mktemp("reported")
     options = ["--out", folder / "page.html", "--svg", folder / "lanes.svg", "--join", folder / "all.json"]
-    assert cli.main(["report", *map(str, [measured, simulated, *options])]) == 0
+    assert cli.main(["report", *map(str, [*files, *options])]) == 0
     return folder
 
 
-def test_the_page_says_what_the_statistics_say(reported, measured, simulated):
+def test_the_page_says_what_the_statistics_say(reported, files):
     page = Page((reported / "page.html").read_text())
     assert not page.addresses  # nothing is fetched
     assert "http" not in page.words
     assert {"lanes", "time", "hits", "recall", "bytes", "unknown"} <= page.ids
     table = {row[0]: row[1:] for row in page.rows if row}
-    outcomes = [
-        outcome for file in (measured, simulated) for run in runs_of(file) for outcome in run.outcomes
-    ]
-    assert len(outcomes) == 1 + 2 * 2
+    outcomes = [outcome for file in files for run in runs_of(file) for outcome in run.outcomes]
+    assert len(outcomes) == 2 + 2 * 2
     assert table["policy"] == [outcome["policy"] for outcome in outcomes]
     assert table["hit rate"] == [f"{outcome['hit_rate']:.1%}" for outcome in outcomes]
     assert table["share of the lower bound"] == [
         "-" if outcome["share_of_bound"] is None else f"{outcome['share_of_bound']:.1%}"
         for outcome in outcomes
     ]
-    assert table["time to first token"][1:] == [
+    assert table["time to first token"][2:] == [
         f"{1e3 * outcome['ttft_s']:,.2f} ms" if outcome["phase"] == "prefill" else "-"
-        for outcome in outcomes[1:]
+        for outcome in outcomes[2:]
     ]
     assert table["on-demand loads"] == [f"{outcome['bytes_demand'] / 1e6:,.1f} MB" for outcome in outcomes]
-    assert "disk busy" not in table
+    share = outcomes[1]["disk_share"]
+    assert share > 0
+    assert table["disk busy"] == ["-", f"{share:.1%}", *["-"] * 4]  # only one of them has a disk
+    read = outcomes[1]["bytes_read"]
+    assert table["read from the disk"][1] == f"{read / 1e6:,.1f} MB"
     data = json.loads(page.data)
     assert [len(run["slices"]) for run in data["runs"]] == [
-        len(run.slices) for file in (measured, simulated) for run in runs_of(file)
+        len(run.slices) for file in files for run in runs_of(file)
     ]
+    disk = data["lanes"].index("disk")
+    reads = [sum(one[0] == disk for one in run["slices"]) for run in data["runs"]]
+    assert reads[1] > 0
+    assert reads == [0, reads[1], 0, 0]
+
+
+def test_without_a_disk_nothing_is_said_of_one(simulated, tmp_path):
+    assert cli.main(["report", str(simulated), f"--out={tmp_path / 'page.html'}"]) == 0
+    page = Page((tmp_path / "page.html").read_text())
+    assert not any(row and row[0] in ("disk busy", "read from the disk") for row in page.rows)
 
 
 def test_what_is_not_known_is_said_and_not_shown(reported):
@@ -125,17 +154,19 @@ def test_what_is_not_known_is_said_and_not_shown(reported):
 def test_the_picture_holds_every_lane(reported):
     picture = ElementTree.parse(reported / "lanes.svg").getroot()
     texts = [node.text for node in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts.count("device") == 3
-    assert texts.count("scheduler") == 3
-    assert {"demand", "attention"} <= set(texts)
+    assert texts.count("scheduler") == 4
+    assert texts.count("disk") == 1
+    assert {"demand", "attention", "read"} <= set(texts)
+    fills = {node.get("fill") for node in picture.iter("{http://www.w3.org/2000/svg}rect")}
+    assert COLORS["read"] in fills
 
 
-def test_the_joined_timeline_holds_every_run(reported, measured, simulated):
+def test_the_joined_timeline_holds_every_run(reported, files):
     content = read_timeline(reported / "all.json")
     clocks = [process["clock"] for process in content["otherData"]["processes"]]
-    assert clocks == ["real", "virtual", "virtual"]
-    both = [len(read_timeline(file)["traceEvents"]) for file in (measured, simulated)]
-    assert len(content["traceEvents"]) == sum(both)
+    assert clocks == ["real", "real", "virtual", "virtual"]
+    each = [len(read_timeline(file)["traceEvents"]) for file in files]
+    assert len(content["traceEvents"]) == sum(each)
 
 
 def test_steps_are_chosen(simulated, tmp_path):
@@ -175,7 +206,7 @@ def test_refusals(arguments, problem, simulated, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
-def test_a_browser_draws_the_chosen_layers(reported, measured, simulated, tmp_path):
+def test_a_browser_draws_the_chosen_layers(reported, files, tmp_path):
     """A canvas says how many slices it has drawn: those that lie in the window."""
     address = f"file://{reported / 'page.html'}#steps=1-1&layers=0-1"
     shown = subprocess.run(
@@ -194,7 +225,7 @@ def test_a_browser_draws_the_chosen_layers(reported, measured, simulated, tmp_pa
         check=True,
     ).stdout
     drawn = [int(number) for number in re.findall(r'data-drawn="(\d+)"', shown)]
-    runs = [*runs_of(measured), *runs_of(simulated)]
+    runs = [run for file in files for run in runs_of(file)]
     windows = []
     for run in runs:
         inside = [
