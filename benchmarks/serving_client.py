@@ -1,9 +1,10 @@
 """Clients of a server, in a process of their own: all send at once, and note when each event comes.
 
 Reads lines of JSON `{"host", "port", "bodies"}` from standard input, and answers each with a line
-`{"seconds", "texts", "times"}`; `times` are those (s) of a request's events since all were sent. Lines with
-`"clients"` and `"seconds"` have so many clients send one of the bodies after another for so long, and are
-answered with `{"ended": [[number of the body, text, times since it was sent], ...], "lost"}`.
+`{"seconds", "tokens", "times"}`: the token ids of each answer, and when (s) its events came since all were
+sent. Lines with `"clients"` and `"seconds"` have so many clients send one of the bodies after another for so
+long, and are answered with `{"ended": [[number of the body, token ids, times since it was sent], ...],
+"lost"}`.
 """
 
 from __future__ import annotations
@@ -20,23 +21,24 @@ HEAD = (
 )
 
 
-async def stream(host: str, port: int, body: dict[str, Any], began: float) -> tuple[str, list[float]]:
-    """Returns a request's text, and when its parts came."""
+async def stream(host: str, port: int, body: dict[str, Any], began: float) -> tuple[list[int], list[float]]:
+    """Returns the token ids of a request's answer, and when its parts came."""
     reader, writer = await asyncio.open_connection(host, port)
-    data = json.dumps(body | {"stream": True}).encode()
+    data = json.dumps(body | {"stream": True, "return_token_ids": True}).encode()
     writer.write(HEAD.format(length=len(data)).encode() + data)
-    text, times, is_whole = "", [], False
+    tokens: list[int] = []
+    times, is_whole = [], False
     async for line in reader:
         if line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
             raise SystemExit(f"the server answered {line.decode().strip()}")
         if line.startswith(b"data: {"):
             times.append(time.perf_counter() - began)
-            text += json.loads(line[6:])["choices"][0]["text"]
+            tokens += json.loads(line[6:])["choices"][0]["token_ids"]
         is_whole = is_whole or line.startswith(b"data: [DONE]")
     writer.close()
     if not is_whole:
         raise SystemExit("a stream broke off")
-    return text, times
+    return tokens, times
 
 
 async def run(host: str, port: int, bodies: list[dict[str, Any]]) -> dict[str, Any]:
@@ -45,7 +47,7 @@ async def run(host: str, port: int, bodies: list[dict[str, Any]]) -> dict[str, A
     answers = await asyncio.gather(*[stream(host, port, body, began) for body in bodies])
     return {
         "seconds": time.perf_counter() - began,
-        "texts": [text for text, _ in answers],
+        "tokens": [tokens for tokens, _ in answers],
         "times": [times for _, times in answers],
     }
 

@@ -34,14 +34,21 @@ def requests_of(prompts: Sequence[Sequence[int]], count: int, new_tokens: int) -
 
 
 def warm(engine: Engine, requests: Sequence[dict[str, Any]], longest: int) -> None:
-    """Compiles what the requests need: groups of any size that share a prefix, and whole prompts."""
+    """Compiles what the requests need: groups of any size that share a prefix, and whole prompts.
+
+    The first requests to an idle server may all be greedy, and a batch that samples is another program.
+    """
     prompt = max([len(request["prompt"]) for request in requests])
     for power in range(engine.config.max_num_seqs.bit_length()):
         count = min(2**power, engine.config.max_num_seqs)
         for tokens in (min(8, prompt), prompt):
-            engine.warmup(
-                prompt_tokens=tokens, max_num_seqs=count, new_tokens=longest - tokens, temperature=1.0
-            )
+            for temperature in (0.0, 1.0):
+                engine.warmup(
+                    prompt_tokens=tokens,
+                    max_num_seqs=count,
+                    new_tokens=longest - tokens,
+                    temperature=temperature,
+                )
 
 
 def body_of(request: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +67,9 @@ class Watched:
     """Notes the memory of this process within the block, a few times a second."""
 
     def __enter__(self) -> Watched:
-        self.bytes: list[int] = [resident_bytes()]
+        self.bytes: list[int] = []
+        self.times: list[float] = []
+        self._note()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -69,25 +78,35 @@ class Watched:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        self.bytes.append(resident_bytes())
+        self._note()
 
     def _watch(self) -> None:
         while not self._over.wait(0.25):
-            self.bytes.append(resident_bytes())
+            self._note()
+
+    def _note(self) -> None:
+        self.bytes.append(resident_bytes())
+        self.times.append(time.perf_counter())
 
     def at(self, share: float) -> int:
         """Returns the memory after a share of the time."""
         return self.bytes[round(share * (len(self.bytes) - 1))]
 
+    def growth(self) -> float:
+        """Returns the bytes by which the memory grows in a minute, from a line through the second half."""
+        half = (len(self.bytes) - 1) // 2
+        seconds = np.array(self.times[half:]) - self.times[half]
+        return 60 * float(np.polyfit(seconds, np.array(self.bytes[half:], float), 1)[0])
 
-def alone(engine: Engine, requests: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns the text of each request when it runs by itself."""
-    return [engine.generate([Request(**request)]).texts[0] for request in requests]
+
+def alone(engine: Engine, requests: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Returns the token ids of each request's answer when it runs by itself."""
+    return [engine.generate([Request(**request)]).token_ids[0] for request in requests]
 
 
 def load(
     run: Callable[[list[dict[str, Any]], int, float], dict[str, Any]],
-    expected: Sequence[str],
+    expected: Sequence[Sequence[int]],
     requests: Sequence[dict[str, Any]],
     clients: int,
     seconds: float,
@@ -96,7 +115,7 @@ def load(
 
     Args:
         run: `(bodies, clients, seconds)` -> what `benchmarks.serving_client` answers.
-        expected: the text of each request when it runs by itself.
+        expected: the token ids of each request's answer when it runs by itself.
         requests: sent in turns.
         clients: how many send at once.
         seconds: for how long.
@@ -106,23 +125,24 @@ def load(
     with Watched() as memory:
         answer = run(bodies, clients, seconds)
     took = time.perf_counter() - began
-    ended = answer["ended"]  # [request, text, times of its parts since it was sent]
+    ended = answer["ended"]  # [request, token ids, times of their parts since it was sent]
     gaps = np.array([after - before for _, _, times in ended for before, after in pairwise(times)] or [0.0])
     first = np.array([times[0] for _, _, times in ended if times] or [0.0])
-    same = [text == expected[number] for number, text, _ in ended]
+    same = [tokens == expected[number] for number, tokens, _ in ended]
     return {
         "clients": clients,
         "seconds": round(took, 3),
         "requests": len(ended),
         "lost": answer["lost"],
-        "same_texts": float(np.mean(same)) if same else 0.0,
-        "tokens_per_s": sum(requests[number]["max_new_tokens"] for number, _, _ in ended) / took,
+        "same_tokens": float(np.mean(same)) if same else 0.0,
+        "tokens_per_s": sum(len(tokens) for _, tokens, _ in ended) / took,
         "gap_ms": quantiles_ms(gaps),
         "first_ms": quantiles_ms(first),
         "memory_mib": {
             name: round(memory.at(share) / 2**20, 1)
             for name, share in (("start", 0.0), ("quarter", 0.25), ("middle", 0.5), ("end", 1.0))
         },
+        "growth_mib_per_minute": round(memory.growth() / 2**20, 2),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.engine_options import EngineOptions
 from layerscope_jax.cli.options import PrefixCache
 from layerscope_jax.engine import Engine
+from layerscope_jax.serving.activity import Activity
 from layerscope_jax.serving.settings import ServerConfig
 from layerscope_jax.serving.warming import warm
 from layerscope_jax.support import exits, interrupts
@@ -32,6 +34,9 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 
 TICK_S = 0.2
 """Seconds between two looks at whether Ctrl-C came."""
+
+EVERY_S = 10.0
+"""Seconds between two lines on what the server does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,16 +167,19 @@ def check_address(serving: ServerConfig) -> None:
 
 
 def told_to_end(server: Server) -> bool:
-    """Waits for SIGTERM and returns True, or False if the server has failed.
+    """Waits for SIGTERM and returns True, or False if the server has failed; says meanwhile what it does.
 
     Raises:
         KeyboardInterrupt: after a Ctrl-C.
     """
     told: SimpleQueue[None] = SimpleQueue()  # the one queue that a signal handler may use
     before = signal.signal(signal.SIGTERM, lambda *_: told.put(None))
+    activity = Activity(EVERY_S, time.monotonic())
     try:
         while server.is_alive:
             interrupts.check()
+            if line := activity.line(time.monotonic(), server.work()):
+                say(line)
             with suppress(Empty):
                 told.get(timeout=TICK_S)
                 return True

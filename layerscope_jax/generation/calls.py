@@ -44,6 +44,7 @@ class RequestState:
         text: text of the new tokens; None before the first one, and without a tokenizer.
         stops: looks for stop strings in the text; None without any.
         finish_reason: why it ended; None until then.
+        scheduled: time (s) of `time.perf_counter` when its prompt began to be computed.
         first_token_s: time (s) from the beginning of its call to its first token.
         cached_tokens: tokens of its prompt that were not computed, because a slot held them already.
     """
@@ -60,6 +61,7 @@ class RequestState:
     text: TextStream | None = None
     stops: StopStrings | None = None
     finish_reason: str | None = None
+    scheduled: float | None = None
     first_token_s: float | None = None
     cached_tokens: int = 0
 

@@ -75,6 +75,13 @@ class Handle:
         """Tokens of the prompt that a prefix cache held, known with the first new token."""
         return self._call.cached_tokens
 
+    def scheduled(self, sample: int) -> float:
+        """Returns when the prompt of a sample began to be computed, as time (s) of `time.perf_counter`; known
+        with the sample's first token."""
+        began = self._call.states[sample].scheduled
+        assert began is not None
+        return began
+
     def cancel(self) -> None:
         """Ends the request at the next step boundary, with `finish_reason` "abort"; does not wait.
 

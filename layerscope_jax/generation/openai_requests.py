@@ -66,6 +66,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "stream_options": (),
     "echo": (False,),
+    "return_token_ids": (False,),
     "best_of": (1,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),

@@ -161,7 +161,7 @@ class Run:
         All steps of a long prompt have the shape [1, prefill_chunk_size] and caches as long as the slots', so
         a new prompt length compiles nothing. Samples of a prompt share a row of the step.
         """
-        slots, prefixes = self._slots, self._slots.prefixes
+        slots, prefixes, began = self._slots, self._slots.prefixes, time.perf_counter()
         prompts, sources = distinct_prompts(group)
         rows = next_power(len(prompts))
         scores = None if score is None else PromptScores.asked_by(group, prompts, rows)
@@ -194,6 +194,7 @@ class Run:
         for state, source, row, (token, logprobs) in zip(group, sources, places, new, strict=False):
             if state.first_token_s is None:
                 state.first_token_s, state.cached_tokens = ended - state.call.began, begun[source]
+                state.scheduled = began
             if prefixes is not None:
                 prefixes.hold(row, prompts[source], runs=True)
             state.begin(self._tokenizer)

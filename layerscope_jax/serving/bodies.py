@@ -32,6 +32,7 @@ class Asked:
         tools: how calls of tools in the answers are read; None if they are to stay text.
         echoed: texts of the prompts, with which the answers begin; empty if they do not.
         without_new: whether the answers end after the prompts, so that new tokens are left out.
+        token_ids: whether the ids of prompts and new tokens are told.
     """
 
     chat: bool
@@ -41,6 +42,7 @@ class Asked:
     tools: Tools | None = None
     echoed: Sequence[str] = ()
     without_new: bool = False
+    token_ids: bool = False
 
     @property
     def samples(self) -> int:
@@ -97,9 +99,9 @@ class Reader:
         problems = Problems()
         stream, include_usage = _streaming(content, problems)
         body_of_one = {key: value for key, value in content.items() if key not in STREAM_KEYS}
-        echo = url == TEXT_URL and body_of_one.pop("echo", None)
-        problems.expect(echo in (None, True, False), "echo", "true or false", echo)
-        without_new = echo is True and _is_zero(content.get("max_tokens"))
+        token_ids = _switch(body_of_one, "return_token_ids", problems)
+        echo = url == TEXT_URL and _switch(body_of_one, "echo", problems)
+        without_new = echo and _is_zero(content.get("max_tokens"))
         if without_new:
             body_of_one["max_tokens"] = 1
         tools = None
@@ -125,7 +127,7 @@ class Reader:
             made = [replace(request, prompt_logprobs=request.logprobs) for request in made]
         encoded = self._encoded(made)
         texts = [self._text(*pair) for pair in zip(made, encoded, strict=True)] if echo else []
-        return Asked(url == CHAT_URL, encoded, stream, include_usage, tools, texts, without_new)
+        return Asked(url == CHAT_URL, encoded, stream, include_usage, tools, texts, without_new, token_ids)
 
     def _text(self, request: Request, encoded: Request) -> str:
         """Returns the text of a prompt."""
@@ -192,6 +194,13 @@ def with_tools(request: Request, tools: Tools) -> Request:
     """
     shown = request.skip_special_tokens and not tools.special
     return replace(request, skip_special_tokens=shown, grammar=tools.grammar or request.grammar)
+
+
+def _switch(body: dict[str, Any], name: str, problems: Problems) -> bool:
+    """Removes a key that is true or false from a body, and returns it; False if it is left out or null."""
+    value = body.pop(name, None)
+    problems.expect(value is None or isinstance(value, bool), name, "true or false", value)
+    return value is True
 
 
 def _is_zero(value: object) -> bool:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from layerscope_jax.generation.completions import Output, Token, TokenLogprobs, output_of
 from layerscope_jax.generation.openai_answers import body_of, choice_of, logprobs_of, token_text, usage
-from layerscope_jax.generation.requests import Request
+from layerscope_jax.runtime.sampling import NO_TOKEN
 from layerscope_jax.serving.bodies import Asked
 from layerscope_jax.serving.tools import Calls
 
@@ -54,25 +54,37 @@ class Answer:
         choices = []
         for choice, request in enumerate(requests):
             output = Output(**(output_of(own[choice], request) | {"index": choice}))
+            ids = {"token_ids": self._new_ids(own[choice])} if self._asked.token_ids else {}
             if self._asked.echoed:
-                output = self._with_prompt(output, choice, request)
-            told = choice_of(output, self._asked.chat, self._tokenizer)
+                output = self._with_prompt(output, choice)
+            told = choice_of(output, self._asked.chat, self._tokenizer) | ids
+            if ids and not self._asked.chat:
+                told["prompt_token_ids"] = self._prompt_ids(choice)
             if self._asked.tools is not None:
                 calls = Calls(self._asked.tools)
                 told["message"] |= calls.message(output.text)
                 told["finish_reason"] = calls.finish_reason(told["finish_reason"])
             choices.append(told)
         body = body_of(self._identity, self._asked.chat, choices, self._model, self._created)
+        if self._asked.token_ids and self._asked.chat:
+            body["prompt_token_ids"] = self._prompt_ids(0)
         counts = self._counts(new_tokens, cached_tokens)
         return json.dumps(body | {"usage": counts}).encode()
 
-    def _with_prompt(self, output: Output, choice: int, request: Request) -> Output:
+    def _prompt_ids(self, choice: int) -> list[int]:
+        """Returns the token ids of a choice's prompt."""
+        return [int(token) for token in self._asked.requests[self._prompt_of[choice]].prompt or ()]
+
+    def _new_ids(self, tokens: Sequence[Token]) -> list[int]:
+        """Returns the ids of tokens; of none if the answer ends after the prompt."""
+        if self._asked.without_new:
+            return []
+        return [token.token_id for token in tokens if token.token_id != NO_TOKEN]
+
+    def _with_prompt(self, output: Output, choice: int) -> Output:
         """Returns the parts of a choice that begins with its prompt."""
         told, new = [*(output.prompt_logprobs or ()), *(output.logprobs or ())], output.token_ids
-        text, prompt = (
-            self._asked.echoed[self._prompt_of[choice]],
-            [int(token) for token in request.prompt or ()],
-        )
+        text, prompt = self._asked.echoed[self._prompt_of[choice]], self._prompt_ids(choice)
         if self._asked.without_new:
             told, new = told[: len(prompt)], []
         else:
@@ -101,32 +113,38 @@ class Answer:
         told: list[tuple[int, TokenLogprobs | None]] = [
             (token.token_id, token.logprobs) for token in tokens if token.logprobs is not None
         ]
-        if self._asked.echoed and choice not in self._begun:
-            self._begun.add(choice)
-            number = self._prompt_of[choice]
-            prompt = [int(token) for token in self._asked.requests[number].prompt or ()]
-            scored = list(zip(prompt, tokens[0].prompt_logprobs or (), strict=False))
-            text = self._asked.echoed[number] + ("" if self._asked.without_new else text)
+        ids = self._new_ids(tokens) if self._asked.token_ids else []
+        is_first = choice not in self._begun
+        if self._asked.echoed and is_first:
+            scored = list(zip(self._prompt_ids(choice), tokens[0].prompt_logprobs or (), strict=False))
+            echoed = self._asked.echoed[self._prompt_of[choice]]
+            text = echoed + ("" if self._asked.without_new else text)
             told = scored + ([] if self._asked.without_new else told)
         reason, delta = last.finish_reason, {"content": text} if text else {}
         if self._asked.tools is not None:
             calls = self._calls.setdefault(choice, Calls(self._asked.tools))
             delta = calls.delta(text, reason is not None)
             reason = calls.finish_reason(reason)
-        if not delta and reason is None and not told:
+        if not (delta or told or ids) and reason is None:
             return b""
         content: dict[str, Any] = {"index": choice}
+        head = self._head
+        if self._asked.token_ids:
+            content["token_ids"] = ids
+            if is_first and not self._asked.chat:
+                content["prompt_token_ids"] = self._prompt_ids(choice)
+            elif not self._begun:
+                head = head | {"prompt_token_ids": self._prompt_ids(choice)}
         if not self._asked.chat:
             content["text"] = text
         else:
-            first = {} if choice in self._begun else {"role": "assistant", "content": ""}
-            self._begun.add(choice)
-            content["delta"] = first | delta
+            content["delta"] = ({"role": "assistant", "content": ""} if is_first else {}) | delta
+        self._begun.add(choice)
         content["logprobs"] = self._logprobs(choice, told) if told else None
         content["finish_reason"] = reason
         if last.finish_reason is not None:
             content["stop_reason"] = last.stop_reason
-        return event(self._head | {"choices": [content]})
+        return event(head | {"choices": [content]})
 
     def _logprobs(self, choice: int, told: Sequence[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
         ids = [token for token, _ in told]

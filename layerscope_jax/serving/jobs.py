@@ -10,7 +10,7 @@ from layerscope_jax.generation.completions import Token
 from layerscope_jax.generation.handles import Handle
 from layerscope_jax.runtime.sampling import NO_TOKEN
 from layerscope_jax.serving.bodies import Asked
-from layerscope_jax.serving.metrics import Metrics
+from layerscope_jax.serving.metrics import Ended, Metrics
 
 
 class Job:
@@ -41,7 +41,9 @@ class Job:
         self.new_tokens = 0
         self._first = [0, *accumulate(request.n for request in asked.requests)]  # prompt -> its first choice
         self._counts = [0] * asked.samples
+        self._begun = [came] * asked.samples  # time of the first token
         self._last = [came] * asked.samples  # time of the last token
+        self._unfinished = [request.n for request in asked.requests]  # samples of each prompt
         self._fresh: list[tuple[int, Token]] = []
         self._news = asyncio.Event()
 
@@ -67,25 +69,45 @@ class Job:
         self._news.set()
 
     def _count(self, choice: int, index: int, token: Token, now: float) -> None:
-        metrics, count = self._metrics, self._counts[choice]
         if token.token_id != NO_TOKEN:
-            metrics.new_tokens.inc()
+            is_first = not self._counts[choice]
+            self._metrics.token(now - self._last[choice], is_first)
             self.new_tokens += 1
-            if not count:
+            if is_first:
                 self.waiting, self.running = self.waiting - 1, self.running + 1
-                metrics.first_token_s.observe(now - self._came)
+                self._begun[choice] = now
                 if not token.index:
-                    prompt = self.asked.requests[index].prompt or ()
-                    metrics.prefilled(len(prompt), self.handles[index].cached_tokens)
-            else:
-                metrics.token_took(now - self._last[choice])
-            self._counts[choice], self._last[choice] = count + 1, now
+                    self._metrics.prefilled(self._prompt_tokens(index), self.handles[index].cached_tokens)
+            self._counts[choice] += 1
+            self._last[choice] = now
         if token.finish_reason is not None:
             if self._counts[choice]:
                 self.running -= 1
             else:
                 self.waiting -= 1
-            metrics.ended(token.finish_reason, now - self._came)
+            self._end(choice, index, token, now)
+
+    def _end(self, choice: int, index: int, token: Token, now: float) -> None:
+        """Counts a sample that ends with a token."""
+        parts_s = None
+        if self._counts[choice]:
+            scheduled, first = self.handles[index].scheduled(token.index), self._begun[choice]
+            parts_s = scheduled - self._came, first - scheduled, self._last[choice] - first
+        self._metrics.ended(
+            Ended(
+                token.finish_reason or "",
+                self._prompt_tokens(index),
+                self._counts[choice],
+                now - self._came,
+                parts_s,
+            )
+        )
+        self._unfinished[index] -= 1
+        if not self._unfinished[index]:
+            self._metrics.longest(max(self._counts[self._first[index] : self._first[index + 1]]))
+
+    def _prompt_tokens(self, index: int) -> int:
+        return len(self.asked.requests[index].prompt or ())
 
     async def news(self) -> list[tuple[int, Token]]:
         """Waits for new tokens and returns them with their choices; empty if no more come."""

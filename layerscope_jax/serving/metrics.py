@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -26,6 +26,47 @@ WHOLE_S = (
 )
 """Upper bounds (s) of the buckets, as in vLLM."""
 
+TOKENS = tuple(digit * 10**power for power in range(7) for digit in (1, 2, 5))
+"""Upper bounds of the buckets of numbers of tokens."""
+
+NAMES = {
+    "num_requests_running": "Requests that have a slot.",
+    "num_requests_waiting": "Requests that wait for their first token.",
+    "kv_cache_usage_perc": "Share of the slots in which a request runs.",
+    "prompt_tokens": "Tokens of prompts.",
+    "generation_tokens": "Generated tokens.",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Those of them that were there, and were not computed.",
+    "time_to_first_token_seconds": "Time to first token.",
+    "inter_token_latency_seconds": "Time between two tokens of a request.",
+    "time_per_output_token_seconds": "Time between two tokens of a request.",
+    "e2e_request_latency_seconds": "Time of a whole request.",
+    "request_queue_time_seconds": "Time from when a request comes until its prompt is computed.",
+    "request_prefill_time_seconds": "Time from then until the first token.",
+    "request_decode_time_seconds": "Time from the first token to the last.",
+    "request_prompt_tokens": "Tokens of a request's prompt.",
+    "request_generation_tokens": "Generated tokens of a request.",
+    "request_max_num_generation_tokens": "Generated tokens of the longest sample of a prompt.",
+}
+"""What metrics under vLLM's names are, beside `request_success`, which has another label."""
+
+
+class Ended(NamedTuple):
+    """What is known of a sample that has ended.
+
+    Attributes:
+        reason: its `finish_reason`.
+        prompt_tokens, new_tokens: number of tokens.
+        whole_s: time (s) since its request came.
+        parts_s: times (s) that it waited, was prefilled and decoded; None if it has no token.
+    """
+
+    reason: str
+    prompt_tokens: int
+    new_tokens: int
+    whole_s: float
+    parts_s: tuple[float, float, float] | None
+
 
 class Metrics:
     """Counts of a server; used on the event loop.
@@ -33,62 +74,58 @@ class Metrics:
     Args:
         model: name that labels every metric.
         requests: returns the number of requests that run, and of those that wait.
+        slots: most requests that run at once.
         totals: returns the totals of the engine.
         prefix_cache: whether prompts are looked up in a prefix cache.
 
     Attributes:
-        new_tokens: counts tokens.
-        first_token_s: histogram of times to first token.
+        new_tokens: number of tokens so far.
     """
 
     def __init__(
         self,
         model: str,
         requests: Callable[[], tuple[int, int]],
+        slots: int,
         totals: Callable[[], Totals],
         prefix_cache: bool,
     ):
+        self._model, self._prefix_cache, self.new_tokens = model, prefix_cache, 0
         self._registry = CollectorRegistry()
-        running = self._made(Gauge, "num_requests_running", "Requests that have a slot.", model)
-        running.set_function(lambda: requests()[0])
-        waiting = self._made(
-            Gauge, "num_requests_waiting", "Requests that wait for their first token.", model
-        )
-        waiting.set_function(lambda: requests()[1])
-        self._prompt_tokens = self._made(Counter, "prompt_tokens", "Tokens of prompts.", model)
-        self._prefix_cache = prefix_cache
-        self._queries = self._made(
-            Counter, "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", model
-        )
-        self._hits = self._made(
-            Counter, "prefix_cache_hits", "Those of them that were there, and were not computed.", model
-        )
-        self.new_tokens = self._made(Counter, "generation_tokens", "Generated tokens.", model)
-        self.first_token_s = self._made(
-            Histogram, "time_to_first_token_seconds", "Time to first token.", model, FIRST_S
-        )
+        self._made(Gauge, "num_requests_running").set_function(lambda: requests()[0])
+        self._made(Gauge, "num_requests_waiting").set_function(lambda: requests()[1])
+        self._made(Gauge, "kv_cache_usage_perc").set_function(lambda: requests()[0] / slots)
+        self._prompt_tokens = self._made(Counter, "prompt_tokens")
+        self._queries = self._made(Counter, "prefix_cache_queries")
+        self._hits = self._made(Counter, "prefix_cache_hits")
+        self._new_tokens = self._made(Counter, "generation_tokens")
+        self._first_s = self._made(Histogram, "time_to_first_token_seconds", FIRST_S)
         self._next_s = [
-            self._made(Histogram, name, "Time between two tokens of a request.", model, NEXT_S)
+            self._made(Histogram, name, NEXT_S)
             for name in ("inter_token_latency_seconds", "time_per_output_token_seconds")
         ]
-        self._whole_s = self._made(
-            Histogram, "e2e_request_latency_seconds", "Time of a whole request.", model, WHOLE_S
-        )
+        self._whole_s = self._made(Histogram, "e2e_request_latency_seconds", WHOLE_S)
+        self._parts_s = [
+            self._made(Histogram, f"request_{part}_time_seconds", WHOLE_S)
+            for part in ("queue", "prefill", "decode")
+        ]
+        self._prompt_lengths = self._made(Histogram, "request_prompt_tokens", TOKENS)
+        self._lengths = self._made(Histogram, "request_generation_tokens", TOKENS)
+        self._longest = self._made(Histogram, "request_max_num_generation_tokens", TOKENS)
         self._ended = Counter(
             "vllm:request_success",
             "Requests that ended, by their finish_reason.",
             ("model_name", "finished_reason"),
             registry=self._registry,
         )
-        self._model = model
         for reason in ("stop", "length", "abort", "error"):
             self._ended.labels(model, reason)
         self._registry.register(_OfEngine(model, totals))
 
-    def _made(self, kind: Any, name: str, text: str, model: str, buckets: Any = None) -> Any:
+    def _made(self, kind: Any, name: str, buckets: Any = None) -> Any:
         more = {} if buckets is None else {"buckets": buckets}
-        metric = kind(f"vllm:{name}", text, ("model_name",), registry=self._registry, **more)
-        return metric.labels(model)
+        metric = kind(f"vllm:{name}", NAMES[name], ("model_name",), registry=self._registry, **more)
+        return metric.labels(self._model)
 
     def prefilled(self, prompt_tokens: int, cached_tokens: int) -> None:
         """Counts a prompt, of which a prefix cache held `cached_tokens`."""
@@ -97,15 +134,25 @@ class Metrics:
             self._queries.inc(prompt_tokens)
             self._hits.inc(cached_tokens)
 
-    def token_took(self, seconds: float) -> None:
-        """Counts a token that is not a request's first."""
-        for histogram in self._next_s:
+    def token(self, seconds: float, is_first: bool) -> None:
+        """Counts a token, and the time from its request if it is the first, or else from the last token."""
+        self.new_tokens += 1
+        self._new_tokens.inc()
+        for histogram in [self._first_s] if is_first else self._next_s:
             histogram.observe(seconds)
 
-    def ended(self, reason: str, seconds: float) -> None:
+    def ended(self, sample: Ended) -> None:
         """Counts a sample that has ended."""
-        self._ended.labels(self._model, reason).inc()
-        self._whole_s.observe(seconds)
+        self._ended.labels(self._model, sample.reason).inc()
+        self._whole_s.observe(sample.whole_s)
+        self._prompt_lengths.observe(sample.prompt_tokens)
+        self._lengths.observe(sample.new_tokens)
+        for histogram, seconds in zip(self._parts_s, sample.parts_s or (), strict=False):
+            histogram.observe(seconds)
+
+    def longest(self, new_tokens: int) -> None:
+        """Counts a prompt whose samples have all ended, by the tokens of the longest."""
+        self._longest.observe(new_tokens)
 
     def text(self) -> bytes:
         """Returns all metrics as Prometheus reads them."""

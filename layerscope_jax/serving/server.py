@@ -11,8 +11,9 @@ import uvicorn
 
 from layerscope_jax.engine import Engine
 from layerscope_jax.generation.chat import Chat
+from layerscope_jax.serving.activity import Work
 from layerscope_jax.serving.app import make_app
-from layerscope_jax.serving.connections import TimedConnection
+from layerscope_jax.serving.connections import connection_class
 from layerscope_jax.serving.service import Service
 from layerscope_jax.serving.settings import ServerConfig
 
@@ -27,6 +28,9 @@ IDLE_S = 30
 LAST_WORDS_S = 2
 """Seconds that aborted answers have to be sent."""
 
+QUEUED = 128
+"""Most connections that the system holds until they are taken, which then happens at once: they need files
+beyond `max_connections` for a moment."""
 
 ASKED_S, NOTICE_S = 10.0, 2.0
 """A server whose health was asked for within the first of these (seconds) says for the second that it ends,
@@ -68,11 +72,11 @@ class Server:
         self._service = Service(engine, self._chat, self.config)
         context = engine.model.config.max_position_embeddings
         app = make_app(self._service, self.config, min(self.config.max_model_len or context, context))
-        timeout = self.config.timeout_s
         self._http = _Http(
             uvicorn.Config(
                 app,
-                http=type("Connection", (TimedConnection,), {"timeout_s": timeout}),
+                http=connection_class(self.config.timeout_s, self.config.max_connections),
+                backlog=QUEUED,
                 loop="asyncio",
                 ws="none",
                 lifespan="off",
@@ -100,6 +104,10 @@ class Server:
     def is_alive(self) -> bool:
         """Whether requests are answered."""
         return self._thread.is_alive() and self._service.is_healthy
+
+    def work(self) -> Work:
+        """Returns what the server is doing, and what it has done so far."""
+        return self._service.work()
 
     def drain(self) -> None:
         """Refuses new requests, and waits for those that are being answered, at most `drain_s` seconds.
@@ -155,7 +163,7 @@ def listening(host: str, port: int) -> socket.socket:
     """
     try:
         [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return socket.create_server(address[:2], family=family, backlog=512)
+        return socket.create_server(address[:2], family=family, backlog=QUEUED)
     except OSError as error:
         why = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address there
         raise ValueError(f"cannot listen on {host} port {port}: {why}; choose another host or port") from None

@@ -14,6 +14,7 @@ from typing import Any
 
 from layerscope_jax.engine import Engine
 from layerscope_jax.generation.chat import Chat
+from layerscope_jax.serving.activity import Work
 from layerscope_jax.serving.bodies import Asked, Reader
 from layerscope_jax.serving.chunks import DONE, Answer, failure_of, is_aborted
 from layerscope_jax.serving.incoming import Incoming, Message, Send, check_head
@@ -70,6 +71,7 @@ class Service:
         self.metrics = Metrics(
             config.served_model_name,
             self._requests,
+            engine.config.max_num_seqs,
             lambda: self._stepper.tally.totals,
             engine.config.prefix_cache,
         )
@@ -103,6 +105,11 @@ class Service:
             "experts_resident": self._engine.runner.resident_experts,
             "hit_rate": totals.expert_hits / totals.experts if totals.experts else None,
         }
+
+    def work(self) -> Work:
+        """Returns what the server is doing, and what it has done so far."""
+        totals = self._stepper.tally.totals
+        return Work(*self._requests(), self.metrics.new_tokens, totals.experts, totals.expert_hits)
 
     def close(self, timeout: float) -> None:
         """Aborts all requests, and ends the service's threads."""

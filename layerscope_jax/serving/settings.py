@@ -20,6 +20,9 @@ class ServerConfig:
         served_model_name: name under which clients ask for the model.
         max_waiting: most samples that wait for a slot, beyond the `max_num_seqs` that run at once; further
             requests get status 429.
+        max_connections: most connections at once. A further one takes the place of one that waits for a
+            request; if requests of all are being answered, it gets status 503. None for half as many as the
+            process may have open files, at most 4096.
         max_model_len: most tokens of a prompt and its answer together; None for the model's context. The
             caches of all slots become as long as the longest request, so this bounds their memory.
         max_body_bytes: most bytes of a request's body; larger ones get status 413.
@@ -37,6 +40,7 @@ class ServerConfig:
     api_key: str | None = field(default=None, repr=False)
     served_model_name: str = "model"
     max_waiting: int = 256
+    max_connections: int | None = None
     max_model_len: int | None = None
     max_body_bytes: int = 4 * 2**20
     timeout_s: float = 30.0
@@ -61,6 +65,8 @@ class ServerConfig:
         name = self.served_model_name
         check("served_model_name", isinstance(name, str) and bool(name), "a text, not empty")
         check("max_waiting", is_whole(self.max_waiting, 0), "a whole number, 0 or more")
+        most = self.max_connections
+        check("max_connections", most is None or is_whole(most, 1), "a whole number, 1 or more, or None")
         length = self.max_model_len
         check("max_model_len", length is None or is_whole(length, 2), "a whole number, 2 or more, or None")
         check("max_body_bytes", is_whole(self.max_body_bytes, 1), "1 or more")

@@ -23,6 +23,7 @@ from benchmarks import (
     bench_serving,
     bench_simulator,
     harness,
+    serving_load,
 )
 from benchmarks.random_models import random_decoder, shapes
 from benchmarks.stopwatch import Stopwatch
@@ -133,13 +134,18 @@ def test_bench_batching(checkpoint, tmp_path, capsys):
 
 def test_bench_serving_under_load(checkpoint, tmp_path, capsys):
     file = tmp_path / "load.json"
-    bench_serving.main(
-        bench_serving.Options(quick=True, checkpoint=checkpoint, policies=("resident",), seconds=1, json=file)
-    )
+    options = bench_serving.Options(quick=True, checkpoint=checkpoint, budget=50, seconds=1, json=file)
+    bench_serving.main(replace(options, policies=("lru",)))
     [row] = json.loads(file.read_text())["rows"]
     assert row["requests"] >= row["clients"] == 3
-    assert (row["lost"], row["same_texts"]) == (0, 1.0)
+    assert (row["policy"], row["lost"], row["same_tokens"], row["warm_ups"]) == ("lru", 0, 1.0, 1)
     assert row["memory_mib"]["end"] > 0
+
+
+def test_growth_is_that_of_the_second_half():
+    memory = serving_load.Watched()
+    memory.times, memory.bytes = [0.0, 1.0, 2.0, 3.0, 4.0], [0, 50, 100, 101, 102]
+    assert memory.growth() == pytest.approx(60)
 
 
 def test_bench_serving(checkpoint, tmp_path, capsys):
@@ -152,7 +158,7 @@ def test_bench_serving(checkpoint, tmp_path, capsys):
         bench_serving.main(replace(options, shape="phi"))
     assert result["machine"].keys() == MACHINE
     [row] = result["rows"]
-    assert (row["policy"], row["clients"], row["same_texts"]) == ("resident", 3, 1)
+    assert (row["policy"], row["clients"], row["same_tokens"]) == ("resident", 3, 1)
     assert row["tokens_per_s"].keys() == {"generate", "serve"}
     assert 0 < row["gap_ms"]["p50"] <= row["gap_ms"]["p99"]
     assert "to generate" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from layerscope_jax.generation.completions import Token, TokenLogprobs
 from layerscope_jax.generation.requests import Request
 from layerscope_jax.generation.tool_formats import FORMATS
 from layerscope_jax.runtime.accounts import Account
+from layerscope_jax.runtime.sampling import NO_TOKEN
 from layerscope_jax.serving.bodies import Asked
 from layerscope_jax.serving.chunks import Answer
 from layerscope_jax.serving.tools import Tools
@@ -75,6 +76,24 @@ def test_a_token_without_text_is_no_event_unless_it_tells_something():
         [choice] = choices(stream.events([(0, token("", logprobs=told))]))
         assert choice["logprobs"]["text_offset"] == [offset]
     assert stream.usage(3, 0) == b""
+
+
+def test_ids_are_told_with_every_token():
+    """Of a prompt once: with the first chunk of each choice of a text, and of a chat before its choices."""
+    stream = answer(chat=False, stream=True, token_ids=True)
+    [first, other] = choices(stream.events([(0, token("")), (1, token("x")), (0, token("a"))]))
+    assert (first["token_ids"], first["prompt_token_ids"], first["text"]) == ([65, 65], [1], "a")
+    assert (other["token_ids"], other["prompt_token_ids"]) == ([65], [1])
+    [more] = choices(stream.events([(0, token(""))]))  # without text
+    assert more["token_ids"] == [65]
+    assert "prompt_token_ids" not in more
+    [end] = choices(stream.events([(0, Token(0, NO_TOKEN, "", "abort"))]))
+    assert end["token_ids"] == []
+    chat = answer(chat=True, stream=True, token_ids=True)
+    events = [chat.events([(choice, token("a"))]).decode() for choice in (0, 1, 0)]
+    told = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert [chunk.get("prompt_token_ids") for chunk in told] == [[1], None, None]
+    assert [chunk["choices"][0]["token_ids"] for chunk in told] == [[65]] * 3
 
 
 def test_counts_of_tokens_only_if_asked_for():

@@ -184,6 +184,31 @@ def test_prompts_with_their_logprobs(engine, server, client):
     assert tokens == [choice.logprobs.tokens for choice in whole.choices]
 
 
+def test_token_ids(engine, client):
+    """As vLLM tells them: of texts with each choice, of a chat's prompt once for all."""
+    told = {"extra_body": {"return_token_ids": True}}
+    prompts = ["Call me", "x"]
+    expected = engine.generate(prompts, temperature=0.9, max_new_tokens=6, n=2, seed=5)
+    whole = client.completions.create(prompt=prompts, **SAMPLED, **told)
+    assert [choice.token_ids for choice in whole.choices] == expected.token_ids
+    decoded = [engine.model.tokenizer.decode(choice.prompt_token_ids) for choice in whole.choices]
+    assert decoded == ["Call me", "Call me", "x", "x"]
+    streamed = [[], [], [], []]
+    for chunk in client.completions.create(prompt=prompts, stream=True, **SAMPLED, **told):
+        streamed[chunk.choices[0].index] += chunk.choices[0].token_ids
+    assert streamed == expected.token_ids
+    echoed = client.completions.create(prompt="x", echo=True, **GREEDY | {"max_tokens": 0}, **told).choices[0]
+    assert (echoed.text, echoed.token_ids) == ("x", [])
+    chat = client.chat.completions.create(messages=MESSAGES, **GREEDY, **told)
+    [greedy] = engine.generate(["user: Hi\n"], max_new_tokens=6)
+    assert chat.choices[0].token_ids == greedy.token_ids
+    assert engine.model.tokenizer.decode(chat.prompt_token_ids) == "user: Hi\n"
+    plain = client.completions.create(prompt="x", **GREEDY).choices[0]
+    assert not hasattr(plain, "token_ids")
+    with pytest.raises(openai.BadRequestError, match="return_token_ids must be true or false, got 'x'"):
+        client.completions.create(prompt="x", extra_body={"return_token_ids": "x"}, **GREEDY)
+
+
 def test_models(client):
     [model] = client.models.list()
     assert model.id == MODEL
@@ -218,19 +243,3 @@ def test_a_client_that_leaves_frees_its_slot(engine, server, stream):
     until(lambda: metric(server, **aborted) == before + 1)
     assert metric(server, "vllm:num_requests_running") == 0
     assert metric(server, "vllm:generation_tokens_total") - made < 50
-
-
-def test_figures(server, client):
-    """Of tokens and times by vLLM's names, of experts by this package's."""
-    names = ("vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_count")
-    names += ("vllm:generation_tokens_total", "vllm:inter_token_latency_seconds_count")
-    before = {name: metric(server, name) for name in names}
-    client.completions.create(prompt="Call me", **SAMPLED)
-    assert {name: metric(server, name) - before[name] for name in names} == dict(
-        zip(names, (7, 2, 12, 10), strict=True)
-    )
-    needed, hits = (metric(server, f"layerscope:{name}_total") for name in ("experts_needed", "expert_hits"))
-    assert 0 < hits < needed
-    assert metric(server, "layerscope:hit_rate") == pytest.approx(hits / needed)
-    assert metric(server, "layerscope:bytes_moved_total", cause="demand") > 0
-    assert 0 < metric(server, "layerscope:link_share") < 1

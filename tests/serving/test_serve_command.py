@@ -17,6 +17,7 @@ from layerscope_jax.cli import main as cli
 from layerscope_jax.cli import serve
 from layerscope_jax.serving.server import Server
 from layerscope_jax.serving.settings import ServerConfig
+from layerscope_jax.support import exits
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -46,7 +47,7 @@ def answers(server):
 def test_sigterm(folder, capsys, monkeypatch):
     """A request that runs ends as if nothing had been; one that comes then is refused."""
     monkeypatch.setenv(serve.API_KEY, "secret")
-    servers = []
+    servers, said = [], []
 
     class Known(Server):
         def __enter__(self):
@@ -61,6 +62,7 @@ def test_sigterm(folder, capsys, monkeypatch):
             programs = len(compiled)
             connection = sent(server, request(LONG | {"stream": True, "max_tokens": 12}))
             until(lambda: metric(server, "vllm:num_requests_waiting") == 1)
+            until(lambda: any("0 requests run, 1 waits; 0.0 tokens/s" in line for line in said))
             os.kill(os.getpid(), signal.SIGTERM)
             until(lambda: not answers(server))
             status, headers, answer = post(server, LONG)
@@ -69,6 +71,8 @@ def test_sigterm(folder, capsys, monkeypatch):
         return stream, status, headers["retry-after"], answer["error"]["message"]
 
     monkeypatch.setattr(serve, "server_class", lambda: Known)
+    monkeypatch.setattr(serve, "EVERY_S", 0)
+    monkeypatch.setattr(serve, "say", lambda line: (said.append(line), exits.say(line)))
     with ThreadPoolExecutor(1) as threads:
         used = threads.submit(use)
         options = ["--port=0", "--served-model-name=m", "--max-num-seqs=2", "--warmup-tokens=16"]
@@ -78,9 +82,11 @@ def test_sigterm(folder, capsys, monkeypatch):
     assert refusal == [503, "5", "the server is shutting down"]
     assert stream.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert b'"finish_reason": "length"' in stream
-    said = capsys.readouterr().err
-    assert f"m answers at {servers[0].url}/v1; Ctrl-C ends it" in said
-    assert "running requests are completed" in said
+    told = capsys.readouterr().err
+    assert f"m answers at {servers[0].url}/v1; Ctrl-C ends it" in told
+    assert "running requests are completed" in told
+    [answers_at] = [number for number, line in enumerate(said) if "answers at" in line]
+    assert all(" 1 waits;" in line for line in said[answers_at + 1 : -1])  # and nothing while it was idle
 
 
 def test_what_runs_too_long_is_aborted(engine, monkeypatch):
