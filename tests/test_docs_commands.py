@@ -11,8 +11,12 @@ from docs_pages import PAGES, ROOT, commands
 from recorded import small_profile, small_routing
 from small_checkpoint import write_checkpoint
 
+from layerscope_jax.checkpoints.headers import read_configs
 from layerscope_jax.cli import main as cli
+from layerscope_jax.cli.demo import SHIPPED as SHIPPED_MODEL
 from layerscope_jax.cli.main import COMMANDS
+from layerscope_jax.profiling.machine_profile import ModelShape
+from predictor import SHIPPED
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -31,11 +35,23 @@ ELSEWHERE = {
 Here their options are parsed (`tests/test_docs.py`), as are those of training and of benchmarks.
 """
 
+OWN = {
+    "path/to/checkpoint/predictor/trace": str(SHIPPED / "heldout"),
+    "build/trace": str(SHIPPED / "heldout"),
+    "path/to/checkpoint/predictor": str(SHIPPED),
+}
+"""Where a page makes routing of the reader's model, that is the shipped one: its trace and its predictor."""
+
 NEEDS = {
     "--profile": "a profile of this machine and model",
     "--ray": "a cluster, which tests/distributed/test_ray.py has",
 }
 """Options with which a command is only parsed, and what it would need."""
+
+ROUTING = ["predictor", "routing"]
+
+SIZES = ("num_experts", "experts_per_token", "hidden_size", "moe_intermediate_size")
+"""Numbers that configs and profiles call alike."""
 
 MODELS = {"path/to/checkpoint", "shipped", "Qwen/Qwen3-30B-A3B", "allenai/OLMoE-1B-7B-0924"}
 """What stands for a model on the pages."""
@@ -64,20 +80,34 @@ def test_commands_of_a_page_run(page, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Call me", "max_new_tokens": 2}\n')
-    small_profile(machine=dict.fromkeys(("cpu", "cores", "device", "memory_bytes"))).save("profile.json")
+    makes_routing = any(words[1:3] == ROUTING for words in commands(page))
+    machine = dict.fromkeys(("cpu", "cores", "device", "memory_bytes"))
+    small_profile(machine=machine, **(of_shipped() if makes_routing else {})).save("profile.json")
     small_routing().save("routing.npz")
     for words in commands(page):
-        if runs(words):
-            args = given(tuple(words[1:]), str(folder))
+        if runs(words, makes_routing):
+            args = [*given(tuple(words[1:]), "shipped" if "profile.json" in words else str(folder))]
             if words[1] == "generate":
                 args += ["--max-new-tokens=2"] * ("--max-new-tokens" not in args)
+            if words[1:3] == ROUTING:
+                args += ["--decode-steps=3", "--prompt-tokens", "2", "5", "--requests=4"]
             assert cli.main(args) == 0, (args, capsys.readouterr().err)
 
 
-def runs(words):
+def of_shipped():
+    """What a profile says of the shipped model, and a budget for a part of its experts."""
+    config = read_configs(SHIPPED_MODEL)[0]
+    sizes = {name: getattr(config, name) for name in SIZES}
+    shape = ModelShape(**sizes, num_layers=config.num_moe_layers, dtype="bfloat16")
+    return {"model": shape, "slots": shape.total_experts // 4}
+
+
+def runs(words, makes_routing):
     """Whether this test runs a command."""
     if words[0] != "layerscope" or words[1] not in COMMANDS:
         return False
+    if words[1:3] == ROUTING or (words[1] == "fit" and makes_routing):
+        return True
     if words[1] == "simulate":  # of a small profile and routing; those of published models take ten seconds
         return "profile.json" in words and "--host-budget" not in words
     if words[1] in ELSEWHERE:
@@ -88,7 +118,7 @@ def runs(words):
 @functools.cache
 def given(words, folder):
     """Returns the arguments of a command, with the tiny model and small values in their places."""
-    args = [folder if word in MODELS else word for word in words]
+    args = [folder if word in MODELS else OWN.get(word, word) for word in words]
     return [SMALLER.get(before, word) for before, word in zip([None, *args], args, strict=False)]
 
 

@@ -103,7 +103,7 @@ def expected(
         raise ValueError(
             f"the profile {profile.name!r} names no recorded routing, which would tell which experts "
             "are needed when, and none with this model's numbers is shipped; give one with --trace "
-            "(tools/record_routing.py records it)"
+            "(`layerscope predictor routing` makes one of the model's trace)"
         )
     name = shipped if routing is None else "--trace"
     routing = routing or Routing.shipped(str(shipped))
