@@ -16,6 +16,7 @@ from layerscope_jax.cli import main as cli
 from layerscope_jax.cli.demo import SHIPPED as SHIPPED_MODEL
 from layerscope_jax.cli.main import COMMANDS
 from layerscope_jax.profiling.machine_profile import ModelShape
+from layerscope_jax.simulation import comparison
 from predictor import SHIPPED
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -25,7 +26,7 @@ ELSEWHERE = {
     "demo": "tests/cli/test_demo.py",
     "doctor": "tests/cli/test_doctor.py",
     "perplexity": "tests/cli/test_perplexity.py",
-    "predictor": "tests/cli/test_predictors.py",
+    "predictor": "tests/cli/test_predictors.py",  # and tests/cli/test_predictor_routing.py
     "serve": "tests/examples/test_examples.py",
     "simulate": "tests/simulation/test_comparison.py",
     "trace": "tests/cli/test_trace.py",
@@ -35,20 +36,14 @@ ELSEWHERE = {
 Here their options are parsed (`tests/test_docs.py`), as are those of training and of benchmarks.
 """
 
-OWN = {
-    "path/to/checkpoint/predictor/trace": str(SHIPPED / "heldout"),
-    "build/trace": str(SHIPPED / "heldout"),
-    "path/to/checkpoint/predictor": str(SHIPPED),
-}
-"""Where a page makes routing of the reader's model, that is the shipped one: its trace and its predictor."""
-
 NEEDS = {
     "--profile": "a profile of this machine and model",
     "--ray": "a cluster, which tests/distributed/test_ray.py has",
 }
 """Options with which a command is only parsed, and what it would need."""
 
-ROUTING = ["predictor", "routing"]
+ROUTING = ["predictor", "routing", "build/trace"]
+"""Makes routing of a model of the reader's, here of the shipped one and its held-out trace."""
 
 SIZES = ("num_experts", "experts_per_token", "hidden_size", "moe_intermediate_size")
 """Numbers that configs and profiles call alike."""
@@ -80,16 +75,18 @@ def test_commands_of_a_page_run(page, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Call me", "max_new_tokens": 2}\n')
-    makes_routing = any(words[1:3] == ROUTING for words in commands(page))
+    monkeypatch.setattr(comparison, "lower_bound_ms", lambda *of, **more: 1.0)  # compiles for long
+    makes_routing = any(words[1:4] == ROUTING for words in commands(page))
     machine = dict.fromkeys(("cpu", "cores", "device", "memory_bytes"))
     small_profile(machine=machine, **(of_shipped() if makes_routing else {})).save("profile.json")
     small_routing().save("routing.npz")
     for words in commands(page):
         if runs(words, makes_routing):
-            args = [*given(tuple(words[1:]), "shipped" if "profile.json" in words else str(folder))]
+            args = [*given(tuple(words[1:]), "shipped" if makes_routing else str(folder))]
             if words[1] == "generate":
                 args += ["--max-new-tokens=2"] * ("--max-new-tokens" not in args)
-            if words[1:3] == ROUTING:
+            if words[1:4] == ROUTING:
+                args[2] = str(SHIPPED / "heldout")
                 args += ["--decode-steps=3", "--prompt-tokens", "2", "5", "--requests=4"]
             assert cli.main(args) == 0, (args, capsys.readouterr().err)
 
@@ -106,7 +103,7 @@ def runs(words, makes_routing):
     """Whether this test runs a command."""
     if words[0] != "layerscope" or words[1] not in COMMANDS:
         return False
-    if words[1:3] == ROUTING or (words[1] == "fit" and makes_routing):
+    if words[1:4] == ROUTING or (words[1] == "fit" and makes_routing):
         return True
     if words[1] == "simulate":  # of a small profile and routing; those of published models take ten seconds
         return "profile.json" in words and "--host-budget" not in words
@@ -118,7 +115,7 @@ def runs(words, makes_routing):
 @functools.cache
 def given(words, folder):
     """Returns the arguments of a command, with the tiny model and small values in their places."""
-    args = [folder if word in MODELS else OWN.get(word, word) for word in words]
+    args = [folder if word in MODELS else word for word in words]
     return [SMALLER.get(before, word) for before, word in zip([None, *args], args, strict=False)]
 
 
