@@ -32,6 +32,7 @@ OF_THE_READER = {
     "predictor.json",
     "profile.json",
     "prompts.jsonl",
+    "routing.npz",
     "rows.json",
     "verdict.json",
     "run.json",
@@ -210,7 +211,8 @@ def test_named_options_exist(page):
     switches = [field for c in COMMANDS.values() for field in dataclasses.fields(c) if field.default is True]
     ours |= {f"--no-{field.name.replace('_', '-')}" for field in switches}
     benchmarks = [f"benchmarks.bench_{name}" for name in ("families", "peers", "serving")]
-    for module in ("predictor.train", "predictor.scorecard", "benchmarks.harness", *benchmarks):
+    modules = ("layerscope_jax.cli.routing", "predictor.train", "predictor.scorecard", "benchmarks.harness")
+    for module in (*modules, *benchmarks):
         ours |= options_of(module)
     foreign = {"--cpu-moe", "--check"}  # of llama.cpp and ruff
     assert set(OPTION.findall(prose(page))) <= ours | COMMON_OPTIONS | foreign

@@ -11,8 +11,13 @@ from docs_pages import PAGES, ROOT, commands
 from recorded import small_profile, small_routing
 from small_checkpoint import write_checkpoint
 
+from layerscope_jax.checkpoints.headers import read_configs
 from layerscope_jax.cli import main as cli
+from layerscope_jax.cli.demo import SHIPPED as SHIPPED_MODEL
 from layerscope_jax.cli.main import COMMANDS
+from layerscope_jax.profiling.machine_profile import ModelShape
+from layerscope_jax.simulation import comparison
+from predictor import SHIPPED
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -21,7 +26,7 @@ ELSEWHERE = {
     "demo": "tests/cli/test_demo.py",
     "doctor": "tests/cli/test_doctor.py",
     "perplexity": "tests/cli/test_perplexity.py",
-    "predictor": "tests/cli/test_predictors.py",
+    "predictor": "tests/cli/test_predictors.py",  # and tests/cli/test_predictor_routing.py
     "serve": "tests/examples/test_examples.py",
     "simulate": "tests/simulation/test_comparison.py",
     "trace": "tests/cli/test_trace.py",
@@ -36,6 +41,12 @@ NEEDS = {
     "--ray": "a cluster, which tests/distributed/test_ray.py has",
 }
 """Options with which a command is only parsed, and what it would need."""
+
+ROUTING = ["predictor", "routing", "build/trace"]
+"""Makes routing of a model of the reader's, here of the shipped one and its held-out trace."""
+
+SIZES = ("num_experts", "experts_per_token", "hidden_size", "moe_intermediate_size")
+"""Numbers that configs and profiles call alike."""
 
 MODELS = {"path/to/checkpoint", "shipped", "Qwen/Qwen3-30B-A3B", "allenai/OLMoE-1B-7B-0924"}
 """What stands for a model on the pages."""
@@ -63,21 +74,37 @@ def folder(tmp_path_factory):
 def test_commands_of_a_page_run(page, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Call me", "max_new_tokens": 2}\n')
-    small_profile(machine=dict.fromkeys(("cpu", "cores", "device", "memory_bytes"))).save("profile.json")
+    monkeypatch.setattr(comparison, "lower_bound_ms", lambda *of, **more: 1.0)  # compiles for long
+    makes_routing = any(words[1:4] == ROUTING for words in commands(page))
+    machine = dict.fromkeys(("cpu", "cores", "device", "memory_bytes"))
+    small_profile(machine=machine, **(of_shipped() if makes_routing else {})).save("profile.json")
     small_routing().save("routing.npz")
     for words in commands(page):
-        if runs(words):
+        if runs(words, makes_routing):
             monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))
-            args = given(tuple(words[1:]), str(folder))
+            args = [*given(tuple(words[1:]), "shipped" if makes_routing else str(folder))]
             if words[1] == "generate":
                 args += ["--max-new-tokens=2"] * ("--max-new-tokens" not in args)
+            if words[1:4] == ROUTING:
+                args[2] = str(SHIPPED / "heldout")
+                args += ["--decode-steps=3", "--prompt-tokens", "2", "5", "--requests=4"]
             assert cli.main(args) == 0, (args, capsys.readouterr().err)
 
 
-def runs(words):
+def of_shipped():
+    """What a profile says of the shipped model, and a budget for a part of its experts."""
+    config = read_configs(SHIPPED_MODEL)[0]
+    sizes = {name: getattr(config, name) for name in SIZES}
+    shape = ModelShape(**sizes, num_layers=config.num_moe_layers, dtype="bfloat16")
+    return {"model": shape, "slots": shape.total_experts // 4}
+
+
+def runs(words, makes_routing):
     """Whether this test runs a command."""
     if words[0] != "layerscope" or words[1] not in COMMANDS:
         return False
+    if words[1:4] == ROUTING or (words[1] == "fit" and makes_routing):
+        return True
     if words[1] == "simulate":  # of a small profile and routing; those of published models take ten seconds
         return "profile.json" in words and "--host-budget" not in words
     if words[1] in ELSEWHERE:

@@ -98,8 +98,9 @@ class Fit:
         Path | None,
         arg(
             metavar="FILE",
-            help="Recorded routing of the model, an .npz file; without it, the one that the profile names, "
-            "or one that is shipped for a model with the same numbers.",
+            help="Recorded routing of the model, an .npz file that `layerscope predictor routing` wrote; "
+            "without it, the one that the profile names, or one that is shipped for a model with the same "
+            "numbers.",
         ),
     ] = None
     context: Annotated[

@@ -25,6 +25,7 @@ from layerscope_jax.cli.options import (
     open_model,
     own_predictor,
 )
+from layerscope_jax.cli.routing import PackRouting
 from layerscope_jax.cli.trace import Record, Text
 from layerscope_jax.config import AUTO, OffloadConfig
 from layerscope_jax.support import exits, interrupts
@@ -184,6 +185,7 @@ class Predictors:
     command: OmitSubcommandPrefixes[
         Annotated[Train, subcommand("train", description=help_of(Train))]
         | Annotated[Trace, subcommand("trace", description=help_of(Trace))]
+        | Annotated[PackRouting, subcommand("routing", description=help_of(PackRouting))]
         | Annotated[Scorecard, subcommand("scorecard", description=help_of(Scorecard))]
     ]
 

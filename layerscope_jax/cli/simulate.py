@@ -15,7 +15,7 @@ from layerscope_jax.cli.args import arg
 from layerscope_jax.cli.options import Json, TimelineFile
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.simulation.comparison import simulate_profile
-from layerscope_jax.simulation.policies import BATCHES, SIMULATED
+from layerscope_jax.simulation.policies import SIMULATED
 from layerscope_jax.simulation.routing import DERIVED, Routing
 from layerscope_jax.support import exits
 from layerscope_jax.support.files import write_file
@@ -50,11 +50,18 @@ class Simulate:
         Path | None,
         arg(
             metavar="FILE",
-            help="Recorded routing, an .npz file of tools/record_routing.py; without it, the one that the "
-            "profile names.",
+            help="Recorded routing of the profile's model, an .npz file that `layerscope predictor routing` "
+            "wrote; without it, the one that the profile names, or one that is shipped for a model with the "
+            "same numbers.",
         ),
     ] = None
-    batch: Annotated[tuple[int, ...], arg(metavar="INT ...", help="Batch sizes, in requests.")] = BATCHES
+    batch: Annotated[
+        tuple[int, ...] | None,
+        arg(
+            metavar="INT ...",
+            help="Batch sizes, in requests; by default 4, 16 and 64, but no more than were recorded.",
+        ),
+    ] = None
     decode_steps: Annotated[
         int | None,
         arg(metavar="INT", help="Decode steps, the first that were recorded; without it, all."),
@@ -96,13 +103,13 @@ class Simulate:
         arg(metavar="POLICY ...", help=f"Some of {', '.join(SIMULATED)}, or {ALL}."),
     ] = (ALL,)
     predictor: Annotated[
-        str,
+        str | None,
         arg(
             metavar="PREDICTOR",
             help="Predictor whose forecasts the policies are given: one that the routing was recorded with "
-            f"(usually llapor or gate), or one of {', '.join(DERIVED)}.",
+            f"(llapor, gate), or one of {', '.join(DERIVED)}; by default llapor, if recorded, or gate.",
         ),
-    ] = "llapor"
+    ] = None
     out: Annotated[
         Path | None,
         arg(metavar="FILE", help="Also write the rows of the tables there, as one JSON object."),

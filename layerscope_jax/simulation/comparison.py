@@ -24,7 +24,14 @@ from layerscope_jax.scheduling.plan import Phase
 from layerscope_jax.scheduling.presched import PreSched
 from layerscope_jax.scheduling.registry import is_policy
 from layerscope_jax.simulation.devices import Server, server_bound_ms
-from layerscope_jax.simulation.policies import BATCHES, SIMULATED, refusals, run, workloads
+from layerscope_jax.simulation.policies import (
+    SIMULATED,
+    batches_of,
+    forecast_of,
+    refusals,
+    run,
+    workloads,
+)
 from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.simulation.simulator import Simulated, Workload
 from layerscope_jax.support.spans import MOST_BYTES
@@ -101,11 +108,11 @@ def simulate_profile(
     profile: MachineProfile | str | Path,
     routing: Routing | str | Path | None = None,
     *,
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] | None = None,
     steps: int | None = None,
     slots: int | None = None,
     policies: Sequence[str] = SIMULATED,
-    predictor: str = "llapor",
+    predictor: str | None = None,
     host_slots: int | None = None,
     devices: int = 1,
     root_bandwidth: int | None = None,
@@ -121,11 +128,12 @@ def simulate_profile(
         profile: a profile that `layerscope calibrate` measured, or the name of a shipped profile.
         routing: recorded routing of a model with the numbers of layers, experts and choices of the profile's;
             None for the routing that the profile names.
-        batches: batch sizes.
+        batches: batch sizes; None for 4, 16 and 64, but no more than were recorded.
         steps: decode steps, the first that were recorded; None for all.
         slots: number of experts that the budget holds; None for the profile's number.
         policies: some of `SIMULATED`, or names of registered policies.
-        predictor: a predictor of the routing, for policies that use forecasts; prefills have none.
+        predictor: a predictor of the routing, for policies that use forecasts; prefills have none. None for
+            the first that was recorded: "llapor" where there is one, otherwise "gate".
         host_slots: number of experts that host memory holds, if the others are on a disk; None for all. The
             bound takes all experts to be in host memory.
         devices: number of devices that share the experts (`layerscope_jax.simulation.devices`); the budget is
@@ -147,7 +155,7 @@ def simulate_profile(
     """
     if not isinstance(profile, MachineProfile):
         profile = MachineProfile.load(profile)
-    policies, batches = tuple(dict.fromkeys(policies)), tuple(dict.fromkeys(batches))
+    policies = tuple(dict.fromkeys(policies))
     unknown = [name for name in policies if name not in SIMULATED and not _is_from_outside(name)]
     if unknown or not policies:
         raise ValueError(
@@ -156,6 +164,8 @@ def simulate_profile(
     if steps is not None and (not is_integer(steps) or steps < 1):
         raise ValueError(f"steps must be 1 or more, got {steps!r}")
     routing, named = _routing(profile, routing)
+    batches = batches_of(routing) if batches is None else tuple(dict.fromkeys(batches))
+    predictor = forecast_of(routing) if predictor is None else predictor
     if steps is not None:
         routing = routing.shortened(steps)
     geometry = _geometry(profile, routing, slots)
@@ -226,7 +236,7 @@ def _routing(profile: MachineProfile, routing: Routing | str | Path | None) -> t
         raise ValueError(
             f"the profile {profile.name!r} names no recorded routing, and none with its model's numbers of "
             "layers, experts and choices is shipped; pass an .npz file recorded with its model "
-            "(tools/record_routing.py makes one)"
+            "(`layerscope predictor routing` makes one of its trace)"
         )
     return Routing.shipped(name), name
 

@@ -20,7 +20,17 @@ SIMULATED = (*(name for name in POLICIES if name != Resident.name), Oracle.name)
 """Policies that can be compared by name; the oracle is given all future demand."""
 
 BATCHES = (4, 16, 64)
-"""Batch sizes that are compared by default."""
+"""Batch sizes that are compared by default, where that many requests were recorded."""
+
+
+def batches_of(routing: Routing) -> tuple[int, ...]:
+    """Returns the batch sizes that are compared by default: `BATCHES`, but no more than were recorded."""
+    return tuple(sorted({min(batch, routing.requests) for batch in BATCHES}))
+
+
+def forecast_of(routing: Routing) -> str:
+    """Returns the predictor whose forecasts are used by default: the first that was recorded, or "none"."""
+    return next(iter(routing.forecasts), "none")
 
 
 def workloads(routing: Routing, batch: int, predictor: str) -> tuple[Workload, Workload]:

@@ -42,7 +42,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not is_file(path):
         raise ValueError(
             f"{str(path)[:200]}: expected a file of recorded routing, found none; "
-            "tools/record_routing.py makes one"
+            "`layerscope predictor routing` makes one of a model's trace"
         )
     try:
         # Opened explicitly, because np.load does not close damaged files.

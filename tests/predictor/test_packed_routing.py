@@ -1,18 +1,21 @@
 """What is packed of a trace is its held-out routing, and what predictors say of just those tokens."""
 
+import re
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import CHOICES, EXPERTS, LAYERS, untrained, write_trace
+from synthetic import CHOICES, EXPERTS, LAYERS, MODEL, untrained, write_trace
 
 from layerscope_jax.simulation.routing import Routing
 from predictor.dataset import load_rows
 from predictor.routers import Routers
-from tools.record_routing import Packing, pack
+from predictor.routing import MOST_ROWS, Packing, pack, requests_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-PACKING = Packing(requests=8, steps=4, prompt=(3, 8), kept=5, levels=51, gate_look_ahead=1)
+PACKING = Packing(requests=8, decode_steps=4, prompt_tokens=(3, 8), kept=5, levels=51, gate_look_ahead=1)
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +77,63 @@ def test_recall_is_of_each_horizon(packed):
     assert recall["gate"]["this_step"][0] > 0.6 > recall["previous-token"]["this_step"][0] > CHOICES / EXPERTS
 
 
-def test_too_few_passages_are_said(trace):
-    with pytest.raises(ValueError, match="expected 64 held-out passages of 12 tokens or more, got 12"):
-        pack(trace, untrained(trace), Packing(steps=4, prompt=(3, 8)), progress=False)
-    with pytest.raises(ValueError, match="expected held-out passages of 128 tokens or more, got none"):
-        pack(trace, untrained(trace), Packing(), progress=False)
-    with pytest.raises(ValueError, match="levels must be a divisor of 255, such as 15, 51 or 255, got 20"):
-        pack(trace, untrained(trace), Packing(levels=20), progress=False)
-    with pytest.raises(ValueError, match="prompt must be two lengths, the smaller one first, got 8 and 3"):
-        pack(trace, untrained(trace), Packing(prompt=(8, 3)), progress=False)
+def test_without_a_predictor_the_gate_forecasts(trace, packed):
+    """The same requests, and of them just what needs no training."""
+    alone = pack(trace, None, replace(PACKING, gate_look_ahead=9), progress=False)
+    np.testing.assert_array_equal(alone.decode_experts, packed.decode_experts)
+    np.testing.assert_array_equal(alone.prefill_experts, packed.prefill_experts)
+    assert (*alone.forecasts, alone.look_ahead) == ("gate", LAYERS)
+    assert alone.header["recall"].keys() == {"gate", "previous-token"}
+    for here, there in zip(alone.forecasts["gate"], packed.forecasts["gate"], strict=True):
+        np.testing.assert_array_equal(here[:, :, :, :1], there)
+
+
+def test_as_many_requests_as_there_are(trace):
+    found, most = requests_of(trace, Packing(decode_steps=4, prompt_tokens=(3, 8)))
+    assert (found, most) == (12, MOST_ROWS)
+    assert requests_of(trace, Packing(requests=5, decode_steps=4, prompt_tokens=(3, 8)))[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("packing", "settings", "said"),
+    [
+        (
+            Packing(requests=64, decode_steps=4, prompt_tokens=(3, 8)),
+            {"heldout_tokens": 9000},
+            "expected 64 held-out passages of 12 tokens or more (the longest prompt and the decode steps), "
+            "got 12 of 12; record about 624 held-out tokens more, some 2 kB of English text in documents of "
+            "that length: within --heldout-tokens, which was 9,000, all of a domain in --heldout-domains",
+        ),
+        (
+            Packing(),
+            {},
+            "expected 4 held-out passages of 128 tokens or more (the longest prompt and the decode steps), "
+            "got 0 of 12; record about 512 held-out tokens more, some 2 kB of English text in documents of "
+            "that length: all of a domain in --heldout-domains are held out, and of others about one "
+            "document in 20; or ask for shorter requests (prompt_tokens, decode_steps): 4 passages have 16",
+        ),
+        (
+            Packing(),
+            {"length": 16},
+            "record it anew in passages of that length, with --length (it was 16); or",
+        ),
+    ],
+)
+def test_too_few_passages_are_said(trace, packing, settings, said):
+    trace = replace(trace, header=replace(trace.header, settings=settings))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        pack(trace, None, packing, progress=False)
+
+
+def test_experts_that_a_file_cannot_name_are_refused(trace):
+    large = replace(trace, header=replace(trace.header, model=replace(MODEL, num_experts=257)))
+    with pytest.raises(ValueError, match=r"at most 256 experts a layer, which .* can name, got 257"):
+        pack(large, None, PACKING, progress=False)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(
+        ValueError, match=r"decode_steps must be 1 or more, got 0; prompt_tokens must be two"
+    ) as error:
+        Packing(decode_steps=0, prompt_tokens=(8, 3), levels=20)
+    assert "the smaller one first, got 8 and 3; levels must be a divisor of 255" in str(error.value)
