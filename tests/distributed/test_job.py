@@ -97,7 +97,7 @@ def test_a_full_disk_ends_a_job_that_is_continued_when_there_is_room(
 
 @pytest.fixture
 def page(tmp_path):
-    """A folder whose file system has room for two pages: the lock takes one, and some of the lines the other."""
+    """A folder whose file system has room for two pages: the lock has one, some of the lines the other."""
     folder = tmp_path / "page"
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", "size=8k", "tmpfs", str(folder)]
