@@ -54,7 +54,7 @@ ENGINE_GROUPS: Groups = {
         "numerics",
         "emulated_link_bandwidth",
     ),
-    "weight": ("expert_format", "dense_format", "dtype", "revision"),
+    "weights": ("expert_format", "dense_format", "dtype", "revision"),
     "output": ("out", "json", "timeline", "bound", "logprobs", "prompt_logprobs"),
     "many servers": ("ray", "workers", "nodes", "worker_timeout", "worker_start_timeout", "worker_retries"),
 }
