@@ -22,7 +22,7 @@ from predictor import SHIPPED
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ELSEWHERE = {
-    "calibrate": "tests/profiling/test_calibration.py",
+    "calibrate": "tests/profiling/test_calibrate_command.py",
     "demo": "tests/cli/test_demo.py",
     "doctor": "tests/cli/test_doctor.py",
     "perplexity": "tests/cli/test_perplexity.py",

@@ -1,6 +1,7 @@
 """The house: which room may import which, how long a file may be, what lies at the package's root."""
 
 import ast
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -125,3 +126,9 @@ def test_a_file_is_one_idea():
         for file in (ROOT / folder).rglob("*.py")
     }
     assert {str(file): lines for file, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def test_no_two_test_files_have_one_name():
+    """Pytest imports them by their names alone."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -144,7 +144,7 @@ def bar(label: str, total: int, so_far: Callable[[], SoFar], shown: bool = True)
     line, console = Status(so_far), Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=6),
+        BarColumn(bar_width=4),
         TextColumn("{task.percentage:.0f}%"),
         line,
         TimeRemainingColumn(),

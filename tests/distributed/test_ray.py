@@ -140,6 +140,7 @@ def test_a_job_whose_own_process_and_then_a_worker_are_killed(address, tiny, tmp
         assert [line["token_ids"] for line in found] == engine.generate(requests).token_ids
 
 
+@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")  # followed by another program
 def test_a_server_that_goes_takes_no_row_with_it(address, tmp_path):
     """Another raylet is another server to Ray; here both are of this machine."""
     from ray._private.node import Node
