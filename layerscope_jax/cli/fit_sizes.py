@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from layerscope_jax.checkpoints.dense_weights import DENSE_FORMATS
 from layerscope_jax.checkpoints.description import Description
+from layerscope_jax.checkpoints.manifest import is_converted
 from layerscope_jax.checkpoints.parameters import ROUTED, int8_saves
 from layerscope_jax.checkpoints.safetensors_io import dtype_named
 from layerscope_jax.formats import ExpertFormat, PlainFormat, format_named
@@ -140,4 +142,6 @@ class Sizes:
 
     def _can_stay_on_disk(self, name: str) -> bool:
         """Whether experts can be read from the checkpoint's files while the engine runs."""
-        return name == self.description.expert_format and isinstance(self.format(name), PlainFormat)
+        if name != self.description.expert_format:
+            return False
+        return isinstance(self.format(name), PlainFormat) or is_converted(Path(self.description.folder))

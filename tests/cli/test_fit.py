@@ -9,7 +9,7 @@ from fitting import GIB, TESTS, fitted, printed, without_weights
 from helpers import in_time
 
 from layerscope_jax import Engine, OffloadConfig, load
-from layerscope_jax.cli import fit
+from layerscope_jax.cli import fit, fit_sizes
 from layerscope_jax.cli import main as cli
 from layerscope_jax.support import machine
 
@@ -92,6 +92,18 @@ def test_where_experts_lie(device, host, where, code, qwen, capsys):
     assert expected[where] in said
     now = f"share the others change {found['chosen']['share']:.0%} {where} as it is"
     assert (now in said) == (where != "device")
+
+
+def test_packed_experts_may_stay_on_the_disk_once_they_are_converted(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fit_sizes, "HOST_MARGIN", 0)
+    assert cli.main(["convert", str(tiny), f"--out={tmp_path / 'int8'}", "--expert-format=int8"]) == 0
+    capsys.readouterr()
+    memory = ["--device-memory=4GiB", "--context=64", "--max-num-seqs=3"]
+    size = fitted(capsys, tmp_path / "int8", *memory, "--host-memory=1GiB")["chosen"]["expert_bytes"]
+    few = [*memory, f"--host-memory={3 * size}"]
+    assert fitted(capsys, tmp_path / "int8", *few)["chosen"]["experts_lie"] == "disk"
+    packing = fitted(capsys, tiny, *few, "--expert-format=int8", code=1)  # which it would have to be first
+    assert packing["chosen"]["experts_lie"] == "nowhere"
 
 
 def test_advice_can_be_followed(qwen, capsys):
