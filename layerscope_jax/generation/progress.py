@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,13 +40,7 @@ class SoFar(NamedTuple):
 
     def plus(self, other: SoFar) -> SoFar:
         """Returns the sums of both."""
-        return SoFar(
-            self.experts + other.experts,
-            self.hits + other.hits,
-            self.link_s + other.link_s,
-            self.disk_s + other.disk_s,
-            self.reads + other.reads,
-        )
+        return SoFar(*map(operator.add, self, other))
 
 
 def counted(meter: Meter, link: LinkStats, disk: DiskStats) -> SoFar:

@@ -2,6 +2,7 @@
 
 import pytest
 from command_lines import PROMPTS, write
+from fitting import without_weights
 from small_checkpoint import write_checkpoint
 
 
@@ -15,3 +16,9 @@ def tiny(tmp_path_factory):
 def prompts(tmp_path):
     """A file of four prompts."""
     return write(tmp_path / "prompts.jsonl", PROMPTS)
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """Qwen3-30B-A3B without its weights."""
+    return without_weights(tmp_path_factory.mktemp("qwen3"))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from command_lines import refusal
-from fitting import GIB, TESTS, fitted, printed, without_weights
+from fitting import GIB, TESTS, fitted, printed
 from helpers import in_time
 
 from layerscope_jax import Engine, OffloadConfig, load
@@ -14,12 +14,6 @@ from layerscope_jax.cli import main as cli
 from layerscope_jax.support import machine
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    """Qwen3-30B-A3B without its weights."""
-    return without_weights(tmp_path_factory.mktemp("qwen3"))
 
 
 @pytest.fixture(autouse=True)

@@ -21,12 +21,6 @@ NOWHERE = dict.fromkeys(("cpu", "cores", "device", "memory_bytes"))
 MACHINE = ["--device-memory=24GiB", "--host-memory=64GiB"]
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    """Qwen3-30B-A3B without its weights."""
-    return without_weights(tmp_path_factory.mktemp("qwen3"))
-
-
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch):
     for name in fit.FRACTIONS:
