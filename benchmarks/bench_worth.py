@@ -1,8 +1,8 @@
 """Where is a forecast worth something?
 
 Decode steps of published profiles on the virtual clock, by model, link, batch and device budget: without a
-forecast, with those that two predictors made when the routing was recorded (the routers' own, "gate", and
-LLaPor's), and with a perfect one.
+forecast, with those that predictors made when the routing was recorded (the routers' own, "gate", LLaPor's,
+and in recordings made with `--linear` a linear map's), and with a perfect one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from layerscope_jax.scheduling.geometry import Geometry
 from layerscope_jax.simulation.routing import Routing
 from layerscope_jax.simulation.simulator import Workload, simulate
 
-FORECASTS = {"gate": "gate", "llapor": "llapor", "perfect": "oracle"}
-"""Beside none: names of this table, and of the routing's predictors."""
+FORECASTS = {"gate": "gate", "linear": "linear", "llapor": "llapor", "perfect": "oracle"}
+"""Beside none: names of this table, and of the routing's predictors, of which shipped ones lack "linear"."""
 
 DISK = "disk"
 """As a link."""
@@ -53,6 +53,9 @@ class Options(harness.Common):
     disk_budgets: tuple[int, ...] = (50,)
     disk_steps: int = 4
     """The same with a disk, which takes long to simulate."""
+    recordings: Path | None = None
+    """Folder of routing to use in place of the shipped one: a file `MODEL.npz` for each model
+    (`tools.record_routing`)."""
     plot: Path | None = None
     """Also draws the figure."""
 
@@ -84,7 +87,12 @@ def cells(model: str, link: str, options: Options) -> list[dict[str, Any]]:
     profile, costs = loaded(model, link)
     if profile.routing is None:
         raise ValueError(f"the profile {model} names no recorded routing")
-    routing, rows = Routing.shipped(profile.routing), []
+    if options.recordings is None:
+        routing = Routing.shipped(profile.routing)
+    else:
+        routing = Routing.load(options.recordings / f"{model}.npz")
+    forecasts = {name: made for name, made in FORECASTS.items() if made in routing.predictors}
+    rows = []
     total = profile.model.num_layers * profile.model.num_experts
     host_slots, steps = (total // 2, options.disk_steps) if link == DISK else (None, options.steps)
     batches = options.disk_batches if link == DISK else options.batches
@@ -95,11 +103,10 @@ def cells(model: str, link: str, options: Options) -> list[dict[str, Any]]:
         prefill = Workload(phase="prefill", tokens=tokens, counts=routing.prefill(requests)[None])
         for budget in budgets:
             geometry, times = replace(profile.geometry(), slots=total * budget // 100), {}
-            for name in (None, *FORECASTS):
-                made = routing.batch(requests, FORECASTS[name] if name else "none")
-                counts = made.counts[:steps]
-                forecasts = made.forecasts[:steps] if name else None
-                decode = Workload(phase="decode", tokens=batch, counts=counts, forecasts=forecasts)
+            for name in (None, *forecasts):
+                made = routing.batch(requests, forecasts[name] if name else "none")
+                counts, expected = made.counts[:steps], made.forecasts[:steps] if name else None
+                decode = Workload(phase="decode", tokens=batch, counts=counts, forecasts=expected)
                 times[name or "none"] = step_ms(options, [prefill, decode], geometry, costs, host_slots)
             rows.append(
                 {
@@ -108,7 +115,7 @@ def cells(model: str, link: str, options: Options) -> list[dict[str, Any]]:
                     "batch": batch,
                     "budget_percent": budget,
                     "step_ms": times,
-                    "to_none": {name: times[name] / times["none"] for name in FORECASTS},
+                    "to_none": {name: times[name] / times["none"] for name in forecasts},
                 }
             )
     return rows

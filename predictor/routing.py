@@ -17,9 +17,10 @@ from layerscope_jax.simulation.routing import Routing, StoredForecast
 from layerscope_jax.simulation.routing_files import FORMAT, MOST_EXPERTS
 from layerscope_jax.support import interrupts
 from layerscope_jax.support.checks import Problems
-from predictor.baselines import Candidate, Gate, Learned, Popularity, PreviousToken, truth
+from predictor.baselines import Candidate, Gate, Learned, Linear, Popularity, PreviousToken, truth
 from predictor.dataset import load_rows
 from predictor.documents import HELDOUT_SHARE
+from predictor.linear import LinearParams
 from predictor.llapor import LLaPor
 from predictor.metrics import ranked_recall
 from predictor.pca import Basis
@@ -78,7 +79,14 @@ class Packing:
         return self.prompt_tokens[1] + self.decode_steps
 
 
-def pack(trace: Trace, llapor: LLaPor | None, packing: Packing, *, progress: bool = True) -> Routing:
+def pack(
+    trace: Trace,
+    llapor: LLaPor | None,
+    packing: Packing,
+    *,
+    linear: LinearParams | None = None,
+    progress: bool = True,
+) -> Routing:
     """Held-out routing of a trace with the forecasts of `llapor` and of the next layers' routers.
 
     Recall is of all tokens of the held-out passages that are long enough, but the first ones, which have no
@@ -88,6 +96,7 @@ def pack(trace: Trace, llapor: LLaPor | None, packing: Packing, *, progress: boo
         trace: of the model, with hidden states.
         llapor: a predictor of the same model; None for the routers' forecast alone.
         packing: how much is kept.
+        linear: a linear map fitted for all horizons of `llapor`, whose forecast is kept too; None for none.
         progress: whether to show a progress bar on stderr.
 
     Raises:
@@ -116,8 +125,14 @@ def pack(trace: Trace, llapor: LLaPor | None, packing: Packing, *, progress: boo
     look_ahead = min(packing.gate_look_ahead, layers) if llapor is None else llapor.look_ahead
     horizons = tuple(range(1, look_ahead + 1))
     candidates = candidates_of(trace, llapor, horizons)
+    if linear is not None:
+        candidates.append(Linear(linear))
     kept = min(packing.kept or choices + 2, experts)
-    looked = {LLaPor.name: look_ahead, NextGate.name: min(packing.gate_look_ahead, look_ahead)}
+    looked = {
+        LLaPor.name: look_ahead,
+        Linear.name: look_ahead,
+        NextGate.name: min(packing.gate_look_ahead, look_ahead),
+    }
     stored: dict[str, list[StoredForecast]] = {each.name: [] for each in candidates if each.name in looked}
     recall: dict[str, list[np.ndarray]] = {candidate.name: [] for candidate in candidates}
     counted = positions(rows.passages) > 0

@@ -17,6 +17,7 @@ import tyro
 
 from layerscope_jax.prediction.traces import Trace
 from layerscope_jax.support.files import read_json
+from predictor.fitted import load_or_fit
 from predictor.llapor import LLaPor
 from predictor.routing import MOST_REQUESTS, Packing, pack
 from tools.shipped_model.baselines import Bigram
@@ -35,6 +36,8 @@ class Options:
         model: the model made of it (`tools.shipped_model.release`).
         traces: recorded with that model (`layerscope trace`).
         predictor: trained on the trace (`predictor.train`).
+        linear: folder for a linear map of LLaPor's inputs, which is fitted as LLaPor was trained if it is not
+            there; its forecast is kept as well, for `bench_worth --recordings`.
         out: the .npz file.
         packing: how much is kept.
     """
@@ -46,6 +49,7 @@ class Options:
     traces: Path
     predictor: Path
     out: Path
+    linear: Path | None = None
     packing: Packing = field(default_factory=lambda: Packing(requests=MOST_REQUESTS))
 
 
@@ -86,7 +90,12 @@ def main() -> None:
     """Runs the command line; exits with 2 and a message for what does not serve."""
     try:
         options = tyro.cli(Options, description=__doc__)
-        routing = pack(Trace.open(options.traces), LLaPor.load(options.predictor), options.packing)
+        trace, llapor, fitted = Trace.open(options.traces), LLaPor.load(options.predictor), None
+        if options.linear is not None:
+            tokens = read_json(options.predictor / "run.json")["tokens"]  # as many as LLaPor had
+            options.linear.mkdir(parents=True, exist_ok=True)
+            fitted = load_or_fit(options.linear, trace, tuple(range(1, llapor.look_ahead + 1)), tokens).linear
+        routing = pack(trace, llapor, options.packing, linear=fitted)
         header = {**routing.header, **origin(options)}
         replace(routing, header=header).save(options.out)
     except (ValueError, OSError) as error:

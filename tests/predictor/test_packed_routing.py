@@ -10,6 +10,7 @@ from synthetic import CHOICES, EXPERTS, LAYERS, MODEL, untrained, write_trace
 
 from layerscope_jax.simulation.routing import Routing
 from predictor.dataset import load_rows
+from predictor.fitted import load_or_fit
 from predictor.routers import Routers
 from predictor.routing import MOST_ROWS, Packing, pack, requests_of
 
@@ -86,6 +87,15 @@ def test_without_a_predictor_the_gate_forecasts(trace, packed):
     assert alone.header["recall"].keys() == {"gate", "previous-token"}
     for here, there in zip(alone.forecasts["gate"], packed.forecasts["gate"], strict=True):
         np.testing.assert_array_equal(here[:, :, :, :1], there)
+
+
+def test_a_linear_map_is_packed_beside_it(trace, packed, tmp_path):
+    """For benchmarks, which ask what LLaPor is worth above it."""
+    linear = load_or_fit(tmp_path, trace, (1, 2), 2000, progress=False).linear
+    found = pack(trace, untrained(trace), PACKING, linear=linear, progress=False)
+    assert set(found.forecasts) - set(packed.forecasts) == {"linear"}
+    assert found.forecasts["linear"].experts.shape == packed.forecasts["llapor"].experts.shape
+    assert found.header["recall"]["linear"]["this_step"][0] > 0.6  # it begins from the routers' own
 
 
 def test_as_many_requests_as_there_are(trace):
