@@ -5,6 +5,9 @@ and the simulator, given what was calibrated and what the engine's layers asked 
 should take. Both begin with an empty device and go through the same calls; those after the warm-up are
 compared. Layers are calibrated at the run's own batch and context. The virtual clock stands still while a
 policy thinks: how long each thought is measured, and added in a comparison beside.
+
+Machines drift: two cores of a shared server are at times half as fast again as a minute before. So
+calibrating and running take turns, and the means over all turns are compared.
 """
 
 from __future__ import annotations
@@ -44,14 +47,20 @@ class Options(harness.Common):
     checkpoint: Path = SHIPPED
     prompts: Path | None = None
     """JSON lines with a "prompt" each; prompts.jsonl in the checkpoint's folder if left out."""
-    policies: tuple[str, ...] = ("host-only", "lru", "fiddler", "hybrimoe", "presched", "presched-paper")
+    policies: tuple[str, ...] = (
+        *("host-only", "lru", "fiddler", "hybrimoe", "presched", "presched-paper"),
+        "auto",
+    )
     budget: int = 25
     """Percent of the bytes of all experts."""
     link: str = "100MB"
     """Bytes a second."""
     batch: int = 8
     new_tokens: int = 32
-    rounds: int = 5
+    turns: int = 4
+    """Calibrations, each followed by runs."""
+    rounds: int = 2
+    """Timed runs of a turn."""
 
 
 class Turn(NamedTuple):
@@ -120,7 +129,7 @@ def sizes(prompts: list[list[int]], new_tokens: int) -> tuple[int, int, int]:
 def compare(
     model: Model, prompts: list[list[int]], profile: MachineProfile, options: Options
 ) -> dict[str, Any]:
-    """Each policy, run and simulated: milliseconds of each step, medians over the rounds."""
+    """Each policy, run and simulated after a calibration: ms of each step, medians over the rounds."""
     budget = model.bank.total_bytes * options.budget // 100
     geometry = profile.geometry(budget // model.bank.expert_bytes)
     recordings = {name: Recording(POLICIES[name]()) for name in options.policies}
@@ -162,6 +171,30 @@ def compare(
             "compiled_while_timed": samples[name].compiled,
         }
     return found
+
+
+def together(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over turns of what `compare` returns; of what was compiled the sum."""
+
+    def mean(*values: Any) -> Any:
+        return np.mean(values, 0).tolist()
+
+    return {
+        name: {
+            "prefill_ms": jax.tree.map(mean, *(turn[name]["prefill_ms"] for turn in turns)),
+            "decode_ms": {
+                way: mean(*(turn[name]["decode_ms"][way] for turn in turns))
+                for way in ("measured", "predicted")
+            },
+            "planning_ms": mean(*(turn[name]["planning_ms"] for turn in turns)),
+            "compiled_while_timed": sum(turn[name]["compiled_while_timed"] for turn in turns),
+            "decode_ms_by_turn": {
+                way: [float(np.mean(turn[name]["decode_ms"][way])) for turn in turns]
+                for way in ("measured", "predicted")
+            },
+        }
+        for name in turns[0]
+    }
 
 
 def ordering(measured: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, Any]:
@@ -236,7 +269,7 @@ def table(rows: Mapping[str, Any], found: Mapping[str, Any]) -> None:
 
 def main(options: Options) -> dict[str, Any]:
     if options.quick:
-        options = Options(**(vars(options) | {"new_tokens": 3, "rounds": 1}))
+        options = Options(**(vars(options) | {"new_tokens": 3, "turns": 1, "rounds": 1}))
     with contextlib.suppress(RuntimeError):  # JAX is in use already: with as many as it has
         jax.config.update("jax_num_cpu_devices", 2)  # without an accelerator, the second is its host
     try:
@@ -247,30 +280,37 @@ def main(options: Options) -> dict[str, Any]:
         raise SystemExit(f"error: {error}") from None
     record, progress = harness.machine(), Console(stderr=True)
     prefill, decode, context = sizes(prompts, options.new_tokens)
-    profile = calibrate(
-        model,
-        device_budget=model.bank.total_bytes * options.budget // 100,
-        emulated_link_bandwidth=options.link,
-        points=Points(
-            tokens=(1, 64) if options.quick else THOROUGH.tokens,
-            decode=(decode,),
-            prefill=(prefill,),
-            context=context,
-        ),
-        contexts=(),
+    points = Points(
+        tokens=(1, 64) if options.quick else THOROUGH.tokens,
+        decode=(decode,),
+        prefill=(prefill,),
+        context=context,
     )
-    progress.print(f"calibrated in {profile.details['seconds']} s")
-    rows = compare(model, prompts, profile, options)
+    profiles, compared = [], []
+    for turn in range(options.turns):
+        profiles.append(
+            calibrate(
+                model,
+                device_budget=model.bank.total_bytes * options.budget // 100,
+                emulated_link_bandwidth=options.link,
+                points=points,
+                contexts=(),
+            )
+        )
+        progress.print(f"turn {turn + 1}: calibrated in {profiles[-1].details['seconds']} s")
+        compared.append(compare(model, prompts, profiles[-1], options))
+    rows = together(compared)
     found = summary(rows)
     result = {
         "benchmark": "simulator",
         "quick": options.quick,
         "machine": record,
-        "profile": profile.to_json(),
+        "profiles": [profile.to_json() for profile in profiles],
         "budget_percent": options.budget,
         "link": options.link,
         "batch": len(prompts),
         "new_tokens": options.new_tokens,
+        "turns": options.turns,
         "rounds": options.rounds,
         "summary": found,
         "policies": rows,

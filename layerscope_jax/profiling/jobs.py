@@ -22,9 +22,10 @@ from layerscope_jax.offload.staged import StagedHost
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import Predictor
 from layerscope_jax.runtime.computing import ARRIVALS
+from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.scheduling.baselines import HostOnly
-from layerscope_jax.scheduling.plan import ExpertId
+from layerscope_jax.scheduling.plan import ExpertId, LayerPlan
 from layerscope_jax.support.errors import TransferError
 
 Job = Callable[[int], float | None]
@@ -146,21 +147,30 @@ class Jobs:
 
         return job
 
-    def link(self, experts: int) -> Job:
-        """Copies experts to the device, at most `arriving`, and drops them there."""
+    def link(self, experts: int, at_once: int | None = None) -> Job:
+        """Loads experts to the device as an engine does, and evicts them.
 
-        def copy(copies: set[ExpertId]) -> None:
-            self._transfers.submit(copies, [])
-            self._transfers.wait(copies, len(copies))  # one wake-up disturbs the other jobs less than several
-            for weights in self._transfers.arrivals()[0].values():
-                self._device.keep(weights)
+        Args:
+            experts: how many, at most `arriving`.
+            at_once: arrivals that are waited for together; None for as many as in an engine.
+        """
+        waited = at_once or (experts if self._transfers.within else ARRIVALS)
+        held = Residency(experts * self.model.bank.expert_bytes, self.model.bank.expert_bytes)
+        tier = DeviceTier(held, self._transfers, self._device.keep)
+
+        def copy(layer: int) -> None:
+            numbers = tuple(range(experts))
+            loads = tuple(ExpertId(layer, number) for number in numbers)
+            tier.follow(LayerPlan(step=0, layer=layer, device=numbers, load=loads))
+            while missing := tier.missing(layer, numbers):
+                tier.fetch(layer, missing, min(waited, len(missing)))
+            tier.lose()
 
         def job(round: int) -> float | None:
             if not self.roomy:
                 self._weights = []
             layer = round % self._turns
-            copies = {ExpertId(layer, expert) for expert in range(experts)}
-            return self._read(layer, range(experts), lambda: copy(copies), "link")
+            return self._read(layer, range(experts), lambda: copy(layer), "link")
 
         return job
 

@@ -132,7 +132,9 @@ def others(jobs: Jobs, part: str) -> list[Job]:
     Both sides compute experts while the link copies some. During attention only the link is busy, with copies
     for later layers.
     """
-    host, device, link = jobs.host(BUSY_TOKENS), jobs.device(BUSY_TOKENS), jobs.link(jobs.arriving)
+    # One wake-up for what is copied disturbs the others less than several.
+    link = jobs.link(jobs.arriving, at_once=jobs.arriving)
+    host, device = jobs.host(BUSY_TOKENS), jobs.device(BUSY_TOKENS)
     near = jobs.neighbours() if part == "link" else []
     return (
         near
