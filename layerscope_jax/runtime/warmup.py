@@ -11,13 +11,12 @@ import numpy as np
 from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, possible_groups
 from layerscope_jax.models.decoder import Between
-from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, place_rows
+from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
 from layerscope_jax.offload.host_rows import HostRows
 from layerscope_jax.runtime.dense import StepInputs
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
 from layerscope_jax.support.devices import finish_all
-from layerscope_jax.support.units import next_power
 
 if TYPE_CHECKING:
     from layerscope_jax.runtime.accounts import Account
@@ -145,17 +144,16 @@ class Rehearsal:
     def _experts(self, outputs: Any, inputs: jax.Array, chosen: np.ndarray, tokens: int) -> Any:
         """Runs every program for experts with up to `tokens` tokens, on each side that may compute them."""
         runner, policy = self.runner, self.policy
-        total, choices = chosen.size, chosen.shape[1]
+        choices = chosen.shape[1]
         first = ExpertId(0, 0)
         shared, slots = self._device_experts.waits, runner.residency.slots
+        device: Any = runner.device_experts
         # If the device is this machine's CPU, experts that are always resident stay in the bank.
         copies = slots and policy.uses_device and (policy.uses_host or not shared)
         if shared or policy.uses_host:
             self._on_cpu(inputs, chosen, tokens, runner.host_experts.weights(first))
         if policy.uses_host and not shared:
-            for power in range(next_power(tokens * choices).bit_length()):
-                places = np.full(1 << power, total, np.int32)
-                outputs = place_rows(outputs, places, np.zeros((1 << power, outputs.shape[1]), outputs.dtype))
+            outputs = device.rehearse_placing(outputs)
         if copies:
             weights = jax.device_put(runner.model.bank.parcel(first), runner.transfers.sharding)
             if shared:
@@ -163,7 +161,6 @@ class Rehearsal:
                 self._on_cpu(inputs, chosen, tokens, kept)
             else:
                 groups = possible_groups(tokens, choices, runner.model.config.num_experts)
-                device: Any = runner.device_experts
                 outputs = device.rehearse(outputs, inputs, groups, weights, choices)
         return outputs
 
