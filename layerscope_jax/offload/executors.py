@@ -185,6 +185,10 @@ class DeviceExperts:
             outputs, _ = grouped_ffn(outputs, inputs, places, (weights,) * size, choices, product)
         return outputs
 
+    def passed_on(self, outputs: Any, decoding: bool) -> Any:
+        """Returns a layer's outputs, or `nothing`, in the form that the next layer's program takes."""
+        return outputs
+
     def host_rows(self, outputs: jax.Array) -> np.ndarray:
         """Returns the array [T * K + 1, D] in host memory to which the host writes its rows in each layer."""
         if len(outputs) not in self._host_rows:
@@ -295,6 +299,9 @@ class SharedExperts:
         choices: int,
     ) -> np.ndarray:
         return outputs  # its loops are compiled by computing a row (`runtime.warmup`)
+
+    def passed_on(self, outputs: np.ndarray, decoding: bool) -> np.ndarray:
+        return outputs
 
     def host_rows(self, outputs: np.ndarray) -> np.ndarray:
         return outputs

@@ -139,6 +139,7 @@ class SlottedExperts(DeviceExperts):
         self._pool: Any = None
         self._computed: frozenset[int] = frozenset()  # of this layer, by `begin`
         self._done: jax.Array | None = None
+        self._no_words: dict[int, jax.Array] = {}
         self._step: tuple[jax.Array, jax.Array, int] | None = None  # of a decode step, what `begin` was given
 
     def reserve(self, bank: ExpertBank, slots: int) -> None:
@@ -155,8 +156,7 @@ class SlottedExperts(DeviceExperts):
         self._slot_of: dict[ExpertId, int] = {}
         self._listed: list[set[int]] = [set() for _ in bank.layers]
         self._scalars: dict[int, jax.Array] = {}
-        with jax.default_device(self._device):  # not committed to it, as no array of NumPy is: one program
-            self._every = jax.device_put(np.ones(bank.num_experts, np.bool_))
+        self._every = self._constant(np.ones(bank.num_experts, np.bool_))
         self._pool = None  # before its successor takes as much memory
         if not slots:
             return
@@ -203,6 +203,11 @@ class SlottedExperts(DeviceExperts):
         if number not in self._scalars:
             self._scalars[number] = jax.device_put(np.int32(number), self._device)
         return self._scalars[number]
+
+    def _constant(self, array: np.ndarray) -> jax.Array:
+        """Returns a copy on the device that takes the place of NumPy's arrays in the same program."""
+        with jax.default_device(self._device):  # not committed to it, as these are not
+            return jax.device_put(array)
 
     def release(self, slot: Any) -> None:
         """Frees the slot of an evicted expert."""
@@ -308,6 +313,14 @@ class SlottedExperts(DeviceExperts):
         """Runs the program of `place`, if there is one."""
         passed_on = self._step is not None and self.passes_rows_on
         return outputs if passed_on else super().rehearse_placing(outputs)
+
+    def passed_on(self, outputs: Any, decoding: bool) -> Any:
+        """Returns a decode step's outputs as `HostRows`, whether or not the host had any: one program."""
+        if not (decoding and self.passes_rows_on) or isinstance(outputs, HostRows):
+            return outputs
+        if len(outputs) not in self._no_words:
+            self._no_words = {len(outputs): self._constant(HostRows.none(outputs).words)}
+        return HostRows(outputs, self._no_words[len(outputs)])
 
     def give_back(self, outputs: Any) -> None:
         super().give_back(outputs.outputs if isinstance(outputs, HostRows) else outputs)

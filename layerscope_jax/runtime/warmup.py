@@ -12,7 +12,6 @@ from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, possible_groups
 from layerscope_jax.models.decoder import Between
 from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
-from layerscope_jax.offload.host_rows import HostRows
 from layerscope_jax.runtime.dense import StepInputs
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
@@ -38,7 +37,6 @@ class Rehearsal:
     def __init__(self, runner: LayerByLayer, device_experts: DeviceExperts | SharedExperts):
         self.runner, self.policy, self.costs = runner, runner.policy, runner.costs
         self._device_experts = device_experts
-        self._hosted = False
 
     @property
     def resident_experts(self) -> int:
@@ -71,15 +69,8 @@ class Rehearsal:
 
     def _run(self, *inputs: Any) -> Any:
         self.runner.settle_if_needed()
-        tokens, positions, last, _, *others = inputs
         try:
-            self._hosted = False
-            found = self.runner.dense.through(self._layer, self._device_experts.nothing, *inputs)
-            if tokens.shape[1] == 1 and self.policy.uses_host and self._device_experts.passes_rows_on:
-                self._hosted = True  # programs that get rows of the host are others
-                inputs = (tokens, positions, last, found[0][2], *others)
-                found = self.runner.dense.through(self._layer, self._device_experts.nothing, *inputs)
-            return found
+            return self.runner.dense.through(self._layer, self._device_experts.nothing, *inputs)
         except BaseException:
             self.settle()
             raise
@@ -107,7 +98,9 @@ class Rehearsal:
     def _layer(
         self, layer: int, step: StepInputs, state: Between, caches: list[Any]
     ) -> tuple[Between, list[Any]]:
-        runner, device = self.runner, self._device_experts
+        runner, device, decoding = self.runner, self._device_experts, step.phase == "decode"
+        if layer == 0:
+            state = state._replace(outputs=device.passed_on(state.outputs, decoding))
         looks_ahead = runner.forecasts.in_layer is not None
         if looks_ahead and runner.policy.spares_forecasts:
             *_, caches, _, _ = runner.dense.attend(layer, step, state, caches, False)
@@ -115,8 +108,7 @@ class Rehearsal:
             layer, step, state, caches, looks_ahead
         )
         outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
-        hosted = HostRows.none(outputs) if self._hosted else None
-        if layer == 0 and not self._hosted:
+        if layer == 0:
             outputs = runner.device_experts.begin(
                 outputs, inputs, experts, step.positions, layer, always=True
             )
@@ -124,7 +116,7 @@ class Rehearsal:
             self._ask(step.phase, Assignments(chosen, step.active), expected)
             outputs = self._experts(outputs, inputs, chosen, int(step.active.sum()))
         device.give_back(outputs)
-        return Between(hidden, outputs if hosted is None else hosted, weights), caches
+        return Between(hidden, device.passed_on(outputs, decoding), weights), caches
 
     def _ask(self, phase: Phase, rows: Assignments, expected: np.ndarray | None) -> None:
         """Asks the policy for a plan, which compiles its loops, and drops the plan; policies are pure."""
