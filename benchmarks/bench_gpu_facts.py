@@ -25,10 +25,10 @@ import tyro
 from benchmarks import harness
 from benchmarks.memory_facts import donation, on_device, ordinary, pinned, pinned_memory, views, waited
 from layerscope_jax import parse_bytes
-from layerscope_jax.kernels.grouping import GROUP_SIZES
+from layerscope_jax.kernels.grouping import TILES
 from layerscope_jax.models.experts import ExpertWeights, ffn
 from layerscope_jax.offload.bank import device_sharding
-from layerscope_jax.offload.executors import grouped_ffn
+from layerscope_jax.offload.slotted import tiled_slots
 
 IN_A_ROW = 4
 """Copies that are begun before the first is waited for, where several are."""
@@ -190,24 +190,29 @@ def small_calls(options: Options) -> dict[str, dict[str, float]]:
 
 
 def same_bits(width: int, hidden: int) -> dict[str, bool]:
-    """Whether rows of an expert have the same bits however many experts are computed in its dispatch.
+    """Whether an expert's rows have the same bits wherever it is in a dispatch, and in the slots.
 
     Returns:
-        Rows an expert -> whether they have.
+        Rows of a tile -> whether they have.
     """
     random, found = np.random.default_rng(0), {}
     numbers = [
         random.standard_normal(shape) * shape[1] ** -0.5 for shape in ((hidden, width), (width, hidden))
     ]
     into, out = (matrix.astype(jnp.bfloat16) for matrix in numbers)
+    pool = ExpertWeights(*(on_device(np.stack([one] * TILES)) for one in (into, into, out)))
     for rows in (2, 32):
-        inputs = random.standard_normal((max(GROUP_SIZES) * rows, width)).astype(jnp.bfloat16)
+        inputs = random.standard_normal((TILES * rows, width)).astype(jnp.bfloat16)
+        tiles = np.arange(TILES * rows, dtype=np.int32).reshape(TILES, rows)
         seen = set()
-        for size in GROUP_SIZES:
-            weights = [on_device(ExpertWeights(into, into, out)) for _ in range(size)]
-            slots = np.arange(size * rows, dtype=np.int32).reshape(size, rows)
+        for first in (
+            0,
+            1,
+            TILES // 2,
+        ):  # the first tile's place in the dispatch, and its expert's slot
+            places = np.concatenate([np.roll(tiles, first, 0), np.arange(TILES, dtype=np.int32)[:, None]], 1)
             outputs = jnp.zeros((len(inputs) + 1, width), jnp.bfloat16, device=device_sharding())
-            outputs, _ = grouped_ffn(outputs, on_device(inputs), slots, tuple(weights), 1, ffn)
+            outputs, _ = tiled_slots(outputs, on_device(inputs), places, pool, 1, ffn)
             seen.add(np.asarray(outputs)[:rows].tobytes())
         found[str(rows)] = len(seen) == 1
     return found
@@ -239,7 +244,7 @@ def tables(result: dict[str, Any]) -> None:
         ("donated rows are written to in place", kept["rows"], ""),
         ("donated caches, too", kept["caches"], ""),
         (
-            "an expert's rows have the same bits in any dispatch",
+            "an expert's rows have the same bits anywhere in a dispatch",
             all(result["same_bits"].values()),
             ", ".join(
                 f"{rows} rows: {'yes' if same else 'no'}" for rows, same in result["same_bits"].items()

@@ -323,10 +323,10 @@ class Engine:
         prefill programs of their own, one for each power of two of requests, compiled when first needed. Each
         takes as long to compile as the batch's, and is needed only if more requests come than there are
         slots. To compile these too, warm up again with `max_num_seqs` set to the size of such a group
-        (`scheduler.joining` gives it); then only one small program is left. Which expert programs a prefill
-        needs depends on how tokens are routed, so all possible ones are compiled: on each side that computes,
-        in each phase, one for each of up to 21 shapes (`possible_groups` of `kernels.grouping`); for an
-        accelerator up to log2(T K) + 2 more, which place what the host computed; and about a dozen others.
+        (`scheduler.joining` gives it); then only one small program is left. However tokens are routed, an
+        accelerator computes experts by one program in each phase; one more places what the host computed in a
+        prefill. About a dozen are for the rest. Where a CPU leaves experts to XLA (float16), the shapes that
+        routing may lead to, up to 21 (`possible_groups` of `kernels.grouping`), are all compiled.
         `use_compilation_cache` saves the next process most of this work.
 
         Residency, copies in flight, statistics, and what policy and predictor have learned stay unchanged.

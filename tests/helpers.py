@@ -61,8 +61,8 @@ PROFILE = HardwareProfile(
 )
 """The host is faster up to about 11 tokens."""
 
-compiled: list[float] = []
-"""Seconds of every program that XLA has compiled so far."""
+compiled: list[str] = []
+"""Names of all programs that XLA has compiled so far."""
 
 MACHINE = {
     "cpu",
@@ -77,9 +77,9 @@ MACHINE = {
 """What a benchmark says of the machine."""
 
 
-def _count(event: str, duration_secs: float, **_: Any) -> None:
+def _count(event: str, duration_secs: float, **others: Any) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        compiled.append(duration_secs)
+        compiled.append(others.get("fun_name", "").removeprefix("jit(").removesuffix(")"))
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)

@@ -11,7 +11,7 @@ import jax
 from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.formats import PlainFormat
 from layerscope_jax.generation.scheduler import MIN_LENGTH, MIN_WIDTH, batch_rows, bucket
-from layerscope_jax.kernels.grouping import GROUP_SIZES, MAX_ROWS
+from layerscope_jax.kernels.grouping import MAX_ROWS, TILES
 from layerscope_jax.models.cache import cache_bytes
 from layerscope_jax.models.config import ModelConfig
 from layerscope_jax.support import machine
@@ -121,7 +121,7 @@ def device_needs(
     attention = SCORES * 4 * tokens * heads * length
     if latent is not None:
         attention += seen * heads * (2 * latent.nope + latent.rope + 2 * latent.value) * itemsize
-    computed = GROUP_SIZES[0] * min(MAX_ROWS, max(2, next_power(tokens)))
+    computed = TILES * min(MAX_ROWS, max(2, next_power(tokens)))  # no tile has more rows
     plain = config.expert_bytes(4)  # unpacked in float32, and then in the dtype of activations
     return DeviceNeeds(
         dense=dense_bytes,

@@ -20,7 +20,7 @@ import numpy as np
 
 from layerscope_jax.formats import ExpertFormat, plain_of
 from layerscope_jax.kernels.activations import facts_of
-from layerscope_jax.kernels.grouping import Assignments, Group
+from layerscope_jax.kernels.grouping import Assignments, Group, pieces
 from layerscope_jax.kernels.host_kernels import WORDS, AddressKernel, RowsKernel, addresses_of, suits
 from layerscope_jax.kernels.loops import no_scratch
 from layerscope_jax.kernels.registry import Work
@@ -367,18 +367,3 @@ def check(
         f"{layout.width}] of one dtype, row after row, got {inputs.dtype}{list(inputs.shape)} and "
         f"{outputs.dtype}{list(outputs.shape)}"
     )
-
-
-def pieces(
-    addresses: np.ndarray, firsts: np.ndarray, lasts: np.ndarray, most: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same experts with at most so many rows each, an expert of more several times.
-
-    >>> addresses, firsts, lasts = pieces(np.array([[1], [2]]), np.array([0, 5]), np.array([5, 7]), 2)
-    >>> addresses.tolist(), firsts.tolist(), lasts.tolist()
-    ([[1], [1], [1], [2]], [0, 2, 4, 5], [2, 4, 5, 7])
-    """
-    counts = -(-(lasts - firsts) // most)
-    whose = np.repeat(np.arange(len(firsts)), counts)
-    firsts = firsts[whose] + most * (np.arange(len(whose)) - (np.cumsum(counts) - counts)[whose])
-    return addresses[whose], firsts, np.minimum(firsts + most, lasts[whose])

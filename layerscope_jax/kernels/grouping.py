@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from layerscope_jax.models.experts import block_rows
 from layerscope_jax.support.njit import njit
 from layerscope_jax.support.units import next_power
 
@@ -18,6 +19,10 @@ expert's weights are read often enough per row, and more buckets would only mean
 GROUP_SIZES = (16, 4, 1)
 """Experts in one dispatch. The largest hides the cost of dispatching; each is a program of its own to
 compile, for each row bucket, so they are few."""
+
+TILES = 16
+"""Tiles in one dispatch, always: one program serves every routing. Few enough that the last dispatch is not
+mostly padding where few experts are computed."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,31 @@ class Assignments:
             for size, part in dispatches(cut)
         ]
 
+    def tiles(self, experts: Sequence[int], slots: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
+        """Parts the rows of `experts` into tiles, an expert of more rows than a tile into several.
+
+        How an expert's rows are cut depends on nothing but their number and the tile's.
+
+        Args:
+            experts: numbers within the layer, one or more.
+            slots: where each of them is kept.
+            shape: (N, M), tiles of a dispatch and rows of a tile, as of `tile_shape`.
+
+        Returns:
+            [dispatches, N, M + 1] int32: output rows of each tile, padding T * K, and then its slot. What the
+            last dispatch lacks are tiles of the last slot with padding alone.
+        """
+        count, size = shape
+        index = np.array(experts)
+        kept, firsts, lasts = pieces(np.array(slots), self.starts[index], self.ends[index], size)
+        ranks = firsts[:, None] + np.arange(size)
+        there = ranks < lasts[:, None]
+        places = np.full((-(-len(kept) // count) * count, size + 1), self.total, np.int32)
+        places[: len(kept), :-1][there] = self.order[ranks[there]]
+        places[: len(kept), -1] = kept
+        places[len(kept) :, -1] = kept[-1]
+        return places.reshape(-1, count, size + 1)
+
     def _group(self, bucket: int, size: int, pieces: list[tuple[int, np.ndarray]]) -> Group:
         slots = np.full((size, bucket), self.total, np.int32)
         for index, (_, piece) in enumerate(pieces):
@@ -148,6 +178,37 @@ class Assignments:
         chosen = [expert for expert, _ in pieces]
         chosen += chosen[:1] * (size - len(chosen))
         return Group(tuple(chosen), slots, sum(len(piece) for _, piece in pieces))
+
+
+def tile_shape(total: int, num_experts: int) -> tuple[int, int]:
+    """Tiles of a dispatch, and rows of a tile, which depend on the number of rows in a step alone.
+
+    Args:
+        total: T * K.
+        num_experts: E, over which these rows are spread.
+
+    >>> tile_shape(total=4096 * 8, num_experts=64), tile_shape(total=16 * 8, num_experts=64)
+    ((16, 128), (16, 2))
+    >>> tile_shape(total=4, num_experts=8)
+    (4, 2)
+    """
+    rows = block_rows(total, num_experts, MAX_ROWS)
+    return min(TILES, total, (total + num_experts * (rows - 1)) // rows), rows
+
+
+def pieces(
+    whose: np.ndarray, firsts: np.ndarray, lasts: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same experts with at most so many rows each, an expert of more several times.
+
+    >>> whose, firsts, lasts = pieces(np.array([[1], [2]]), np.array([0, 5]), np.array([5, 7]), 2)
+    >>> whose.tolist(), firsts.tolist(), lasts.tolist()
+    ([[1], [1], [1], [2]], [0, 2, 4, 5], [2, 4, 5, 7])
+    """
+    counts = -(-(lasts - firsts) // most)
+    index = np.repeat(np.arange(len(firsts)), counts)
+    firsts = firsts[index] + most * (np.arange(len(index)) - (np.cumsum(counts) - counts)[index])
+    return whose[index], firsts, np.minimum(firsts + most, lasts[index])
 
 
 def possible_groups(tokens: int, choices: int, num_experts: int) -> list[tuple[int, int]]:

@@ -166,14 +166,14 @@ def combine(hidden: jax.Array, outputs: jax.Array, weights: jax.Array) -> jax.Ar
     return hidden + total.astype(hidden.dtype)
 
 
-def block_rows(assignments: int, num_experts: int) -> int:
-    """Rows of a block in `stacked_ffn`: about half an expert's mean share, a power of two in 2..64.
+def block_rows(assignments: int, num_experts: int, most: int = 64) -> int:
+    """Rows of a block in `stacked_ffn`: about half an expert's mean share, a power of two in 2..`most`.
 
     Larger blocks read each expert's weights fewer times; smaller ones waste fewer padded rows. One row is
     avoided: XLA's CPU matrix-vector product is several times slower than the product with two rows.
     """
     share = max(1, assignments // (2 * num_experts))
-    return min(64, max(2, 1 << (share.bit_length() - 1)))
+    return min(most, max(2, 1 << (share.bit_length() - 1)))
 
 
 @functools.partial(jax.jit, inline=True, static_argnames="body")

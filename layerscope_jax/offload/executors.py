@@ -22,6 +22,10 @@ from layerscope_jax.offload.bank import ExpertBank
 from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.support.units import next_power
 
+LEAST_PIECE, PIECES = 64, 8
+"""Rows of the host that are placed at once, at least, and how many times it takes at most. One program serves
+any number of rows: larger pieces would copy more padding, smaller ones be more dispatches."""
+
 SIZES = 2
 """Number of output arrays that are kept, by size: for decode steps and the last prefill."""
 
@@ -80,6 +84,9 @@ class DeviceExperts:
 
     first = 0
     """Number of the device's first expert in a layer, where several devices share them."""
+
+    spread: int | None = None
+    """Number of experts over which a layer's rows are spread; None for those that the device may hold."""
 
     def __init__(self, device: jax.Device, format: ExpertFormat | None = None):
         self.stats = WorkStats()
@@ -178,6 +185,10 @@ class DeviceExperts:
             outputs, _ = grouped_ffn(outputs, inputs, places, (weights,) * size, choices, product)
         return outputs
 
+    def passed_on(self, outputs: Any, decoding: bool) -> Any:
+        """Returns a layer's outputs, or `nothing`, in the form that the next layer's program takes."""
+        return outputs
+
     def host_rows(self, outputs: jax.Array) -> np.ndarray:
         """Returns the array [T * K + 1, D] in host memory to which the host writes its rows in each layer."""
         if len(outputs) not in self._host_rows:
@@ -187,13 +198,23 @@ class DeviceExperts:
     def place(
         self, outputs: jax.Array, result: np.ndarray, rows: Assignments, experts: Sequence[int]
     ) -> jax.Array:
-        """Copies the host's rows of `experts` into the outputs."""
+        """Copies the host's rows of `experts` into the outputs, in pieces of one size."""
         taken = np.concatenate([rows.slots(expert) for expert in experts])
-        slots = np.full(next_power(len(taken)), rows.total, np.int32)  # few shapes to compile
-        slots[: len(taken)] = taken
-        values = np.zeros((len(slots), result.shape[1]), result.dtype)
-        np.take(result, taken, 0, out=values[: len(taken)])
-        return place_rows(outputs, slots, values)
+        size = piece_rows(rows.total)
+        for start in range(0, len(taken), size):
+            piece = taken[start : start + size]
+            slots = np.full(size, rows.total, np.int32)
+            slots[: len(piece)] = piece
+            values = np.zeros((size, result.shape[1]), result.dtype)
+            np.take(result, piece, 0, out=values[: len(piece)])
+            outputs = place_rows(outputs, slots, values)
+        return outputs
+
+    def rehearse_placing(self, outputs: jax.Array) -> jax.Array:
+        """Runs the program of `place`, with rows that nobody reads."""
+        size = piece_rows(len(outputs) - 1)
+        slots = np.full(size, len(outputs) - 1, np.int32)
+        return place_rows(outputs, slots, np.zeros((size, outputs.shape[1]), outputs.dtype))
 
     def clear(self) -> None:
         """Drops the output arrays after a failure, because rows may still be written to them."""
@@ -211,6 +232,7 @@ class SharedExperts:
     waits = True
     passes_rows_on = False
     first = 0
+    spread: int | None = None
 
     def __init__(self, cpu: CpuExperts):
         self.stats = WorkStats()
@@ -278,6 +300,9 @@ class SharedExperts:
     ) -> np.ndarray:
         return outputs  # its loops are compiled by computing a row (`runtime.warmup`)
 
+    def passed_on(self, outputs: np.ndarray, decoding: bool) -> np.ndarray:
+        return outputs
+
     def host_rows(self, outputs: np.ndarray) -> np.ndarray:
         return outputs
 
@@ -297,6 +322,16 @@ def device_experts(device: jax.Device, cpu: CpuExperts) -> DeviceExperts | Share
     from layerscope_jax.offload.slotted import SlottedExperts  # which is made of what is above
 
     return SlottedExperts(device, cpu.format)
+
+
+def piece_rows(total: int) -> int:
+    """Rows of the host that `DeviceExperts.place` copies at once, of the T * K of a step.
+
+    >>> piece_rows(4), piece_rows(100), piece_rows(4096 * 8)
+    (4, 64, 4096)
+    """
+    power = next_power(total)
+    return min(power, max(LEAST_PIECE, power // PIECES))
 
 
 def forget_oldest(arrays: dict[Any, Any], most: int) -> None:

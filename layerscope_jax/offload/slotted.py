@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerscope_jax.kernels.cpu import expert_rows
-from layerscope_jax.kernels.grouping import Assignments
+from layerscope_jax.kernels.grouping import Assignments, tile_shape
 from layerscope_jax.kernels.registry import REFERENCE
 from layerscope_jax.models.rotary import PAD_POSITION
 from layerscope_jax.offload.bank import ExpertBank
@@ -58,10 +57,14 @@ def resident_rows(
     table: jax.Array,
     layer: jax.Array,
     first: jax.Array,
+    wanted: Any,
     product: Callable,
     num_experts: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the experts of a layer that have slots, whichever they are: no word from the host is needed.
+
+    Experts that came later are computed by the same program, in the same shapes: their rows have the bits
+    that they would have had.
 
     Args:
         outputs: [T * K + 1, D]; donated.
@@ -71,6 +74,7 @@ def resident_rows(
         pool, table: as of `put`.
         layer: [] int32.
         first: [] int32, the device's first expert in a layer, where several devices share them.
+        wanted: [E] bool, which of the device's experts are computed, if they have slots.
         product, num_experts: as of `rows_of_slots`; the device's number of experts.
 
     Returns:
@@ -81,6 +85,7 @@ def resident_rows(
     active = (positions != PAD_POSITION).reshape(-1, 1)
     own = chosen - first
     owned = active & (own >= 0) & (own < num_experts)
+    row = jnp.where(wanted, row, slots)
     slot = jnp.where(owned, row[jnp.clip(own, 0, num_experts - 1)], slots)
     rows = rows_of_slots(inputs, slot, pool, product, num_experts)
     computed = (slot < slots).reshape(-1, 1)
@@ -89,23 +94,31 @@ def resident_rows(
 
 
 @functools.partial(jax.jit, static_argnames=("choices", "product"), donate_argnames="outputs")
-def grouped_slots(
+def tiled_slots(
     outputs: jax.Array, inputs: jax.Array, places: jax.Array, pool: Any, choices: int, product: Callable
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes N experts as `grouped_ffn` does, from their slots.
+    """Computes N tiles of rows, each of one expert, which is read in its slot.
+
+    Their number is known beforehand: on a GPU, a loop whose end the data decides would block the host.
 
     Args:
         outputs: [T * K + 1, D]; donated.
         inputs: [T, D].
-        places: [N, M + 1] int32, output rows of each expert, and its slot: all in one transfer.
+        places: [N, M + 1] int32, output rows of each tile, and its slot: all in one transfer.
         pool: as of `put`.
         choices: K.
         product: as of `rows_of_slots`.
+
+    Returns:
+        The outputs with these rows, and an element that is ready when they are.
     """
-    slots = places[:, :-1]
-    experts = tuple(expert_at(pool, places[number, -1]) for number in range(len(places)))
-    rows = expert_rows(inputs, slots, experts, choices, product)
-    return outputs.at[slots.reshape(-1)].set(rows), rows[-1, 0]
+
+    def tile(_: None, place: jax.Array) -> tuple[None, jax.Array]:
+        token = jnp.minimum(place[:-1] // choices, len(inputs) - 1)  # padding reads any row
+        return None, product(inputs[token], expert_at(pool, place[-1]))
+
+    _, rows = jax.lax.scan(tile, None, places)  # [N, M, D]
+    return outputs.at[places[:, :-1]].set(rows), rows[-1, -1, 0]
 
 
 class SlottedExperts(DeviceExperts):
@@ -114,6 +127,9 @@ class SlottedExperts(DeviceExperts):
     In a decode step the resident experts are computed before the host knows which they are (`begin`): a
     table on the device says where each one is. An expert that was evicted stays in the table until its slot
     is written to. So it may be computed in vain, which changes nothing: the host's rows go on top.
+
+    However tokens are routed and experts arrive, one program computes all experts of a decode step, and one
+    those of a prefill; their shapes depend on the number of rows in the step alone.
     """
 
     passes_rows_on = True
@@ -123,7 +139,8 @@ class SlottedExperts(DeviceExperts):
         self._pool: Any = None
         self._computed: frozenset[int] = frozenset()  # of this layer, by `begin`
         self._done: jax.Array | None = None
-        self._decoding = False
+        self._no_words: dict[int, jax.Array] = {}
+        self._step: tuple[jax.Array, jax.Array, int] | None = None  # of a decode step, what `begin` was given
 
     def reserve(self, bank: ExpertBank, slots: int) -> None:
         """Allocates slots for experts of a bank; all are free.
@@ -139,6 +156,7 @@ class SlottedExperts(DeviceExperts):
         self._slot_of: dict[ExpertId, int] = {}
         self._listed: list[set[int]] = [set() for _ in bank.layers]
         self._scalars: dict[int, jax.Array] = {}
+        self._every = self._constant(np.ones(bank.num_experts, np.bool_))
         self._pool = None  # before its successor takes as much memory
         if not slots:
             return
@@ -186,6 +204,11 @@ class SlottedExperts(DeviceExperts):
             self._scalars[number] = jax.device_put(np.int32(number), self._device)
         return self._scalars[number]
 
+    def _constant(self, array: np.ndarray) -> jax.Array:
+        """Returns a copy on the device that takes the place of NumPy's arrays in the same program."""
+        with jax.default_device(self._device):  # not committed to it, as these are not
+            return jax.device_put(array)
+
     def release(self, slot: Any) -> None:
         """Frees the slot of an evicted expert."""
         if isinstance(slot, int):
@@ -212,11 +235,25 @@ class SlottedExperts(DeviceExperts):
             layer: number of the layer.
             always: whether to run the program whatever is in slots, so that it is compiled.
         """
-        self._computed, self._done, self._decoding = frozenset(), None, positions.shape[1] == 1
-        if self._pool is None or not self._decoding or not (self._listed[layer] or always):
+        self._computed, self._done = frozenset(), None
+        self._step = (chosen, positions, layer) if positions.shape[1] == 1 else None
+        if self._pool is None or self._step is None or not (self._listed[layer] or always):
             return outputs
         self._computed = frozenset(self._listed[layer])
-        outputs, self._done = resident_rows(
+        outputs, self._done = self._resident(outputs, inputs, *self._step, self._every)
+        self.stats.dispatches += not always
+        return outputs
+
+    def _resident(
+        self,
+        outputs: jax.Array,
+        inputs: jax.Array,
+        chosen: jax.Array,
+        positions: jax.Array,
+        layer: int,
+        wanted: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        return resident_rows(
             outputs,
             inputs,
             chosen,
@@ -225,11 +262,10 @@ class SlottedExperts(DeviceExperts):
             self._table,
             self._scalar(layer),
             self._scalar(self.first),
+            wanted,
             self._chosen[1],
             self._bank.num_experts,
         )
-        self.stats.dispatches += not always
-        return outputs
 
     def run(
         self,
@@ -242,38 +278,52 @@ class SlottedExperts(DeviceExperts):
         """Dispatches those of `experts` that `begin` has not; see `DeviceExperts.run`."""
         if self._pool is None:
             return super().run(outputs, inputs, rows, experts, weights)
-        experts, done = list(experts), self._done
-        already = [expert for expert in experts if expert in self._computed]
-        if already:
-            weights(already)  # counts them as used
-            tokens = sum(rows.demand[expert] for expert in already)
-            self.stats.experts, self.stats.tokens = (
-                self.stats.experts + len(already),
-                self.stats.tokens + tokens,
-            )
-            self.stats.rows += tokens
-            self._count_kernel(already)
-            experts = [expert for expert in experts if expert not in self._computed]
-        for group in rows.groups(experts):
-            self.stats.count_group(group)
-            self._count_kernel(group.experts)
-            slots = np.array(weights(group.experts), np.int32)
-            places = np.concatenate([group.slots, slots[:, None]], axis=1)
-            outputs, done = grouped_slots(outputs, inputs, places, self._pool, rows.choices, self._chosen[1])
+        experts, done, stats = list(experts), self._done, self.stats
+        slots = weights(experts)  # counts them as used
+        tokens = sum(rows.demand[expert] for expert in experts)
+        stats.experts, stats.tokens = stats.experts + len(experts), stats.tokens + tokens
+        if self._chosen[0] != REFERENCE:
+            stats.by_kernel[self._chosen[0]] += len(experts)
+        if self._step is not None:
+            stats.rows += tokens
+            late = [expert for expert in experts if expert not in self._computed]
+            if late:
+                wanted = np.zeros(self._bank.num_experts, np.bool_)
+                wanted[late] = True
+                outputs, done = self._resident(outputs, inputs, *self._step, wanted)
+                stats.dispatches += 1
+            return outputs, done
+        for places in rows.tiles(experts, slots, self._tiles(rows.total)):
+            outputs, done = tiled_slots(outputs, inputs, places, self._pool, rows.choices, self._chosen[1])
+            stats.dispatches += 1
+            stats.rows += places[:, :-1].size
         return outputs, done
+
+    def _tiles(self, total: int) -> tuple[int, int]:
+        """Tiles of a dispatch and rows of a tile in a prefill with `total` rows, T * K."""
+        return tile_shape(total, self.spread or self._bank.num_experts)
 
     def place(self, outputs: jax.Array, result: np.ndarray, rows: Assignments, experts: Sequence[int]) -> Any:
         """Returns the outputs with the host's rows of `experts`, in a decode step as `HostRows`."""
-        if not (self._decoding and self.passes_rows_on):
+        if self._step is None or not self.passes_rows_on:
             return super().place(outputs, result, rows, experts)
         return HostRows.of(outputs, result, np.concatenate([rows.slots(expert) for expert in experts]))
 
+    def rehearse_placing(self, outputs: jax.Array) -> jax.Array:
+        """Runs the program of `place`, if there is one."""
+        passed_on = self._step is not None and self.passes_rows_on
+        return outputs if passed_on else super().rehearse_placing(outputs)
+
+    def passed_on(self, outputs: Any, decoding: bool) -> Any:
+        """Returns a decode step's outputs as `HostRows`, whether or not the host had any: one program."""
+        if not (decoding and self.passes_rows_on) or isinstance(outputs, HostRows):
+            return outputs
+        if len(outputs) not in self._no_words:
+            self._no_words = {len(outputs): self._constant(HostRows.none(outputs).words)}
+        return HostRows(outputs, self._no_words[len(outputs)])
+
     def give_back(self, outputs: Any) -> None:
         super().give_back(outputs.outputs if isinstance(outputs, HostRows) else outputs)
-
-    def _count_kernel(self, experts: Iterable[int]) -> None:
-        if self._chosen[0] != REFERENCE:
-            self.stats.by_kernel[self._chosen[0]] += len(set(experts))
 
     def rehearse(
         self,
@@ -283,13 +333,15 @@ class SlottedExperts(DeviceExperts):
         weights: Any,
         choices: int,
     ) -> jax.Array:
-        """Runs every program of `run` and `keep`; see `DeviceExperts.rehearse`."""
+        """Runs every program of `run` and `keep` that `begin` has not; see `DeviceExperts.rehearse`."""
         if self._pool is None:
             return super().rehearse(outputs, inputs, groups, weights, choices)
-        for bucket, size in groups:
-            places = np.full((size, bucket + 1), len(outputs) - 1, np.int32)
+        if self._step is None:
+            total = len(outputs) - 1
+            count, size = self._tiles(total)
+            places = np.full((count, size + 1), total, np.int32)
             places[:, -1] = 0
-            outputs, _ = grouped_slots(outputs, inputs, places, self._pool, choices, self._chosen[1])
+            outputs, _ = tiled_slots(outputs, inputs, places, self._pool, choices, self._chosen[1])
         if self._free and self._owner[self._free[-1]] is None:  # otherwise `put` has been compiled
             self._write(weights, self._free[-1], None, None)
         return outputs

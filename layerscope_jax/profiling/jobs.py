@@ -83,6 +83,7 @@ class Jobs:
         room = slots - self.arriving if self.roomy else 1
         self._held = max(1, min(self._turns, room // self.resident))  # layers with experts on the device
         self._weights: list[list[Any]] = []
+        self._device.spread = self.resident  # an engine's tiles, where all experts have as many tokens
 
     def neighbours(self) -> list[Job]:
         """Jobs that each copy an expert to one of the other devices, whose links may share a root complex."""
@@ -135,10 +136,10 @@ class Jobs:
         def job(round: int) -> None:
             nonlocal outputs
             resident = range(self.resident)
+            if not self._weights:
+                self._device.reserve(self.model.bank, self._held * self.resident)
             for layer in range(len(self._weights), self._held):
-                experts = [self.model.bank[ExpertId(layer, expert)] for expert in resident]
-                copied = jax.block_until_ready(jax.device_put(experts, self._transfers.sharding))
-                self._weights.append([self._device.keep(expert) for expert in copied])
+                self._weights.append([self._kept(ExpertId(layer, expert)) for expert in resident])
             weights = self._weights[round % self._held]
             outputs, done = self._device.run(
                 outputs, inputs, rows, resident, lambda some: [weights[expert] for expert in some]
@@ -168,7 +169,7 @@ class Jobs:
 
         def job(round: int) -> float | None:
             if not self.roomy:
-                self._weights = []
+                self.clear()
             layer = round % self._turns
             return self._read(layer, range(experts), lambda: copy(layer), "link")
 
@@ -250,7 +251,14 @@ class Jobs:
 
     def clear(self) -> None:
         """Removes the resident experts from the device."""
-        self._weights = []
+        if self._weights:
+            self._weights = []
+            self._device.reserve(self.model.bank, 0)
+
+    def _kept(self, expert: ExpertId) -> Any:
+        """Copies an expert to the device, and keeps it there as an engine does."""
+        copied = jax.device_put(self.model.bank[expert], self._transfers.sharding)
+        return self._device.keep(jax.block_until_ready(copied), expert)
 
     def close(self) -> None:
         """Ends the threads and removes the resident experts from the device."""

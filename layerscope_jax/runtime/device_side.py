@@ -51,7 +51,7 @@ class DeviceSide:
         transfers: Transfers,
         reads: Reads | None = None,
     ):
-        self.device, self._host, self.own = device, host, own
+        self.device, self._host, self._policy, self.own = device, host, policy, own
         self.within = range(own.start - held, own.stop - held)
         self.bank = bank if len(own) == bank.num_experts else bank.part(self.within)
         self.residency, self.transfers = residency, transfers
@@ -64,7 +64,9 @@ class DeviceSide:
 
     def another(self) -> DeviceExperts | SharedExperts:
         """Returns an executor for the device, with output arrays of its own."""
-        return device_experts(self.device, self._host.cpu)
+        experts = device_experts(self.device, self._host.cpu)
+        experts.passes_rows_on &= self._policy.uses_host
+        return experts
 
     def settle(self) -> None:
         """Waits until the device and its link are idle and the residency agrees with them, after a failure.

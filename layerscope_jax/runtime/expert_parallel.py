@@ -77,6 +77,7 @@ class ExpertParallel(LayerByLayer):
         self.sides += [self._side(number, *parts) for number, parts in enumerate(sides, 1)]
         for side in self.sides:
             side.experts.passes_rows_on = False  # rows of all devices are exchanged
+            side.experts.spread = self.model.config.num_experts
         more = [BothSides(side.experts, self.host_experts, side.tier) for side in self.sides[1:]]
         self._parts = [self.experts, *more]
         self._zeros: dict[int, SplitRows] = {}

@@ -181,7 +181,9 @@ class LayerByLayer:
     ) -> tuple[Between, list[Any]]:
         """Runs one MoE layer and the dense layers before it."""
         meter, device, timeline = self.account.meter, self.device_experts, self.account.timeline
-        began = 0.0 if timeline is None else time.perf_counter()
+        began, decoding = 0.0 if timeline is None else time.perf_counter(), step.phase == "decode"
+        if layer == 0:
+            state = state._replace(outputs=device.passed_on(state.outputs, decoding))
         hidden, inputs, experts, weights, caches, expected, words = self.dense.attend(
             layer, step, state, caches, self._looks_ahead(step)
         )
@@ -200,7 +202,7 @@ class LayerByLayer:
         device.give_back(outputs)
         if timeline is not None:
             timeline.end_layer(layer, began, time.perf_counter())
-        return Between(hidden, outputs, weights), caches
+        return Between(hidden, device.passed_on(outputs, decoding), weights), caches
 
     def _looks_ahead(self, step: StepInputs) -> bool:
         """Whether the layer's program is to make a forecast."""

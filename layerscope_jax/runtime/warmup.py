@@ -11,13 +11,11 @@ import numpy as np
 from layerscope_jax.kernels.cpu import InMemory, WorkStats, grouped_rows
 from layerscope_jax.kernels.grouping import Assignments, possible_groups
 from layerscope_jax.models.decoder import Between
-from layerscope_jax.offload.executors import DeviceExperts, SharedExperts, place_rows
-from layerscope_jax.offload.host_rows import HostRows
+from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
 from layerscope_jax.runtime.dense import StepInputs
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
 from layerscope_jax.support.devices import finish_all
-from layerscope_jax.support.units import next_power
 
 if TYPE_CHECKING:
     from layerscope_jax.runtime.accounts import Account
@@ -39,7 +37,6 @@ class Rehearsal:
     def __init__(self, runner: LayerByLayer, device_experts: DeviceExperts | SharedExperts):
         self.runner, self.policy, self.costs = runner, runner.policy, runner.costs
         self._device_experts = device_experts
-        self._hosted = False
 
     @property
     def resident_experts(self) -> int:
@@ -72,15 +69,8 @@ class Rehearsal:
 
     def _run(self, *inputs: Any) -> Any:
         self.runner.settle_if_needed()
-        tokens, positions, last, _, *others = inputs
         try:
-            self._hosted = False
-            found = self.runner.dense.through(self._layer, self._device_experts.nothing, *inputs)
-            if tokens.shape[1] == 1 and self.policy.uses_host and self._device_experts.passes_rows_on:
-                self._hosted = True  # programs that get rows of the host are others
-                inputs = (tokens, positions, last, found[0][2], *others)
-                found = self.runner.dense.through(self._layer, self._device_experts.nothing, *inputs)
-            return found
+            return self.runner.dense.through(self._layer, self._device_experts.nothing, *inputs)
         except BaseException:
             self.settle()
             raise
@@ -108,7 +98,9 @@ class Rehearsal:
     def _layer(
         self, layer: int, step: StepInputs, state: Between, caches: list[Any]
     ) -> tuple[Between, list[Any]]:
-        runner, device = self.runner, self._device_experts
+        runner, device, decoding = self.runner, self._device_experts, step.phase == "decode"
+        if layer == 0:
+            state = state._replace(outputs=device.passed_on(state.outputs, decoding))
         looks_ahead = runner.forecasts.in_layer is not None
         if looks_ahead and runner.policy.spares_forecasts:
             *_, caches, _, _ = runner.dense.attend(layer, step, state, caches, False)
@@ -116,8 +108,7 @@ class Rehearsal:
             layer, step, state, caches, looks_ahead
         )
         outputs: Any = device.take(experts.size, hidden.shape[-1], hidden.dtype)
-        hosted = HostRows.none(outputs) if self._hosted else None
-        if layer == 0 and not self._hosted:
+        if layer == 0:
             outputs = runner.device_experts.begin(
                 outputs, inputs, experts, step.positions, layer, always=True
             )
@@ -125,7 +116,7 @@ class Rehearsal:
             self._ask(step.phase, Assignments(chosen, step.active), expected)
             outputs = self._experts(outputs, inputs, chosen, int(step.active.sum()))
         device.give_back(outputs)
-        return Between(hidden, outputs if hosted is None else hosted, weights), caches
+        return Between(hidden, device.passed_on(outputs, decoding), weights), caches
 
     def _ask(self, phase: Phase, rows: Assignments, expected: np.ndarray | None) -> None:
         """Asks the policy for a plan, which compiles its loops, and drops the plan; policies are pure."""
@@ -145,17 +136,16 @@ class Rehearsal:
     def _experts(self, outputs: Any, inputs: jax.Array, chosen: np.ndarray, tokens: int) -> Any:
         """Runs every program for experts with up to `tokens` tokens, on each side that may compute them."""
         runner, policy = self.runner, self.policy
-        total, choices = chosen.size, chosen.shape[1]
+        choices = chosen.shape[1]
         first = ExpertId(0, 0)
         shared, slots = self._device_experts.waits, runner.residency.slots
+        device: Any = runner.device_experts
         # If the device is this machine's CPU, experts that are always resident stay in the bank.
         copies = slots and policy.uses_device and (policy.uses_host or not shared)
         if shared or policy.uses_host:
             self._on_cpu(inputs, chosen, tokens, runner.host_experts.weights(first))
         if policy.uses_host and not shared:
-            for power in range(next_power(tokens * choices).bit_length()):
-                places = np.full(1 << power, total, np.int32)
-                outputs = place_rows(outputs, places, np.zeros((1 << power, outputs.shape[1]), outputs.dtype))
+            outputs = device.rehearse_placing(outputs)
         if copies:
             weights = jax.device_put(runner.model.bank.parcel(first), runner.transfers.sharding)
             if shared:
@@ -163,7 +153,6 @@ class Rehearsal:
                 self._on_cpu(inputs, chosen, tokens, kept)
             else:
                 groups = possible_groups(tokens, choices, runner.model.config.num_experts)
-                device: Any = runner.device_experts
                 outputs = device.rehearse(outputs, inputs, groups, weights, choices)
         return outputs
 

@@ -9,10 +9,12 @@ from layerscope_jax.kernels.grouping import (
     GROUP_SIZES,
     MAX_ROWS,
     MIN_ROWS,
+    TILES,
     Assignments,
     dispatches,
     possible_groups,
     row_bucket,
+    tile_shape,
 )
 from layerscope_jax.support.units import next_power
 
@@ -87,6 +89,45 @@ def test_how_an_expert_is_cut_depends_on_nothing_else(routing, data):
         sizes = sorted(sum(slot < rows.total for slot in slots) for slots in alone)
         count = rows.demand[expert]
         assert sizes == sorted([MAX_ROWS] * (count // MAX_ROWS) + [count % MAX_ROWS] * (count % MAX_ROWS > 0))
+
+
+@given(routings(), st.data())
+@settings(deadline=None)
+def test_tiles_hold_each_row_once_and_an_experts_depend_on_its_own_count(routing, data):
+    experts, active = routing
+    rows = Assignments(experts, active)
+    chosen = data.draw(
+        st.lists(st.sampled_from([*rows.demand] or [0]), unique=True, max_size=len(rows.demand))
+    )
+    if not chosen:
+        return
+    count, size = shape = tile_shape(rows.total, int(experts.max()) + 1)
+    places = rows.tiles(chosen, [10 + expert for expert in chosen], shape)
+    assert places.dtype == np.int32
+    assert places.shape[1:] == (count, size + 1)
+    tiles = places.reshape(-1, size + 1)
+    found = {expert: [tile[:-1] for tile in tiles if tile[-1] == 10 + expert] for expert in chosen}
+    assert sum(map(len, found.values())) == len(tiles)
+    for expert, own in found.items():
+        if expert == chosen[-1]:
+            own = own[: -(-rows.demand[expert] // size)]  # the others are padding alone
+        joined = np.concatenate(own)
+        assert joined[: rows.demand[expert]].tolist() == rows.slots(expert).tolist()
+        assert (joined[rows.demand[expert] :] == rows.total).all()
+        assert len(own) == -(-rows.demand[expert] // size)
+    real = sum(rows.demand[expert] for expert in chosen)
+    assert (places[..., :-1] < rows.total).sum() == real
+    assert (places[..., :-1] <= rows.total).all()
+    needed = sum(-(-rows.demand[expert] // size) for expert in chosen)
+    assert len(places) == -(-needed // count)
+
+
+@given(st.integers(1, 2**20), st.integers(1, 512))
+def test_tiles_have_one_shape_which_holds_what_a_step_may_need(total, num_experts):
+    count, size = tile_shape(total, num_experts)
+    assert MIN_ROWS <= size <= MAX_ROWS
+    assert 1 <= count <= TILES
+    assert size == MIN_ROWS or 2 * size * num_experts <= total
 
 
 def test_inactive_rows_are_no_demand():

@@ -10,9 +10,10 @@ from disk_models import on_disk
 from helpers import TINY, copying_by, in_time, random_model
 
 from layerscope_jax import Engine, ExpertId, OffloadConfig
-from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
+from layerscope_jax.offload.executors import SharedExperts
 from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import Transfers
+from layerscope_jax.offload.slotted import SlottedExperts
 from layerscope_jax.offload.staged import host_parts
 from layerscope_jax.profiling import calibrate as profiling
 from layerscope_jax.profiling import disk_costs, jobs
@@ -131,8 +132,8 @@ def test_measuring_keeps_to_the_budget(small, most, slots, experts):
 
 
 def test_what_an_accelerator_runs_is_measured(small, monkeypatch):
-    """There rows are donated from call to call, and no job may take another's."""
-    monkeypatch.setattr(jobs, "device_experts", lambda device, cpu: DeviceExperts(device))
+    """There rows are donated from call to call, and no job may take another's; experts are in slots."""
+    monkeypatch.setattr(jobs, "device_experts", lambda device, cpu: SlottedExperts(device, cpu.format))
     with rooms(small) as (host, transfers):
         found = calibration.measure(small, host, transfers, 40)
     assert min(*found.device_ms.ms, *found.host_ms.ms, *found.layer_ms.ms) > 0

@@ -58,6 +58,18 @@ def test_tokens_are_those_of_the_resident_model(model, answers, policy, slots):
         assert sorted([*experts._free, *slot_of.values()]) == list(range(slots))
 
 
+def test_budgets_chunks_and_arrivals_change_no_token_of_packed_experts():
+    """What arrives late in a decode step, and an expert's tiles in several dispatches, among it."""
+    stored = random_model(seed=4, num_layers=2, hidden_size=32, moe_intermediate_size=32).with_format("int4")
+    prompts = [*PROMPTS, list(range(40))]
+    with Engine(stored) as engine:
+        expected = engine.generate(prompts, max_new_tokens=8).token_ids
+    for slots, chunk in ((5, 16), (14, 4096)):
+        config = config_of(stored, slots, RandomPolicy(device=0.8), prefill_chunk_size=chunk)
+        with Engine(stored, config) as engine:
+            assert engine.generate(prompts, max_new_tokens=8).token_ids == expected
+
+
 def test_a_layer_with_nothing_to_load_is_two_dispatches_and_one_array_to_read(model, answers, monkeypatch):
     """The router's, and the experts', which is begun before the routing is read. Nothing else goes over."""
     calls: Counter[str] = Counter()
@@ -72,7 +84,7 @@ def test_a_layer_with_nothing_to_load_is_two_dispatches_and_one_array_to_read(mo
     with Engine(model, config_of(model, 24, LRU())) as engine:  # an object, which is asked all the same
         for _ in range(3):
             engine.generate(PROMPTS, max_new_tokens=12)
-        for name in ("resident_rows", "grouped_slots", "put"):
+        for name in ("resident_rows", "tiled_slots", "put"):
             monkeypatch.setattr(slotted, name, counted(name, getattr(slotted, name)))
         monkeypatch.setattr(executors, "place_rows", counted("place_rows", executors.place_rows))
         monkeypatch.setattr(layerwise, "read", counted("read", layerwise.read))
@@ -81,7 +93,7 @@ def test_a_layer_with_nothing_to_load_is_two_dispatches_and_one_array_to_read(mo
         result = engine.generate([PROMPTS[0]], max_new_tokens=12)
         assert result.token_ids == answers[:1]
         prefill, decode = 3, 11 * 3
-        assert calls.pop("grouped_slots") <= 3 * prefill
+        assert calls.pop("tiled_slots") == prefill  # three tokens are few tiles
         assert calls == {"attend": prefill + decode, "read": prefill + decode, "resident_rows": decode}
         assert result.stats.hit_rate == 1
 

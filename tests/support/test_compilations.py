@@ -1,16 +1,17 @@
 """How many programs an engine compiles: few, and none again."""
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from exact_cases import RandomPolicy
 from helpers import PROFILE, PROMPTS, compiled, one_jit, random_model, spelling_model
 
 from layerscope_jax import Engine, OffloadConfig, Replay
-from layerscope_jax.kernels.grouping import GROUP_SIZES, possible_groups
-from layerscope_jax.offload.executors import DeviceExperts, grouped_ffn
+from layerscope_jax.kernels.grouping import possible_groups
 from layerscope_jax.offload.slotted import SlottedExperts
 from layerscope_jax.runtime import device_side
 
@@ -58,24 +59,42 @@ def test_another_engine_of_the_model_compiles_nothing(model, config):
     assert counted == [0]
 
 
-def test_a_long_decode_compiles_few_programs(monkeypatch):
-    """On an accelerator, however experts arrive: one for each row bucket, dispatch size and phase."""
-    monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: DeviceExperts(device))
+def test_a_whole_generation_compiles_three_programs_for_each_bucket_and_phase(monkeypatch):
+    """On an accelerator, however tokens are routed, experts arrive and prompts are cut."""
+    monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device, cpu.format))
     model = random_model(num_layers=2, hidden_size=24, head_dim=6, seed=9)  # a shape of its own
-    config = OffloadConfig(device_budget=9 * model.bank.expert_bytes, policy="lru")
-    prefill_buckets, decode_buckets = 5, 1  # 2 to 32 rows for 2 x 16 tokens, and 2 for 2
-    bound = (prefill_buckets + decode_buckets) * len(GROUP_SIZES)
-    others = 3 * 2 + 6  # embed, attend and finish in two phases; empty buffers
-    before = grouped_ffn._cache_size()
+    config = OffloadConfig(
+        device_budget=9 * model.bank.expert_bytes,
+        policy=RandomPolicy(device=0.7),
+        prefill_chunk_size=32,
+        max_num_seqs=2,
+    )
+    prompts = [[(7 * row + 3 * n) % 61 for n in range(size)] for row, size in enumerate((70, 5, 20, 33, 2))]
+    shapes, before = set(), len(compiled)
     with Engine(model, config) as engine:
-        with compiling() as counted:
-            result = engine.generate([[1, 2, 3], list(range(16))], max_new_tokens=41)
-        assert [len(tokens) for tokens in result.token_ids] == [41, 41]
-        assert 0 < grouped_ffn._cache_size() - before <= bound
-        assert counted[0] <= bound + others
-        for first in range(5):
-            engine.generate([[first], list(range(first, 12))], max_new_tokens=30)
-        assert grouped_ffn._cache_size() - before <= bound
+        step = engine.runner.step
+
+        def seen(tokens, positions, last, caches, sampling):
+            shapes.add((*tokens.shape, *jax.tree.leaves(caches)[0].shape))
+            return step(tokens, positions, last, caches, sampling)
+
+        monkeypatch.setattr(engine.runner, "step", seen)
+        answers = engine.generate(prompts, max_new_tokens=20).token_ids
+        found = Counter(compiled[before:])
+        assert {shape[1] > 1 for shape in shapes} == {True, False}
+        assert len({shape[:2] for shape in shapes}) > 2  # several sizes of chunks
+        phases = {(shape[0] * shape[1], shape[1] > 1) for shape in shapes}
+        prefills = sum(prefill for _, prefill in phases)
+        assert found["tiled_slots"] == found["place_rows"] == prefills
+        assert found["resident_rows"] == len(phases) - prefills
+        assert found["attend_and_route"] == len(shapes)
+        layers = ("attend_and_route", "tiled_slots", "place_rows", "resident_rows")
+        assert sum(found[name] for name in layers) <= 3 * len(shapes)
+        before = len(compiled)
+        for seed in (1, 2):
+            engine.runner.policy.seed = seed  # other experts are moved, and computed elsewhere
+            assert engine.generate(prompts, max_new_tokens=20).token_ids == answers
+        assert compiled[before:] == []
 
 
 OTHERS = 17
@@ -184,8 +203,7 @@ def test_after_a_warm_up_an_accelerator_compiles_nothing(monkeypatch):
     batch, length = 2, 10
     with Engine(model, config) as engine:
         found = engine.warmup(max_num_seqs=batch, prompt_tokens=length, new_tokens=8)
-        placing = sum((tokens * 2).bit_length() + 1 for tokens in (batch * length, batch))
-        assert found.programs <= rows_of_experts(model, batch, length) + placing + OTHERS
+        assert found.programs <= 2 + 1 + OTHERS  # experts and rows of the host, and experts of a decode step
         with compiling() as counted:
             for seed in range(4):
                 engine.generate(random_prompts(seed, batch, length), max_new_tokens=8)
