@@ -157,7 +157,7 @@ class Jobs:
         """
         waited = at_once or (experts if self._transfers.within else ARRIVALS)
         held = Residency(experts * self.model.bank.expert_bytes, self.model.bank.expert_bytes)
-        tier = DeviceTier(held, self._transfers, self._device.keep)
+        tier = DeviceTier(held, self._transfers, lambda weights, _: self._device.keep(weights))
 
         def copy(layer: int) -> None:
             numbers = tuple(range(experts))
