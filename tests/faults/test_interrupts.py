@@ -266,7 +266,9 @@ def test_wherever_a_step_is_interrupted_the_next_one_is_right(what, at, accelera
     if at > 1:
         return  # not every place is come to so often
     missing = (PLACES | {"host_experts.start", "device_experts.place"} if accelerator else PLACES) - reached
-    assert not missing - {"a condition of the link"}  # there only if a copy is slower than the engine
+    # Waited for is only a copy that is slower than the engine, which beside an accelerator none may be.
+    by_chance = {"a condition of the link", *(["transfers.wait"] if accelerator else [])}
+    assert not missing - by_chance
 
 
 @pytest.mark.parametrize(
