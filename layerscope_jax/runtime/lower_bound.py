@@ -29,7 +29,7 @@ device is present has a price instead.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +69,21 @@ def lower_bound_ms(
     Raises:
         ValueError: if `counts` does not fit `geometry`.
     """
+    problem, unit = problem_of(counts, tokens, geometry, costs, resident)
+    # Double precision: rounding must not lift a bound above the truth.
+    with jax.enable_x64(True), with_promotion():
+        arrays = {name: jnp.asarray(part) for name, part in problem.items()}
+        return unit * float(_best(arrays, rounds, geometry.num_experts <= FEW))
+
+
+def problem_of(
+    counts: np.ndarray,
+    tokens: int | Sequence[int],
+    geometry: Geometry,
+    costs: HardwareProfile,
+    resident: Iterable[ExpertId] | None = None,
+) -> tuple[dict[str, np.ndarray], float]:
+    """Returns what the dual function is of, and its unit of time (ms); arguments as of `lower_bound_ms`."""
     if counts.ndim != 3 or counts.shape[1:] != (geometry.num_layers, geometry.num_experts):
         raise ValueError(
             f"expected counts [S, {geometry.num_layers}, {geometry.num_experts}] of the geometry, "
@@ -95,10 +110,7 @@ def lower_bound_ms(
         "slots": np.float64(geometry.slots),
         "present": present,
     }
-    # Double precision: rounding must not lift a bound above the truth.
-    with jax.enable_x64(True), with_promotion():
-        arrays = {name: jnp.asarray(part) for name, part in problem.items()}
-        return unit * float(_best(arrays, rounds, experts <= FEW))
+    return problem, unit
 
 
 def least_decode_s(
@@ -128,8 +140,16 @@ Prices = dict[str, jax.Array]
 or `presence` [S, L, E] if every assignment of a layer is tried."""
 
 
-def _value(problem: dict[str, jax.Array], prices: Prices) -> jax.Array:
-    """Returns the value of the dual function."""
+def value(
+    problem: dict[str, jax.Array], prices: Prices, paths: Callable[..., jax.Array] | None = None
+) -> jax.Array:
+    """Returns the value of the dual function.
+
+    Args:
+        problem: of `problem_of`.
+        prices: of the constraints.
+        paths: gives the least costs of experts; those of who knows the future if None.
+    """
     weight, room = 1.0 - prices["link"], prices["room"]
     if "share" in prices:
         share = prices["share"]
@@ -144,7 +164,8 @@ def _value(problem: dict[str, jax.Array], prices: Prices) -> jax.Array:
         host = problem["host"] @ (1.0 - on_device).T
         ways = weight[:, :, None] * jnp.maximum(device, host) + presence @ on_device.T
         layers = weight * problem["other"] + ways.min(-1)
-    return layers.sum() + _paths(problem, prices, absent, present).sum() - problem["slots"] * room.sum()
+    least = (paths or _paths)(problem, prices, absent, present)
+    return layers.sum() + least.sum() - problem["slots"] * room.sum()
 
 
 def _subsets(experts: int) -> np.ndarray:
@@ -200,11 +221,11 @@ def _best(problem: dict[str, jax.Array], rounds: int, whole: bool) -> jax.Array:
     else:
         raw["share"] = jnp.zeros(shape)
     update = optax.adam(optax.cosine_decay_schedule(0.1, rounds))
-    value = lambda raw: -_value(problem, prices(raw))  # noqa: E731
+    loss_of = lambda raw: -value(problem, prices(raw))  # noqa: E731
 
     def climb(carry: Any, _: None) -> tuple[Any, None]:
         raw, state, best = carry
-        loss, slope = jax.value_and_grad(value)(raw)
+        loss, slope = jax.value_and_grad(loss_of)(raw)
         changes, state = update.update(slope, state)
         return (optax.apply_updates(raw, changes), state, jnp.maximum(-loss, best)), None
 

@@ -23,6 +23,10 @@ REACH = 2
 WORTHWHILE = 0.02
 """Share of its time on the link that a prefetch must save to be worth its bytes."""
 
+FARTHEST = 3.0
+"""Copies' times until its layer's turn within which an expert is prefetched. One that is copied earlier takes
+room for longer, and the link has time for it later."""
+
 AGAIN = 0.4
 """Share of its worth that an expert loses when its layer runs a whole step later: it can be copied again."""
 
@@ -106,7 +110,8 @@ def decide(
     on_link = np.zeros(layers * number, np.bool_)
     on_link[away] = True
     coming_saves = foresee(curves, books, turn, forecast)
-    wishes, saves = wish(books, turn, coming_saves) if turn.move else nothing()
+    due_ms = until_turn(books.span_ms, layer, turn.other_ms)
+    wishes, saves = wish(books, turn, coming_saves, due_ms) if turn.move else nothing()
     spare, worth = leaving(books, turn, coming_saves, experts, on_link) if turn.move else nothing()
 
     # One by one, because assigning one array to places of another takes numba seconds to compile.
@@ -138,7 +143,6 @@ def decide(
 
     gone, free = max(0, len(load) - turn.free), max(0, turn.free - len(load))
     link_ms = (turn.queued - (0.5 if turn.queued else 0.0) + len(load)) * turn.transfer_ms
-    due_ms = until_turn(books.span_ms, layer, turn.other_ms)
     prefetch = np.empty(len(wishes), np.int64)
     count = 0
     for index in range(len(wishes)):
@@ -217,13 +221,15 @@ def foresee(curves: Curves, books: Books, turn: Turn, forecast: np.ndarray) -> n
 
 
 @njit(cache=True, nogil=True, inline="always")
-def wish(books: Books, turn: Turn, saves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def wish(books: Books, turn: Turn, saves: np.ndarray, due_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns absent experts of the coming layers (flat numbers) and the ms that each saves, most first."""
     layers, number = books.present.shape
     least, count = WORTHWHILE * turn.transfer_ms, 0
     wishes, losses = np.empty(saves.size, np.int64), np.empty(saves.size)
     for ahead in range(len(saves)):
         layer = (turn.layer + 1 + ahead) % layers
+        if due_ms[layer] > FARTHEST * turn.transfer_ms + books.span_ms[turn.layer]:
+            break
         present, row = books.present[layer], saves[ahead]
         for expert in range(number):
             if row[expert] > least and not present[expert]:
