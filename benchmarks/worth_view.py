@@ -26,6 +26,7 @@ def saved(row: dict[str, Any], forecast: str) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:
+    names = max((tuple(row["to_none"]) for row in rows), key=len)
     lines = [
         (
             row["model"],
@@ -33,11 +34,10 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
             row["batch"],
             f"{row['budget_percent']}%",
             f"{row['step_ms']['none']:.1f}",
-            *(f"{saved(row, name):+.1f}%" for name in row["to_none"]),
+            *(f"{saved(row, name):+.1f}%" if name in row["to_none"] else "-" for name in names),
         )
         for row in rows
     ]
-    names = tuple(rows[0]["to_none"])
     heads = ("model", "link", "batch", "budget", "no forecast, ms a step", *names)
     harness.print_table("Time that a forecast saves", heads, lines)
 
