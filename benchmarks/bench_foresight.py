@@ -28,7 +28,7 @@ from layerscope_jax.simulation.synthetic_forecasts import forecast_of_recall
 class Options(harness.Common):
     """What to compare."""
 
-    profiles: tuple[str, ...] = ("mixtral-8x7b", "deepseek-v2-lite")
+    profiles: tuple[str, ...] = ("mixtral-8x7b",)
     batches: tuple[int, ...] = (4, 16, 64)
     look_ahead: int = 8
     """Layers that the second bound knows ahead."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from layerscope_jax.checkpoints.model import Model
 from layerscope_jax.kernels.cpu import CpuExperts
 from layerscope_jax.kernels.grouping import GROUP_SIZES, Assignments
 from layerscope_jax.models.cache import new_caches
-from layerscope_jax.offload.executors import device_experts
+from layerscope_jax.offload.executors import SharedExperts, device_experts
 from layerscope_jax.offload.host_experts import HostExperts
 from layerscope_jax.offload.link import LinkStats, Transfers
 from layerscope_jax.offload.residency import Residency
@@ -71,9 +72,12 @@ class Jobs:
     ):
         self.model, self._neighbours = model, neighbours
         self._host, self._transfers = host, transfers
-        # If the device is this machine's CPU, it gets threads of its own, because its jobs may run beside
-        # those of the host and `CpuExperts` takes one caller at a time.
-        self._cpu = CpuExperts(host.cpu.threads, host.cpu.kernel, host.cpu.format)
+        # If the device is this machine's CPU, it gets threads of its own, and so do experts that arrive over
+        # the link, because these jobs may run beside each other and those of the host, and `CpuExperts` takes
+        # one caller at a time.
+        self._cpu, self._for_arrivals = (
+            CpuExperts(host.cpu.threads, host.cpu.kernel, host.cpu.format) for _ in range(2)
+        )
         self._device = device_experts(model.device, self._cpu)
         self.computed = min(GROUP_SIZES[0], model.bank.num_experts)
         self.resident = min(self.computed, max(1, slots // 2, slots - ARRIVALS))
@@ -149,15 +153,20 @@ class Jobs:
         return job
 
     def link(self, experts: int, at_once: int | None = None) -> Job:
-        """Loads experts to the device as an engine does, and evicts them.
+        """Copies experts to the device through an engine's books, and evicts them.
 
         Args:
             experts: how many, at most `arriving`.
-            at_once: arrivals that are waited for together; None for as many as in an engine.
+            at_once: arrivals that are waited for together, as of prefetches, which nobody uses yet. None for
+                loads: as few as in an engine; and where the device is this CPU each is computed for a token,
+                because that takes time of the thread that also wakes the link.
         """
         waited = at_once or (experts if self._transfers.within else ARRIVALS)
         held = Residency(experts * self.model.bank.expert_bytes, self.model.bank.expert_bytes)
         tier = DeviceTier(held, self._transfers, lambda weights, _: self._device.keep(weights))
+        used = SharedExperts(self._for_arrivals) if at_once is None and self._device.waits else None
+        inputs, rows = self._routed(experts, 1)
+        outputs: Any = None if used is None else used.take(rows.total, inputs.shape[1], inputs.dtype)
 
         def copy(layer: int) -> None:
             numbers = tuple(range(experts))
@@ -165,6 +174,9 @@ class Jobs:
             tier.follow(LayerPlan(step=0, layer=layer, device=numbers, load=loads))
             while missing := tier.missing(layer, numbers):
                 tier.fetch(layer, missing, min(waited, len(missing)))
+                if used is not None:
+                    ready = sorted({*missing}.difference(tier.missing(layer, missing)))
+                    used.run(outputs, inputs, rows, ready, functools.partial(held.use, layer))
             tier.lose()
 
         def job(round: int) -> float | None:
@@ -264,6 +276,7 @@ class Jobs:
         """Ends the threads and removes the resident experts from the device."""
         self.clear()
         self._cpu.close()
+        self._for_arrivals.close()
 
     def _outputs(self, inputs: jax.Array, rows: Assignments) -> Any:
         """Returns an output array [T * K + 1, D] for this job only, because two jobs may run at once."""

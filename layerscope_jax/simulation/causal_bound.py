@@ -68,7 +68,7 @@ def _expected(
         absent, present: [S, L, E] costs of a turn by demand; each is as likely.
     """
     room, copy = prices["room"], problem["transfer"] * prices["link"][0, 0]
-    steps, layers = room.shape
+    layers = room.shape[1]
     # The room of the turns between a layer's last turn and this one: of those from which on its demand is
     # known, and of all before them.
     until = jnp.concatenate([jnp.zeros(1), jnp.cumsum(room.reshape(-1))])
