@@ -300,6 +300,9 @@ class SharedExperts:
     ) -> np.ndarray:
         return outputs  # its loops are compiled by computing a row (`runtime.warmup`)
 
+    def rehearse_placing(self, outputs: np.ndarray) -> np.ndarray:
+        return outputs  # the host writes into them itself
+
     def passed_on(self, outputs: np.ndarray, decoding: bool) -> np.ndarray:
         return outputs
 

@@ -144,7 +144,7 @@ class Rehearsal:
         copies = slots and policy.uses_device and (policy.uses_host or not shared)
         if shared or policy.uses_host:
             self._on_cpu(inputs, chosen, tokens, runner.host_experts.weights(first))
-        if policy.uses_host and not shared:
+        if policy.uses_host:
             outputs = device.rehearse_placing(outputs)
         if copies:
             weights = jax.device_put(runner.model.bank.parcel(first), runner.transfers.sharding)
