@@ -205,11 +205,7 @@ def same_bits(width: int, hidden: int) -> dict[str, bool]:
         inputs = random.standard_normal((TILES * rows, width)).astype(jnp.bfloat16)
         tiles = np.arange(TILES * rows, dtype=np.int32).reshape(TILES, rows)
         seen = set()
-        for first in (
-            0,
-            1,
-            TILES // 2,
-        ):  # the first tile's place in the dispatch, and its expert's slot
+        for first in (0, 1, TILES // 2):  # the first tile's place in the dispatch, and its expert's slot
             places = np.concatenate([np.roll(tiles, first, 0), np.arange(TILES, dtype=np.int32)[:, None]], 1)
             outputs = jnp.zeros((len(inputs) + 1, width), jnp.bfloat16, device=device_sharding())
             outputs, _ = tiled_slots(outputs, on_device(inputs), places, pool, 1, ffn)

@@ -48,7 +48,12 @@ class Options(harness.Common):
     prompts: Path | None = None
     """JSON lines with a "prompt" each; prompts.jsonl in the checkpoint's folder if left out."""
     policies: tuple[str, ...] = (
-        *("host-only", "lru", "fiddler", "hybrimoe", "presched", "presched-paper"),
+        "host-only",
+        "lru",
+        "fiddler",
+        "hybrimoe",
+        "presched",
+        "presched-paper",
         "auto",
     )
     budget: int = 25

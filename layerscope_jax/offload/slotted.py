@@ -240,19 +240,14 @@ class SlottedExperts(DeviceExperts):
         if self._pool is None or self._step is None or not (self._listed[layer] or always):
             return outputs
         self._computed = frozenset(self._listed[layer])
-        outputs, self._done = self._resident(outputs, inputs, *self._step, self._every)
+        outputs, self._done = self._resident(outputs, inputs, self._every)
         self.stats.dispatches += not always
         return outputs
 
-    def _resident(
-        self,
-        outputs: jax.Array,
-        inputs: jax.Array,
-        chosen: jax.Array,
-        positions: jax.Array,
-        layer: int,
-        wanted: Any,
-    ) -> tuple[jax.Array, jax.Array]:
+    def _resident(self, outputs: jax.Array, inputs: jax.Array, wanted: Any) -> tuple[jax.Array, jax.Array]:
+        """Dispatches those experts of the decode step's layer that are wanted and in slots."""
+        assert self._step is not None
+        chosen, positions, layer = self._step
         return resident_rows(
             outputs,
             inputs,
@@ -290,7 +285,7 @@ class SlottedExperts(DeviceExperts):
             if late:
                 wanted = np.zeros(self._bank.num_experts, np.bool_)
                 wanted[late] = True
-                outputs, done = self._resident(outputs, inputs, *self._step, wanted)
+                outputs, done = self._resident(outputs, inputs, wanted)
                 stats.dispatches += 1
             return outputs, done
         for places in rows.tiles(experts, slots, self._tiles(rows.total)):

@@ -220,12 +220,16 @@ def _best(problem: dict[str, jax.Array], rounds: int, whole: bool) -> jax.Array:
         raw["presence"] = jnp.zeros((*shape, experts))
     else:
         raw["share"] = jnp.zeros(shape)
+    return highest(lambda raw: value(problem, prices(raw)), raw, rounds)
+
+
+def highest(value_of: Callable[[Any], jax.Array], raw: Any, rounds: int) -> jax.Array:
+    """Returns the highest value of a dual function of `raw`, which prices are made of, by gradient ascent."""
     update = optax.adam(optax.cosine_decay_schedule(0.1, rounds))
-    loss_of = lambda raw: -value(problem, prices(raw))  # noqa: E731
 
     def climb(carry: Any, _: None) -> tuple[Any, None]:
         raw, state, best = carry
-        loss, slope = jax.value_and_grad(loss_of)(raw)
+        loss, slope = jax.value_and_grad(lambda raw: -value_of(raw))(raw)
         changes, state = update.update(slope, state)
         return (optax.apply_updates(raw, changes), state, jnp.maximum(-loss, best)), None
 

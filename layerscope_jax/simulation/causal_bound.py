@@ -24,9 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from layerscope_jax.runtime.lower_bound import FEW, ROUNDS, Prices, problem_of, value
+from layerscope_jax.runtime.lower_bound import FEW, ROUNDS, Prices, highest, problem_of, value
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import Geometry
 from layerscope_jax.support.jax_settings import with_promotion
@@ -108,21 +107,11 @@ def _best(problem: dict[str, jax.Array], look_ahead: int, rounds: int) -> jax.Ar
             return set_before | {"presence": problem["host"] * jax.nn.sigmoid(raw["of demand"])}
         return set_before | {"share": jax.nn.sigmoid(raw["of demand"])}
 
-    def loss_of(raw: dict[str, jax.Array]) -> jax.Array:
-        return -value(problem, prices(raw), functools.partial(_expected, look_ahead))
-
     raw = {
         "link": jnp.zeros(()),
         "room": jnp.full(shape, jnp.log(0.05 / layers)),
         "of demand": jnp.zeros((*shape, experts) if whole else shape),
     }
-    update = optax.adam(optax.cosine_decay_schedule(0.1, rounds))
-
-    def climb(carry: Any, _: None) -> tuple[Any, None]:
-        raw, state, best = carry
-        loss, slope = jax.value_and_grad(loss_of)(raw)
-        changes, state = update.update(slope, state)
-        return (optax.apply_updates(raw, changes), state, jnp.maximum(-loss, best)), None
-
-    (_, _, best), _ = jax.lax.scan(climb, (raw, update.init(raw), jnp.array(-jnp.inf)), length=rounds)
-    return best
+    return highest(
+        lambda raw: value(problem, prices(raw), functools.partial(_expected, look_ahead)), raw, rounds
+    )
