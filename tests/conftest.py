@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from compiled_programs import compiled
 from hypothesis import settings
 from quick_compiling import compile_quickly
 
@@ -111,17 +112,6 @@ COMPILES = (
 
 OUR_COPIES = {"stage"}
 """Programs of ours without arithmetic: memory is handed over."""
-
-compiled: list[str] = []
-"""The names of the programs that XLA has compiled so far."""
-
-
-def _note(event: str, duration_secs: float, fun_name: str = "", **_: object) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        compiled.append(fun_name.removeprefix("jit(").removesuffix(")"))
-
-
-jax.monitoring.register_event_duration_secs_listener(_note)
 
 
 def takes_long(program: str) -> bool:

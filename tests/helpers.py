@@ -61,9 +61,6 @@ PROFILE = HardwareProfile(
 )
 """The host is faster up to about 11 tokens."""
 
-compiled: list[str] = []
-"""Names of all programs that XLA has compiled so far."""
-
 MACHINE = {
     "cpu",
     "cores",
@@ -75,14 +72,6 @@ MACHINE = {
     "changed_since_commit",
 }
 """What a benchmark says of the machine."""
-
-
-def _count(event: str, duration_secs: float, **others: Any) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        compiled.append(others.get("fun_name", "").removeprefix("jit(").removesuffix(")"))
-
-
-jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 @contextmanager

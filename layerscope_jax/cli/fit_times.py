@@ -15,7 +15,7 @@ from layerscope_jax.simulation.simulator import simulate
 
 DECODE_ERROR, PREFILL_ERROR = 0.293, 0.162
 """Errors of simulated times, relative to measured ones, that nine of ten stay below: of decode steps, with
-the time of planning left out, as it is here; and of one prefill under each of six policies
+the time of planning left out, as it is here; and of one prefill under each of seven policies
 (`benchmarks/answers/simulator.md`)."""
 
 ERROR_SOURCE = "measured on a CPU of 2 cores with a slowed link, on no accelerator"

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiled_programs import compiled
 from flax import nnx
-from helpers import PROMPTS, bits, compiled, one_jit, spelling_model
+from helpers import PROMPTS, bits, one_jit, spelling_model
 
 from layerscope_jax import Engine, OffloadConfig, Request
 from layerscope_jax.runtime.sampling import Sampling, sample

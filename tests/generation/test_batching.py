@@ -5,8 +5,9 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from compiled_programs import compiled
 from exact_cases import RandomPolicy, agree, tap
-from helpers import compiled, one_jit, random_model
+from helpers import one_jit, random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_programs import compiled
 from fixed_forecasts import Fixed
-from helpers import PROFILE, compiled, random_model
+from helpers import PROFILE, random_model
 from synthetic import SMALL, llapor_of
 
 from layerscope_jax import Engine, OffloadConfig

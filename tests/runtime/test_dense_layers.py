@@ -5,8 +5,9 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
+from compiled_programs import compiled
 from exact_cases import agree, prompts, run
-from helpers import PROFILE, compiled, one_jit, random_model
+from helpers import PROFILE, one_jit, random_model
 
 from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.models.cache import new_caches

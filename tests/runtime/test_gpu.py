@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_programs import compiled
 from exact_cases import RandomPolicy, prompts, tap
-from helpers import Copies, compiled, copying_by, in_time, random_model
+from helpers import Copies, copying_by, in_time, random_model
 
 from layerscope_jax import Engine, ExpertId, OffloadConfig, TransferError
 from layerscope_jax.kernels.grouping import Assignments

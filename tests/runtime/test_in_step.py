@@ -6,7 +6,8 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from helpers import TINY, compiled, random_model
+from compiled_programs import compiled
+from helpers import TINY, random_model
 
 from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.kernels.xla_ffi import Unavailable

@@ -4,8 +4,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from compiled_programs import compiled
 from exact_cases import RandomPolicy
-from helpers import PROFILE, compiled, random_model
+from helpers import PROFILE, random_model
 
 from layerscope_jax import Engine, ExpertId, OffloadConfig
 from layerscope_jax.offload import executors, slotted

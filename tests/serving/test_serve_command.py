@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from helpers import byte_tokenizer, compiled, random_decoder, spelling_model
+from compiled_programs import compiled
+from helpers import byte_tokenizer, random_decoder, spelling_model
 from serving_calls import get, metric, post, request, rest, sent, until
 
 import layerscope_jax

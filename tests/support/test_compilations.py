@@ -7,8 +7,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from compiled_programs import compiled
 from exact_cases import RandomPolicy
-from helpers import PROFILE, PROMPTS, compiled, one_jit, random_model, spelling_model
+from helpers import PROFILE, PROMPTS, one_jit, random_model, spelling_model
 
 from layerscope_jax import Engine, OffloadConfig, Replay
 from layerscope_jax.kernels.grouping import possible_groups
