@@ -67,7 +67,11 @@ def one_by_one(
 def in_blocks(
     inputs: jax.Array, slots: jax.Array, pool: Any, product: Callable, num_experts: int
 ) -> jax.Array:
-    """`rows_of_slots` in blocks of rows of one expert, each one product, as many as there are."""
+    """`rows_of_slots` in blocks of rows of one expert, each one product.
+
+    There are as many as there could be, so that their number is known beforehand: on a GPU, a loop whose end
+    the data decides would block the host.
+    """
     available, count, choices = jax.tree.leaves(pool)[0].shape[0], slots.size, slots.shape[1]
     size = block_rows(count, num_experts)
     flat = slots.reshape(-1)
@@ -75,15 +79,28 @@ def in_blocks(
     counts = jnp.bincount(flat, length=available).astype(jnp.int32)  # S is beyond the last slot
     blocks = (counts + (size - 1)) // size
     last_block, first_row = jnp.cumsum(blocks, dtype=jnp.int32), jnp.cumsum(counts, dtype=jnp.int32) - counts
-    within = jnp.arange(size, dtype=jnp.int32)
+    numbers = jnp.arange(most_blocks(count, min(available, num_experts), size), dtype=jnp.int32)
+    slot = jnp.searchsorted(last_block, numbers, side="right", method="compare_all").astype(jnp.int32)
+    slot = jnp.minimum(slot, available - 1)
+    within = jnp.arange(size, dtype=jnp.int32)[None]
+    ranks = (numbers - (last_block - blocks)[slot])[:, None] * size + within
+    rows = order[jnp.minimum(first_row[slot][:, None] + ranks, count - 1)]
+    rows = jnp.where(ranks < counts[slot][:, None], rows, count)
 
-    def block(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        number, outputs = state
-        slot = jnp.searchsorted(last_block, number, side="right").astype(jnp.int32)
-        ranks = (number - (last_block[slot] - blocks[slot])) * size + within
-        rows = order[jnp.minimum(first_row[slot] + ranks, count - 1)]
-        result = product(inputs[rows // choices], expert_at(pool, slot))
-        return number + 1, outputs.at[jnp.where(ranks < counts[slot], rows, count)].set(result, mode="drop")
+    def block(_: None, places: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        rows, slot = places
+        tokens = jnp.minimum(rows // choices, len(inputs) - 1)  # padding reads any row
+        return None, product(inputs[tokens], expert_at(pool, slot))
 
-    nothing = jnp.zeros((count, inputs.shape[1]), inputs.dtype)
-    return jax.lax.while_loop(lambda state: state[0] < last_block[-1], block, (jnp.int32(0), nothing))[1]
+    _, computed = jax.lax.scan(block, None, (rows, slot))  # [N, M, D]
+    return jnp.zeros((count, inputs.shape[1]), inputs.dtype).at[rows].set(computed, mode="drop")
+
+
+def most_blocks(rows: int, experts: int, size: int) -> int:
+    """Returns how many blocks of so many rows are needed at most, whichever experts the rows belong to.
+
+    >>> most_blocks(rows=32, experts=128, size=2), most_blocks(rows=512, experts=128, size=2)
+    (32, 320)
+    """
+    partial = min(rows, experts)  # blocks that are not full, at most one of each expert
+    return partial + (rows - partial) // size

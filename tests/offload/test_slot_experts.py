@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from layerscope_jax.formats import FLOAT32
-from layerscope_jax.offload.slot_experts import FEW, rows_of_slots
+from layerscope_jax.offload.slot_experts import FEW, most_blocks, rows_of_slots
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -51,3 +54,22 @@ def test_rows_are_those_of_their_experts_whatever_slots_these_are_in(tokens):
         assert 0 < there.sum() < there.size
         assert (rows[there] == every[there]).all()
         assert not rows[~there].any()
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_no_loop_has_an_end_that_the_data_decides(tokens):
+    """On a GPU the host would wait in it for the device."""
+    buffers = FLOAT32.buffers(WIDTH, HIDDEN).values()
+    pool = FLOAT32.Expert(*(jnp.zeros((3, *b.shape), b.dtype) for b in buffers))
+    program = computed.lower(jnp.zeros((tokens, WIDTH)), jnp.zeros((tokens, 2), jnp.int32), pool).compile()
+    loops = [line for line in program.as_text().splitlines() if " while(" in line]
+    assert bool(loops) == (tokens == 40)
+    assert all("known_trip_count" in loop for loop in loops)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.sampled_from([1, 2, 4, 16]))
+def test_there_are_as_many_blocks_as_any_rows_need(counts, size):
+    needed = sum(-(-count // size) for count in counts)
+    assert needed <= most_blocks(sum(counts), len(counts), size)
+    one_more = [1 + size * (count // size) for count in counts]  # each has a block that is not full
+    assert sum(-(-count // size) for count in one_more) == most_blocks(sum(one_more), len(counts), size)
