@@ -74,7 +74,7 @@ class DeviceSide:
         Raises:
             TransferError: if a copy does not end; its room stays reserved.
         """
-        if self.experts.waits:
+        if self._host.inside is not None:
             finish_all(self.transfers.sharding)  # programs may be running our kernels in memory that we own
         self.experts.clear()
         if self.experts.lost:

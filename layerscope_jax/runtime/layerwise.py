@@ -34,6 +34,7 @@ from layerscope_jax.runtime.warmup import Rehearsal
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation, Phase
 from layerscope_jax.scheduling.policy import PolicyBase
+from layerscope_jax.support.devices import finish_all
 from layerscope_jax.support.errors import TransferError
 
 
@@ -206,9 +207,16 @@ class LayerByLayer:
 
     def _looks_ahead(self, step: StepInputs) -> bool:
         """Whether the layer's program is to make a forecast."""
-        return step.counted is not None and any(
-            self.policy.wants_forecast(side.decisions.state) for side in self.sides
-        )
+        if step.counted is None or not self.spares_forecasts(step.phase):
+            return step.counted is not None
+        return any(self.policy.wants_forecast(side.decisions.state) for side in self.sides)
+
+    def spares_forecasts(self, phase: Phase) -> bool:
+        """Whether a layer may do without the policy's forecast, which is a program of its own.
+
+        On an accelerator a prefill has others enough, and a forecast costs it little.
+        """
+        return self.policy.spares_forecasts and (phase == "decode" or self.device_experts.waits)
 
     def _read_back(
         self,
@@ -358,6 +366,8 @@ class LayerByLayer:
 
     def close(self) -> None:
         """Ends the runner's threads and lets go of the device's memory; see `Runner.close`."""
+        if not (self._settled or self.host_experts.inside is None):  # of a step that an interrupt ended
+            finish_all(self.transfers.sharding)
         links = [side.transfers for side in self.sides]
         parts: list[Closable] = [self.host_experts, *links, self.forecasts]
         close_all(parts if self.pool is None else [*parts, self.pool])

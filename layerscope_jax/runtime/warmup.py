@@ -78,7 +78,7 @@ class Rehearsal:
     def settle(self) -> None:
         """Waits, after a failure, until all threads but the link's are idle; the link is not used."""
         self.runner.host_experts.rest()
-        if self._device_experts.waits:
+        if self.runner.host_experts.inside is not None:
             finish_all(self.runner.transfers.sharding)
         self._device_experts.clear()
 
@@ -102,7 +102,7 @@ class Rehearsal:
         if layer == 0:
             state = state._replace(outputs=device.passed_on(state.outputs, decoding))
         looks_ahead = runner.forecasts.in_layer is not None
-        if looks_ahead and runner.policy.spares_forecasts:
+        if looks_ahead and runner.spares_forecasts(step.phase):
             *_, caches, _, _ = runner.dense.attend(layer, step, state, caches, False)
         hidden, inputs, experts, weights, caches, expected, _ = runner.dense.attend(
             layer, step, state, caches, looks_ahead

@@ -70,6 +70,10 @@ class Trap:
                 self.sprung.set()
                 raise self.what
 
+    @staticmethod
+    def at_once(*arguments):
+        raise KeyboardInterrupt
+
     def around(self, call):
         def trapped(*arguments, **named):
             self.look()
@@ -380,3 +384,27 @@ def test_threads_that_change_places_all_the_time_give_the_same_bits(monkeypatch)
             agree(in_time(lambda: run(engine, batches, steps)), oracle("bfloat16"))
     finally:
         sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_programs_of_an_interrupted_step_have_ended_before_its_memory_goes(accelerator, monkeypatch):
+    """They read the model and jobs by address; a second interrupt ends the waiting for them."""
+    model, batches, _ = case("bfloat16")
+    if accelerator:
+        monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device))
+    waited = []
+    finish = layerwise.finish_all
+    for module in (layerwise, device_side):
+        monkeypatch.setattr(module, "finish_all", lambda place: waited.append(place) or finish(place))
+    config = OffloadConfig(device_budget=0, policy="host-only", numerics="auto")
+    with Engine(model, config) as engine:
+        monkeypatch.setattr(engine.runner, "_read_back", Trap.at_once)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(batches[0], max_new_tokens=2)
+        assert len(waited) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.runner.host_experts, "rest", Trap.at_once)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(batches[0], max_new_tokens=2)
+        assert len(waited) == 1
+    assert len(waited) == 2

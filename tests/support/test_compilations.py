@@ -11,7 +11,7 @@ from compiled_programs import compiled
 from exact_cases import RandomPolicy
 from helpers import PROFILE, PROMPTS, one_jit, random_model, spelling_model
 
-from layerscope_jax import Engine, OffloadConfig, Replay
+from layerscope_jax import Engine, OffloadConfig, PolicyBase, Replay
 from layerscope_jax.kernels.grouping import possible_groups
 from layerscope_jax.offload.slotted import SlottedExperts
 from layerscope_jax.runtime import device_side
@@ -60,13 +60,28 @@ def test_another_engine_of_the_model_compiles_nothing(model, config):
     assert counted == [0]
 
 
-def test_a_whole_generation_compiles_three_programs_for_each_bucket_and_phase(monkeypatch):
+class SparingPolicy(RandomPolicy, PolicyBase):
+    """Wants a forecast every other time."""
+
+    uses_forecasts = spares_forecasts = True
+    predictor = "gate"
+
+    asked = 0
+
+    def wants_forecast(self, state):
+        self.asked += 1
+        return self.asked % 2 == 1
+
+
+@pytest.mark.parametrize("policy", [RandomPolicy, SparingPolicy])
+def test_a_whole_generation_compiles_three_programs_for_each_bucket_and_phase(policy, monkeypatch):
     """On an accelerator, however tokens are routed, experts arrive and prompts are cut."""
     monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device, cpu.format))
-    model = random_model(num_layers=2, hidden_size=24, head_dim=6, seed=9)  # a shape of its own
+    own = 24 if policy is RandomPolicy else 28  # a shape of its own
+    model = random_model(num_layers=2, hidden_size=own, head_dim=6, seed=9)
     config = OffloadConfig(
         device_budget=9 * model.bank.expert_bytes,
-        policy=RandomPolicy(device=0.7),
+        policy=policy(device=0.7),
         prefill_chunk_size=32,
         max_num_seqs=2,
     )
@@ -88,7 +103,8 @@ def test_a_whole_generation_compiles_three_programs_for_each_bucket_and_phase(mo
         prefills = sum(prefill for _, prefill in phases)
         assert found["tiled_slots"] == found["place_rows"] == prefills
         assert found["resident_rows"] == len(phases) - prefills
-        assert found["attend_and_route"] == len(shapes)
+        decodes = sum(shape[1] == 1 for shape in shapes)
+        assert found["attend_and_route"] == len(shapes) + (decodes if policy is SparingPolicy else 0)
         layers = ("attend_and_route", "tiled_slots", "place_rows", "resident_rows")
         assert sum(found[name] for name in layers) <= 3 * len(shapes)
         before = len(compiled)
