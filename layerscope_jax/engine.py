@@ -369,7 +369,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the engine's threads, after any step that another thread is running; it generates no more."""
-        self._resources.close()
+        self._resources.close(self.runner.settle_if_needed)
 
     def __enter__(self) -> Engine:
         return self

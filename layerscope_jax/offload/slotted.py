@@ -150,16 +150,16 @@ class SlottedExperts(DeviceExperts):
             slots: S.
         """
         self._bank = bank
-        self._chosen = product_of(bank.format, bank.sizes, bank.dtype, self._device)
         self._free = list(range(slots))[::-1]
         self._owner: list[ExpertId | None] = [None] * slots  # as the table says, of free slots too
         self._slot_of: dict[ExpertId, int] = {}
         self._listed: list[set[int]] = [set() for _ in bank.layers]
         self._scalars: dict[int, jax.Array] = {}
-        self._every = self._constant(np.ones(bank.num_experts, np.bool_))
         self._pool = None  # before its successor takes as much memory
-        if not slots:
+        if not slots:  # as at the engine's end, which calls nothing of JAX's (`Resources`)
             return
+        self._chosen = product_of(bank.format, bank.sizes, bank.dtype, self._device)
+        self._every = self._constant(np.ones(bank.num_experts, np.bool_))
         size = len(bank.layers) * bank.num_experts
         self._table = jnp.full(size, slots, jnp.int32, device=self._device)
         self._pool = empty_pool(bank, slots, self._device)

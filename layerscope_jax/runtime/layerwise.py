@@ -34,7 +34,6 @@ from layerscope_jax.runtime.warmup import Rehearsal
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation, Phase
 from layerscope_jax.scheduling.policy import PolicyBase
-from layerscope_jax.support.devices import finish_all
 from layerscope_jax.support.errors import TransferError
 
 
@@ -366,8 +365,6 @@ class LayerByLayer:
 
     def close(self) -> None:
         """Ends the runner's threads and lets go of the device's memory; see `Runner.close`."""
-        if not (self._settled or self.host_experts.inside is None):  # of a step that an interrupt ended
-            finish_all(self.transfers.sharding)
         links = [side.transfers for side in self.sides]
         parts: list[Closable] = [self.host_experts, *links, self.forecasts]
         close_all(parts if self.pool is None else [*parts, self.pool])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
 from layerscope_jax.runtime.turns import Turns
+from layerscope_jax.support.errors import TransferError
 
 PATIENCE_S = 60.0
 """Seconds to wait for a step of another thread, which itself waits at most this long for a copy."""
@@ -43,8 +44,12 @@ def close_all(parts: Iterable[Closable]) -> None:
 class Resources:
     """The parts of an engine that have threads.
 
-    They are closed when the engine is closed, when it is garbage-collected, or when the interpreter exits. At
-    exit this happens before JAX shuts down, because a thread that is inside JAX at that time aborts the
+    They are closed when the engine is closed, when it is garbage-collected, or when the interpreter exits. A
+    collection may begin in the middle of JAX's own code, which must not be entered again there: jaxlib 0.10.2
+    then frees code objects that are in use (`Traceback::Get` keeps its frames by thread), and the process
+    crashes. So no part calls JAX as it is closed; what has to be waited for is waited for before, by `close`.
+
+    At exit they are closed before JAX shuts down, because a thread that is inside JAX at that time aborts the
     process. So a daemon thread that generates runs its current step to the end and no further one: it waits
     for its next turn until the process is gone. Only that step is waited for, not the whole call.
 
@@ -62,7 +67,8 @@ class Resources:
         self._owned: list[Closable] = []
         # Functions of `atexit` run in reverse order of registration, and JAX has registered its own already.
         # When `weakref.finalize` runs at exit depends on which code of the process used it first.
-        weakref.finalize(engine, self.close).atexit = False
+        self._collected = weakref.finalize(engine, self.close)
+        self._collected.atexit = False
         atexit.register(self._exit)
 
     @contextmanager
@@ -84,8 +90,12 @@ class Resources:
         self._owned.remove(part)
         part.close()
 
-    def close(self) -> None:
+    def close(self, settle: Callable[[], None] | None = None) -> None:
         """Closes all parts, even if closing one of them fails. It may be called again.
+
+        Args:
+            settle: called first: programs of an interrupted step may be reading memory that goes with the
+                parts. Its `TransferError` says nothing that matters any more.
 
         Raises:
             BaseException: the first exception raised while closing a part.
@@ -95,11 +105,17 @@ class Resources:
             return
         entered = self._turns.lock.acquire(timeout=PATIENCE_S)
         try:
-            close_all(self._owned)
-            atexit.unregister(self._exit)
+            with suppress(TransferError):
+                if settle is not None:
+                    settle()
         finally:
-            if entered:
-                self._turns.lock.release()
+            try:
+                close_all(self._owned)
+                atexit.unregister(self._exit)
+                self._collected.detach()
+            finally:
+                if entered:
+                    self._turns.lock.release()
 
     def _exit(self) -> None:
         if self._turns.inherited:

@@ -135,6 +135,13 @@ class Runner(Protocol):
         It need not be closed, and its tokens are meaningless.
         """
 
+    def settle_if_needed(self) -> None:
+        """Waits for what an interrupted step has left behind, if anything.
+
+        Raises:
+            TransferError: if a copy does not end.
+        """
+
     def close(self) -> None:
         """Ends the runner's threads and lets go of the experts on the device; it runs no more steps.
 

@@ -124,6 +124,9 @@ class WholeModel:
         other.account = Account()
         return other
 
+    def settle_if_needed(self) -> None:
+        """Does nothing: a step reads arrays alone, which JAX keeps for it."""
+
     def close(self) -> None:
         """Lets go of the device's memory; there are no threads."""
         self.params = {}
