@@ -92,6 +92,10 @@ class Rehearsal:
     def rehearsal(self) -> Rehearsal:
         return self
 
+    def settle_if_needed(self) -> None:
+        """Settles the runner, if a step of its was interrupted."""
+        self.runner.settle_if_needed()
+
     def close(self) -> None:
         """Does nothing, because the threads belong to the runner."""
 
