@@ -65,7 +65,9 @@ def test_sigterm(folder, capsys, monkeypatch):
             until(lambda: metric(server, "vllm:num_requests_waiting") == 1)
             until(lambda: any("0 requests run, 1 waits; 0.0 tokens/s" in line for line in said))
             os.kill(os.getpid(), signal.SIGTERM)
-            until(lambda: not answers(server))
+            # Asked for its health before it ends, it would take requests for a while.
+            until(lambda: server._service.refusing)
+            assert not answers(server)
             status, headers, answer = post(server, LONG)
         stream = rest(connection)
         assert len(compiled) == programs  # what it needs was compiled before the server answered
