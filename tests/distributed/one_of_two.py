@@ -1,7 +1,7 @@
 """One of two processes that share a model's experts; started by `test_processes.py`.
 
-`python one_of_two.py ADDRESS NUMBER POLICY OTHER`: prints its tokens, what it holds and sent, and how it was
-refused. OTHER is a checkpoint with the same config that process 1 tries to share with process 0.
+`python one_of_two.py ADDRESS NUMBER POLICY CHECKPOINT OTHER`: prints its tokens, what it holds and sent, and
+how it was refused. OTHER is a checkpoint with the same config that process 1 tries to share with process 0.
 """
 
 import json
@@ -13,13 +13,16 @@ import jax
 PROMPTS = ["Call me Ishmael.", "def main():"]
 
 
-def main(address, number, policy, other):
+def main(address, number, policy, checkpoint, other):
     number = int(number)
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, num_processes=2, process_id=number)
     import layerscope_jax as ls  # the devices are there from now on
+    from layerscope_jax.profiling import measure
 
+    measure.ROUNDS = measure.MOST_ROUNDS = 3  # nobody asks how long something takes
+    measure.ROUNDS_S = 0.01
     refused = {}
 
     def refusal(name, make):
@@ -28,8 +31,9 @@ def main(address, number, policy, other):
         except (ValueError, RuntimeError) as error:
             refused[name] = str(error)
 
-    model = ls.load("shipped", devices=jax.devices())
-    config = ls.OffloadConfig(policy=policy, device_budget=3_000_000, numerics="exact")
+    model = ls.load(checkpoint, devices=jax.devices())
+    budget = 3 * model.bank.expert_bytes
+    config = ls.OffloadConfig(policy=policy, device_budget=budget, numerics="exact")
     refusal("weights", lambda: ls.Engine(ls.load(other, devices=jax.devices()) if number else model, config))
     refusal("budget", lambda: ls.Engine(model, replace(config, host_budget=None if number else "1GiB")))
     with ls.Engine(model, config) as engine:

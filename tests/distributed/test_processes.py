@@ -12,12 +12,10 @@ import pytest
 import quick_compiling
 from safetensors.numpy import load_file, save_file
 
-import layerscope_jax
 from layerscope_jax import Engine, OffloadConfig, load
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-SHIPPED = Path(layerscope_jax.__file__).parent / "shipped"
 ONE = Path(__file__).with_name("one_of_two.py")
 
 
@@ -27,12 +25,12 @@ def free_address():
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def both(policies, other):
+def both(policies, checkpoint, other):
     """Runs two processes to their ends; returns what each has printed."""
     address, paths = free_address(), os.pathsep.join([str(ONE.parents[2]), *sys.path])
     started = [
         subprocess.Popen(
-            [sys.executable, str(ONE), address, str(number), policy, str(other)],
+            [sys.executable, str(ONE), address, str(number), policy, str(checkpoint), str(other)],
             env=os.environ | quick_compiling.ENVIRONMENT | {"PYTHONPATH": paths},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -50,9 +48,9 @@ def both(policies, other):
     return [json.loads(output.splitlines()[-1]) for output, _ in ended]
 
 
-def other_weights(folder):
-    """Makes a checkpoint that differs from the shipped one in one number."""
-    shutil.copytree(SHIPPED, folder)
+def other_weights(checkpoint, folder):
+    """Makes a checkpoint that differs from another one in one number."""
+    shutil.copytree(checkpoint, folder)
     file = folder / "model.safetensors"
     tensors = load_file(file)
     name = next(name for name in sorted(tensors) if name.endswith("norm.weight"))
@@ -61,9 +59,9 @@ def other_weights(folder):
     return folder
 
 
-def test_two_processes_give_the_tokens_of_one(tmp_path):
-    found = both(["lru", "presched"], other_weights(tmp_path / "other"))
-    with Engine(load("shipped"), OffloadConfig(numerics="exact")) as engine:
+def test_two_processes_give_the_tokens_of_one(tiny, tmp_path):
+    found = both(["lru", "presched"], tiny, other_weights(tiny, tmp_path / "other"))
+    with Engine(load(tiny), OffloadConfig(numerics="exact")) as engine:
         alone = engine.generate(["Call me Ishmael.", "def main():"], max_new_tokens=6)
         drawn = [
             engine.generate([prompt], max_new_tokens=6, temperature=1.0, seed=seed).token_ids[0]
@@ -72,7 +70,7 @@ def test_two_processes_give_the_tokens_of_one(tmp_path):
     for number, process in enumerate(found):
         assert process["tokens"] == alone.token_ids
         assert process["drawn"] == [drawn, found[0]["drawn"][1]]
-        assert process["held"] == 32
+        assert process["held"] == 4
         assert process["exchanged"] > 0
         refused = process["refused"]
         assert refused.keys() == {
@@ -96,7 +94,7 @@ def test_two_processes_give_the_tokens_of_one(tmp_path):
         assert ("the call, in process 1: " in refused["call"]) == (number == 0)
         assert "chat template" in refused["call"]
     assert found[0]["hits"] > 0
-    assert found[0]["own"] + found[1]["own"] == [[0, 16], [16, 32], [32, 48], [48, 64]]
+    assert found[0]["own"] + found[1]["own"] == [[0, 2], [2, 4], [4, 6], [6, 8]]
 
 
 @pytest.mark.parametrize("what", ["submit", "stream"])

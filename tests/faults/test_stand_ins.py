@@ -60,7 +60,8 @@ def test_a_virtual_link_has_what_is_asked_of_a_link():
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_runners_are_told_and_asked_the_same(runner):
-    assert face(Runner).keys() == {"step", "score", "reset", "stats", "rehearsal", "close"}
+    asked = {"step", "score", "reset", "stats", "rehearsal", "settle_if_needed", "close"}
+    assert face(Runner).keys() == asked
     assert {name: face(runner)[name] for name in face(Runner)} == face(Runner)
 
 
