@@ -1,6 +1,5 @@
 """Whatever interrupts a step, wherever it waits: all threads come to rest, and the next call is right."""
 
-import sys
 import threading
 from collections import Counter
 from contextlib import suppress
@@ -69,10 +68,6 @@ class Trap:
             if self.at == 0:
                 self.sprung.set()
                 raise self.what
-
-    @staticmethod
-    def at_once(*arguments):
-        raise KeyboardInterrupt
 
     def around(self, call):
         def trapped(*arguments, **named):
@@ -369,41 +364,3 @@ def test_a_failed_copy_waits_for_the_host_and_does_not_hide_its_failure(monkeypa
         found = in_time(lambda: run_untapped(engine, batches[0]))
     with Engine(model, config) as engine:
         assert run_untapped(engine, batches[0]) == found
-
-
-def test_threads_that_change_places_all_the_time_give_the_same_bits(monkeypatch):
-    model, batches, steps = case("bfloat16")
-    Work(monkeypatch)
-    config = OffloadConfig(
-        device_budget=9 * model.bank.expert_bytes, policy=RandomPolicy(7), numerics="auto", host_threads=3
-    )
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with Engine(model, config) as engine:
-            agree(in_time(lambda: run(engine, batches, steps)), oracle("bfloat16"))
-    finally:
-        sys.setswitchinterval(before)
-
-
-@pytest.mark.parametrize("accelerator", [False, True])
-def test_programs_of_an_interrupted_step_have_ended_before_its_memory_goes(accelerator, monkeypatch):
-    """They read the model and jobs by address; a second interrupt ends the waiting for them."""
-    model, batches, _ = case("bfloat16")
-    if accelerator:
-        monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device))
-    waited = []
-    finish = device_side.finish_all
-    monkeypatch.setattr(device_side, "finish_all", lambda place: waited.append(place) or finish(place))
-    config = OffloadConfig(device_budget=0, policy="host-only", numerics="auto")
-    with Engine(model, config) as engine:
-        monkeypatch.setattr(engine.runner, "_read_back", Trap.at_once)
-        with pytest.raises(KeyboardInterrupt):
-            engine.generate(batches[0], max_new_tokens=2)
-        assert len(waited) == 1
-        with monkeypatch.context() as patch:
-            patch.setattr(engine.runner.host_experts, "rest", Trap.at_once)
-            with pytest.raises(KeyboardInterrupt):
-                engine.generate(batches[0], max_new_tokens=2)
-        assert len(waited) == 1
-    assert len(waited) == 2
