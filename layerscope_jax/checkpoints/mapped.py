@@ -40,8 +40,9 @@ class MappedFiles:
 
     Nothing is read until a page is asked for. Processes that map the same files share the memory, and the
     system may take it back where memory is short. So a file must not be written to meanwhile: its weights
-    would change, and if it gets shorter, the system ends the process (SIGBUS). To replace a file, write
-    another and rename it: what is mapped then stays the old file.
+    would change, which `check` tells before tokens of theirs are given out, and if it gets shorter in the
+    middle of a step, the system ends the process (SIGBUS). To replace a file, write another and rename it:
+    what is mapped then stays the old file.
 
     It costs some speed: the system maps files in pages of 4 KiB, and published files have tensors where no
     cache line begins, so that a decode step takes about a tenth longer than with experts in memory.

@@ -262,12 +262,15 @@ class LayerByLayer:
 
     @contextmanager
     def settled_after(self) -> Iterator[None]:
-        """Settles threads, residency and link if the `with` block, a step, fails."""
+        """Settles threads, residency and link if the `with` block, a step, fails; it does where a file that is
+        mapped was written to."""
         if not self._settled:  # an earlier copy did not end, or a second interrupt came
             self.settle()
+        self._check_files()
         self._settled = False
         try:
             yield
+            self._check_files()
         except BaseException as error:
             for side in self.sides:
                 side.decisions.abandon_step()
@@ -277,6 +280,15 @@ class LayerByLayer:
                 self.settle()
             raise
         self._settled = True
+
+    def _check_files(self) -> None:
+        """Refuses to compute with, or to give out what was computed of, files that others have written to.
+
+        Raises:
+            ValueError: naming one that the model's experts are mapped from.
+        """
+        if self.model.mapped is not None:
+            self.model.mapped.check()
 
     def settle(self) -> None:
         """Waits until all threads are idle and the residency agrees with the link, after a failure.
