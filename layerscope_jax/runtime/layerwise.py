@@ -262,8 +262,10 @@ class LayerByLayer:
 
     @contextmanager
     def settled_after(self) -> Iterator[None]:
-        """Settles threads, residency and link if the `with` block, a step, fails; it does where a file that is
-        mapped was written to."""
+        """Settles threads, residency and link if the `with` block, a step, fails.
+
+        It does where a file was written to that experts are mapped from.
+        """
         if not self._settled:  # an earlier copy did not end, or a second interrupt came
             self.settle()
         self._check_files()

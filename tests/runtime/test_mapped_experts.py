@@ -56,7 +56,7 @@ def test_a_file_that_is_written_to_under_a_running_engine_gives_no_wrong_token(f
         else:
             with file.open("r+b") as opened:
                 opened.seek(-1, os.SEEK_END)
-                opened.write(bytes([opened.read(1)[0] ^ 1]) if False else b"\x01")
+                opened.write(b"\x01")
 
     with Engine(model, OffloadConfig(device_budget=budget, policy=policy)) as engine:
         engine.generate(PROMPTS, max_new_tokens=3, stop_token_ids=[])
