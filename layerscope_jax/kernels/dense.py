@@ -18,11 +18,13 @@ from layerscope_jax.kernels.registry import REFERENCE, Kind, Work, choose
 from layerscope_jax.models.attention import attending_by
 from layerscope_jax.models.experts import products_by
 from layerscope_jax.models.latent_attention import head_products_by, latent_attending_by
+from layerscope_jax.models.rotary import cosines_apart
 
 
 @contextlib.contextmanager
 def our_loops(table: jax.Array | None) -> Iterator[None]:
-    """While a program is traced within, attention and products go by our own loops; without a table not."""
+    """While a program for a CPU is traced within, attention and products go by our own loops; without a table
+    not."""
     if table is None:
         yield
         return
@@ -31,6 +33,7 @@ def our_loops(table: jax.Array | None) -> Iterator[None]:
         attending_by(functools.partial(attention, table)),
         latent_attending_by(functools.partial(latent_attention, table)),
         head_products_by(functools.partial(head_products, table)),
+        cosines_apart(),
     ):
         yield
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope_jax.models import config_from_hf
-from layerscope_jax.models.rotary import PAD_POSITION, RopeScaling, rotate
+from layerscope_jax.models.rotary import PAD_POSITION, RopeScaling, cosines_apart, rotate
 
 rotated = jax.jit(rotate, static_argnums=(2, 3))
 
@@ -79,3 +79,23 @@ def test_products_depend_on_the_distance_alone(first, second, shift, interleaved
         return float((np.asarray(at[0]) * np.asarray(at[1])).sum())
 
     assert product(first, second) == pytest.approx(product(first + shift, second + shift), abs=1e-4)
+
+
+def test_cosines_apart_are_computed_once_for_all_heads_and_are_the_same():
+    config = config_of(RECORDS[0])
+    x = np.random.default_rng(0).standard_normal((2, 8, 4, 16)).astype(np.float32)
+    positions = np.arange(16, dtype=np.int32).reshape(2, 8)
+
+    def compiled():
+        return jax.jit(lambda x, positions: rotate(x, positions, config)).lower(x, positions).compile()
+
+    def with_each_head(program):
+        parts = program.as_text().split("\n\n")
+        return any("cosine(" in part and "f32[2,8,4," in part for part in parts)
+
+    plain = compiled()
+    with cosines_apart():
+        apart = compiled()
+    np.testing.assert_array_equal(apart(x, positions), plain(x, positions))
+    assert with_each_head(plain)
+    assert not with_each_head(apart)
