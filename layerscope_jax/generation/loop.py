@@ -8,6 +8,7 @@ no other has a run of its own.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import time
@@ -80,7 +81,8 @@ class Loop:
         self._run: Run | None = None
         self.account = Account()
         self._settled = True  # whether these agree; False after an interrupt
-        self._error: str | None = None  # why logits were not finite, once that has happened
+        # Once that has happened: reading all weights takes a while.
+        self._why_not_finite = functools.cache(functools.partial(why_not_finite, model))
         # An attribute, because modules' names are gone when the last objects are collected.
         self._leaving = sys.is_finalizing
 
@@ -119,17 +121,17 @@ class Loop:
         self._inbox.append(call)
 
     def cancel(self, call: Call) -> None:
-        """Ends a call's requests at the next step, or now if no step is running; does not wait.
+        """Ends a call's requests at the next step, or now if they run and no step does; does not wait.
 
-        It may be called at any time, even by the garbage collector, and more than once.
+        It may be called at any time and more than once, even by the garbage collector: without JAX.
         """
         if call.ended or call.cancelled or self._leaving():
             return
         call.cancelled = True
         self._cancelled.append(call)
         with self._turns.turn_if_free() as taken:
-            if taken:
-                self._ready()
+            if taken and self._settled:
+                self._abort_cancelled()
 
     def follow(self, call: Call) -> Iterator[Token]:
         """Yields every token of a call from the first on, and runs steps until the call has ended."""
@@ -298,12 +300,16 @@ class Loop:
         self._settled = False
         if self._inbox:
             self._begin(self._arrived())
-        while self._cancelled:
-            call = self._cancelled[0]
+        self._abort_cancelled()
+
+    def _abort_cancelled(self) -> None:
+        """Ends cancelled calls that have begun; others stay for the step that begins them."""
+        self._settled = False
+        for call in [call for call in self._cancelled if call not in self._inbox]:
             if call in self._calls and self._run is not None:
                 for state in call.unfinished:
                     self._run.abort(state)
-            self._cancelled.popleft()
+            self._cancelled.remove(call)
         self._close_ended()
         self._settled = True
 
@@ -392,8 +398,3 @@ class Loop:
             self._model.tokenizer,
             self._why_not_finite,
         )
-
-    def _why_not_finite(self) -> str:
-        if self._error is None:  # reading all weights takes a while
-            self._error = why_not_finite(self._model)
-        return self._error

@@ -261,7 +261,7 @@ class CpuExperts:
         words = outputs.view(WORDS[outputs.dtype.name])
         addresses = np.frombuffer(bytearray().join([expert.addresses for expert in held]), np.int64)
         addresses = addresses.reshape(len(held), -1)
-        begins, size = address(inputs), 0
+        size = 0
         works: list[
             tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
         ] = []  # the last counts what is taken
@@ -274,6 +274,8 @@ class CpuExperts:
                 size = max(size, kernel.scratch_bytes(*part[1:], layout.width, layout.hidden))
 
         def share(number: int) -> None:
+            assert held  # it keeps them, as whoever waits for it may be interrupted
+            begins = address(inputs)
             for node in numa.own_first(len(works)):
                 addresses, firsts, lasts, counter = works[node]
                 if not len(firsts):

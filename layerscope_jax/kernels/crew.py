@@ -21,6 +21,7 @@ from layerscope_jax.kernels.numbers import float_of, pointer, taken
 from layerscope_jax.kernels.vectors import BYTE, INT, LONG, external
 from layerscope_jax.support import numa
 from layerscope_jax.support.njit import cfunc, njit
+from layerscope_jax.support.threads import PATIENCE_S
 
 # Of all jobs: the address of a thread's share of it (`products`, `experts`), how many parts there
 # are, and how many were taken; then what is read and written.
@@ -295,4 +296,4 @@ class Crew:
         for place in self._semaphores[::2]:
             ctypes.CDLL(None).sem_post(ctypes.c_void_p(place))
         for thread in self._threads:
-            thread.join()
+            thread.join(PATIENCE_S)

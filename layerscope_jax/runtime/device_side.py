@@ -15,7 +15,6 @@ from layerscope_jax.runtime.decisions import Decisions, Reads
 from layerscope_jax.runtime.device_tier import DeviceTier
 from layerscope_jax.scheduling.plan import ExpertId
 from layerscope_jax.scheduling.policy import PolicyBase
-from layerscope_jax.support.devices import finish_all
 
 
 class DeviceSide:
@@ -74,8 +73,6 @@ class DeviceSide:
         Raises:
             TransferError: if a copy does not end; its room stays reserved.
         """
-        if self._host.inside is not None:
-            finish_all(self.transfers.sharding)  # programs may be running our kernels in memory that we own
         self.experts.clear()
         if self.experts.lost:
             self.tier.lose()

@@ -19,12 +19,14 @@ from layerscope_jax.offload.link import Transfers
 from layerscope_jax.offload.pool import HostPool
 from layerscope_jax.offload.residency import Residency
 from layerscope_jax.prediction.forecasts import Forecasts
+from layerscope_jax.runtime import unsettled
 from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.computing import BothSides
 from layerscope_jax.runtime.decisions import Reads
 from layerscope_jax.runtime.dense import DenseParts, StepInputs
 from layerscope_jax.runtime.device_side import DeviceSide
 from layerscope_jax.runtime.lower_bound import least_decode_s
+from layerscope_jax.runtime.processes import spans_processes
 from layerscope_jax.runtime.reading_back import read
 from layerscope_jax.runtime.resources import Closable, close_all
 from layerscope_jax.runtime.runner import RunnerStats, Scored, Stepped
@@ -34,6 +36,7 @@ from layerscope_jax.runtime.warmup import Rehearsal
 from layerscope_jax.scheduling.costs import HardwareProfile
 from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation, Phase
 from layerscope_jax.scheduling.policy import PolicyBase
+from layerscope_jax.support.devices import finish_all
 from layerscope_jax.support.errors import TransferError
 
 
@@ -76,6 +79,7 @@ class LayerByLayer:
         *,
         exact: bool = False,
     ):
+        unsettled.let_go()
         self.pool = pool
         self.model, self.policy, self.costs = model, policy, costs
         self.forecasts, self.host_experts = forecasts, host_experts
@@ -262,10 +266,7 @@ class LayerByLayer:
 
     @contextmanager
     def settled_after(self) -> Iterator[None]:
-        """Settles threads, residency and link if the `with` block, a step, fails.
-
-        It does where a file was written to that experts are mapped from.
-        """
+        """Settles threads, residency and link if the `with` block, a step, fails."""
         if not self._settled:  # an earlier copy did not end, or a second interrupt came
             self.settle()
         self._check_files()
@@ -284,11 +285,7 @@ class LayerByLayer:
         self._settled = True
 
     def _check_files(self) -> None:
-        """Refuses to compute with, or to give out what was computed of, files that others have written to.
-
-        Raises:
-            ValueError: naming one that the model's experts are mapped from.
-        """
+        """Raises a ValueError if a file was written to that the model's experts are mapped from."""
         if self.model.mapped is not None:
             self.model.mapped.check()
 
@@ -299,11 +296,21 @@ class LayerByLayer:
             TransferError: if a copy does not end; its room stays reserved.
         """
         self.host_experts.rest()
+        self.finish_programs()
         for side in self.sides:
             side.settle()
         if self.pool is not None:
             self.pool.settle()
         self._settled = True
+
+    def finish_programs(self) -> None:
+        """Waits for programs that may be running our kernels, in memory that we own."""
+        if self.host_experts.inside is None:
+            return
+        finish_all(self.transfers.sharding)
+        partition = self.model.partition
+        if partition is not None and not spans_processes(partition):
+            finish_all(partition.replicated)  # those of all devices have an order of their own
 
     def settle_if_needed(self) -> None:
         """Settles if an interrupt kept the last step from doing so."""
@@ -379,6 +386,8 @@ class LayerByLayer:
 
     def close(self) -> None:
         """Ends the runner's threads and lets go of the device's memory; see `Runner.close`."""
+        if not self._settled:
+            unsettled.keep(self)
         links = [side.transfers for side in self.sides]
         parts: list[Closable] = [self.host_experts, *links, self.forecasts]
         close_all(parts if self.pool is None else [*parts, self.pool])

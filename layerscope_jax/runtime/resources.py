@@ -94,8 +94,9 @@ class Resources:
         """Closes all parts, even if closing one of them fails. It may be called again.
 
         Args:
-            settle: called first: programs of an interrupted step may be reading memory that goes with the
-                parts. Its `TransferError` says nothing that matters any more.
+            settle: called first, unless this thread is in a step: programs of an interrupted step may be
+                reading memory that goes with the parts. Its `TransferError` says nothing that matters any
+                more. With it, any step of another thread is waited for, else at most `PATIENCE_S`.
 
         Raises:
             BaseException: the first exception raised while closing a part.
@@ -103,10 +104,10 @@ class Resources:
         self.closed = True
         if self._turns.inherited:  # a fork has none of the threads
             return
-        entered = self._turns.lock.acquire(timeout=PATIENCE_S)
+        entered = self._turns.lock.acquire(timeout=PATIENCE_S if settle is None else -1)
         try:
             with suppress(TransferError):
-                if settle is not None:
+                if settle is not None and not self._turns.is_mine:
                     settle()
         finally:
             try:

@@ -50,6 +50,11 @@ class Turns:
         return os.getpid() != self._process
 
     @property
+    def is_mine(self) -> bool:
+        """Whether this thread is in a turn."""
+        return self._owner == threading.get_ident()
+
+    @property
     def is_contended(self) -> bool:
         """Whether a thread waits for its turn."""
         return bool(self._waiting)

@@ -15,7 +15,6 @@ from layerscope_jax.offload.executors import DeviceExperts, SharedExperts
 from layerscope_jax.runtime.dense import StepInputs
 from layerscope_jax.runtime.sampling import Sampling
 from layerscope_jax.scheduling.plan import ExpertId, Observation, Phase
-from layerscope_jax.support.devices import finish_all
 
 if TYPE_CHECKING:
     from layerscope_jax.runtime.accounts import Account
@@ -78,8 +77,7 @@ class Rehearsal:
     def settle(self) -> None:
         """Waits, after a failure, until all threads but the link's are idle; the link is not used."""
         self.runner.host_experts.rest()
-        if self.runner.host_experts.inside is not None:
-            finish_all(self.runner.transfers.sharding)
+        self.runner.finish_programs()
         self._device_experts.clear()
 
     def reset(self, account: Account | None) -> None:

@@ -9,6 +9,10 @@ from threading import Thread, current_thread
 
 from layerscope_jax.support.jax_settings import settle_thread
 
+PATIENCE_S = 10.0
+"""Seconds to wait for a thread that is told to end: the garbage collector may end an engine while the thread
+that it runs on holds what the other one needs to end."""
+
 
 class Job:
     """A call split into numbered parts, which threads take.
@@ -145,7 +149,7 @@ class Helpers:
             self._calls.put(None)
         for thread in self._threads:
             if thread is not current_thread():  # garbage collection may run on a helper
-                thread.join()
+                thread.join(PATIENCE_S)
 
     def _serve(self, began: Callable[[int], None] | None, number: int) -> None:
         settle_thread()

@@ -12,6 +12,7 @@ from exact_cases import RandomPolicy, case
 from helpers import one_jit
 
 from layerscope_jax import Engine, OffloadConfig
+from layerscope_jax.generation.slots import IDLE_ROWS
 from layerscope_jax.offload.slotted import SlottedExperts
 from layerscope_jax.runtime import device_side
 
@@ -88,6 +89,25 @@ def test_nor_is_it_called_as_a_stream_is_collected():
         next(owner[0].stream)
         assert calls_as(owner) == set()
         assert engine.generate([[1, 2, 3]], max_new_tokens=3).token_ids
+
+
+def test_nor_is_it_called_as_a_handle_is_collected_that_nobody_has_read():
+    """Another call is to begin, and more rows are kept for prefixes than it takes."""
+
+    class Holder:
+        pass
+
+    model, _, _ = case("bfloat16")
+    with Engine(model, OffloadConfig(prefix_cache=True)) as engine:
+        engine.generate([[number + 1, 2, 3] for number in range(8)], max_new_tokens=2)
+        kept = engine._loop._slots.rows
+        assert kept > IDLE_ROWS
+        owner = [Holder()]
+        owner[0].itself, owner[0].handle = owner[0], engine.submit([1, 2, 3], max_new_tokens=4)
+        other = engine.submit([5, 6], max_new_tokens=2)
+        assert calls_as(owner) == set()
+        assert engine._loop._slots.rows == kept
+        assert len(other.result().token_ids) == 2
 
 
 def test_what_would_be_seen_is_seen():
