@@ -12,22 +12,19 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks import harness
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -36,22 +33,14 @@ REACH = 1.15  # peak memory over weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to measure.
+class Options(harness.Common):
+    """What to measure."""
 
-    Attributes:
-        quick: checkpoints of about 100 MB, one load each: a check that it runs, not a measurement.
-        rounds: loads of each checkpoint; the median time and the highest peak are shown.
-        shapes: which of the two.
-        formats: of experts in converted checkpoints.
-        json: also write the results to this file.
-    """
-
-    quick: bool = False
     rounds: int = 3
+    """Loads of each checkpoint; the median time and the highest peak are shown."""
     shapes: tuple[str, ...] = ("OLMoE", "Mixtral")
     formats: tuple[str, ...] = ("bfloat16", "int4")
-    json: Path | None = None
+    """Of experts in converted checkpoints."""
 
 
 def hf_configs(quick: bool) -> dict[str, dict[str, Any]]:
@@ -227,15 +216,8 @@ def summary(loads: list[dict[str, Any]], reads: list[float]) -> dict[str, Any]:
     }
 
 
-def device_name() -> str:
-    import jax
-
-    device = jax.devices()[0]
-    cores = multiprocessing.cpu_count()
-    return f"{cores} CPU cores ({platform.machine()})" if device.platform == "cpu" else device.device_kind
-
-
-def main(options: Options) -> None:
+def main(options: Options) -> dict[str, Any]:
+    machine = harness.machine()  # before all this has loaded it
     rounds = 1 if options.quick else options.rounds
     rows = [
         row
@@ -243,11 +225,6 @@ def main(options: Options) -> None:
         if name in options.shapes
         for row in measure(name, config, rounds, options.formats)
     ]
-    versions = {package: version(package) for package in ("jax", "flax", "numpy", "safetensors")}
-    versions = {"python": platform.python_version()} | versions
-    device = in_fresh_process(device_name)
-
-    table = Table(title="Loading checkpoints from the page cache")
     headings = (
         "shape",
         "layout",
@@ -261,10 +238,8 @@ def main(options: Options) -> None:
         f"peak / weights (reach {REACH})",
         "kept",
     )
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("shape", "layout", "experts") else "right")
-    for row in rows:
-        table.add_row(
+    lines = [
+        (
             row["shape"],
             row["layout"],
             row["format"],
@@ -277,21 +252,17 @@ def main(options: Options) -> None:
             f"{row['peak_over_weights']:.3f}",
             f"{row['kept_over_weights']:.3f}",
         )
-    console = Console()
-    console.print(table)
-    console.print(f"{device}; " + ", ".join(f"{name} {number}" for name, number in versions.items()))
-    if options.json is not None:
-        load_average = os.getloadavg()[0]
-        result = {
-            "quick": options.quick,
-            "device": device,
-            "load_average": load_average,
-            "versions": versions,
-            "rows": rows,
-        }
-        from layerscope_jax.support.files import write_file
-
-        write_file(options.json, json.dumps(result, indent=1) + "\n")
+        for row in rows
+    ]
+    harness.print_table("Loading checkpoints from the page cache", headings, lines)
+    result = {
+        "benchmark": "load",
+        "quick": options.quick,
+        "machine": machine,
+        "rounds": rounds,
+        "rows": rows,
+    }
+    return harness.finish(options, result)
 
 
 if __name__ == "__main__":
