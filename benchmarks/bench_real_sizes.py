@@ -55,6 +55,7 @@ class Options(harness.Common):
     policies: tuple[str, ...] = (
         "on-demand",
         "host-only",
+        "lru",
         "fiddler",
         "hybrimoe",
         "presched",

@@ -13,8 +13,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-parts=(step-fill facts tests link real-deepseek real-qwen3 real-mixtral calibrate host-experts overhead simulator policies
-    resident hf-offload)
+parts=(step-fill facts real-qwen3 real-deepseek tests link overhead simulator policies real-mixtral calibrate host-experts
+    resident hf-offload)  # what is most wanted first
 quick=()
 if [ "${1:-}" = --quick ]; then
     quick=(--quick)
@@ -32,12 +32,11 @@ done
 python=${PYTHON:-python3}
 hf_python=${HF_PYTHON:-$python}
 out=${OUT:-$(mktemp -d -t layerscope_gpu.XXXXXX)}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-# Parts compile much the same programs. The tests keep no cache, whatever is said here.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/cache}
+# Parts compile much the same programs, and so does another run that is given this folder as JAX_COMPILATION_CACHE_DIR.
+# The tests keep no cache, whatever is said here.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/cache}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}
 # XLA pins 64 GB at most, if nothing is said; real models take more, and the host needs some too.
 available_gb=$(awk '/^MemAvailable/ { print int($2 / 1048576 * 3 / 4) }' /proc/meminfo)
@@ -72,7 +71,7 @@ run() { # PART
     simulator) bench benchmarks.bench_simulator simulator --link 5GB ;;
     policies)
         bench benchmarks.bench_policies policies --budgets 25 --links 500MB 5GB \
-            --policies host-only on-demand lru fiddler hybrimoe presched auto
+            --policies host-only on-demand lru fiddler hybrimoe presched in-step auto
         ;;
     resident)
         local peer=()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from exact_cases import agree, run
+from exact_cases import RandomPolicy, agree, run
 from helpers import PROFILE, random_model
 
 from layerscope_jax import Engine, OffloadConfig, load, save
@@ -19,7 +19,7 @@ def plain():
     return random_model(num_layers=2, num_experts=4, moe_intermediate_size=32)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "mxfp4", "fp8"])
+@pytest.mark.parametrize("name", ["int8", "int4", "mxfp4", "nvfp4", "fp8"])
 def test_every_policy_has_the_bits_of_everything_resident(plain, name):
     if name == "mxfp4":  # as gpt-oss has it
         plain = random_model(plain.config, expert_body=ExpertBody("clamped", bias=True))
@@ -30,6 +30,10 @@ def test_every_policy_has_the_bits_of_everything_resident(plain, name):
     for policy in ("lru", "host-only", "presched"):
         budget = 0 if policy == "host-only" else 5 * model.bank.expert_bytes
         config = OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)
+        with Engine(model, config) as engine:
+            agree(run(engine, BATCHES, 3), expected)
+    for seed, slots in ((1, 2), (2, 7)):  # any plan, within other budgets
+        config = OffloadConfig(device_budget=slots * model.bank.expert_bytes, policy=RandomPolicy(seed))
         with Engine(model, config) as engine:
             agree(run(engine, BATCHES, 3), expected)
     with Engine(plain) as engine:

@@ -81,8 +81,13 @@ def test_so_it_does_with_everything_resident(case):
         agree(engine, case)
 
 
-@pytest.mark.parametrize("policy", ["host-only", "presched"])
-@pytest.mark.parametrize("case", KINDS)
+@pytest.mark.parametrize(
+    ("case", "policy"),
+    [
+        *((case, policy) for case in (*KINDS, "qwen3_5_moe") for policy in ("host-only", "presched")),
+        *((case, "fiddler") for case in ("gemma4", "qwen3_next", "qwen3_5_moe")),  # with lru the fourth
+    ],
+)
 def test_so_it_does_whatever_a_policy_decides(case, policy):
     budget = model(case).bank.total_bytes // 2
     config = OffloadConfig(device_budget=budget, policy=policy, profile=PROFILE)
