@@ -305,7 +305,7 @@ class Loop:
     def _abort_cancelled(self) -> None:
         """Ends cancelled calls that have begun; others stay for the step that begins them."""
         self._settled = False
-        for call in [call for call in self._cancelled if call not in self._inbox]:
+        for call in [call for call in tuple(self._cancelled) if call not in self._inbox]:
             if call in self._calls and self._run is not None:
                 for state in call.unfinished:
                     self._run.abort(state)

@@ -23,8 +23,7 @@ from layerscope_jax.models.rotary import cosines_apart
 
 @contextlib.contextmanager
 def our_loops(table: jax.Array | None) -> Iterator[None]:
-    """While a program for a CPU is traced within, attention and products go by our own loops; without a table
-    not."""
+    """While a CPU's program is traced within, attention and products go by our own loops, given a table."""
     if table is None:
         yield
         return

@@ -36,7 +36,7 @@ from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.baselines import HostOnly, Resident
 from layerscope_jax.scheduling.costs import HardwareProfile, sharing_host
 from layerscope_jax.scheduling.geometry import of_part
-from layerscope_jax.scheduling.in_step import InStep, slots_beside
+from layerscope_jax.scheduling.in_step import InStep, Streaming, slots_beside
 from layerscope_jax.scheduling.plan import Policy
 from layerscope_jax.scheduling.policy import PolicyBase, completed
 from layerscope_jax.support.machine import cpu_device
@@ -161,6 +161,8 @@ def _layer_by_layer(
     if in_a_step and InStepCache.is_faster_on(model.device):
         make, slots = in_step(model, left)
         left -= slots * model.config.num_moe_layers * size
+        if make is not None:
+            policy = Streaming()
     residency = Residency(left, size)
     geometry = model.geometry(residency.slots)
     if costs is None and policy.uses_costs:

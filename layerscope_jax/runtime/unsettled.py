@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Protocol
 
 
@@ -20,6 +21,7 @@ def keep(runner: Unsettled) -> None:
 
 def let_go() -> None:
     """Waits for the programs of runners that are kept, and lets go of them."""
-    while _kept:
-        _kept[0].finish_programs()
-        del _kept[0]
+    for runner in tuple(_kept):
+        runner.finish_programs()
+        with suppress(ValueError):  # another thread has let go of it
+            _kept.remove(runner)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerscope_jax.scheduling.caching import LRU, CacheState
 from layerscope_jax.scheduling.costs import HardwareProfile
-from layerscope_jax.scheduling.plan import ExpertId, Geometry, Observation
+from layerscope_jax.scheduling.plan import ExpertId, Geometry, LayerPlan, Observation
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,67 @@ class InStep(LRU):
         return own + sorted(others, key=lambda expert: held[expert.layer] <= state.share)
 
 
+@dataclass(frozen=True)
+class StreamState(SharedState):
+    """A `SharedState` that knows how many layers and experts there are."""
+
+    layers: int = 1
+    experts: int = 1
+
+
+class Streaming(InStep):
+    """Plans prefills beside a step that keeps the cache: while a layer is computed, the next one is copied.
+
+    It does so where the room holds two layers, and a layer has tokens for most of its experts: then the next
+    one will, too. Experts that are there already are not copied again. At the last layer nothing is copied
+    ahead, as what comes next may be a decode step, which does not read this room.
+    """
+
+    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> StreamState:
+        state = super().init(geometry, profile)
+        return StreamState(
+            state.slots, share=state.share, layers=geometry.num_layers, experts=geometry.num_experts
+        )
+
+    def plan(self, state: CacheState, seen: Observation) -> tuple[CacheState, LayerPlan]:
+        state, plan = super().plan(state, seen)
+        assert isinstance(state, StreamState)
+        most = len(seen.demand) >= MOST * state.experts
+        if seen.phase == "decode" or not most or state.slots < 2 * state.experts:
+            return state, plan
+        if seen.layer + 1 == state.layers:
+            return state, plan
+        there = {*seen.resident, *seen.in_flight, *plan.load}.difference(plan.evict)
+        coming = [ExpertId(seen.layer + 1, expert) for expert in range(state.experts)]
+        missing = [expert for expert in coming if expert not in there]
+        idle = sorted(e for e in there if e in seen.resident and not 0 <= e.layer - seen.layer <= 1)
+        evict = idle[: max(0, len(there) + len(missing) - state.slots)]
+        room = state.slots - len(there) + len(evict)
+        used = {expert: number for expert, number in state.used.items() if expert not in evict}
+        return replace(state, used=used), replace(
+            plan, evict=(*plan.evict, *evict), prefetch=tuple(missing[:room])
+        )
+
+
+MOST = 0.75
+"""Share of a layer's experts that have tokens, from which on the next layer is copied whole."""
+
+
+def streamed_layers(geometry: Geometry) -> int:
+    """Returns how many layers the room has through which prefills stream.
+
+    Two, so that one is copied while the other is computed, where the second takes at most a tenth of the
+    slots from decode steps.
+
+    >>> sizes = {"num_layers": 48, "num_experts": 128, "experts_per_token": 8, "expert_bytes": 9}
+    >>> [streamed_layers(Geometry(slots=slots, **sizes)) for slots in (1000, 2700)]
+    [1, 2]
+    """
+    return 2 if geometry.slots >= 10 * geometry.num_experts else 1
+
+
 def slots_beside(geometry: Geometry) -> int:
-    """Returns the slots of each layer that a step keeps beside the room in which a prefill streams a layer.
+    """Returns the slots of each layer that a step keeps beside the room through which prefills stream.
 
     Args:
         geometry: of the model; `slots` are those of the whole budget.
@@ -56,7 +115,7 @@ def slots_beside(geometry: Geometry) -> int:
     >>> slots_beside(Geometry(num_layers=4, num_experts=8, experts_per_token=2, expert_bytes=1, slots=21))
     3
     """
-    streamed = geometry.num_experts
+    streamed = streamed_layers(geometry) * geometry.num_experts
     result = (geometry.slots - streamed) // geometry.num_layers
     if result < 1:
         least = streamed + geometry.num_layers

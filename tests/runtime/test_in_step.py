@@ -15,6 +15,7 @@ from layerscope_jax.models.experts import ExpertBody
 from layerscope_jax.offload.fills import by_warp
 from layerscope_jax.runtime import build as building
 from layerscope_jax.runtime import in_step
+from layerscope_jax.scheduling import in_step as scheduled
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -228,3 +229,17 @@ def test_on_a_cpu_steps_are_planned_layer_by_layer(monkeypatch):
     with Engine(model(), config) as engine:
         result = engine.generate(PROMPTS, max_new_tokens=12)
     assert (result.stats.mode, result.token_ids) == ("layers", answers())
+
+
+def test_a_prefill_copies_the_next_layer_while_one_is_computed(monkeypatch):
+    """Where the room through which it streams holds two."""
+    monkeypatch.setattr(scheduled, "streamed_layers", lambda geometry: 2)
+    slots = 2 * STREAMED + 2 * model().config.num_moe_layers
+    config = OffloadConfig(device_budget=slots * model().bank.expert_bytes, policy="in-step", max_num_seqs=4)
+    with Engine(model(), config) as engine:
+        assert engine.runner.residency.slots == 2 * STREAMED
+        result = engine.generate(PROMPTS, max_new_tokens=12, record_plans=True)
+    assert result.token_ids == answers()
+    ahead = [len(plan.prefetch) for plan in result.plans]
+    assert sum(ahead) > STREAMED
+    assert result.stats.peak_expert_bytes <= engine.budget_bytes
