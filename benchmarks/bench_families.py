@@ -21,8 +21,8 @@ from benchmarks.random_models import shapes_of_attention
 class Options(bench_resident.Options):
     """What to measure."""
 
-    shapes: tuple[str, ...] = ("grouped", "sinks", "latent", "delta")
-    """Of grouped, sinks, latent, delta."""
+    shapes: tuple[str, ...] = ("grouped", "sinks", "latent", "delta", "gemma")
+    """Of grouped, sinks, latent, delta, gemma."""
     batches: tuple[int, ...] = (1, 8)
 
 

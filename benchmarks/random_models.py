@@ -16,7 +16,9 @@ from layerscope_jax import Decoder, Model, ModelConfig
 from layerscope_jax.checkpoints.weight_names import Naming
 from layerscope_jax.models.config import DeltaSizes, LatentSizes
 from layerscope_jax.models.experts import ExpertBody
+from layerscope_jax.models.families.gemma4_layers import Gemma4Config
 from layerscope_jax.models.layers import abstract
+from layerscope_jax.models.rotary import RopeScaling
 from layerscope_jax.models.routing_rules import RoutingRule
 from layerscope_jax.offload.bank import ExpertBank, device_sharding
 
@@ -87,7 +89,8 @@ def shapes_of_attention(quick: bool) -> dict[str, ModelConfig]:
 
     Grouped queries as Qwen3-30B-A3B has them; with sinks, biases and a window in every second layer, and
     clamped experts, as gpt-oss; latent attention, shared experts and a dense first layer, as Moonlight; gated
-    DeltaNet, gated attention in every third layer, and gated shared experts, as Qwen3-Next.
+    DeltaNet, gated attention in every third layer, and gated shared experts, as Qwen3-Next; windows, heads of
+    two sizes, and a dense branch beside the experts, as Gemma 4.
     """
     layers, hidden, inner, experts = (2, 32, 16, 8) if quick else (6, 512, 256, 32)
     shared: Any = {
@@ -155,6 +158,28 @@ def shapes_of_attention(quick: bool) -> dict[str, ModelConfig]:
             qk_norm="head",
             shared_intermediate_size=inner,
             shared_gate=True,
+            normalize_top_k=True,
+        ),
+        "gemma": Gemma4Config(
+            **shared,
+            **grouped,
+            family="gemma4",
+            attention="gemma4",
+            feed_forward="gemma4",
+            expert_body=ExpertBody("gelu_tanh"),
+            shared_intermediate_size=2 * inner,
+            qk_norm="head",
+            attention_scale=1.0,
+            sliding_window=64,
+            full_attention_layers=tuple(range(layers - 1, 0, -3)),
+            full_head_dim=64,
+            full_kv_heads=hidden // 256 or 1,
+            full_rope_theta=1_000_000.0,
+            full_rope_scaling=RopeScaling(kind="proportional", original_max_position_embeddings=0, part=0.25),
+            keys_as_values=True,
+            norm="rms_float32",
+            embedding_scale=float(np.sqrt(hidden)),
+            logits_cap=30.0,
             normalize_top_k=True,
         ),
     }
