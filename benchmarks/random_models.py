@@ -171,7 +171,7 @@ def shapes_of_attention(quick: bool) -> dict[str, ModelConfig]:
             qk_norm="head",
             attention_scale=1.0,
             sliding_window=64,
-            full_attention_layers=tuple(range(layers - 1, 0, -3)),
+            full_attention_layers=tuple(range((layers - 1) % 3, layers, 3)),
             full_head_dim=64,
             full_kv_heads=hidden // 256 or 1,
             full_rope_theta=1_000_000.0,
