@@ -80,7 +80,8 @@ class Streaming(InStep):
         idle = sorted(e for e in there if e in seen.resident and not 0 <= e.layer - seen.layer <= 1)
         evict = idle[: max(0, len(there) + len(missing) - state.slots)]
         room = state.slots - len(there) + len(evict)
-        used = {expert: number for expert, number in state.used.items() if expert not in evict}
+        gone = set(evict)
+        used = {expert: number for expert, number in state.used.items() if expert not in gone}
         return replace(state, used=used), replace(
             plan, evict=(*plan.evict, *evict), prefetch=tuple(missing[:room])
         )
