@@ -180,5 +180,5 @@ def test_where_it_cannot_be_promised_it_is_refused():
     half = random_model(num_layers=1, dtype=jnp.float16)
     with pytest.raises(ValueError, match="numerics='exact': experts in float16 with activations in float16"):
         Engine(half, OffloadConfig(numerics="exact"))
-    with pytest.raises(ValueError, match="prefill_chunk_size must be a multiple of 64 with numerics='exact'"):
+    with pytest.raises(ValueError, match="prefill_chunk_size must be a multiple of 32 with numerics='exact'"):
         OffloadConfig(numerics="exact", prefill_chunk_size=100)
