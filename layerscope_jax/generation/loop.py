@@ -81,7 +81,7 @@ class Loop:
         self._run: Run | None = None
         self.account = Account()
         self._settled = True  # whether these agree; False after an interrupt
-        # Once that has happened: reading all weights takes a while.
+        # Cached: reading all weights takes a while.
         self._why_not_finite = functools.cache(functools.partial(why_not_finite, model))
         # An attribute, because modules' names are gone when the last objects are collected.
         self._leaving = sys.is_finalizing

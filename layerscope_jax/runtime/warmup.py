@@ -91,7 +91,7 @@ class Rehearsal:
         return self
 
     def settle_if_needed(self) -> None:
-        """Settles the runner, if a step of its was interrupted."""
+        """Settles the runner if one of its steps was interrupted."""
         self.runner.settle_if_needed()
 
     def close(self) -> None:
