@@ -36,11 +36,15 @@ from layerscope_jax import Engine, MachineProfile, Model, ModelConfig, OffloadCo
 from layerscope_jax.generation.completions import Completions, Token
 from layerscope_jax.profiling.calibrate import calibrate
 from layerscope_jax.profiling.measure import Points
+from layerscope_jax.runtime.alternating import Alternating
+from layerscope_jax.scheduling.contest import FIRST_WAIT, TRIAL
 from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.support import machine
 from layerscope_jax.support.errors import TransferError
 
 WARM_UPS = 3
+SETTLING = FIRST_WAIT + TRIAL + 1
+"""Decode steps in which policy "auto" finds out whether it keeps its cache inside the step."""
 LEAST_LAYERS = 2
 """With fewer there is nothing to look ahead to."""
 
@@ -117,7 +121,8 @@ def run(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[harn
         if event.request == 0:  # the first of each step
             times.append(time.perf_counter())
 
-    plans = engine.policy.name != "in-step"  # whose steps are not made of plans
+    # Steps with the cache inside are not made of plans.
+    plans = engine.policy.name != "in-step" and not isinstance(engine.runner, Alternating)
     began = time.perf_counter()
     result = engine.generate(
         prompts,
@@ -135,6 +140,9 @@ def measured(engine: Engine, work: Work, options: Options) -> dict[str, Any]:
     size = (work.requests, work.prompt_tokens)
     prompts = np.random.default_rng(0).integers(0, engine.model.config.vocab_size, size).tolist()
     found: list[Completions] = []
+    if isinstance(engine.runner, Alternating) and work.new_tokens > 1:
+        engine.warmup(prompt_tokens=work.prompt_tokens, max_num_seqs=work.requests, new_tokens=SETTLING)
+        engine.generate(prompts, max_new_tokens=SETTLING, stop_token_ids=())
 
     def call() -> harness.Parts:
         parts, result = run(engine, prompts, work.new_tokens)

@@ -21,6 +21,7 @@ class Residency:
     Attributes:
         let_go: is called with the weights of an expert that is evicted.
         idle_prefetches: experts that were prefetched, or are in flight as a prefetch, and not used yet.
+        beside_bytes: memory (bytes) for experts that the budget leaves out; counted in `peak_bytes` alone.
 
     >>> books = Residency(budget_bytes=250, expert_bytes=100)
     >>> books.slots
@@ -33,7 +34,7 @@ class Residency:
         self.budget_bytes = budget_bytes
         self.expert_bytes = expert_bytes
         self.slots = budget_bytes // expert_bytes
-        self.peak_bytes = 0
+        self.peak_bytes = self.beside_bytes = 0
         self.wasted_bytes = 0
         self.idle_prefetches: set[ExpertId] = set()
         self.let_go: Callable[[Any], None] = lambda weights: None
@@ -61,7 +62,7 @@ class Residency:
         self._coming[expert] = None
         if prefetched:
             self.idle_prefetches.add(expert)
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes + self.beside_bytes)
 
     def arrive(self, expert: ExpertId, weights: Any) -> None:
         """Changes an expert from in flight to resident."""
@@ -139,5 +140,5 @@ class Residency:
     def reset(self) -> None:
         """Resets the counts; experts that are resident now do not count as wasted later."""
         self.wasted_bytes = 0
-        self.peak_bytes = self.used_bytes
+        self.peak_bytes = self.used_bytes + self.beside_bytes
         self.idle_prefetches -= self._held.keys()

@@ -26,6 +26,7 @@ from layerscope_jax.offload.residency import Residency
 from layerscope_jax.offload.staged import host_parts
 from layerscope_jax.prediction.forecasts import Forecasts
 from layerscope_jax.prediction.predictors import History, Predictor, make_predictor
+from layerscope_jax.runtime.alternating import alternating
 from layerscope_jax.runtime.exactness import check_exact
 from layerscope_jax.runtime.expert_parallel import ExpertParallel
 from layerscope_jax.runtime.in_step import InStepCache
@@ -36,6 +37,7 @@ from layerscope_jax.runtime.whole import WholeModel
 from layerscope_jax.scheduling.baselines import HostOnly, Resident
 from layerscope_jax.scheduling.costs import HardwareProfile, sharing_host
 from layerscope_jax.scheduling.geometry import of_part
+from layerscope_jax.scheduling.guard import Guard
 from layerscope_jax.scheduling.in_step import InStep, Streaming, slots_beside
 from layerscope_jax.scheduling.plan import Policy
 from layerscope_jax.scheduling.policy import PolicyBase, completed
@@ -132,8 +134,11 @@ def build(
         )
         if nothing_to_decide:
             runner.preload()
+        on_accelerator = pool is None and model.partition is None and InStepCache.is_faster_on(model.device)
+        decided = isinstance(policy, Guard) and not policy_is_obeyed and not exact
+        made = alternating(runner) if decided and on_accelerator and not nothing_to_decide else runner
         stack.pop_all()  # from now on the runner closes them
-        return runner
+        return made
 
 
 def _layer_by_layer(

@@ -56,7 +56,7 @@ class DeviceSide:
         self.residency, self.transfers = residency, transfers
         self.experts = self.another()
         self.experts.first = own.start
-        self.experts.reserve(self.bank, residency.slots)
+        self.occupy()
         residency.let_go = self.experts.release
         self.tier = DeviceTier(residency, transfers, self.experts.keep)
         self.decisions = Decisions(policy, state, self.tier, self.bank, reads)
@@ -76,8 +76,12 @@ class DeviceSide:
         self.experts.clear()
         if self.experts.lost:
             self.tier.lose()
-            self.experts.reserve(self.bank, self.residency.slots)
+            self.occupy()
         self.tier.settle()
+
+    def occupy(self) -> None:
+        """Takes the device's memory for experts, of which none is there."""
+        self.experts.reserve(self.bank, self.residency.slots)
 
     def preload(self) -> None:
         """Makes every expert resident; see `LayerByLayer.preload`."""
@@ -90,7 +94,7 @@ class DeviceSide:
                 self.tier.hold(expert, self.experts.keep(jax.block_until_ready(copied), expert))
 
     def close(self) -> None:
-        """Lets go of the device's memory; the link is closed elsewhere."""
+        """Lets go of the device's memory, until `occupy`; the link is closed elsewhere."""
         self.residency.clear()
         self.experts.clear()
         self.experts.reserve(self.bank, 0)

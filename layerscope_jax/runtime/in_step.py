@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +22,9 @@ from layerscope_jax.offload.executors import product_of
 from layerscope_jax.offload.fills import Fill, addresses_of
 from layerscope_jax.offload.slot_experts import empty_pool, rows_of_slots
 from layerscope_jax.offload.slots import Books, make_room
-from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.runtime.programs import Layers, add_rows, before_layers, dense_parts
-from layerscope_jax.runtime.runner import RunnerStats, Stepped
+from layerscope_jax.runtime.runner import Stepped
 from layerscope_jax.runtime.sampling import Sampling, sample
 from layerscope_jax.runtime.warmup import Rehearsal
 from layerscope_jax.support.interrupts import check
@@ -108,11 +107,19 @@ class InStepCache(LayerByLayer):
         self._layers = Layers.of(model, range(model.config.num_layers))
         # The bank owns the memory that these addresses lead to, and outlives the runner.
         self._tables = [jax.device_put(addresses_of(layer), model.device) for layer in model.bank.layers]
-        self.cache: Cache | None = Cache.empty(model, slots)
-        self._resident, self._steps = 0, 0
+        self.cache: Cache | None = None
+        self.reserve(True)
+        self._steps = 0
         bank = model.bank
         _, product = product_of(bank.format, bank.sizes, bank.dtype, model.device)
         self._decode = decode_program(model.config, bank.dtype, product, fill)
+
+    def reserve(self, slots: bool) -> None:
+        """Allocates the slots, all of them empty, or lets go of them."""
+        self._wanted, self.cache, self._resident = slots, None, 0  # before their successors take as much
+        self.residency.beside_bytes = self.slot_bytes if slots else 0
+        if slots:
+            self.cache = Cache.empty(self.model, self.slots)
 
     @property
     def resident_experts(self) -> int:
@@ -181,20 +188,14 @@ class InStepCache(LayerByLayer):
         """Settles as `LayerByLayer`; slots that a failed step has lost are empty afterwards."""
         super().settle()
         if self.cache is not None:
-            try:
+            with suppress(Exception):  # the step has said what failed
                 jax.block_until_ready(self.cache)
                 return
-            except Exception:  # the step has said what failed
-                self.cache = None  # before its successor takes as much memory
-        self.cache, self._resident = Cache.empty(self.model, self.slots), 0
-
-    def stats(self, account: Account) -> RunnerStats:
-        found = super().stats(account)
-        return replace(found, peak_expert_bytes=found.peak_expert_bytes + self.slot_bytes)
+        self.reserve(self._wanted)
 
     def close(self) -> None:
         super().close()
-        self.cache = None
+        self.reserve(False)
 
 
 @functools.lru_cache(maxsize=16)

@@ -100,8 +100,8 @@ class RunStats(Outcome):
         bytes_exchanged: bytes that devices that share the experts sent each other, all together, as a ring
             would (`layerscope_jax.offload.split_rows`); 0 for one device.
         tokens_per_s: new tokens per second of total time.
-        ways: for policy "auto", the fraction of layers run in each of its ways, by phase; None for other
-            policies.
+        ways: for policy "auto", the fraction of layers run in each of its ways, by phase; of decode steps
+            also that of those which kept the cache inside. None for other policies.
         budget_cuts: how often the engine took experts off the device because its memory had run out, so far;
             `budget_bytes` is what is left to them.
         padding: fraction of computed expert rows that were padding.

@@ -247,13 +247,15 @@ def test_a_step_in_one_program_is_repeated_with_fewer_slots(lost, model, expecte
     monkeypatch.setattr(InStepCache, "decode", failing)
     config = OffloadConfig(policy="in-step", **SETTINGS)
     with caplog.at_level(logging.WARNING), Engine(model, config) as engine:
+        before = engine.budget_bytes
         result = engine.generate(PROMPTS, max_new_tokens=6)
         assert result.token_ids == expected
         assert result.stats.mode == "in-step"
         assert result.stats.budget_cuts == 1
-        assert result.stats.peak_expert_bytes <= engine.budget_bytes
-    # What was running is prefilled again, which gives the token of the step that failed.
-    assert seen == [slots] * 4 + [slots - 1]
+        assert engine.budget_bytes < result.stats.peak_expert_bytes <= before
+        # What was running is prefilled again, which gives the token of the step that failed.
+        assert seen == [slots] * 4 + [slots - 1]
+        assert engine.generate(PROMPTS, max_new_tokens=6).stats.peak_expert_bytes <= engine.budget_bytes
     assert "the device's memory ran out: experts may now take" in caplog.text
 
 
