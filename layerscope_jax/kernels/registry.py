@@ -19,7 +19,9 @@ import numpy as np
 
 from layerscope_jax.models.experts import SWIGLU, ExpertBody
 
-Kind = Literal["experts", "products", "attention", "latent_attention", "head_products", "sums"]
+Kind = Literal[
+    "experts", "products", "attention", "latent_attention", "head_products", "delta_memory", "sums"
+]
 
 
 class Work(NamedTuple):
@@ -27,14 +29,14 @@ class Work(NamedTuple):
 
     Attributes:
         kind: "experts" of a layer; "products" with a layer's other weights; "attention";
-            "latent_attention", and its "head_products", with a matrix for each head; "sums" over each token's
-            experts.
+            "latent_attention", and its "head_products", with a matrix for each head; "delta_memory" of gated
+            DeltaNet; "sums" over each token's experts.
         format: for experts, the name of their format (`layerscope_jax.formats`); for other work, the name of
             the dtype of the weights or caches, or "int8" of weights that are packed (`Int8Matrix`).
         dtype: dtype of the activations, and of every result.
         sizes: (D, F) for experts; (K, N, N, ...) for products, with K summed over; (S, D_head, P, D_value)
             for attention, with S tokens per row and P positions in the cache; (S, R + E, P, R) for latent
-            attention; (K, N) for products of heads; (D,) for sums.
+            attention; (K, N) for products of heads; (D_k, D_v) for the memory of DeltaNet; (D,) for sums.
         platform: platform of the device that computes, as JAX names it: "cpu", "gpu", "tpu".
         body: of experts: their activation, and whether they have biases.
     """
@@ -64,9 +66,10 @@ class Kernel:
     - "experts" on another platform: `run(x, expert) -> [M, D]`, as `ExpertFormat.ffn`, in a jitted program.
     - the other kinds, on CPUs only, inside a jitted program: "products" `run(table, x, *weights) -> list`,
       "attention" `run(table, query, key, value, positions, window, scale, sinks)`, "latent_attention"
-      `run(table, query, rows, positions, rank, scale)`, "head_products" `run(table, x, weights)`, "sums"
-      `run(table, hidden, outputs, weights)`, like the functions `products`, `attention`, `latent_attention`,
-      `head_products` and `combine` in `layerscope_jax.kernels`.
+      `run(table, query, rows, positions, rank, scale)`, "head_products" `run(table, x, weights)`,
+      "delta_memory" `run(table, query, key, value, fade, rate, state)`, "sums" `run(table, hidden, outputs,
+      weights)`, like the functions `products`, `attention`, `latent_attention`, `head_products`,
+      `delta_memory` and `combine` in `layerscope_jax.kernels`.
       `table` holds an address that the built-in loops need; other kernels ignore it.
 
     Attributes:

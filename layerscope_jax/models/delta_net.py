@@ -10,6 +10,9 @@ rows of a batch that are finished, or shorter than others, keep their state.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +44,22 @@ class DeltaCache(NamedTuple):
     @staticmethod
     def position_axes() -> tuple[int | None, ...]:
         return None, None
+
+
+Remembering = Callable[..., "tuple[jax.Array, jax.Array] | None"]
+"""`layerscope_jax.kernels.delta_memory.delta_memory`, its table given."""
+
+_remembering: ContextVar[Remembering | None] = ContextVar("remembering", default=None)
+
+
+@contextlib.contextmanager
+def remembering_by(memory: Remembering) -> Iterator[None]:
+    """While a program is traced within, states go through tokens by this, where this gives any."""
+    before = _remembering.set(memory)
+    try:
+        yield
+    finally:
+        _remembering.reset(before)
 
 
 class DeltaNet(nnx.Module):
@@ -103,8 +122,9 @@ class DeltaNet(nnx.Module):
             state = jnp.zeros((rows, sizes.value_heads, sizes.key, sizes.value), jnp.float32)
         else:
             state = cache.state
-        go = step if length == 1 else scan
-        read, state = go(query * sizes.key**-0.5, key, value, fade, rate.astype(jnp.float32), state)
+        parts = query * sizes.key**-0.5, key, value, fade, rate.astype(jnp.float32), state
+        by_loops, go = _remembering.get(), step if length == 1 else scan
+        read, state = (by_loops and by_loops(*parts)) or go(*parts)
         gate = jax.nn.silu(gate.reshape(read.shape).astype(jnp.float32))
         output = (self.norm(read.astype(hidden.dtype)).astype(jnp.float32) * gate).astype(hidden.dtype)
         output = self.out(output.reshape(rows, length, -1))

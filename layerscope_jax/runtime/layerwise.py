@@ -365,6 +365,7 @@ class LayerByLayer:
                 self.dense.table is not None,
                 self.model.config.latent is not None,
                 self.model.dense_format,
+                self.model.config.delta,
             ),
             dense_format=self.model.dense_format or self.model.bank.dtype.name,
             dense_bytes=self.model.dense_bytes,

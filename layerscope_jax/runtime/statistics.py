@@ -113,7 +113,7 @@ class RunStats(Outcome):
             CPU), registered kernels, and "xla", the reference; None if no expert was computed outside a
             jitted step or layer.
         dense_kernels: kernel of each other part of a decode step: the "products" with dense weights, the
-            "attention" and the "sums" over experts.
+            "attention", the "sums" over experts and the "delta_memory" of gated DeltaNet, where there is any.
         kernel_fallbacks: reasons why kernels could not compute work that they support, in this process.
     """
 

@@ -112,6 +112,7 @@ class WholeModel:
                 False,
                 self.model.config.latent is not None,
                 self.model.dense_format,
+                self.model.config.delta,
             ),
             dense_format=self.model.dense_format or bank.dtype.name,
             dense_bytes=self.model.dense_bytes,

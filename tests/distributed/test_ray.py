@@ -56,7 +56,7 @@ def alive(pid):
     """Whether a process runs, or could."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before it was opened, or between that and reading
         return False
     return state not in "ZX"
 

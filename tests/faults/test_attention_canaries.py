@@ -10,6 +10,7 @@ from layerscope_jax.kernels import (
     amx,
     attention,
     crew,
+    delta_memory,
     head_products,
     latent_attention,
     loops,
@@ -188,3 +189,44 @@ def test_attention_of_many_tokens_a_row(
     prefill_attention.blocks(WORDS[words]).ctypes(work.ctypes.data)
     guarded.check()
     assert np.isfinite(outputs.astype(np.float32)).all()
+
+
+@given(
+    rows=st.integers(1, 2),
+    keys=st.integers(1, 2),
+    shared=st.integers(1, 2),
+    size=st.integers(1, 20),
+    registers=st.integers(1, 6),
+    tokens=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_memory_of_delta_net(rows, keys, shared, size, registers, tokens, seed):
+    rng, guarded, width = np.random.default_rng(seed), Guarded(), registers * vectors.LANES
+    values, apart = (rows, tokens, keys * shared, width), (rows, tokens, keys * shared)
+    query, key = (numbers(rng, (rows, tokens, keys, size), np.float32) for _ in range(2))
+    value, left, rate = (numbers(rng, shape, np.float32) for shape in (values, apart, apart))
+    before = numbers(rng, (rows, keys * shared, size, width), np.float32)
+    outputs, after = guarded.array(values, np.float32), guarded.array(before.shape, np.float32)
+    work = job(
+        delta_memory,
+        PARTS=rows * keys * shared,
+        INPUTS=query,
+        WEIGHTS=key,
+        OUTPUTS=outputs,
+        ROWS=rows,
+        DEPTH=size,
+        WIDTH=width,
+        KEY_HEADS=keys,
+        HEADS=keys * shared,
+        TOKENS=tokens,
+        VALUES=value,
+        LEFT=left,
+        RATES=rate,
+        BEFORE=before,
+        AFTER=after,
+    )
+    delta_memory.heads().ctypes(work.ctypes.data)
+    guarded.check()
+    assert np.isfinite(outputs).all()
+    assert np.isfinite(after).all()

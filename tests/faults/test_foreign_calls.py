@@ -14,6 +14,7 @@ from layerscope_jax.kernels import crew, inside, registry, xla_calls, xla_ffi
 from layerscope_jax.kernels.attention import attention_target
 from layerscope_jax.kernels.combining import sums_target
 from layerscope_jax.kernels.cpu import CpuExperts, InMemory, WorkStats
+from layerscope_jax.kernels.delta_memory import memory_target
 from layerscope_jax.kernels.grouping import Assignments
 from layerscope_jax.kernels.head_products import head_products_target
 from layerscope_jax.kernels.host_kernels import LOOPS
@@ -156,6 +157,18 @@ OTHERS = {
         lambda: head_products_target(FLOAT32, LOOPS_OF_PRODUCTS),
         [struct(2, 3, 32), struct(3, 64, 32)],
         [struct(2, 3, 64)],
+    ),
+    "memory of DeltaNet": (
+        memory_target,
+        [
+            struct(2, 3, 2, 8),
+            struct(2, 3, 2, 8),
+            struct(2, 3, 4, 32),
+            struct(2, 3, 4),
+            struct(2, 3, 4),
+            struct(2, 4, 8, 32),
+        ],
+        [struct(2, 3, 4, 32), struct(2, 4, 8, 32)],
     ),
 }
 

@@ -37,9 +37,10 @@ KINDS = {
         "qk_norm": "none",
         "shared_intermediate_size": 24,
     },
+    # Values that fill no register: XLA computes what the other test of its kind leaves to the package's loop.
     "bfloat16, gated DeltaNet before gated attention": {
         "num_layers": 2,
-        "delta": DeltaSizes(key_heads=2, value_heads=4, key=8, value=8, taps=4),
+        "delta": DeltaSizes(key_heads=2, value_heads=4, key=8, value=12, taps=4),
         "full_attention_layers": (1,),
         "attention_gate": True,
         "norm": "rms_offset",

@@ -110,7 +110,7 @@ def test_by_default_the_budget_changes_no_bit():
     model = random_model(
         dtype=jnp.bfloat16,
         seed=7,
-        delta=DeltaSizes(key_heads=2, value_heads=4, key=8, value=8, taps=4),
+        delta=DeltaSizes(key_heads=2, value_heads=4, key=8, value=32, taps=4),
         num_layers=2,
         full_attention_layers=(1,),
         attention_gate=True,
