@@ -14,7 +14,8 @@ from numba import carray
 
 from layerscope_jax.kernels.activations import SILU, gate_row
 from layerscope_jax.kernels.loops import plain_bias
-from layerscope_jax.kernels.numbers import pointer, rounded, silu, taken, widened
+from layerscope_jax.kernels.numbers import pointer, rounded, taken, widened
+from layerscope_jax.kernels.tile_activations import gate_all, gate_tile
 from layerscope_jax.kernels.tile_products import FEW_ROWS, STAGED, product, row_of
 from layerscope_jax.kernels.tiles import (
     DEPTH,
@@ -92,13 +93,16 @@ def activate(gates, ups, tokens, hidden, first, to, activation, limit, kind):
         to: address of the tiles.
         kind: an array of bfloat16, as its bits.
     """
-    flat, others = gates.reshape(-1), ups.reshape(-1)
-    if activation == SILU:
-        for index in range(np.uint64(len(flat))):
-            flat[index] = silu(flat[index]) * others[index]
+    wide, row = min(tokens, TILE), gates.strides[0]
+    if activation == SILU and tokens > TILE:
+        for tile in range(0, gates.shape[1], TILE):
+            begin, place = 4 * tile, to + 2 * tile * hidden + 2 * TILE * first
+            gate_tile(gates.ctypes.data + begin, ups.ctypes.data + begin, row, len(gates) // 2, place)
+        return
+    if activation == SILU:  # whole registers: rows are a multiple of 32
+        gate_all(gates.ctypes.data, ups.ctypes.data, gates.size // TILE)
     else:
-        gate_row(flat, others, len(flat), activation, limit)
-    wide = min(tokens, TILE)
+        gate_row(gates.reshape(-1), ups.reshape(-1), gates.size, activation, limit)
     for tile in range(0, gates.shape[1], TILE):
         pairs = carray(pointer(to + 2 * tile * hidden + 2 * wide * first), (len(gates) // 2, wide), np.uint32)
         for f in range(np.uint64(len(pairs))):
