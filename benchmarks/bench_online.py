@@ -130,8 +130,9 @@ def run(config: TuningConfig, options: Options, stream: list[Batch]) -> dict[str
         "tried": sum(look.tried for look in looks),
         "accepted": sum(look.accepted for look in looks),
         "returned": sum(look.returned for look in looks),
+        "resumed": sum(look.resumed for look in looks),
         "seconds": seconds,
-        "tries": [look.to_json() for look in looks if look.tried or look.returned],
+        "tries": [look.to_json() for look in looks if look.tried or look.returned or look.resumed],
     }
 
 
@@ -148,12 +149,12 @@ def main(options: Options) -> dict[str, Any]:
     first, second = options.domains
     harness.print_table(
         f"Error in %, one layer ahead / all horizons: {first}, {second}, {first}, {second}",
-        ("", *spans, "tried", "kept", "dropped", "seconds"),
+        ("", *spans, "tried", "kept", "returned", "resumed", "seconds"),
         [
             (
                 row["name"],
                 *(f"{100 * row['error'][span]:.1f} / {100 * row['error_ahead'][span]:.1f}" for span in spans),
-                *(row[name] for name in ("tried", "accepted", "returned")),
+                *(row[name] for name in ("tried", "accepted", "returned", "resumed")),
                 f"{row['seconds']:.0f}",
             )
             for row in rows

@@ -21,6 +21,7 @@ from predictor.step import Batch, input_scale, make_steps, priors
 CHECK_EVERY = 64  # rows between checks, as in the paper; a block
 HELD_BACK = 4  # the newest of this many parts of the window is held back
 PAUSE = 4  # blocks between two attempts
+LATEST = 2  # newest blocks, on each of which the other predictor must be ahead to take over
 MOST_HALVINGS = 3  # halvings of the learning rate, and doublings of the pause
 
 
@@ -68,6 +69,7 @@ class Look:
         noise: standard error of `gain`.
         accepted: whether the tuned parameters were kept.
         returned: whether the predictor went back to its first parameters.
+        resumed: whether it went back to the tuned ones.
     """
 
     rows: int
@@ -79,6 +81,7 @@ class Look:
     noise: float = 0.0
     accepted: bool = False
     returned: bool = False
+    resumed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,8 +93,11 @@ class Tuner:
     Every 64 rows it computes the error over the newest quarter of the window. Above the threshold it takes a
     few optimizer steps on the older three quarters, and keeps the result only if its recall on the newest
     quarter is higher by more than noise. After a failed attempt the pause is doubled and the learning rate
-    halved, because only small steps improve a predictor that is nearly right. A tuned predictor is compared
-    with the first one at every look, and dropped if the first is better.
+    halved, because only small steps improve a predictor that is nearly right.
+
+    The first predictor and the last one that was kept are compared at every look. The one that is not in use
+    takes over once it is ahead on both of the two newest blocks: so traffic that changes back costs little,
+    and what was learned is there when it changes again.
 
     Args:
         llapor: the predictor that is tuned; it is not changed itself.
@@ -111,9 +117,11 @@ class Tuner:
         self.looks: deque[Look] = deque(maxlen=1000)
         self._blocks: deque[Batch] = deque(maxlen=config.window // CHECK_EVERY)
         self._held = config.window // CHECK_EVERY // HELD_BACK
-        # For each held-back block, [2, W]: sums of exact recall over rows and layers, and their numbers.
+        # For each held-back block, [2, W]: sums of exact recall over rows and layers, and their numbers; of
+        # the predictor in use, and of the other one, if any was kept.
         self._scores: deque[np.ndarray] = deque(maxlen=self._held)
-        self._first_scores: deque[np.ndarray] = deque(maxlen=self._held)
+        self._other: LLaPor | None = None
+        self._other_scores: deque[np.ndarray] = deque(maxlen=self._held)
         self._waiting: Batch | None = None  # rows, fewer than a block
         self._seen = 0
         self._halvings, self._next_try = 0, 0
@@ -151,18 +159,19 @@ class Tuner:
     def _look(self) -> None:
         config, newest = self.config, self._blocks[-1]
         self._scores.append(self._score(self.llapor.network, newest))
-        tuned = self.llapor is not self._first
-        self._first_scores.append(self._score(self._first.network, newest) if tuned else self._scores[-1])
+        if self._other is not None:
+            self._other_scores.append(self._score(self._other.network, newest))
         look = Look(
             rows=self._seen,
             error=1 - recall(self._scores[-1][None, :, :1]),
             error_ahead=1 - recall(self._scores[-1][None]),
             recent_error=1 - recall(np.stack(self._scores)[..., :1]),
         )
-        full = len(self._scores) == self._held
-        if full and tuned and self._is_better(*compared(self._scores, self._first_scores)):
-            self._become(self._first, self._first_scores)
-            look = replace(look, returned=True)
+        if self._other is not None and self._is_behind():
+            self.llapor, self._other = self._other, self.llapor
+            self._scores, self._other_scores = self._other_scores, self._scores
+            returned = self.llapor is self._first
+            look = replace(look, returned=returned, resumed=not returned)
         elif look.recent_error <= config.threshold:
             self._halvings, self._next_try = 0, 0
         elif len(self._blocks) >= 2 * self._held and self._seen >= self._next_try:
@@ -174,9 +183,11 @@ class Tuner:
         network = self._tuned(joined(blocks[: -self._held]))
         scores = deque((self._score(network, block) for block in blocks[-self._held :]), self._held)
         gain, noise = compared(self._scores, scores)
-        accepted = self._is_better(gain, noise)
+        accepted = gain > self.config.margin * noise
         if accepted:
-            self._become(replace(self.llapor, network=network), scores)
+            if self.llapor is self._first:
+                self._other, self._other_scores = self._first, self._scores
+            self.llapor, self._scores = replace(self.llapor, network=network), scores
         self._halvings = min(max(self._halvings + (-1 if accepted else 1), 0), MOST_HALVINGS)
         self._next_try = self._seen + 2**self._halvings * PAUSE * CHECK_EVERY
         return replace(look, tried=True, gain=gain, noise=noise, accepted=accepted)
@@ -185,11 +196,12 @@ class Tuner:
     def _rate(self) -> float:
         return self.config.learning_rate / 2**self._halvings
 
-    def _is_better(self, gain: float, noise: float) -> bool:
-        return gain > self.config.margin * noise
-
-    def _become(self, llapor: LLaPor, scores: deque[np.ndarray]) -> None:
-        self.llapor, self._scores = llapor, scores.copy()
+    def _is_behind(self) -> bool:
+        """Whether the other predictor was ahead, over all horizons, on each of the newest blocks."""
+        pairs = list(zip(self._scores, self._other_scores, strict=True))[-LATEST:]
+        return len(pairs) == LATEST and all(
+            recall(other[None]) > recall(current[None]) for current, other in pairs
+        )
 
     def _tuned(self, rows: Batch) -> Any:
         params = jax.tree.map(jnp.copy, self.llapor.network)

@@ -31,7 +31,7 @@ FARTHEST = 126.0
 """Exponents beyond are taken for it: `x / (1 + 2^126)` is no bfloat16 but zero, for any sum."""
 
 
-def everywhere(number: float) -> Any:
+def everywhere(number: Any) -> Any:
     return NUMBERS([float(number)] * LANES)
 
 
