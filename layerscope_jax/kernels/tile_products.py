@@ -50,8 +50,9 @@ HIGH = 512
 STAGED_WEIGHTS = 2 * MANY_ROWS * HIGH
 """Bytes of that."""
 
-STAGED = STAGED_WEIGHTS + (1 << 14)
-"""Bytes of that and of scales: what takes encoded weights needs both."""
+STAGED = STAGED_WEIGHTS + 5 * (1 << 12)
+"""Bytes of that, and of tables and scales (`encodings.ROOM`, `wide_decoding.prepare`): what takes encoded
+weights needs both."""
 
 
 @njit(cache=True, nogil=True)

@@ -43,6 +43,9 @@ MAGNITUDES = 128
 BYTES = 2 * MAGNITUDES
 """Of a table of them, in bfloat16."""
 
+WITH_LEAST = BYTES + 64
+"""Of a table of integers: behind it, what -128 stands for, which has no magnitude in it."""
+
 
 def able() -> bool:
     """Whether numba may compile for this CPU what is used here."""
@@ -128,7 +131,7 @@ class Codes:
         codes = self._codes(builder, row, chunk)
         if self.looked_up:
             table = builder.mul(self._place(builder, row, chunk, 0), LONG(BYTES))
-            return looked_up(builder, codes, builder.add(row.scales, table))
+            return looked_up(builder, codes, builder.add(row.scales, table), not self.small_float)
         if not self.entries:
             place = self._place(builder, row, chunk, 0)
             factor = spread(builder, read_at(builder, row.scales, place, FLOAT, 4))
@@ -292,10 +295,16 @@ class Codes:
         return numbers
 
 
-def write_table(builder: Any, scale: Any, to: Any) -> None:
-    """Writes what E4M3 numbers without a sign stand for with a scale: the low bytes, and the high ones."""
+def write_table(builder: Any, scale: Any, to: Any, integers: bool = False) -> None:
+    """Writes what 8-bit numbers without a sign stand for with a scale: the low bytes, and the high ones.
+
+    Args:
+        scale: float32.
+        to: address.
+        integers: whether they are integers, not E4M3; then the two bytes of 128 follow, four times each.
+    """
     factor, words = spread(builder, scale), []
-    values = E4M3_VALUES[:MAGNITUDES].tolist()
+    values = [*map(float, range(MAGNITUDES))] if integers else E4M3_VALUES[:MAGNITUDES].tolist()
     for first in range(0, MAGNITUDES, 2 * LANES):
         halves = [NUMBERS(values[at : at + LANES]) for at in (first, first + LANES)]
         both = bfloat16s(builder, *(builder.fmul(half, factor) for half in halves))
@@ -304,32 +313,53 @@ def write_table(builder: Any, scale: Any, to: Any) -> None:
         for pair in range(0, len(words), 2):
             some = picked(builder, words[pair], words[pair + 1], range(high, 4 * CHUNK, 2))
             write(builder, some, builder.add(to, LONG(MAGNITUDES * high + CHUNK * pair)))
+    if integers:
+        most = builder.fmul(factor, NUMBERS([float(MAGNITUDES)] * LANES))
+        line = builder.bitcast(bfloat16s(builder, most, most), LINE)
+        write(builder, picked(builder, line, line, [0] * 4 + [1] * 4), builder.add(to, LONG(BYTES)))
 
 
-def looked_up(builder: Any, codes: Any, table: Any) -> list[Any]:
-    """64 E4M3 numbers as bfloat16, given the address of what `write_table` wrote."""
+def looked_up(builder: Any, codes: Any, table: Any, integers: bool) -> list[Any]:
+    """64 E4M3 numbers, or integers, as bfloat16, given the address of what `write_table` wrote."""
     # In the order in which bytes are woven below: 8 of each half in turns.
     eights = read(builder, codes, ir.VectorType(LONG, 8), 1)
     signed = builder.bitcast(picked(builder, eights, eights, [0, 4, 1, 5, 2, 6, 3, 7]), LINE)
     function = external(builder, "llvm.x86.avx512.vpermi2var.qi.512", LINE, [LINE] * 3)
+    least, sizes = LINE([0x80] * 64), signed
+    if integers:
+        absolute = external(builder, "llvm.abs.v64i8", LINE, [LINE, ir.IntType(1)])
+        sizes = builder.call(absolute, [signed, ir.IntType(1)(0)])
     low, high = (
         builder.call(
             function,
             [
                 read(builder, builder.add(table, LONG(MAGNITUDES * part)), LINE, 1),
-                signed,  # of which the highest bit does not count
+                sizes,  # of which the highest bit does not count
                 read(builder, builder.add(table, LONG(MAGNITUDES * part + 64)), LINE, 1),
             ],
         )
         for part in range(2)
     )
-    high = builder.xor(high, builder.and_(signed, LINE([0x80] * 64)))
+    if integers:
+        is_least = builder.icmp_signed("==", signed, least)
+        instead = (everywhere(builder, builder.add(table, LONG(BYTES + 4 * part))) for part in range(2))
+        low, high = (
+            builder.select(is_least, other, one) for one, other in zip((low, high), instead, strict=True)
+        )
+    high = builder.xor(high, builder.and_(signed, least))
     begins = (0, 16, 32, 48)
     orders = [
         [begin + at + which for begin in begins for at in range(first, first + 8) for which in (0, 64)]
         for first in (0, 8)
     ]
     return [builder.bitcast(picked(builder, low, high, order), WORDS) for order in orders]
+
+
+def everywhere(builder: Any, address: Any) -> Any:
+    """Four bytes, over and over."""
+    nothing = ir.Constant(INTEGERS, ir.Undefined)
+    value = builder.insert_element(nothing, read(builder, address, INT, 4), INT(0))
+    return builder.bitcast(picked(builder, value, nothing, [0] * LANES), LINE)
 
 
 EVEN, WHOLE = tuple(map(float, range(-8, 8))), tuple(map(float, range(16)))
@@ -343,6 +373,7 @@ KINDS = (
     Codes(tuple(E2M1_VALUES.tolist()), "e8m0"),
     Codes(tuple(E2M1_VALUES.tolist()), "table", parts=2),
     Codes(small_float=True, looked_up=tables()),
+    Codes(looked_up=tables()),
 )
 """Of int8, fp8, int4 with scales in float16 and bfloat16, the same two with zero points, mxfp4 and nvfp4; fp8
-by tables."""
+and int8 by tables."""

@@ -40,7 +40,7 @@ from layerscope_jax.kernels.scales import ALL, prepare_rows
 from layerscope_jax.kernels.strips import repeat
 from layerscope_jax.kernels.tiles import TILE, emit
 from layerscope_jax.kernels.vectors import LONG, fetch, read
-from layerscope_jax.kernels.wide_codes import BYTES, KINDS, Codes, Rows, tables, write_table
+from layerscope_jax.kernels.wide_codes import BYTES, KINDS, WITH_LEAST, Codes, Rows, tables, write_table
 from layerscope_jax.kernels.wide_registers import (
     FLOAT,
     HALF,
@@ -190,16 +190,18 @@ def steps(codes_of: Codes) -> Any:
     return intrinsic(typed)
 
 
-@intrinsic
-def tabled(typing: Any, scale: Any, to: Any) -> Any:
-    """Writes a table for `wide_codes.looked_up`, given the addresses of a scale and of the table."""
+def tabling(integers: bool) -> Any:
+    """A function that writes a table for `wide_codes.looked_up`, given the addresses of a scale and of it."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         scale, to = arguments
-        write_table(builder, read(builder, scale, FLOAT, 4), to)
+        write_table(builder, read(builder, scale, FLOAT, 4), to, integers)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 2), build
+    return intrinsic(lambda typing, scale, to: (types.void(*[types.int64] * 2), build))
+
+
+tabled, tabled_integers = tabling(False), tabling(True)
 
 
 @intrinsic
@@ -235,22 +237,31 @@ def write_tables(scales, to):
 
 TABLES = tables()
 
+WORTH_TABLES = 40
+"""Chunks of a row from which on a table of its own takes less time than multiplying them by its scale."""
+
 
 @njit(cache=True, nogil=True)
 def prepare(matrix, first, rows, k, chunks, room, kind):
-    """As `scales.prepare_rows`; of FP8 that becomes bfloat16 it writes tables, if so few are needed.
+    """As `scales.prepare_rows`; of 8 bits that become bfloat16 it writes tables, if so few are needed.
 
     Args:
-        room: also for as many tables as `SPAN` chunks, or `rows`, can need.
+        room: also for as many tables as `SPAN` chunks, or `rows`, can need, of `WITH_LEAST` bytes.
 
     Returns:
         the same of tables, and 1.
     """
     scales = prepare_rows(matrix, first, rows, k, chunks, room, kind)
     begin = k // CHUNK
-    if not TABLES or as_float32(kind) or matrix[CODE] != FP8 or (begin | chunks) % 2:
+    if not TABLES or as_float32(kind) or (begin | chunks) % 2:
         return scales
     where, along, shared, _ = scales
+    if matrix[CODE] == INT8 and chunks >= WORTH_TABLES:
+        for row in range(rows):
+            tabled_integers(where + along * row, room + WITH_LEAST * row)
+        return room, np.int64(WITH_LEAST), shared, np.int64(1)
+    if matrix[CODE] != FP8:
+        return scales
     if shared == ALL:
         for row in range(rows if along else 1):
             tabled(where + along * row, room + BYTES * row)
@@ -272,7 +283,9 @@ def by_code(made: Callable[[Codes], Any]) -> Any:
     It takes the matrix, the first row, its scales as `prepare` returns them, and a tuple of the others'
     arguments.
     """
-    int8, fp8, float16, bfloat16, float16_zeros, bfloat16_zeros, mxfp4, nvfp4, fp8_tables = map(made, KINDS)
+    (int8, fp8, float16, bfloat16, float16_zeros, bfloat16_zeros, mxfp4, nvfp4, fp8_tables, int8_tables) = (
+        map(made, KINDS)
+    )
 
     @njit(cache=True, nogil=True)
     def call(matrix, first, prepared, others):
@@ -283,7 +296,9 @@ def by_code(made: Callable[[Codes], Any]) -> Any:
         if code in (INT8, FP8):
             scales, along, shared, looked_up = prepared
         places = (at, scales, points + along * first, size, along, shared, matrix[TABLE])
-        if code == INT8:
+        if code == INT8 and looked_up:
+            int8_tables(*places, *others)
+        elif code == INT8:
             int8(*places, *others)
         elif code == FP8 and looked_up:
             fp8_tables(*places, *others)

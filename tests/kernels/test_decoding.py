@@ -118,3 +118,31 @@ def check_every_code(by, name, dtype):
     nothing = np.isnan(expected.astype(np.float32))
     np.testing.assert_array_equal(np.isnan(result.astype(np.float32)), nothing)
     np.testing.assert_array_equal(bits(result)[~nothing], bits(expected)[~nothing])
+
+
+@functools.cache
+def integers():
+    """Every code of 8 bits, in long rows, by scales of all sizes: arrays, and what they stand for."""
+    rng, encoding = np.random.default_rng(2), format_named("int8").encoding
+    codes, scales = encoding.pack(np.ones((40, SPAN * CHUNK), np.float32))
+    codes = rng.integers(-128, 128, codes.shape).astype(np.asarray(codes).dtype)
+    scales = (10.0 ** rng.uniform(-30, 30, np.shape(scales))).astype(np.float32)
+    return (codes, scales), np.asarray(encoding.values((codes, scales)))
+
+
+@pytest.mark.parametrize(("first", "rows"), [(0, 40), (3, 1), (39, 1), (5, 32)])
+@pytest.mark.parametrize(("begin", "chunks"), [(0, SPAN), (2, 40), (0, 42), (1, 40), (0, 41), (24, 40)])
+def test_long_rows_of_integers_are_looked_up_and_the_same(first, rows, begin, chunks):
+    """Where tables pay, also from an odd chunk on, where they cannot be used."""
+    arrays, values = integers()
+    matrix = np.zeros(MATRIX, np.int64)
+    matrix[: len(arrays)] = [array.ctypes.data for array in arrays]
+    matrix[DEPTH], matrix[CODE:] = SPAN * CHUNK, facts_of(format_named("int8"), 40, SPAN * CHUNK)
+    room, kind = np.zeros(2 * ROOM + APART * rows, np.uint8), KINDS["bfloat16"]
+    result = np.zeros((rows, chunks, CHUNK), np.uint16)
+    scales = decoding.prepare(matrix, first, rows, CHUNK * begin, chunks, room.ctypes.data, kind)
+    to = result.ctypes.data
+    decoding.decode(matrix, first, rows, CHUNK * begin, chunks, scales, to, *result.strides[:2], to, 0, kind)
+    part = values[first : first + rows, CHUNK * begin : CHUNK * (begin + chunks)]
+    expected = part.astype(ml_dtypes.bfloat16).view(np.uint16)
+    np.testing.assert_array_equal(result.reshape(rows, -1), expected)
