@@ -21,7 +21,10 @@ from predictor.step import Batch, input_scale, make_steps, priors
 CHECK_EVERY = 64  # rows between checks, as in the paper; a block
 HELD_BACK = 4  # the newest of this many parts of the window is held back
 PAUSE = 4  # blocks between two attempts
-LATEST = 2  # newest blocks, on each of which the other predictor must be ahead to take over
+LATEST, AHEAD = (
+    2,
+    0.01,
+)  # newest blocks, and the lead in recall on each with which the other takes over at once
 MOST_HALVINGS = 3  # halvings of the learning rate, and doublings of the pause
 
 
@@ -96,8 +99,9 @@ class Tuner:
     halved, because only small steps improve a predictor that is nearly right.
 
     The first predictor and the last one that was kept are compared at every look. The one that is not in use
-    takes over once it is ahead on both of the two newest blocks: so traffic that changes back costs little,
-    and what was learned is there when it changes again.
+    takes over once it is ahead by a point on both of the two newest blocks, or by more than noise over the
+    newest quarter: so traffic that changes back costs little, and what was learned is there when it changes
+    again.
 
     Args:
         llapor: the predictor that is tuned; it is not changed itself.
@@ -183,7 +187,7 @@ class Tuner:
         network = self._tuned(joined(blocks[: -self._held]))
         scores = deque((self._score(network, block) for block in blocks[-self._held :]), self._held)
         gain, noise = compared(self._scores, scores)
-        accepted = gain > self.config.margin * noise
+        accepted = self._is_better(gain, noise)
         if accepted:
             if self.llapor is self._first:
                 self._other, self._other_scores = self._first, self._scores
@@ -197,11 +201,15 @@ class Tuner:
         return self.config.learning_rate / 2**self._halvings
 
     def _is_behind(self) -> bool:
-        """Whether the other predictor was ahead, over all horizons, on each of the newest blocks."""
-        pairs = list(zip(self._scores, self._other_scores, strict=True))[-LATEST:]
-        return len(pairs) == LATEST and all(
-            recall(other[None]) > recall(current[None]) for current, other in pairs
-        )
+        """Whether the other predictor is to take over, by its recall over all horizons."""
+        pairs = list(zip(self._scores, self._other_scores, strict=True))
+        leads = [recall(other[None]) - recall(current[None]) for current, other in pairs[-LATEST:]]
+        if len(leads) == LATEST and min(leads) > AHEAD:
+            return True
+        return len(pairs) == self._held and self._is_better(*compared(self._scores, self._other_scores))
+
+    def _is_better(self, gain: float, noise: float) -> bool:
+        return gain > self.config.margin * noise
 
     def _tuned(self, rows: Batch) -> Any:
         params = jax.tree.map(jnp.copy, self.llapor.network)

@@ -135,6 +135,22 @@ def test_the_one_that_serves_better_is_in_use(trace, monkeypatch):
     assert sum(look.accepted for look in found.looks) == 1
 
 
+def test_of_equals_none_takes_over(trace, monkeypatch):
+    """Of two that differ by noise alone, the one in use stays; a small lead counts once it is certain."""
+
+    def recalls(network, block):
+        if block < 10:
+            return 0.5 if network == "first" else 0.7
+        lead = 0.004 * (-1) ** block if block < 30 else 0.004 + 0.001 * (-1) ** block
+        return 0.95 + lead * (network == "first")
+
+    found, _ = scripted(trace, monkeypatch, recalls)
+    feed(found, trace, 30)
+    assert not any(look.returned or look.resumed for look in found.looks)
+    feed(found, trace, 6)
+    assert sum(look.returned for look in found.looks) == 1
+
+
 def test_the_window_is_bounded_and_under_the_threshold_nothing_is_tried(trace):
     found = tuner(trace, threshold=1.0)
     rows = stream(trace)
