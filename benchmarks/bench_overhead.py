@@ -30,6 +30,7 @@ from layerscope_jax import Engine, Model, ModelConfig, OffloadConfig, load, save
 from layerscope_jax.kernels import cpu
 from layerscope_jax.runtime import decisions, layerwise
 from layerscope_jax.runtime.statistics import Meter
+from layerscope_jax.scheduling.guard import Guard
 from layerscope_jax.scheduling.registry import FORECASTING
 
 ARITHMETIC = ("attention", "experts", "experts, meanwhile")
@@ -198,7 +199,7 @@ def measure(model: Model, prompts: list[list[int]], options: Options) -> list[di
             resident = policy == RESIDENT
             config = OffloadConfig(
                 device_budget=None if resident else budget,
-                policy=policy,
+                policy=Guard() if policy == "auto" else policy,  # by layers alone, also on an accelerator
                 numerics="auto",
                 predictor="gate" if policy in FORECASTING else None,
                 max_num_seqs=options.batch,

@@ -43,7 +43,7 @@ from layerscope_jax.support import machine
 from layerscope_jax.support.errors import TransferError
 
 WARM_UPS = 3
-SETTLING = FIRST_WAIT + TRIAL + 1
+SETTLING = FIRST_WAIT + TRIAL + 2
 """Decode steps in which policy "auto" finds out whether it keeps its cache inside the step."""
 LEAST_LAYERS = 2
 """With fewer there is nothing to look ahead to."""

@@ -157,7 +157,7 @@ class Engine:
         bandwidth = None if pace is None else parse_bytes(pace, "emulated_link_bandwidth")
         policy, known = make_policy(config.policy), costs_of(config.profile, model, bandwidth)
 
-        def make(budget_bytes: int, costs: HardwareProfile | None) -> Runner:
+        def make(budget_bytes: int, costs: HardwareProfile | None, alternates: bool) -> Runner:
             return build(
                 model,
                 policy,
@@ -165,6 +165,7 @@ class Engine:
                 budget_bytes=budget_bytes,
                 measure=calibration.measure,
                 policy_is_obeyed=not isinstance(config.policy, str),
+                alternates=alternates,
                 numerics=config.numerics,
                 costs=costs or known,
                 bandwidth=bandwidth,
@@ -329,9 +330,9 @@ class Engine:
         routing may lead to, up to 21 (`possible_groups` of `kernels.grouping`), are all compiled.
         `use_compilation_cache` saves the next process most of this work.
 
-        Residency, copies in flight, statistics, and what policy and predictor have learned stay unchanged.
-        The policy is asked for one plan in each phase, which is discarded. During the warm-up the device
-        holds one expert more than the budget, and the caches of a batch.
+        Statistics, and what policy and predictor have learned, stay unchanged; so do residency and copies in
+        flight, unless policy "auto" has two ways of decode steps. The policy is asked for one plan in each
+        phase, which is discarded. Meanwhile the device holds an expert more, and a batch's caches.
 
         Args:
             prompt_tokens: tokens of the longest prompt of a batch.

@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Callable
 
+from layerscope_jax.runtime.alternating import Alternating
 from layerscope_jax.runtime.resources import Resources
 from layerscope_jax.runtime.runner import Runner
 from layerscope_jax.scheduling.costs import HardwareProfile
@@ -16,8 +17,9 @@ logger = logging.getLogger(__name__)
 KEPT = 7 / 8
 """Share of the experts that stay when memory ran out: each further try costs a prefill of all requests."""
 
-Make = Callable[[int, HardwareProfile | None], Runner]
-"""Function that makes a runner: `(budget_bytes, costs)`; None for costs that are not known yet."""
+Make = Callable[[int, HardwareProfile | None, bool], Runner]
+"""Function that makes a runner: `(budget_bytes, costs, alternates)`; None for costs that are not known yet,
+and whether policy "auto" may also run decode steps with the cache inside."""
 
 
 class Fitting:
@@ -43,7 +45,7 @@ class Fitting:
         self, make: Make, resources: Resources, budget_bytes: int, expert_bytes: int, may_shrink: bool
     ):
         self._make, self._resources = make, resources
-        self._expert_bytes, self._may_shrink = expert_bytes, may_shrink
+        self._expert_bytes, self._may_shrink, self._alternates = expert_bytes, may_shrink, True
         self.budget_bytes, self.cuts = budget_bytes, 0
         self.runner = self._made(None)
 
@@ -54,14 +56,19 @@ class Fitting:
     def shrink(self) -> None:
         """Makes another runner, with fewer experts on the device; none of them is there at first.
 
-        Nothing may hold arrays of the current runner, such as the traceback of its error. If the policy
-        refuses the smaller budget, the runner gets the current budget again, which then no longer shrinks.
+        As many may be there as before if policy "auto" had another way on trial, which is given up. Nothing
+        may hold arrays of the current runner, such as the traceback of its error. If the policy refuses the
+        smaller budget, the runner gets the current budget again, which then no longer shrinks.
         """
         costs, before = self.runner.costs, self.budget_bytes
+        on_trial = isinstance(self.runner, Alternating) and self.runner.failed
         with self._resources.opening():  # an engine without a runner is closed
             self._resources.drop(self.runner)  # which lets go of its experts
             gc.collect()
-            self._lower()
+            if on_trial:
+                self._alternates = False
+            else:
+                self._lower()
             try:
                 self.runner = self._made(costs)
             except ValueError:
@@ -72,7 +79,7 @@ class Fitting:
         """Returns a runner with as many experts as fit."""
         while True:
             try:
-                return self._resources.add(self._make(self.budget_bytes, costs))
+                return self._resources.add(self._make(self.budget_bytes, costs, self._alternates))
             except Exception as error:
                 if not self.can_shrink(error):
                     raise

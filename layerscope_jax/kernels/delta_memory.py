@@ -34,7 +34,8 @@ from layerscope_jax.support.njit import cfunc, njit
 KEY_HEADS, HEADS, TOKENS, VALUES, LEFT, RATES, BEFORE, AFTER = range(9, 17)
 
 MOST = 4 if WIDE else 2
-"""Registers of a state's row that go through the tokens together. CPUs have 32, or 16: three for each."""
+"""Registers of a state's row that go through the tokens together. Each needs two more for its sums and one
+for what is added, of the 32, or 16, that a CPU has."""
 
 COLUMNS = MOST * LANES
 
@@ -246,6 +247,8 @@ def delta_memory(
         table: any layer's (`Inside`).
         query, key, value, fade, rate, state: as of `delta_net.scan`.
     """
+    if not query.shape[1]:
+        return None
     kernel = choose(Work("delta_memory", state.dtype.name, np.dtype(value.dtype), state.shape[2:]))
     return None if kernel is None else kernel.run(table, query, key, value, fade, rate, state)
 

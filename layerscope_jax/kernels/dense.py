@@ -49,9 +49,8 @@ def dense_kernels(
     dense_format: str | None = None,
     delta: DeltaSizes | None = None,
 ) -> dict[str, str]:
-    """Returns the name of what computes each part: products of D by D, attention, and the sums over experts.
-
-    And what computes the memory of gated DeltaNet, where a model has any.
+    """Returns the name of what computes each part: products of D by D, attention, the sums over experts, and
+    the memory of gated DeltaNet where a model has any.
 
     Args:
         hidden_size: D.

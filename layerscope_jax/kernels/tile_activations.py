@@ -28,7 +28,10 @@ POWERS = (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 
 """Of 2^r with |r| <= 1/2, highest first: those of its series, as of e^(r ln 2)."""
 
 FARTHEST = 126.0
-"""Exponents beyond are taken for it: `x / (1 + 2^126)` is no bfloat16 but zero, for any sum."""
+"""Exponents beyond are taken for it: of a sum below -87 is left what it is over 2^126."""
+
+LEAST = 2.0**-126
+"""What is smaller is zero where two registers become bfloat16 (`bfloat16s`), and so it is for few tokens."""
 
 
 def everywhere(number: Any) -> Any:
@@ -69,7 +72,11 @@ def gate_all(typing: Any, gates: Any, ups: Any, registers: Any) -> Any:
         def step(turn: Any, _: list[Any]) -> list[Any]:
             distance = builder.mul(turn, LONG(4 * LANES))
             places = [builder.add(begin, distance) for begin in (gates, ups)]
-            write(builder, gated(builder, *(read(builder, at, NUMBERS, 4) for at in places)), places[0])
+            value = gated(builder, *(read(builder, at, NUMBERS, 4) for at in places))
+            size = builder.call(external(builder, "llvm.fabs.v16f32", NUMBERS, [NUMBERS]), [value])
+            small = builder.fcmp_ordered("<", size, everywhere(LEAST))
+            nothing = builder.fmul(value, everywhere(0))  # of the same sign
+            write(builder, builder.select(small, nothing, value), places[0])
             return []
 
         repeat(builder, registers, [], step)

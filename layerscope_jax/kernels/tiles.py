@@ -25,7 +25,7 @@ TILE, DEPTH = 16, 32
 @functools.cache
 def available() -> bool:
     """Whether numba may compile the instructions, and Linux lets this process use them if asked."""
-    if platform.system() != "Linux" or not {"amx-tile", "amx-bf16"} <= features():
+    if platform.system() != "Linux" or not {"amx-tile", "amx-bf16", "avx512f"} <= features():
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0

@@ -82,10 +82,12 @@ def by_warp() -> Fill:
     """Returns the fill of NVIDIA GPUs, which read pinned host memory by its address; on CPUs it runs too.
 
     Raises:
-        Unavailable: if NVIDIA Warp is not installed.
+        Unavailable: if NVIDIA Warp is not installed, or cannot be used.
     """
     if find_spec("warp") is None:
         raise Unavailable("NVIDIA Warp is not installed: pip install 'layerscope-jax[warp]'")
-    from layerscope_jax.offload.warp_fill import filled
-
+    try:
+        from layerscope_jax.offload.warp_fill import filled
+    except Exception as error:  # whatever a Warp raises that is damaged or too old
+        raise Unavailable(f"NVIDIA Warp cannot be used: {type(error).__name__}: {error}") from error
     return Fill("warp", filled)

@@ -21,7 +21,7 @@ class Residency:
     Attributes:
         let_go: is called with the weights of an expert that is evicted.
         idle_prefetches: experts that were prefetched, or are in flight as a prefetch, and not used yet.
-        beside_bytes: memory (bytes) for experts that the budget leaves out; counted in `peak_bytes` alone.
+        beside_bytes: memory (bytes) that somebody else uses for experts, added to `peak_bytes`.
 
     >>> books = Residency(budget_bytes=250, expert_bytes=100)
     >>> books.slots
@@ -133,7 +133,9 @@ class Residency:
         return self.wasted_bytes + len(self.idle_prefetches & self._held.keys()) * self.expert_bytes
 
     def clear(self) -> None:
-        """Lets go of every expert, when nothing is computed any more; the counts stay."""
+        """Lets go of every expert, when nothing is computed from them any more; the counts stay."""
+        self.wasted_bytes = self.unused_prefetch_bytes()
+        self.idle_prefetches.clear()
         self._held.clear()
         self._coming.clear()
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from layerscope_jax.kernels.xla_ffi import Unavailable
@@ -30,28 +33,28 @@ from layerscope_jax.scheduling.policy import PolicyBase
 
 logger = logging.getLogger(__name__)
 
-STEADY = 8
-"""Decode steps of about the same size before the runner changes for it: that empties the device."""
-
 
 class Alternating:
-    """A `Runner` of two, of which one has the device's memory for experts.
+    """A `Runner` that has two others, of which one at a time has the device's memory for experts.
 
-    For each power of two of the requests a `Contest` says which one runs the decode steps. A prefill is run
-    by the one that has the memory; so is a decode step of which single layers are recorded.
+    A `Contest` says which one runs the decode steps. A prefill is run by the one that has the memory. Calls
+    of which single layers are recorded, and all calls once a step with the cache inside has failed, are run
+    layer by layer.
 
     Args:
         layers: has the memory at first.
         in_step: has none (`vacate`).
+
+    Attributes:
+        failed: whether a step with the cache inside has failed.
     """
 
     def __init__(self, layers: LayerByLayer, in_step: InStepCache):
         self._layers, self._in_step = layers, in_step
         self._now: LayerByLayer = layers
-        self._occupied = True
-        self._contests: dict[int, Contest] = {}  # by the bits of the number of requests
-        self._size, self._same = 0, 0  # of the newest decode step, and how many had the same
-        self._compiled: set[int] = set()  # numbers of rows for which both have
+        self._last, self._holds = self._now, True  # the last that had the memory, and whether it has it
+        self._contest, self.failed = Contest(), False
+        self._compiled: set[Any] = set()  # kinds of decode steps that are compiled in both ways
         self._steps: Counter[str] = Counter()  # decode steps by mode
 
     @property
@@ -83,22 +86,41 @@ class Alternating:
         sampling: Sampling | None,
     ) -> Stepped:
         """Runs one forward pass; see `Runner.step`."""
-        self._occupy()
         if not self._now.is_whole_decode(tokens, caches):
-            return self._now.step(tokens, positions, last, caches, sampling)
-        size = int((positions != PAD_POSITION).sum()).bit_length()
-        self._size, self._same = size, self._same + 1 if size == self._size else 1
-        contest = self._contests.get(size, Contest())
-        if contest.now_in_step != self.in_step and self._same > STEADY:
-            self._change()
+            with self._failure_noted():
+                self._take_turns(self._now.account.records)
+                return self._now.step(tokens, positions, last, caches, sampling)
+        with self._failure_noted():
+            self._take_turns(False)
+        contest, kind = self._contest, None
+        if contest.left <= 1 and not contest.trial:
+            kind = kind_of(tokens, caches, sampling)  # before they are donated
         began = time.perf_counter()
-        stepped = self._now.step(tokens, positions, last, caches, sampling)
-        stepped[0].block_until_ready()  # whoever asked reads them next
+        with self._failure_noted():
+            stepped = self._now.step(tokens, positions, last, caches, sampling)
+            stepped[0].block_until_ready()  # whoever asked reads them next
         took_s = time.perf_counter() - began
-        if contest.now_in_step == self.in_step:
-            self._contests[size] = after(contest, took_s, len(tokens) in self._compiled)
+        requests = int((positions != PAD_POSITION).sum())
+        if not self.failed:
+            self._contest = after(contest, requests, took_s, kind in self._compiled)
         self._steps[self._now.mode] += 1
         return stepped
+
+    def _take_turns(self, recorded: bool) -> None:
+        """Gives the memory to the runner of the next step, if it has not got it."""
+        inside = self._contest.now_in_step and not (recorded or self.failed)
+        if inside != self.in_step:
+            self._change()
+        self._occupy()
+
+    @contextmanager
+    def _failure_noted(self) -> Iterator[None]:
+        """After a step with the cache inside that fails in the `with` block there is no other."""
+        try:
+            yield
+        except Exception:
+            self.failed = self.failed or self.in_step
+            raise
 
     def score(
         self,
@@ -111,75 +133,107 @@ class Alternating:
         top: int,
     ) -> Scored:
         """Runs a prefill step and scores tokens; see `Runner.score`."""
-        self._occupy()
-        return self._now.score(tokens, positions, last, caches, sampling, targets, top)
+        with self._failure_noted():
+            self._take_turns(self._now.account.records)
+            return self._now.score(tokens, positions, last, caches, sampling, targets, top)
 
     def _change(self) -> None:
         """Gives the device's memory to the other runner, whose experts are still to come."""
         before, account = self._now, self._now.account
         before.reset(None)
-        self._occupied = False  # until the end: an interrupt may come between any two of these
-        self._now = self._in_step if before is self._layers else self._layers
+        before._books_of = None  # it counts anew when it comes back, and does not overwrite what is counted
+        self._now = self._layers if self.in_step else self._in_step
         self._occupy()
         self._now.reset(account)
 
     def _occupy(self) -> None:
-        """Takes the memory for the runner that is to have it, unless it has it."""
-        if not self._occupied:
-            vacate(self._layers)
-            vacate(self._in_step)
-            self._now.sides[0].occupy()
-            self._in_step.reserve(self.in_step)
-            self._occupied = True
+        """Takes the memory for the runner that is to have it, unless it has it.
+
+        Copies on the link belong to the runner that had the memory last: it takes them in first. An interrupt
+        may come anywhere; then all is done again.
+        """
+        if self._holds and self._last is self._now:
+            return
+        self._holds = False
+        vacate(self._last)
+        vacate(self._layers if self._last is self._in_step else self._in_step)
+        self._now.sides[0].occupy()
+        self._in_step.reserve(self.in_step)
+        self._last = self._now
+        self._holds = True
 
     def reset(self, account: Account | None) -> None:
         """Counts and records for one call from now on; see `Runner.reset`."""
+        if account is not None and not account.opened:
+            self._layers.forecasts.check()
         self._now.reset(account)
 
     def stats(self, account: Account) -> RunnerStats:
-        """Returns the statistics of a call; its mode is the present one."""
+        """Returns the statistics of a call; its mode is the present one.
+
+        `ways` are of all calls so far.
+        """
         ways = dict(self._layers.policy.report(self._layers.decisions.state) or {})
         share = self._steps[InStepCache.mode] / max(1, self._steps.total())
         if share:
             planned = {way: part * (1 - share) for way, part in ways.get("decode", {}).items()}
             ways["decode"] = planned | {InStepCache.mode: share}
-        return replace(self._now.stats(account), policy=self.policy.name, ways=ways)
+        forecasts = self._layers.forecasts  # which keep their memory
+        return replace(
+            self._now.stats(account),
+            policy=self.policy.name,
+            ways=ways,
+            predictor=forecasts.name,
+            predictor_bytes=forecasts.kept_bytes,
+        )
 
     def rehearsal(self) -> BothRehearsed:
         """Returns a runner that compiles the programs of both; see `Runner.rehearsal`."""
         return BothRehearsed(self)
 
-    def rehearsed(self, run: Callable[[Rehearsal, list[Any]], Any], caches: list[Any], rows: int) -> Any:
-        """Rehearses one step by each of the two, one after the other.
+    def rehearsed(self, run: Callable[[Rehearsal, list[Any]], Any], caches: list[Any], kind: Any) -> Any:
+        """Rehearses a step, and once in the other way too, for which the memory changes hands and back.
 
         Args:
             run: rehearses it, given a rehearsal and caches.
             caches: donated.
-            rows: of a decode step; 0 for a prefill.
+            kind: of a step of which the other way may have been compiled (`kind_of`).
 
         Returns:
             What `run` returns.
         """
-        self._occupy()
+        if kind in self._compiled or self.failed:
+            self._occupy()
+            return run(self._now.rehearsal(), caches)
+        self._take_turns(True)
+        others = jax.tree.map(jnp.zeros_like, caches)
         result = run(self._now.rehearsal(), caches)
-        caches = (result if len(result) == 3 else result[0])[2]
-        self._change()
         try:
-            result = run(self._now.rehearsal(), caches)
-        finally:
             self._change()
-        if rows:
-            self._compiled.add(rows)
+            run(self._now.rehearsal(), others)
+            self._compiled.add(kind)
+        except Exception as error:
+            logger.info("policy 'auto' plans every step layer by layer, as the other way failed: %s", error)
+            self.failed = True
         return result
 
     def settle_if_needed(self) -> None:
         """Waits for what an interrupted step has left behind; see `Runner.settle_if_needed`."""
-        self._layers.settle_if_needed()
-        self._in_step.settle_if_needed()
+        try:
+            self._last.settle_if_needed()
+        finally:
+            for runner in (self._layers, self._in_step):
+                runner.settle_if_needed()
 
     def close(self) -> None:
         """Ends both runners; see `Runner.close`."""
         close_all([self._in_step, self._layers])
+
+
+def kind_of(tokens: np.ndarray, caches: list[Any], sampling: Sampling | None) -> Any:
+    """Returns what decides which program runs a step: shapes, and the kinds of settings."""
+    arrays, structure = jax.tree.flatten((tokens, caches, sampling))
+    return structure, tuple((np.shape(array), str(getattr(array, "dtype", ""))) for array in arrays)
 
 
 def vacate(runner: LayerByLayer) -> None:
@@ -233,7 +287,7 @@ class BothRehearsed(Rehearsal):
         def run(rehearsal: Rehearsal, caches: list[Any]) -> Stepped:
             return rehearsal.step(tokens, positions, last, caches, sampling)
 
-        return self.runner.rehearsed(run, caches, len(tokens) if tokens.shape[1] == 1 else 0)
+        return self.runner.rehearsed(run, caches, kind_of(tokens, caches, sampling))
 
     def score(
         self,
@@ -248,4 +302,4 @@ class BothRehearsed(Rehearsal):
         def run(rehearsal: Rehearsal, caches: list[Any]) -> Scored:
             return rehearsal.score(tokens, positions, last, caches, sampling, targets, top)
 
-        return self.runner.rehearsed(run, caches, 0)
+        return self.runner.rehearsed(run, caches, (kind_of(tokens, caches, sampling), top))

@@ -61,6 +61,7 @@ def build(
     budget_bytes: int,
     measure: Measure,
     policy_is_obeyed: bool = False,
+    alternates: bool = True,
     numerics: Literal["auto", "exact", "fast"] = "auto",
     costs: HardwareProfile | None = None,
     bandwidth: int | None = None,
@@ -77,6 +78,7 @@ def build(
         budget_bytes: device memory (bytes) for experts and the predictor.
         measure: measures costs if the policy needs them and `costs` is None.
         policy_is_obeyed: whether the policy plans even if every expert fits.
+        alternates: whether policy "auto" may also run decode steps with the cache inside.
         numerics: as of `OffloadConfig`.
         costs: costs of the machine; None if they are not known.
         bandwidth: emulated bandwidth (bytes/s) of the link; None for full speed.
@@ -135,7 +137,7 @@ def build(
         if nothing_to_decide:
             runner.preload()
         on_accelerator = pool is None and model.partition is None and InStepCache.is_faster_on(model.device)
-        decided = isinstance(policy, Guard) and not policy_is_obeyed and not exact
+        decided = isinstance(policy, Guard) and alternates and not policy_is_obeyed and not exact
         made = alternating(runner) if decided and on_accelerator and not nothing_to_decide else runner
         stack.pop_all()  # from now on the runner closes them
         return made

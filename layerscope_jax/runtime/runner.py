@@ -132,7 +132,8 @@ class Runner(Protocol):
     def rehearsal(self) -> Runner:
         """Returns a runner whose steps compile what this runner's steps will need, and change nothing else.
 
-        It need not be closed, and its tokens are meaningless.
+        It need not be closed, and its tokens are meaningless. A runner that has several ways of decode steps
+        may lose its resident experts, which only costs time.
         """
 
     def settle_if_needed(self) -> None:

@@ -55,7 +55,7 @@ def fitted(at=(), budget=16 * EACH, refused_below=0, made_from=10**9, may_shrink
     """
     counted = []
 
-    def make(budget_bytes, costs):
+    def make(budget_bytes, costs, alternates):
         if budget_bytes < refused_below * EACH:
             raise ValueError("device_budget is too small")
         if budget_bytes >= made_from * EACH:

@@ -26,10 +26,9 @@ SLOTS = TINY.num_experts + 3 * TINY.num_layers
 
 @pytest.fixture(autouse=True)
 def _accelerator(monkeypatch):
-    """What is for accelerators alone, on a CPU; and no waiting for as many steps as time is measured in."""
+    """What is for accelerators alone, on a CPU."""
     monkeypatch.setattr(in_step.InStepCache, "is_faster_on", staticmethod(lambda device: True))
     monkeypatch.setattr(device_side, "device_experts", lambda device, cpu: SlottedExperts(device, cpu.format))
-    monkeypatch.setattr(alternating, "STEADY", 0)
 
 
 @functools.cache
@@ -80,22 +79,13 @@ def test_whatever_is_changed_tokens_and_budget_stay(monkeypatch, seed):
     assert owners(engine.runner) == (False, False)
 
 
-def test_requests_that_come_and_go_have_contests_by_their_number(monkeypatch):
-    decided(monkeypatch, [True, False] * 500)
-    with Engine(model(), config_of()) as engine:
-        assert engine.generate(PROMPTS, max_new_tokens=12).token_ids == answers()
-        assert engine.generate(PROMPTS[:1], max_new_tokens=12).token_ids == answers()[:1]
-        assert set(engine.runner._contests) == {1, 3}
-
-
 def test_it_measures_and_keeps_what_is_faster(monkeypatch):
     """On a clock that says the cache inside takes half as long."""
-    monkeypatch.setattr(alternating, "Contest", functools.partial(Contest, left=4))
     now = [0.0]
     monkeypatch.setattr(alternating.time, "perf_counter", lambda: now[0])
     with Engine(model(), config_of()) as engine:
         runner = engine.runner
-        runner._compiled.add(4)
+        runner._contest = Contest(left=4, spent_s=100.0)
         for each, took_s in ((runner._layers, 0.02), (runner._in_step, 0.01)):
 
             def step(*inputs, run=each.step, took_s=took_s):
@@ -114,19 +104,101 @@ def test_warming_up_leaves_nothing_to_compile_in_either_way(monkeypatch):
     decided(monkeypatch, [True, False] * 500)
     with Engine(model(), config_of()) as engine:
         engine.warmup(prompt_tokens=16, new_tokens=12)
-        assert engine.runner._compiled
         before = len(compiled)
         for _ in range(2):
             engine.generate([list(range(16))] * 4, max_new_tokens=12)
         assert len(compiled) == before
+        held = engine.runner.resident_experts
+        engine.warmup(prompt_tokens=16, new_tokens=12)  # again, which moves nothing
+        assert engine.runner.resident_experts == held > 0
 
 
-def test_recorded_steps_are_no_contest(monkeypatch):
+def test_what_has_not_been_compiled_is_not_taken_for_it(monkeypatch):
+    """Sampling is another program: a minute of steps comes before a trial of it."""
+    asked = []
+    monkeypatch.setattr(alternating, "after", lambda *inputs: asked.append(inputs[-1]) or Contest(left=1))
     with Engine(model(), config_of()) as engine:
-        result = engine.generate(PROMPTS, max_new_tokens=12, record_plans=True)
+        engine.warmup(prompt_tokens=16, max_num_seqs=4, new_tokens=12)
+        engine.runner._contest = Contest(left=1)
+        engine.generate(PROMPTS, max_new_tokens=2)
+        engine.generate(PROMPTS, max_new_tokens=2, temperature=0.5)
+    assert asked == [True, False]
+
+
+def test_recorded_calls_are_planned_by_auto_and_are_no_contest(monkeypatch):
+    decided(monkeypatch, [True] * 500)
+    with Engine(model(), config_of()) as engine:
+        assert engine.generate(PROMPTS, max_new_tokens=12).stats.mode == "in-step"
+        contest = engine.runner._contest
+        result = engine.generate(PROMPTS, max_new_tokens=12, record_plans=True, bound=True)
         assert result.token_ids == answers()
         assert len(result.plans) == 12 * 3
-        assert not engine.runner._contests
+        assert any(plan.host for plan in result.plans)
+        assert result.stats.share_of_bound is not None
+        assert (result.stats.mode, result.stats.predictor) == ("layers", "gate")
+        assert engine.runner._contest is contest
+        assert engine.generate(PROMPTS, max_new_tokens=12).stats.mode == "in-step"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a fill that fails"), RuntimeError("RESOURCE_EXHAUSTED")], ids=str
+)
+@pytest.mark.parametrize("place", ["decode", "reserve"])
+def test_a_way_that_fails_is_tried_once(monkeypatch, error, place):
+    """The call that it failed in says so; all later ones go the other way."""
+    decided(monkeypatch, [True] * 500)
+    whole = getattr(in_step.InStepCache, place)
+
+    def failing(runner, *arguments):
+        if place == "reserve" and not arguments[0]:  # which lets go of the memory
+            return whole(runner, *arguments)
+        raise error
+
+    with Engine(model(), config_of()) as engine:
+        monkeypatch.setattr(in_step.InStepCache, place, failing)
+        with pytest.raises(RuntimeError, match=str(error)):
+            engine.generate(PROMPTS, max_new_tokens=12)
+        for _ in range(2):
+            result = engine.generate(PROMPTS, max_new_tokens=12)
+            assert (result.token_ids, result.stats.mode) == (answers(), "layers")
+        assert owners(engine.runner) == (True, False)
+
+
+def test_a_way_that_cannot_be_rehearsed_is_not_tried(monkeypatch):
+    decided(monkeypatch, [True] * 500)
+    with Engine(model(), config_of()) as engine:
+
+        def failing(*arguments):
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+
+        monkeypatch.setattr(engine.runner._in_step, "_decode", failing)
+        engine.warmup(prompt_tokens=16, new_tokens=12)
+        result = engine.generate(PROMPTS, max_new_tokens=12)
+        assert (result.token_ids, result.stats.mode) == (answers(), "layers")
+
+
+def test_the_most_that_was_held_is_remembered_through_changes(monkeypatch):
+    decided(monkeypatch, [True, True, False] * 500)
+    with Engine(model(), config_of()) as engine:
+        found = [engine.generate(PROMPTS, max_new_tokens=12).stats.peak_expert_bytes for _ in range(2)]
+        slots = engine.runner._in_step.slot_bytes
+        assert all(slots <= peak <= engine.budget_bytes for peak in found)
+        assert not engine.runner._in_step.residency.idle_prefetches
+
+
+def test_copies_under_way_belong_to_the_one_that_asked(monkeypatch):
+    """Also where prefills copy the next layer ahead, over a slow link."""
+    draw = random.Random(1)
+    decided(monkeypatch, (draw.random() < 0.5 for _ in range(5000)))
+    deep = random_model(seed=3, num_layers=12)
+    with Engine(deep) as engine:
+        expected = engine.generate(PROMPTS, max_new_tokens=6).token_ids
+    settings = {"policy": "auto", "max_num_seqs": 4, "profile": PROFILE, "emulated_link_bandwidth": "3MB"}
+    budget = (10 * deep.config.num_experts + 12) * deep.bank.expert_bytes
+    with Engine(deep, OffloadConfig(device_budget=budget, **settings)) as engine:
+        assert engine.runner._in_step.residency.slots >= 2 * deep.config.num_experts
+        for _ in range(6):
+            assert engine.generate(PROMPTS, max_new_tokens=6).token_ids == expected
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("RESOURCE_EXHAUSTED")], ids=type)
@@ -190,6 +262,7 @@ def test_the_memory_of_one_is_free_for_the_other(monkeypatch):
     with Engine(model(), config_of()) as engine:
         engine.generate(PROMPTS, max_new_tokens=12)
         before = len(jax.live_arrays())
+        engine.runner._contest = Contest()
         for _ in range(3):
             engine.runner._change()
             engine.runner._change()
