@@ -21,10 +21,8 @@ from predictor.step import Batch, input_scale, make_steps, priors
 CHECK_EVERY = 64  # rows between checks, as in the paper; a block
 HELD_BACK = 4  # the newest of this many parts of the window is held back
 PAUSE = 4  # blocks between two attempts
-LATEST, AHEAD = (
-    2,
-    0.01,
-)  # newest blocks, and the lead in recall on each with which the other takes over at once
+LATEST = 2  # newest blocks, on each of which the other predictor must be ahead to take over at once
+AHEAD = 0.01  # by how much of the recall over all horizons
 MOST_HALVINGS = 3  # halvings of the learning rate, and doublings of the pause
 
 

@@ -194,7 +194,7 @@ def heads() -> Any:
     return remember_heads
 
 
-BATCH, VALUE_SIZE, OF_KEYS, KEY_SIZE, LENGTH, OF_VALUES = range(6)  # letters, in their order
+_, VALUE_SIZE, OF_KEYS, KEY_SIZE, LENGTH, OF_VALUES = range(6)  # letters, in their order
 MEMORY = layout("x B S H K, x B S H K, x B S V D, x B S V, x B S V, x B V K D", "x B S V D, x B V K D")
 
 

@@ -12,8 +12,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from layerscope_jax.kernels.numbers import LOG2_E, ROUND
+from layerscope_jax.kernels.softmax import everywhere
 from layerscope_jax.kernels.strips import repeat
-from layerscope_jax.kernels.vectors import LONG, WORD, external, read
+from layerscope_jax.kernels.vectors import LONG, WORD, add_product, external, read
 from layerscope_jax.kernels.wide_registers import (
     INTEGERS,
     LANES,
@@ -32,14 +33,6 @@ FARTHEST = 126.0
 
 LEAST = 2.0**-126
 """What is smaller is zero where two registers become bfloat16 (`bfloat16s`), and so it is for few tokens."""
-
-
-def everywhere(number: Any) -> Any:
-    return NUMBERS([float(number)] * LANES)
-
-
-def add_product(builder: Any, x: Any, y: Any, sums: Any) -> Any:
-    return builder.call(external(builder, "llvm.fma.v16f32", NUMBERS, [NUMBERS] * 3), [x, y, sums])
 
 
 def gated(builder: Any, gate: Any, up: Any) -> Any:

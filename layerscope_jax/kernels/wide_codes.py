@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from layerscope_jax.formats.small_floats import E2M1_VALUES, E4M3_VALUES
 from layerscope_jax.kernels.encodings import BYTES_APART, CHUNK, ENTRIES, MOST_POINT
-from layerscope_jax.kernels.vectors import BYTE, INT, LONG, WORD, external, read
+from layerscope_jax.kernels.vectors import BYTE, INT, LONG, WORD, everywhere, external, read
 from layerscope_jax.kernels.wide_registers import (
     EIGHT,
     EIGHT_INTEGERS,
@@ -342,7 +342,10 @@ def looked_up(builder: Any, codes: Any, table: Any, integers: bool) -> list[Any]
     )
     if integers:
         is_least = builder.icmp_signed("==", signed, least)
-        instead = (everywhere(builder, builder.add(table, LONG(BYTES + 4 * part))) for part in range(2))
+        places = (builder.add(table, LONG(BYTES + 4 * part)) for part in range(2))
+        instead = (
+            builder.bitcast(everywhere(builder, at), LINE) for at in places
+        )  # four bytes, over and over
         low, high = (
             builder.select(is_least, other, one) for one, other in zip((low, high), instead, strict=True)
         )
@@ -353,13 +356,6 @@ def looked_up(builder: Any, codes: Any, table: Any, integers: bool) -> list[Any]
         for first in (0, 8)
     ]
     return [builder.bitcast(picked(builder, low, high, order), WORDS) for order in orders]
-
-
-def everywhere(builder: Any, address: Any) -> Any:
-    """Four bytes, over and over."""
-    nothing = ir.Constant(INTEGERS, ir.Undefined)
-    value = builder.insert_element(nothing, read(builder, address, INT, 4), INT(0))
-    return builder.bitcast(picked(builder, value, nothing, [0] * LANES), LINE)
 
 
 EVEN, WHOLE = tuple(map(float, range(-8, 8))), tuple(map(float, range(16)))

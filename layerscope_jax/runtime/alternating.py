@@ -38,7 +38,7 @@ class Alternating:
     """A `Runner` that has two others, of which one at a time has the device's memory for experts.
 
     A `Contest` says which one runs the decode steps. A prefill is run by the one that has the memory. Calls
-    of which single layers are recorded, and all calls once a step with the cache inside has failed, are run
+    of which single layers are recorded, and all once the runner with the cache inside has failed, are run
     layer by layer.
 
     Args:
@@ -46,7 +46,7 @@ class Alternating:
         in_step: has none (`vacate`).
 
     Attributes:
-        failed: whether a step with the cache inside has failed.
+        failed: whether a step of the runner with the cache inside has failed.
     """
 
     def __init__(self, layers: LayerByLayer, in_step: InStepCache):
@@ -115,7 +115,7 @@ class Alternating:
 
     @contextmanager
     def _failure_noted(self) -> Iterator[None]:
-        """After a step with the cache inside that fails in the `with` block there is no other."""
+        """Gives the runner with the cache inside up if it fails in the `with` block."""
         try:
             yield
         except Exception:
@@ -142,9 +142,13 @@ class Alternating:
         before, account = self._now, self._now.account
         before.reset(None)
         before._books_of = None  # it counts anew when it comes back, and does not overwrite what is counted
-        self._now = self._layers if self.in_step else self._in_step
+        self._now = self._beside(before)
         self._occupy()
         self._now.reset(account)
+
+    def _beside(self, runner: LayerByLayer) -> LayerByLayer:
+        """Returns the other of the two."""
+        return self._layers if runner is self._in_step else self._in_step
 
     def _occupy(self) -> None:
         """Takes the memory for the runner that is to have it, unless it has it.
@@ -156,7 +160,7 @@ class Alternating:
             return
         self._holds = False
         vacate(self._last)
-        vacate(self._layers if self._last is self._in_step else self._in_step)
+        vacate(self._beside(self._last))
         self._now.sides[0].occupy()
         self._in_step.reserve(self.in_step)
         self._last = self._now
@@ -192,12 +196,12 @@ class Alternating:
         return BothRehearsed(self)
 
     def rehearsed(self, run: Callable[[Rehearsal, list[Any]], Any], caches: list[Any], kind: Any) -> Any:
-        """Rehearses a step, and once in the other way too, for which the memory changes hands and back.
+        """Rehearses a step, and once in the other way too, for which the memory changes hands.
 
         Args:
             run: rehearses it, given a rehearsal and caches.
             caches: donated.
-            kind: of a step of which the other way may have been compiled (`kind_of`).
+            kind: of the step (`kind_of`).
 
         Returns:
             What `run` returns.
@@ -222,8 +226,7 @@ class Alternating:
         try:
             self._last.settle_if_needed()
         finally:
-            for runner in (self._layers, self._in_step):
-                runner.settle_if_needed()
+            self._beside(self._last).settle_if_needed()
 
     def close(self) -> None:
         """Ends both runners; see `Runner.close`."""
@@ -276,30 +279,14 @@ class BothRehearsed(Rehearsal):
     def __init__(self, runner: Alternating):
         self.runner, self.policy, self.costs = runner, runner.policy, runner.costs
 
-    def step(
-        self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        last: np.ndarray,
-        caches: list[Any],
-        sampling: Sampling | None,
-    ) -> Stepped:
-        def run(rehearsal: Rehearsal, caches: list[Any]) -> Stepped:
-            return rehearsal.step(tokens, positions, last, caches, sampling)
+    def _run(self, *inputs: Any) -> Any:
+        tokens, positions, last, caches, sampling, *scored = inputs
 
-        return self.runner.rehearsed(run, caches, kind_of(tokens, caches, sampling))
+        def run(rehearsal: Rehearsal, caches: list[Any]) -> Any:
+            if scored:
+                return rehearsal.score(tokens, positions, last, caches, sampling, *scored[0])
+            return rehearsal.step(tokens, positions, last, caches, sampling), None
 
-    def score(
-        self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        last: np.ndarray,
-        caches: list[Any],
-        sampling: Sampling | None,
-        targets: np.ndarray,
-        top: int,
-    ) -> Scored:
-        def run(rehearsal: Rehearsal, caches: list[Any]) -> Scored:
-            return rehearsal.score(tokens, positions, last, caches, sampling, targets, top)
-
-        return self.runner.rehearsed(run, caches, (kind_of(tokens, caches, sampling), top))
+        kind = kind_of(tokens, caches, sampling)
+        # Of tokens that are scored, how many are reported is a program's own.
+        return self.runner.rehearsed(run, caches, (kind, scored[0][1]) if scored else kind)

@@ -12,6 +12,7 @@ from layerscope_jax import Engine, OffloadConfig
 from layerscope_jax.kernels.xla_ffi import Unavailable
 from layerscope_jax.offload.slotted import SlottedExperts
 from layerscope_jax.runtime import alternating, device_side, in_step
+from layerscope_jax.runtime.accounts import Account
 from layerscope_jax.runtime.alternating import Alternating
 from layerscope_jax.runtime.layerwise import LayerByLayer
 from layerscope_jax.scheduling.contest import Contest
@@ -183,7 +184,12 @@ def test_the_most_that_was_held_is_remembered_through_changes(monkeypatch):
         found = [engine.generate(PROMPTS, max_new_tokens=12).stats.peak_expert_bytes for _ in range(2)]
         slots = engine.runner._in_step.slot_bytes
         assert all(slots <= peak <= engine.budget_bytes for peak in found)
-        assert not engine.runner._in_step.residency.idle_prefetches
+    with Engine(model(), config_of()) as engine:
+        runner, account = engine.runner, Account()
+        runner.reset(account)
+        for _ in range(2):  # there and back, where nothing is held
+            runner._change()
+        assert runner.stats(account).peak_expert_bytes == slots
 
 
 def test_copies_under_way_belong_to_the_one_that_asked(monkeypatch):
@@ -197,8 +203,10 @@ def test_copies_under_way_belong_to_the_one_that_asked(monkeypatch):
     budget = (10 * deep.config.num_experts + 12) * deep.bank.expert_bytes
     with Engine(deep, OffloadConfig(device_budget=budget, **settings)) as engine:
         assert engine.runner._in_step.residency.slots >= 2 * deep.config.num_experts
+        found = engine.runner
         for _ in range(6):
             assert engine.generate(PROMPTS, max_new_tokens=6).token_ids == expected
+            assert not found._beside(found._now).residency.idle_prefetches  # it has no experts at all
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("RESOURCE_EXHAUSTED")], ids=type)
@@ -262,7 +270,6 @@ def test_the_memory_of_one_is_free_for_the_other(monkeypatch):
     with Engine(model(), config_of()) as engine:
         engine.generate(PROMPTS, max_new_tokens=12)
         before = len(jax.live_arrays())
-        engine.runner._contest = Contest()
         for _ in range(3):
             engine.runner._change()
             engine.runner._change()
