@@ -37,7 +37,7 @@ class Options(harness.Common):
 
 def main(options: Options) -> dict[str, Any]:
     if options.quick:
-        options = replace(options, profiles=("mixtral-8x7b",), devices=(2,), batches=(4,))
+        options = replace(options, profiles=("mixtral-8x7b",), devices=(2,), batches=(4,), steps=4)
     root, progress, rows = parse_bytes(options.root_link, "root_link"), Console(stderr=True), []
     for name in options.profiles:
         profile = MachineProfile.load(name)

@@ -1,5 +1,6 @@
 """Times of `layerscope fit`: the simulator's, with the error that it was found to have, or what bytes say."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -13,12 +14,24 @@ from recorded import small_routing
 from layerscope_jax import MachineProfile
 from layerscope_jax.cli import fit, fit_bounds, fit_times
 from layerscope_jax.profiling.machine_profile import ModelShape
+from layerscope_jax.simulation.routing import PROFILES, Routing
 from layerscope_jax.support import machine
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 NOWHERE = dict.fromkeys(("cpu", "cores", "device", "memory_bytes"))
 MACHINE = ["--device-memory=24GiB", "--host-memory=64GiB"]
+
+
+@functools.cache
+def short(name):
+    """The first steps of shipped routing."""
+    return Routing.load(PROFILES / f"{name}.npz").shortened(4)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr(Routing, "shipped", short)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +41,7 @@ def _no_settings(monkeypatch):
     monkeypatch.setattr(machine, "read_bytes_per_s", lambda: pytest.fail("memory was measured"))
 
 
-def test_times_are_the_simulators_for_the_profile_s_model(qwen, capsys):
+def test_times_are_the_simulators_for_the_profile_s_model(few_steps, qwen, capsys):
     options = [*MACHINE, "--profile=qwen3-30b-a3b", "--max-num-seqs=2"]
     made = fitted(capsys, qwen, *options)
     found = made["times"]
@@ -43,7 +56,7 @@ def test_times_are_the_simulators_for_the_profile_s_model(qwen, capsys):
     assert "measured on a CPU of 2 cores with a slowed link, on no accelerator" in said
 
 
-def test_everything_resident_is_simulated_as_such(qwen, capsys):
+def test_everything_resident_is_simulated_as_such(few_steps, qwen, capsys):
     options = ["--device-memory=200GiB", "--host-memory=64GiB", "--profile=qwen3-30b-a3b", "--max-num-seqs=1"]
     found = fitted(capsys, qwen, *options)["times"]
     assert (found["policy"], found["experts"]) == ("resident", 48 * 128)

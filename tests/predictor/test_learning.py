@@ -265,8 +265,8 @@ def test_a_damaged_predictor_is_refused(finished, run, tmp_path):
 
 
 def test_a_trained_predictor_is_chosen_and_an_untrained_one_told_what_it_lacks(trace, finished, tmp_path):
-    assert judge(trace, finished[1], 1024).forecast == "llapor"
-    behind = judge(trace, untrained(trace), 1024)
+    assert judge(trace, finished[1], 512).forecast == "llapor"
+    behind = judge(trace, untrained(trace), 512)
     assert behind.forecast == "gate"
     assert behind.recall["llapor"] == pytest.approx(behind.recall["gate"], abs=0.05)
     settings = config(trace, tmp_path / "run", tokens=1024)

@@ -109,7 +109,7 @@ def test_what_is_scored_is_said(card, folder):
 def test_shuffled_labels_train_to_no_better_than_popularity(tmp_path):
     """In the same training that learns the labels of one layer well, which are not shuffled."""
     shuffled = (2, 3)
-    trace = write_trace(tmp_path / "trace", documents=80, heldout=40, tokens=64, prompt=32, shuffled=shuffled)
+    trace = write_trace(tmp_path / "trace", documents=48, heldout=24, tokens=64, prompt=32, shuffled=shuffled)
     config = TrainConfig(traces=trace.folder, out=tmp_path / "out", look_ahead=1, epochs=4, batch=64, **SMALL)
     llapor = train(config, progress=False)
     fit = load_rows(trace, fitted.for_training)
