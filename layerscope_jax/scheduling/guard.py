@@ -52,6 +52,9 @@ also be below all of its current way."""
 SAMPLES = 5
 """Measurements kept for each layer and way; their median counts, so that a single stall decides nothing."""
 
+PROOF = SAMPLES + 1
+"""Steps after a change until as many as are kept were measured. The first one is not: see `TRIAL`."""
+
 
 @dataclass(frozen=True)
 class Watch:
@@ -67,6 +70,9 @@ class Watch:
         left: steps of the trial, this one included.
         untried: ways that are still to be tried in this round.
         pause: steps between the last round and the next.
+        before: [L] the way of each layer before the last change, which comes back if that does not prove
+            faster; None if none is to be proved.
+        proof: steps until then, this one included.
         turns: [ways] of layers, for the statistics.
     """
 
@@ -80,6 +86,13 @@ class Watch:
     left: int = 0
     untried: tuple[int, ...] = ()
     pause: int = FIRST_WAIT
+    before: np.ndarray | None = None
+    proof: int = 0
+
+    @property
+    def measures(self) -> bool:
+        """Whether the current step is measured, if it is not one that clears effects of another way."""
+        return self.trial is not None or self.wait <= SAMPLES or self.proof > 0
 
 
 class Turn(NamedTuple):
@@ -120,9 +133,10 @@ class Guard(PolicyBase):
 
     PreSched predicts how long each layer will take. Where the clock agrees, its choice is trusted. Where it
     does not, or where the host alone should take less, some steps are run in the other `WAYS` (the tokens are
-    the same), each layer's time is remembered, and a way that is faster by a margin is chosen. Trials become
-    rare as long as they change nothing. Phases, and steps with other numbers of tokens, are watched
-    separately.
+    the same), each layer's time is remembered, and a way that is faster by a margin is chosen. A machine may
+    be faster in one moment than in the next, and with it whatever is tried then: a choice whose next steps
+    take longer than those before the trials is taken back. Trials become rare as long as they change
+    nothing. Phases, and steps with other numbers of tokens, are watched separately.
 
     Times come with the observation (`Observation.elapsed_ms`), so the policy is a pure function, and runs in
     the simulator.
@@ -160,7 +174,7 @@ class Guard(PolicyBase):
         else:  # nothing to decide; PreSched's state stays as it was
             plan = answer(seen, ())
         forecasts, ended = state.forecasts or bool(seen.forecast), seen.layer + 1 == len(watch.chosen)
-        if watch.trial is not None or watch.wait <= SAMPLES:
+        if watch.measures:
             turns = (*turns, Turn(number, planned_ms, seen.demand))
         elif seen.layer > 0 and not (ended or way.device) and forecasts == state.forecasts:
             return state, plan  # nothing to remember
@@ -197,8 +211,8 @@ class Guard(PolicyBase):
             tokens = sum(demands[0].values()) // state.inner.geometry.experts_per_token
             experts_ms = sum(costs.host_ms.total(demand.values()) for demand in demands)
             watch = replace(watch, alone_ms=experts_ms + len(demands) * costs.layer_ms(tokens))
-        if watch.trial is not None and watch.left == TRIAL[state.key[0]] > 1:
-            return watch  # the first step of a trial
+        if watch.proof == PROOF or (watch.trial is not None and watch.left == TRIAL[state.key[0]] > 1):
+            return watch  # the first step of another way
         took = np.minimum(np.where(np.isfinite(took), took, 0.0), MOST_MS)  # a clock that jumped says nothing
         layers = np.flatnonzero(took > 0)
         ways, took, ms, planned_ms = ways[layers], took[layers], watch.ms.copy(), watch.planned_ms.copy()
@@ -222,8 +236,8 @@ def uses_forecast(watch: Watch, ended: bool) -> bool:
     ways: Sequence[int] = watch.chosen.tolist() if watch.trial is None else (watch.trial,)
     if ended and watch.trial is not None and watch.left == 1:
         ways = watch.untried[:1]
-    elif ended and watch.trial is None and watch.wait <= 1:
-        ways = ()
+    elif ended and watch.trial is None and (watch.wait <= 1 or watch.proof == 1):
+        ways = ()  # any may come
     return not ways or any(WAYS[way].forecast for way in ways)
 
 
@@ -240,15 +254,18 @@ def new_watch(layers: int, phase: str) -> Watch:
 
 def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
     """Decides how the next step is run: as a trial, or with each layer's chosen way."""
+    if watch.proof > 0:
+        watch = proved(watch)
     if watch.trial is not None and watch.left > 1:
         return replace(watch, left=watch.left - 1)
     if watch.trial is not None:  # the trial has ended
         watch = replace(watch, trial=None)
         if not watch.untried:
             chosen = choose(watch)
-            same = bool((chosen == watch.chosen).all())
-            pause = min(LONGEST_WAIT, watch.pause * (LONGER if same else 1))
-            return replace(watch, chosen=chosen, wait=pause, pause=pause)
+            if (chosen == watch.chosen).all():
+                pause = min(LONGEST_WAIT, LONGER * watch.pause)
+                return replace(watch, wait=pause, pause=pause)
+            return replace(watch, chosen=chosen, wait=watch.pause, before=watch.chosen, proof=PROOF)
     elif watch.wait > 1:
         return replace(watch, wait=watch.wait - 1)
     else:
@@ -267,6 +284,19 @@ def next_step(watch: Watch, phase: str, forecasts: bool) -> Watch:
         if not watch.untried:
             return replace(watch, wait=watch.pause)
     return replace(watch, trial=watch.untried[0], untried=watch.untried[1:], left=TRIAL[phase])
+
+
+def proved(watch: Watch) -> Watch:
+    """Returns the watch a step after a change later; at the end of its proof, it is kept or taken back."""
+    if watch.proof > 1:
+        return replace(watch, proof=watch.proof - 1)
+    known, layers, before = medians(watch.ms), np.arange(len(watch.chosen)), watch.before
+    assert before is not None
+    watch = replace(watch, before=None, proof=0)
+    if known[watch.chosen, layers].sum() <= known[before, layers].sum():
+        return watch
+    pause = min(LONGEST_WAIT, LONGER * watch.pause)
+    return replace(watch, chosen=before, wait=pause, pause=pause)
 
 
 def choose(watch: Watch) -> np.ndarray:

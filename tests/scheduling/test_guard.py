@@ -8,7 +8,7 @@ import pytest
 from policy_runs import SPLIT
 
 from layerscope_jax import Geometry, Observation
-from layerscope_jax.scheduling.guard import FIRST_WAIT, LONGEST_WAIT, WAYS, Guard
+from layerscope_jax.scheduling.guard import FIRST_WAIT, LONGEST_WAIT, PROOF, WAYS, Guard
 
 SHAPE = Geometry(num_layers=2, num_experts=4, experts_per_token=2, expert_bytes=1000, slots=4)
 DEMAND = {0: 40, 1: 20, 3: 4}
@@ -103,6 +103,22 @@ def test_a_way_that_becomes_slow_is_left_again():
     ways, *_ = run(took, steps=200)
     assert "host only" in ways[60:100]
     assert ways[-80:].count("host only") <= 8  # in trials
+
+
+def test_what_was_fast_in_its_trial_alone_is_taken_back():
+    """The machine is several times as fast while other ways are tried, and no longer when one was chosen."""
+    taken = []
+
+    def took(way, planned):
+        taken.append(way)
+        tried = way != "host only" and "host only" in taken[-40:-20]
+        quick = tried and sum(one != "host only" for one in taken[-20:]) <= 18  # turns of three trials
+        return 100 * (1.0 if way == "host only" else 0.3 if quick else 1.5)
+
+    ways, *_ = run(took, steps=70)
+    settled = "".join("h" if way == "host only" else "." for way in ways).index("h" * 20)
+    others = len(ways) - settled - ways[settled:].count("host only")
+    assert others == 18 + 2 * PROOF  # of trials, and until it was taken back
 
 
 def test_the_host_alone_is_not_tried_where_the_costs_rule_it_out():
