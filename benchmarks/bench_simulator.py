@@ -13,6 +13,7 @@ calibrating and running take turns, and the means over all turns are compared.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +28,22 @@ from rich.console import Console
 
 from benchmarks import harness
 from benchmarks.bench_policies import SHIPPED, read_prompts
-from layerscope_jax import POLICIES, Engine, HardwareProfile, LayerPlan, Model, OffloadConfig, Policy, load
+from layerscope_jax import (
+    POLICIES,
+    Engine,
+    HardwareProfile,
+    LayerPlan,
+    Model,
+    OffloadConfig,
+    PolicyBase,
+    load,
+)
 from layerscope_jax.generation.scheduler import batch_rows, bucket
 from layerscope_jax.profiling.calibrate import THOROUGH, calibrate
 from layerscope_jax.profiling.machine_profile import MachineProfile
 from layerscope_jax.profiling.measure import Points
 from layerscope_jax.scheduling.plan import Geometry, Observation
+from layerscope_jax.scheduling.policy import completed
 from layerscope_jax.scheduling.registry import FORECASTING
 from layerscope_jax.simulation.simulator import Workload, simulate
 
@@ -76,12 +87,25 @@ class Turn(NamedTuple):
     plan_ms: float
 
 
-class Recording:
-    """A policy, with a record of what it was shown and how long it thought."""
+class Recording(PolicyBase):
+    """A policy, with a record of what it was shown and how long it thought; else it is as that policy."""
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: PolicyBase):
         self.policy, self.turns = policy, list[Turn]()
-        self.name, self.uses_costs, self.init = policy.name, policy.uses_costs, policy.init
+        for name in inspect.get_annotations(PolicyBase):
+            setattr(self, name, getattr(policy, name))
+
+    def init(self, geometry: Geometry, profile: HardwareProfile | None) -> Any:
+        return self.policy.init(geometry, profile)
+
+    def wants_forecast(self, state: Any) -> bool:
+        return self.policy.wants_forecast(state)
+
+    def awaits_link(self, state: Any, seen: Observation) -> bool:
+        return self.policy.awaits_link(state, seen)
+
+    def report(self, state: Any) -> dict[str, Any] | None:
+        return self.policy.report(state)
 
     def plan(self, state: Any, seen: Observation) -> tuple[Any, LayerPlan]:
         began = time.perf_counter()
@@ -89,12 +113,20 @@ class Recording:
         self.turns.append(Turn(seen.demand, seen.forecast, 1e3 * (time.perf_counter() - began)))
         return found
 
-    def calls(self, geometry: Geometry, steps: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Counts [S, L, E] and forecasts [S, L, W, E] of each call of `steps` steps."""
+    def calls(
+        self, geometry: Geometry, steps: int, known: Sequence[Turn] = ()
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Counts [S, L, E] and forecasts [S, L, W, E] of each call of `steps` steps.
+
+        Args:
+            known: turns of a call with the same prompts, whose forecasts stand where this policy wanted none.
+        """
         counts = np.zeros((len(self.turns), geometry.num_experts), int)
         for turn, (demand, *_) in enumerate(self.turns):
             counts[turn, list(demand)] = list(demand.values())
         forecasts = [turn.forecast for turn in self.turns]
+        if known and any(forecasts):
+            forecasts = [own or known[turn % len(known)].forecast for turn, own in enumerate(forecasts)]
         shape = (-1, steps, geometry.num_layers)
         found = counts.reshape(*shape, geometry.num_experts)
         if not all(forecasts):
@@ -104,7 +136,12 @@ class Recording:
 
 
 def simulated(
-    recording: Recording, geometry: Geometry, costs: HardwareProfile, steps: int, tokens: tuple[int, int]
+    recording: Recording,
+    geometry: Geometry,
+    costs: HardwareProfile,
+    steps: int,
+    tokens: tuple[int, int],
+    known: Sequence[Turn] = (),
 ) -> list[list[float]]:
     """Milliseconds of each step of each call.
 
@@ -113,9 +150,10 @@ def simulated(
         geometry, costs: of model and machine.
         steps: of a call; the first is its prefill.
         tokens: that are computed in a prefill, padding too, and in a decode step.
+        known: see `Recording.calls`.
     """
     workloads = []
-    for counts, forecasts in recording.calls(geometry, steps):
+    for counts, forecasts in recording.calls(geometry, steps, known):
         parts: Any = (("prefill", slice(0, 1)), ("decode", slice(1, None)))
         for (phase, part), size in zip(parts, tokens, strict=True):
             expected = None if forecasts is None else forecasts[part]
@@ -137,7 +175,7 @@ def compare(
     """Each policy, run and simulated after a calibration: ms of each step, medians over the rounds."""
     budget = model.bank.total_bytes * options.budget // 100
     geometry = profile.geometry(budget // model.bank.expert_bytes)
-    recordings = {name: Recording(POLICIES[name]()) for name in options.policies}
+    recordings = {name: Recording(completed(POLICIES[name]())) for name in options.policies}
 
     def run(engine: Engine) -> Callable[[], harness.Parts]:
         return lambda: harness.run_engine(engine, prompts, options.new_tokens)[0]
@@ -156,10 +194,14 @@ def compare(
             calls[name] = run(stack.enter_context(Engine(model, config)))
         samples = harness.measure(calls, options.rounds)
     tokens = sizes(prompts, options.new_tokens)[:2]
-    found = {}
+    found, each = {}, options.new_tokens * geometry.num_layers
+    known: Sequence[Turn] = ()  # every call is of the same prompts
+    for recording in recordings.values():
+        if all(turn.forecast for turn in recording.turns[-each:]):
+            known = recording.turns[-each:]
     for name, recording in recordings.items():
         parts = samples[name].parts
-        predicted = simulated(recording, geometry, profile.costs, options.new_tokens, tokens)
+        predicted = simulated(recording, geometry, profile.costs, options.new_tokens, tokens, known)
         kept = np.array(predicted[-options.rounds :])
         measured = 1e3 * np.array(parts["step"]).reshape(options.rounds, -1)
         turns = recording.turns[-options.rounds * options.new_tokens * geometry.num_layers :]
