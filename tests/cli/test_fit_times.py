@@ -52,7 +52,7 @@ def test_times_are_the_simulators_for_the_profile_s_model(few_steps, qwen, capsy
     assert slower["source"].endswith("copies at 2 GB/s")
     assert (made["bounds"], made["no_bounds"]) == (None, None)
     said = printed(capsys, qwen, *options, "--max-num-seqs=1")
-    assert "nine of ten decode steps were within 29%, and prefills within 16%" in said
+    assert "nine of ten decode steps were within 22%, and prefills within 14%" in said
     assert "measured on a CPU of 2 cores with a slowed link, on no accelerator" in said
 
 
